@@ -1,0 +1,63 @@
+// chunk_encode, forward: tiles are independent and each writes the pooled rows of its own chunks.
+#include <omp.h>
+
+#include "cpu/chunk_encode_tile.h"
+#include "cpu/kernels.h"
+
+namespace sne::SNE_ISA {
+namespace {
+
+thread_local ThreadBlock shared_block, tile_block;
+
+template <class T>
+int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out) {
+  ChunkEncoder<T> enc(args);
+  const long h = enc.h, H = enc.H;
+  Scratch size;
+  enc.take(size, false);
+  char *shared = shared_block.reserve(size.size());
+  if (!shared) return SNE_FAST_NO_MEMORY;
+  Scratch shared_scratch(shared);
+  enc.take(shared_scratch, false);
+  enc.pack_weights(false);
+  for (int64_t t = 0; t < args.num_chunks; ++t)  // empty chunks are in no tile
+    if (args.chunk_ptr[t + 1] == args.chunk_ptr[t]) memset(out + t * H * h, 0, size_t(H * h) * sizeof(T));
+
+  int failed = 0;
+  const int threads = int(max_of(1, min_of(args.num_threads, plan.num_tiles)));
+#pragma omp parallel num_threads(threads)
+  {
+    TileWork<T> work;
+    Scratch tile_size;
+    work.take(tile_size, plan.slots, h, H, false);
+    char *base = tile_block.reserve(tile_size.size());
+    if (base) {
+      Scratch scratch(base);
+      work.take(scratch, plan.slots, h, H, false);
+    } else {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (long i = 0; i < plan.num_tiles; ++i) {
+      if (!base) continue;
+      work.tile.lay_out(plan, i, enc.chunk_ptr);
+      encode_tile(enc, work, plan.tensor_of);
+      for (int c = 0; c < work.tile.num_chunks; ++c) {
+        const TileChunk &chunk = work.tile.chunks[c];
+        product_wide<T, 0, 1>(H, work.weight + chunk.slot, work.tile.slots, 1, work.rows + chunk.slot * h, h, chunk.n,
+                              out + chunk.id * H * h, h, h);
+      }
+    }
+    tile_block.trim();
+  }
+  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+}
+
+}  // namespace
+
+int chunk_encode_forward(int dtype, const sne_fast_chunk_encode_args &args, const TilePlan &plan, void *out) {
+  return dtype == SNE_FAST_F64 ? forward<double>(args, plan, (double *)out) : forward<float>(args, plan, (float *)out);
+}
+
+}  // namespace sne::SNE_ISA

@@ -1,0 +1,127 @@
+// A tile: a few whole chunks side by side in the row slots of feature-major panels.
+//
+// Activations are stored feature-major: element (feature f, slot s) of an (F, slots) buffer lies at
+// (s / P) * F * P + f * P + s % P, P = kPanel. Rows (the scalars of the chunks) are on vector lanes, so norms, softmax
+// and residuals need no horizontal sums, heads of any width cost the same, and nothing is transposed on the way.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/product.h"
+#include "cpu/tile_plan.h"
+#include "sne_fast/cpu_abi.h"
+#include "sne_fast/scratch.h"
+
+namespace sne::SNE_ISA {
+
+// `vectors` (1 or 2) vectors of rows from `slot` that attend to the slots lo..hi-1. `masked` where those belong to
+// more than one chunk or lanes are unused; then `chunk_of` tells which pairs count.
+struct RowBlock {
+  int slot, vectors, lo, hi, masked;
+};
+
+struct TileChunk {
+  int slot, n;
+  int64_t id;
+};
+
+template <class T>
+struct Tile {
+  long slots = 0;        // R
+  long used = 0;         // slots with a row in them
+  long panels = 0;       // panels with a row in them
+  int num_chunks = 0, num_blocks = 0;
+  TileChunk *chunks;     // (R)
+  RowBlock *blocks;      // (R / W)
+  Int<T> *chunk_of;      // (R) number of the chunk within the tile, -1 in unused slots
+
+  void take(Scratch &scratch, long R) {
+    slots = R;
+    chunks = scratch.take<TileChunk>(R);
+    blocks = scratch.take<RowBlock>(R / kLanes<T> + 1);
+    chunk_of = scratch.take<Int<T>>(R);
+  }
+
+  void lay_out(const TilePlan &plan, long index, const int64_t *chunk_ptr) {
+    constexpr int W = kLanes<T>;
+    num_chunks = 0;
+    int slot = 0;
+    for (int64_t i = plan.first[index]; i < plan.first[index + 1]; ++i) {
+      const int64_t id = plan.order[i];
+      const int n = int(chunk_ptr[id + 1] - chunk_ptr[id]);
+      for (int j = 0; j < n; ++j) chunk_of[slot + j] = num_chunks;
+      chunks[num_chunks++] = {slot, n, id};
+      slot += n;
+    }
+    used = slot;
+    panels = (used + kPanel<T> - 1) / kPanel<T>;
+    for (long s = used; s < panels * kPanel<T>; ++s) chunk_of[s] = -1;
+    num_blocks = 0;
+    for (int s = 0; s < panels * kPanel<T>;) {
+      if (s >= used) {  // padding only: attends to nothing
+        blocks[num_blocks++] = {s, 1, 0, 0, 1};
+        s += W;
+        continue;
+      }
+      const TileChunk &first = chunks[chunk_of[s]];
+      const int end = first.slot + first.n;
+      if (s + W <= end) {
+        const bool pair = s + 2 * W <= end && s % (2 * W) == 0;
+        blocks[num_blocks++] = {s, pair ? 2 : 1, first.slot, end, 0};
+        s += pair ? 2 * W : W;
+        continue;
+      }
+      const TileChunk &last = chunks[chunk_of[min_of(s + W, used) - 1]];
+      blocks[num_blocks++] = {s, 1, first.slot, last.slot + last.n, 1};
+      s += W;
+    }
+  }
+};
+
+// Address of slot s in a feature-major buffer of F features.
+template <class T>
+SNE_INLINE T *at(T *buffer, long F, long s) {
+  constexpr long P = kPanel<T>;
+  return buffer + s / P * F * P + s % P;
+}
+template <class T>
+SNE_INLINE const T *at(const T *buffer, long F, long s) {
+  return at(const_cast<T *>(buffer), F, s);
+}
+
+// Calls body(j0, j1) for the pieces of the slots lo..hi-1 that lie within one panel each.
+template <class T, class Body>
+SNE_INLINE void for_each_panel(long lo, long hi, Body body) {
+  constexpr long P = kPanel<T>;
+  for (long j = lo; j < hi;) {
+    const long end = min_of(hi, (j / P + 1) * P);
+    body(j, end);
+    j = end;
+  }
+}
+
+// rows[s * F + f] = panel buffer (f, s) * w[f] + b[f], for the products that sum over rows. w may be null.
+template <class T>
+void rows_of(const T *buffer, long F, long panels, T *rows, const T *w = nullptr, const T *b = nullptr) {
+  constexpr int W = kLanes<T>;
+  constexpr long P = kPanel<T>;
+  for (long p = 0; p < panels; ++p)
+    for (long f = 0; f < F; f += W)
+      for (long l = 0; l < P; l += W) {
+        const T *from = buffer + p * F * P + f * P + l;
+        T *to = rows + (p * P + l) * F + f;
+        Vec<T> r[W];
+        if (w) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) r[i] = load(from + i * P) * w[f + i] + b[f + i];
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) r[i] = load(from + i * P);
+        }
+        transpose_registers<T>(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(to + i * F, r[i]);
+      }
+}
+
+}  // namespace sne::SNE_ISA

@@ -1,0 +1,47 @@
+// The table of kernels that each flavour (portable, avx2, avx512) offers to abi.cpp.
+#pragma once
+
+#include "cpu/tile_plan.h"
+#include "sne_fast/cpu_abi.h"
+
+namespace sne {
+
+struct Kernels {
+  const char *name;
+  int lanes[2], panel[2];  // of float and double: what the tile plan must know
+  int (*chunk_encode)(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &, void *out);
+  int (*chunk_encode_backward)(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &,
+                               const sne_fast_chunk_encode_grads &);
+  int (*set_attention)(int dtype, const sne_fast_set_attention_args &);
+  int (*set_attention_backward)(int dtype, const sne_fast_set_attention_args &, const sne_fast_set_attention_grads &);
+  int (*segment_pool)(int dtype, const sne_fast_segment_pool_args &);
+  int (*segment_pool_backward)(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &);
+  int (*product_rate)(int dtype, long rows, long inner, long columns, long repeats, int threads);
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace sne
+
+#if defined(SNE_ISA_portable) || defined(SNE_ISA_avx2) || defined(SNE_ISA_avx512)
+#include "sne_fast/isa.h"
+
+namespace sne::SNE_ISA {
+int chunk_encode_forward(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &, void *out);
+int chunk_encode_backward(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &,
+                          const sne_fast_chunk_encode_grads &);
+int set_attention_forward(int dtype, const sne_fast_set_attention_args &);
+int set_attention_backward(int dtype, const sne_fast_set_attention_args &, const sne_fast_set_attention_grads &);
+int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &);
+int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &);
+int product_rate(int dtype, long rows, long inner, long columns, long repeats, int threads);
+}  // namespace sne::SNE_ISA
+#endif

@@ -1,0 +1,186 @@
+// segment_pool, forward and backward. Long segments are cut into pieces whose partial sums are joined in order, so one
+// huge segment uses all threads and the bits do not depend on how many there are.
+#include <omp.h>
+
+#include "cpu/kernels.h"
+#include "cpu/set_rows.h"
+
+namespace sne::SNE_ISA {
+namespace {
+
+thread_local ThreadBlock block, shared_block;
+constexpr long kRows = 64;      // rows weighted at a time
+constexpr long kPiece = 2048;   // rows of a piece
+
+// exp(logits - top) of up to kRows rows, to w (A, kRows), and their sums added to sum (A).
+template <class T>
+void exponentials(const T *logits, long A, long n, const T *top, T *w, T *sum) {
+  constexpr int W = kLanes<T>;
+  for (long a = 0; a < A; ++a) {
+    T *to = w + a * kRows;
+    for (long i = 0; i < n; ++i) to[i] = logits[i * A + a] - top[a];
+    for (long i = n; i < (n + W - 1) / W * W; ++i) to[i] = T(-1000);
+    for (long i = 0; i < n; i += W) store(to + i, vexp2(load(to + i) * kLog2e<T>));
+    for (long i = 0; i < n; ++i) sum[a] += to[i];
+  }
+}
+
+// One piece: top, sum (A) and the weighted sums acc (A, h), not yet divided.
+template <class T>
+void pool_piece(const sne_fast_segment_pool_args &g, const RowItem &item, T *top, T *sum, T *acc, T *w) {
+  const long h = g.hidden, A = g.heads;
+  const T *logits = (const T *)g.logits;
+  for (long a = 0; a < A; ++a) {
+    top[a] = kLowest<T>;  // finite, so that logits of -inf have weight 0 in a piece of nothing else
+    sum[a] = 0;
+  }
+  for (int64_t i = item.begin; i < item.end; ++i)
+    for (long a = 0; a < A; ++a) top[a] = logits[i * A + a] > top[a] ? logits[i * A + a] : top[a];
+  unsigned flags = kStore;
+  for (int64_t i = item.begin; i < item.end; i += kRows) {
+    const long n = min_of(kRows, item.end - i);
+    exponentials(logits + i * A, A, n, top, w, sum);
+    product_wide<T, int(kRows), 1>(A, w, 0, 0, (const T *)g.x + i * h, h, n, acc, h, h, nullptr, flags);
+    flags = kAccumulate;
+  }
+}
+
+template <class T>
+int forward(const sne_fast_segment_pool_args &g) {
+  constexpr int W = kLanes<T>;
+  const long h = g.hidden, A = g.heads, S = g.num_segments;
+  long count = 0;
+  RowItem *items = cut_rows(S, g.ptr, kPiece, &count);
+  if (!items) return SNE_FAST_NO_MEMORY;
+  T *out = (T *)g.out, *lse = (T *)g.lse;
+  // Pieces beyond the first of a segment need a place for their sums; so does the first one then.
+  long cut = 0;
+  for (long i = 0; i < count; ++i)
+    cut += items[i].end - items[i].begin != g.ptr[items[i].set + 1] - g.ptr[items[i].set];
+  const long size = A * h + 2 * A;
+  T *parts = (T *)shared_block.reserve(size_t(cut * size + 1) * sizeof(T));
+  int failed = parts == nullptr;
+  // Index of the part of item i, -1 if the item is a whole segment.
+  int64_t *part_of = static_cast<int64_t *>(malloc(size_t(count + 1) * sizeof(int64_t)));
+  if (!part_of) failed = 1;
+  if (!failed) {
+    long next = 0;
+    for (long i = 0; i < count; ++i)
+      part_of[i] = items[i].end - items[i].begin == g.ptr[items[i].set + 1] - g.ptr[items[i].set] ? -1 : next++;
+    for (int64_t s = 0; s < S; ++s)
+      if (g.ptr[s] == g.ptr[s + 1]) {
+        memset(out + s * A * h, 0, size_t(A * h) * sizeof(T));
+        for (long a = 0; a < A; ++a) lse[s * A + a] = -T(INFINITY);
+      }
+    const int threads = int(max_of(1, min_of(g.num_threads, count))), grab = items_per_grab(count, threads);
+#pragma omp parallel num_threads(threads)
+    {
+      T *base = (T *)block.reserve(size_t(A * kRows + 2 * A) * sizeof(T));
+      if (!base) {
+#pragma omp atomic write
+        failed = 1;
+      }
+#pragma omp for schedule(dynamic, grab)
+      for (long i = 0; i < count; ++i) {
+        if (!base) continue;
+        T *w = base, *top = w + A * kRows, *sum = top + A;
+        if (part_of[i] >= 0) {
+          T *part = parts + part_of[i] * size;
+          pool_piece(g, items[i], part, part + A, part + 2 * A, w);
+          continue;
+        }
+        T *acc = out + items[i].set * A * h;
+        pool_piece(g, items[i], top, sum, acc, w);
+        for (long a = 0; a < A; ++a) {
+          lse[items[i].set * A + a] = top[a] + T(log(double(sum[a])));
+          for (long f = 0; f < h; f += W) store(acc + a * h + f, load(acc + a * h + f) * (T(1) / sum[a]));
+        }
+      }
+    }
+    for (long i = 0; i < count && !failed;) {
+      long end = i + 1;
+      while (end < count && items[end].set == items[i].set) ++end;
+      if (part_of[i] >= 0) {
+        const T *part = parts + part_of[i] * size;
+        T *to = out + items[i].set * A * h;
+        for (long a = 0; a < A; ++a) {
+          T top = part[a];
+          for (long p = 1; p < end - i; ++p) top = part[p * size + a] > top ? part[p * size + a] : top;
+          T sum = 0;
+          for (long f = 0; f < h; f += W) store(to + a * h + f, zero<T>());
+          for (long p = 0; p < end - i; ++p) {
+            const T *q = part + p * size, factor = T(exp(double(q[a] - top)));
+            sum += q[A + a] * factor;
+            for (long f = 0; f < h; f += W)
+              store(to + a * h + f, load(to + a * h + f) + load(q + 2 * A + a * h + f) * factor);
+          }
+          for (long f = 0; f < h; f += W) store(to + a * h + f, load(to + a * h + f) * (T(1) / sum));
+          lse[items[i].set * A + a] = top + T(log(double(sum)));
+        }
+      }
+      i = end;
+    }
+  }
+  free(items);
+  free(part_of);
+  shared_block.trim();
+  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+}
+
+template <class T>
+int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b) {
+  constexpr int W = kLanes<T>;
+  const long h = g.hidden, A = g.heads;
+  long count = 0;
+  RowItem *items = cut_rows(g.num_segments, g.ptr, 256, &count);
+  if (!items) return SNE_FAST_NO_MEMORY;
+  const T *x = (const T *)g.x, *logits = (const T *)g.logits, *grad = (const T *)b.grad, *out = (const T *)g.out,
+          *lse = (const T *)g.lse;
+  T *gx = (T *)b.x, *gl = (T *)b.logits;
+  int failed = 0;
+  const int threads = int(max_of(1, min_of(g.num_threads, count))), grab = items_per_grab(count, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    T *base = (T *)block.reserve(size_t(h * W + A * W + (W * A + W) + A) * sizeof(T));
+    if (!base) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, grab)
+    for (long i = 0; i < count; ++i) {
+      if (!base) continue;
+      T *xt = base, *dw = xt + h * W, *w = dw + A * W, *dot = w + W * A + W;  // xt (h, W), dw (A, W), w (W, A), dot (A)
+      const int64_t s = items[i].set;
+      const T *gs = grad + s * A * h;
+      for (long a = 0; a < A; ++a) {
+        Vec<T> sum = zero<T>();
+        for (long f = 0; f < h; f += W) sum += load(gs + a * h + f) * load(out + (s * A + a) * h + f);
+        dot[a] = horizontal_sum<T>(sum);
+      }
+      for (int64_t r = items[i].begin; r < items[i].end; r += W) {
+        const long n = min_of(W, items[i].end - r);
+        to_lanes(x + r * h, h, n, h, xt, W);
+        product<T, 1, 0, 1>(A, gs, h, 0, xt, W, h, dw, W);
+        for (long j = 0; j < n * A; ++j) w[j] = logits[r * A + j] - lse[s * A + j % A];
+        for (long j = n * A; j < (n * A + W - 1) / W * W; ++j) w[j] = 0;
+        for (long j = 0; j < n * A; j += W) store(w + j, vexp2(load(w + j) * kLog2e<T>));
+        for (long j = 0; j < n; ++j)
+          for (long a = 0; a < A; ++a) gl[(r + j) * A + a] = w[j * A + a] * (dw[a * W + j] - dot[a]);
+        product_wide<T, 0, 1>(n, w, A, 0, gs, h, A, gx + r * h, h, h);
+      }
+    }
+  }
+  free(items);
+  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+}
+
+}  // namespace
+
+int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &g) {
+  return dtype == SNE_FAST_F64 ? forward<double>(g) : forward<float>(g);
+}
+int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b) {
+  return dtype == SNE_FAST_F64 ? backward<double>(g, b) : backward<float>(g, b);
+}
+
+}  // namespace sne::SNE_ISA

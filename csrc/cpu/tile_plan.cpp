@@ -1,0 +1,121 @@
+#include "cpu/tile_plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <vector>
+
+namespace sne {
+namespace {
+
+long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+// Slots per tile: 64 rows, or 128 for the widths whose weight gradients do not stay in the second cache (every tile
+// reads and writes them once), and of the sizes that hold a longest chunk the smallest whose unused rest is near the best.
+long choose_slots(long longest, long panel, long hidden) {
+  const long least = round_up(std::max(longest, hidden > 64 ? 128L : 64L), panel), most = std::max(least, 256L);
+  double best = 1.0;
+  auto waste = [&](long slots) { return 1.0 - double(slots / longest * longest) / double(slots); };
+  for (long slots = least; slots <= most; slots += panel) best = std::min(best, waste(slots));
+  for (long slots = least; slots <= most; slots += panel)
+    if (waste(slots) <= best + 0.05) return slots;
+  return least;
+}
+
+// First fit among the last few open tiles: short tails of tensors fill what longer chunks left.
+class Packer {
+ public:
+  explicit Packer(long slots) : slots_(slots) {}
+  int64_t place_alone(std::vector<int32_t> &used) {
+    used.push_back(int32_t(slots_));
+    return int64_t(used.size()) - 1;
+  }
+  int64_t place(long n, std::vector<int32_t> &used) {
+    for (size_t i = 0; i < open_.size(); ++i) {
+      const int64_t t = open_[i];
+      if (used[t] + n > slots_) continue;
+      used[t] += int32_t(n);
+      if (used[t] == slots_) open_.erase(open_.begin() + i);
+      return t;
+    }
+    const int64_t t = int64_t(used.size());
+    used.push_back(int32_t(n));
+    if (n < slots_) {
+      if (open_.size() == 8) open_.erase(open_.begin());
+      open_.push_back(t);
+    }
+    return t;
+  }
+
+ private:
+  long slots_;
+  std::vector<int64_t> open_;
+};
+
+// Chunks with values that are not finite, or so large that something may overflow, get a tile of their own: rows that
+// share a vector meet in masked products, where zero times infinity would carry one network's NaN into another.
+template <class T>
+bool tame(const T *values, int64_t n) {
+  bool all = true;
+  for (int64_t i = 0; i < n; ++i) all &= std::abs(values[i]) <= T(1e6);
+  return all;
+}
+
+}  // namespace
+
+int make_tile_plan(int dtype, const sne_fast_chunk_encode_args &args, long lanes, long panel, TilePlan *plan) {
+  const int64_t num_chunks = args.num_chunks, num_tensors = args.num_tensors, num_values = args.num_values;
+  const int64_t *chunk_ptr = args.chunk_ptr, *tensor_ptr = args.tensor_ptr;
+  if (num_chunks == 0) return SNE_FAST_OK;
+  if (chunk_ptr[0] != 0 || chunk_ptr[num_chunks] != num_values) return SNE_FAST_BAD_ARGUMENT;
+  if (num_tensors < 1 || tensor_ptr[0] != 0 || tensor_ptr[num_tensors] != num_chunks) return SNE_FAST_BAD_ARGUMENT;
+  long longest = 0;
+  for (int64_t t = 0; t < num_chunks; ++t) {
+    const int64_t n = chunk_ptr[t + 1] - chunk_ptr[t];
+    if (n < 0 || n > args.element_rows) return SNE_FAST_BAD_ARGUMENT;
+    longest = std::max(longest, long(n));
+  }
+  for (int64_t s = 0; s < num_tensors; ++s)
+    if (tensor_ptr[s + 1] < tensor_ptr[s]) return SNE_FAST_BAD_ARGUMENT;
+  if (longest == 0) return SNE_FAST_OK;
+  try {
+    plan->longest = longest;
+    plan->slots = choose_slots(longest, panel, args.hidden);
+    // Chunks that fill whole vectors keep to themselves: no lane of their attention is ever masked.
+    std::vector<int32_t> used;
+    std::vector<int64_t> tile_of(num_chunks);
+    Packer whole(plan->slots), ragged(plan->slots);
+    for (int64_t t = 0; t < num_chunks; ++t) {
+      const long n = long(chunk_ptr[t + 1] - chunk_ptr[t]);
+      const bool calm = dtype == SNE_FAST_F64 ? tame((const double *)args.values + chunk_ptr[t], n)
+                                              : tame((const float *)args.values + chunk_ptr[t], n);
+      Packer &packer = n % lanes == 0 ? whole : ragged;
+      tile_of[t] = n == 0 ? -1 : calm ? packer.place(n, used) : packer.place_alone(used);
+    }
+    plan->num_tiles = long(used.size());
+    plan->first = new int64_t[plan->num_tiles + 1]();
+    plan->order = new int64_t[num_chunks];
+    plan->tensor_of = new int64_t[num_chunks];
+    for (int64_t t = 0; t < num_chunks; ++t)
+      if (tile_of[t] >= 0) ++plan->first[tile_of[t] + 1];
+    for (long i = 0; i < plan->num_tiles; ++i) plan->first[i + 1] += plan->first[i];
+    std::vector<int64_t> next(plan->first, plan->first + plan->num_tiles);
+    for (int64_t t = 0; t < num_chunks; ++t)
+      if (tile_of[t] >= 0) plan->order[next[tile_of[t]]++] = t;
+    for (int64_t s = 0; s < num_tensors; ++s)
+      for (int64_t t = tensor_ptr[s]; t < tensor_ptr[s + 1]; ++t) plan->tensor_of[t] = s;
+  } catch (const std::bad_alloc &) {
+    free_tile_plan(plan);
+    return SNE_FAST_NO_MEMORY;
+  }
+  return SNE_FAST_OK;
+}
+
+void free_tile_plan(TilePlan *plan) {
+  delete[] plan->first;
+  delete[] plan->order;
+  delete[] plan->tensor_of;
+  *plan = TilePlan();
+}
+
+}  // namespace sne

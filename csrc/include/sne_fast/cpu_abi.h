@@ -1,0 +1,122 @@
+/* The C interface of the CPU engine: plain pointers and sizes in, a status code out, no torch and no Python.
+ *
+ * sne_fast/_native.py mirrors these structs with ctypes field by field; change one and you change the other and raise
+ * SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major; "real" is float or double as
+ * `dtype` says. Every call is reentrant, and its results do not depend on `num_threads`. */
+#ifndef SNE_FAST_CPU_ABI_H
+#define SNE_FAST_CPU_ABI_H
+
+#include <stdint.h>
+
+#define SNE_FAST_CPU_ABI 1
+
+#if defined(_WIN32)
+#define SNE_FAST_API __declspec(dllexport)
+#else
+#define SNE_FAST_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum sne_fast_dtype { SNE_FAST_F32 = 0, SNE_FAST_F64 = 1, SNE_FAST_F16 = 2, SNE_FAST_BF16 = 3 };
+
+enum sne_fast_status {
+  SNE_FAST_OK = 0,
+  SNE_FAST_BAD_ARGUMENT = 1, /* sizes or pointers that do not fit together */
+  SNE_FAST_NO_MEMORY = 2,
+  SNE_FAST_BAD_DTYPE = 3,
+  SNE_FAST_BAD_ISA = 4 /* instruction set unknown, not compiled in, or not supported by this processor */
+};
+
+/* chunk_encode (SPEC 3 step 1 up to the pooled rows). h = hidden, H = heads, N chunks, T tensors, V values. */
+typedef struct {
+  int64_t num_chunks, num_tensors, num_values, hidden, heads, element_rows, layer_norm, num_threads;
+  const int64_t *chunk_ptr;  /* (N+1) */
+  const int64_t *tensor_ptr; /* (T+1) */
+  const void *values;        /* (V) */
+  const void *row_code;      /* (T, h) */
+  const void *element_code;  /* (element_rows, h) */
+  const void *logit;         /* (2, H) */
+  const void *basis;         /* (3, h) */
+  const void *w_qkv;         /* (3, 3h, h) */
+  const void *b_qkv;         /* (3, 3h) */
+  const void *w_o;           /* (4, h, h) */
+  const void *b_o;           /* (4, h) */
+  const void *norm;          /* (4, 4, h), not read without layer_norm */
+  const void *pool_query;    /* (H, h) */
+} sne_fast_chunk_encode_args;
+
+/* Gradients, shaped like the inputs; all are written in full. */
+typedef struct {
+  const void *grad; /* (N, H, h) */
+  void *values, *row_code, *element_code, *logit, *basis, *w_qkv, *b_qkv, *w_o, *b_o, *norm, *pool_query;
+} sne_fast_chunk_encode_grads;
+
+/* set_attention: set s has query rows q_ptr[s]:q_ptr[s+1] and key rows k_ptr[s]:k_ptr[s+1]. */
+typedef struct {
+  int64_t num_sets, rows_q, rows_k, hidden, heads, num_threads;
+  const int64_t *q_ptr, *k_ptr;
+  const void *q, *k, *v; /* (rows, h) */
+  void *out, *lse;       /* (rows_q, h), (rows_q, H); read by the backward */
+} sne_fast_set_attention_args;
+
+typedef struct {
+  const void *grad;   /* (rows_q, h) */
+  void *q, *k, *v;    /* like the inputs */
+} sne_fast_set_attention_grads;
+
+/* segment_pool: out[s, a] = sum over rows i of segment s of softmax_i(logits[i, a]) x[i]. */
+typedef struct {
+  int64_t num_segments, rows, hidden, heads, num_threads;
+  const int64_t *ptr;
+  const void *x, *logits; /* (rows, h), (rows, A) */
+  void *out, *lse;        /* (S, A, h), (S, A); read by the backward */
+} sne_fast_segment_pool_args;
+
+typedef struct {
+  const void *grad; /* (S, A, h) */
+  void *x, *logits;
+} sne_fast_segment_pool_grads;
+
+/* gather_chunks: matrix t, (plan[2t], plan[2t+1]) row-major of its own dtype, is written transposed, divided by
+ * scale[t]. The backward writes the matrices' gradients (`matrices` in their dtypes) and scale_grad from grad. */
+typedef struct {
+  int64_t num_matrices, num_values, num_threads;
+  const int64_t *plan;        /* (T, 2) */
+  const int32_t *dtypes;      /* (T) sne_fast_dtype of every matrix */
+  void *const *matrices;      /* (T) read by the forward, written by the backward */
+  const double *scale;        /* (T) */
+  void *values;               /* (V) written by the forward, read by the backward */
+  const void *grad;           /* (V) backward only */
+  double *scale_grad;         /* (T) backward only */
+} sne_fast_gather_chunks_args;
+
+SNE_FAST_API int sne_fast_cpu_abi(void);
+SNE_FAST_API const char *sne_fast_cpu_status(int status);
+/* The flavour in use: "portable", "avx2" or "avx512"; null or "" in select picks the best one this processor runs. */
+SNE_FAST_API const char *sne_fast_cpu_isa(void);
+SNE_FAST_API int sne_fast_cpu_select_isa(const char *name);
+/* 1 if this processor and this build can run the flavour. */
+SNE_FAST_API int sne_fast_cpu_has_isa(const char *name);
+
+SNE_FAST_API int sne_fast_cpu_chunk_encode(int dtype, const sne_fast_chunk_encode_args *args, void *out);
+SNE_FAST_API int sne_fast_cpu_chunk_encode_backward(int dtype, const sne_fast_chunk_encode_args *args,
+                                                    const sne_fast_chunk_encode_grads *grads);
+SNE_FAST_API int sne_fast_cpu_set_attention(int dtype, const sne_fast_set_attention_args *args);
+SNE_FAST_API int sne_fast_cpu_set_attention_backward(int dtype, const sne_fast_set_attention_args *args,
+                                                     const sne_fast_set_attention_grads *grads);
+SNE_FAST_API int sne_fast_cpu_segment_pool(int dtype, const sne_fast_segment_pool_args *args);
+SNE_FAST_API int sne_fast_cpu_segment_pool_backward(int dtype, const sne_fast_segment_pool_args *args,
+                                                    const sne_fast_segment_pool_grads *grads);
+/* dtype is that of `values`: SNE_FAST_F32 or SNE_FAST_F64. */
+SNE_FAST_API int sne_fast_cpu_gather_chunks(int dtype, const sne_fast_gather_chunks_args *args);
+SNE_FAST_API int sne_fast_cpu_gather_chunks_backward(int dtype, const sne_fast_gather_chunks_args *args);
+SNE_FAST_API int sne_fast_cpu_product_rate(int dtype, int64_t rows, int64_t inner, int64_t columns, int64_t repeats,
+                                           int64_t num_threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

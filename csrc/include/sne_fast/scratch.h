@@ -1,0 +1,59 @@
+// Scratch memory: one block, handed out front to back, every piece aligned to a cache line.
+#pragma once
+
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "sne_fast/isa.h"
+
+namespace sne::SNE_ISA {
+
+// Run the same sequence of take() calls twice: with no memory to learn the size, then with memory to get the pieces.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(char *base) : base_(base) {}
+  template <class T>
+  T *take(long count) {
+    const size_t at = size_;
+    // One more line between pieces: buffers of 4 KiB multiples would otherwise all start in the same cache set.
+    size_ += (size_t(count) * sizeof(T) + 63) / 64 * 64 + 64;
+    return base_ ? reinterpret_cast<T *>(base_ + at) : nullptr;
+  }
+  size_t size() const { return size_ + 64; }
+
+ private:
+  char *base_ = nullptr;
+  size_t size_ = 0;
+};
+
+// A block that lives as long as its thread: small calls would otherwise spend their time in page faults.
+struct ThreadBlock {
+  char *data = nullptr;
+  size_t size = 0;
+  ~ThreadBlock() { free(data); }
+  // Null if there is no memory. Contents are undefined.
+  char *reserve(size_t bytes) {
+    if (bytes > size) {
+      free(data);
+      size = 0;
+      data = static_cast<char *>(aligned_alloc(64, (bytes + 63) / 64 * 64));
+      if (data) size = bytes;
+    }
+    return data;
+  }
+  // Large blocks go back to the system after the call.
+  void trim() {
+    if (size > (size_t(32) << 20)) {
+      free(data);
+      data = nullptr;
+      size = 0;
+    }
+  }
+};
+
+SNE_INLINE long min_of(long a, long b) { return a < b ? a : b; }
+SNE_INLINE long max_of(long a, long b) { return a > b ? a : b; }
+
+}  // namespace sne::SNE_ISA

@@ -1,0 +1,27 @@
+"""Set-based Neural Network Encoder (SNE): one vector for the weights of any network, with fused kernels."""
+
+from ._dispatch import BackendError, explain, use_backend
+from .batch import WeightBatch
+from .checkpoints import CheckpointError
+from .encoder import SNE
+from .nn import ISAB, MAB, PMA, SAB
+from .packing import pack
+from .predictor import Predictor, PredictorHead
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ISAB",
+    "MAB",
+    "PMA",
+    "SAB",
+    "SNE",
+    "BackendError",
+    "CheckpointError",
+    "Predictor",
+    "PredictorHead",
+    "WeightBatch",
+    "explain",
+    "pack",
+    "use_backend",
+]

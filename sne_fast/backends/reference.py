@@ -1,0 +1,21 @@
+"""The plain PyTorch engine: every op, any device and dtype, in tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import reference
+from .._schema import SCHEMAS
+
+NAME = "reference"
+DEVICES: tuple[str, ...] = ()
+PRIORITY = 0
+KERNELS = {op: getattr(reference, op) for op in SCHEMAS}
+
+
+def unavailable() -> list[str]:
+    return []
+
+
+def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
+    return []

@@ -1,0 +1,152 @@
+"""From weights to properties: a set encoder with a head that predicts numbers about each network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .pretrained import PretrainedMixin, about, arguments, check_config
+
+if TYPE_CHECKING:
+    from .batch import WeightBatch
+    from .encoder import SNE
+
+TRANSFORMS = ("identity", "logit")
+LOGIT_MARGIN = 0.01
+"""Targets in [0, 1] are kept this far from the ends before the logit."""
+
+
+class PredictorHead(nn.Sequential):
+    """The paper's predictor head (section 3.8): an MLP with ReLU between its layers.
+
+    Args:
+        in_features: width of the encoding.
+        out_features: number of predicted values.
+        hidden_features: widths of the hidden layers; `()` gives a linear map.
+
+    Shapes: `(B, in_features)` to `(B, out_features)`.
+
+    Raises:
+        ValueError: a width below 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int = 1, hidden_features: Sequence[int] = (512, 512)) -> None:
+        widths = [in_features, *hidden_features, out_features]
+        if min(widths) < 1:
+            raise ValueError(f"PredictorHead: every width must be at least 1, got {widths}")
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+class Predictor(PretrainedMixin, nn.Module):
+    """Predicts properties of networks from their weights: `t^-1(mean + std * head(encoder(batch)))`.
+
+    `t` is the transform the targets go through before they are normalised, so that outputs are in the targets' own
+    units: "identity", or "logit" for targets in [0, 1] such as accuracies. `target_mean` and `target_std`
+    `(out_features,)` are buffers, set by `set_targets`; at first 0 and 1.
+
+    Args:
+        encoder: an `sne_fast.SNE`.
+        out_features: number of predicted values.
+        hidden_features: widths of the head's hidden layers.
+        target_names: what the outputs are called, one name each.
+        target_transform: "identity" or "logit".
+
+    Raises:
+        ValueError: a transform that does not exist, or not one name per output.
+
+    Example::
+
+        predictor = Predictor(sne_fast.SNE(hidden_dim=32), target_names=["accuracy"], target_transform="logit")
+        predictor([model, "other.safetensors"])         # (2, 1)
+    """
+
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(
+        self,
+        encoder: SNE,
+        out_features: int = 1,
+        hidden_features: Sequence[int] = (512, 512),
+        target_names: Sequence[str] | None = None,
+        target_transform: str = "identity",
+    ) -> None:
+        super().__init__()
+        if target_transform not in TRANSFORMS:
+            raise ValueError(f"Predictor: target_transform must be one of {TRANSFORMS}, got {target_transform!r}")
+        names = tuple(target_names) if target_names is not None else tuple(f"target_{i}" for i in range(out_features))
+        if len(names) != out_features or isinstance(target_names, str):
+            raise ValueError(f"Predictor: target_names must hold {out_features} name(s), got {target_names!r}")
+        self.encoder = encoder
+        self.head = PredictorHead(encoder.config["hidden_dim"], out_features, hidden_features)
+        self.out_features = out_features
+        self.hidden_features = tuple(hidden_features)
+        self.target_names = names
+        self.target_transform = target_transform
+        self.register_buffer("target_mean", torch.zeros(out_features))
+        self.register_buffer("target_std", torch.ones(out_features))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments; the encoder as its own configuration."""
+        return {
+            "encoder": {**about(type(self.encoder)), **self.encoder.config},
+            "out_features": self.out_features,
+            "hidden_features": list(self.hidden_features),
+            "target_names": list(self.target_names),
+            "target_transform": self.target_transform,
+        }
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any]) -> Predictor:
+        from .encoder import SNE
+
+        encoder = config["encoder"]
+        if not isinstance(encoder, dict):
+            raise ValueError(f"Predictor: encoder in config.json must be an object, got {type(encoder).__name__}")
+        check_config(SNE, encoder, "encoder")
+        return cls(SNE._from_config(arguments(encoder)), **{k: v for k, v in config.items() if k != "encoder"})
+
+    def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
+        """A `WeightBatch`, or networks to be packed, to predictions `(B, out_features)` in the targets' units."""
+        return self.denormalise(self.head(self.encoder(networks)))
+
+    def set_targets(self, targets: Tensor) -> None:
+        """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.
+
+        Raises:
+            ValueError: another shape, values that are not finite, or logit targets outside [0, 1].
+        """
+        transformed = self._transformed(targets).double()
+        self.target_mean.copy_(transformed.mean(0))
+        std = transformed.std(0, correction=0)
+        self.target_std.copy_(std.where(std > 0, torch.ones_like(std)))
+
+    def normalise(self, targets: Tensor) -> Tensor:
+        """Targets `(n, out_features)` in their own units to what the head is trained on; errors as `set_targets`."""
+        return (self._transformed(targets).to(self.target_mean) - self.target_mean) / self.target_std
+
+    def denormalise(self, outputs: Tensor) -> Tensor:
+        """What the head gives `(n, out_features)` to the targets' units."""
+        values = outputs * self.target_std + self.target_mean
+        return values.sigmoid() if self.target_transform == "logit" else values
+
+    def _transformed(self, targets: Tensor) -> Tensor:
+        if targets.ndim != 2 or targets.shape[1] != self.out_features or targets.shape[0] == 0:
+            raise ValueError(f"Predictor: targets must have shape (n, {self.out_features}), got {tuple(targets.shape)}")
+        if not bool(targets.isfinite().all()):
+            raise ValueError("Predictor: targets must be finite; leave out networks without one")
+        if self.target_transform == "identity":
+            return targets
+        if bool((targets < 0).any()) or bool((targets > 1).any()):
+            raise ValueError(
+                f"Predictor: targets of the logit transform must lie in [0, 1], got {targets.min().item():g} to "
+                f"{targets.max().item():g}"
+            )
+        return targets.clamp(LOGIT_MARGIN, 1 - LOGIT_MARGIN).logit()

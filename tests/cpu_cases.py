@@ -1,0 +1,76 @@
+"""Inputs of the four ops for the tests of the CPU engine: random, ragged, float64 to be cast."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sne_fast import _native
+
+NEEDS_ENGINE = "needs the native library: " + "; ".join(_native.reasons())
+CHUNK_NAMES = (
+    "values",
+    "row_code",
+    "element_code",
+    "logit",
+    "basis",
+    "w_qkv",
+    "b_qkv",
+    "w_o",
+    "b_o",
+    "norm",
+    "pool_query",
+)
+
+
+def pointers(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||, and the largest difference over the largest entry, whichever is worse."""
+    if want.numel() == 0:
+        assert got.shape == want.shape
+        return 0.0
+    difference = got.double() - want.double()
+    norm = max(float(want.double().norm()), 1e-30)
+    return max(float(difference.norm()) / norm, float(difference.abs().max() / max(float(want.abs().max()), 1e-30)))
+
+
+def chunk_encode_case(
+    h: int, heads: int, lengths: Sequence[int], layer_norm: bool = True, tensors: int = 3, rows: int | None = None
+) -> tuple[Tensor, ...]:
+    """The 15 arguments of the op in float64; ``rows`` of element_code may exceed the longest chunk."""
+    g = torch.Generator().manual_seed(h * 1000 + heads * 10 + len(lengths))
+
+    def normal(*shape: int, gain: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64) * gain
+
+    count = len(lengths)
+    ptr = pointers(lengths)
+    tensor_ptr = torch.tensor(sorted({0, count, *(count * i // tensors for i in range(1, tensors))}))
+    norm = normal(4, 4, h, gain=0.3) + torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
+    return (
+        normal(int(ptr[-1])), ptr, tensor_ptr, ptr, tensor_ptr, normal(len(tensor_ptr) - 1, h),
+        normal(rows or max(lengths, default=1), h), normal(2, heads), normal(3, h),
+        normal(3, 3 * h, h, gain=h**-0.5), normal(3, 3 * h, gain=0.1), normal(4, h, h, gain=h**-0.5),
+        normal(4, h, gain=0.1), norm if layer_norm else normal(0, 4, h), normal(heads, h, gain=0.3),
+    )  # fmt: skip
+
+
+def cast(args: Sequence[object], dtype: torch.dtype) -> tuple[object, ...]:
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

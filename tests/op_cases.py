@@ -1,0 +1,79 @@
+"""Inputs of the four ops, ragged and random, for the tests of every engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def pointer(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@dataclass
+class ChunkCase:
+    """Arguments of ``functional.chunk_encode`` in order, for the given chunk lengths of each tensor."""
+
+    args: tuple[Tensor, ...]
+
+    @classmethod
+    def make(
+        cls,
+        tensors: list[list[int]],
+        width: int = 32,
+        heads: int = 4,
+        chunk_size: int = 32,
+        layer_norm: bool = True,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ) -> ChunkCase:
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, spread: float = 1.0) -> Tensor:
+            return (spread * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+        lengths = [n for tensor in tensors for n in tensor]
+        norm = normal(4 if layer_norm else 0, 4, width, spread=0.2)
+        norm[:, ::2] += 1  # weights of ln0 and ln1 around one
+        return cls(
+            (
+                normal(sum(lengths)),
+                pointer(lengths),
+                pointer([len(tensor) for tensor in tensors]),
+                normal(len(tensors), width, spread=0.3),
+                normal(chunk_size, width, spread=0.3),
+                normal(2, heads),
+                normal(3, width),
+                normal(3, 3 * width, width, spread=width**-0.5),
+                normal(3, 3 * width, spread=0.1),
+                normal(4, width, width, spread=width**-0.5),
+                normal(4, width, spread=0.1),
+                norm,
+                normal(heads, width, spread=width**-0.5),
+            )
+        )
+
+
+GRADED = (0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+"""Which arguments of ``chunk_encode`` are floating and have gradients."""
+
+
+def attention_case(
+    q_lengths: list[int], k_lengths: list[int], width: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """q, k, v, q_ptr, k_ptr."""
+    g = torch.Generator().manual_seed(seed)
+    rows = (sum(q_lengths), sum(k_lengths), sum(k_lengths))
+    q, k, v = (torch.randn(n, width, generator=g, dtype=torch.float64).to(dtype) for n in rows)
+    return q, k, v, pointer(q_lengths), pointer(k_lengths)
+
+
+def pool_case(
+    lengths: list[int], width: int, queries: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """x, logits, ptr."""
+    g = torch.Generator().manual_seed(seed)
+    x, logits = (torch.randn(sum(lengths), n, generator=g, dtype=torch.float64).to(dtype) for n in (width, queries))
+    return x, logits, pointer(lengths)

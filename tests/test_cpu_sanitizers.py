@@ -1,0 +1,21 @@
+"""The C++ tests of the CPU engine under AddressSanitizer and UBSan: `python csrc/tests/sanitize.py`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_engine_is_clean_under_the_sanitizers():
+    command = [sys.executable, str(ROOT / "csrc" / "tests" / "sanitize.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.rstrip().endswith("all good")
