@@ -1,0 +1,393 @@
+"""The command line: `sne-fast demo | encode | predict | bench | info`.
+
+Heavy libraries are imported by the commands that need them, and every expected error becomes one sentence and exit
+code 2 in one place, `_Commands`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .encoder import SNE
+
+EXPECTED = (ValueError, TypeError, OSError, KeyError, ModuleNotFoundError, MemoryError)
+BATCH_WEIGHTS = 200_000
+
+
+class _Commands(TyperGroup):
+    """Turns errors that have a message for the user into one sentence on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.params.get("debug") or not isinstance(error, (*EXPECTED, *_own_errors())):
+                raise
+            typer.echo(f"sne-fast: {_sentence(error)}", err=True)
+            raise typer.Exit(2) from error
+
+
+def _sentence(error: Exception) -> str:
+    text: object = error
+    if isinstance(error, KeyError) and error.args:
+        text = error.args[0]  # str() would put it in quotes
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.strerror}: {str(error.filename)!r}"
+    return " ".join(str(text).split())
+
+
+def _own_errors() -> tuple[type[BaseException], ...]:
+    """Errors of this package that are RuntimeErrors, from the modules that a command has loaded."""
+    own = (("sne_fast._dispatch", "BackendError"), ("sne_fast.benchmark.checks", "CheckFailed"))
+    return tuple(getattr(sys.modules[module], name) for module, name in own if module in sys.modules)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Encode the weights of neural networks into vectors, and predict properties of networks from them.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"sne_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Paths = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PATH",
+        help="Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, or folders "
+        "of a zoo, which stand for all its networks.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for everything it makes; must be new or empty.")
+    ] = Path("sne-demo"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides the zoo, the split and the training.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A small run to see it work, in under a minute.")] = False,
+    networks: Annotated[
+        int | None, typer.Option(help="How many networks to train.", show_default="720, quick 180")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the predictor.", show_default="30, quick 24")] = None,
+    hidden_dim: Annotated[int | None, typer.Option(help="Width of the encoder.", show_default="32")] = None,
+) -> None:
+    """Train a zoo of digit classifiers, then a predictor of their accuracy from their weights.
+
+    Writes the zoo (safetensors and index.csv), the predictor, metrics.json, predictions.csv and two plots.
+    """
+    from .demo import Demo, run
+
+    chosen = {"networks": networks, "epochs": epochs, "hidden_dim": hidden_dim}
+    settings = Demo.quick(seed) if quick else Demo(seed=seed)
+    run(out, settings.replace(**{key: value for key, value in chosen.items() if value is not None}))
+
+
+@app.command()
+def encode(
+    paths: Paths,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Output, .npz or .parquet, with columns name and vector.", show_default=False),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder (or Hub repository) of a trained encoder or predictor.", show_default="untrained"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Initial parameters of the untrained encoder.")] = 0,
+    set_attention: Annotated[
+        str, typer.Option(help="Of the untrained encoder: sab, or isab for tensors of a million weights and more.")
+    ] = "sab",
+    device: Device = "cpu",
+) -> None:
+    """Write one vector per network.
+
+    Without --model the encoder is untrained: its vectors depend on all weights and on --seed.
+    """
+    import numpy as np
+
+    _check_output(out, (".npz", ".parquet"))
+    names, files = _expand(paths)
+    encoder = _encoder(model, seed, set_attention, device)
+    vectors = _run_in_batches(encoder, files, encoder)
+    with _whole_file(out) as partial:
+        if out.suffix == ".npz":
+            with open(partial, "wb") as stream:
+                np.savez(stream, name=np.array(names), vector=vectors)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            flat = pa.array(vectors.ravel())
+            column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+            pq.write_table(pa.table({"name": pa.array(names), "vector": column}), partial)
+    typer.echo(f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
+
+
+@app.command()
+def predict(
+    paths: Paths,
+    model: Annotated[str, typer.Option(help="Folder (or Hub repository) of a trained predictor.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write to .csv or .json.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Predict properties of networks with a trained predictor."""
+    import csv
+    import json
+
+    from .predictor import Predictor
+
+    if out is not None:
+        _check_output(out, (".csv", ".json"))
+    names, files = _expand(paths)
+    predictor = Predictor.from_pretrained(model, device=_device(device))
+    values = _run_in_batches(predictor, files, predictor.encoder)
+    rows = [
+        {"name": name, **{t: float(v) for t, v in zip(predictor.target_names, row, strict=True)}}
+        for name, row in zip(names, values, strict=True)
+    ]
+    if out is not None:
+        with _whole_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
+            if out.suffix == ".csv":
+                writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                json.dump(rows, stream, indent=2)
+                stream.write("\n")
+    _print_table(
+        ["name", *predictor.target_names],
+        [[name, *(f"{float(v):.4g}" for v in row)] for name, row in zip(names, values, strict=True)],
+    )
+
+
+@app.command()
+def bench(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Case to run; repeat for several.", show_default="zoo, inr and mixed"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds at most; medians are shown.")] = 3,
+    backend: Annotated[str, typer.Option(help="Engine under test, such as cpu or reference.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="all cores")] = None,
+) -> None:
+    """Measure encoding and training against plain PyTorch on this machine, in about a minute.
+
+    Every case is checked against the float64 reference first; wrong numbers are not timed.
+    """
+    from .benchmark.short import SHORT, run_short
+
+    run_short(case or SHORT, rounds=rounds, backend=backend, threads=threads)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, and which engines run here and why others do not."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from . import __version__, explain
+
+    def found(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    rows: list[list[str]] = [
+        ["sne_fast", __version__],
+        ["python", platform.python_version()],
+        ["platform", platform.platform()],
+    ]
+    rows += [[name, found(name)] for name in ("torch", "triton", "numpy", "safetensors")]
+    rows.append(
+        ["cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    )
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            rows.append(
+                [f"cuda:{i}", f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"]
+            )
+    else:
+        rows.append(["cuda", "no device"])
+    width = max(len(row[0]) for row in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+    typer.echo()
+    typer.echo(str(explain()))
+
+
+def _check_output(out: Path, suffixes: Sequence[str]) -> None:
+    """Everything that can be known to go wrong with the output, before any work is done."""
+    if out.suffix not in suffixes:
+        raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {str(out)!r}")
+    if out.is_dir():
+        raise IsADirectoryError(f"the output {str(out)!r} is a folder")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of the output {str(out)!r} does not exist")
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'writing .parquet needs pyarrow: pip install "sne_fast[parquet]", or write .npz', name=error.name
+            ) from error
+
+
+@contextmanager
+def _whole_file(out: Path) -> Iterator[Path]:
+    """A path to write to that becomes `out` when the block ends, and is removed when it raises."""
+    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        yield partial
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _expand(paths: Sequence[Path]) -> tuple[list[str], list[Path]]:
+    """Names and files of the networks; a zoo folder stands for all its networks."""
+    from .zoo.table import ABOUT, INDEX, Zoo
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir() and (path / INDEX).is_file() and (path / ABOUT).is_file():
+            files += Zoo.open(path).paths
+        elif path.exists():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
+    if not files:
+        raise ValueError("the zoo holds no networks")
+    return [str(file) for file in files], files
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _encoder(model: str | None, seed: int, set_attention: str, device: str) -> SNE:
+    import torch
+
+    from .encoder import SNE
+    from .predictor import Predictor
+    from .pretrained import read_config, saved_class
+
+    where = _device(device)
+    if model is None:
+        typer.echo(
+            f"sne-fast: no --model given: encoding with a freshly initialised, untrained encoder (seed {seed})",
+            err=True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return SNE(set_attention=set_attention).to(where).eval()
+    if saved_class(read_config(model)) == "Predictor":
+        return Predictor.from_pretrained(model, device=where).encoder
+    return SNE.from_pretrained(model, device=where)
+
+
+def _run_in_batches(module: Callable[[Any], Any], files: Sequence[Path], encoder: SNE) -> np.ndarray:
+    """`module` on every file, `(len(files), d)`; networks share a batch up to a budget of weights."""
+    import numpy as np
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from .batch import WeightBatch
+
+    outputs: list[np.ndarray] = []
+    held: list[WeightBatch] = []
+
+    def flush() -> None:
+        if held:
+            out = module(WeightBatch.cat(held)).cpu()
+            outputs.append((out if out.dtype == torch.float64 else out.float()).numpy())
+            held.clear()
+
+    console = Console(stderr=True)
+    quiet = len(files) < 2 or not console.is_terminal
+    with torch.no_grad():
+        for file in track(files, "Encoding", console=console, transient=True, disable=quiet):
+            batch = encoder.pack([file])
+            if held and sum(b.num_weights for b in held) + batch.num_weights > BATCH_WEIGHTS:
+                flush()
+            held.append(batch)
+        flush()
+    return np.concatenate(outputs)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    """The console script: starts Python anew with OpenMP's waiting threads asleep, then runs the command.
+
+    OpenMP reads the policy when torch is loaded, which importing this package did. With one other process on a machine
+    of two cores, a training step took 6 to 16 times longer with threads that spin while they wait.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, "-m", "sne_fast.cli", *sys.argv[1:]])
+    app(prog_name="sne-fast")
+
+
+if __name__ == "__main__":
+    main()

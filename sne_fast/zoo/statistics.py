@@ -1,0 +1,56 @@
+"""Layer statistics: what a regression on summary numbers of the weights gets to see (the baseline of SNE)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..batch import WeightBatch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STATISTICS = 2 + len(QUANTILES)
+ROLES = 5
+
+
+def layer_statistics(batch: WeightBatch, layers: int | None = None) -> np.ndarray:
+    """Mean, variance and five quantiles of every tensor (Unterthiner et al. 2020), laid out for any architecture.
+
+    Per network: the statistics of the tensors of each role (weight, bias, running mean, running variance, other) of
+    layer 0, 1, ... from the front; the same for the last two layers; and mean, least and greatest of every statistic
+    over all weight and other tensors. What a network does not have is NaN.
+
+    Args:
+        layers: how many layers from the front; by default as many as the deepest network of the batch has.
+
+    Returns:
+        `(B, features)` float64 with `features = 35 (layers + 2) + 21`.
+    """
+    import numpy as np
+
+    depth = int(batch.network_ptr_host.diff().max()) if layers is None else layers
+    rows = np.full((len(batch), ROLES * STATISTICS * (depth + 2) + 3 * STATISTICS), np.nan)
+    values, scale = batch.values.detach().double().cpu().numpy(), batch.tensor_scale.double().cpu().tolist()
+    role = (batch.tensor_type % 8).tolist()
+    start = batch.chunk_ptr_host[batch.tensor_ptr_host].tolist()
+    layer_ptr, network_ptr = batch.layer_ptr_host.tolist(), batch.network_ptr_host.tolist()
+    for b in range(len(batch)):
+        table = np.full((depth + 2, ROLES, STATISTICS), np.nan)
+        weights = []
+        first, last = network_ptr[b], network_ptr[b + 1]
+        for layer in range(first, last):
+            for s in range(layer_ptr[layer], layer_ptr[layer + 1]):
+                x = values[start[s] : start[s + 1]] * scale[s]
+                numbers = [x.mean(), x.var(), *np.quantile(x, QUANTILES)]
+                if role[s] in (0, ROLES - 1):
+                    weights.append(numbers)
+                if layer - first < depth:
+                    table[layer - first, role[s]] = numbers
+                if last - layer <= 2:
+                    table[depth + last - layer - 1, role[s]] = numbers
+        rows[b, : table.size] = table.ravel()
+        if weights:
+            whole = np.array(weights)
+            rows[b, table.size :] = np.concatenate([whole.mean(0), whole.min(0), whole.max(0)])
+    return rows

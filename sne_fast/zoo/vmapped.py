@@ -1,0 +1,202 @@
+"""Training many small networks of one architecture in one vectorised call (`torch.func`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+_GLOBAL_GENERATOR = threading.Lock()  # modules draw their initial weights from it; groups may train in threads
+
+LARGEST_WEIGHT = 1e4
+"""Far above anything training reaches; steps of diverging networks stop here."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How each of K networks is trained: one entry per network in every field, all of shape `(K,)`.
+
+    `steps` int64, 0 and up: minibatch steps until the network is frozen. `lr`, `momentum`, `weight_decay`: SGD as in
+    `torch.optim.SGD`. `init_gain` multiplies the initial weights of dimension 2 and up. `train_fraction` in (0, 1]:
+    share of the training images this network sees. `label_noise` in [0, 1]: share of its labels drawn anew.
+    """
+
+    steps: Tensor
+    lr: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    init_gain: Tensor
+    train_fraction: Tensor
+    label_noise: Tensor
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
+        if len(set(sizes.values())) != 1 or self.steps.ndim != 1 or self.steps.numel() == 0:
+            raise ValueError(f"Recipe: every field must have the same shape (K,) with K >= 1, got {sizes}")
+
+    def __len__(self) -> int:
+        return self.steps.numel()
+
+    def __getitem__(self, index: Tensor) -> Recipe:
+        return Recipe(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def row(self, i: int) -> dict[str, Any]:
+        """The hyperparameters of network `i` as plain numbers."""
+        return {f.name: getattr(self, f.name)[i].item() for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """K trained networks: stacked parameters and buffers `(K, ...)` in module order, and how well each does."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    order: tuple[str, ...]
+    test_accuracy: Tensor
+    test_loss: Tensor
+    train_accuracy: Tensor
+    train_loss: Tensor
+
+    def state_dict(self, i: int) -> dict[str, Tensor]:
+        """The state_dict of network `i`, in the order of the module's own."""
+        both = {**self.parameters, **self.buffers}
+        return {name: both[name][i].clone() for name in self.order}
+
+
+def _per_network(x: Tensor, like: Tensor) -> Tensor:
+    return x.view(-1, *[1] * (like.ndim - 1))
+
+
+def _subsets(recipe: Recipe, labels: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Each network's own images: a random order (K, n), how many count (K,), and its noisy labels (K, n)."""
+    k, n = len(recipe), labels.numel()
+    order = torch.rand(k, n, generator=generator).argsort(dim=1)
+    size = (recipe.train_fraction * n).round().clamp(1, n).long()
+    noisy = torch.rand(k, n, generator=generator) < recipe.label_noise[:, None]
+    drawn = torch.randint(classes, (k, n), generator=generator)
+    return order, size, torch.where(noisy, drawn, labels.expand(k, n))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the ops here are so small that two threads mostly wait for each other.
+
+    With another process beside it, a zoo took several times longer on two threads than on one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def train_together(
+    make: Callable[[], nn.Module],
+    recipe: Recipe,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    seed: int,
+    batch_size: int = 32,
+    clip: float = 5.0,
+    on_step: Callable[[int], None] | None = None,
+) -> Trained:
+    """Train `len(recipe)` classifiers of one architecture at once, each with its own hyperparameters.
+
+    The networks are sorted by their number of steps, so those still training are always a prefix of the stack; a
+    network that has ended takes part in nothing any more and keeps its bits. Gradients are clipped to the norm `clip`
+    per network, and a step that would take a weight beyond `LARGEST_WEIGHT`, or to NaN, is left out.
+
+    Args:
+        make: returns a fresh module; called `len(recipe)` times. Normalisation buffers are allowed.
+        train, test: `(images, labels)`, images `(n, ...)` float32, labels `(n,)` int64.
+        seed: decides initial weights, subsets, noise and order of images; the global generator is left alone.
+        on_step: called with each step's number, for progress.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = [make() for _ in range(len(recipe))]
+        base = make().to("meta").train()
+    names = tuple(modules[0].state_dict())
+    stacked, buffers = stack_module_state(modules)
+    params = {name: p.detach().clone() for name, p in stacked.items()}
+    for p in params.values():
+        if p.ndim > 2:  # stacked: a matrix or a kernel of one network
+            p *= _per_network(recipe.init_gain, p)
+
+    images, labels = train
+    order, size, own_labels = _subsets(recipe, labels, int(labels.max()) + 1, generator)
+
+    longest_first = torch.argsort(recipe.steps, descending=True, stable=True)
+    back = torch.argsort(longest_first)
+    params = {name: p[longest_first] for name, p in params.items()}
+    buffers = {name: b[longest_first] for name, b in buffers.items()}
+    order, size, own_labels = order[longest_first], size[longest_first], own_labels[longest_first]
+    ordered = recipe[longest_first]
+    velocity = {name: torch.zeros_like(p) for name, p in params.items()}
+
+    def loss_of(p: dict[str, Tensor], b: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(base, (p, b), (x,)), y)
+
+    step_of = vmap(grad_and_value(loss_of))
+    for step in range(int(ordered.steps[0])):
+        k = int((ordered.steps > step).sum())
+        pick = torch.rand(k, batch_size, generator=generator)
+        rows = order[:k].gather(1, (pick * size[:k, None]).long())
+        live = {name: p[:k] for name, p in params.items()}
+        state = {name: b[:k].clone() for name, b in buffers.items()}  # running statistics are updated in place
+        grads, _ = step_of(live, state, images[rows], own_labels[:k].gather(1, rows))
+
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+        shrink = clip / norm.clamp_min(clip)
+        moved, speed = {}, {}
+        for name, p in live.items():
+            g = grads[name] * _per_network(shrink, p) + _per_network(ordered.weight_decay[:k], p) * p
+            speed[name] = _per_network(ordered.momentum[:k], p) * velocity[name][:k] + g
+            moved[name] = p - _per_network(ordered.lr[:k], p) * speed[name]
+        largest = torch.stack([p.flatten(1).abs().amax(1) for p in moved.values()]).amax(0)
+        sane = largest <= LARGEST_WEIGHT  # false for NaN
+        for old, new in ((live, moved), (velocity, speed), (buffers, state)):
+            for name, value in new.items():
+                old[name][:k] = value.where(_per_network(sane, value), old[name][:k])
+        if on_step is not None:
+            on_step(step)
+
+    params = {name: p[back] for name, p in params.items()}
+    buffers = {name: b[back] for name, b in buffers.items()}
+    order, size, own_labels = order[back], size[back], own_labels[back]
+    logits = evaluate_together(base, params, buffers, test[0])
+    test_accuracy, test_loss = _score(logits, test[1].expand(len(recipe), -1))
+    logits = evaluate_together(base, params, buffers, images)
+    seen = torch.zeros(own_labels.shape).scatter_(1, order, (torch.arange(labels.numel()) < size[:, None]).float())
+    train_accuracy, train_loss = _score(logits, own_labels, seen)
+    return Trained(params, buffers, names, test_accuracy, test_loss, train_accuracy, train_loss)
+
+
+@torch.no_grad()
+def evaluate_together(base: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+    """Logits `(K, n, classes)` of K stacked networks on the same images, in evaluation mode."""
+    base.eval()
+
+    def run(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return functional_call(base, (p, b), (images,))
+
+    return vmap(run, chunk_size=16)(params, buffers)
+
+
+def _score(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Accuracy and mean cross entropy per network; `weight` (K, n) says which images count."""
+    weight = torch.ones(labels.shape) if weight is None else weight
+    loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    hit = (logits.argmax(-1) == labels).float()
+    total = weight.sum(1)
+    return (hit * weight).sum(1) / total, (loss * weight).sum(1) / total
