@@ -1,0 +1,340 @@
+"""Write the README's benchmark section and the plots from committed JSON.
+
+    python bench/report.py [bench/results/NAME.json]      # the newest of bench/results/ by default
+
+Refuses results that are not committed, were not taken at full size with at least 5 rounds, or whose correctness check
+is missing. `--preview DIR` lifts that, writes everything into DIR instead, and says on top that it is a preview.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+LEAST_ROUNDS = 5
+MODES = ("forward", "training", "backward")
+NAMES = {"engine": "sne_fast", "eager": "eager padded", "compile": "torch.compile", "loop": "eager, one by one"}
+COLOURS = {"engine": "#0072b2", "eager": "#d55e00", "compile": "#e69f00", "loop": "#999999"}
+
+
+class Refused(SystemExit):
+    """These results may not be reported; the message says why."""
+
+
+class Results:
+    """One JSON file of pytest-benchmark: the entries by (case, mode)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            self.machine: dict[str, Any] = content["machine_info"]["sne_fast"]
+            self.when: str = content["datetime"]
+            self.entries = {
+                (e["extra_info"]["case"], e["extra_info"]["mode"]): e["extra_info"] for e in content["benchmarks"]
+            }
+        except (KeyError, TypeError) as error:
+            raise Refused(f"{path}: not written by `pytest bench --benchmark-json`: {error} is missing") from error
+        self.all_info: list[dict[str, Any]] = [e["extra_info"] for e in content["benchmarks"]]
+
+    def require_check(self) -> None:
+        for info in self.all_info:
+            if not info.get("check", {}).get("passed"):
+                raise Refused(
+                    f"{self.path}: {info['case']} {info['mode']} has no passed correctness check; not reported"
+                )
+
+    def require_full(self) -> None:
+        if self.machine["size"] != "full" or self.machine["rounds"] < LEAST_ROUNDS:
+            raise Refused(
+                f"{self.path}: size {self.machine['size']!r} with {self.machine['rounds']} rounds; reports need size "
+                f"'full' with at least {LEAST_ROUNDS}, or --preview"
+            )
+
+    def require_committed(self) -> None:
+        where = {"cwd": self.path.resolve().parent, "capture_output": True, "text": True}
+        name = self.path.name
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", name], **where).returncode == 0  # type: ignore[call-overload]
+        same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", name], **where).returncode == 0  # type: ignore[call-overload]
+        if not tracked or not same:
+            raise Refused(f"{self.path}: is not committed as it is; commit it, or --preview")
+
+    @property
+    def cases(self) -> list[str]:
+        """Cases with a speed, in the order of the file."""
+        return list(dict.fromkeys(case for case, mode in self.entries if mode in MODES))
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def _count(n: float) -> str:
+    return f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.1f}k"
+
+
+def _rate(weights: float, seconds: float) -> str:
+    return f"{weights / seconds / 1e6:.3g}"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 0.1 * 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
+
+
+def _ratio(info: dict[str, Any], baseline: str, notes: list[str]) -> str:
+    if baseline in info["ratios"]:
+        return f"{info['ratios'][baseline]:.3g}x"
+    why = info["skipped"].get(baseline)
+    if why is None:
+        return ""
+    if why not in notes:
+        notes.append(why)
+    return f"({notes.index(why) + 1})"
+
+
+def speed_table(results: Results) -> list[str]:
+    rows, notes = [], []
+    for case in results.cases:
+        for mode in MODES:
+            info = results.entries.get((case, mode))
+            if info is not None:
+                rows.append(
+                    [
+                        f"`{case}` {mode}",
+                        _count(info["weights"]),
+                        _rate(info["weights"], info["seconds"]["engine"]),
+                        *(_ratio(info, baseline, notes) for baseline in ("eager", "compile", "loop")),
+                        f"{100 * info['fraction_of_limit']:.0f} %",
+                        str(info["rounds"]),
+                    ]
+                )
+    header = [
+        "case",
+        "weights",
+        "M weights/s",
+        "vs eager padded",
+        "vs torch.compile",
+        "vs one by one",
+        "of limit",
+        "rounds",
+    ]
+    lines = _table(header, rows)
+    return [*lines, "", *(f"({n + 1}) {note}.  " for n, note in enumerate(notes))]
+
+
+def memory_table(results: Results) -> list[str]:
+    rows, notes = [], []
+    for (case, mode), info in results.entries.items():
+        if mode.startswith("memory"):
+            cells = []
+            for name in ("engine", "eager"):
+                if name in info["peak_bytes"]:
+                    cells.append(_bytes(info["peak_bytes"][name]))
+                else:
+                    cells.append(_ratio({"ratios": {}, **info}, name, notes))
+            rows.append([f"`{case}` {mode.removeprefix('memory of ')}", *cells])
+    lines = _table(["peak memory above the loaded batch", "sne_fast", "eager padded"], rows) if rows else []
+    return [*lines, "", *(f"({n + 1}) {note}.  " for n, note in enumerate(notes))]
+
+
+def op_table(results: Results) -> list[str]:
+    rows = [
+        [
+            f"`chunk_encode` {mode.removeprefix('chunk_encode ')}, `{case}`",
+            f"{info['fraction_of_limit'] * info['product_rate_median'] / 1e9:.0f} GFLOP/s",
+            f"{info['product_rate_median'] / 1e9:.0f} GFLOP/s",
+            f"{100 * info['fraction_of_limit']:.0f} %",
+        ]
+        for (case, mode), info in results.entries.items()
+        if mode.startswith("chunk_encode")
+    ]
+    header = ["op", "reached", "best 8192 x 64 by 64 x 192 product", "fraction"]
+    return _table(header, rows) if rows else []
+
+
+def scaling_text(results: Results) -> list[str]:
+    lines = []
+    for info in _scaling(results):
+        worst = max(info["time_per_weight_over_first"].values(), key=lambda g: abs(g - 1))
+        first = _count(float(next(iter(info["time_per_weight_over_first"]))))
+        last = _count(info["points"][-1]["weights"])
+        what = "as the number of networks grows" if info["family"] == "networks" else "as one network grows (ISAB)"
+        lines.append(
+            f"Forward time per weight from {first} to {last} weights, {what}: at most {abs(worst - 1):.0%} off.  "
+        )
+    return lines
+
+
+def _scaling(results: Results) -> list[dict[str, Any]]:
+    return [info for (_, mode), info in results.entries.items() if mode.startswith("scaling")]
+
+
+def section(results: Results, plots: Sequence[Path], base: Path, preview: bool) -> str:
+    m = results.machine
+    versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items() if v and name in ("python", "torch"))
+    dirty = " with uncommitted changes" if m["dirty"] else ""
+    lines = [
+        *(["**Preview: not a committed full run.**", ""] if preview else []),
+        f"{m['device']}, {m['threads']} threads ({m['instruction_set']}), {versions}, float32, width 64, 4 heads, "
+        f"chunks of 32, layer norm; commit {(m['commit'] or 'unknown')[:10]}{dirty}, {results.when[:10]}. Medians of "
+        "interleaved rounds, engine and baselines in turn on the same weights. The limit is this machine's best matrix "
+        "product, measured in every round, over the operations of the chunk stage alone; a training step counts as "
+        "four forwards.",
+        "",
+        *speed_table(results),
+        "",
+        *memory_table(results),
+        "",
+        *op_table(results),
+        "",
+        *scaling_text(results),
+        "",
+        *(f"![{plot.stem}]({plot.relative_to(base).as_posix()})" for plot in plots),
+    ]
+    text = "\n".join(lines)
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip() + "\n"
+
+
+def insert(readme: Path, text: str) -> None:
+    """Replace what stands between the markers of `readme`."""
+    old = readme.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise Refused(f"{readme}: must hold the lines {BEGIN} and {END} once each, in this order")
+    head, tail = old[: old.index(BEGIN) + len(BEGIN)], old[old.index(END) :]
+    readme.write_text(f"{head}\n{text}{tail}", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def plot_throughput(results: Results, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    modes = [mode for mode in ("forward", "training") if any(m == mode for _, m in results.entries)]
+    figure, axes = plt.subplots(1, len(modes), figsize=(5 * len(modes), 3.6), squeeze=False, layout="constrained")
+    for axis, mode in zip(axes[0], modes, strict=True):
+        cases = [case for case in results.cases if (case, mode) in results.entries]
+        for n, name in enumerate(NAMES):
+            at, height = [], []
+            for k, case in enumerate(cases):
+                info = results.entries[case, mode]
+                if name in info["seconds"]:
+                    at.append(k + 0.2 * (n - 1.5))
+                    height.append(info["weights"] / info["seconds"][name])
+            if at:
+                axis.bar(at, height, 0.19, color=COLOURS[name], label=NAMES[name])
+        axis.set(yscale="log", title=mode, ylabel="weights per second" if mode == modes[0] else "")
+        axis.set_xticks(range(len(cases)), cases)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _points(results: Results, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measured sizes; the large single networks of the cases continue the line of one growing network."""
+    points = list(info["points"])
+    if info["family"] == "network":
+        for case in ("gpt2",):
+            speed, memory = (results.entries.get((case, mode)) for mode in ("forward", "memory of forward"))
+            if speed and memory and speed["weights"] > points[-1]["weights"]:
+                points.append(
+                    {
+                        "weights": speed["weights"],
+                        "seconds": speed["seconds"]["engine"],
+                        "peak_bytes": memory["peak_bytes"]["engine"],
+                    }
+                )
+    return points
+
+
+def plot_scaling(results: Results, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    labels = {"networks": "more networks (SAB)", "network": "one larger network (ISAB)"}
+    for info, colour in zip(_scaling(results), ("#0072b2", "#009e73"), strict=False):
+        points = _points(results, info)
+        weights = [p["weights"] for p in points]
+        style = {"marker": "o", "color": colour, "label": labels[info["family"]]}
+        axes[0].plot(weights, [p["seconds"] for p in points], **style)
+        axes[1].plot(weights, [p["peak_bytes"] / 2**20 for p in points], **style)
+    for axis, label in zip(axes, ("seconds of a forward pass", "peak memory above the batch, MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="weights in the batch", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def write(path: Path, readme: Path, plots: Path, preview: bool = False) -> str:
+    """Check the results, draw the plots into `plots` and put the section into `readme`; returns the section."""
+    results = Results(path)
+    results.require_check()
+    if not preview:
+        results.require_full()
+        results.require_committed()
+    plots.mkdir(parents=True, exist_ok=True)
+    made = []
+    if results.cases:
+        made.append(plots / f"{path.stem}-throughput.png")
+        plot_throughput(results, made[-1])
+    if _scaling(results):
+        made.append(plots / f"{path.stem}-scaling.png")
+        plot_scaling(results, made[-1])
+    text = section(results, made, readme.parent, preview)
+    insert(readme, text)
+    return text
+
+
+def newest(folder: Path) -> Path:
+    found = sorted(folder.glob("*.json"), key=lambda p: json.loads(p.read_text(encoding="utf-8")).get("datetime", ""))
+    if not found:
+        raise Refused(f"{folder}: no results; run `pytest bench --benchmark-json={folder}/NAME.json` first")
+    return found[-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", nargs="?", type=Path, help="results of pytest bench; default: the newest")
+    parser.add_argument("--preview", type=Path, metavar="DIR", help="write into DIR, from any results")
+    options = parser.parse_args(arguments)
+    path = options.json or newest(RESULTS)
+    if options.preview is None:
+        write(path, README, RESULTS)
+        return
+    options.preview.mkdir(parents=True, exist_ok=True)
+    readme = options.preview / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    sys.stdout.write(write(path, readme, options.preview, preview=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What the benchmark suite in `bench/` and the command `sne-fast bench` share: cases, baselines, limits, memory."""
+
+from .cases import CASES, Case, find_case, scaling_case
+from .checks import Check, CheckFailed, check_agreement, run_check
+from .contenders import BASELINES, Contender, DoesNotFit, contender
+from .limits import FORWARDS_PER_STEP, chunk_operations, product_rate
+from .memory import available_bytes, default_memory_limit, padded_bytes, probe
+from .pairs import Pairs
+
+__all__ = [
+    "BASELINES",
+    "CASES",
+    "FORWARDS_PER_STEP",
+    "Case",
+    "Check",
+    "CheckFailed",
+    "Contender",
+    "DoesNotFit",
+    "Pairs",
+    "available_bytes",
+    "check_agreement",
+    "chunk_operations",
+    "contender",
+    "default_memory_limit",
+    "find_case",
+    "padded_bytes",
+    "probe",
+    "product_rate",
+    "run_check",
+    "scaling_case",
+]

@@ -1,0 +1,117 @@
+"""Who competes: the engine, and what a user would write without it, on the same parameters and the same batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .._dispatch import use_backend
+from ..batch import WeightBatch
+from ..encoder import SNE
+from ..reference import PaddedSNE
+from .memory import padded_bytes
+
+Phases = dict[str, float]
+"""Seconds of one run: "total", and "forward", "backward", "optimizer" of a training step."""
+
+BASELINES = ("eager", "compile", "loop")
+LEARNING_RATE = 1e-6  # the parameters are shared, and a measurement must not move them
+
+
+class DoesNotFit(RuntimeError):
+    """A baseline is predicted to need more memory than it may use: it is reported so, never tried."""
+
+
+class Contender:
+    """One way to encode a batch, timed forward without gradients or as a whole training step."""
+
+    def __init__(self, name: str, encoder: SNE, batches: Sequence[WeightBatch], encode: Callable[[], Tensor]) -> None:
+        self.name, self.encode = name, encode
+        networks = sum(len(batch) for batch in batches)
+        self._target = torch.randn(networks, encoder.hidden_dim, generator=torch.Generator().manual_seed(3))
+        self._optimizer = torch.optim.Adam(encoder.parameters(), lr=LEARNING_RATE)
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        return self.encode()
+
+    def forward(self) -> Phases:
+        start = time.perf_counter()
+        self.output()
+        return {"total": time.perf_counter() - start}
+
+    def step(self) -> Phases:
+        """Forward, backward of a mean squared error, optimizer step."""
+        start = time.perf_counter()
+        loss = self.loss()
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        self._optimizer.step()
+        end = time.perf_counter()
+        return {
+            "forward": forward - start,
+            "backward": backward - forward,
+            "optimizer": end - backward,
+            "total": end - start,
+        }
+
+    def loss(self) -> Tensor:
+        self._optimizer.zero_grad()
+        return (self.encode() - self._target).square().mean()
+
+
+def contender(
+    name: str, encoder: SNE, batch: WeightBatch, *, backend: str = "auto", training: bool, memory_limit: float
+) -> Contender:
+    """One of "engine", "eager" (padded), "compile" (torch.compile of it), "loop" (eager, one network at a time).
+
+    Args:
+        memory_limit: bytes that a baseline may use.
+
+    Raises:
+        DoesNotFit: the padded form is predicted to need more than that.
+        ValueError: no such contender.
+    """
+    if name == "engine":
+
+        def engine() -> Tensor:
+            with use_backend(backend):
+                return encoder(batch)
+
+        return _Engine(name, encoder, [batch], engine, backend)
+    if name not in BASELINES:
+        raise ValueError(f"contender: name must be engine or one of {', '.join(BASELINES)}, got {name!r}")
+    batches = [batch[b : b + 1] for b in range(len(batch))] if name == "loop" else [batch]
+    needed = max(padded_bytes(encoder, part, training) for part in batches)
+    if name == "loop" and training:  # one graph holds all networks until backward
+        needed = sum(padded_bytes(encoder, part, training) for part in batches)
+    if needed > memory_limit:
+        raise DoesNotFit(
+            f"does not fit: padded to the longest set it needs about {needed / 2**30:.0f} GiB, "
+            f"{memory_limit / 2**30:.0f} GiB may be used"
+        )
+    padded = PaddedSNE(encoder)
+    if name == "compile":
+        compiled = torch.compile(padded)
+        return Contender(name, encoder, batches, lambda: compiled(batch))
+    if name == "loop":
+        return Contender(name, encoder, batches, lambda: torch.cat([padded(part) for part in batches]))
+    return Contender(name, encoder, batches, lambda: padded(batch))
+
+
+class _Engine(Contender):
+    """Holds the backend during the backward pass too."""
+
+    def __init__(
+        self, name: str, encoder: SNE, batches: Sequence[WeightBatch], encode: Callable[[], Tensor], backend: str
+    ) -> None:
+        super().__init__(name, encoder, batches, encode)
+        self.backend = backend
+
+    def step(self) -> Phases:
+        with use_backend(self.backend):
+            return super().step()

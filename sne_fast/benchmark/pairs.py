@@ -1,0 +1,73 @@
+"""Interleaved measurement: in every round each contender runs once, so that noise hits all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+from .contenders import Phases
+from .limits import product_rate
+
+
+class Pairs:
+    """Rounds of the baselines, the machine's product rate, then the engine, in this order.
+
+    `operations` are those of the engine's run that the limit counts. Call :meth:`before` and :meth:`engine` in turn
+    (as the setup and the target of pytest-benchmark's `pedantic`), or :meth:`run`.
+    """
+
+    def __init__(
+        self, engine: Callable[[], Phases], baselines: Mapping[str, Callable[[], Phases]], operations: float
+    ) -> None:
+        self._engine, self._baselines, self.operations = engine, dict(baselines), operations
+        self.runs: dict[str, list[Phases]] = {name: [] for name in ("engine", *self._baselines)}
+        self.rates: list[float] = []
+
+    @property
+    def rounds(self) -> int:
+        return len(self.runs["engine"])
+
+    def before(self) -> None:
+        for name, run in self._baselines.items():
+            self.runs[name].append(run())
+        self.rates.append(product_rate())
+
+    def engine(self) -> None:
+        self.runs["engine"].append(self._engine())
+
+    def run(self, rounds: int) -> None:
+        for _ in range(rounds):
+            self.before()
+            self.engine()
+
+    def seconds(self, phase: str = "total") -> dict[str, float]:
+        """Median seconds of every contender."""
+        return {name: median(run[phase] for run in runs) for name, runs in self.runs.items()}
+
+    def ratios(self, phase: str = "total") -> dict[str, float]:
+        """Median over the rounds of how many times longer each baseline took than the engine beside it."""
+        engine = self.runs["engine"]
+        return {
+            name: median(slow[phase] / fast[phase] for slow, fast in zip(runs, engine, strict=True))
+            for name, runs in self.runs.items()
+            if name != "engine"
+        }
+
+    def fraction(self, phase: str = "total") -> float:
+        """Median over the rounds of the share of the product rate, measured just before, that the engine reached."""
+        return median(
+            self.operations / run[phase] / rate for run, rate in zip(self.runs["engine"], self.rates, strict=True)
+        )
+
+    def summary(self, phase: str = "total") -> dict[str, Any]:
+        """Everything above, for the JSON."""
+        return {
+            "rounds": self.rounds,
+            "seconds": self.seconds(phase),
+            "ratios": self.ratios(phase),
+            "fraction_of_limit": self.fraction(phase),
+            "fraction_of_best_product": self.operations / self.seconds(phase)["engine"] / max(self.rates),
+            "product_rate_median": median(self.rates),
+            "product_rate_best": max(self.rates),
+        }

@@ -1,0 +1,147 @@
+"""The short form behind `sne-fast bench`: small versions of three cases, engine against eager padded, one table."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import _native
+from .._dispatch import use_backend
+from .cases import CASES
+from .checks import check_agreement, run_check
+from .contenders import DoesNotFit, contender
+from .limits import FORWARDS_PER_STEP, chunk_operations, product_rate
+from .memory import default_memory_limit
+from .pairs import Pairs
+
+SHORT = ("zoo", "inr", "mixed")
+SIZE = "check"
+ROUNDS = 3
+BUDGET = 7.0
+"""Seconds after which a measurement begins no further round: the whole stays near a minute on a slow machine too."""
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_short(
+    cases: Sequence[str] = SHORT,
+    *,
+    rounds: int = ROUNDS,
+    backend: str = "auto",
+    threads: int | None = None,
+    size: str = SIZE,
+    console: Console | None = None,
+) -> list[dict[str, float | str]]:
+    """Check, measure and print `cases` in versions of at most 1e5 weights; under a minute on two cores.
+
+    Args:
+        cases: names from :data:`sne_fast.benchmark.CASES`.
+        rounds: interleaved rounds at most; each measurement ends early after 7 s. Medians are printed.
+        backend: engine under test, as :func:`sne_fast.use_backend` takes it.
+        threads: of torch and the engine; all cores by default.
+        size: of the cases, see :data:`sne_fast.benchmark.cases.SIZES`.
+        console: where the table goes.
+
+    Returns:
+        A row per case and mode: case, mode, weights, rounds, weights_per_second, fraction_of_limit, and vs_eager where
+        that fits.
+
+    Raises:
+        ValueError: an unknown case, or rounds below 1.
+        CheckFailed: the engine's numbers are wrong; nothing is printed then.
+        BackendError: the backend cannot run here.
+    """
+    for name in cases:
+        if name not in CASES:
+            raise ValueError(f"bench: unknown case {name!r}; there are {', '.join(CASES)}")
+    for name, count in (("rounds", rounds), ("threads", threads)):
+        if count is not None and count < 1:
+            raise ValueError(f"bench: {name} must be at least 1, got {count}")
+    console = console or Console()
+    rows: list[dict[str, float | str]] = []
+    start = time.perf_counter()
+    with _threads(threads if threads is not None else os.cpu_count() or 1), use_backend(backend):
+        with console.status("") as status:
+            for name in cases:
+                for row in _measure(name, rounds, backend, size, status.update):
+                    rows.append(row)
+        rate = product_rate(0.2)
+        console.print(_table(rows))
+        isa = "not built" if _native.reasons() else _native.isa()
+        console.print(
+            f"{torch.get_num_threads()} threads, native engine {isa}, backend {backend}; best product "
+            f"{rate / 1e9:.0f} GFLOP/s; medians of interleaved rounds; {time.perf_counter() - start:.0f} s in all.\n"
+            "The full suite: pytest bench (in the repository).",
+            highlight=False,
+        )
+    return rows
+
+
+def _measure(name: str, rounds: int, backend: str, size: str, say: object) -> Iterator[dict[str, float | str]]:
+    case = CASES[name]
+    say(f"{name}: checking against float64")  # type: ignore[operator]
+    run_check(case, backend, "tiny")
+    encoder = case.encoder()
+    batch = case.batch(encoder, size)
+    operations = chunk_operations(batch, encoder.hidden_dim)
+    for mode in ("forward", "training") if case.trains else ("forward",):
+        say(f"{name}: {mode}")  # type: ignore[operator]
+        training = mode == "training"
+        limit = default_memory_limit()
+        engine = contender("engine", encoder, batch, backend=backend, training=training, memory_limit=limit)
+        z, others = engine.output(), {}
+        try:
+            eager = contender("eager", encoder, batch, training=training, memory_limit=limit)
+        except DoesNotFit:
+            pass
+        else:
+            check_agreement(case, "eager", z, eager.output())
+            others["eager"] = eager.step if training else eager.forward
+        if training:
+            engine.step()
+        counted = operations * (FORWARDS_PER_STEP if training else 1)
+        pairs = Pairs(engine.step if training else engine.forward, others, counted)
+        end = time.perf_counter() + BUDGET
+        while pairs.rounds < rounds and (not pairs.rounds or time.perf_counter() < end):
+            pairs.run(1)
+        yield {
+            "case": name,
+            "mode": mode,
+            "weights": batch.num_weights,
+            "rounds": pairs.rounds,
+            "weights_per_second": batch.num_weights / pairs.seconds()["engine"],
+            "fraction_of_limit": pairs.fraction(),
+            **{f"vs_{other}": ratio for other, ratio in pairs.ratios().items()},
+        }
+
+
+def _table(rows: Sequence[dict[str, float | str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for n, column in enumerate(("case", "mode", "weights", "M weights/s", "vs eager padded", "of limit", "rounds")):
+        table.add_column(column, justify="left" if n < 2 else "right", no_wrap=True)
+    for row in rows:
+        ratio = row.get("vs_eager")
+        table.add_row(
+            str(row["case"]),
+            str(row["mode"]),
+            f"{row['weights']:,}",
+            f"{float(row['weights_per_second']) / 1e6:.3f}",
+            "does not fit" if ratio is None else f"{float(ratio):.1f}x",
+            f"{100 * float(row['fraction_of_limit']):.0f} %",
+            str(row["rounds"]),
+        )
+    return table
