@@ -72,8 +72,8 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     check_extra()
     from rich.console import Console
 
+    from ._threads import torch_threads
     from .training import stratified_split
-    from .zoo.vmapped import one_thread
 
     settings = settings or Demo()
     console = console or Console()
@@ -94,7 +94,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     with clock("packing"):
         batch = predictor.encoder.pack(zoo.paths)
     # Batches are small: with two threads, and others on the machine, this stage was seen to take five times longer.
-    with clock("training"), one_thread():
+    with clock("training"), torch_threads(1):
         history = _train(predictor, batch, accuracy, parts, settings, console)
         predictor.save_pretrained(out / "predictor")
     with clock("report"):

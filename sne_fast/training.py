@@ -96,7 +96,7 @@ def fit(
     generator = torch.Generator().manual_seed(settings.seed)
     plan = [list(batches_by_weights(sizes, settings.batch_weights, generator)) for _ in range(settings.epochs)]
 
-    optimiser = torch.optim.AdamW(_decay_groups(predictor, settings.weight_decay), lr=settings.lr)
+    optimiser = torch.optim.AdamW(_decay_groups(predictor, settings.weight_decay), lr=settings.lr, fused=True)
     total = sum(len(epoch) for epoch in plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_cosine(step, total, settings.warmup))
     history = History()

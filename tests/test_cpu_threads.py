@@ -6,9 +6,10 @@ import threading
 
 import pytest
 import torch
-from cpu_cases import NEEDS_ENGINE, cast, chunk_encode_case, pointers, torch_threads
+from cpu_cases import NEEDS_ENGINE, cast, chunk_encode_case, pointers
 
 from sne_fast import _native
+from sne_fast._threads import torch_threads
 from sne_fast.backends import cpu
 
 pytestmark = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_ENGINE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from .. import _native
 from .._dispatch import use_backend
+from .._threads import torch_threads
 from .cases import CASES
 from .checks import check_agreement, run_check
 from .contenders import DoesNotFit, contender
@@ -25,16 +25,6 @@ SIZE = "check"
 ROUNDS = 3
 BUDGET = 7.0
 """Seconds after which a measurement begins no further round: the whole stays near a minute on a slow machine too."""
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run_short(
@@ -74,7 +64,7 @@ def run_short(
     console = console or Console()
     rows: list[dict[str, float | str]] = []
     start = time.perf_counter()
-    with _threads(threads if threads is not None else os.cpu_count() or 1), use_backend(backend):
+    with torch_threads(threads if threads is not None else os.cpu_count() or 1), use_backend(backend):
         with console.status("") as status:
             for name in cases:
                 for row in _measure(name, rounds, backend, size, status.update):

@@ -12,6 +12,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from .._threads import torch_threads
 from .table import Zoo, ZooWriter
 from .vmapped import Recipe, Trained, train_together
 
@@ -215,20 +216,15 @@ def _in_threads(
     The tensors are far too small to share one among cores: threads waiting for each other would take longer than the
     work, many times longer on a busy machine.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(max_workers=threads) as pool:
-            # convolutions, which stand last and take longest, start first
-            futures = {name: pool.submit(work, name) for name in reversed(names)}
-            try:
-                for name in names:
-                    yield name, futures[name].result()
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool, torch_threads(1):
+        # convolutions, which stand last and take longest, start first
+        futures = {name: pool.submit(work, name) for name in reversed(names)}
+        try:
+            for name in names:
+                yield name, futures[name].result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 @torch.no_grad()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+from .._threads import torch_threads
 
 _GLOBAL_GENERATOR = threading.Lock()  # modules draw their initial weights from it; groups may train in threads
 
@@ -83,21 +84,9 @@ def _subsets(recipe: Recipe, labels: Tensor, classes: int, generator: torch.Gene
     return order, size, torch.where(noisy, drawn, labels.expand(k, n))
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: the ops here are so small that two threads mostly wait for each other.
-
-    With another process beside it, a zoo took several times longer on two threads than on one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
+# The ops here are so small that two threads mostly wait for each other: with another process beside it, a zoo took
+# several times longer on two threads than on one.
+@torch_threads(1)
 def train_together(
     make: Callable[[], nn.Module],
     recipe: Recipe,
