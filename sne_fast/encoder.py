@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
+from ._slabs import joined, network_runs, row_runs
 from .batch import WeightBatch
 from .codes import position_code, reversed_position_code
 from .nn import ISAB, PMA, SAB
@@ -36,22 +37,39 @@ class ChunkEncoder(nn.Module):
 
     def forward(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
         """``tensor_code (T, h)``, ``E[type] + P(level)`` of each tensor, before the gain: ``(N, h)``."""
-        return self.pool.project(self.pooled_rows(batch, tensor_code)).squeeze(1)
+        runs = list(row_runs(batch.chunk_ptr_host.shape[0] - 1, batch.device))
+        if len(runs) == 1:
+            return self.pool.project(self.pooled_rows(batch, tensor_code)).squeeze(1)
+        # Straight into the result: (N, H, h) would be the largest tensor of a pass without gradients.
+        return joined(lambda run: self.pool.project(self.pooled_rows(batch, tensor_code, run)).squeeze(1), runs)
 
-    def pooled_rows(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
-        """The rows pooled per head, before ``fc_v`` of the pool: ``(N, H, h)``."""
+    def pooled_rows(self, batch: WeightBatch, tensor_code: Tensor, run: slice | None = None) -> Tensor:
+        """The rows pooled per head, before ``fc_v`` of the pool: ``(N, H, h)``, of all chunks or of a run of them."""
+        values, chunk_ptr, tensor_ptr = batch.values, batch.chunk_ptr, batch.tensor_ptr
+        chunk_ptr_host, tensor_ptr_host = batch.chunk_ptr_host, batch.tensor_ptr_host
+        if run is not None:
+            first, last = int(chunk_ptr_host[run.start]), int(chunk_ptr_host[run.stop])
+            bounds = slice(run.start, run.stop + 1)
+            values, chunk_ptr, chunk_ptr_host = (
+                values[first:last],
+                chunk_ptr[bounds] - first,
+                chunk_ptr_host[bounds] - first,
+            )
+            tensor_ptr, tensor_ptr_host = (
+                p.clamp(run.start, run.stop) - run.start for p in (tensor_ptr, tensor_ptr_host)
+            )
         gain, width = self.code_gain, tensor_code.shape[1]
         element = torch.arange(batch.chunk_size, device=gain.device)
         element_code = reversed_position_code(element, width, gain.dtype)
         return functional.chunk_encode(
-            batch.values,
-            batch.chunk_ptr,
-            batch.tensor_ptr,
+            values,
+            chunk_ptr,
+            tensor_ptr,
             gain * tensor_code,
             gain * element_code if self.element_order else torch.zeros_like(element_code),
             **self.folded_parameters(),
-            chunk_ptr_host=batch.chunk_ptr_host,
-            tensor_ptr_host=batch.tensor_ptr_host,
+            chunk_ptr_host=chunk_ptr_host,
+            tensor_ptr_host=tensor_ptr_host,
         )
 
     def folded_parameters(self) -> dict[str, Tensor]:
@@ -121,11 +139,16 @@ class TensorEncoder(SetEncoder):
         tensor_of_chunk = torch.repeat_interleave(
             torch.arange(ptr.shape[0] - 1, device=ptr.device), ptr.diff(), output_size=chunks
         )
-        x = x + row_code.index_select(0, tensor_of_chunk)
-        if self.chunk_order:
-            table = reversed_position_code(batch.chunk_positions, x.shape[1], gain.dtype)
-            position = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
-            x = x + gain * table.index_select(0, position)
+        if not self.chunk_order:
+            return self.pool(x + row_code.index_select(0, tensor_of_chunk), ptr, ptr_host).squeeze(1)
+        table = gain * reversed_position_code(batch.chunk_positions, x.shape[1], gain.dtype)
+        position = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
+
+        def with_codes(run: slice) -> Tensor:
+            return x[run] + row_code.index_select(0, tensor_of_chunk[run]) + table.index_select(0, position[run])
+
+        runs = list(row_runs(chunks, x.device))  # several only without gradients: then x is ours to overwrite
+        x = with_codes(runs[0]) if len(runs) == 1 else joined(with_codes, runs, x)
         return self.pool(x, ptr, ptr_host).squeeze(1)
 
 
@@ -255,6 +278,11 @@ class SNE(PretrainedMixin, nn.Module):
         """
         batch = networks if isinstance(networks, WeightBatch) else self.pack(networks)
         self._check_batch(batch)
+        starts = batch.chunk_ptr_host[batch.tensor_ptr_host[batch.layer_ptr_host[batch.network_ptr_host]]]
+        runs = network_runs(starts, batch.device)
+        return self._encode(batch) if len(runs) == 1 else torch.cat([self._encode(batch[run]) for run in runs])
+
+    def _encode(self, batch: WeightBatch) -> Tensor:
         dtype = self.type_embedding.weight.dtype
         level_code = position_code(batch.layer_level, self.hidden_dim, dtype)  # [L, h]
         layer_of_tensor = torch.repeat_interleave(

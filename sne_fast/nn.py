@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from ._slabs import joined, row_runs
 
 
 class MAB(nn.Module):
@@ -57,12 +58,24 @@ class MAB(nn.Module):
         k_ptr_host: Tensor | None = None,
     ) -> Tensor:
         """Rows ``q (rows_q, dim_q)`` attend to ``k (rows_k, dim_k)`` of the same set: ``(rows_q, dim_v)``."""
-        query = self.fc_q(q)
-        attended = functional.set_attention(
-            query, self.fc_k(k), self.fc_v(k), q_ptr, k_ptr, self.num_heads,
-            q_ptr_host=q_ptr_host, k_ptr_host=k_ptr_host,
-        )  # fmt: skip
-        return self.feed_forward(query + attended)
+        key, value = self.fc_k(k), self.fc_v(k)
+
+        def attend(q: Tensor, ptr: Tensor, host: Tensor | None) -> Tensor:
+            query = self.fc_q(q)
+            attended = functional.set_attention(
+                query, key, value, ptr, k_ptr, self.num_heads, q_ptr_host=host, k_ptr_host=k_ptr_host
+            )
+            return self.feed_forward(query + attended)
+
+        runs = list(row_runs(q.shape[0], q.device))
+        if len(runs) == 1:
+            return attend(q, q_ptr, q_ptr_host)
+
+        def attend_run(run: slice) -> Tensor:  # sets outside a run have no queries in it
+            host = None if q_ptr_host is None else q_ptr_host.clamp(run.start, run.stop) - run.start
+            return attend(q[run], q_ptr.clamp(run.start, run.stop) - run.start, host)
+
+        return joined(attend_run, runs)
 
     def feed_forward(self, o: Tensor) -> Tensor:
         """What follows the attention's residual: ``ln1(o' + relu(fc_o(o')))`` with ``o' = ln0(o)``, row by row."""
