@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pretrained import PretrainedMixin, about, arguments, check_config
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .encoder import SNE
 
 TRANSFORMS = ("identity", "logit")
+LOSSES = ("mse", "bce", "cross_entropy")
 LOGIT_MARGIN = 0.01
 """Targets in [0, 1] are kept this far from the ends before the logit."""
 
@@ -50,15 +52,19 @@ class Predictor(PretrainedMixin, nn.Module):
     units: "identity", or "logit" for targets in [0, 1] such as accuracies. `target_mean` and `target_std`
     `(out_features,)` are buffers, set by `set_targets`; at first 0 and 1.
 
+    With `loss="bce"` the head gives logits of targets in [0, 1], trained by binary cross-entropy, and outputs are their
+    sigmoids; with `loss="cross_entropy"` it gives logits of classes, and outputs are probabilities. Neither normalises.
+
     Args:
         encoder: an `sne_fast.SNE`.
-        out_features: number of predicted values.
+        out_features: number of predicted values, or of classes.
         hidden_features: widths of the head's hidden layers.
         target_names: what the outputs are called, one name each.
-        target_transform: "identity" or "logit".
+        target_transform: "identity" or "logit"; "logit" with "mse" only.
+        loss: "mse", "bce" or "cross_entropy".
 
     Raises:
-        ValueError: a transform that does not exist, or not one name per output.
+        ValueError: a transform or loss that does not exist or does not fit, or not one name per output.
 
     Example::
 
@@ -76,10 +82,15 @@ class Predictor(PretrainedMixin, nn.Module):
         hidden_features: Sequence[int] = (512, 512),
         target_names: Sequence[str] | None = None,
         target_transform: str = "identity",
+        loss: str = "mse",
     ) -> None:
         super().__init__()
         if target_transform not in TRANSFORMS:
             raise ValueError(f"Predictor: target_transform must be one of {TRANSFORMS}, got {target_transform!r}")
+        if loss not in LOSSES:
+            raise ValueError(f"Predictor: loss must be one of {LOSSES}, got {loss!r}")
+        if loss != "mse" and target_transform != "identity":
+            raise ValueError(f"Predictor: loss {loss!r} takes target_transform 'identity', got {target_transform!r}")
         names = tuple(target_names) if target_names is not None else tuple(f"target_{i}" for i in range(out_features))
         if len(names) != out_features or isinstance(target_names, str):
             raise ValueError(f"Predictor: target_names must hold {out_features} name(s), got {target_names!r}")
@@ -89,6 +100,7 @@ class Predictor(PretrainedMixin, nn.Module):
         self.hidden_features = tuple(hidden_features)
         self.target_names = names
         self.target_transform = target_transform
+        self.loss = loss
         self.register_buffer("target_mean", torch.zeros(out_features))
         self.register_buffer("target_std", torch.ones(out_features))
 
@@ -101,6 +113,7 @@ class Predictor(PretrainedMixin, nn.Module):
             "hidden_features": list(self.hidden_features),
             "target_names": list(self.target_names),
             "target_transform": self.target_transform,
+            "loss": self.loss,
         }
 
     @classmethod
@@ -121,32 +134,69 @@ class Predictor(PretrainedMixin, nn.Module):
         """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.
 
         Raises:
-            ValueError: another shape, values that are not finite, or logit targets outside [0, 1].
+            ValueError: another shape, values that are not finite, or targets outside what the loss takes.
         """
         transformed = self._transformed(targets).double()
+        if self.loss != "mse":
+            return
         self.target_mean.copy_(transformed.mean(0))
         std = transformed.std(0, correction=0)
         self.target_std.copy_(std.where(std > 0, torch.ones_like(std)))
 
     def normalise(self, targets: Tensor) -> Tensor:
-        """Targets `(n, out_features)` in their own units to what the head is trained on; errors as `set_targets`."""
-        return (self._transformed(targets).to(self.target_mean) - self.target_mean) / self.target_std
+        """Targets `(n, out_features)` in their own units to what the head is trained on; errors as `set_targets`.
+
+        Classes, `(n,)` integers for the loss "cross_entropy", stay as they are.
+        """
+        transformed = self._transformed(targets)
+        if self.loss == "cross_entropy":
+            return transformed.to(self.target_mean.device)
+        return (transformed.to(self.target_mean) - self.target_mean) / self.target_std
+
+    def losses(self, outputs: Tensor, goals: Tensor) -> Tensor:
+        """Loss of each network `(n,)`: what the head gives `(n, out_features)` against `normalise(targets)`."""
+        if self.loss == "cross_entropy":
+            return F.cross_entropy(outputs, goals, reduction="none")
+        measure = F.mse_loss if self.loss == "mse" else F.binary_cross_entropy_with_logits
+        return measure(outputs, goals, reduction="none").mean(1)
 
     def denormalise(self, outputs: Tensor) -> Tensor:
         """What the head gives `(n, out_features)` to the targets' units."""
+        if self.loss == "cross_entropy":
+            return outputs.softmax(1)
         values = outputs * self.target_std + self.target_mean
+        if self.loss == "bce":
+            return values.sigmoid()
         return values.sigmoid() if self.target_transform == "logit" else values
 
     def _transformed(self, targets: Tensor) -> Tensor:
+        if self.loss == "cross_entropy":
+            return self._classes(targets)
         if targets.ndim != 2 or targets.shape[1] != self.out_features or targets.shape[0] == 0:
             raise ValueError(f"Predictor: targets must have shape (n, {self.out_features}), got {tuple(targets.shape)}")
         if not bool(targets.isfinite().all()):
             raise ValueError("Predictor: targets must be finite; leave out networks without one")
-        if self.target_transform == "identity":
+        if self.target_transform == "identity" and self.loss == "mse":
             return targets
         if bool((targets < 0).any()) or bool((targets > 1).any()):
+            what = "the logit transform" if self.loss == "mse" else "the loss 'bce'"
             raise ValueError(
-                f"Predictor: targets of the logit transform must lie in [0, 1], got {targets.min().item():g} to "
+                f"Predictor: targets of {what} must lie in [0, 1], got {targets.min().item():g} to "
                 f"{targets.max().item():g}"
             )
+        if self.loss == "bce":
+            return targets
         return targets.clamp(LOGIT_MARGIN, 1 - LOGIT_MARGIN).logit()
+
+    def _classes(self, targets: Tensor) -> Tensor:
+        if targets.ndim != 1 or targets.shape[0] == 0 or targets.dtype.is_floating_point or targets.dtype == torch.bool:
+            raise ValueError(
+                f"Predictor: targets of the loss 'cross_entropy' must be integers of shape (n,), got {targets.dtype} "
+                f"{tuple(targets.shape)}"
+            )
+        if int(targets.min()) < 0 or int(targets.max()) >= self.out_features:
+            raise ValueError(
+                f"Predictor: classes must lie in 0..{self.out_features - 1}, got {int(targets.min())} to "
+                f"{int(targets.max())}"
+            )
+        return targets.long()

@@ -1,0 +1,135 @@
+"""What training leaves behind: a checkpoint to resume from, and a log of its epochs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .settings import FitSettings, History
+
+FORMAT = 1
+
+
+class Log(Protocol):
+    """Takes a row of numbers per epoch. `resume(epochs)` comes first: rows of later epochs are from a lost run."""
+
+    def resume(self, epochs: int) -> None: ...
+
+    def __call__(self, epoch: int, row: Mapping[str, float]) -> None: ...
+
+
+class CsvLog:
+    """A row per epoch in a CSV file; after an interrupted run the file goes on where the checkpoint stood.
+
+    Args:
+        path: the file; folders are made.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def resume(self, epochs: int) -> None:
+        kept = []
+        if epochs and self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            if kept:
+                writer = csv.DictWriter(file, list(kept[0]))
+                writer.writeheader()
+                writer.writerows(kept)
+
+    def __call__(self, epoch: int, row: Mapping[str, float]) -> None:
+        empty = self.path.stat().st_size == 0
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if empty:
+                writer.writerow(["epoch", *row])
+            writer.writerow([epoch, *row.values()])
+
+
+class TensorBoardLog:
+    """The same rows for TensorBoard (`pip install tensorboard`).
+
+    Args:
+        folder: where `tensorboard --logdir` looks.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._make = lambda purge: SummaryWriter(str(folder), purge_step=purge)
+        self._writer: Any = None
+
+    def resume(self, epochs: int) -> None:
+        self._writer = self._make(epochs or None)
+
+    def __call__(self, epoch: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+
+@dataclass
+class Progress:
+    """All that training needs to go on after `epoch` epochs as if it had never stopped."""
+
+    settings: FitSettings
+    epoch: int
+    step: int
+    history: History
+    lowest: int
+    best: dict[str, Tensor] | None
+
+    def save(self, path: Path, predictor: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any) -> None:
+        """Write everything in one file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "format": FORMAT, "settings": dataclasses.asdict(self.settings), "epoch": self.epoch, "step": self.step,
+            "history": dataclasses.asdict(self.history), "lowest": self.lowest, "best": self.best,
+            "predictor": predictor.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
+        }  # fmt: skip
+        part = path.with_name(path.name + ".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    @classmethod
+    def load(
+        cls, path: Path, settings: FitSettings, predictor: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any
+    ) -> Progress:
+        """Read it back into predictor, optimiser and scaler.
+
+        Raises:
+            ValueError: the file is of a training with other settings, or of another predictor.
+        """
+        device = next(predictor.parameters()).device
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"fit: checkpoint {str(path)!r} is not one of fit's; give another path or remove it")
+        now, then = dataclasses.asdict(settings), state["settings"]
+        changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if then.get(k) != v]
+        if changed:
+            raise ValueError(
+                f"fit: checkpoint {str(path)!r} is of a training with other settings ({'; '.join(changed)}); train "
+                "with the same, or give another path"
+            )
+        try:
+            predictor.load_state_dict(state["predictor"])
+            optimiser.load_state_dict(state["optimiser"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"fit: checkpoint {str(path)!r} is of another predictor: {error}") from error
+        scaler.load_state_dict(state["scaler"])
+        return cls(settings, state["epoch"], state["step"], History(**state["history"]), state["lowest"], state["best"])
