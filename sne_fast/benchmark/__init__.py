@@ -1,6 +1,6 @@
 """What the benchmark suite in `bench/` and the command `sne-fast bench` share: cases, baselines, limits, memory."""
 
-from .cases import CASES, Case, find_case, scaling_case
+from .cases import CASES, GPU_CASES, Case, find_case, scaling_case
 from .checks import Check, CheckFailed, check_agreement, run_check
 from .contenders import BASELINES, Contender, DoesNotFit, contender
 from .limits import FORWARDS_PER_STEP, chunk_operations, product_rate
@@ -11,6 +11,7 @@ __all__ = [
     "BASELINES",
     "CASES",
     "FORWARDS_PER_STEP",
+    "GPU_CASES",
     "Case",
     "Check",
     "CheckFailed",

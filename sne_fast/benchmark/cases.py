@@ -12,6 +12,7 @@ from torch import nn
 from ..batch import WeightBatch
 from ..encoder import SNE
 from .networks import (
+    BottleneckResNet,
     ResNet,
     Transformer,
     gpt2_state_dict,
@@ -84,6 +85,15 @@ def _resnet(size: str) -> list[nn.Module]:
     return _many(ResNet, 1, widths, 1 if size == "tiny" else 2)
 
 
+def _resnet50(size: str) -> list[nn.Module]:
+    shapes: dict[str, tuple[Any, ...]] = {
+        "full": (),
+        "check": ((4, 8, 12, 16), (1, 2, 1, 1), 10),
+        "tiny": ((4,), (1,), 4),
+    }
+    return _many(BottleneckResNet, 1, *shapes[size])
+
+
 def _gpt2(size: str) -> list[Any]:
     layers, width, vocabulary, length = {"full": (12, 768, 50257, 1024), "check": (2, 32, 1000, 64)}.get(
         size, (1, 16, 32, 8)
@@ -102,6 +112,12 @@ CASES: dict[str, Case] = {
         Case("gpt2", "GPT-2, ISAB, forward only", _gpt2, "isab", trains=False, rounds=1),
     )
 }
+
+GPU_CASES: dict[str, Case] = {
+    **CASES,
+    "resnet50": Case("resnet50", "one ResNet-50, ISAB", _resnet50, "isab", rounds=3),
+}
+"""Those of `bench/gpu_suite.py`."""
 
 FAMILIES = ("networks", "network")
 """How size grows: more networks (zoo CNNs, SAB), or one larger network (three square matrices, ISAB)."""
@@ -130,9 +146,9 @@ def find_case(name: str) -> Case:
     Raises:
         ValueError: there is none of this name; the message lists those there are.
     """
-    if name in CASES:
-        return CASES[name]
+    if name in GPU_CASES:
+        return GPU_CASES[name]
     family, at, weights = name.partition("@")
     if at and family in FAMILIES and weights.isdigit() and int(weights):
         return scaling_case(family, int(weights))
-    raise ValueError(f"no benchmark case {name!r}; there are {', '.join(CASES)} and networks@N, network@N")
+    raise ValueError(f"no benchmark case {name!r}; there are {', '.join(GPU_CASES)} and networks@N, network@N")

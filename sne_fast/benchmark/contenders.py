@@ -18,40 +18,62 @@ Phases = dict[str, float]
 """Seconds of one run: "total", and "forward", "backward", "optimizer" of a training step."""
 
 BASELINES = ("eager", "compile", "loop")
-LEARNING_RATE = 1e-6  # the parameters are shared, and a measurement must not move them
+LEARNING_RATE = 0.0  # the same arithmetic, but the parameters are shared, and a measurement must not move them
 
 
 class DoesNotFit(RuntimeError):
     """A baseline is predicted to need more memory than it may use: it is reported so, never tried."""
 
 
+def now(device: torch.device) -> float:
+    """Seconds on the host's clock, once everything launched on a GPU has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Contender:
     """One way to encode a batch, timed forward without gradients or as a whole training step."""
 
-    def __init__(self, name: str, encoder: SNE, batches: Sequence[WeightBatch], encode: Callable[[], Tensor]) -> None:
-        self.name, self.encode = name, encode
+    def __init__(
+        self,
+        name: str,
+        encoder: SNE,
+        batches: Sequence[WeightBatch],
+        encode: Callable[[], Tensor],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.name, self._encode, self.autocast = name, encode, autocast
+        self.device = batches[0].values.device
         networks = sum(len(batch) for batch in batches)
-        self._target = torch.randn(networks, encoder.hidden_dim, generator=torch.Generator().manual_seed(3))
+        target = torch.randn(networks, encoder.hidden_dim, generator=torch.Generator().manual_seed(3))
+        self._target = target.to(self.device)
         self._optimizer = torch.optim.Adam(encoder.parameters(), lr=LEARNING_RATE)
+
+    def encode(self) -> Tensor:
+        if self.autocast is None:
+            return self._encode()
+        with torch.autocast(self.device.type, dtype=self.autocast):
+            return self._encode()
 
     @torch.no_grad()
     def output(self) -> Tensor:
         return self.encode()
 
     def forward(self) -> Phases:
-        start = time.perf_counter()
+        start = now(self.device)
         self.output()
-        return {"total": time.perf_counter() - start}
+        return {"total": now(self.device) - start}
 
     def step(self) -> Phases:
         """Forward, backward of a mean squared error, optimizer step."""
-        start = time.perf_counter()
+        start = now(self.device)
         loss = self.loss()
-        forward = time.perf_counter()
+        forward = now(self.device)
         loss.backward()
-        backward = time.perf_counter()
+        backward = now(self.device)
         self._optimizer.step()
-        end = time.perf_counter()
+        end = now(self.device)
         return {
             "forward": forward - start,
             "backward": backward - forward,
@@ -65,12 +87,20 @@ class Contender:
 
 
 def contender(
-    name: str, encoder: SNE, batch: WeightBatch, *, backend: str = "auto", training: bool, memory_limit: float
+    name: str,
+    encoder: SNE,
+    batch: WeightBatch,
+    *,
+    backend: str = "auto",
+    training: bool,
+    memory_limit: float,
+    autocast: torch.dtype | None = None,
 ) -> Contender:
     """One of "engine", "eager" (padded), "compile" (torch.compile of it), "loop" (eager, one network at a time).
 
     Args:
         memory_limit: bytes that a baseline may use.
+        autocast: half type to encode in, for all contenders alike; None for the parameters' own.
 
     Raises:
         DoesNotFit: the padded form is predicted to need more than that.
@@ -82,7 +112,7 @@ def contender(
             with use_backend(backend):
                 return encoder(batch)
 
-        return _Engine(name, encoder, [batch], engine, backend)
+        return _Engine(name, encoder, [batch], engine, backend, autocast)
     if name not in BASELINES:
         raise ValueError(f"contender: name must be engine or one of {', '.join(BASELINES)}, got {name!r}")
     batches = [batch[b : b + 1] for b in range(len(batch))] if name == "loop" else [batch]
@@ -97,19 +127,25 @@ def contender(
     padded = PaddedSNE(encoder)
     if name == "compile":
         compiled = torch.compile(padded)
-        return Contender(name, encoder, batches, lambda: compiled(batch))
+        return Contender(name, encoder, batches, lambda: compiled(batch), autocast)
     if name == "loop":
-        return Contender(name, encoder, batches, lambda: torch.cat([padded(part) for part in batches]))
-    return Contender(name, encoder, batches, lambda: padded(batch))
+        return Contender(name, encoder, batches, lambda: torch.cat([padded(part) for part in batches]), autocast)
+    return Contender(name, encoder, batches, lambda: padded(batch), autocast)
 
 
 class _Engine(Contender):
     """Holds the backend during the backward pass too."""
 
     def __init__(
-        self, name: str, encoder: SNE, batches: Sequence[WeightBatch], encode: Callable[[], Tensor], backend: str
+        self,
+        name: str,
+        encoder: SNE,
+        batches: Sequence[WeightBatch],
+        encode: Callable[[], Tensor],
+        backend: str,
+        autocast: torch.dtype | None,
     ) -> None:
-        super().__init__(name, encoder, batches, encode)
+        super().__init__(name, encoder, batches, encode, autocast)
         self.backend = backend
 
     def step(self) -> Phases:

@@ -85,6 +85,45 @@ class ResidualBlock(nn.Module):
         return (y + self.shortcut(x)).relu()
 
 
+class BottleneckBlock(nn.Module):
+    EXPANSION = 4
+
+    def __init__(self, n_in: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        n_out = self.EXPANSION * width
+        self.conv1, self.bn1 = nn.Conv2d(n_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, n_out, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or n_in != n_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return (self.bn3(self.conv3(y)) + self.shortcut(x)).relu()
+
+
+class BottleneckResNet(nn.Module):
+    """ResNet-50 with its defaults: 25,557,032 parameters."""
+
+    def __init__(
+        self, widths: tuple[int, ...] = (64, 128, 256, 512), depths: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000
+    ) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, widths[0], 7, 2, 3, bias=False), nn.BatchNorm2d(widths[0])
+        stages, n_in = [], widths[0]
+        for k, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            for b in range(depth):
+                stages.append(BottleneckBlock(n_in, width, 2 if k and b == 0 else 1))
+                n_in = BottleneckBlock.EXPANSION * width
+        self.blocks = nn.Sequential(*stages)
+        self.fc = nn.Linear(n_in, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.bn(self.stem(x)).relu(), 3, 2, 1)
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
 class ResNet(nn.Module):
     def __init__(self, widths: tuple[int, ...], blocks: int, n_in: int = 3, classes: int = 10) -> None:
         super().__init__()

@@ -1,0 +1,379 @@
+"""Everything there is to check and measure on a machine with a GPU, in one command, under nine minutes, no network:
+
+    python bench/gpu_suite.py --out gpu.json
+
+Environment; tests marked `gpu`; compute-sanitizer on small shapes; the device's ceilings; the ops against them; the
+cases of `bench/` and ResNet-50 against eager padded and torch.compile. After every part the JSON is written anew, so a
+run that is cut off loses one part. A part that fails is recorded with its error and does not stop the others; the exit
+status is 1 then. `--size tiny --device cpu` runs the same code on a CPU, to try it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # on a lent machine nothing is installed: the checkout is used as it lies
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import sne_fast  # noqa: E402
+from sne_fast.benchmark import (  # noqa: E402
+    GPU_CASES,
+    Contender,
+    DoesNotFit,
+    check_agreement,
+    contender,
+    gpu_limits,
+    gpu_ops,
+    run_check,
+)
+
+Json = dict[str, Any]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
+BASELINES = ("eager", "compile")
+CASE_ORDER = ("zoo", "mixed", "resnet", "resnet50", "single", "inr", "gpt2")
+SIZES: dict[str, Json] = {
+    "full": {
+        "cases": "full", "weights": 1 << 25, "rows": 1 << 20, "longest": (32, 512), "pool_rows": 1 << 24, "copies": 8,
+        "copied": 1 << 31, "product": 8192, "elements": 1 << 26,
+    },
+    "tiny": {
+        "cases": "tiny", "weights": 5000, "rows": 512, "longest": (32,), "pool_rows": 1024, "copies": 0,
+        "copied": 1 << 20, "product": 256, "elements": 1 << 12,
+    },
+}  # fmt: skip
+
+
+class OutOfTime(RuntimeError):
+    """The command's time is spent."""
+
+
+class Suite:
+    """The parts, the time they may take together, and the JSON they fill."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        self.size = SIZES[options.size]
+        self.start = time.monotonic()
+        self.results: Json = {"parts": {}, "errors": {}, "skipped": {}}
+        self.console = Console(width=140)
+
+    def left(self) -> float:
+        return self.options.seconds - (time.monotonic() - self.start)
+
+    def need(self, seconds: float) -> None:
+        """Raises OutOfTime unless that much is left."""
+        if self.left() < seconds:
+            raise OutOfTime(f"{self.left():.0f} s left, {seconds:.0f} s needed")
+
+    def write(self) -> None:
+        self.results["seconds"] = time.monotonic() - self.start
+        part = Path(f"{self.options.out}.part")
+        part.write_text(json.dumps(self.results, indent=1, default=str) + "\n", encoding="utf-8")
+        part.replace(self.options.out)
+
+    def part(self, name: str, run: Callable[[], Any]) -> None:
+        if self.options.only and name not in self.options.only:
+            return
+        begin = time.monotonic()
+        try:
+            found = run()
+            # Rows of a part that was cut off count as far as they came.
+            self.results["parts"][name] = self._collect(name, found) if isinstance(found, Iterator) else found
+        except OutOfTime as late:
+            self.results["skipped"][name] = f"out of time: {late}"
+        except Exception as error:
+            self.results["errors"][name] = "".join(traceback.format_exception(error))[-4000:]
+        self.results.setdefault("part_seconds", {})[name] = time.monotonic() - begin
+        self.write()
+        state = "failed" if name in self.results["errors"] else self.results["skipped"].get(name, "done")
+        self.console.print(f"{name}: {state} ({time.monotonic() - begin:.0f} s)", highlight=False)
+
+    def _collect(self, name: str, rows: Iterator[Json]) -> list[Json]:
+        kept: list[Json] = []
+        self.results["parts"][name] = kept
+        while True:
+            try:
+                kept.append(next(rows))
+            except StopIteration:
+                return kept
+            except OutOfTime as late:
+                self.results["skipped"][name] = f"out of time after {len(kept)} rows: {late}"
+                return kept
+
+    # ---------------------------------------------------------------------------------------------------------- parts
+
+    def environment(self) -> Json:
+        def output(*command: str) -> str | None:
+            if shutil.which(command[0]) is None:
+                return None
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+        found: Json = {
+            "commit": self.options.commit or output("git", "rev-parse", "HEAD"),
+            "dirty": bool(output("git", "status", "--porcelain", "--", ".", ":!bench/results")),
+            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "sne_fast": sne_fast.__version__, "float32_products": torch.get_float32_matmul_precision(),
+            "nvidia_smi": output(
+                "nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit",
+                "--format=csv,noheader",
+            ),
+        }  # fmt: skip
+        try:
+            import triton
+
+            found["triton"] = triton.__version__
+        except ImportError:
+            found["triton"] = None
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            found |= {
+                "device": properties.name, "multiprocessors": properties.multi_processor_count,
+                "memory": properties.total_memory, "capability": torch.cuda.get_device_capability(self.device),
+            }  # fmt: skip
+        found["engines"] = str(sne_fast.explain(self.device))
+        return found
+
+    def tests(self) -> Json:
+        self.need(60)
+        limit = min(self.left() - 30, 0.35 * self.options.seconds)
+        return self._pytest(["-m", "gpu"], limit, [sys.executable])
+
+    def sanitizer(self) -> Json:
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            return {"skipped": "compute-sanitizer is not on the PATH"}
+        found = {}
+        for check in ("memcheck", "racecheck"):
+            self.need(60)
+            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "--exercise",
+                       "--device", self.options.device, "--backend", self.options.backend]  # fmt: skip
+            found[check] = _finished(command, min(self.left() - 20, 0.15 * self.options.seconds))
+            if found[check]["status"]:
+                self.results["errors"][f"sanitizer {check}"] = found[check]["tail"]
+        return found
+
+    def _pytest(self, arguments: list[str], limit: float, python: list[str]) -> Json:
+        command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsx", *arguments, str(ROOT / "tests")]
+        found = _finished(command, limit)
+        if found["status"]:
+            raise RuntimeError(f"pytest ended with {found['status']}:\n{found['tail']}")
+        return found
+
+    def ceilings(self) -> Json:
+        self.need(20)
+        found: Json = {
+            "copy_bytes_per_second": gpu_limits.copy_bandwidth(self.device, self.size["copied"]),
+            "products_per_second": gpu_limits.product_rates(self.device, self.size["product"]),
+        }
+        if self.device.type == "cuda":
+            found["exponentials_per_second"] = gpu_limits.exponential_rate(self.device, self.size["elements"])
+        return found
+
+    def ops(self) -> Iterator[Json]:
+        ceilings = self.results["parts"].get("ceilings") or self.ceilings()
+        bandwidth, products = ceilings["copy_bytes_per_second"], ceilings["products_per_second"]
+        for name in ("bfloat16", "float16", "float32"):
+            dtype = getattr(torch, name)
+            kind = name
+            if name == "float32" and torch.get_float32_matmul_precision() != "highest":
+                kind = "tf32"
+            rate = products[kind]
+            self.need(15)
+            yield gpu_ops.chunk_encode(self.device, dtype, self.size["weights"], rate, self.options.backend)
+            if name == "float16":
+                continue
+            for longest in self.size["longest"]:
+                for heads in (4, 2, 1):  # d = 16, 32, 64
+                    self.need(20)
+                    yield from gpu_ops.set_attention(
+                        self.device, dtype, self.size["rows"], longest, heads, rate, self.options.backend
+                    )
+            for length in (32, 4096):
+                self.need(10)
+                yield gpu_ops.segment_pool(
+                    self.device, dtype, self.size["pool_rows"], length, bandwidth, self.options.backend
+                )
+            self.need(10)
+            yield gpu_ops.gather_chunks(self.device, dtype, self.size["copies"], bandwidth, self.options.backend)
+
+    def cases(self) -> Iterator[Json]:
+        for name in self.options.cases:
+            for kind, autocast in DTYPES.items():
+                if kind == "float16" or (name in ("single", "gpt2", "inr") and kind != "bfloat16"):
+                    continue
+                self.need(20)
+                yield self._case(name, kind, autocast)
+
+    def _case(self, name: str, kind: str, autocast: torch.dtype | None) -> Json:
+        case, backend = GPU_CASES[name], self.options.backend
+        check = run_check(
+            case, backend, "tiny" if self.size["cases"] == "tiny" else "check", device=self.device, autocast=autocast
+        )
+        encoder = case.encoder().to(self.device)
+        batch = case.batch(encoder, self.size["cases"]).to(self.device)
+        row: Json = {"case": name, "dtype": kind, "weights": batch.num_weights, "networks": len(batch),
+                     "check": vars(check), "skipped": {}}  # fmt: skip
+        z = None
+        for who in ("engine", *self.options.baselines):
+            for mode in ("forward", "training") if case.trains else ("forward",):
+                try:
+                    self.need(15)
+                    entrant = contender(
+                        who, encoder, batch, backend=backend, training=mode == "training",
+                        memory_limit=self._free_bytes(), autocast=autocast,
+                    )  # fmt: skip
+                    if z is None:
+                        z = entrant.output()
+                    elif mode == "forward":
+                        check_agreement(case, who, z, entrant.output(), 2 * check.output_allowed)
+                    row[f"{who} {mode}"] = self._timed(entrant, mode)
+                except (DoesNotFit, OutOfTime, torch.OutOfMemoryError) as reason:
+                    row["skipped"][f"{who} {mode}"] = f"{type(reason).__name__}: {str(reason)[:200]}"
+        for mode in ("forward", "training"):
+            if (engine := row.get(f"engine {mode}")) is None:
+                continue
+            row[f"ratios {mode}"] = {
+                who: row[f"{who} {mode}"]["seconds"] / engine["seconds"]
+                for who in self.options.baselines
+                if f"{who} {mode}" in row
+            }
+        return row
+
+    def _timed(self, entrant: Contender, mode: str) -> Json:
+        """Median seconds of a run, and the most memory it held above what was there before."""
+        run = entrant.step if mode == "training" else entrant.forward
+        run()
+        found: Json = {}
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            run()
+            found["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) - before
+        found["seconds"] = gpu_limits.median_seconds(run, self.device, 1.5)
+        return found
+
+    def _free_bytes(self) -> float:
+        if self.device.type != "cuda":
+            return float(2**31)
+        return 0.9 * torch.cuda.mem_get_info(self.device)[0]
+
+    # --------------------------------------------------------------------------------------------------------- report
+
+    def table(self) -> None:
+        parts = self.results["parts"]
+        ops = Table(title="ops", box=None)
+        for heading in ("op", "dtype", "shape", "by", "forward", "step", "rate", "of the limit"):
+            ops.add_column(heading)
+        for row in parts.get("ops", []):
+            shape = ", ".join(
+                f"{k} {row[k]}" for k in ("weights", "rows", "longest", "length", "head_width") if k in row
+            )
+            if "skipped" in row:
+                ops.add_row(row["op"], row["dtype"], shape, row.get("by", ""), row["skipped"][:60], "", "", "")
+                continue
+            share = next((v for k, v in row.items() if k.startswith("forward_fraction")), None)
+            rate = row.get("forward_weights_per_second")
+            ops.add_row(
+                row["op"], row["dtype"].removeprefix("torch."), shape, row.get("by", ""),
+                f"{1e3 * row['forward_seconds']:.3f} ms",
+                f"{1e3 * row['step_seconds']:.3f} ms" if "step_seconds" in row else "",
+                f"{rate / 1e9:.2f} G/s" if rate else "", f"{share:.0%}" if share is not None else "",
+            )  # fmt: skip
+        cases = Table(title="cases (times those of the engine; ratios of the baselines' to it)", box=None)
+        for heading in ("case", "dtype", "mode", "engine", "eager", "compile", "peak memory"):
+            cases.add_column(heading)
+        for row in parts.get("cases", []):
+            for mode in ("forward", "training"):
+                if f"engine {mode}" not in row:
+                    continue
+                engine, ratios = row[f"engine {mode}"], row[f"ratios {mode}"]
+                peak = f"{engine['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in engine else ""
+                cases.add_row(
+                    row["case"], row["dtype"], mode, f"{1e3 * engine['seconds']:.2f} ms",
+                    *(f"{ratios[who]:.1f}x" if who in ratios else "-" for who in BASELINES), peak,
+                )  # fmt: skip
+        for table in (ops, cases):
+            self.console.print(table)
+        for kind in ("skipped", "errors"):
+            for name, text in self.results[kind].items():
+                self.console.print(f"{kind}: {name}: {text.strip().splitlines()[-1][:300]}", highlight=False)
+
+
+def _finished(command: list[str], limit: float) -> Json:
+    """Status and end of the output of a command, 124 where it ran past its limit."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, limit), env=environment)
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout.decode() if isinstance(late.stdout, bytes) else (late.stdout or "")
+        return {"status": 124, "tail": f"{text[-3000:]}\nran past {limit:.0f} s"}
+    return {"status": done.returncode, "tail": (done.stdout + done.stderr)[-3000:]}
+
+
+def exercise(device: torch.device, backend: str) -> None:
+    """Every op once, forward and backward, on small ragged shapes: what compute-sanitizer watches."""
+    for name, dtype in DTYPES.items():
+        case = GPU_CASES["mixed"]
+        encoder = case.encoder().to(device)
+        batch = case.batch(encoder, "tiny").to(device)
+        batch.values.requires_grad_()
+        with sne_fast.use_backend(backend):
+            if dtype is None:
+                z = encoder(batch)
+            else:
+                with torch.autocast(device.type, dtype=dtype):
+                    z = encoder(batch)
+            z.float().square().sum().backward()
+        assert torch.isfinite(batch.values.grad).all(), name
+    tensors = [torch.randn(5, 7, 3, device=device), torch.randn(11, device=device).half()]
+    plan = torch.tensor([[35, 3], [11, 1]])
+    with sne_fast.use_backend(backend):
+        sne_fast.functional.gather_chunks(tensors, torch.ones(2, device=device), plan, torch.float32)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu_suite.json", help="the JSON, written after every part")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="auto", help="engine under test, as sne_fast.use_backend takes it")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--seconds", type=float, default=530, help="what all parts may take together")
+    parser.add_argument("--only", nargs="*", help="parts: environment tests sanitizer ceilings ops cases")
+    parser.add_argument("--cases", nargs="*", choices=GPU_CASES, default=CASE_ORDER)
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=BASELINES)
+    parser.add_argument("--commit", help="commit to record where the checkout has no git")
+    parser.add_argument("--exercise", action="store_true", help="run every op once, for compute-sanitizer, and stop")
+    options = parser.parse_args()
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        print("gpu_suite: torch sees no GPU here; --device cpu --size tiny tries the suite itself", file=sys.stderr)
+        return 2
+    if options.exercise:
+        exercise(torch.device(options.device), options.backend)
+        return 0
+    suite = Suite(options)
+    for name in ("environment", "tests", "sanitizer", "ceilings", "ops", "cases"):
+        suite.part(name, getattr(suite, name))
+    suite.table()
+    return 1 if suite.results["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

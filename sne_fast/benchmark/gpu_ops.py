@@ -1,0 +1,226 @@
+"""The four ops on a GPU against what the hardware allows and, for attention, against PyTorch's own ragged attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .._dispatch import use_backend
+from ..batch import WeightBatch
+from .cases import CASES
+from .checks import LOSS_RATIO, CheckFailed, relative_error
+from .gpu_limits import median_seconds
+from .limits import FORWARDS_PER_STEP, chunk_operations
+from .networks import BottleneckResNet
+
+Row = dict[str, Any]
+WIDTH = 64
+HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # float32 products may be tf32
+
+
+def _agree(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    error = relative_error(actual, expected)
+    if not error <= HALF_TOLERANCE[dtype]:
+        raise CheckFailed(f"{what} in {dtype}: off by {error:.1e} from the reference; its speed is not reported")
+    return error
+
+
+def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def _both(forward: Callable[[], Tensor], inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
+    """Seconds of the forward call without gradients, and of forward and backward together."""
+    with torch.no_grad():
+        alone = median_seconds(forward, device)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    direction = torch.randn_like(forward())
+
+    def step() -> None:
+        torch.autograd.grad(forward(), inputs, direction)
+
+    return alone, median_seconds(step, device)
+
+
+# ------------------------------------------------------------------------------------------------------- chunk_encode
+
+
+def zoo_batch(weights: int, device: torch.device) -> WeightBatch:
+    """Zoo CNNs, 4,970 weights each, until there are about `weights`."""
+    case = CASES["zoo"]
+    some = case.batch(case.encoder(), "full" if weights > 1_000_000 else "tiny")
+    return WeightBatch.cat([some] * max(1, round(weights / some.num_weights))).to(device)
+
+
+def chunk_encode(device: torch.device, dtype: torch.dtype, weights: int, product_rate: float, backend: str) -> Row:
+    """Weights per second of the chunk stage, h = 64, 4 heads, chunks of 32, forward and training step."""
+    stage = CASES["zoo"].encoder().to(device).chunk_encoder
+    batch = zoo_batch(weights, device)
+    small = batch[:2]
+
+    def run(part: WeightBatch, name: str) -> Tensor:
+        code = _random((len(part.tensor_type), WIDTH), device, torch.float32, 4)
+        half = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+        with use_backend(name), half:
+            return stage.pooled_rows(part, code)
+
+    with torch.no_grad():
+        error = _agree("chunk_encode", run(small, backend), run(small, "reference"), dtype)
+    forward, step = _both(lambda: run(batch, backend), [stage.code_gain], device)
+    operations = chunk_operations(batch, WIDTH)
+    return {
+        "op": "chunk_encode", "dtype": str(dtype), "weights": batch.num_weights, "error": error,
+        "forward_seconds": forward, "step_seconds": step,
+        "forward_weights_per_second": batch.num_weights / forward, "step_weights_per_second": batch.num_weights / step,
+        "forward_fraction_of_products": operations / forward / product_rate,
+        "step_fraction_of_products": FORWARDS_PER_STEP * operations / step / product_rate,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ set_attention
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, ptr: Tensor, longest: int, heads: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets = ptr.to(torch.int32)
+    query, key, value = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+    out = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    assert isinstance(out, Tensor)
+    return out.flatten(1)
+
+
+def _flex(ptr: Tensor, rows: int, heads: int) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    owner = torch.repeat_interleave(torch.arange(ptr.shape[0] - 1, device=ptr.device), ptr.diff())
+
+    def same_set(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return owner[query] == owner[key]
+
+    mask = create_block_mask(same_set, None, None, rows, rows, device=ptr.device, _compile=True)
+    compiled = torch.compile(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key, value = (t.unflatten(-1, (heads, -1)).transpose(0, 1)[None] for t in (q, k, v))
+        out = compiled(query, key, value, block_mask=mask, scale=1 / math.sqrt(q.shape[1]))
+        return out[0].transpose(0, 1).flatten(1)
+
+    return run
+
+
+def set_attention(
+    device: torch.device, dtype: torch.dtype, rows: int, longest: int, heads: int, product_rate: float, backend: str
+) -> Iterator[Row]:
+    """Self attention in sets of 1 to `longest` rows, h = 64: ours, then `varlen_attn`, then FlexAttention."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest + 1, (max(1, 2 * rows // (longest + 1)),), generator=generator)
+    host = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ptr, rows = host.to(device), int(host[-1])
+    q, k, v = (_random((rows, WIDTH), device, dtype, seed) for seed in range(3))
+    operations = 4.0 * WIDTH * float((lengths.double() ** 2).sum())
+    few = int(torch.searchsorted(host, min(rows, 4096), right=True)) - 1
+    cut, head = int(host[max(1, few)]), host[: max(1, few) + 1]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, name: str = backend, at: Tensor = host) -> Tensor:
+        on_device = ptr[: at.shape[0]]
+        with use_backend(name):
+            return functional.set_attention(q, k, v, on_device, on_device, heads, q_ptr_host=at, k_ptr_host=at)
+
+    with torch.no_grad():
+        part = q[:cut], k[:cut], v[:cut]
+        error = _agree("set_attention", ours(*part, at=head), ours(*part, name="reference", at=head), dtype)
+        expected = ours(q, k, v)
+    row = {"op": "set_attention", "dtype": str(dtype), "rows": rows, "longest": longest, "head_width": WIDTH // heads}
+
+    def measured(name: str, run: Callable[..., Tensor], queries: Tensor = q) -> Row:
+        inputs = [queries, k, v]
+        with torch.no_grad():
+            off = relative_error(run(*inputs), expected)
+        if not off <= LOSS_RATIO * HALF_TOLERANCE[dtype]:
+            raise CheckFailed(f"set_attention and {name} differ by {off:.1e}; nothing is reported")
+        forward, step = _both(lambda: run(*inputs), inputs, device)
+        return {
+            **row, "by": name, "error": error, "forward_seconds": forward, "step_seconds": step,
+            "forward_fraction_of_products": operations / forward / product_rate,
+        }  # fmt: skip
+
+    yield measured("sne_fast", ours)
+    if device.type != "cuda":
+        return
+    rivals: dict[str, Callable[[], Row]] = {}
+    if dtype != torch.float32:
+        # Its scale is 1/sqrt(d), ours 1/sqrt(h): its queries come in scaled by the difference.
+        scaled = q.detach() / math.sqrt(heads)
+        rivals["torch.nn.attention.varlen"] = lambda: measured(
+            "torch.nn.attention.varlen", lambda q, k, v: _varlen(q, k, v, ptr, longest, heads), scaled
+        )
+    rivals["FlexAttention"] = lambda: measured("FlexAttention", _flex(ptr, rows, heads))
+    for name, measure in rivals.items():
+        try:
+            yield measure()
+        except Exception as error_of_rival:  # a rival that fails is reported, not hidden
+            yield {**row, "by": name, "skipped": f"{type(error_of_rival).__name__}: {str(error_of_rival)[:200]}"}
+
+
+# --------------------------------------------------------------------------------------- segment_pool, gather_chunks
+
+
+def segment_pool(
+    device: torch.device, dtype: torch.dtype, rows: int, length: int, bandwidth: float, backend: str
+) -> Row:
+    """Pooling of segments of `length` rows by four queries, h = 64: share of the copy bandwidth."""
+    queries, segments = 4, max(1, rows // length)
+    host = torch.arange(segments + 1) * length
+    ptr, rows = host.to(device), segments * length
+    x, logits = _random((rows, WIDTH), device, dtype, 0), _random((rows, queries), device, dtype, 1)
+
+    def run(count: int = segments, name: str = backend) -> Tensor:
+        with use_backend(name):
+            end = count * length
+            return functional.segment_pool(x[:end], logits[:end], ptr[: count + 1], ptr_host=host[: count + 1])
+
+    few = max(1, min(segments, 4096 // length))
+    with torch.no_grad():
+        error = _agree("segment_pool", run(few), run(few, "reference"), dtype)
+    forward, step = _both(run, [x, logits], device)
+    size = x.element_size()
+    moved = size * (rows * (WIDTH + queries) + segments * queries * WIDTH)
+    return {
+        "op": "segment_pool", "dtype": str(dtype), "rows": rows, "length": length, "error": error,
+        "forward_seconds": forward, "step_seconds": step, "forward_fraction_of_copy": moved / forward / bandwidth,
+    }  # fmt: skip
+
+
+def gather_chunks(device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float, backend: str) -> Row:
+    """ResNet-50's float32 tensors, several copies, cut into chunk order in one call: share of the copy bandwidth.
+
+    Without a copy, the tensors of a much smaller one.
+    """
+    network = BottleneckResNet() if copies else BottleneckResNet((8, 16), (1, 1), 10)
+    tensors = [p.detach().to(device) for p in network.parameters()]
+    tensors += [t.clone() for _ in range(copies - 1) for t in tensors]
+    plan = torch.tensor([[math.prod(t.shape[:2]), math.prod(t.shape[2:])] for t in tensors])
+    scale = torch.rand(len(tensors), device=device) + 0.5
+
+    def run(name: str = backend) -> Tensor:
+        with use_backend(name):
+            return functional.gather_chunks(tensors, scale, plan, dtype)
+
+    with torch.no_grad():
+        error = _agree("gather_chunks", run(), run("reference"), dtype)
+        forward = median_seconds(run, device)
+    count = sum(t.numel() for t in tensors)
+    moved = 4 * count + torch.empty(0, dtype=dtype).element_size() * count
+    return {
+        "op": "gather_chunks", "dtype": str(dtype), "weights": count, "tensors": len(tensors), "error": error,
+        "forward_seconds": forward, "forward_fraction_of_copy": moved / forward / bandwidth,
+    }  # fmt: skip

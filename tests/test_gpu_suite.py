@@ -1,0 +1,65 @@
+"""`bench/gpu_suite.py` tried on the CPU: its parts, its partial results, what it says without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_suite(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=out.parent)
+    return done, json.loads(out.read_text()) if out.exists() else {}
+
+
+@pytest.mark.slow
+def test_every_part_but_the_tests_runs_on_a_cpu(tmp_path: Path) -> None:
+    parts = ["environment", "sanitizer", "ceilings", "ops", "cases"]
+    done, found = run_suite(
+        tmp_path / "gpu.json", "--device", "cpu", "--size", "tiny", "--only", *parts,
+        "--cases", "zoo", "resnet50", "--baselines", "eager",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(found["parts"]) == set(parts) and not found["errors"]
+    environment = found["parts"]["environment"]
+    assert environment["torch"] == torch.__version__ and "chunk_encode" in environment["engines"]
+    ops = found["parts"]["ops"]
+    assert {row["op"] for row in ops} == {"chunk_encode", "set_attention", "segment_pool", "gather_chunks"}
+    assert all(row["forward_seconds"] > 0 and row["error"] < 2e-2 for row in ops)
+    cases = {(row["case"], row["dtype"]): row for row in found["parts"]["cases"]}
+    assert set(cases) == {(c, d) for c in ("zoo", "resnet50") for d in ("bfloat16", "float32")}
+    for row in cases.values():
+        assert row["check"]["output_error"] <= row["check"]["output_allowed"]
+        for mode in ("forward", "training"):
+            ratio = row[f"eager {mode}"]["seconds"] / row[f"engine {mode}"]["seconds"]
+            assert row[f"ratios {mode}"] == {"eager": pytest.approx(ratio)}
+    assert "resnet50" in done.stdout and "segment_pool" in done.stdout  # the tables at the end
+
+
+def test_what_was_measured_before_time_ran_out_is_kept(tmp_path: Path) -> None:
+    done, found = run_suite(tmp_path / "gpu.json", "--device", "cpu", "--size", "tiny", "--seconds", "0",
+                            "--only", "environment", "ceilings", "ops")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(found["parts"]) == {"environment", "ops"} and found["parts"]["ops"] == []
+    assert found["skipped"]["ceilings"].startswith("out of time") and "skipped: ceilings" in done.stdout
+
+
+def test_a_part_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    done, found = run_suite(tmp_path / "gpu.json", "--device", "cpu", "--size", "tiny", "--backend", "cuda",
+                            "--only", "ops", "environment", "--cases", "zoo")  # fmt: skip
+    assert done.returncode == 1
+    assert "backend 'cuda' cannot run it" in found["errors"]["ops"] and "environment" in found["parts"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done, found = run_suite(tmp_path / "gpu.json")
+    assert done.returncode == 2 and "torch sees no GPU here" in done.stderr and not found
