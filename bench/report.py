@@ -1,8 +1,9 @@
 """Write the README's benchmark section and the plots from committed JSON.
 
-    python bench/report.py [bench/results/NAME.json]      # the newest of bench/results/ by default
+    python bench/report.py [bench/results/NAME.json ...]      # the newest of bench/results/ by default
 
-Refuses results that are not committed, were not taken at full size with at least 5 rounds, or whose correctness check
+Of several files the first is the report's own; what the others measured again (`pytest bench -k ...`) takes the place
+of its entries, and the text says so. Refuses results that are not committed, were not taken at full size with at least 5 rounds, or whose correctness check
 is missing. `--preview DIR` lifts that, writes everything into DIR instead, and says on top that it is a preview.
 """
 
@@ -35,6 +36,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.later: list[str] = []
         content = json.loads(path.read_text(encoding="utf-8"))
         try:
             self.machine: dict[str, Any] = content["machine_info"]["sne_fast"]
@@ -45,6 +47,15 @@ class Results:
         except (KeyError, TypeError) as error:
             raise Refused(f"{path}: not written by `pytest bench --benchmark-json`: {error} is missing") from error
         self.all_info: list[dict[str, Any]] = [e["extra_info"] for e in content["benchmarks"]]
+
+    def replaced_by(self, later: Results) -> None:
+        """Take the entries of a later, partial run in place of one's own."""
+        for mine, theirs in ((self.machine[k], later.machine[k]) for k in ("device", "threads", "instruction_set")):
+            if mine != theirs:
+                raise Refused(f"{later.path}: taken on another machine than {self.path}: {theirs!r}, not {mine!r}")
+        self.entries.update(later.entries)
+        what = sorted({mode for _, mode in later.entries})
+        self.later.append(f"{', '.join(what)} at commit {(later.machine['commit'] or 'unknown')[:10]}")
 
     def require_check(self) -> None:
         for info in self.all_info:
@@ -189,7 +200,8 @@ def section(results: Results, plots: Sequence[Path], base: Path, preview: bool) 
     lines = [
         *(["**Preview: not a committed full run.**", ""] if preview else []),
         f"{m['device']}, {m['threads']} threads ({m['instruction_set']}), {versions}, float32, width 64, 4 heads, "
-        f"chunks of 32, layer norm; commit {(m['commit'] or 'unknown')[:10]}{dirty}, {results.when[:10]}. Medians of "
+        f"chunks of 32, layer norm; commit {(m['commit'] or 'unknown')[:10]}{dirty}, {results.when[:10]}"
+        f"{''.join(f' ({part})' for part in results.later)}. Medians of "
         "interleaved rounds, engine and baselines in turn on the same weights. The limit is this machine's best matrix "
         "product, measured in every round, over the operations of the chunk stage alone; a training step counts as "
         "four forwards.",
@@ -294,13 +306,16 @@ def plot_scaling(results: Results, path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def write(path: Path, readme: Path, plots: Path, preview: bool = False) -> str:
+def write(path: Path, readme: Path, plots: Path, preview: bool = False, later: Sequence[Path] = ()) -> str:
     """Check the results, draw the plots into `plots` and put the section into `readme`; returns the section."""
-    results = Results(path)
-    results.require_check()
-    if not preview:
-        results.require_full()
-        results.require_committed()
+    results, *others = (Results(p) for p in (path, *later))
+    for part in (results, *others):
+        part.require_check()
+        if not preview:
+            part.require_full()
+            part.require_committed()
+    for part in others:
+        results.replaced_by(part)
     plots.mkdir(parents=True, exist_ok=True)
     made = []
     if results.cases:
@@ -323,17 +338,17 @@ def newest(folder: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", nargs="?", type=Path, help="results of pytest bench; default: the newest")
+    parser.add_argument("json", nargs="*", type=Path, help="results of pytest bench; default: the newest")
     parser.add_argument("--preview", type=Path, metavar="DIR", help="write into DIR, from any results")
     options = parser.parse_args(arguments)
-    path = options.json or newest(RESULTS)
+    path, *later = options.json or [newest(RESULTS)]
     if options.preview is None:
-        write(path, README, RESULTS)
+        write(path, README, RESULTS, later=later)
         return
     options.preview.mkdir(parents=True, exist_ok=True)
     readme = options.preview / "README.md"
     readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
-    sys.stdout.write(write(path, readme, options.preview, preview=True))
+    sys.stdout.write(write(path, readme, options.preview, preview=True, later=later))
 
 
 if __name__ == "__main__":

@@ -249,6 +249,25 @@ def test_report_refuses_reduced_and_uncommitted_runs(tmp_path: Path, readme: Pat
         report.write(path, readme, tmp_path)
 
 
+def test_a_later_partial_run_takes_the_place_of_its_entries(tmp_path: Path, readme: Path) -> None:
+    def only_scaling(content: dict[str, Any]) -> None:
+        content["machine_info"]["sne_fast"]["commit"] = "f" * 40
+        content["benchmarks"] = [b for b in content["benchmarks"] if b["extra_info"]["mode"].startswith("scaling")]
+        for b in content["benchmarks"]:
+            b["extra_info"]["time_per_weight_over_first"] = {"1000": 1.0, "2000": 3.5}
+
+    later = changed(tmp_path, only_scaling)
+    text = report.write(SMALL, readme, tmp_path, preview=True, later=[later])
+    assert "at commit ffffffffff)" in text and "at most 250% off" in text
+    assert "`zoo`" in text  # what the later run did not measure stays
+
+    def elsewhere(content: dict[str, Any]) -> None:
+        content["machine_info"]["sne_fast"]["device"] = "another"
+
+    with pytest.raises(SystemExit, match="taken on another machine than"):
+        report.write(SMALL, readme, tmp_path, preview=True, later=[changed(tmp_path, elsewhere)])
+
+
 def test_report_refuses_a_readme_without_markers_and_foreign_files(tmp_path: Path, readme: Path) -> None:
     readme.write_text("# Title\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="must hold the lines <!-- benchmark:begin -->"):
