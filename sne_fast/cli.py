@@ -87,8 +87,8 @@ Paths = Annotated[
     list[Path],
     typer.Argument(
         metavar="PATH",
-        help="Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, or folders "
-        "of a zoo, which stand for all its networks.",
+        help="Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of "
+        "a zoo, which stand for all its networks, or FOLDER/NAME for one network of a zoo.",
         show_default=False,
     ),
 ]
@@ -110,7 +110,7 @@ def demo(
 ) -> None:
     """Train a zoo of digit classifiers, then a predictor of their accuracy from their weights.
 
-    Writes the zoo (safetensors and index.csv), the predictor, metrics.json, predictions.csv and two plots.
+    Writes the zoo (safetensors and a parquet index), the predictor, metrics.json, predictions.csv and two plots.
     """
     from .demo import Demo, run
 
@@ -286,14 +286,15 @@ def _whole_file(out: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _expand(paths: Sequence[Path]) -> tuple[list[str], list[Path]]:
-    """Names and files of the networks; a zoo folder stands for all its networks."""
-    from .zoo.table import ABOUT, INDEX, Zoo
+def _expand(paths: Sequence[Path]) -> tuple[list[str], list[Any]]:
+    """Names of the networks, and their files or the networks themselves; a zoo folder stands for all of its own."""
+    from .zoo import networks_at
 
-    files: list[Path] = []
+    files: list[Any] = []
     for path in paths:
-        if path.is_dir() and (path / INDEX).is_file() and (path / ABOUT).is_file():
-            files += Zoo.open(path).paths
+        found = networks_at(path)
+        if found is not None:
+            files += found
         elif path.exists():
             files.append(path)
         else:
@@ -335,7 +336,7 @@ def _encoder(model: str | None, seed: int, set_attention: str, device: str) -> S
     return SNE.from_pretrained(model, device=where)
 
 
-def _run_in_batches(module: Callable[[Any], Any], files: Sequence[Path], encoder: SNE) -> np.ndarray:
+def _run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: SNE) -> np.ndarray:
     """`module` on every file, `(len(files), d)`; networks share a batch up to a budget of weights."""
     import numpy as np
     import torch

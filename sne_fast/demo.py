@@ -55,7 +55,7 @@ class Demo:
 def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Console | None = None) -> dict[str, Any]:
     """Make the zoo, train the predictor, report, and write everything into a folder.
 
-    Writes `zoo/` (a file per network and `index.csv`), `predictor/` (`Predictor.from_pretrained` reads it),
+    Writes `zoo/` (`Zoo.open` reads it), `predictor/` (`Predictor.from_pretrained` reads it),
     `metrics.json`, `predictions.csv` (held-out networks), `scatter.png` and `embedding.png`.
 
     Args:
@@ -92,7 +92,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         zip(("train", "validation", "test"), stratified_split(architectures, SHARES, settings.seed), strict=True)
     )
     with clock("packing"):
-        batch = predictor.encoder.pack(zoo.paths)
+        batch = predictor.encoder.pack(zoo)
     # Batches are small: with two threads, and others on the machine, this stage was seen to take five times longer.
     with clock("training"), torch_threads(1):
         history = _train(predictor, batch, accuracy, parts, settings, console)
@@ -115,7 +115,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     console.print(
         f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
         f"Written to {out}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
-        f"Try: sne-fast predict --model {out / 'predictor'} {zoo.paths[parts['test'][0]]}",
+        f"Try: sne-fast predict --model {out / 'predictor'} {zoo[parts['test'][0]]}",
         highlight=False,
         soft_wrap=True,
     )
@@ -126,7 +126,7 @@ def check_extra() -> None:
     """Everything the demo imports is there, said before any work is done."""
     from importlib.util import find_spec
 
-    missing = [name for name in ("sklearn", "scipy", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("sklearn", "scipy", "matplotlib", "pyarrow") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f'the demo needs {", ".join(missing)}: pip install "sne_fast[demo]"', name=missing[0])
 

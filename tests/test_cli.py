@@ -121,7 +121,13 @@ def test_a_zoo_folder_stands_for_its_networks(tmp_path, model):
     assert result.exit_code == 0, result.output
     with open(tmp_path / "p.csv", newline="") as stream:
         names = [row["name"] for row in csv.DictReader(stream)]
-    assert names == [str(tmp_path / "zoo" / "networks" / f"n{i}.safetensors") for i in range(2)]
+    assert names == [str(tmp_path / "zoo" / f"n{i}") for i in range(2)]
+    one = call("predict", "--model", model, tmp_path / "zoo" / "n1", "-o", tmp_path / "one.csv")
+    assert one.exit_code == 0, one.output
+    both, alone = (list(csv.reader(open(tmp_path / name))) for name in ("p.csv", "one.csv"))
+    assert alone[1][0] == both[2][0] and float(alone[1][1]) == pytest.approx(float(both[2][1]), rel=1e-4)
+    missing = call("predict", "--model", model, tmp_path / "zoo" / "n2")
+    assert missing.exit_code == 2 and "has no network 'n2'" in missing.output
 
 
 def test_predict_table_csv_and_json(files, model, tmp_path):

@@ -70,7 +70,7 @@ def test_saved_predictor_gives_the_reported_predictions(result):
         rows = list(csv.DictReader(stream))
     assert len(rows) == metrics["networks"]["test"]
     opened = Zoo.open(out / "zoo")
-    zoo = {row["name"]: (row, path) for row, path in zip(opened.rows, opened.paths, strict=True)}
+    zoo = {network.name: (network.row, network) for network in opened}
     with torch.no_grad():
         values = predictor([zoo[row["name"]][1] for row in rows])[:, 0]
     torch.testing.assert_close(values, torch.tensor([float(r["predicted"]) for r in rows]), rtol=1e-3, atol=1e-4)

@@ -15,6 +15,7 @@ from .._threads import torch_threads
 
 _GLOBAL_GENERATOR = threading.Lock()  # modules draw their initial weights from it; groups may train in threads
 
+BETA2 = 0.999
 LARGEST_WEIGHT = 1e4
 """Far above anything training reaches; steps of diverging networks stop here."""
 
@@ -96,6 +97,7 @@ def train_together(
     seed: int,
     batch_size: int = 32,
     clip: float = 5.0,
+    optimiser: str = "sgd",
     on_step: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train `len(recipe)` classifiers of one architecture at once, each with its own hyperparameters.
@@ -108,8 +110,15 @@ def train_together(
         make: returns a fresh module; called `len(recipe)` times. Normalisation buffers are allowed.
         train, test: `(images, labels)`, images `(n, ...)` float32, labels `(n,)` int64.
         seed: decides initial weights, subsets, noise and order of images; the global generator is left alone.
+        optimiser: "sgd" as `torch.optim.SGD`, or "adam" as `torch.optim.Adam` with `momentum` as its first beta, 0.999
+            as its second and weight decay added to the gradients.
         on_step: called with each step's number, for progress.
+
+    Raises:
+        ValueError: another optimiser.
     """
+    if optimiser not in ("sgd", "adam"):
+        raise ValueError(f"train_together: optimiser must be 'sgd' or 'adam', got {optimiser!r}")
     generator = torch.Generator().manual_seed(seed)
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -132,6 +141,7 @@ def train_together(
     order, size, own_labels = order[longest_first], size[longest_first], own_labels[longest_first]
     ordered = recipe[longest_first]
     velocity = {name: torch.zeros_like(p) for name, p in params.items()}
+    square = {name: torch.zeros_like(p) for name, p in params.items()} if optimiser == "adam" else {}
 
     def loss_of(p: dict[str, Tensor], b: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return nn.functional.cross_entropy(functional_call(base, (p, b), (x,)), y)
@@ -147,14 +157,21 @@ def train_together(
 
         norm = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
         shrink = clip / norm.clamp_min(clip)
-        moved, speed = {}, {}
+        moved, speed, second = {}, {}, {}
         for name, p in live.items():
             g = grads[name] * _per_network(shrink, p) + _per_network(ordered.weight_decay[:k], p) * p
-            speed[name] = _per_network(ordered.momentum[:k], p) * velocity[name][:k] + g
-            moved[name] = p - _per_network(ordered.lr[:k], p) * speed[name]
+            beta, lr = _per_network(ordered.momentum[:k], p), _per_network(ordered.lr[:k], p)
+            if optimiser == "sgd":
+                speed[name] = beta * velocity[name][:k] + g
+                moved[name] = p - lr * speed[name]
+            else:
+                speed[name] = beta * velocity[name][:k] + (1 - beta) * g
+                second[name] = BETA2 * square[name][:k] + (1 - BETA2) * g.square()
+                root = (second[name] / (1 - BETA2 ** (step + 1))).sqrt()
+                moved[name] = p - lr * speed[name] / (1 - beta ** (step + 1)) / (root + 1e-8)
         largest = torch.stack([p.flatten(1).abs().amax(1) for p in moved.values()]).amax(0)
         sane = largest <= LARGEST_WEIGHT  # false for NaN
-        for old, new in ((live, moved), (velocity, speed), (buffers, state)):
+        for old, new in ((live, moved), (velocity, speed), (square, second), (buffers, state)):
             for name, value in new.items():
                 old[name][:k] = value.where(_per_network(sane, value), old[name][:k])
         if on_step is not None:

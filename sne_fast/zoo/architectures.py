@@ -1,0 +1,180 @@
+"""Small classifiers of 8 x 8 grey images with ten classes: MLPs, CNNs and a transformer of comparable size."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .images import CLASSES, SIDE
+
+
+def _mlp(*widths: int, norm: bool = False) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        layers: list[nn.Module] = [nn.Flatten()]
+        before = SIDE * SIDE
+        for width in widths:
+            layers += [nn.Linear(before, width), *([nn.LayerNorm(width)] if norm else []), nn.ReLU()]
+            before = width
+        return nn.Sequential(*layers, nn.Linear(before, CLASSES))
+
+    return make
+
+
+def _cnn(*widths: int, kernel: int, head: str, norm: str = "") -> Callable[[], nn.Module]:
+    """Convolutions of stride 2 until the map is 2 x 2, then of stride 1; `head` is "flatten" or "pool"."""
+
+    def make() -> nn.Module:
+        layers: list[nn.Module] = []
+        before, side = 1, SIDE
+        for width in widths:
+            stride = 2 if side > 2 else 1
+            layers.append(nn.Conv2d(before, width, kernel, stride=stride, padding=kernel // 2))
+            if norm == "batch":
+                layers.append(nn.BatchNorm2d(width))
+            elif norm == "group":
+                layers.append(nn.GroupNorm(2, width))
+            layers.append(nn.ReLU())
+            before, side = width, side // stride
+        if head == "pool":
+            layers.append(nn.AdaptiveAvgPool2d(1))
+        layers.append(nn.Flatten())
+        return nn.Sequential(*layers, nn.Linear(before * (1 if head == "pool" else side * side), CLASSES))
+
+    return make
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "selu": nn.SELU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leakyrelu": nn.LeakyReLU,
+}
+"""Activations by the names that data sets use for them."""
+
+
+def unterthiner_cnn(activation: str = "relu", padding: int = 0, channels: int = 1) -> nn.Module:
+    """The network of Unterthiner et al. 2020 (arXiv 2002.11448): 4,970 parameters on grey images.
+
+    Three convolutions of 16 filters, 3 x 3, stride 2, each with the activation; the mean over the map; a dense layer
+    to ten classes. The original has no padding (images of 15 x 15 and up); 8 x 8 images need `padding=1`.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unterthiner_cnn: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    layers: list[tuple[str, nn.Module]] = []
+    for k in range(3):
+        layers.append((f"conv{k}", nn.Conv2d(channels if k == 0 else 16, 16, 3, stride=2, padding=padding)))
+        layers.append((f"activation{k}", ACTIVATIONS[activation]()))
+    layers += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("dense", nn.Linear(16, CLASSES))]
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _cnn_wide_kernels() -> nn.Module:
+    """Kernels of 5 x 5, then flattened into two dense layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 20),
+        nn.ReLU(),
+        nn.Linear(20, CLASSES),
+    )
+
+
+def _cnn_maxpool() -> nn.Module:
+    """Kernels of 3 x 3 without stride, maxima over 2 x 2."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(48, CLASSES),
+    )
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5).softmax(-1)  # [n, heads, tokens, tokens]
+        return self.out((weights @ v).transpose(1, 2).reshape(n, tokens, width))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = _Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class SmallViT(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2021) of 8 x 8 images in 16 patches, its classifier on their mean."""
+
+    def __init__(self, width: int = 16, depth: int = 2, heads: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, 2, stride=2)
+        self.position_embed = nn.Embedding((SIDE // 2) ** 2, width)
+        nn.init.normal_(self.position_embed.weight, std=0.1)
+        self.blocks = nn.Sequential(*(_Block(width, heads, 2 * width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(n, 10)` of images `(n, 1, 8, 8)`."""
+        tokens = self.patch(images).flatten(2).transpose(1, 2) + self.position_embed.weight  # [n, 16, width]
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+FAMILIES: dict[str, dict[str, Callable[[], nn.Module]]] = {
+    "mlp": {
+        "mlp-10": _mlp(10),
+        "mlp-10-10": _mlp(10, 10),
+        "mlp-10-8-8": _mlp(10, 8, 8),
+        "mlp-10-10-layernorm": _mlp(10, 10, norm=True),
+        "mlp-32-16": _mlp(32, 16),
+    },
+    "cnn": {
+        "cnn3-flatten": _cnn(6, 8, kernel=3, head="flatten"),
+        "cnn3-pool-groupnorm": _cnn(6, 10, kernel=3, head="pool", norm="group"),
+        "cnn3-pool-batchnorm": _cnn(4, 8, 6, kernel=3, head="pool", norm="batch"),
+        "cnn5-flatten": _cnn(4, 4, kernel=5, head="flatten"),
+        "cnn5-pool": _cnn(4, 6, kernel=5, head="pool"),
+        "unterthiner": lambda: unterthiner_cnn(padding=1),
+        "cnn5-dense": _cnn_wide_kernels,
+        "cnn3-maxpool": _cnn_maxpool,
+    },
+    "vit": {"vit": SmallViT},
+}
+"""Family -> name -> constructor of a fresh module; images are `(n, 1, 8, 8)`, logits `(n, 10)`."""
+
+ARCHITECTURES = {name: make for family in FAMILIES.values() for name, make in family.items()}
+"""Name -> constructor, of all families."""
+
+FAMILY_OF = {name: family for family, members in FAMILIES.items() for name in members}
+"""Name -> family."""

@@ -1,0 +1,77 @@
+"""Your own networks: a folder of checkpoints and a CSV file that says what each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from ..checkpoints import CheckpointError
+from .csv_table import read_csv
+from .table import FileSource, Zoo
+
+FILE_COLUMNS = ("file", "path", "checkpoint", "filename")
+
+
+def load_checkpoints(
+    folder: str | PathLike[str],
+    table: str = "index.csv",
+    *,
+    file_column: str | None = None,
+    targets: Sequence[str] = (),
+) -> Zoo:
+    """A folder of checkpoints with a CSV table, one row per network, as a zoo.
+
+    Checkpoints are anything that `sne_fast.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`, `.pth`, `.bin`,
+    `.ckpt`, or a folder holding one. Pickled ones are read with `weights_only=True`; what holds more than tensors and
+    plain values is refused when it is read.
+
+    Args:
+        folder: where the files of the table are.
+        table: the CSV (or `.csv.gz`) file, relative to `folder` or absolute.
+        file_column: the column with the files, relative to `folder`; by default the first of `file`, `path`,
+            `checkpoint`, `filename` that is there.
+        targets: columns worth predicting, kept in `zoo.about`.
+
+    Returns:
+        A zoo whose rows hold the columns of the table and a `name`: its column `name` where that is unique, else the
+        file's path with "-" for "/". Empty cells and NaN are None. `verify` needs `build`, `measure`, `column`.
+
+    Raises:
+        FileNotFoundError: no table, or a file of it is missing.
+        ValueError: no column with files, a target that is no column.
+
+    Example:
+        >>> zoo = load_checkpoints("runs", "results.csv", targets=["accuracy"])
+        >>> verify(zoo, build=lambda row: MyNet(row["width"]), measure=lambda net, row: test(net), column="accuracy")
+    """
+    folder = Path(folder)
+    columns = read_csv(folder / table, text=("name", *FILE_COLUMNS, *((file_column,) if file_column else ())))
+    chosen = file_column or next((name for name in FILE_COLUMNS if name in columns), None)
+    if chosen is None or chosen not in columns:
+        raise ValueError(
+            f"{folder / table}: must have a column with the files ({file_column or ', '.join(FILE_COLUMNS)}); it has "
+            f"{', '.join(columns)}"
+        )
+    absent = [target for target in targets if target not in columns]
+    if absent:
+        raise ValueError(f"{folder / table}: has no column {absent[0]!r} for a target; it has {', '.join(columns)}")
+    files = [folder / file for file in columns[chosen]]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{folder / table} names {file}, which is missing")
+    if "name" not in columns or len(set(columns["name"])) < len(files) or any("/" in n for n in columns["name"]):
+        columns["name"] = [str(file).replace("/", "-").replace("\\", "-") for file in columns[chosen]]
+        if len(set(columns["name"])) < len(files):
+            raise ValueError(f"{folder / table}: every file may stand in one row only")
+    others = {name: values for name, values in columns.items() if name not in ("name", chosen, "weights")}
+    about = {"source": "checkpoints", "targets": list(targets), "hyperparameters": []}
+    return Zoo({"name": columns["name"], **others}, FileSource(files), about, folder)
+
+
+def refuse_dataset(file: Path, advice: str) -> CheckpointError:
+    """The error for a pickled data set, whose classes would run as code: never loaded, always said."""
+    return CheckpointError(
+        f"{file}: refused, a pickled data set holds objects of foreign classes besides tensors, and a pickle's code "
+        f"would run on loading; {advice}"
+    )

@@ -1,0 +1,162 @@
+"""Zoos of small classifiers of 8 x 8 images: any of the data sets of `images`, any of `architectures`."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from .architectures import ARCHITECTURES, FAMILY_OF
+from .images import DATASETS, load_images
+from .making import Group, Made, groups_of, make_zoo
+from .table import Zoo
+from .verification import accuracy, compare
+from .vmapped import Recipe, train_together
+
+TARGETS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+HYPERPARAMETERS = ("optimiser", "steps", "lr", "momentum", "weight_decay", "init_gain", "train_fraction", "label_noise")
+GROUP = 128
+"""Networks trained as one vectorised group; also what an interruption can lose, per core."""
+COST = {"mlp": 1.0, "cnn": 3.0, "vit": 12.0}
+"""Time of a training step of one network, relative to an MLP's."""
+ADAM_LR = 0.05
+"""Transformers hardly learn by SGD; they are trained by Adam, at this share of the rate drawn for SGD."""
+
+
+def sample_recipe(networks: int, seed: int, max_steps: int = 600) -> Recipe:
+    """Random hyperparameters for `networks` networks, spread so that accuracies go from chance to above 95 %."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(networks, generator=g)
+
+    def log_uniform(low: float, high: float) -> Tensor:
+        return uniform(math.log(low), math.log(high)).exp()
+
+    untrained = torch.rand(networks, generator=g) < 0.04
+    clean = torch.rand(networks, generator=g) < 0.6
+    return Recipe(
+        steps=(max_steps * uniform(0.0, 1.0) ** 2).ceil().long().where(~untrained, torch.zeros((), dtype=torch.int64)),
+        lr=log_uniform(5e-3, 0.5),
+        momentum=uniform(0.0, 0.95),
+        weight_decay=log_uniform(1e-5, 1e-2),
+        init_gain=log_uniform(0.8, 2.5),
+        train_fraction=log_uniform(0.1, 1.0),
+        label_noise=uniform(0.0, 0.7).where(~clean, torch.zeros(())),
+    )
+
+
+def make_classifier_zoo(
+    folder: str | PathLike[str],
+    networks: int,
+    *,
+    dataset: str = "digits",
+    architectures: Sequence[str] | None = None,
+    seed: int = 0,
+    max_steps: int = 600,
+    on_progress: Callable[[float], None] | None = None,
+) -> Zoo:
+    """Train a zoo of classifiers with random hyperparameters, write it to `folder` and return it, opened from there.
+
+    The networks are shared out evenly among the architectures, and up to 128 of one architecture are trained as one
+    vectorised group. Interrupted, the same call goes on with the groups that are not done. The same arguments give
+    the same zoo, interrupted or not.
+
+    Args:
+        folder: where the files go; made if missing. A finished zoo already there is refused.
+        networks: how many in all, at least one per architecture.
+        dataset: a name from `images.DATASETS`: "digits" (scikit-learn), "shapes", "glyphs" or "textures".
+        architectures: names from `architectures.ARCHITECTURES`; all of them by default. `architectures.FAMILIES` has
+            them by family, for predictors that are trained on one family and tested on another.
+        max_steps: the longest training; short ones are likelier, some networks stay untrained.
+        on_progress: called with the fraction done, in [0, 1].
+
+    Returns:
+        A zoo whose rows hold architecture, family, dataset, the hyperparameters (`vmapped.Recipe`), and accuracy and
+        mean cross entropy on test and training images.
+
+    Raises:
+        ValueError: too few networks, an unknown architecture or data set, an unfinished zoo of other arguments.
+        FileExistsError: `folder` holds a zoo already.
+        ModuleNotFoundError: pyarrow is missing, or for the digits scikit-learn.
+
+    Example:
+        >>> cnns = make_classifier_zoo("cnns", 1000, dataset="shapes", architectures=list(FAMILIES["cnn"]))
+    """
+    chosen = list(ARCHITECTURES) if architectures is None else list(architectures)
+    for name in chosen:
+        if name not in ARCHITECTURES:
+            raise ValueError(
+                f"make_classifier_zoo: unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}"
+            )
+    if dataset not in DATASETS:
+        raise ValueError(f"make_classifier_zoo: unknown data set {dataset!r}; known are {', '.join(DATASETS)}")
+    if not chosen or networks < len(chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"make_classifier_zoo: networks must be at least one per architecture ({len(chosen)}, each named once), "
+            f"got {networks}"
+        )
+    counts = {name: networks // len(chosen) + (a < networks % len(chosen)) for a, name in enumerate(chosen)}
+    groups, architecture_of, first = [], {}, 0
+    for name in chosen:
+        parts = groups_of(name, counts[name], GROUP, first, COST[FAMILY_OF[name]])
+        groups += parts
+        architecture_of.update({group.name: (name, first) for group in parts})
+        first += counts[name]
+    train, test = load_images(dataset)
+
+    def work(group: Group, on_share: Callable[[float], None]) -> Made:
+        name, start = architecture_of[group.name]
+        # Seeded by name: leaving an architecture out does not change the others.
+        key = f"{seed}/{group.name}" if dataset == "digits" else f"{seed}/{dataset}/{group.name}"
+        group_seed = zlib.crc32(key.encode())
+        recipe = sample_recipe(group.size, group_seed, max_steps)
+        optimiser = "adam" if FAMILY_OF[name] == "vit" else "sgd"
+        if optimiser == "adam":
+            recipe = replace(recipe, lr=ADAM_LR * recipe.lr)
+        total = max(1, int(recipe.steps.sum()))
+        trained = train_together(
+            ARCHITECTURES[name],
+            recipe,
+            train,
+            test,
+            seed=group_seed + 1,
+            optimiser=optimiser,
+            on_step=lambda step: on_share(float(recipe.steps.clamp_max(step + 1).sum()) / total),
+        )
+        rows = []
+        for i in range(group.size):
+            row = {"architecture": name, "family": FAMILY_OF[name], "dataset": dataset, "optimiser": optimiser}
+            row.update(recipe.row(i))
+            row.update({target: getattr(trained, target)[i].item() for target in TARGETS})
+            rows.append((f"{name}-{group.first - start + i:03d}", row))
+        both = {**trained.parameters, **trained.buffers}
+        return {key: both[key] for key in trained.order}, rows
+
+    about = {
+        "source": "classifiers",
+        "dataset": dataset,
+        "architectures": chosen,
+        "networks": networks,
+        "seed": seed,
+        "max_steps": max_steps,
+        "targets": list(TARGETS),
+        "hyperparameters": list(HYPERPARAMETERS),
+    }
+    return make_zoo(folder, groups, work, about, on_progress)
+
+
+def verify(zoo: Zoo, networks: Sequence[int]) -> list[tuple[float, str]]:
+    """Accuracy on the held-out images of each network's data set, against the column `test_accuracy`."""
+
+    def measure(module: torch.nn.Module, row: object) -> float:
+        return accuracy(module, *load_images(row["dataset"])[1])  # type: ignore[index]
+
+    return compare(
+        zoo, networks, build=lambda row: ARCHITECTURES[row["architecture"]](), measure=measure, column="test_accuracy"
+    )

@@ -1,0 +1,161 @@
+"""Batches of a zoo for training: cut by a budget of weights, packed in the worker processes of a `DataLoader`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..batch import WeightBatch
+from ..packing import pack
+from .table import Zoo
+
+Item = tuple[WeightBatch, Tensor]
+
+
+class ZooDataset(Dataset[Item]):
+    """The networks of a zoo, packed, with their targets.
+
+    Item i is a `WeightBatch` of one network and its targets `(t,)` in the default floating dtype. A `DataLoader` asks
+    for a whole batch at once, which is packed in one call (`__getitems__`); `collate` joins either.
+
+    Args:
+        zoo: any zoo; sources are read lazily, in the worker process where there is one.
+        targets: columns of numbers; one name or several. None of them may lack a value.
+        options: keyword arguments of `sne_fast.pack`; `pack_options(encoder)` gives those an encoder expects.
+        keep: pack all networks once, now, and keep them in memory; batches are then cut from that.
+
+    Raises:
+        KeyError: no such column.
+        ValueError: a target that is not a number for every network.
+
+    Example:
+        >>> data = ZooDataset(zoo, "test_accuracy", pack_options(encoder))
+        >>> batch, targets = data[0]
+        >>> len(batch), targets.shape
+        (1, torch.Size([1]))
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        targets: str | Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
+        self.zoo = zoo
+        self.options = dict(options or {})
+        names = [targets] if isinstance(targets, str) else list(targets)
+        columns = []
+        for name in names:
+            values = zoo.column(name)
+            if values.dtype == object or (values != values).any():
+                raise ValueError(f"ZooDataset: the target {name!r} must be a number for every network")
+            columns.append(torch.from_numpy(values))
+        goal = torch.stack(columns, 1) if columns else torch.zeros(len(zoo), 0)
+        self.targets = goal.to(torch.get_default_dtype())
+        self._packed = pack(zoo, **self.options).detach() if keep and len(zoo) else None  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.zoo)
+
+    def __getitem__(self, i: int) -> Item:
+        return self.batch([i])[0], self.targets[i]
+
+    def __getitems__(self, rows: Sequence[int]) -> Item:
+        return self.batch(rows), self.targets[list(rows)]
+
+    def batch(self, rows: Sequence[int]) -> WeightBatch:
+        """The chosen networks as one batch."""
+        if self._packed is not None:
+            return self._packed[list(rows)]
+        return pack([self.zoo[i] for i in rows], **self.options).detach()
+
+    @staticmethod
+    def collate(items: Item | Sequence[Item]) -> Item:
+        """Items, or a batch as `__getitems__` gives it, as `(WeightBatch, targets (B, t))`."""
+        if isinstance(items, tuple):
+            return items
+        return WeightBatch.cat([batch for batch, _ in items]), torch.stack([target for _, target in items])
+
+
+class WeightBudgetSampler(Sampler[list[int]]):
+    """Batches of positions that hold at most `budget` weights each; a larger network is a batch of its own.
+
+    Args:
+        sizes: `(n,)` weights of each network, as `zoo.sizes`.
+        budget: weights per batch, at least 1.
+        shuffle: another order in every epoch, decided by `seed` and the epoch: iterating counts epochs from 0, and
+            `set_epoch` sets the next one, so that a resumed run continues in the same order.
+    """
+
+    def __init__(self, sizes: Tensor, budget: int, *, shuffle: bool = True, seed: int = 0) -> None:
+        if budget < 1:
+            raise ValueError(f"WeightBudgetSampler: budget must be at least 1, got {budget}")
+        self.sizes, self.budget, self.shuffle, self.seed, self.epoch = sizes, budget, shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration runs through."""
+        self.epoch = epoch
+
+    def _batches(self) -> Iterator[list[int]]:
+        from ..training import batches_by_weights
+
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch) if self.shuffle else None
+        return batches_by_weights(self.sizes, self.budget, generator)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self._batches()
+        self.epoch += 1
+        return batches
+
+    def __len__(self) -> int:
+        """Batches of the next epoch."""
+        return sum(1 for _ in self._batches())
+
+
+def pack_options(encoder: Any) -> dict[str, Any]:
+    """The arguments of `sne_fast.pack` with which an encoder expects its batches cut, on the CPU."""
+    return {
+        "chunk_size": encoder.chunk_size,
+        "chunking": encoder.chunking,
+        "scale": encoder.config["scale"],
+        "dtype": encoder.type_embedding.weight.dtype,
+        "device": "cpu",
+    }
+
+
+def zoo_loader(
+    zoo: Zoo,
+    targets: str | Sequence[str],
+    *,
+    encoder: Any = None,
+    options: Mapping[str, Any] | None = None,
+    budget: int = 20_000,
+    shuffle: bool = True,
+    seed: int = 0,
+    workers: int = 0,
+    keep: bool = False,
+    pin_memory: bool = False,
+) -> DataLoader[Item]:
+    """A `DataLoader` of `(WeightBatch, targets (B, t))` over a zoo, its batches cut by a budget of weights.
+
+    Args:
+        targets: columns of numbers.
+        encoder: whose way of packing is taken; `options` add to it or stand alone.
+        budget: the most weights a batch holds, unless one network alone has more.
+        workers: processes that read and pack.
+        keep: pack once and keep in memory (see `ZooDataset`); best with `workers=0`.
+
+    Example:
+        >>> for batch, accuracy in zoo_loader(zoo, "test_accuracy", encoder=predictor.encoder):
+        ...     loss = (predictor(batch) - accuracy).square().mean()
+    """
+    merged = {**(pack_options(encoder) if encoder is not None else {}), **(options or {})}
+    data = ZooDataset(zoo, targets, merged, keep=keep)
+    sampler = WeightBudgetSampler(zoo.sizes, budget, shuffle=shuffle, seed=seed)
+    return DataLoader(data, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers, pin_memory=pin_memory)

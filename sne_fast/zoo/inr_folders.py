@@ -1,0 +1,260 @@
+"""Implicit neural representations as the authors of DWSNets and NFN published them.
+
+DWSNets (Navon et al. 2023, arXiv 2301.12780), after https://github.com/AvivNavon/DWSNets (experiments/mnist,
+experiments/ssl, nn/inr.py): a SIREN per file, `mnist_png_training_2_23089/checkpoints/model_final.pth` (label 2, image
+23089), named by a JSON of splits, `{"train": {"path": [...], "label": [...]}, "val": ..., "test": ...}`. The sine
+waves of its self-supervised task: `{"train": [paths], ...}`, and in each file besides the weights `coef` (a, b) with
+y = a sin(b x), and the points `x`, `y` it was fitted to. Networks: 2-32-32-1 (1-32-32-1), sin(30 .), output + 0.5.
+
+NFN (Zhou et al. 2023, arXiv 2302.14040), after https://github.com/AllanYangZhou/nfn (experiments/data_utils.py,
+siren_utils.py): `<prefix>_<label>s/net<image>.pth`; splits are ranges of the image's number, [0, 45000), [45000,
+50000), [50000, ...) for MNIST. Networks: 2-32-32-1 (CIFAR: -3), sin(30 .), images in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints import load_state_dict, natural_key
+from .csv_table import one_type
+from .inrs import siren_of
+from .table import FileSource, Zoo
+
+SPLITS = ("train", "val", "test")
+_IMAGE_FOLDER = re.compile(r"_(train[a-z]*|test[a-z]*)_([A-Za-z0-9]+)_(\d+)$")  # split, label, number
+_NFN_FILE = re.compile(r"net(\d+)\.pth$")
+Images = Tensor | np.ndarray | Callable[[Mapping[str, Any]], Tensor]
+
+
+def load_dwsnets(
+    splits: str | PathLike[str], *, root: str | PathLike[str] | None = None, splits_to_take: Sequence[str] = SPLITS
+) -> Zoo:
+    """INRs in the layout of DWSNets: images (with labels) or sine waves (with two coefficients).
+
+    Args:
+        splits: the JSON file of splits; or a folder, whose files `*_png_*/**/*.pth` are then taken with the label and
+            the split (train or test) that their names say.
+        root: where the files are, if not where the JSON says, which has the paths of the machine that wrote it: the
+            longest end of each path that exists below `root`. By default the folder of the JSON.
+        splits_to_take: names of splits in the JSON.
+
+    Returns:
+        A zoo whose rows hold `split` and, for images, `label` and `image` (its number); for sine waves `coef_0`
+        (amplitude) and `coef_1` (frequency), for which every file is read once.
+
+    Raises:
+        FileNotFoundError: no such JSON or folder, no networks, or a network that the JSON names is missing.
+        ValueError: a JSON of another form.
+        CheckpointError: a file that holds more than tensors, numbers and numpy arrays.
+
+    Example:
+        >>> zoo = load_dwsnets("dataset/mnist_splits.json", root="dataset/mnist-inrs")
+        >>> verify(zoo, range(10), images=lambda row: mnist[row["split"] == "test"][row["image"]], tolerance=0.01)
+    """
+    splits = Path(splits)
+    if splits.is_dir():
+        return _dwsnets_folder(splits)
+    if not splits.is_file():
+        raise FileNotFoundError(f"{splits}: there is no such file or folder")
+    try:
+        content = json.loads(splits.read_text(encoding="utf-8"))
+        parts = [(name, content[name]) for name in splits_to_take if name in content]
+        listed: list[tuple[str, Any, Any]] = []
+        for name, part in parts:
+            paths, labels = (part["path"], part["label"]) if isinstance(part, dict) else (part, [None] * len(part))
+            listed += [(name, path, label) for path, label in zip(paths, labels, strict=True)]
+        if not all(isinstance(p, str) for _, p, _ in listed):
+            raise TypeError("paths must be strings")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{splits}: must map splits to paths and labels, or to paths: {error!r}") from error
+    if not listed:
+        raise FileNotFoundError(f"{splits}: names no networks in the splits {', '.join(splits_to_take)}")
+    base = Path(root) if root is not None else splits.parent
+    files = [_find(p, base, splits) for _, p, _ in listed]
+    columns: dict[str, list[Any]] = {"name": _names(files), "split": [name for name, _, _ in listed]}
+    if any(label is not None for _, _, label in listed):
+        columns["label"] = one_type([_number(label) for _, _, label in listed])
+        columns["image"] = [int(match.group(3)) if (match := _matched(file)) else None for file in files]
+        targets = ["label"]
+    else:
+        coefficients = [_coefficients(file) for file in files]
+        columns.update({f"coef_{k}": [c[k] for c in coefficients] for k in range(len(coefficients[0]))})
+        targets = [name for name in columns if name.startswith("coef_")]
+    return _zoo("dwsnets", columns, files, read_inr, targets, base)
+
+
+def load_nfn(
+    folder: str | PathLike[str],
+    prefix: str = "randinit_smaller",
+    split_points: tuple[int, int] | None = (45_000, 50_000),
+) -> Zoo:
+    """INRs in the layout of NFN: `<prefix>_<label>s/net<image>.pth`.
+
+    Args:
+        prefix: which of the sets in the folder, such as `randinit_smaller` or `randinit_smaller_aug0`.
+        split_points: image numbers where "val" and "test" begin; None leaves the column `split` out. MNIST and
+            FashionMNIST have (45000, 50000), both parts of the data set having been numbered through.
+
+    Returns:
+        A zoo whose rows hold `label`, `image` and `split`.
+
+    Raises:
+        FileNotFoundError: no such folder, or no networks of that prefix.
+
+    Example:
+        >>> zoo = load_nfn("siren_mnist_wts")
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder")
+    found = []
+    for file in folder.glob(f"{prefix}_*s/*.pth"):
+        label = re.fullmatch(re.escape(prefix) + r"_(\d+)s", file.parent.name)
+        image = _NFN_FILE.match(file.name)
+        if label and image:
+            found.append((int(image.group(1)), int(label.group(1)), file))
+    if not found:
+        there = sorted({entry.name for entry in folder.iterdir() if entry.is_dir()})[:8]
+        raise FileNotFoundError(
+            f"{folder}: holds no {prefix}_<label>s/net<image>.pth, but {', '.join(there) or 'nothing'}"
+        )
+    found.sort(key=lambda entry: entry[:2])
+    files = [file for _, _, file in found]
+    columns: dict[str, list[Any]] = {
+        "name": _names(files),
+        "label": [label for _, label, _ in found],
+        "image": [image for image, _, _ in found],
+    }
+    if split_points is not None:
+        columns["split"] = [SPLITS[sum(image >= point for point in split_points)] for image, _, _ in found]
+    return _zoo("nfn", columns, files, read_inr, ["label"], folder)
+
+
+def read_inr(file: Path) -> dict[str, Tensor]:
+    """The weights of an INR: what is called weight or bias, without the points that some files hold besides."""
+    content = _extras(file)
+    return {
+        key: value.clone()
+        for key, value in content.items()
+        if isinstance(value, Tensor) and key.rpartition(".")[2] in ("weight", "bias")
+    }
+
+
+def _extras(file: Path) -> Mapping[str, Any]:
+    """A checkpoint with numpy arrays and plain values beside the tensors; nothing in it is run."""
+    # What a pickled array names, by either name of numpy's module; none of it runs code of the file.
+    rebuild, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+    known: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+        known += [(rebuild, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    try:
+        with torch.serialization.safe_globals(known):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+            return content
+    except Exception:  # whatever it is, the reader of checkpoints says it well
+        pass
+    return load_state_dict(file)
+
+
+def _coefficients(file: Path) -> list[float]:
+    found = _extras(file).get("coef")
+    if found is None:
+        raise ValueError(f"{file}: holds no coef, the label of a sine wave; splits without labels list sine waves")
+    return [float(c) for c in found]
+
+
+def _dwsnets_folder(folder: Path) -> Zoo:
+    found = [(file, match) for file in folder.glob("*_png_*/**/*.pth") if (match := _matched(file))]
+    if not found:
+        raise FileNotFoundError(f"{folder}: holds no <data>_png_<training or testing>_<label>_<image>/**/*.pth")
+    found.sort(key=lambda entry: natural_key(str(entry[0])))
+    files = [file for file, _ in found]
+    columns: dict[str, list[Any]] = {
+        "name": _names(files),
+        "split": ["train" if match.group(1).startswith("train") else "test" for _, match in found],
+        "label": one_type([_number(match.group(2)) for _, match in found]),
+        "image": [int(match.group(3)) for _, match in found],
+    }
+    return _zoo("dwsnets", columns, files, read_inr, ["label"], folder)
+
+
+def _number(label: Any) -> Any:
+    return int(label) if str(label).isdigit() else label
+
+
+def _matched(file: Path) -> re.Match[str] | None:
+    return next((match for part in reversed(file.parts[:-1]) if (match := _IMAGE_FOLDER.search(part))), None)
+
+
+def _find(path: str, base: Path, splits: Path) -> Path:
+    if Path(path).is_file():
+        return Path(path)
+    parts = Path(path).parts
+    for k in range(1, len(parts)):
+        if ".." not in parts[k:] and (base / Path(*parts[k:])).is_file():
+            return base / Path(*parts[k:])
+    raise FileNotFoundError(f"{splits} names {path}, which is missing, also below {base}; give root=")
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """Names from as many folders as it takes to tell the files apart."""
+    for depth in range(1, 6):
+        names = ["-".join(file.with_suffix("").parts[-depth:]) for file in files]
+        if len(set(names)) == len(files):
+            return names
+    return [f"{i:06d}" for i in range(len(files))]
+
+
+def _zoo(
+    source: str, columns: dict[str, list[Any]], files: list[Path], reader: Any, targets: list[str], folder: Path
+) -> Zoo:
+    columns["architecture"] = ["siren"] * len(files)
+    about = {"source": source, "targets": targets, "hyperparameters": []}
+    return Zoo(columns, FileSource(files, reader), about, folder)
+
+
+@torch.no_grad()
+def verify(
+    zoo: Zoo, networks: Sequence[int], *, images: Images | None = None, omega: float = 30.0
+) -> list[tuple[float, str]]:
+    """Mean squared error between what each network draws and what it was fitted to.
+
+    Args:
+        images: `(n, c, h, w)`, one per network of the zoo, or a function of the row that returns `(c, h, w)`; of the
+            range that the network was fitted to: [0, 1] for DWSNets, [-1, 1] for NFN. Not needed for sine waves, which
+            are compared with `coef_0 sin(coef_1 x)` on [-pi, pi).
+        omega: factor inside every sine.
+    """
+    dwsnets = zoo.about["source"] == "dwsnets"
+    found = []
+    for i in networks:
+        row = zoo.rows[i]
+        siren = siren_of(zoo.state_dict(i), omega, 0.5 if dwsnets else 0.0)
+        if "coef_0" in row:
+            x = torch.arange(-torch.pi, torch.pi, torch.pi / 1000)[:, None]
+            error = siren(x) - row["coef_0"] * (row["coef_1"] * x).sin()
+        else:
+            if images is None:
+                raise ValueError("verify: INRs of images need images=, (n, c, h, w) or a function of the row")
+            image = torch.as_tensor(images(row) if callable(images) else images[i]).float()
+            image = image if image.ndim == 3 else image[None]
+            error = siren(_pixels(image.shape[1], image.shape[2], x_first=dwsnets)) - image.flatten(1).t()
+        mean = error.square().mean().item()
+        found.append((mean if mean == mean else float("inf"), str(row["name"])))
+    return found
+
+
+def _pixels(height: int, width: int, x_first: bool) -> Tensor:
+    """Coordinates `(height * width, 2)` in [-1, 1], rows of the image outermost: (x, y) as DWSNets, (y, x) as NFN."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([x, y] if x_first else [y, x], -1).view(-1, 2)

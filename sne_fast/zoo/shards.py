@@ -1,0 +1,333 @@
+"""A zoo on disk: safetensors shards of stacked networks, and a parquet index with one row per network.
+
+    FOLDER/index.parquet             one row per network: name, what is known about it, shard, position, weights
+    FOLDER/zoo.json                  what the whole is: source, arguments, which columns are targets
+    FOLDER/shards/NAME.safetensors   networks of the same tensor names and shapes: each tensor is (K, *shape)
+
+Network k of a shard is row k of each of its tensors. The metadata `sne_fast.order` (a JSON list) keeps the module's
+order of the tensors, which safetensors itself does not. Tensors are named `stack.NAME`, so that a shard read as a
+checkpoint is refused, not taken for one large network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import ORDER_KEY, CheckpointError, save_state_dict
+
+INDEX = "index.parquet"
+ABOUT = "zoo.json"
+UNFINISHED = "unfinished.json"
+SHARDS = "shards"
+PLACE = ("shard", "position")
+SHARD_BYTES = 64 << 20
+_STACK = "stack."
+_OPEN_SHARDS = 256
+
+
+class ShardSource:
+    """Reads networks out of mapped shards: only the pages that hold a network are read, when it is asked for."""
+
+    def __init__(self, folder: Path, shards: Sequence[str], positions: Sequence[int]) -> None:
+        self.folder = folder
+        self.shards = list(shards)
+        self.positions = list(positions)
+        self._open: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # a worker process maps the files anew
+
+    def read(self, i: int) -> dict[str, Tensor]:
+        """The state_dict of network `i`, copied out of its shard."""
+        position = self.positions[i]
+        stacked = self.stacked(self.shards[i])
+        held = next(iter(stacked.values())).shape[0]
+        if not 0 <= position < held:
+            raise CheckpointError(f"{self._file(self.shards[i])}: holds {held} networks, the index wants {position}")
+        return {name: tensor[position].clone() for name, tensor in stacked.items()}
+
+    def stacked(self, shard: str) -> dict[str, Tensor]:
+        """All networks of a shard, `(K, *shape)` per tensor and mapped: the form that `torch.func.vmap` takes."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        found = _map_shard(self._file(shard))
+        self._open[shard] = found
+        if len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return found
+
+    def _file(self, shard: str) -> Path:
+        return self.folder / SHARDS / f"{shard}.safetensors"
+
+
+def _map_shard(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            names = json.loads(metadata[ORDER_KEY])
+            if sorted(_STACK + name for name in names) != sorted(opened.keys()) or not names:
+                raise ValueError(f"{ORDER_KEY} does not name its tensors")
+            return {name: opened.get_tensor(_STACK + name) for name in names}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: the zoo's index names this shard, but it is missing") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: is damaged or no shard of a zoo: {error}") from error
+
+
+def network_weights(state_dict: Mapping[str, Tensor]) -> int:
+    """How many numbers `sne_fast.pack` takes from a state_dict: those of its floating tensors."""
+    return sum(tensor.numel() for tensor in state_dict.values() if tensor.is_floating_point())
+
+
+class ZooWriter:
+    """Writes networks one by one or group by group, and the index last: a folder with an index is a whole zoo.
+
+    A context manager. When the block raises no index is written: what is there is removed, or with `resume` kept, and
+    a writer with the same arguments goes on from it.
+
+    Args:
+        folder: made if missing.
+        resume: keep the finished groups of an interrupted run, and go on from those already there.
+        shard_bytes: about how large a shard becomes that `add` fills.
+        about: JSON-serialisable description of the whole, kept in `zoo.json`. `source` names the maker or loader,
+            which `verify` goes by; `targets` and `hyperparameters` list columns.
+
+    Raises:
+        FileExistsError: the folder holds a zoo, or without `resume` an unfinished one.
+        ValueError: with `resume`, an unfinished zoo of other arguments.
+
+    Example:
+        >>> with ZooWriter("zoo", source="mine") as writer:
+        ...     writer.add("first", torch.nn.Linear(4, 3).state_dict(), {"accuracy": 0.9})
+        >>> Zoo.open("zoo")
+        Zoo('zoo', 1 networks)
+    """
+
+    def __init__(
+        self, folder: str | PathLike[str], *, resume: bool = False, shard_bytes: int = SHARD_BYTES, **about: Any
+    ) -> None:
+        self.folder = Path(folder)
+        # torch's version with it: another one may compute other bits, and a zoo is not made half by one
+        self.about = json.loads(json.dumps({**about, "torch": torch.__version__}))
+        self._resume = resume
+        self._shard_bytes = shard_bytes
+        self._columns: list[str] | None = None
+        self._next = 0
+        self._names: set[str] = set()
+        self._held: dict[tuple, list[tuple[int, dict[str, Tensor], dict[str, Any]]]] = {}
+        self._held_bytes: dict[tuple, int] = {}
+        self._parts: dict[str, list[dict[str, Any]]] = {}
+        if (self.folder / INDEX).exists():
+            raise FileExistsError(f"{self.folder} holds a zoo already; choose another folder or remove it")
+        (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        unfinished = self.folder / UNFINISHED
+        if not unfinished.exists():
+            _write_whole(unfinished, json.dumps(self.about, indent=2) + "\n")
+            return
+        if not self._resume:
+            raise FileExistsError(f"{self.folder} holds an unfinished zoo; choose another folder or remove it")
+        there = json.loads(unfinished.read_text(encoding="utf-8"))
+        if there != self.about:
+            differ = [
+                f"{key} {there.get(key)!r} there, {self.about.get(key)!r} here"
+                for key in sorted({*there, *self.about})
+                if there.get(key) != self.about.get(key)
+            ]
+            raise ValueError(
+                f"{self.folder} holds an unfinished zoo made with other arguments ({'; '.join(differ)}); "
+                "give the same ones to go on, or choose another folder"
+            )
+        for file in sorted((self.folder / SHARDS).glob("*.rows.json")):
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            self._parts[file.name.removesuffix(".rows.json")] = rows
+            self._names.update(row["name"] for row in rows)
+            self._columns = self._columns or _own_columns(rows[0])
+
+    def has(self, group: str) -> bool:
+        """Whether `add_group` has written this group, now or in an interrupted run."""
+        return group in self._parts
+
+    def add(self, name: str, state_dict: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
+        """Take one network; it is written with others of the same tensors.
+
+        Args:
+            name: unique in the zoo.
+            row: what is known about it: numbers, strings, booleans, None where something is not known.
+
+        Raises:
+            ValueError: a number that is not finite, other columns than the first network's, a name used twice.
+            TypeError: a value that is not a plain one.
+        """
+        entry = self._entry(name, row)
+        tensors = {key: tensor.detach().cpu().clone() for key, tensor in state_dict.items()}
+        if not tensors:
+            raise ValueError(f"zoo: {name} must hold at least one tensor, got none")
+        signature = tuple((key, tuple(t.shape), t.dtype) for key, t in tensors.items())
+        self._held.setdefault(signature, []).append((self._next, tensors, entry))
+        size = sum(t.nbytes for t in tensors.values())
+        self._held_bytes[signature] = self._held_bytes.get(signature, 0) + size
+        self._next += 1
+        if self._held_bytes[signature] >= self._shard_bytes:
+            self._flush(signature)
+        elif sum(self._held_bytes.values()) >= 4 * self._shard_bytes:  # many kinds of networks, few of each
+            for each in list(self._held):
+                self._flush(each)
+
+    def add_group(
+        self, group: str, first: int, stacked: Mapping[str, Tensor], rows: Sequence[tuple[str, Mapping[str, Any]]]
+    ) -> None:
+        """Write K networks of the same tensors as one shard, all or nothing; with `resume` it outlives the run.
+
+        Args:
+            group: the shard's name.
+            first: place of its first network in the index.
+            stacked: tensors `(K, *shape)` in module order.
+            rows: K pairs of name and row, as for `add`.
+        """
+        shapes = {key: tuple(t.shape) for key, t in stacked.items()}
+        if not shapes or any(not shape or shape[0] != len(rows) for shape in shapes.values()):
+            raise ValueError(f"zoo: the tensors of group {group!r} must be of shape ({len(rows)}, ...), got {shapes}")
+        entries = [self._entry(name, row) for name, row in rows]
+        self._write(group, dict(stacked), [(first + k, entry) for k, entry in enumerate(entries)])
+        self._next = max(self._next, first + len(rows))
+
+    def _entry(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        entry = {"name": name, **row}
+        for key, value in entry.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"zoo: {key} of {name} must be finite, got {value}; None says that it is not known")
+            if value is not None and not isinstance(value, (bool, int, float, str)):
+                raise TypeError(f"zoo: {key} of {name} must be a number or a string, got {type(value).__name__}")
+            if key in (*PLACE, "weights", "order"):
+                raise ValueError(f"zoo: a column cannot be called {key!r}, the index has one of its own")
+        if self._columns is None:
+            self._columns = list(entry)
+        if list(entry) != self._columns:
+            raise ValueError(f"zoo: {name} must have the columns {self._columns}, got {list(entry)}")
+        if not name or any(c in name for c in "/\\\0") or name in self._names:
+            raise ValueError(f"zoo: names must be unique and without slashes, got {name!r}")
+        self._names.add(name)
+        return entry
+
+    def _flush(self, signature: tuple) -> None:
+        held = self._held.pop(signature)
+        self._held_bytes.pop(signature)
+        stacked = {key: torch.stack([tensors[key] for _, tensors, _ in held]) for key, _, _ in signature}
+        self._write(f"{len(self._parts):05d}", stacked, [(order, entry) for order, _, entry in held])
+
+    def _write(self, part: str, stacked: dict[str, Tensor], entries: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        if part in self._parts:
+            raise ValueError(f"zoo: the group {part!r} has been written already")
+        weights = network_weights({key: t[0] for key, t in stacked.items()})
+        rows = [
+            {**entry, "weights": weights, "shard": part, "position": k, "order": order}
+            for k, (order, entry) in enumerate(entries)
+        ]
+        base = self.folder / SHARDS / part
+        save_state_dict(
+            {_STACK + key: t for key, t in stacked.items()},
+            base.with_name(f"{part}.safetensors"),
+            metadata={ORDER_KEY: json.dumps(list(stacked))},
+        )
+        _write_whole(base.with_name(f"{part}.rows.json"), json.dumps(rows))  # last: where it is, the shard is whole
+        self._parts[part] = rows
+
+    def __enter__(self) -> ZooWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            for signature in list(self._held):
+                self._flush(signature)
+            rows = sorted((row for part in self._parts.values() for row in part), key=lambda row: row["order"])
+            if rows:
+                _write_whole(self.folder / ABOUT, json.dumps(self.about, indent=2) + "\n")
+                columns = [key for key in rows[0] if key != "order"]
+                write_index({key: [row[key] for row in rows] for key in columns}, self.folder / INDEX)
+        elif not self._resume:
+            for part in self._parts:
+                (self.folder / SHARDS / f"{part}.safetensors").unlink(missing_ok=True)
+        if kind is None or not self._resume:
+            for left in (self.folder / SHARDS).glob(".*.tmp"):  # of a run that was killed while it wrote
+                left.unlink(missing_ok=True)
+            (self.folder / UNFINISHED).unlink(missing_ok=True)
+            for part in self._parts:
+                (self.folder / SHARDS / f"{part}.rows.json").unlink(missing_ok=True)
+
+
+def _own_columns(row: Mapping[str, Any]) -> list[str]:
+    return [key for key in row if key not in (*PLACE, "weights", "order")]
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'zoos are indexed in parquet and need pyarrow: pip install "sne_fast[parquet]"', name=error.name
+        ) from error
+    return pyarrow
+
+
+def write_index(columns: Mapping[str, list[Any]], file: Path) -> None:
+    """Columns of plain values as a parquet file, all or nothing; a column that mixes numbers and text is refused."""
+    arrow = _parquet()
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = arrow.array(values)
+        except (arrow.ArrowInvalid, arrow.ArrowTypeError) as error:
+            raise ValueError(f"zoo: the column {name!r} must hold values of one type: {error}") from error
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        arrow.parquet.write_table(arrow.table(arrays), partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_index(file: Path) -> dict[str, list[Any]]:
+    """The columns of an index; what `write_index` wrote."""
+    arrow = _parquet()
+    try:
+        return arrow.parquet.read_table(file).to_pydict()
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"Zoo.open: {file} is damaged or no parquet file: {error}") from error
+
+
+def check_places(file: Path, shards: Iterable[Any], positions: Iterable[Any]) -> None:
+    """Shards are plain names, so that an index cannot point outside its folder."""
+    for shard in set(shards):
+        if not isinstance(shard, str) or not shard or any(c in shard for c in "/\\:\0") or shard.startswith("."):
+            raise ValueError(f"Zoo.open: {file} names the shard {shard!r}, which is no plain name")
+    if not all(isinstance(position, int) for position in positions):
+        raise ValueError(f"Zoo.open: {file}, column 'position' must hold integers")

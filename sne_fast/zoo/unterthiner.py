@@ -1,0 +1,207 @@
+"""The Small CNN Zoo of Unterthiner et al. 2020, "Predicting Neural Network Accuracy from Weights", arXiv 2002.11448.
+
+Layout, after https://github.com/google-research/google-research/tree/master/dnn_predict_accuracy (README, notebook):
+per data set (cifar10, fashion_mnist, mnist, svhn_cropped) a folder of
+
+- `weights.npy` `(N, 4970)` float32: nine checkpoints of each of 30,000 networks. Every layer's bias stands before its
+  kernel; convolution kernels are height x width x in x out, dense ones in x out, as in Keras;
+- `metrics.csv.gz`: a row for each row of the matrix: `step` (epochs 0, 1, 2, 3, 20, 40, 60, 80, 86; 86 is final),
+  `test_accuracy`, `test_loss`, `train_accuracy`, `train_loss`, `config.*`, `modeldir`;
+- `layout.csv`: `varname` ("sequential/conv2d/kernel:0"), `start_idx`, `end_idx`, `shape` ("(3, 3, 1, 16)").
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .architectures import unterthiner_cnn
+from .csv_table import read_csv
+from .table import Zoo
+from .verification import accuracy, check_images, compare
+
+TARGETS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+FINAL_STEP = 86
+
+
+class UnterthinerSource:
+    """Reads networks out of `weights.npy`, which is mapped: only the rows asked for are read."""
+
+    def __init__(
+        self, file: Path, rows: Sequence[int], layout: Sequence[tuple[str, int, int, tuple[int, ...]]]
+    ) -> None:
+        self.file = file
+        self.rows = list(rows)
+        self.layout = list(layout)
+        self._weights: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weights": None}
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The matrix, mapped."""
+        if self._weights is None:
+            self._weights = np.load(self.file, mmap_mode="r", allow_pickle=False)
+        return self._weights
+
+    def read(self, i: int) -> dict[str, Tensor]:
+        """The state_dict of `architectures.unterthiner_cnn`, in the module's order."""
+        flat = torch.from_numpy(np.array(self.weights[self.rows[i]], dtype=np.float32))
+        found = {name: to_torch(name, flat[start:end].view(shape)) for name, start, end, shape in self.layout}
+        return {name: found[name] for name in sorted(found, key=_module_order)}
+
+
+def to_torch(name: str, tensor: Tensor) -> Tensor:
+    """A Keras tensor as torch has it: `(h, w, in, out)` becomes `(out, in, h, w)`, `(in, out)` becomes `(out, in)`."""
+    if name.endswith("weight"):
+        tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.t()
+    return tensor.contiguous()
+
+
+def _module_order(name: str) -> tuple[int, int]:
+    layer, _, own = name.partition(".")
+    return (3 if layer == "dense" else int(layer.removeprefix("conv")), own == "bias")
+
+
+def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_STEP, invalid: str = "drop") -> Zoo:
+    """The Small CNN Zoo of one data set, read as it was published and turned into torch's layout network by network.
+
+    Args:
+        folder: holds `weights.npy`, `metrics.csv.gz` (or `metrics.csv`) and `layout.csv`.
+        step: which checkpoint of each network: 86 is the final one; None takes all nine.
+        invalid: what becomes of rows with a weight or one of the four metrics that is not finite: "drop" leaves them
+            out, with a warning, and counts them in `zoo.about["dropped"]`; "raise" refuses them; "keep" keeps them.
+
+    Returns:
+        A zoo whose rows hold the columns of the metrics, with architecture "unterthiner". `zoo.save(folder)` writes
+        it in this package's form.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files that do not fit each other, no row of that step, or with `invalid="raise"` an invalid one.
+
+    Example:
+        >>> zoo = load_unterthiner("svhn_cropped")
+        >>> verify(zoo, range(10), images=svhn_test, labels=svhn_labels)  # (n, 1, 32, 32) in [-1, 1], grey
+    """
+    if invalid not in ("drop", "raise", "keep"):
+        raise ValueError(f"load_unterthiner: invalid must be 'drop', 'raise' or 'keep', got {invalid!r}")
+    folder = Path(folder)
+    metrics_file = folder / "metrics.csv.gz" if (folder / "metrics.csv.gz").is_file() else folder / "metrics.csv"
+    if not metrics_file.is_file():
+        raise FileNotFoundError(f"{folder}: holds no metrics.csv.gz")
+    metrics = read_csv(metrics_file, text=("modeldir",))
+    layout = _read_layout(folder / "layout.csv")
+    if not (folder / "weights.npy").is_file():
+        raise FileNotFoundError(f"{folder}: holds no weights.npy")
+    source = UnterthinerSource(folder / "weights.npy", [], layout)
+    try:
+        shape = source.weights.shape
+    except ValueError as error:
+        raise ValueError(f"{folder / 'weights.npy'}: is damaged or no matrix of numbers: {error}") from error
+    missing = {"step", *TARGETS} - set(metrics)
+    if missing:
+        raise ValueError(f"{metrics_file}: lacks the column(s) {', '.join(sorted(missing))}")
+    expected = (len(metrics["step"]), max(end for _, _, end, _ in layout))
+    if shape != expected:
+        raise ValueError(
+            f"{folder / 'weights.npy'}: must be of shape {expected} by its metrics and layout, got {shape}"
+        )
+    kinds = set(metrics.get("config.dnn_architecture", ["cnn"]))
+    if kinds != {"cnn"}:
+        raise ValueError(
+            f"{metrics_file}: only networks of architecture 'cnn' are known, got {sorted(map(str, kinds))}"
+        )
+
+    rows = [i for i, at in enumerate(metrics["step"]) if step is None or at == step]
+    if not rows:
+        raise ValueError(f"{metrics_file}: has no row with step {step}; it has {sorted(set(metrics['step']))}")
+    bad = set() if invalid == "keep" else _invalid(source.weights, metrics, rows)
+    if bad and invalid == "raise":
+        raise ValueError(
+            f"{folder}: row {min(bad)} and {len(bad) - 1} more hold weights or metrics that are not finite"
+        )
+    if bad:
+        warnings.warn(f"{folder}: {len(bad)} of {len(rows)} networks are not finite and left out", stacklevel=2)
+    source.rows = [i for i in rows if i not in bad]
+    columns: dict[str, list[Any]] = {
+        "name": [f"network-{i:06d}" for i in source.rows],
+        "architecture": ["unterthiner"] * len(source.rows),
+        **{name: [values[i] for i in source.rows] for name, values in metrics.items()},
+    }
+    columns["weights"] = [expected[1]] * len(source.rows)
+    about = {
+        "source": "unterthiner",
+        "targets": list(TARGETS),
+        "hyperparameters": [name for name in metrics if name.startswith("config.")],
+        "step": step,
+        "dropped": len(bad),
+        "channels": next(shape[2] for name, _, _, shape in layout if name == "conv0.weight"),
+    }
+    return Zoo(columns, source, about, folder)
+
+
+def _read_layout(file: Path) -> list[tuple[str, int, int, tuple[int, ...]]]:
+    """Per tensor its name in the torch module, where it starts and ends, and its Keras shape."""
+    table = read_csv(file, text=("varname", "shape"))
+    missing = {"varname", "start_idx", "end_idx", "shape"} - set(table)
+    if missing:
+        raise ValueError(f"{file}: lacks the column(s) {', '.join(sorted(missing))}")
+    found: list[tuple[str, int, int, tuple[int, ...]]] = []
+    layers: list[str] = []
+    for varname, start, end, text in zip(
+        *(table[key] for key in ("varname", "start_idx", "end_idx", "shape")), strict=True
+    ):
+        layer, _, own = str(varname).rpartition("/")
+        role = {"kernel:0": "weight", "bias:0": "bias"}.get(own)
+        try:
+            shape = tuple(int(n) for n in ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(f"{file}: the shape of {varname} must be a tuple, got {text!r}") from error
+        if role is None or end - start != int(np.prod(shape)) or len(shape) not in (1, 2, 4):
+            raise ValueError(f"{file}: cannot read {varname}, columns {start} to {end} of shape {shape}")
+        if layer not in layers:
+            layers.append(layer)
+        k = layers.index(layer)
+        found.append((f"{'dense' if k == 3 else f'conv{k}'}.{role}", start, end, shape))
+    if len(layers) != 4 or len(found) != 8:
+        raise ValueError(f"{file}: must describe three convolutions and a dense layer, got {', '.join(layers)}")
+    return found
+
+
+def _invalid(weights: np.ndarray, metrics: Mapping[str, list[Any]], rows: Sequence[int]) -> set[int]:
+    bad = {i for i in rows if any(metrics[target][i] is None for target in TARGETS)}
+    for k in range(0, len(rows), 4096):
+        part = np.asarray(rows[k : k + 4096])
+        finite = np.isfinite(weights[part]).all(axis=1)
+        bad.update(part[~finite].tolist())
+    return bad
+
+
+def verify(
+    zoo: Zoo, networks: Sequence[int], *, images: Tensor | None = None, labels: Tensor | None = None
+) -> list[tuple[float, str]]:
+    """Accuracy on the test images, against the column `test_accuracy`.
+
+    Args:
+        images: `(n, 1, h, w)` float32: the data set's test images as the networks saw them: divided by 255, scaled to
+            [-1, 1], colours averaged to grey.
+        labels: `(n,)` int64.
+    """
+    given, truth = check_images("unterthiner", images, labels, "(n, 1, h, w)")
+
+    def build(row: Mapping[str, Any]) -> nn.Module:
+        return unterthiner_cnn(row.get("config.activation") or "relu", channels=zoo.about.get("channels", 1))
+
+    return compare(
+        zoo, networks, build=build, measure=lambda module, row: accuracy(module, given, truth), column="test_accuracy"
+    )
