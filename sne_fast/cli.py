@@ -1,4 +1,4 @@
-"""The command line: `sne-fast demo | encode | predict | bench | info`.
+"""The command line: `sne-fast demo | train | encode | predict | bench | info`.
 
 Heavy libraries are imported by the commands that need them, and every expected error becomes one sentence and exit
 code 2 in one place, `_Commands`.
@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from .encoder import SNE
+from ._command_line import (
+    check_output,
+    expand,
+    load_encoder,
+    print_table,
+    run_in_batches,
+    usable_device,
+    whole_file,
+)
 
 EXPECTED = (ValueError, TypeError, OSError, KeyError, ModuleNotFoundError, MemoryError)
-BATCH_WEIGHTS = 200_000
 
 
 class _Commands(TyperGroup):
@@ -120,6 +121,69 @@ def demo(
 
 
 @app.command()
+def train(
+    zoo: Annotated[Path, typer.Argument(help="Folder of a zoo (see sne_fast.zoo).", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder for the predictor; the same command resumes.", show_default=False),
+    ],
+    target: Annotated[list[str] | None, typer.Option(help="Column to predict; repeat for several.")] = None,
+    loss: Annotated[str, typer.Option(help="mse, bce (targets in [0, 1]) or cross_entropy (classes).")] = "mse",
+    transform: Annotated[str, typer.Option(help="Of mse targets: identity, or logit in [0, 1].")] = "identity",
+    split: Annotated[
+        str | None,
+        typer.Option(help="Column saying train, validation or test.", show_default="80/10/10 by architecture"),
+    ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="Permute hidden units anew for every batch; needs known symmetries.")
+    ] = False,
+    invariance: Annotated[float, typer.Option(help="Weight of the logit-invariance loss; needs --permute.")] = 0.0,
+    hidden_dim: Annotated[int, typer.Option(help="Width of the encoder.")] = 64,
+    num_heads: Annotated[int, typer.Option(help="Its attention heads.")] = 4,
+    chunk_size: Annotated[int, typer.Option(help="The most weights of a chunk.")] = 32,
+    chunking: Annotated[str, typer.Option(help="flat, neuron or kernel.")] = "flat",
+    set_attention: Annotated[str, typer.Option(help="sab, or isab for tensors of a million weights and more.")] = "sab",
+    epochs: Annotated[int, typer.Option(help="Passes over the training networks.")] = 40,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    batch_weights: Annotated[int, typer.Option(help="The most weights of a batch.")] = 20_000,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 1e-2,
+    patience: Annotated[int | None, typer.Option(help="Epochs without improvement before it ends.")] = None,
+    amp: Annotated[str | None, typer.Option(help="Train in bfloat16 or float16.")] = None,
+    log: Annotated[str, typer.Option(help="csv or tensorboard.")] = "csv",
+    seed: Annotated[int, typer.Option(help="Initial parameters, split, order and permutations.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Train a predictor of a zoo's columns from the networks' weights; run by torchrun it uses several processes."""
+    from rich.console import Console
+
+    from .training import FitSettings
+    from .training.command import TrainCommand
+    from .training.command import train as run
+
+    usable_device(device)
+    fit = FitSettings(
+        epochs=epochs, lr=lr, batch_weights=batch_weights, weight_decay=weight_decay, patience=patience, amp=amp,
+        invariance=invariance, seed=seed,
+    )  # fmt: skip
+    encoder = {"hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
+               "set_attention": set_attention}  # fmt: skip
+    command = TrainCommand(
+        zoo, out, tuple(target or ()), loss, transform, split=split, permute=permute, log=log, device=device,
+        encoder=encoder, fit=fit,
+    )  # fmt: skip
+    test = run(command, Console())["test"]
+    if int(os.environ.get("RANK", "0")):
+        return
+    if "accuracy" in test and not isinstance(test["accuracy"], dict):
+        typer.echo(f"accuracy on held-out networks {test['accuracy']:.3f}")
+    else:
+        numbers = ("tau", "r2", "mae", "rmse")
+        cells = [[name, *("-" if m[k] is None else f"{m[k]:.4g}" for k in numbers)] for name, m in test.items()]
+        print_table(["held-out networks", *numbers], cells)
+    typer.echo(f"Written to {out}: predictor/, metrics.json, predictions.csv, {log} log")
+
+
+@app.command()
 def encode(
     paths: Paths,
     out: Annotated[
@@ -142,11 +206,11 @@ def encode(
     """
     import numpy as np
 
-    _check_output(out, (".npz", ".parquet"))
-    names, files = _expand(paths)
-    encoder = _encoder(model, seed, set_attention, device)
-    vectors = _run_in_batches(encoder, files, encoder)
-    with _whole_file(out) as partial:
+    check_output(out, (".npz", ".parquet"))
+    names, files = expand(paths)
+    encoder = load_encoder(model, seed, set_attention, device)
+    vectors = run_in_batches(encoder, files, encoder)
+    with whole_file(out) as partial:
         if out.suffix == ".npz":
             with open(partial, "wb") as stream:
                 np.savez(stream, name=np.array(names), vector=vectors)
@@ -176,16 +240,16 @@ def predict(
     from .predictor import Predictor
 
     if out is not None:
-        _check_output(out, (".csv", ".json"))
-    names, files = _expand(paths)
-    predictor = Predictor.from_pretrained(model, device=_device(device))
-    values = _run_in_batches(predictor, files, predictor.encoder)
+        check_output(out, (".csv", ".json"))
+    names, files = expand(paths)
+    predictor = Predictor.from_pretrained(model, device=usable_device(device))
+    values = run_in_batches(predictor, files, predictor.encoder)
     rows = [
         {"name": name, **{t: float(v) for t, v in zip(predictor.target_names, row, strict=True)}}
         for name, row in zip(names, values, strict=True)
     ]
     if out is not None:
-        with _whole_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
+        with whole_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
             if out.suffix == ".csv":
                 writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
                 writer.writeheader()
@@ -193,7 +257,7 @@ def predict(
             else:
                 json.dump(rows, stream, indent=2)
                 stream.write("\n")
-    _print_table(
+    print_table(
         ["name", *predictor.target_names],
         [[name, *(f"{float(v):.4g}" for v in row)] for name, row in zip(names, values, strict=True)],
     )
@@ -256,126 +320,6 @@ def info() -> None:
         typer.echo(f"{name:<{width}}  {value}")
     typer.echo()
     typer.echo(str(explain()))
-
-
-def _check_output(out: Path, suffixes: Sequence[str]) -> None:
-    """Everything that can be known to go wrong with the output, before any work is done."""
-    if out.suffix not in suffixes:
-        raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {str(out)!r}")
-    if out.is_dir():
-        raise IsADirectoryError(f"the output {str(out)!r} is a folder")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of the output {str(out)!r} does not exist")
-    if out.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'writing .parquet needs pyarrow: pip install "sne_fast[parquet]", or write .npz', name=error.name
-            ) from error
-
-
-@contextmanager
-def _whole_file(out: Path) -> Iterator[Path]:
-    """A path to write to that becomes `out` when the block ends, and is removed when it raises."""
-    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        yield partial
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _expand(paths: Sequence[Path]) -> tuple[list[str], list[Any]]:
-    """Names of the networks, and their files or the networks themselves; a zoo folder stands for all of its own."""
-    from .zoo import networks_at
-
-    files: list[Any] = []
-    for path in paths:
-        found = networks_at(path)
-        if found is not None:
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
-    if not files:
-        raise ValueError("the zoo holds no networks")
-    return [str(file) for file in files], files
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _encoder(model: str | None, seed: int, set_attention: str, device: str) -> SNE:
-    import torch
-
-    from .encoder import SNE
-    from .predictor import Predictor
-    from .pretrained import read_config, saved_class
-
-    where = _device(device)
-    if model is None:
-        typer.echo(
-            f"sne-fast: no --model given: encoding with a freshly initialised, untrained encoder (seed {seed})",
-            err=True,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return SNE(set_attention=set_attention).to(where).eval()
-    if saved_class(read_config(model)) == "Predictor":
-        return Predictor.from_pretrained(model, device=where).encoder
-    return SNE.from_pretrained(model, device=where)
-
-
-def _run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: SNE) -> np.ndarray:
-    """`module` on every file, `(len(files), d)`; networks share a batch up to a budget of weights."""
-    import numpy as np
-    import torch
-    from rich.console import Console
-    from rich.progress import track
-
-    from .batch import WeightBatch
-
-    outputs: list[np.ndarray] = []
-    held: list[WeightBatch] = []
-
-    def flush() -> None:
-        if held:
-            out = module(WeightBatch.cat(held)).cpu()
-            outputs.append((out if out.dtype == torch.float64 else out.float()).numpy())
-            held.clear()
-
-    console = Console(stderr=True)
-    quiet = len(files) < 2 or not console.is_terminal
-    with torch.no_grad():
-        for file in track(files, "Encoding", console=console, transient=True, disable=quiet):
-            batch = encoder.pack([file])
-            if held and sum(b.num_weights for b in held) + batch.num_weights > BATCH_WEIGHTS:
-                flush()
-            held.append(batch)
-        flush()
-    return np.concatenate(outputs)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def main() -> None:

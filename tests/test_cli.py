@@ -107,7 +107,7 @@ def test_encode_with_a_saved_encoder(files, tmp_path):
 
 def test_batches_change_nothing(files, tmp_path, monkeypatch):
     call("encode", *files, "-o", tmp_path / "a.npz")
-    monkeypatch.setattr("sne_fast.cli.BATCH_WEIGHTS", 1)
+    monkeypatch.setattr("sne_fast._command_line.BATCH_WEIGHTS", 1)
     call("encode", *files, "-o", tmp_path / "b.npz")
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         np.testing.assert_allclose(a["vector"], b["vector"], rtol=1e-4, atol=1e-5)
@@ -237,7 +237,7 @@ def test_bugs_are_not_hidden(files, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sne_fast.cli._expand", broken)
+    monkeypatch.setattr("sne_fast.cli.expand", broken)
     result = call("encode", files[0], "-o", tmp_path / "z.npz")
     assert isinstance(result.exception, RuntimeError)
 
