@@ -3,8 +3,9 @@
     python bench/report.py [bench/results/NAME.json ...]      # the newest of bench/results/ by default
 
 Of several files the first is the report's own; what the others measured again (`pytest bench -k ...`) takes the place
-of its entries, and the text says so. Refuses results that are not committed, were not taken at full size with at least 5 rounds, or whose correctness check
-is missing. `--preview DIR` lifts that, writes everything into DIR instead, and says on top that it is a preview.
+of its entries, and the text says so. Refuses results that are not committed, were not taken at full size with at least
+5 rounds, or whose correctness check is missing. `--preview DIR` lifts that, writes everything into DIR instead, and
+says on top that it is a preview.
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides the zoo, the split and the training.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A small run to see it work, in under a minute.")] = False,
     networks: Annotated[
-        int | None, typer.Option(help="How many networks to train.", show_default="720, quick 180")
+        int | None, typer.Option(help="How many networks to train.", show_default="1440, quick 180")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of the predictor.", show_default="30, quick 24")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the predictor.", show_default="20, quick 24")] = None,
     hidden_dim: Annotated[int | None, typer.Option(help="Width of the encoder.", show_default="32")] = None,
 ) -> None:
     """Train a zoo of digit classifiers, then a predictor of their accuracy from their weights.
