@@ -5,7 +5,9 @@ A backend is a module under :mod:`sne_fast.backends` with
 - ``NAME``, ``DEVICES`` (torch device types; empty for all) and ``PRIORITY`` (``auto`` takes the highest);
 - ``unavailable() -> list[str]``: why it cannot run on this machine at all;
 - ``why_not(op, args) -> list[str]``: why it cannot take this call;
-- ``KERNELS``: op name -> function with the schema's arguments and results.
+- ``KERNELS``: op name -> function with the schema's arguments and results;
+- optional ``AUTO_DEVICES``, where ``auto`` may take it, if not all of ``DEVICES``;
+- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast._selftest` on the device.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 
+from . import _selftest
 from ._schema import FORWARD_OPS, LIBRARY, SCHEMAS
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
@@ -122,6 +125,16 @@ def _device_of(args: tuple[Any, ...]) -> torch.device:
     return torch.device("cpu")
 
 
+def _auto_reasons(backend: ModuleType, op: str, device: torch.device, args: tuple[Any, ...]) -> list[str]:
+    """Why ``auto`` passes ``backend`` by, which an explicit choice of it would not ask about all of."""
+    if device.type not in getattr(backend, "AUTO_DEVICES", (device.type,)):
+        return [f"is chosen by name only on {device.type}"]
+    reasons = _reasons(backend.NAME, op, device, args)
+    if not reasons and getattr(backend, "SELF_TEST", False):
+        reasons = _selftest.reasons(backend, op, args, device)
+    return reasons
+
+
 def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     loaded, _ = _load()
     device = _device_of(args)
@@ -133,7 +146,7 @@ def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
         return loaded[name].KERNELS[op]
     refusals = []
     for backend in sorted(loaded.values(), key=lambda module: -module.PRIORITY):
-        reasons = _reasons(backend.NAME, op, device, args)
+        reasons = _auto_reasons(backend, op, device, args)
         if not reasons:
             return backend.KERNELS[op]
         refusals.append(f"{backend.NAME}: {'; '.join(reasons)}")
@@ -197,6 +210,7 @@ def explain(device: torch.device | str | None = None) -> Explanation:
     def reasons(name: str, op: str) -> tuple[str, ...]:
         forward = _reasons(name, op, where, None)
         backward = [reason for reason in _reasons(name, f"{op}_backward", where, None) if reason not in forward]
-        return (*forward, *(backward if not forward else ()))
+        reasons = (*forward, *(backward if not forward else ()))
+        return reasons or tuple(f"self-test: {text}" for text in _selftest.failures(name, op))
 
     return Explanation(BackendReport(op, name, reasons(name, op)) for op in FORWARD_OPS for name in BACKEND_NAMES)

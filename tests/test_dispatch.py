@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -145,3 +146,28 @@ def test_import_prints_nothing_probes_nothing_and_stays_light(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
+
+
+def test_auto_leaves_devices_that_an_engine_serves_by_name_only(install) -> None:
+    install(engine(AUTO_DEVICES=("cuda",)))
+    assert pooled() != 7
+    with sne_fast.use_backend("triton"):
+        assert pooled() == 7
+
+
+def test_the_triton_engine_explains_itself_and_imports_triton_late(tmp_path) -> None:
+    code = (
+        "import sys, torch, sne_fast\n"
+        "x, ptr = torch.randn(4, 16), torch.tensor([0, 4])\n"
+        "sne_fast.functional.segment_pool(x, x, ptr)\n"
+        "report = sne_fast.explain('cuda')\n"
+        "assert 'sne_fast.backends.triton' in sys.modules\n"
+        "print([r.reasons for r in report if r.backend == 'triton'])\n"
+        "assert torch.cuda.is_available() or 'triton' not in sys.modules\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    if not torch.cuda.is_available():
+        assert "torch finds no NVIDIA GPU here" in done.stdout

@@ -1,0 +1,89 @@
+"""Compiles a kernel for a GPU that is not there, and reads its resources and machine code."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Largest shared memory of one block, in bytes (CUDA programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+ARCHITECTURES = (80, 90, 100)
+ALL_ARCHITECTURES = (80, 86, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """``local_bytes``: spills, local arrays per thread; ``shared_bytes``: per block, with what is sized at launch."""
+
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    sass: str
+    kernel: Any
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction (``HGMMA``, ``HMMA``, ``LDL``, ...) stands in the machine code."""
+        return len(re.findall(rf"\b{instruction}\b", self.sass))
+
+    @property
+    def matrix_instruction(self) -> str:
+        """The widest kind of matrix instruction in the machine code, "" for none."""
+        kinds = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "DMMA")
+        return next((kind for kind in kinds if self.count(kind)), "")
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    return triton.knobs.nvidia.cuobjdump.path
+
+
+def _dump(option: str, path: Path) -> str:
+    return subprocess.run([_cuobjdump(), option, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def compile_kernel(
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    arch: int,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    divisible: tuple[str, ...] | None = None,
+) -> Compiled:
+    """Compile ``@triton.jit`` function ``fn`` for ``sm_{arch}``.
+
+    Args:
+        fn: the kernel.
+        signature: Triton types ("*fp32", "i32", ...) of the arguments that are not constexpr.
+        constexprs: values of the others.
+        arch: 80, 90, 100, 120.
+        divisible: names of arguments known to be multiples of 16, as torch's pointers are; None for all pointers.
+    """
+    names = fn.arg_names
+    unknown = (set(signature) | set(constexprs)) ^ set(names)
+    assert not unknown, f"{fn.__name__}: arguments left out or unknown: {sorted(unknown)}"
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
+    if divisible is None:
+        divisible = tuple(name for name, kind in types.items() if kind.startswith("*"))
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn, types, {(names.index(name),): value for name, value in constexprs.items()}, attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        usage, sass = _dump("-res-usage", path), _dump("-sass", path)
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return Compiled(
+        found["REG"], max(found["STACK"], found["LOCAL"]), max(found["SHARED"], kernel.metadata.shared), sass, kernel
+    )

@@ -1,0 +1,27 @@
+"""Tests of the Triton kernels in Triton's interpreter, which is switched on before Triton is imported.
+
+Plain ``pytest`` runs them through tests/test_triton_interpret.py, in a process of their own:
+``TRITON_INTERPRET=1 python -m pytest tests/interpret``.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # op_cases
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# Modules of kernels are decorated at import, by the switch: without it they are not even collected.
+collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """Whatever a kernel leaves unwritten is NaN: torch fills new memory so in its deterministic mode."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,286 @@
+"""The Triton kernels of ``chunk_encode`` in the interpreter, forward and every gradient, against float64."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from op_cases import GRADED, ChunkCase, pointer
+from torch import Tensor
+
+import sne_fast.kernels._chunk_staged as staged_module
+import sne_fast.kernels.chunk_encode as module
+import sne_fast.kernels.chunk_encode_backward as backward_module
+from sne_fast import reference
+from sne_fast.kernels._chunk_plan import ChunkPlan, fits_a_tile, plan_chunks
+from sne_fast.kernels._tiles import SHARED_STARTS, TABLE_ENTRIES
+from sne_fast.kernels.chunk_encode import chunk_encode, chunk_encode_backward, why_not
+
+NAMES = ("values", "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
+MIXED = [[32, 32, 1], [31, 17], [2], [16, 16, 5, 1, 1]]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Whatever ``torch.empty`` hands out holds NaN: an output or workspace row that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def arguments(case: ChunkCase) -> tuple[Tensor, ...]:
+    values, chunk_ptr, tensor_ptr, *parameters = case.args
+    return values, chunk_ptr, tensor_ptr, chunk_ptr, tensor_ptr, *parameters
+
+
+def gentle(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Without layer norm activations grow until softmax saturates and rounding counts thousandfold: smaller inputs."""
+    values, pool_query, *rest = args[0], args[-1], *args[1:-1]
+    rest[8] = rest[8] / 2  # w_qkv
+    return values / 2, *rest, pool_query / 2
+
+
+def in_float64(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a.double() if a.is_floating_point() else a for a in args)
+
+
+def upstream(args: tuple[Tensor, ...]) -> Tensor:
+    shape = (args[1].shape[0] - 1, *args[-1].shape)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(args[0].dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got.double() - want).norm() / want.norm()) if want.numel() else 0.0
+
+
+def check(args: tuple[Tensor, ...], forward: float, backward: float) -> None:
+    grad, exact = upstream(args), in_float64(args)
+    out = chunk_encode(*args)
+    assert out.dtype == args[0].dtype
+    assert error(out, reference.chunk_encode(*exact)) <= forward
+    got = chunk_encode_backward(grad, *args)
+    want = reference.chunk_encode_backward(grad.double(), *exact)
+    for name, ours, theirs, argument in zip(NAMES, got, want, (args[0], *args[5:]), strict=True):
+        assert ours.dtype == argument.dtype, name
+        assert error(ours, theirs) <= backward, name
+
+
+TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-10)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layer_norm", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize("width, heads", [(32, 4), (64, 4)])
+def test_tile_of_mixed_lengths(width: int, heads: int, layer_norm: bool, dtype: torch.dtype) -> None:
+    args = arguments(ChunkCase.make(MIXED, width=width, heads=heads, layer_norm=layer_norm, dtype=dtype))
+    check(args if layer_norm else gentle(args), *TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_heads(heads: int) -> None:
+    check(arguments(ChunkCase.make([[32, 5], [4, 4]], width=64, heads=heads, dtype=torch.float32)), 2e-6, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_chunks_of_33_to_64(dtype: torch.dtype) -> None:
+    case = ChunkCase.make([[64, 33, 7], [40]], width=32, heads=2, chunk_size=64, dtype=dtype)
+    check(arguments(case), *TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype, layer_norm", [(torch.float32, True), (torch.float64, False)], ids=str)
+@pytest.mark.parametrize(
+    "width, heads, chunk_size, tensors",
+    [(32, 2, 256, [[130]]), (128, 8, 32, [[32, 9], [1]]), (128, 16, 32, [[20]]), (256, 4, 16, [[16, 1]])],
+)
+def test_staged(
+    width: int, heads: int, chunk_size: int, tensors: list[list[int]], dtype: torch.dtype, layer_norm: bool
+) -> None:
+    case = ChunkCase.make(tensors, width, heads, chunk_size, layer_norm, dtype)
+    check(arguments(case), *TOLERANCE[dtype])
+
+
+def half_by_torch(grad: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What PyTorch's own half-precision ops make of it, chunk by chunk."""
+    values, chunk_ptr, tensor_ptr, _, _, *rest = (
+        a.clone().requires_grad_() if a.is_floating_point() else a for a in args
+    )
+    owner = torch.repeat_interleave(tensor_ptr.diff())
+    ends = chunk_ptr.tolist()
+    pooled = [
+        reference.chunk_tile(values[None, a:b], rest[0][owner[t], None], rest[1][: b - a], *rest[2:])
+        for t, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+    ]
+    out = torch.cat(pooled)
+    return out.detach(), torch.autograd.grad(out, [values, *rest], grad, allow_unused=True)
+
+
+@pytest.mark.parametrize(
+    "width, heads, layer_norm, tensors",
+    [(32, 4, True, MIXED[:3]), (64, 4, False, MIXED[:3]), (64, 8, True, [[32, 9]]), (256, 8, True, [[20, 9]])],
+)
+def test_float16_loses_at_most_twice_what_torch_loses(
+    width: int, heads: int, layer_norm: bool, tensors: list[list[int]]
+) -> None:
+    # A relu that flips by rounding costs either side the same: the seed is one where neither is unlucky.
+    args = arguments(ChunkCase.make(tensors, width, heads, layer_norm=layer_norm, dtype=torch.float16, seed=1))
+    grad, exact = upstream(args), in_float64(args)
+    out, grads = half_by_torch(grad, args)
+    want = reference.chunk_encode(*exact)
+    assert error(chunk_encode(*args), want) <= 2 * error(out, want)
+    wanted = reference.chunk_encode_backward(grad.double(), *exact)
+    got = chunk_encode_backward(grad, *args)
+    for name, ours, theirs, true in zip(NAMES, got, grads, wanted, strict=True):
+        if true.numel():
+            assert theirs is not None
+            assert error(ours, true) <= 2 * error(theirs, true), name
+
+
+def test_float16_tile_of_width_128() -> None:
+    """The forward is fused for operands of 16 bits, the backward staged."""
+    args = arguments(ChunkCase.make([[32, 9], [2, 40]], 128, 8, chunk_size=40, dtype=torch.float16, seed=1))
+    with torch.enable_grad():
+        want, theirs = reference.chunk_encode(*in_float64(args)), half_by_torch(upstream(args), args)[0]
+    assert fits_a_tile(128, np.bincount([1], minlength=257), torch.float16)
+    assert error(chunk_encode(*args), want) <= 2 * error(theirs, want)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args: Tensor) -> Tensor:
+        ctx.save_for_backward(*args)
+        return chunk_encode(*args)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values_grad, *rest = chunk_encode_backward(grad, *ctx.saved_tensors)
+        return (values_grad, None, None, None, None, *rest)
+
+
+@pytest.mark.parametrize("width, heads, tensors", [(32, 4, [[3, 2]]), (128, 2, [[3]])], ids=["tile", "staged"])
+def test_gradcheck(width: int, heads: int, tensors: list[list[int]]) -> None:
+    args = arguments(ChunkCase.make(tensors, width=width, heads=heads))
+    inputs = [a.requires_grad_() if a.is_floating_point() else a for a in args]
+    assert torch.autograd.gradcheck(_Encode.apply, inputs, fast_mode=True, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize(
+    "where, bad, width",
+    [("values", math.nan, 32), ("values", math.inf, 32), ("grad", math.nan, 32), ("values", math.nan, 128)],
+)
+def test_what_is_not_finite_stays_in_its_chunk(bad: float, where: str, width: int) -> None:
+    lengths = [[5, 5, 5, 18], [19, 19], [1, 1, 1]]
+    args = arguments(ChunkCase.make(lengths, width=width, heads=2, dtype=torch.float32))
+    grad = upstream(args)
+    clean, clean_grads = chunk_encode(*args), chunk_encode_backward(grad, *args)
+    chunks = [1, 4, 7]  # one among short chunks of its block, a full one, one of one element
+    values = args[0].clone()
+    for chunk in chunks:
+        if where == "values":
+            values[args[1][chunk]] = bad
+        else:
+            grad[chunk, 1, 3] = bad
+    out = chunk_encode(values, *args[1:])
+    values_grad, row_grad, *_ = chunk_encode_backward(grad, values, *args[1:])
+    others = [chunk for chunk in range(9) if chunk not in chunks]
+    assert torch.equal(out[others], clean[others])
+    if where == "values":
+        assert not out[chunks].isfinite().all(2).all(1).any()
+    untouched = torch.cat([torch.arange(int(args[1][chunk]), int(args[1][chunk + 1])) for chunk in others])
+    assert torch.equal(values_grad[untouched], clean_grads[0][untouched])
+    for chunk in chunks:
+        assert not values_grad[args[1][chunk] : args[1][chunk + 1]].isfinite().any()
+    assert not row_grad.isfinite().any()  # each tensor has one of them
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_nothing_to_encode(width: int) -> None:
+    for tensors in ([], [[], []]):
+        args = arguments(ChunkCase.make(tensors, width=width, heads=4, dtype=torch.float32))
+        assert chunk_encode(*args).shape == (0, 4, width)
+        grads = chunk_encode_backward(upstream(args), *args)
+        assert [g.shape for g in grads] == [a.shape for a in (args[0], *args[5:])]
+        assert all(not g.any() for g in grads)
+
+
+def test_tensor_without_chunks() -> None:
+    check(arguments(ChunkCase.make([[], [32, 3], [], [4]], dtype=torch.float64)), 1e-12, 1e-10)
+
+
+@pytest.mark.parametrize("width", [32, 128], ids=["tile", "staged"])
+def test_slabs_and_same_bits(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [[32] * 9, [8] * 6] if width == 32 else [[32], [5], [20]]
+    args = arguments(ChunkCase.make(tensors, width=width, heads=4, dtype=torch.float64))
+    grad = upstream(args)
+    whole, again = (chunk_encode_backward(grad, *args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    monkeypatch.setattr(backward_module, "SLAB_ROWS_TIMES_WIDTH", 1)
+    monkeypatch.setattr(staged_module, "SLAB_ROWS_TIMES_WIDTH", 40 * width)
+    for name, a, b in zip(NAMES, whole, chunk_encode_backward(grad, *args), strict=True):
+        assert error(b, a) <= 1e-13, name
+    if width == 128:
+        assert error(chunk_encode(*args), reference.chunk_encode(*args)) <= 1e-12
+
+
+def test_addresses_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks with more than 2^31 values between them, in memory that is mapped but never touched."""
+    torch.use_deterministic_algorithms(False)
+    small, gap = arguments(ChunkCase.make([[32], [32]], dtype=torch.float16)), (1 << 31) + 5
+    memory = [mmap.mmap(-1, 2 * (gap + 64)) for _ in range(2)]
+    # Tensors of the first chunk only, as the interpreter copies whole storages back and forth.
+    (values, second), (values_grad, second_grad) = (
+        [torch.frombuffer(m, dtype=torch.float16, count=32, offset=at) for at in (0, 2 * (32 + gap))] for m in memory
+    )
+    values.copy_(small[0][:32]), second.copy_(small[0][32:])
+    chunk_ptr, tensor_ptr = torch.tensor([0, 32, 32 + gap, 64 + gap]), torch.tensor([0, 1, 3])
+    plan = plan_chunks(small[1], np.bincount([32, 32], minlength=257))
+    plan = ChunkPlan(torch.tensor([0, 2]), plan.table, plan.counts)
+    want_out, want = chunk_encode(*small), chunk_encode_backward(upstream(small), *small)
+    for place in (module, backward_module):
+        monkeypatch.setattr(place, "count_lengths", lambda _: plan.counts)
+        monkeypatch.setattr(place, "plan_chunks", lambda *_: plan)
+    far = (values, chunk_ptr, tensor_ptr, chunk_ptr, tensor_ptr, *small[5:])
+    out, grad = chunk_encode(*far), torch.zeros(3, 4, 32, dtype=torch.float16)
+    grad[::2] = upstream(small)
+    monkeypatch.setattr(backward_module, "sum_over_sets", lambda rows, _: rows[::2])
+    monkeypatch.setattr(torch, "empty_like", lambda t: values_grad)
+    _, *grads = chunk_encode_backward(grad, *far)
+    monkeypatch.undo()
+    assert torch.equal(out[::2], want_out)
+    assert torch.equal(torch.cat([values_grad, second_grad]), want[0])
+    assert all(torch.equal(a, b) for a, b in zip(grads, want[1:], strict=True))
+
+
+def test_plan_gives_every_chunk_its_own_slots() -> None:
+    lengths = torch.randint(1, 65, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    counts = np.bincount(lengths, minlength=257)
+    plan = plan_chunks(pointer(lengths), counts)
+    assert plan.table.shape == (TABLE_ENTRIES,)
+    assert [lengths[i] for i in plan.order.tolist()] == sorted(lengths)
+    blocks = {slot_class.slots + slot_class.lowest: n for slot_class, n in plan.classes()}
+    assert blocks[33] == sum(-(-lengths.count(n) // (32 // n)) for n in range(1, 17))
+    assert blocks[49] == sum(17 <= n <= 32 for n in lengths) and blocks[97] == sum(n > 32 for n in lengths)
+    starts = plan.table[SHARED_STARTS:].tolist()
+    assert starts == [sum(-(-lengths.count(m) // (32 // m)) for m in range(1, n)) for n in range(1, 17)]
+
+
+@pytest.mark.parametrize(
+    "width, heads, chunk_size, says",
+    [(48, 4, 32, "width must be one of"), (32, 8, 32, "num_heads must be"), (64, 64, 32, "num_heads must be"),
+     (32, 4, 300, "chunk size must be at most 256")],
+)  # fmt: skip
+def test_why_not(width: int, heads: int, chunk_size: int, says: str) -> None:
+    args = arguments(ChunkCase.make([[3]], width=width, heads=heads, chunk_size=chunk_size))
+    assert any(says in reason for reason in why_not("chunk_encode", args))
+    assert why_not("chunk_encode", args) == why_not("chunk_encode_backward", (upstream(args), *args))
+
+
+def test_why_not_is_silent_on_what_runs() -> None:
+    for width, heads in ((32, 4), (64, 8), (128, 2), (256, 32)):
+        assert why_not("chunk_encode", arguments(ChunkCase.make([[3]], width=width, heads=heads))) == []
+    assert len(GRADED) == len(NAMES)

@@ -1,0 +1,131 @@
+"""The Triton engine behind the public functions, in the interpreter on CPU tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_cases import relative_error
+from op_cases import ChunkCase, attention_case, pool_case
+
+import sne_fast
+from sne_fast import _selftest, _selftest_cases, functional
+from sne_fast.backends import triton as engine
+
+DOUBLE, SINGLE = torch.float64, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def by_name():
+    with sne_fast.use_backend("triton"):
+        yield
+
+
+def attend(q, k, v):
+    ptrs = torch.tensor([0, 3, 8]), torch.tensor([0, 20, 24])
+    return functional.set_attention(q, k, v, *ptrs, 4)
+
+
+def pool(x, logits):
+    return functional.segment_pool(x, logits, torch.tensor([0, 3, 8]))
+
+
+def gather(w, b, scale):
+    plan = torch.tensor([[12, 9], [7, 1]])
+    return functional.gather_chunks([w, b], scale, plan, torch.float32)
+
+
+CALLS = {
+    "set_attention": (attend, [(8, 32), (24, 32), (24, 32)]),
+    "segment_pool": (pool, [(8, 48), (8, 3)]),
+    "gather_chunks": (gather, [(4, 3, 3, 3), (7,), (2,)]),
+}
+
+
+def results(name: str, call=None) -> list[torch.Tensor]:
+    function, shapes = CALLS[name]
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(s, generator=g).add(3 if s == (2,) else 0).requires_grad_() for s in shapes]
+    out = (call or function)(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_functions_and_autograd(name: str) -> None:
+    got = results(name)
+    with sne_fast.use_backend("reference"):
+        want = results(name)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["set_attention", "segment_pool"])
+def test_compiled_into_one_graph(name: str) -> None:
+    compiled = torch.compile(CALLS[name][0], fullgraph=True, backend="aot_eager")
+    got, want = results(name, compiled), results(name)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_opcheck() -> None:
+    (q, k, v, q_ptr, k_ptr), ops = attention_case([2, 3], [4, 1], 32, SINGLE), torch.ops.sne_fast
+    x, logits, ptr = pool_case([2, 3], 16, 3, SINGLE)
+    out, lse = ops.set_attention(q, k, v, q_ptr, k_ptr, q_ptr, k_ptr, 4)
+    pooled, pooled_lse = ops.segment_pool(x, logits, ptr, ptr)
+    scale, plan = torch.ones(2), torch.tensor([[5, 16], [5, 3]])
+    values = ops.gather_chunks([x, logits], scale, plan, SINGLE)
+    for op, args in (
+        (ops.set_attention, (q, k, v, q_ptr, k_ptr, q_ptr, k_ptr, 4)),
+        (ops.set_attention_backward, (out, q, k, v, out, lse, q_ptr, k_ptr, q_ptr, k_ptr, 4)),
+        (ops.segment_pool, (x, logits, ptr, ptr)),
+        (ops.segment_pool_backward, (pooled, x, logits, pooled, pooled_lse, ptr, ptr)),
+        (ops.gather_chunks, ([x, logits], scale, plan, SINGLE)),
+        (ops.gather_chunks_backward, (values, values, [x, logits], scale, plan)),
+    ):
+        torch.library.opcheck(op, args)
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*args):
+        raise AssertionError("auto took the interpreter")
+
+    monkeypatch.setattr(engine, "KERNELS", dict.fromkeys(engine.KERNELS, taken))
+    with sne_fast.use_backend("auto"):
+        results("segment_pool")
+
+
+def test_why_not() -> None:
+    x, logits, ptr = pool_case([2, 3], 24, 3, SINGLE)
+    with pytest.raises(sne_fast.BackendError, match="segment_pool: backend 'triton' .* width must be a multiple of 16"):
+        functional.segment_pool(x, logits, ptr)
+    x, logits, ptr = pool_case([2, 3], 16, 3, torch.bfloat16)
+    with pytest.raises(sne_fast.BackendError, match="interpreter does not compute bfloat16"):
+        functional.segment_pool(x, logits, ptr)
+
+
+@pytest.mark.parametrize("op", ["gather_chunks", "set_attention", "segment_pool", "chunk_encode"])
+def test_the_engine_passes_its_self_test(op: str) -> None:
+    case = _selftest_cases.Variant(op, SINGLE, 32, 4, layer_norm=True)
+    assert _selftest.check(engine, case, torch.device("cpu")) == []
+
+
+def test_the_encoder_and_its_gradients() -> None:
+    torch.manual_seed(0)
+    networks = [torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.Linear(7, 5)), torch.nn.Linear(3, 1)]
+    # Norms at their eps make single precision meaningless for tiny networks: float64, as in test_cpu_engine.py.
+    encoder = sne_fast.SNE(hidden_dim=32, num_heads=4, chunk_size=16, set_attention="isab", num_inducing=4).double()
+    results = {}
+    for name in ("triton", "reference"):
+        encoder.zero_grad()
+        with sne_fast.use_backend(name):
+            z = encoder(encoder.pack(networks, dtype=DOUBLE))
+            z.square().sum().backward()
+        results[name] = [z.detach(), *(p.grad for p in encoder.parameters())]
+    for a, b in zip(results["triton"], results["reference"], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * float(b.abs().max()) + 1e-12)
+
+
+def test_chunk_encode_through_the_public_function() -> None:
+    case = ChunkCase.make([[5, 16], [1]], width=32, heads=4, chunk_size=16, dtype=SINGLE)
+    got = functional.chunk_encode(*case.args)
+    with sne_fast.use_backend("reference"):
+        assert relative_error(got, functional.chunk_encode(*case.args)) < 1e-5
