@@ -330,7 +330,9 @@ def main() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.execv(sys.executable, [sys.executable, "-m", "sne_fast.cli", *sys.argv[1:]])
+        # As it was started: with `-m`, a folder sne_fast in the working directory would take the place of what is
+        # installed, and a checkout has no C++ engine.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     app(prog_name="sne-fast")
 
 

@@ -72,6 +72,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     check_extra()
     from rich.console import Console
 
+    from . import _native
     from ._threads import torch_threads
     from .training import stratified_split
 
@@ -113,6 +114,8 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "machine": _machine(),
     }
     report.write_json(out / "metrics.json", metrics)
+    if _native.reasons():
+        console.print(f"\nWithout the C++ engine all this took several times longer: {'; '.join(_native.reasons())}")
     console.print(
         f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
         f"Written to {out}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
@@ -311,7 +314,7 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
-    from . import __version__
+    from . import __version__, _native
 
     return {
         "sne_fast": __version__,
@@ -319,6 +322,7 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu_engine": "; ".join(_native.reasons()) or _native.isa(),
     }
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +241,27 @@ def test_bugs_are_not_hidden(files, tmp_path, monkeypatch):
     monkeypatch.setattr("sne_fast.cli.expand", broken)
     result = call("encode", files[0], "-o", tmp_path / "z.npz")
     assert isinstance(result.exception, RuntimeError)
+
+
+def test_the_program_runs_what_is_installed_whatever_the_folder(tmp_path):
+    program = Path(sys.executable).with_name("sne-fast")
+    if not program.exists():
+        pytest.skip(f"{program} is not there")
+    (tmp_path / "sne_fast").mkdir()
+    (tmp_path / "sne_fast" / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # so that it starts anew
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"sne_fast {sne_fast.__version__}\n"
+
+
+def test_the_memory_probe_runs_what_is_installed(tmp_path, monkeypatch):
+    from sne_fast.benchmark import probe
+
+    (tmp_path / "sne_fast").mkdir()
+    (tmp_path / "sne_fast" / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
+    monkeypatch.chdir(tmp_path)
+    assert probe("single", "forward", "engine", size="tiny", threads=1, limit=1e12)["weights"] == 1153
 
 
 def test_as_a_program(files, tmp_path):

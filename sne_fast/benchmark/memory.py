@@ -85,8 +85,10 @@ def probe(
     Raises:
         RuntimeError: the process failed.
     """
+    # Not `-m`: from a checkout's own folder that would import the checkout, which has no C++ engine.
+    start = f"import sys; sys.path[:] = [p for p in sys.path if p]; from {__name__} import main; main()"
     command = [
-        sys.executable, "-m", __name__, case, mode, contender,
+        sys.executable, "-c", start, case, mode, contender,
         "--size", size, "--backend", backend, "--threads", str(threads), "--limit", str(limit),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -158,7 +160,3 @@ def main() -> None:
         return
     found = {"seconds": seconds, "peak_bytes": _peak_bytes() - loaded, "loaded_bytes": loaded}
     print(json.dumps({**found, "weights": batch.num_weights}))
-
-
-if __name__ == "__main__":
-    main()
