@@ -29,7 +29,7 @@ class Augment(Protocol):
     process of a data parallel training draws the same.
     """
 
-    def __call__(self, batch: WeightBatch, rows: Sequence[int], generator: torch.Generator) -> WeightBatch: ...
+    def __call__(self, part: WeightBatch, rows: Sequence[int], generator: torch.Generator, /) -> WeightBatch: ...
 
 
 def fit(
