@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from sne_fast._threads import torch_threads
 from sne_fast.zoo import VerifyError, Zoo, make_classifier_zoo, make_sine_zoo, verify
 from sne_fast.zoo.architectures import FAMILIES, unterthiner_cnn
 from sne_fast.zoo.images import DATASETS, load_images
@@ -65,7 +66,7 @@ def test_an_interrupted_make_goes_on_to_the_same_zoo(tmp_path, monkeypatch):
     monkeypatch.setattr("sne_fast.zoo.classifiers.GROUP", 2)
     arguments = dict(dataset="shapes", architectures=["mlp-10", "cnn3-pool-batchnorm"], max_steps=12, seed=5)
     whole = make_classifier_zoo(tmp_path / "whole", 9, **arguments)
-    with pytest.raises(Stop):
+    with pytest.raises(Stop), torch_threads(1):  # one group after another: some are done at 60 % of the work
         make_classifier_zoo(tmp_path / "z", 9, **arguments, on_progress=stop_at(0.6))
     with pytest.raises(FileNotFoundError, match="holds no index"):
         Zoo.open(tmp_path / "z")
@@ -161,7 +162,7 @@ def test_sine_zoo_fits_resumes_and_verifies(tmp_path, monkeypatch):
     assert whole.column("mse").max() < 0.05
     assert verify(whole) < 1e-5
     assert sine_error(siren_of(whole.state_dict(3)), a[3]) == pytest.approx(whole.rows[3]["mse"], rel=1e-3)
-    with pytest.raises(Stop):
+    with pytest.raises(Stop), torch_threads(1):
         make_sine_zoo(tmp_path / "z", **arguments, on_progress=stop_at(0.9))
     assert any((tmp_path / "z" / "shards").glob("*.safetensors"))
     same_zoo(make_sine_zoo(tmp_path / "z", **arguments), whole)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -73,14 +73,22 @@ def make_zoo(
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool, torch_threads(1):
             longest_first = sorted(left, key=lambda group: -group.cost)
             futures = {pool.submit(work, group, progress.of(group)): group for group in longest_first}
+            unwritten = set(futures)
+
+            def write(future: Future[Made]) -> None:
+                unwritten.discard(future)
+                stacked, rows = future.result()
+                writer.add_group(futures[future].name, futures[future].first, stacked, rows)
+
             try:
                 for future in as_completed(futures):
-                    group = futures[future]
-                    stacked, rows = future.result()
-                    writer.add_group(group.name, group.first, stacked, rows)
+                    write(future)
             finally:
                 progress.stop.set()
                 pool.shutdown(cancel_futures=True)
+                # Where one group failed, those that ended beside it are not lost.
+                for future in [f for f in unwritten if not f.cancelled() and f.exception() is None]:
+                    write(future)
     if on_progress is not None:
         on_progress(1.0)
     return Zoo.open(folder)
