@@ -15,6 +15,9 @@ from training_worker import jitter, train
 from sne_fast import SNE, Predictor
 from sne_fast.training import CsvLog, FitSettings, History, TensorBoardLog, fit, predict, shards_by_weights
 
+# gloo looks the machine's own name up, which a closed-off one may not know.
+LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
+
 
 class Killed(Exception):
     pass
@@ -135,7 +138,7 @@ def test_several_processes_train_as_one(count: int, tmp_path: Path) -> None:
     out = tmp_path / "worker.pt"
     worker = Path(__file__).with_name("training_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     done = subprocess.run(
         [*launch, str(worker), str(out)], capture_output=True, text=True, timeout=300, env=environment
     )
