@@ -42,8 +42,9 @@ class Contender:
         batches: Sequence[WeightBatch],
         encode: Callable[[], Tensor],
         autocast: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> None:
-        self.name, self._encode, self.autocast = name, encode, autocast
+        self.name, self._encode, self.autocast, self.backend = name, encode, autocast, backend
         self.device = batches[0].values.device
         networks = sum(len(batch) for batch in batches)
         target = torch.randn(networks, encoder.hidden_dim, generator=torch.Generator().manual_seed(3))
@@ -51,9 +52,10 @@ class Contender:
         self._optimizer = torch.optim.Adam(encoder.parameters(), lr=LEARNING_RATE)
 
     def encode(self) -> Tensor:
-        if self.autocast is None:
-            return self._encode()
-        with torch.autocast(self.device.type, dtype=self.autocast):
+        with (
+            use_backend(self.backend),
+            torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None),
+        ):
             return self._encode()
 
     @torch.no_grad()
@@ -67,13 +69,14 @@ class Contender:
 
     def step(self) -> Phases:
         """Forward, backward of a mean squared error, optimizer step."""
-        start = now(self.device)
-        loss = self.loss()
-        forward = now(self.device)
-        loss.backward()
-        backward = now(self.device)
-        self._optimizer.step()
-        end = now(self.device)
+        with use_backend(self.backend):  # for the backward pass too
+            start = now(self.device)
+            loss = self.loss()
+            forward = now(self.device)
+            loss.backward()
+            backward = now(self.device)
+            self._optimizer.step()
+            end = now(self.device)
         return {
             "forward": forward - start,
             "backward": backward - forward,
@@ -107,12 +110,7 @@ def contender(
         ValueError: no such contender.
     """
     if name == "engine":
-
-        def engine() -> Tensor:
-            with use_backend(backend):
-                return encoder(batch)
-
-        return _Engine(name, encoder, [batch], engine, backend, autocast)
+        return Contender(name, encoder, [batch], lambda: encoder(batch), autocast, backend)
     if name not in BASELINES:
         raise ValueError(f"contender: name must be engine or one of {', '.join(BASELINES)}, got {name!r}")
     batches = [batch[b : b + 1] for b in range(len(batch))] if name == "loop" else [batch]
@@ -131,23 +129,3 @@ def contender(
     if name == "loop":
         return Contender(name, encoder, batches, lambda: torch.cat([padded(part) for part in batches]), autocast)
     return Contender(name, encoder, batches, lambda: padded(batch), autocast)
-
-
-class _Engine(Contender):
-    """Holds the backend during the backward pass too."""
-
-    def __init__(
-        self,
-        name: str,
-        encoder: SNE,
-        batches: Sequence[WeightBatch],
-        encode: Callable[[], Tensor],
-        backend: str,
-        autocast: torch.dtype | None,
-    ) -> None:
-        super().__init__(name, encoder, batches, encode, autocast)
-        self.backend = backend
-
-    def step(self) -> Phases:
-        with use_backend(self.backend):
-            return super().step()
