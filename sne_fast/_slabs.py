@@ -44,6 +44,12 @@ def joined(function: Callable[[slice], Tensor], runs: Sequence[slice], out: Tens
     return out
 
 
+def fits_at_once(weights: int, device: torch.device) -> bool:
+    """Whether a batch of so many weights goes through in one run; always where gradients are wanted."""
+    most = _most(WEIGHTS, device)
+    return most is None or weights <= most
+
+
 def network_runs(starts: Tensor, device: torch.device) -> list[slice]:
     """Runs of networks whose first weights lie at `starts (B+1,)`, on the CPU: one run where gradients are wanted."""
     most, networks = _most(WEIGHTS, device), starts.shape[0] - 1

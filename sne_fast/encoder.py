@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import functional
 from ._batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
-from ._slabs import joined, network_runs, row_runs
+from ._ragged import network_starts
+from ._slabs import fits_at_once, joined, network_runs, row_runs
 from .batch import WeightBatch
 from .codes import position_code, reversed_position_code
 from .nn import ISAB, PMA, SAB
@@ -278,9 +279,9 @@ class SNE(PretrainedMixin, nn.Module):
         """
         batch = networks if isinstance(networks, WeightBatch) else self.pack(networks)
         self._check_batch(batch)
-        starts = batch.chunk_ptr_host[batch.tensor_ptr_host[batch.layer_ptr_host[batch.network_ptr_host]]]
-        runs = network_runs(starts, batch.device)
-        return self._encode(batch) if len(runs) == 1 else torch.cat([self._encode(batch[run]) for run in runs])
+        if fits_at_once(batch.num_weights, batch.device):
+            return self._encode(batch)
+        return torch.cat([self._encode(batch[run]) for run in network_runs(network_starts(batch), batch.device)])
 
     def _encode(self, batch: WeightBatch) -> Tensor:
         dtype = self.type_embedding.weight.dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._batch_checks import POINTERS
+from .._ragged import network_starts
 from ..batch import WeightBatch
 from .core import Symmetry, SymmetryError
 from .plan import Plan
@@ -85,7 +86,7 @@ def permute(
         drawn = [(rows, symmetry.draw(generator, len(rows))) for symmetry, rows in _alike(per_network)]
     else:
         drawn = [(rows, torch.stack([permutations[b] for b in rows])) for _, rows in _alike(per_network)]
-    firsts = batch.chunk_ptr_host[batch.tensor_ptr_host[batch.layer_ptr_host[batch.network_ptr_host]]]
+    firsts = network_starts(batch)
     sources: list[Tensor] = [firsts] * count
     for rows, tables in drawn:
         tables = tables.to(batch.device)

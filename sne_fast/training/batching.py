@@ -7,13 +7,13 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .._ragged import network_starts
 from ..batch import WeightBatch
 
 
 def network_sizes(batch: WeightBatch) -> Tensor:
     """Weights of each network: `(B,)` int64 on the CPU."""
-    start = batch.chunk_ptr_host[batch.tensor_ptr_host[batch.layer_ptr_host[batch.network_ptr_host]]]
-    return start.diff()
+    return network_starts(batch).diff()
 
 
 def batches_by_weights(sizes: Tensor, budget: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:

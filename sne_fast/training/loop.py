@@ -17,9 +17,7 @@ from ..predictor import Predictor
 from .batching import batches_by_weights, network_sizes, shards_by_weights
 from .distributed import World, part_of
 from .progress import Log, Progress
-from .settings import FitSettings, History
-
-SEED_STRIDE = 1_000_003  # so that neighbouring seeds do not share their steps' draws
+from .settings import SEED_STRIDE, FitSettings, History
 
 
 class Augment(Protocol):

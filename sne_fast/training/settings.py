@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+SEED_STRIDE = 1_000_003  # so that neighbouring seeds do not share the draws of their steps or epochs
 AMP_DTYPES = ("bfloat16", "float16")
 
 

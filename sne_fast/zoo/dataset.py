@@ -104,8 +104,9 @@ class WeightBudgetSampler(Sampler[list[int]]):
 
     def _batches(self) -> Iterator[list[int]]:
         from ..training import batches_by_weights
+        from ..training.settings import SEED_STRIDE
 
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch) if self.shuffle else None
+        generator = torch.Generator().manual_seed(self.seed * SEED_STRIDE + self.epoch) if self.shuffle else None
         return batches_by_weights(self.sizes, self.budget, generator)
 
     def __iter__(self) -> Iterator[list[int]]:
