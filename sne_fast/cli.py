@@ -143,6 +143,13 @@ def train(
     chunk_size: Annotated[int, typer.Option(help="The most weights of a chunk.")] = 32,
     chunking: Annotated[str, typer.Option(help="flat, neuron or kernel.")] = "flat",
     set_attention: Annotated[str, typer.Option(help="sab, or isab for tensors of a million weights and more.")] = "sab",
+    input_scale: Annotated[
+        str,
+        typer.Option(
+            help="Divide weights by their tensor's size, by its like's in the zoo, or not: tensor, zoo, none."
+        ),
+    ] = "tensor",
+    code_gain: Annotated[float | None, typer.Option(help="Initial gain of the codes.", show_default="0.1")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training networks.")] = 40,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     batch_weights: Annotated[int, typer.Option(help="The most weights of a batch.")] = 20_000,
@@ -168,8 +175,8 @@ def train(
     encoder = {"hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
                "set_attention": set_attention}  # fmt: skip
     command = TrainCommand(
-        zoo, out, tuple(target or ()), loss, transform, split=split, permute=permute, log=log, device=device,
-        encoder=encoder, fit=fit,
+        zoo, out, tuple(target or ()), loss, transform, split=split, permute=permute, input_scale=input_scale,
+        code_gain=code_gain, log=log, device=device, encoder=encoder, fit=fit,
     )  # fmt: skip
     test = run(command, Console())["test"]
     if int(os.environ.get("RANK", "0")):

@@ -186,9 +186,7 @@ def _predictor(settings: Demo) -> Predictor:
         encoder = SNE(hidden_dim=settings.hidden_dim)
         # Accuracy shows in how large the weights of which layer are, which SNE learns from its codes. At the gains it
         # starts with, 0.1, tau was lower by 0.05 on both zoos tried.
-        with torch.no_grad():
-            for stage in (encoder.chunk_encoder, encoder.tensor_encoder, encoder.network_encoder):
-                stage.code_gain.fill_(CODE_GAIN)
+        encoder.fill_code_gains(CODE_GAIN)
         return Predictor(encoder, 1, (128, 128), target_names=["accuracy"], target_transform="logit")
 
 

@@ -255,6 +255,16 @@ class SNE(PretrainedMixin, nn.Module):
             if name.endswith((".bias", ".S")):
                 parameter.zero_()
 
+    @torch.no_grad()
+    def fill_code_gains(self, gain: float) -> None:
+        """Set the gains of all three codes, 0.1 at first.
+
+        At 1 the encoder learns from its start which layer and which place in a tensor a weight has: labels that show in
+        the size or order of particular weights were learnt better so, on sines (section 4.1) and on accuracies.
+        """
+        for stage in (self.chunk_encoder, self.tensor_encoder, self.network_encoder):
+            stage.code_gain.fill_(gain)
+
     def pack(self, networks: Any, **options: Any) -> WeightBatch:
         """:func:`sne_fast.pack` as this encoder expects it: its chunking, scale, dtype and device.
 

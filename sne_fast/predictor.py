@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch import WeightBatch
+from .input_normaliser import InputNormaliser
 from .pretrained import PretrainedMixin, about, arguments, check_config
 
 if TYPE_CHECKING:
-    from .batch import WeightBatch
     from .encoder import SNE
 
 TRANSFORMS = ("identity", "logit")
@@ -62,9 +63,12 @@ class Predictor(PretrainedMixin, nn.Module):
         target_names: what the outputs are called, one name each.
         target_transform: "identity" or "logit"; "logit" with "mse" only.
         loss: "mse", "bce" or "cross_entropy".
+        normalise_inputs: divide weights by what their like measured in the training networks (`InputNormaliser`, set
+            by `set_inputs`) in place of each tensor by its own size; for an encoder with `scale="none"`.
 
     Raises:
-        ValueError: a transform or loss that does not exist or does not fit, or not one name per output.
+        ValueError: a transform or loss that does not exist or does not fit, not one name per output, or
+            `normalise_inputs` with an encoder that divides by itself.
 
     Example::
 
@@ -83,8 +87,13 @@ class Predictor(PretrainedMixin, nn.Module):
         target_names: Sequence[str] | None = None,
         target_transform: str = "identity",
         loss: str = "mse",
+        normalise_inputs: bool = False,
     ) -> None:
         super().__init__()
+        if normalise_inputs and encoder.config["scale"] != "none":
+            raise ValueError(
+                f"Predictor: normalise_inputs needs an encoder with scale='none', got {encoder.config['scale']!r}"
+            )
         if target_transform not in TRANSFORMS:
             raise ValueError(f"Predictor: target_transform must be one of {TRANSFORMS}, got {target_transform!r}")
         if loss not in LOSSES:
@@ -101,6 +110,7 @@ class Predictor(PretrainedMixin, nn.Module):
         self.target_names = names
         self.target_transform = target_transform
         self.loss = loss
+        self.input_normaliser = InputNormaliser() if normalise_inputs else None
         self.register_buffer("target_mean", torch.zeros(out_features))
         self.register_buffer("target_std", torch.ones(out_features))
 
@@ -114,6 +124,7 @@ class Predictor(PretrainedMixin, nn.Module):
             "target_names": list(self.target_names),
             "target_transform": self.target_transform,
             "loss": self.loss,
+            "normalise_inputs": self.input_normaliser is not None,
         }
 
     @classmethod
@@ -128,7 +139,19 @@ class Predictor(PretrainedMixin, nn.Module):
 
     def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
         """A `WeightBatch`, or networks to be packed, to predictions `(B, out_features)` in the targets' units."""
-        return self.denormalise(self.head(self.encoder(networks)))
+        return self.denormalise(self.head(self.encode(networks)))
+
+    def encode(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
+        """What the head sees: a `WeightBatch`, or networks to be packed, to `(B, hidden_dim)`."""
+        if self.input_normaliser is None:
+            return self.encoder(networks)
+        batch = networks if isinstance(networks, WeightBatch) else self.encoder.pack(networks)
+        return self.encoder(self.input_normaliser(batch))
+
+    def set_inputs(self, batch: WeightBatch) -> None:
+        """Set what `normalise_inputs` divides by from the training networks; without it nothing is done."""
+        if self.input_normaliser is not None:
+            self.input_normaliser.fit(batch)
 
     def set_targets(self, targets: Tensor) -> None:
         """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.

@@ -112,3 +112,80 @@ def test_bad_targets():
 def test_a_batch_cut_otherwise_is_refused(networks):
     with pytest.raises(ValueError, match="chunk_size"):
         make()(sne_fast.pack(networks, chunk_size=8))
+
+
+def zoo_like(scale, seed=0):
+    """Networks of two shapes; `scale` multiplies the first layer's matrix."""
+    torch.manual_seed(seed)
+    found = []
+    for k in range(6):
+        net = torch.nn.Sequential(torch.nn.Linear(4, 3 + k % 2), torch.nn.ReLU(), torch.nn.Linear(3 + k % 2, 2))
+        with torch.no_grad():
+            net[0].weight.mul_(scale)
+        found.append(net)
+    return found
+
+
+def test_inputs_are_divided_by_what_their_like_measured():
+    predictor = make_normalised()
+    batch = predictor.encoder.pack(zoo_like(10.0)).detach()
+    assert torch.equal(predictor.input_normaliser(batch).values, batch.values)
+    predictor.set_inputs(batch)
+    inside = predictor.input_normaliser(batch)
+    sizes = (batch.chunk_ptr[batch.tensor_ptr]).diff().tolist()
+    level = torch.repeat_interleave(batch.layer_level, batch.layer_ptr.diff())
+    groups = {}
+    for before, after, kind, depth in zip(
+        batch.values.split(sizes), inside.values.split(sizes), batch.tensor_type.tolist(), level.tolist(), strict=True
+    ):
+        groups.setdefault((kind, depth), []).append((before, after))
+    assert set(groups) == {(0, 0), (1, 0), (0, 1), (1, 1)}
+    for pairs in groups.values():
+        before, after = (torch.cat(part) for part in zip(*pairs, strict=True))
+        torch.testing.assert_close(after, before / before.square().mean().sqrt())
+    # A network ten times smaller in one tensor is told apart, which division by its own size hides.
+    twice = predictor.input_normaliser(predictor.encoder.pack(zoo_like(1.0)).detach())
+    torch.testing.assert_close(twice.values.split(sizes)[0], inside.values.split(sizes)[0] / 10)
+
+
+def make_normalised():
+    torch.manual_seed(1)
+    return Predictor(SNE(hidden_dim=32, scale="none"), hidden_features=(16,), normalise_inputs=True)
+
+
+def test_types_and_levels_that_training_did_not_have_take_the_mean():
+    predictor = make_normalised()
+    batch = predictor.encoder.pack(zoo_like(10.0)).detach()
+    predictor.set_inputs(batch)
+    divisor = predictor.input_normaliser.divisor
+    sizes = (batch.chunk_ptr[batch.tensor_ptr]).diff()
+    of_value = torch.repeat_interleave(batch.tensor_type, sizes)
+    torch.testing.assert_close(divisor[0, 7], batch.values[of_value == 0].square().mean().sqrt())
+    torch.testing.assert_close(divisor[9, 3], batch.values.square().mean().sqrt())
+    deep = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(70)), torch.nn.BatchNorm1d(2))
+    assert predictor([deep]).isfinite().all()
+
+
+def test_input_divisors_are_saved_and_used_everywhere(tmp_path):
+    predictor = make_normalised()
+    batch = predictor.encoder.pack(zoo_like(10.0)).detach()
+    predictor.set_inputs(batch)
+    assert not torch.allclose(predictor(batch), predictor.denormalise(predictor.head(predictor.encoder(batch))))
+    predictor.save_pretrained(tmp_path / "p")
+    again = Predictor.from_pretrained(tmp_path / "p")
+    assert torch.equal(again(batch), predictor(batch)) and torch.equal(again(zoo_like(10.0)), predictor(batch))
+    empty = predictor(batch[0:0])
+    assert empty.shape == (0, 1)
+
+
+def test_gradients_reach_weights_through_the_divisors():
+    predictor = make_normalised()
+    nets = zoo_like(1.0)[:2]
+    predictor.set_inputs(predictor.encoder.pack(nets))
+    predictor(predictor.encoder.pack(nets)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters())
+
+
+def test_an_encoder_that_divides_by_itself_is_refused():
+    with pytest.raises(ValueError, match="normalise_inputs needs an encoder with scale='none', got 'tensor'"):
+        make(normalise_inputs=True)

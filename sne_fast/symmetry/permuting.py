@@ -188,8 +188,8 @@ def logit_invariance(
             f"logit_invariance: permuted must hold the {len(batch)} networks of batch, got {len(permuted)}"
         )
     f: Callable[[WeightBatch], Tensor] = predictor
-    encoder, head = getattr(predictor, "encoder", None), getattr(predictor, "head", None)
-    if encoder is not None and head is not None:
-        f = lambda networks: head(encoder(networks))  # noqa: E731
+    encode, head = getattr(predictor, "encode", None), getattr(predictor, "head", None)
+    if encode is not None and head is not None:
+        f = lambda networks: head(encode(networks))  # noqa: E731
     difference = f(permuted) - (f(batch) if outputs is None else outputs)
     return difference.square().sum() / (2 * max(1, len(batch)))

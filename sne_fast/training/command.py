@@ -30,6 +30,7 @@ PARTS = ("train", "validation", "test")
 SHARES = (0.8, 0.1, 0.1)
 CHECKPOINT = "fit.pt"
 LOGS = ("csv", "tensorboard")
+INPUT_SCALES = ("tensor", "zoo", "none")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class TrainCommand:
     `targets`: columns of the zoo. `loss`: of :class:`sne_fast.Predictor`; "cross_entropy" takes one column, of any
     values, as classes. `split`: a column that says train, validation or test; without it networks are shared out 80, 10
     and 10 % within each architecture. `permute`: draw fresh permutations of hidden units for every batch.
+    `input_scale`: what weights are divided by: "tensor", each tensor's own root mean square; "zoo", that of its like in
+    the training networks (:class:`sne_fast.input_normaliser.InputNormaliser`); "none". `code_gain`: as in
+    :meth:`sne_fast.SNE.fill_code_gains`.
     """
 
     zoo: Path
@@ -49,6 +53,8 @@ class TrainCommand:
     head: tuple[int, ...] = (512, 512)
     split: str | None = None
     permute: bool = False
+    input_scale: str = "tensor"
+    code_gain: float | None = None
     log: str = "csv"
     device: str = "cpu"
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +77,8 @@ def train(command: TrainCommand, console: Console) -> dict[str, Any]:
     """
     if command.log not in LOGS:
         raise ValueError(f"train: log must be one of {', '.join(LOGS)}, got {command.log!r}")
+    if command.input_scale not in INPUT_SCALES:
+        raise ValueError(f"train: input_scale must be one of {', '.join(INPUT_SCALES)}, got {command.input_scale!r}")
     if command.fit.invariance and not command.permute:
         raise ValueError("train: the invariance loss compares permuted copies; it needs --permute")
     with processes() as world:
@@ -84,8 +92,11 @@ def _train(command: TrainCommand, console: Console, world: World) -> dict[str, A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(command.fit.seed)
         names = classes if classes is not None else list(command.targets)
+        encoder = SNE(**command.encoder, scale="tensor" if command.input_scale == "tensor" else "none")
+        if command.code_gain is not None:
+            encoder.fill_code_gains(command.code_gain)
         predictor = Predictor(
-            SNE(**command.encoder), len(names), command.head, names, command.transform, command.loss
+            encoder, len(names), command.head, names, command.transform, command.loss, command.input_scale == "zoo"
         ).to(_device(command.device))
     with console.status("packing"):
         batch = predictor.encoder.pack(zoo, device="cpu")

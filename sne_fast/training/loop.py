@@ -45,8 +45,8 @@ def fit(
 ) -> History:
     """Train a predictor to give `targets`, by its loss.
 
-    Sets the predictor's target mean and spread from `targets`, trains in place, and ends in evaluation mode, with the
-    last epoch's parameters without `validation`, else as `settings.keep_best` says.
+    Sets the predictor's target mean and spread from `targets` and its input scale from `batch`, trains in place, and
+    ends in evaluation mode, with the last epoch's parameters without `validation`, else as `settings.keep_best` says.
 
     In a process group of `torch.distributed` (see `sne_fast.training.distributed.processes`) every process calls this
     with the same arguments; each batch is dealt out by weights, and the result is that of one process.
@@ -77,6 +77,7 @@ def fit(
         raise ValueError("fit: settings.invariance compares a batch with its augmented copy; give augment")
     world = World()
     batch = batch.detach()  # a batch of modules carries their graph, which the first backward would free
+    predictor.set_inputs(batch)
     predictor.set_targets(targets)
     world.share_parameters(predictor)
     run = _Run(predictor, batch, predictor.normalise(targets), settings, augment, world)
@@ -179,14 +180,14 @@ class _Run:
         if places:
             mine = changed if self.world.size == 1 else changed[places]
             with _autocast(settings, self.weight.device):
-                outputs = predictor.head(predictor.encoder(mine)).to(self.weight.dtype)
+                outputs = predictor.head(predictor.encode(mine)).to(self.weight.dtype)
             losses = predictor.losses(outputs, part_of([rows[p] for p in places], self.goals))
             loss = losses.sum()
             total = loss.item()
             if settings.invariance:
                 plain = part if self.world.size == 1 else part[places]
                 with _autocast(settings, self.weight.device):
-                    unchanged = predictor.head(predictor.encoder(plain))
+                    unchanged = predictor.head(predictor.encode(plain))
                 loss = loss + settings.invariance * (outputs - unchanged.to(outputs)).square().sum() / 2
             self.scaler.scale(loss / len(rows)).backward()
         self.world.sum_gradients(predictor.parameters())
@@ -216,7 +217,7 @@ def predict(
     parts = []
     for rows in batches_by_weights(network_sizes(batch), batch_weights):
         with _autocast(settings or FitSettings(), weight.device):
-            parts.append(predictor.encoder(batch[rows].to(weight.device, weight.dtype)))
+            parts.append(predictor.encode(batch[rows].to(weight.device, weight.dtype)))
     z = torch.cat(parts) if parts else weight.new_zeros(0, predictor.encoder.config["hidden_dim"])
     predictor.train(was_training)
     return predictor.denormalise(predictor.head(z)), z
