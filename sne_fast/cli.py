@@ -191,6 +191,39 @@ def train(
 
 
 @app.command()
+def task(
+    name: Annotated[
+        str,
+        typer.Argument(help="inr, accuracy, cross-dataset, cross-architecture or transformers.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for zoos, runs and report; resumes.", show_default=False)
+    ],
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat for several.", show_default="0, 1 and 2")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp or nfn; "
+            "repeat for several.",
+            show_default="all",
+        ),
+    ] = None,
+    networks: Annotated[int | None, typer.Option(help="Networks of all zoos.", show_default="the task's")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of SNE.", show_default="the task's")] = None,
+) -> None:
+    """Run an experiment of the paper: zoos, SNE, ablations and baselines over several seeds, a table and plots.
+
+    What is already in the folder is not done again; calls with other seeds or methods add to it.
+    """
+    from rich.console import Console
+
+    from .tasks import run_task
+
+    run_task(name, out, Console(), seeds=seed or (0, 1, 2), methods=method or (), networks=networks, epochs=epochs)
+    typer.echo(f"Written to {out}: results.json, results.md, plots, runs/ (predictions and predictors), zoos/")
+
+
+@app.command()
 def encode(
     paths: Paths,
     out: Annotated[

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import demo_report as report
+from . import reporting as report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,7 +111,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "validation_loss": history.validation_loss,
         "weights_per_second": history.weights_per_second,
         "seconds": clock.seconds(),
-        "machine": _machine(),
+        "machine": report.machine(),
     }
     report.write_json(out / "metrics.json", metrics)
     if _native.reasons():
@@ -305,23 +305,6 @@ def _targets(accuracy: np.ndarray) -> torch.Tensor:
     import torch
 
     return torch.tensor(accuracy, dtype=torch.get_default_dtype())[:, None]
-
-
-def _machine() -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    from . import __version__, _native
-
-    return {
-        "sne_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_engine": "; ".join(_native.reasons()) or _native.isa(),
-    }
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..demo_report import measures, write_csv, write_json
 from ..encoder import SNE
 from ..predictor import Predictor
+from ..reporting import measures, write_csv, write_json
 from ..symmetry import PermutationAugmentation, Symmetry, chain_symmetry, zoo_symmetries
 from ..zoo import Zoo
 from .batching import stratified_split

@@ -143,7 +143,7 @@ class _Run:
             list(batches_by_weights(self.sizes, settings.batch_weights, generator)) for _ in range(settings.epochs)
         ]
         self.steps = sum(len(epoch) for epoch in self.plan)
-        self.optimiser = torch.optim.AdamW(_decay_groups(predictor, settings.weight_decay), lr=settings.lr, fused=True)
+        self.optimiser = torch.optim.AdamW(decay_groups(predictor, settings.weight_decay), lr=settings.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.weight.device.type, enabled=settings.amp == "float16")
         self.lr = settings.lr
 
@@ -166,7 +166,7 @@ class _Run:
     def step(self, part: WeightBatch, rows: Sequence[int], step: int) -> float:
         """One step; the summed loss of this process's networks."""
         settings, predictor = self.settings, self.predictor
-        self.lr = settings.lr * _warm_cosine(step, self.steps, settings.warmup)
+        self.lr = settings.lr * warm_cosine(step, self.steps, settings.warmup)
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
         changed = part
@@ -235,13 +235,13 @@ def _loss(predictor: Predictor, batch: WeightBatch, targets: Tensor, settings: F
     return total / len(batch)
 
 
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     matrices = [p for p in module.parameters() if p.ndim >= 2]
     vectors = [p for p in module.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _warm_cosine(step: int, total: int, warmup: float) -> float:
+def warm_cosine(step: int, total: int, warmup: float) -> float:
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / rise

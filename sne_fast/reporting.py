@@ -1,4 +1,4 @@
-"""What the demo reports: measures on held-out networks, the baseline, tables and plots."""
+"""Measures, the statistics baseline, tables, files and plots that the demo, `train` and the tasks report with."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]
     }
 
 
-def statistics_regression(batch: WeightBatch, target: np.ndarray, train: Sequence[int], seed: int) -> np.ndarray:
-    """Accuracies `(len(batch),)` from layer statistics by gradient boosting, fitted on `train`.
+def statistics_regression(
+    batch: WeightBatch, target: np.ndarray, train: Sequence[int], seed: int, logit: bool = True
+) -> np.ndarray:
+    """Predictions `(len(batch),)` from layer statistics by gradient boosting, fitted on `train`.
 
-    The same transform of the target as the predictor has, so that neither is favoured.
+    With `logit` the target, in [0, 1], gets the same transform as the predictor's, so that neither is favoured.
     """
     import numpy as np
     from sklearn.ensemble import GradientBoostingRegressor
@@ -50,12 +52,15 @@ def statistics_regression(batch: WeightBatch, target: np.ndarray, train: Sequenc
 
     features = layer_statistics(batch)
     features = np.where(np.isnan(features), -1e3, features)  # a place of its own: trees split it off
-    clipped = np.clip(target, MARGIN, 1 - MARGIN)
+    goals = np.asarray(target)[list(train)]
+    if logit:
+        goals = np.clip(goals, MARGIN, 1 - MARGIN)
+        goals = np.log(goals / (1 - goals))
     model = GradientBoostingRegressor(
         n_estimators=400, learning_rate=0.03, max_depth=4, subsample=0.5, max_features=0.3, random_state=seed
     )
-    model.fit(features[list(train)], np.log(clipped / (1 - clipped))[list(train)])
-    return 1 / (1 + np.exp(-model.predict(features)))
+    predicted = model.fit(features[list(train)], goals).predict(features)
+    return 1 / (1 + np.exp(-predicted)) if logit else predicted
 
 
 def table(results: dict[str, dict[str, float | None]], networks: int) -> Table:
@@ -99,7 +104,25 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
         partial.unlink(missing_ok=True)
 
 
-def _save(figure: Any, path: Path) -> None:
+def machine() -> dict[str, Any]:
+    """Versions, cores and which CPU engine runs, for reports."""
+    import platform
+
+    import torch
+
+    from . import __version__, _native
+
+    return {
+        "sne_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_engine": "; ".join(_native.reasons()) or _native.isa(),
+    }
+
+
+def save_figure(figure: Any, path: Path) -> None:
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=130)
@@ -108,7 +131,7 @@ def _save(figure: Any, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     # Not pyplot: nothing global is touched, and no display is asked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,7 +159,7 @@ def scatter(
     """Predicted against true accuracy, one panel per model, coloured by architecture."""
     import numpy as np
 
-    figure = _figure(4.6 * len(predictions) + 2.0, 4.8)
+    figure = new_figure(4.6 * len(predictions) + 2.0, 4.8)
     axes = figure.subplots(1, len(predictions), sharex=True, sharey=True, squeeze=False)[0]
     colours = _colours(groups)
     names = np.array(groups)
@@ -154,13 +177,20 @@ def scatter(
     axes[0].set_ylabel("predicted accuracy")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def embedding_map(
-    path: Path, z: np.ndarray, accuracy: np.ndarray, groups: Sequence[str], held_out: Sequence[int], seed: int
+    path: Path,
+    z: np.ndarray,
+    target: np.ndarray,
+    groups: Sequence[str],
+    held_out: Sequence[int],
+    seed: int,
+    label: str = "accuracy",
+    limits: tuple[float | None, float | None] = (0.0, 1.0),
 ) -> None:
-    """t-SNE of the encodings of all networks, coloured by accuracy and by architecture; held-out ones are ringed."""
+    """t-SNE of the encodings of all networks, coloured by target and by architecture; held-out ones are ringed."""
     import numpy as np
     from sklearn.manifold import TSNE
 
@@ -168,11 +198,11 @@ def embedding_map(
     scaled = (z - z.mean(0)) / np.where(spread > 0, spread, 1)
     perplexity = min(30.0, (len(z) - 1) / 3)
     places = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(scaled)
-    figure = _figure(12.5, 5.2)
+    figure = new_figure(12.5, 5.2)
     left, right = figure.subplots(1, 2)
-    shown = left.scatter(*places.T, c=accuracy, cmap="viridis", vmin=0, vmax=1, s=30, linewidth=0)
-    figure.colorbar(shown, ax=left, label="accuracy")
-    left.set_title("coloured by accuracy", fontsize=10)
+    shown = left.scatter(*places.T, c=target, cmap="viridis", vmin=limits[0], vmax=limits[1], s=30, linewidth=0)
+    figure.colorbar(shown, ax=left, label=label)
+    left.set_title(f"coloured by {label}", fontsize=10)
     names = np.array(groups)
     for name, colour in _colours(groups).items():
         rows = names == name
@@ -183,4 +213,4 @@ def embedding_map(
         axis.scatter(*places[list(held_out)].T, facecolor="none", edgecolor="black", s=30, linewidth=0.8)
         axis.set(xticks=[], yticks=[])
     figure.suptitle(f"t-SNE of the encodings of {len(z)} networks (ringed: held out)", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,0 +1,138 @@
+"""What a task writes for people: a table of each experiment, and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..reporting import embedding_map, new_figure, save_figure
+from .baselines import BASELINES
+from .definitions import Experiment, Task
+from .runs import Run, slug
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .runner import Networks
+
+COLUMNS = ("Kendall's tau", "R2", "MSE", "seconds")
+
+
+def cells(method: Mapping[str, Any]) -> list[str]:
+    """Mean and standard deviation over seeds, a dash where it is not defined."""
+    if "why_not" in method:
+        return ["; ".join(method["why_not"]), "", "", ""]
+
+    def number(key: str) -> str:
+        mean, std = method[key]["mean"], method[key]["std"]
+        if mean is None:
+            return "-"
+        return f"{mean:.3g}" if std is None else f"{mean:.3g} ± {std:.2g}"
+
+    return [number("tau"), number("r2"), number("mse"), f"{method['seconds']:.0f}"]
+
+
+def table(experiment: Mapping[str, Any]) -> Table:
+    """One experiment for the terminal."""
+    from rich.table import Table
+
+    runs = max(method["runs"] for method in experiment["methods"].values())
+    shown = Table(
+        title=f"{experiment['name']}: test networks, mean ± standard deviation of {runs} seed(s)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    shown.add_column("")
+    for column in COLUMNS:
+        shown.add_column(column, justify="right")
+    for name, method in experiment["methods"].items():
+        shown.add_row(name, *cells(method))
+    return shown
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """All experiments as Markdown."""
+    lines = [
+        f"# {results['title']}",
+        "",
+        f"`{results['target']}` of {results['networks']} networks ({results['weights']:,} weights); variance of the "
+        f"label {results['variance']:.4g}.",
+    ]
+    for experiment in results["experiments"].values():
+        lines += ["", f"## {experiment['name']}", "", f"| method | {' | '.join(COLUMNS)} | seeds |"]
+        lines += ["|---" * (len(COLUMNS) + 2) + "|"]
+        for name, method in experiment["methods"].items():
+            lines.append(f"| {name} | {' | '.join(cells(method))} | {method['runs']} |")
+        for name, method in experiment["methods"].items():
+            if "invariance_rms_over_rmse" in method:
+                share = method["invariance_rms_over_rmse"]
+                lines += [
+                    "",
+                    f"{name}: permuting hidden units moves predictions by {share:.1%} of the test RMSE at most.",
+                ]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(out: Path, task: Task, data: Networks, results: Mapping[str, Any]) -> None:
+    """`results.md`, and for each experiment `scatter-*.png`, `embedding-*.png` and `size-*.png`."""
+    (out / "results.md").write_text(markdown(results), encoding="utf-8")
+    for experiment in task.experiments:
+        found = results["experiments"].get(experiment.name)
+        if found is None:
+            continue
+        stem = slug(experiment.name)
+        seed = min(method["each"][0]["seed"] for method in found["methods"].values())
+        parts = data.split(experiment, seed)
+        predictions = {}
+        for name, path in _paths(task, experiment, seed, out).items():
+            if path.exists():
+                with np.load(path) as arrays:
+                    predictions[name] = arrays["predicted"]
+                    if name == next(iter(task.sne)):
+                        embedding_map(
+                            out / f"embedding-{stem}.png", arrays["encodings"], data.targets, data.groups,
+                            parts["test"], seed, label=task.target, limits=(None, None),
+                        )  # fmt: skip
+        _scatter(out / f"scatter-{stem}.png", task, data, parts["test"], predictions)
+        if found["by_training_size"]:
+            _curves(out / f"size-{stem}.png", found["by_training_size"])
+
+
+def _paths(task: Task, experiment: Experiment, seed: int, out: Path) -> dict[str, Path]:
+    titles = {**{row: row for row in task.sne}, **{key: b.name for key, b in BASELINES.items()}}
+    return {title: Run(experiment, row, seed).path(out).with_suffix(".npz") for row, title in titles.items()}
+
+
+def _scatter(path: Path, task: Task, data: Networks, test: list[int], predictions: Mapping[str, np.ndarray]) -> None:
+    """Predicted against true, a panel per method that does not give the same for all."""
+    shown = {name: p[test] for name, p in predictions.items() if np.ptp(p[test]) > 0}
+    if not shown:
+        return
+    true = data.targets[test]
+    low, high = float(true.min()), float(true.max())
+    figure = new_figure(3.2 * len(shown), 3.4)
+    axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (name, predicted) in zip(axes, shown.items(), strict=True):
+        axis.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0)
+        axis.scatter(true, predicted, s=12, linewidth=0, alpha=0.6)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(f"true {task.target}", fontsize=8)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(f"predicted {task.target}", fontsize=8)
+    save_figure(figure, path)
+
+
+def _curves(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Test error against the number of training networks."""
+    figure = new_figure(6.0, 4.2)
+    axis = figure.subplots()
+    for name, points in curves.items():
+        axis.plot([p["networks"] for p in points], [p["mse"] for p in points], marker="o", markersize=4, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="training networks", ylabel="mean squared error on test networks")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,97 @@
+"""SNE as a row of a task's tables: trained, its predictions and encodings, and how much permutations change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..batch import WeightBatch
+from ..encoder import SNE
+from ..predictor import Predictor
+from ..symmetry import PermutationAugmentation, Symmetry, permute
+from ..training import FitSettings, History, fit, predict
+from .baselines import Problem
+from .definitions import SneSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DRAWS = 5
+"""Permuted copies of every test network for `invariance_error`."""
+
+
+@dataclass(frozen=True)
+class SneRun:
+    """`predicted (n,)` and `encodings (n, h)` of all networks, and what happened on the way."""
+
+    predicted: np.ndarray
+    encodings: np.ndarray
+    about: dict[str, Any]
+    predictor: Predictor
+
+
+def train_sne(
+    problem: Problem,
+    settings: SneSettings,
+    symmetries: Sequence[Symmetry],
+    test: Sequence[int],
+    *,
+    target: str,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[int, History], None] | None = None,
+) -> SneRun:
+    """Train SNE on a problem whose batch was packed with `scale="none"` and the settings' chunks.
+
+    Args:
+        symmetries: of each of the n networks.
+        test: networks whose permuted copies are compared, see `invariance_error`.
+        checkpoint: as in :func:`sne_fast.training.fit`.
+    """
+    batch, train, watched = problem.batch, list(problem.train), list(problem.validation)
+    targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())[:, None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(problem.seed)
+        encoder = SNE(
+            hidden_dim=settings.hidden_dim, chunk_size=settings.chunk_size, chunking=settings.chunking, scale="none",
+            element_order=settings.order, chunk_order=settings.order,
+        )  # fmt: skip
+        encoder.fill_code_gains(settings.code_gain)
+        predictor = Predictor(
+            encoder, 1, settings.head, [target], "logit" if problem.logit else "identity", normalise_inputs=True
+        )
+    augment = PermutationAugmentation([symmetries[i] for i in train]) if settings.permute else None
+    history = fit(
+        predictor, batch[train], targets[train],
+        FitSettings(
+            epochs=settings.epochs, lr=settings.lr, batch_weights=settings.batch_weights,
+            invariance=settings.invariance, seed=problem.seed,
+        ),
+        validation=(batch[watched], targets[watched]) if watched else None,
+        augment=augment, checkpoint=checkpoint, on_epoch=on_epoch,
+    )  # fmt: skip
+    predicted, encodings = predict(predictor, batch)
+    about = {
+        "train_loss": history.train_loss,
+        "validation_loss": history.validation_loss,
+        "kept_epoch": history.kept,
+        "weights_per_second": history.weights_per_second,
+        "invariance_rms": invariance_error(predictor, batch, symmetries, test),
+    }
+    return SneRun(predicted[:, 0].double().numpy(), encodings.double().numpy(), about, predictor)
+
+
+def invariance_error(
+    predictor: Predictor, batch: WeightBatch, symmetries: Sequence[Symmetry], rows: Sequence[int]
+) -> float:
+    """Root mean square difference, in the target's units, between predictions of networks and of permuted copies."""
+    part, own = batch[list(rows)], [symmetries[i] for i in rows]
+    plain = predict(predictor, part)[0]
+    generator = torch.Generator().manual_seed(0)
+    squares = [
+        (predict(predictor, permute(part, own, generator))[0] - plain).double().square().mean() for _ in range(DRAWS)
+    ]
+    return torch.stack(squares).mean().sqrt().item()

@@ -1,0 +1,196 @@
+"""`sne-fast task`: definitions, splits, the runner's files and what it reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import sne_fast
+from sne_fast.tasks import TASKS, run_task
+from sne_fast.tasks.baselines import BASELINES, Problem
+from sne_fast.tasks.definitions import Experiment, SneSettings
+from sne_fast.tasks.runner import Networks
+from sne_fast.tasks.runs import Run, slug
+from sne_fast.tasks.sne_method import invariance_error, train_sne
+from sne_fast.zoo import Zoo, make_classifier_zoo, make_sine_zoo
+
+for module in ("sklearn", "scipy", "matplotlib", "pyarrow"):
+    pytest.importorskip(module)
+
+METHODS = ["SNE", "SNE, no order codes", "mean", "statistics", "mlp"]
+
+
+def call(out: Path, **options: Any) -> dict[str, Any]:
+    chosen = {"seeds": (0,), "methods": METHODS, "networks": 40, "epochs": 2, **options}
+    return run_task("inr", out, Console(quiet=True), **chosen)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("task")
+    return out, call(out, seeds=(0, 1))
+
+
+def test_everything_is_written(done):
+    out, results = done
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {p.name for p in out.iterdir()} == {
+        "zoos", "runs", "results.json", "results.md", "scatter-sines.png", "embedding-sines.png", "size-sines.png"
+    }  # fmt: skip
+    text = (out / "results.md").read_text()
+    methods = results["experiments"]["sines"]["methods"]
+    assert list(methods) == ["SNE", "SNE, no order codes", *(BASELINES[k].name for k in ("mean", "statistics", "mlp"))]
+    assert all(f"| {name} |" in text for name in methods)
+    assert results["networks"] == 40 and results["weights"] == 40 * 1153
+
+
+def test_measures_are_those_of_the_predictions(done):
+    out, results = done
+    zoo = Zoo.open(out / "zoos" / "sines")
+    data, experiment = Networks([zoo], "a"), TASKS["inr"].experiments[0]
+    for name, row in (("SNE", "SNE"), (BASELINES["statistics"].name, "statistics")):
+        errors = []
+        for seed in (0, 1):
+            test = data.split(experiment, seed)["test"]
+            predicted = np.load(Run(experiment, row, seed).path(out).with_suffix(".npz"))["predicted"]
+            assert predicted.shape == (40,) and len(test) == 4
+            errors.append(float(((predicted - data.targets)[test] ** 2).mean()))
+        found = results["experiments"]["sines"]["methods"][name]
+        assert found["runs"] == 2
+        assert found["mse"]["mean"] == pytest.approx(np.mean(errors)) and found["mse"]["std"] == pytest.approx(
+            np.std(errors, ddof=1)
+        )
+
+
+def test_the_saved_predictor_gives_the_saved_predictions(done):
+    out, _ = done
+    path = Run(TASKS["inr"].experiments[0], "SNE", 0).path(out)
+    predictor = sne_fast.Predictor.from_pretrained(path)
+    assert predictor.input_normaliser is not None and predictor.target_names == ("a",)
+    values = predictor(list(Zoo.open(out / "zoos" / "sines")))[:, 0].detach().double().numpy()
+    np.testing.assert_allclose(values, np.load(path.with_suffix(".npz"))["predicted"], rtol=1e-4)
+    ablated = sne_fast.Predictor.from_pretrained(Run(TASKS["inr"].experiments[0], "SNE, no order codes", 0).path(out))
+    assert not ablated.encoder.config["element_order"] and not ablated.encoder.config["chunk_order"]
+
+
+def test_curves_of_training_set_size_grow(done):
+    curves = done[1]["experiments"]["sines"]["by_training_size"]
+    assert [point["networks"] for point in curves["SNE"]] == [4, 8, 16, 32]
+    assert "SNE, no order codes" not in curves  # ablations have no curve
+
+
+def test_what_is_done_is_not_done_again_and_other_calls_add(done, monkeypatch):
+    out, results = done
+    import sne_fast.tasks.runner as runner
+
+    monkeypatch.setattr(runner, "train_sne", lambda *a, **k: pytest.fail("trained again"))
+    again = call(out, seeds=(0, 1))
+    assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
+    fewer = call(out, methods=["mean"])
+    assert set(fewer["experiments"]["sines"]["methods"]) == set(results["experiments"]["sines"]["methods"])
+
+
+def test_other_settings_are_refused(done):
+    out, _ = done
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        call(out, epochs=3)
+    with pytest.raises(ValueError, match="holds another zoo"):
+        call(out, networks=50)
+    with pytest.raises(ValueError, match="name must be one of inr, accuracy"):
+        run_task("nothing", out, Console(quiet=True))
+    with pytest.raises(ValueError, match="methods must be among SNE.*got svm"):
+        call(out, methods=["svm"])
+
+
+def test_an_interrupted_training_goes_on_to_the_same_predictions(tmp_path, monkeypatch):
+    """Killed in its second epoch, the same call ends with the bits of a run that was not."""
+    whole = tmp_path / "whole"
+    call(whole, methods=["SNE"], epochs=3)
+    import sne_fast.training.loop as loop
+
+    cut = tmp_path / "cut"
+    original = loop._Run.epoch
+
+    def stop(self, state, on_batch):
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        return original(self, state, on_batch)
+
+    monkeypatch.setattr(loop._Run, "epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(cut, methods=["SNE"], epochs=3)
+    monkeypatch.setattr(loop._Run, "epoch", original)
+    path = Run(TASKS["inr"].experiments[0], "SNE", 0)
+    assert path.path(cut).with_suffix(".pt").exists()
+    call(cut, methods=["SNE"], epochs=3)
+    assert not path.path(cut).with_suffix(".pt").exists()
+    one, other = (np.load(path.path(out).with_suffix(".npz"))["predicted"] for out in (whole, cut))
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    names = ["mlp-10", "mlp-10-10", "cnn3-flatten", "cnn5-pool", "vit"]
+    folder = tmp_path_factory.mktemp("families") / "zoo"
+    return Networks([make_classifier_zoo(folder, 50, architectures=names, max_steps=10)], "test_accuracy")
+
+
+def test_splits_keep_families_apart(families):
+    forth, back = TASKS["cross-architecture"].experiments
+    family = families.column("family")
+    for experiment, seen, unseen in ((forth, "mlp", "cnn"), (back, "cnn", "mlp")):
+        parts = families.split(experiment, 0)
+        assert set(family[parts["train"] + parts["validation"]]) == {seen} and set(family[parts["test"]]) == {unseen}
+        assert [len(parts[k]) for k in ("train", "validation", "test")] == [18, 2, 20]
+    (to_vit,) = TASKS["transformers"].experiments
+    parts = families.split(to_vit, 1)
+    assert set(family[parts["train"]]) == {"mlp", "cnn"} and set(family[parts["test"]]) == {"vit"}
+    everything = families.split(Experiment("all"), 2)
+    assert sorted(sum(everything.values(), [])) == list(range(50))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_definitions_hold_together(name):
+    task = TASKS[name]
+    assert "SNE" in task.sne and len({slug(e.name) for e in task.experiments}) == len(task.experiments)
+    assert not {slug(row) for row in task.sne} & set(BASELINES)
+    for settings in task.sne.values():
+        assert not settings.invariance or settings.permute
+    for experiment in task.experiments:
+        overlap = {k: set(v) & set(experiment.test.get(k, ())) for k, v in experiment.train.items()}
+        assert experiment.train == experiment.test or not any(overlap.values())
+
+
+def test_mixed_architectures_train_with_permutations(families):
+    """An untrained predictor is not invariant, and the measure of it sees that; an invariant one gives zero."""
+    parts = families.split(Experiment("all"), 0)
+    problem = Problem(families.packed("none"), families.targets, parts["train"], parts["validation"], 0, logit=True)
+    settings = SneSettings(epochs=1, batch_weights=8_000, invariance=0.1)
+    run = train_sne(problem, settings, families.symmetries, parts["test"], target="test_accuracy")
+    assert run.predicted.shape == (50,) and run.encodings.shape == (50, 32)
+    assert ((run.predicted >= 0) & (run.predicted <= 1)).all() and run.about["invariance_rms"] > 0
+    with torch.no_grad():
+        for p in run.predictor.head.parameters():
+            p.zero_()
+    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"]) == 0
+
+
+def test_ablations_take_the_order_away():
+    """Each ablation changes what its name says."""
+    assert not TASKS["inr"].sne["SNE, no order codes"].order
+    assert TASKS["inr"].sne["SNE"].invariance > 0 == TASKS["inr"].sne["SNE, no logit invariance"].invariance
+
+
+def test_zoos_are_made_once(tmp_path):
+    make_sine_zoo(tmp_path / "sines", 20, init="dwsnets", steps=600)
+    before = (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns
+    (zoo,) = TASKS["inr"].zoos(tmp_path, 20, lambda done: None)
+    assert len(zoo) == 20 and (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns == before
+    made = TASKS["cross-dataset"].zoos(tmp_path, 8, lambda done: None)
+    assert [set(zoo.column("dataset")) for zoo in made] == [{"digits"}, {"shapes"}, {"glyphs"}, {"textures"}]
