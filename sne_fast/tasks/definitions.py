@@ -33,11 +33,17 @@ class SneSettings:
     hidden_dim: int = 32
     chunk_size: int = 32
     chunking: str = "flat"
+    input_scale: str = "zoo"
     code_gain: float = 1.0
     head: tuple[int, ...] = (128, 128)
     permute: bool = True
     invariance: float = 0.0
     order: bool = True
+
+    @property
+    def scale(self) -> str:
+        """What networks are packed with."""
+        return "tensor" if self.input_scale == "tensor" else "none"
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,9 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
     return zoo
 
 
-_SINES = SneSettings(epochs=250, lr=2e-3)
-_ACCURACY = SneSettings(epochs=40)
+_SINES = SneSettings(epochs=80, lr=2e-3)
+_ACCURACY = SneSettings(epochs=25, permute=False)
+_ACROSS = SneSettings(epochs=20, code_gain=0.1, permute=False)
 _MLPS, _CNNS = tuple(FAMILIES["mlp"]), tuple(FAMILIES["cnn"])
 _MLP, _CNN, _VIT = ({"family": (name,)} for name in ("mlp", "cnn", "vit"))
 
@@ -135,18 +142,18 @@ TASKS: dict[str, Task] = {
         1000,
         (Experiment("sines"),),
         {
-            "SNE": replace(_SINES, invariance=0.1),
+            "SNE": replace(_SINES, invariance=0.5),
             "SNE, no logit invariance": _SINES,
-            "SNE, no order codes": replace(_SINES, invariance=0.1, order=False),
+            "SNE, no order codes": replace(_SINES, invariance=0.5, order=False),
         },
     ),
     "accuracy": Task(
         "Accuracy of convolutional networks of one architecture (Unterthiner et al. 2020)",
         "test_accuracy",
         _classifiers(("digits",), ("unterthiner",)),
-        1000,
+        800,
         (Experiment("unterthiner, digits"),),
-        {"SNE": replace(_ACCURACY, permute=False)},
+        {"SNE": _ACCURACY},
         logit=True,
     ),
     "cross-dataset": Task(
@@ -158,7 +165,7 @@ TASKS: dict[str, Task] = {
             Experiment(f"{one} -> others", {"dataset": (one,)}, {"dataset": tuple(d for d in DATASETS if d != one)})
             for one in DATASETS
         ),
-        {"SNE": replace(_ACCURACY, permute=False)},
+        {"SNE": _ACROSS},
         logit=True,
         sizes=(),
     ),
@@ -168,7 +175,7 @@ TASKS: dict[str, Task] = {
         _classifiers(("digits",), _MLPS + _CNNS),
         1300,
         (Experiment("mlp -> cnn", _MLP, _CNN), Experiment("cnn -> mlp", _CNN, _MLP)),
-        {"SNE": replace(_ACCURACY, permute=False)},
+        {"SNE": _ACROSS},
         logit=True,
         sizes=(),
     ),
@@ -178,7 +185,7 @@ TASKS: dict[str, Task] = {
         _classifiers(("digits",), (*_MLPS, *_CNNS, "vit")),
         1400,
         (Experiment("mlp and cnn -> vit", {"family": ("mlp", "cnn")}, _VIT),),
-        {"SNE": replace(_ACCURACY, permute=False)},
+        {"SNE": _ACROSS},
         logit=True,
         sizes=(),
     ),

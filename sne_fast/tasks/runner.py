@@ -176,7 +176,7 @@ def _do(run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], ou
     # One thread: batches are small, and most of a step's operations too small to share (see demo.py).
     with console.status(label) as status, torch_threads(1):
         if settings is not None:
-            batch = data.packed("none", settings.chunk_size, settings.chunking)
+            batch = data.packed(settings.scale, settings.chunk_size, settings.chunking)
             problem = Problem(batch, data.targets, train, parts["validation"], run.seed, task.logit)
             done = train_sne(
                 problem, settings, data.symmetries, parts["test"], target=task.target,

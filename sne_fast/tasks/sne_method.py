@@ -44,7 +44,7 @@ def train_sne(
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> SneRun:
-    """Train SNE on a problem whose batch was packed with `scale="none"` and the settings' chunks.
+    """Train SNE on a problem whose batch was packed with the settings' scale and chunks.
 
     Args:
         symmetries: of each of the n networks.
@@ -56,12 +56,18 @@ def train_sne(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(problem.seed)
         encoder = SNE(
-            hidden_dim=settings.hidden_dim, chunk_size=settings.chunk_size, chunking=settings.chunking, scale="none",
+            hidden_dim=settings.hidden_dim, chunk_size=settings.chunk_size, chunking=settings.chunking,
+            scale=settings.scale,
             element_order=settings.order, chunk_order=settings.order,
         )  # fmt: skip
         encoder.fill_code_gains(settings.code_gain)
         predictor = Predictor(
-            encoder, 1, settings.head, [target], "logit" if problem.logit else "identity", normalise_inputs=True
+            encoder,
+            1,
+            settings.head,
+            [target],
+            "logit" if problem.logit else "identity",
+            normalise_inputs=settings.input_scale == "zoo",
         )
     augment = PermutationAugmentation([symmetries[i] for i in train]) if settings.permute else None
     history = fit(
