@@ -223,12 +223,12 @@ def section(results: Results, plots: Sequence[Path], base: Path, preview: bool) 
     return text.strip() + "\n"
 
 
-def insert(readme: Path, text: str) -> None:
-    """Replace what stands between the markers of `readme`."""
+def insert(readme: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands between two markers of `readme`."""
     old = readme.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise Refused(f"{readme}: must hold the lines {BEGIN} and {END} once each, in this order")
-    head, tail = old[: old.index(BEGIN) + len(BEGIN)], old[old.index(END) :]
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise Refused(f"{readme}: must hold the lines {begin} and {end} once each, in this order")
+    head, tail = old[: old.index(begin) + len(begin)], old[old.index(end) :]
     readme.write_text(f"{head}\n{text}{tail}", encoding="utf-8")
 
 

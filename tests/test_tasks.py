@@ -108,6 +108,16 @@ def test_other_settings_are_refused(done):
         call(out, methods=["svm"])
 
 
+def test_what_could_not_be_done_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(BASELINES["mlp"], "why_not", lambda problem: ["a package is missing"], raising=False)
+    found = call(tmp_path, methods=["mlp", "mean"])["experiments"]["sines"]["methods"]["MLP on flat weights"]
+    assert found["why_not"] == ["a package is missing"] and "mse" not in found
+    assert "a package is missing" in (tmp_path / "results.md").read_text()
+    monkeypatch.undo()
+    found = call(tmp_path, methods=["mlp"])["experiments"]["sines"]["methods"]["MLP on flat weights"]
+    assert found["mse"]["mean"] > 0 and "why_not" not in found
+
+
 def test_an_interrupted_training_goes_on_to_the_same_predictions(tmp_path, monkeypatch):
     """Killed in its second epoch, the same call ends with the bits of a run that was not."""
     whole = tmp_path / "whole"
@@ -194,3 +204,24 @@ def test_zoos_are_made_once(tmp_path):
     assert len(zoo) == 20 and (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns == before
     made = TASKS["cross-dataset"].zoos(tmp_path, 8, lambda done: None)
     assert [set(zoo.column("dataset")) for zoo in made] == [{"digits"}, {"shapes"}, {"glyphs"}, {"textures"}]
+
+
+def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.syspath_prepend(str(bench))
+    import task_report
+
+    out, results = done
+    (tmp_path / "task_inr.json").write_text((out / "results.json").read_text())
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(["before", *task_report.MARKERS, "after", ""]))
+    task_report.insert(readme, task_report.section(tmp_path), *task_report.MARKERS)
+    lines = readme.read_text().splitlines()
+    table = [line for line in lines if line.startswith("| `inr`, sines |")]
+    methods = results["experiments"]["sines"]["methods"]
+    assert [line.split(" | ")[1] for line in table] == list(methods) and lines[0] == "before" and lines[-1] == "after"
+    mse = methods["SNE"]["mse"]
+    assert f"{mse['mean']:.3g} ± {mse['std']:.2g}" in table[0]
+    readme.write_text("no markers")
+    with pytest.raises(Exception, match="must hold the lines"):
+        task_report.insert(readme, "", *task_report.MARKERS)

@@ -73,7 +73,7 @@ def train_sne(
     history = fit(
         predictor, batch[train], targets[train],
         FitSettings(
-            epochs=settings.epochs, lr=settings.lr, batch_weights=settings.batch_weights,
+            epochs=settings.epochs, lr=settings.lr, warmup=settings.warmup, batch_weights=settings.batch_weights,
             invariance=settings.invariance, seed=problem.seed,
         ),
         validation=(batch[watched], targets[watched]) if watched else None,
