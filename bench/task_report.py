@@ -1,6 +1,6 @@
 """Write the README's tables of experiments from committed JSON.
 
-.venv/bin/python bench/task_report.py           # every bench/results/task_*.json, as `sne-fast task` writes results.json
+.venv/bin/python bench/task_report.py    # from every bench/results/task_*.json, the results.json of `sne-fast task`
 """
 
 from __future__ import annotations

@@ -223,5 +223,5 @@ def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
     mse = methods["SNE"]["mse"]
     assert f"{mse['mean']:.3g} ± {mse['std']:.2g}" in table[0]
     readme.write_text("no markers")
-    with pytest.raises(Exception, match="must hold the lines"):
+    with pytest.raises(SystemExit, match="must hold the lines"):
         task_report.insert(readme, "", *task_report.MARKERS)
