@@ -23,8 +23,8 @@ class SneSettings:
     """How SNE is trained in a task.
 
     `invariance`: weight of the logit-invariance loss; 0 leaves it out. `permute`: fresh permutations of hidden units
-    for every batch. `order`: the codes of elements and chunks; False is the paper's ablation. The other names are
-    those of `SNE`, `FitSettings` and `TrainCommand`.
+    for every batch. `order`: the codes of elements and chunks; False is the paper's ablation. `input_scale`: "tensor",
+    "zoo" or "none", as in `TrainCommand`. The other names are those of `SNE`, `FitSettings` and `TrainCommand`.
     """
 
     epochs: int = 60
@@ -63,7 +63,13 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Task:
-    """A section of the paper: zoos, the column to predict, experiments, and the rows of their tables."""
+    """A section of the paper: zoos, the column to predict, experiments, and the rows of their tables.
+
+    `zoos`: makes them in a folder, or opens what is there; takes the folder, how many networks in all, and a function
+    that is told the share done. `networks`: how many unless asked otherwise. `sne`: rows of the table that are SNE, the
+    first one the method itself, the others its ablations. `logit`: the target lies in [0, 1] and is modelled as its
+    logit. `sizes`: shares of the training networks for the curve of error against training-set size.
+    """
 
     title: str
     target: str
