@@ -104,6 +104,11 @@ class WeightBatch:
         batch._derive()
         return batch
 
+    def _with(self, **changes: Tensor) -> WeightBatch:
+        """This batch with other `values` or `tensor_scale` of the same shape, dtype and device; nothing is checked."""
+        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
+        return WeightBatch._trusted(hosts, **{**self._fields(), **changes})
+
     def _derive(self) -> None:
         lengths = self.tensor_ptr_host.diff()
         longest = int(lengths.max()) if lengths.numel() else 0
@@ -224,10 +229,7 @@ class WeightBatch:
         """
         if not (self.values.requires_grad or self.tensor_scale.requires_grad):
             return self
-        fields = self._fields()
-        fields.update(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
-        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
-        return WeightBatch._trusted(hosts, **fields)
+        return self._with(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
 
     def pin_memory(self, device: Any = None) -> WeightBatch:
         """This batch in page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.

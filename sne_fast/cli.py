@@ -218,8 +218,9 @@ def task(
     from rich.console import Console
 
     from .tasks import run_task
+    from .tasks.runner import SEEDS
 
-    run_task(name, out, Console(), seeds=seed or (0, 1, 2), methods=method or (), networks=networks, epochs=epochs)
+    run_task(name, out, Console(), seeds=seed or SEEDS, methods=method or (), networks=networks, epochs=epochs)
     typer.echo(f"Written to {out}: results.json, results.md, plots, runs/ (predictions and predictors), zoos/")
 
 

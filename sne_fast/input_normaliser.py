@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._batch_checks import POINTERS
 from .batch import WeightBatch
 
 TYPES = 64
@@ -55,9 +54,9 @@ class InputNormaliser(nn.Module):
         """The batch with every value divided by its tensor's divisor."""
         places, sizes = self._places(batch)
         divisors = self.divisor.view(-1).to(batch.values.dtype).index_select(0, places)
-        fields = batch._fields()
-        fields["values"] = batch.values / torch.repeat_interleave(divisors, sizes, output_size=batch.num_weights)
-        return WeightBatch._trusted({field: getattr(batch, f"{field}_host") for field in POINTERS}, **fields)
+        return batch._with(
+            values=batch.values / torch.repeat_interleave(divisors, sizes, output_size=batch.num_weights)
+        )
 
     @staticmethod
     def _places(batch: WeightBatch) -> tuple[Tensor, Tensor]:

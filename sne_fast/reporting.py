@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from .batch import WeightBatch
 
-MARGIN = 0.01
-
 
 def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
     """Kendall's tau-b with its two-sided p-value, R2, mean absolute and root mean square error.
@@ -48,13 +46,14 @@ def statistics_regression(
     import numpy as np
     from sklearn.ensemble import GradientBoostingRegressor
 
+    from .predictor import LOGIT_MARGIN
     from .zoo.statistics import layer_statistics
 
     features = layer_statistics(batch)
     features = np.where(np.isnan(features), -1e3, features)  # a place of its own: trees split it off
     goals = np.asarray(target)[list(train)]
     if logit:
-        goals = np.clip(goals, MARGIN, 1 - MARGIN)
+        goals = np.clip(goals, LOGIT_MARGIN, 1 - LOGIT_MARGIN)
         goals = np.log(goals / (1 - goals))
     model = GradientBoostingRegressor(
         n_estimators=400, learning_rate=0.03, max_depth=4, subsample=0.5, max_features=0.3, random_state=seed

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._batch_checks import POINTERS
 from .._ragged import network_starts
 from ..batch import WeightBatch
 from .core import Symmetry, SymmetryError
@@ -100,9 +99,7 @@ def permute(
                 for b, row in zip(chosen, source, strict=True):
                     sources[b] = row
     source = sources[0] if len(sources) == 1 else torch.cat(sources)
-    fields = batch._fields()
-    fields["values"] = batch.values.index_select(0, source)
-    return WeightBatch._trusted({field: getattr(batch, f"{field}_host") for field in POINTERS}, **fields)
+    return batch._with(values=batch.values.index_select(0, source))
 
 
 def _plan(batch: WeightBatch, b: int, symmetry: Symmetry) -> Plan:

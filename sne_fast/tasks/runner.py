@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..demo import check_extra
 from ..reporting import machine, measures, write_json
 from ..symmetry import PermutationAugmentation, Symmetry
 from ..training import stratified_split
+from ..training.command import PARTS, SHARES, symmetries_of
 from . import report
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, Experiment, SneSettings, Task
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from ..zoo import Zoo
 
 SEEDS = (0, 1, 2)
-SHARES = (0.8, 0.1, 0.1)  # training, validation, test, within one zoo
 WATCHED = 0.1  # of the networks to learn from, where the test networks are others
 
 
@@ -38,16 +39,18 @@ class Networks:
     """All networks of a task's zoos in one row: targets, groups, symmetries, and batches as methods want them."""
 
     def __init__(self, zoos: Sequence[Zoo], target: str) -> None:
-        from ..training.command import symmetries_of
-
         self.zoos = list(zoos)
         self.targets = np.concatenate([zoo.column(target).astype(np.float64) for zoo in zoos])
         self.groups = [str(name) for name in self.column("architecture")]
-        self.symmetries: list[Symmetry] = [s for zoo in zoos for s in symmetries_of(zoo)]
         self._batches: dict[tuple[str, int, str], WeightBatch] = {}
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @cached_property
+    def symmetries(self) -> list[Symmetry]:
+        """Of every network."""
+        return [symmetry for zoo in self.zoos for symmetry in symmetries_of(zoo)]
 
     def column(self, name: str) -> np.ndarray:
         return np.concatenate([zoo.column(name) for zoo in self.zoos])
@@ -79,7 +82,7 @@ class Networks:
         else:
             known = stratified_split(groups, (1 - WATCHED, WATCHED), seed)
             parts = [*(pool[part].tolist() for part in known), test.tolist()]
-        return dict(zip(("train", "validation", "test"), parts, strict=True))
+        return dict(zip(PARTS, parts, strict=True))
 
 
 def run_task(
@@ -248,7 +251,7 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], out:
         "title": task.title,
         "target": task.target,
         "networks": len(data),
-        "weights": data.packed("tensor").num_weights,
+        "weights": sum(int(zoo.sizes.sum()) for zoo in data.zoos),
         "variance": float(data.targets.var()),
         "experiments": experiments,
         "machine": machine(),
