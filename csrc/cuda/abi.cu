@@ -1,0 +1,40 @@
+// What the library is: its ABI number, the architectures in it, its status codes in words.
+#include "cuda/simt.h"
+#include "sne_fast/cuda_abi.h"
+
+extern "C" {
+
+int sne_fast_cuda_abi(void) { return SNE_FAST_CUDA_ABI; }
+
+const char *sne_fast_cuda_status(int status) {
+  switch (status) {
+    case SNE_FAST_CUDA_OK: return "ok";
+    case SNE_FAST_CUDA_BAD_ARGUMENT: return "sizes or pointers that do not fit together";
+    case SNE_FAST_CUDA_BAD_VARIANT: return "no kernel for this width, number of heads or type";
+  }
+#if defined(SNE_EMULATED)
+  return sne::emulator::error();
+#else
+  return cudaGetErrorString(cudaError_t(status));
+#endif
+}
+
+const char *sne_fast_cuda_architectures(void) {
+#if defined(SNE_EMULATED)
+  return "emulated";
+#else
+#define SNE_TEXT_(x) #x
+#define SNE_TEXT(x) SNE_TEXT_(x)
+  return SNE_TEXT(SNE_CUDA_ARCHS);
+#endif
+}
+
+void sne_fast_cuda_emulated_schedule(uint64_t seed) {
+#if defined(SNE_EMULATED)
+  sne::emulator::schedule(seed);
+#else
+  (void)seed;
+#endif
+}
+
+}  // extern "C"

@@ -1,0 +1,197 @@
+#include "cuda/emulator.h"
+
+#include <stdio.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <string>
+#include <vector>
+
+namespace sne::emulator {
+namespace {
+
+constexpr int kMost = 1024, kLanes = 32, kGroup = 128, kBarriers = 16;
+constexpr size_t kStack = 256 << 10;
+
+struct Meeting {
+  int arrived = 0, members = 0;
+  uint64_t round = 0;
+  const char *name = "";
+  void *items[kMost];
+};
+
+struct Fiber {
+  ucontext_t context;
+  const uint64_t *round = nullptr;  // of the meeting it waits at
+  uint64_t waits_for = 0;
+  bool done = false;
+};
+
+struct State {
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps, groups;
+  Meeting block, named[kBarriers];
+  char *stacks = nullptr;
+  char *shared = nullptr;
+  const std::function<void()> *kernel = nullptr;
+  int64_t id[2], size[2];
+  int count = 0, current = 0;
+  bool failed = false;
+  std::string error;
+  uint64_t seed = 0, draws = 0;
+};
+
+thread_local State state;
+
+void fail(const std::string &what) {
+  State &s = state;
+  s.failed = true;
+  s.error = "block " + std::to_string(s.id[0]) + "," + std::to_string(s.id[1]) + ", thread " +
+            std::to_string(s.current) + ": " + what;
+  swapcontext(&s.fibers[s.current].context, &s.scheduler);  // and never comes back
+}
+
+void meet(Meeting &m, int place, int members, const char *name, void *item, void (*act)(void **)) {
+  State &s = state;
+  if (m.arrived && (m.name != name || m.members != members))
+    fail(std::string("waits at ") + name + " where others wait at " + m.name);
+  m.name = name;
+  m.members = members;
+  m.items[place] = item;
+  if (++m.arrived == members) {
+    m.arrived = 0;
+    ++m.round;
+    if (act) act(m.items);
+    return;
+  }
+  Fiber &fiber = s.fibers[s.current];
+  fiber.round = &m.round;
+  fiber.waits_for = m.round + 1;
+  swapcontext(&fiber.context, &s.scheduler);
+  fiber.round = nullptr;
+}
+
+void enter() {
+  (*state.kernel)();
+  State &s = state;
+  s.fibers[s.current].done = true;
+  swapcontext(&s.fibers[s.current].context, &s.scheduler);
+}
+
+uint64_t draw() {  // splitmix64
+  uint64_t z = state.seed + 0x9e3779b97f4a7c15u * ++state.draws;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return z ^ z >> 31;
+}
+
+bool run_block() {
+  State &s = state;
+  for (int i = 0; i < s.count; ++i) {
+    Fiber &fiber = s.fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = s.stacks + kStack * i;
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    fiber.round = nullptr;
+    fiber.done = false;
+  }
+  const auto fresh = [](Meeting &m) { m.arrived = 0; };
+  for (Meeting &m : s.warps) fresh(m);
+  for (Meeting &m : s.groups) fresh(m);
+  for (Meeting &m : s.named) fresh(m);
+  fresh(s.block);
+  std::vector<int> order(s.count);
+  for (int i = 0; i < s.count; ++i) order[i] = i;
+  for (int left = s.count; left;) {
+    if (s.seed)
+      for (int i = s.count - 1; i > 0; --i) std::swap(order[i], order[draw() % (i + 1)]);
+    bool moved = false;
+    for (int i : order) {
+      Fiber &fiber = s.fibers[i];
+      if (fiber.done || (fiber.round && *fiber.round < fiber.waits_for)) continue;
+      s.current = i;
+      swapcontext(&s.scheduler, &fiber.context);
+      if (s.failed) return false;
+      moved = true;
+      left -= fiber.done;
+    }
+    if (!moved) {
+      s.failed = true;
+      s.error = "threads wait for others that have ended or wait elsewhere";
+      for (const Meeting &m : s.warps)
+        if (m.arrived) s.error += std::string("; in a warp at ") + m.name;
+      if (s.block.arrived) s.error += "; at sync_block";
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int thread() { return state.current; }
+int threads() { return state.count; }
+int64_t block(int axis) { return state.id[axis]; }
+int64_t blocks(int axis) { return state.size[axis]; }
+void *shared() { return state.shared; }
+
+void meet_warp(const char *name, void *item, void (*act)(void **)) {
+  const int t = state.current;
+  meet(state.warps[t / kLanes], t % kLanes, kLanes, name, item, act);
+}
+void meet_warpgroup(const char *name, void *item, void (*act)(void **)) {
+  const int t = state.current;
+  meet(state.groups[t / kGroup], t % kGroup, kGroup, name, item, act);
+}
+void meet_block(const char *name) { meet(state.block, state.current, state.count, name, nullptr, nullptr); }
+void meet_named(int barrier, int threads) {
+  if (barrier < 1 || barrier >= kBarriers || threads % kLanes || threads > state.count) fail("no such barrier");
+  Meeting &m = state.named[barrier];
+  meet(m, m.arrived, threads, "sync_named", nullptr, nullptr);
+}
+
+int run(int64_t x, int64_t y, int threads, size_t shared, const std::function<void()> &kernel) {
+  State &s = state;
+  s.failed = false;
+  if (threads < 1 || threads > kMost || threads % kLanes || shared > (227 << 10)) {
+    s.error = "a launch of " + std::to_string(threads) + " threads and " + std::to_string(shared) + " bytes";
+    return kFailed;
+  }
+  const size_t page = size_t(sysconf(_SC_PAGESIZE)), pages = (shared + page - 1) / page * page;
+  char *memory = (char *)mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  s.stacks = (char *)mmap(nullptr, kStack * threads, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED || s.stacks == MAP_FAILED) {
+    s.error = "no memory";
+    return kFailed;
+  }
+  mprotect(memory + pages, page, PROT_NONE);
+  // Kernels may align what they hold to 16 bytes: the end is one such place.
+  s.shared = memory + (pages - (shared + 15) / 16 * 16);
+  s.kernel = &kernel;
+  s.count = threads;
+  s.size[0] = x, s.size[1] = y;
+  s.fibers = std::vector<Fiber>(threads);
+  s.warps = std::vector<Meeting>((threads + kLanes - 1) / kLanes);
+  s.groups = std::vector<Meeting>((threads + kGroup - 1) / kGroup);
+  for (s.id[1] = 0; s.id[1] < y && !s.failed; ++s.id[1])
+    for (s.id[0] = 0; s.id[0] < x && !s.failed; ++s.id[0]) {
+      memset(s.shared, 0xff, shared);
+      if (!run_block()) break;
+    }
+  munmap(memory, pages + page);
+  munmap(s.stacks, kStack * threads);
+  return s.failed ? kFailed : 0;
+}
+
+const char *error() { return state.error.c_str(); }
+void schedule(uint64_t seed) {
+  state.seed = seed;
+  state.draws = 0;
+}
+
+}  // namespace sne::emulator

@@ -1,0 +1,120 @@
+"""The CUDA engine's native library: found, loaded and checked once, and its structs in ctypes.
+
+``sne_fast/_cuda_engine.so`` is built by ``SNE_FAST_BUILD=cuda pip install .``. With ``SNE_FAST_CUDA_EMULATED`` naming a
+host build of the same kernels (``python csrc/tests/emulate.py OUT``), calls run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._precision import product_precision
+
+ABI = 1
+EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
+EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
+LIBRARY_FILE = Path(__file__).parents[1] / "_cuda_engine.so"
+ERROR_FILE = Path(__file__).parents[1] / "_cuda_engine_build_error.txt"
+
+
+def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
+    """A struct of int64 and, behind them, pointers."""
+    fields: list[tuple[str, type]] = [(field, ctypes.c_int64) for field in integers.split()]
+    fields += [(field, ctypes.c_void_p) for field in pointers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+_INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
+SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
+    "sne_fast_cuda_abi": (_INT, []),
+    "sne_fast_cuda_status": (_TEXT, [_INT]),
+    "sne_fast_cuda_architectures": (_TEXT, []),
+    "sne_fast_cuda_emulated_schedule": (None, [ctypes.c_uint64]),
+}
+"""Every exported function: result and arguments."""
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a build of the engine and check its ABI number and symbols; OSError says what is wrong with it."""
+    lib = ctypes.CDLL(str(path))
+    missing = [name for name in SYMBOLS if not hasattr(lib, name)]
+    if missing:
+        raise OSError(f"{path} lacks {', '.join(missing)}: it is from another version of sne_fast, reinstall")
+    for name, (result, arguments) in SYMBOLS.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    found = lib.sne_fast_cuda_abi()
+    if found != ABI:
+        raise OSError(f"{path} has ABI {found}, this sne_fast needs {ABI}: reinstall sne_fast")
+    return lib
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    file = Path(os.environ[EMULATED_ENVIRONMENT_VARIABLE]) if EMULATED else LIBRARY_FILE
+    if not file.exists():
+        if EMULATED:
+            return None, f"{EMULATED_ENVIRONMENT_VARIABLE} names {file}, which does not exist"
+        why = ERROR_FILE.read_text(encoding="utf-8").strip() if ERROR_FILE.exists() else ""
+        return None, why or "this installation has no CUDA engine: reinstall with SNE_FAST_BUILD=cuda (needs nvcc)"
+    try:
+        return open_library(file), ""
+    except OSError as error:
+        return None, f"the CUDA library does not load: {error}"
+
+
+def reasons() -> list[str]:
+    """Why the library cannot be used; empty if it can."""
+    _, why = _load()
+    return [why] if why else []
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: saying why there is none.
+    """
+    lib, why = _load()
+    if lib is None:
+        raise RuntimeError(why)
+    return lib
+
+
+def architectures() -> list[str]:
+    """What the library was compiled for, such as ``["80", "90a", "120+ptx"]``."""
+    return library().sne_fast_cuda_architectures().decode().split()
+
+
+def precision(dtype: torch.dtype) -> int:
+    """``sne_fast_precision`` of operands of ``dtype``, by torch's setting of float32 products."""
+    if dtype == torch.float32:
+        return 1 if product_precision(dtype) == "tf32" else 0
+    return {torch.float16: 2, torch.bfloat16: 3}[dtype]
+
+
+def run(name: str, device: torch.device, *args: Any) -> None:
+    """Call ``sne_fast_cuda_NAME(*args, stream)`` on the current stream of ``device``; raise what its status says."""
+    with torch.cuda.device(device if device.type == "cuda" else None):
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        status = getattr(library(), f"sne_fast_cuda_{name}")(*args, stream)
+    if status:
+        raise RuntimeError(f"{name}: {library().sne_fast_cuda_status(status).decode()}")
+
+
+def pointers(*tensors: Tensor) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 in the emulator, so that several blocks share out the work."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
