@@ -31,12 +31,23 @@ def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
+# Field by field the structs of csrc/include/sne_fast/cuda_abi.h.
+ChunkWeightsArgs = struct("ChunkWeightsArgs", "hidden heads backward", "w_qkv w_o pool_query prepared")
+ChunkArgs = struct(
+    "ChunkArgs",
+    "hidden heads layer_norm slots lowest shared blocks first_block count programs shared_limit",
+    "chunk_ptr order owner table values row_code element_code logit basis b_qkv b_o norm pool_query prepared",
+)
+
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
 SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
     "sne_fast_cuda_abi": (_INT, []),
     "sne_fast_cuda_status": (_TEXT, [_INT]),
     "sne_fast_cuda_architectures": (_TEXT, []),
     "sne_fast_cuda_emulated_schedule": (None, [ctypes.c_uint64]),
+    "sne_fast_cuda_chunk_weights_size": (_I64, [_I64, _I64]),
+    "sne_fast_cuda_chunk_weights": (_INT, [_INT, _REF, _REF]),
+    "sne_fast_cuda_chunk_encode": (_INT, [_INT, _REF, _REF, _REF, _REF]),
 }
 """Every exported function: result and arguments."""
 
@@ -102,9 +113,12 @@ def precision(dtype: torch.dtype) -> int:
 
 def run(name: str, device: torch.device, *args: Any) -> None:
     """Call ``sne_fast_cuda_NAME(*args, stream)`` on the current stream of ``device``; raise what its status says."""
-    with torch.cuda.device(device if device.type == "cuda" else None):
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        status = getattr(library(), f"sne_fast_cuda_{name}")(*args, stream)
+    call = getattr(library(), f"sne_fast_cuda_{name}")
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            status = call(*args, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        status = call(*args, None)
     if status:
         raise RuntimeError(f"{name}: {library().sne_fast_cuda_status(status).decode()}")
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LONGEST_SHARED = 16
-SHARED_STARTS = 258
-TABLE_ENTRIES = SHARED_STARTS + LONGEST_SHARED
+from .._plans.chunks import LONGEST_SHARED, SHARED_STARTS
 
 _LONGEST_SHARED = tl.constexpr(LONGEST_SHARED)
 _SHARED_STARTS = tl.constexpr(SHARED_STARTS)

@@ -8,14 +8,16 @@ import torch
 import triton
 from torch import Tensor
 
+from .._plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
 from ._chunk_forward import chunk_encode_kernel
-from ._chunk_plan import LONGEST_CHUNK, count_lengths, fits_a_tile, owners, plan_chunks
 from ._chunk_staged import staged_forward
 from ._launch import on_device
 from .chunk_encode_backward import (
+    FUSED_CLASSES,
     chunk_encode_backward,
     class_constants,
     constants,
+    fits_a_tile,
     padded_heads,
     sizes_for,
     staged_call,
@@ -44,7 +46,7 @@ def chunk_encode(
             staged_forward(staged_call(values, chunk_ptr, chunk_ptr_host, owner, weights), out)
             return out
         plan = plan_chunks(chunk_ptr, counts)
-        for slot_class, blocks in plan.classes():
+        for slot_class, blocks in plan.classes(FUSED_CLASSES):
             sizes = sizes_for("chunk_encode", pool_query, slot_class)
             chunk_encode_kernel[(triton.cdiv(blocks, sizes["BLOCKS"]),)](
                 values, chunk_ptr, plan.order, owner, plan.table, *weights, out, out, 0, 0,

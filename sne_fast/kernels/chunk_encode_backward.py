@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .._plans.chunks import CLASSES, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
 from .._schema import accumulate_dtype
 from ._chunk_backward import (
     block_backward_kernel,
@@ -20,11 +22,12 @@ from ._chunk_backward import (
     weight_grad_kernel,
 )
 from ._chunk_forward import chunk_encode_kernel
-from ._chunk_plan import ChunkPlan, SlotClass, count_lengths, fits_a_tile, owners, plan_chunks
 from ._chunk_staged import Staged, staged_backward
 from ._launch import Launch, architecture, launch, on_device, product_precision, sum_dtype, triton_dtype
 from ._slots import slot_count, sum_slots
 
+FUSED_CLASSES, FUSED_WIDTHS = CLASSES[:3], (32, 64)
+"""What the fused kernels take; longer chunks and wider tiles are staged."""
 SLAB_ROWS_TIMES_WIDTH = 1 << 22
 """Rows of a slab times the width, about: 92 MB of workspace with half-precision operands, 168 MB with float32."""
 BLOCK_MULTIPLE = 8
@@ -36,6 +39,13 @@ BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
 MATRICES = ("w_qkv", "b_qkv", "w_o", "b_o")
 """Those summed by ``weight_grad_kernel``, by one program per multiprocessor and part; the others by two."""
 PROGRAMS_PER_SUM = 2
+
+
+def fits_a_tile(width: int, counts: np.ndarray, dtype: torch.dtype | None = None) -> bool:
+    """Whether all chunks go through the fused kernels, else the staged form takes them; given a ``dtype``, whether
+    those of the forward can: a tile of width 128 still fits with operands of 16 bits."""
+    fits = width in FUSED_WIDTHS or (width == 128 and dtype in (torch.float16, torch.bfloat16))
+    return fits and not counts[FUSED_CLASSES[-1].slots + 1 :].any()
 
 
 def constants(pool_query: Tensor, norm: Tensor) -> dict[str, Any]:
@@ -203,7 +213,7 @@ def _fused(
     values_grad: Tensor, chunk_grad: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Fills ``values_grad (V,)`` and ``chunk_grad (N, h)`` (of the row codes); returns the shared gradients."""
-    width, classes = weights[-1].shape[1], list(plan.classes())
+    width, classes = weights[-1].shape[1], list(plan.classes(FUSED_CLASSES))
     most = max(-(-blocks // BLOCK_MULTIPLE) for _, blocks in classes) * BLOCK_MULTIPLE
     programs = min(programs_of(values.device), most)
     parts = {}

@@ -10,11 +10,11 @@ import triton.language as tl
 from compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 
 from sne_fast.kernels import _chunk_backward, _chunk_forward, _chunk_rows
-from sne_fast.kernels._chunk_plan import CLASSES, SlotClass
+from sne_fast._plans.chunks import SlotClass
 from sne_fast.kernels._launch import launch
 from sne_fast.kernels.chunk_encode_backward import class_constants, length_class, padded_heads
 
-SHARED, FULL, LONG = CLASSES
+SHARED, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDICES = {"chunk_ptr", "order", "owner", "table", "ptr"}
 SUMS = {"rows_grad", "chunk_grad", "values_grad_sum", "means", "means_grad", "rows", "partial"}
@@ -130,16 +130,16 @@ def every_variant() -> list[Variant]:
     found = []
     for arch in ALL_ARCHITECTURES:
         for dtype, precision in kinds:
-            for slots in CLASSES:
+            for slots in FUSED_CLASSES:
                 found += [Variant("chunk_encode", arch, dtype, slots, h, 4, True, precision) for h in (32, 64)]
                 found.append(Variant("chunk_encode_block_backward", arch, dtype, slots, precision=precision))
         for h, heads in ((32, 1), (32, 2), (64, 1), (64, 2), (64, 8)):
             found += [Variant("chunk_encode", arch, h=h, heads=heads, layer_norm=plain) for plain in (True, False)]
             found.append(Variant("chunk_encode_block_backward", arch, h=h, heads=heads))
-        found += [Variant("chunk_encode", arch, slots=slots, h=128, heads=8) for slots in CLASSES]
+        found += [Variant("chunk_encode", arch, slots=slots, h=128, heads=8) for slots in FUSED_CLASSES]
         for dtype in (torch.bfloat16, TF32):
             found.append(Variant("chunk_encode", arch, dtype, save=True))
-            found += [Variant(f"chunk_encode_{part}", arch, dtype, slots) for part in PARTS for slots in CLASSES]
+            found += [Variant(f"chunk_encode_{part}", arch, dtype, slots) for part in PARTS for slots in FUSED_CLASSES]
     return [variant for variant in dict.fromkeys(found) if variant not in REPRESENTATIVE]
 
 

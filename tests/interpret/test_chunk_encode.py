@@ -16,9 +16,9 @@ import sne_fast.kernels._chunk_staged as staged_module
 import sne_fast.kernels.chunk_encode as module
 import sne_fast.kernels.chunk_encode_backward as backward_module
 from sne_fast import reference
-from sne_fast.kernels._chunk_plan import ChunkPlan, fits_a_tile, plan_chunks
-from sne_fast.kernels._tiles import SHARED_STARTS, TABLE_ENTRIES
+from sne_fast._plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan_chunks
 from sne_fast.kernels.chunk_encode import chunk_encode, chunk_encode_backward, why_not
+from sne_fast.kernels.chunk_encode_backward import fits_a_tile
 
 NAMES = ("values", "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 MIXED = [[32, 32, 1], [31, 17], [2], [16, 16, 5, 1, 1]]

@@ -38,6 +38,30 @@ SNE_FAST_CUDA_API const char *sne_fast_cuda_architectures(void);
 /* Order in which emulated threads run: 0 as numbered, else drawn by this seed. Nothing on a GPU. */
 SNE_FAST_CUDA_API void sne_fast_cuda_emulated_schedule(uint64_t seed);
 
+/* chunk_encode: SPEC 3 step 1 up to the pooled rows. First the weights are prepared, then each class of chunk lengths
+ * has launches of its own. h = hidden, H = heads. */
+typedef struct {
+  int64_t hidden, heads, backward; /* backward: with the transposes too */
+  const void *w_qkv, *w_o, *pool_query; /* (3, 3h, h), (4, h, h), (H, h) */
+  void *prepared; /* real, as many as sne_fast_cuda_chunk_weights_size says */
+} sne_fast_chunk_weights_args;
+
+SNE_FAST_CUDA_API int64_t sne_fast_cuda_chunk_weights_size(int64_t hidden, int64_t heads);
+SNE_FAST_CUDA_API int sne_fast_cuda_chunk_weights(int precision, const sne_fast_chunk_weights_args *args, void *stream);
+
+typedef struct {
+  int64_t hidden, heads, layer_norm;
+  int64_t slots, lowest, shared;      /* the class: see csrc/cuda/chunk_slots.h */
+  int64_t blocks, first_block, count; /* blocks of slots: all of the class, and those of this launch */
+  int64_t programs, shared_limit;     /* multiprocessors, bytes of shared memory that a block may have */
+  const int64_t *chunk_ptr, *order, *owner, *table; /* (N+1), (N), (N), (274) */
+  const void *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
+} sne_fast_cuda_chunk_args;
+
+/* out (N, H, h); or null, then saved (4, count * slots, h): what blocks 1 to 3 and the pool see. */
+SNE_FAST_CUDA_API int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *args, void *out,
+                                                 void *saved, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

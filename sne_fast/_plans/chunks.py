@@ -1,21 +1,23 @@
 """Which chunks a launch of the chunk kernels takes: their order by length, made on the device, and how many blocks.
 
-One launch per slot class takes all chunks of its lengths. Nothing here waits for the device: the grid comes from the
-host's pointers, and where each length begins is found on the device, so that a call can be captured in a CUDA graph.
+One launch per slot class takes all chunks of its lengths: a block of S slots holds one chunk, or, of chunks of up to
+16, ``S // n`` of one length n. Nothing here waits for the device: the grid comes from the host's pointers, and where
+each length begins is found on the device, so that a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._tiles import LONGEST_SHARED
-
 LONGEST_CHUNK = 256
+LONGEST_SHARED = 16
+SHARED_STARTS = LONGEST_CHUNK + 2
+TABLE_ENTRIES = SHARED_STARTS + LONGEST_SHARED
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,15 @@ CLASSES = (
     SlotClass(32, 1, True),
     SlotClass(32, LONGEST_SHARED + 1, False),
     SlotClass(64, 33, False),
+    SlotClass(128, 65, False),
+    SlotClass(256, 129, False),
 )
-FUSED_WIDTHS, FUSED_LENGTH = (32, 64), CLASSES[-1].slots
-
-
-def fits_a_tile(width: int, counts: np.ndarray, dtype: torch.dtype | None = None) -> bool:
-    """Whether all chunks go through the fused kernels, else the staged form takes them; given a ``dtype``, whether
-    those of the forward can: a tile of width 128 still fits with operands of 16 bits."""
-    fits = width in FUSED_WIDTHS or (width == 128 and dtype in (torch.float16, torch.bfloat16))
-    return fits and not counts[FUSED_LENGTH + 1 :].any()
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """``order (N,)``: chunks by length, stable; ``table (274,)``: see ``_tiles``; ``counts``: chunks of each length."""
+    """``order (N,)``: chunks by length, stable; ``table (274,)``: where each length begins in that order (entries 0 to
+    257) and, from ``SHARED_STARTS`` on, at which block each length up to 16; ``counts``: chunks of each length."""
 
     order: Tensor
     table: Tensor
@@ -56,9 +53,9 @@ class ChunkPlan:
             return sum(-(-int(self.counts[n]) // (slot_class.slots // n)) for n in range(1, LONGEST_SHARED + 1))
         return int(self.counts[slot_class.lowest : slot_class.slots + 1].sum())
 
-    def classes(self) -> Iterator[tuple[SlotClass, int]]:
+    def classes(self, among: Sequence[SlotClass] = CLASSES) -> Iterator[tuple[SlotClass, int]]:
         """The slot classes that have chunks, with their number of blocks."""
-        for slot_class in CLASSES:
+        for slot_class in among:
             blocks = self.blocks(slot_class)
             if blocks:
                 yield slot_class, blocks

@@ -1,0 +1,513 @@
+// The set-attention blocks of chunk_encode on the rows of one warp: norms, feed-forward, attention inside chunks.
+//
+// A warp holds 16 MT rows of width W as tiles o[i][j], rows 16 i.., columns 8 j... A block of slots (see chunk_slots.h)
+// is one warp's rows or those of several neighbours, which exchange keys and values through shared memory.
+#pragma once
+
+#include <math.h>
+
+#include "cuda/chunk_slots.h"
+#include "cuda/chunk_weights.h"
+
+namespace sne {
+
+template <int width, int dim>
+struct ChunkShape {
+  static constexpr int W = width, D = dim, HEADS = W / D, MT = W <= 64 ? 2 : 1, ROWS = 16 * MT;
+  static constexpr int NT = W / 8, KT = W / 16, DT = D / 8, DK = (D + 15) / 16;
+  static constexpr int kOutRows = 32;  // of fc_o in one piece
+};
+
+// Parameters that are vectors, as floats in shared memory: basis (3, h); of each block fc_o's bias and the norms (5, h);
+// of blocks 1 to 3 the biases of q, k, v (3, h).
+struct VectorLayout {
+  int h;
+  SNE_HOST_DEVICE int out_bias(int block) const { return (3 + 5 * block) * h; }
+  SNE_HOST_DEVICE int norm(int block) const { return out_bias(block) + h; }
+  SNE_HOST_DEVICE int qkv_bias(int block) const { return (23 + 3 * (block - 1)) * h; }
+  SNE_HOST_DEVICE int size() const { return 32 * h; }
+};
+
+template <class T>
+SNE_DEVICE void load_vectors(float *to, int h, const T *basis, const T *b_o, const T *norm, const T *b_qkv) {
+  const VectorLayout at{h};
+  for (int i = thread_id(); i < at.size(); i += num_threads()) {
+    const int row = i / h, column = i % h;
+    float v = 0;
+    if (row < 3) {
+      v = to_real(basis[i]);
+    } else if (row < 23) {
+      const int block = (row - 3) / 5, part = (row - 3) % 5;
+      if (part == 0)
+        v = to_real(b_o[block * h + column]);
+      else if (norm)
+        v = to_real(norm[(block * 4 + part - 1) * h + column]);
+    } else {
+      v = to_real(b_qkv[(row - 23) * h + column]);
+    }
+    to[i] = v;
+  }
+}
+
+// What the warps of a block of threads share, an array each with one part per warp.
+template <class Op, class Shape>
+struct WarpMemory {
+  static constexpr int kPlanes = sizeof(Rows16<Op>) / 16;
+  static constexpr int kRowsBytes = 32 * int(sizeof(Rows16<Op>));  // 16 x 16 operands
+  static constexpr int kExchanged = Shape::MT * Shape::DK * 2 * kRowsBytes;
+  static constexpr int kSliceBytes = Shape::ROWS * 16 * 4;
+  static constexpr int kExchange = kExchanged > kSliceBytes ? kExchanged : kSliceBytes;
+  static constexpr int kHeadBytes = Shape::ROWS * Shape::HEADS * 4;
+  static constexpr int kBytes = Shape::ROWS * int(sizeof(Slot)) + Shape::ROWS * 4 + kHeadBytes + 16 + kExchange;
+
+  Slot *slots;          // (ROWS)
+  float *values;        // (ROWS)
+  float *head_values;   // (ROWS, HEADS)
+  uint32_t *poison;     // 1 of 4: rows whose keys or values are not finite
+  unsigned char *exchange;
+
+  SNE_MEMBER WarpMemory(unsigned char *at, int warps, int warp) {
+    slots = (Slot *)at + warp * Shape::ROWS;
+    at += warps * Shape::ROWS * int(sizeof(Slot));
+    values = (float *)at + warp * Shape::ROWS;
+    at += warps * Shape::ROWS * 4;
+    head_values = (float *)at + warp * Shape::ROWS * Shape::HEADS;
+    at += warps * kHeadBytes;
+    poison = (uint32_t *)at + warp * 4;
+    at += warps * 16;
+    exchange = at + warp * kExchange;
+  }
+};
+
+// The warps that hold one block of slots.
+struct SetOfWarps {
+  int warps, part, barrier;
+  bool shared;  // several chunks in a block
+  SNE_MEMBER void sync() const {
+    if (warps == 1)
+      sync_warp();
+    else
+      sync_named(barrier, 32 * warps);
+  }
+};
+
+struct alignas(16) Quad {
+  uint32_t v[4];
+};
+
+template <class Op>
+SNE_DEVICE void put_rows(unsigned char *at, const Rows16<Op> &rows) {
+  SNE_UNROLL
+  for (int plane = 0; plane < int(sizeof(rows) / 16); ++plane) {
+    Quad quad;
+    memcpy(&quad, (const unsigned char *)&rows + 16 * plane, 16);
+    ((Quad *)at)[32 * plane + lane_id()] = quad;
+  }
+}
+template <class Op>
+SNE_DEVICE Rows16<Op> get_rows(const unsigned char *at) {
+  Rows16<Op> rows;
+  SNE_UNROLL
+  for (int plane = 0; plane < int(sizeof(rows) / 16); ++plane) {
+    const Quad quad = ((const Quad *)at)[32 * plane + lane_id()];
+    memcpy((unsigned char *)&rows + 16 * plane, &quad, 16);
+  }
+  return rows;
+}
+
+// -------------------------------------------------------------------------------------------------- norms, products
+
+template <int MT, int NT>
+SNE_DEVICE void row_means(float (&mean)[MT][2], const Tile (&o)[MT][NT]) {
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i)
+    SNE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float sum = 0;
+      SNE_UNROLL
+      for (int j = 0; j < NT; ++j) sum += o[i][j].c[2 * r] + o[i][j].c[2 * r + 1];
+      mean[i][r] = sum_over_quad(sum) * (1.0f / (8 * NT));
+    }
+}
+
+// o -> (o - mean) / spread; returns 1 / spread.
+template <int MT, int NT>
+SNE_DEVICE void to_units(Tile (&o)[MT][NT], float (&rstd)[MT][2]) {
+  float mean[MT][2];
+  row_means(mean, o);
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i)
+    SNE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float sum = 0;
+      SNE_UNROLL
+      for (int j = 0; j < NT; ++j)
+        SNE_UNROLL
+        for (int e = 2 * r; e < 2 * r + 2; ++e) {
+          o[i][j].c[e] -= mean[i][r];
+          sum += o[i][j].c[e] * o[i][j].c[e];
+        }
+      rstd[i][r] = rsqrt_fast(sum_over_quad(sum) * (1.0f / (8 * NT)) + 1e-5f);
+      SNE_UNROLL
+      for (int j = 0; j < NT; ++j) o[i][j].c[2 * r] *= rstd[i][r], o[i][j].c[2 * r + 1] *= rstd[i][r];
+    }
+}
+
+// o -> o w + b, both (h,) in shared memory.
+template <int MT, int NT>
+SNE_DEVICE void scale_and_shift(Tile (&o)[MT][NT], const float *w, const float *b) {
+  const int t = lane_id() % 4;
+  SNE_UNROLL
+  for (int j = 0; j < NT; ++j) {
+    const float w0 = w[8 * j + 2 * t], w1 = w[8 * j + 2 * t + 1], b0 = b[8 * j + 2 * t], b1 = b[8 * j + 2 * t + 1];
+    SNE_UNROLL
+    for (int i = 0; i < MT; ++i)
+      SNE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        o[i][j].c[2 * r] = o[i][j].c[2 * r] * w0 + b0;
+        o[i][j].c[2 * r + 1] = o[i][j].c[2 * r + 1] * w1 + b1;
+      }
+  }
+}
+
+template <class Op, int MT, int NT>
+SNE_DEVICE void to_operands(Rows16<Op> (&x)[MT][NT / 2], const Tile (&o)[MT][NT]) {
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i)
+    SNE_UNROLL
+    for (int k = 0; k < NT / 2; ++k) x[i][k] = rows16<Op>(o[i][2 * k], o[i][2 * k + 1]);
+}
+
+// Every row of c becomes the vector v from its column 0 on.
+template <int MT, int N>
+SNE_DEVICE void fill_rows(Tile (&c)[MT][N], const float *v) {
+  const int t = lane_id() % 4;
+  SNE_UNROLL
+  for (int n = 0; n < N; ++n)
+    SNE_UNROLL
+    for (int i = 0; i < MT; ++i)
+      SNE_UNROLL
+      for (int e = 0; e < 4; ++e) c[i][n].c[e] = v[8 * n + 2 * t + e % 2];
+}
+
+SNE_DEVICE float relu(float z) { return z <= 0 ? 0.0f : z; }  // a NaN stays one
+
+// o -> ln1(o' + relu(fc_o(o'))) with o' = ln0(o) (SPEC 2).
+template <class Op, class Shape>
+SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource<Op> &weights, int64_t offset,
+                             const float *out_bias, bool layer_norm) {
+  constexpr int MT = Shape::MT, W = Shape::W, N = Shape::kOutRows / 8;
+  const float *norm = out_bias + W;
+  float rstd[MT][2];
+  if (layer_norm) {
+    to_units(o, rstd);
+    scale_and_shift(o, norm, norm + W);
+  }
+  Rows16<Op> x[MT][Shape::KT];
+  to_operands<Op>(x, o);
+  SNE_UNROLL
+  for (int first = 0; first < Shape::NT; first += N) {
+    Tile z[MT][N];
+    fill_rows(z, out_bias + 8 * first);
+    multiply(z, x, weights.piece(offset + 8 * first * W, 8 * N * W), 0);
+    SNE_UNROLL
+    for (int i = 0; i < MT; ++i)
+      SNE_UNROLL
+      for (int n = 0; n < N; ++n)
+        SNE_UNROLL
+        for (int e = 0; e < 4; ++e) o[i][first + n].c[e] += relu(z[i][n].c[e]);
+  }
+  if (layer_norm) {
+    to_units(o, rstd);
+    scale_and_shift(o, norm + 2 * W, norm + 3 * W);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ scalar attention
+
+// Block 0 (SPEC 4.1): means (ROWS, HEADS) of what each row attends to, softmax_j((a x_i + c) x_j) x_j, from the values
+// of its block of slots. The largest logit is at one end of the range of the values, so one pass does.
+template <class Op, class Shape, class T>
+SNE_DEVICE void scalar_means(const WarpMemory<Op, Shape> &memory, const SetOfWarps &set, const T *logit) {
+  constexpr int kPerRow = 32 / Shape::ROWS;  // lanes that share a row, each with some heads
+  const int row = lane_id() % Shape::ROWS, first = lane_id() / Shape::ROWS;
+  const Slot slot = memory.slots[row];
+  const float *values = memory.values - set.part * Shape::ROWS;
+  const float own = memory.values[row];
+  float low = values[slot.key_begin], high = low;
+  for (int j = slot.key_begin + 1; j < slot.key_end; ++j) low = min_of(low, values[j]), high = max_of(high, values[j]);
+  for (int head = first; head < Shape::HEADS; head += kPerRow) {
+    const float slope = to_real(logit[head]) * own + to_real(logit[Shape::HEADS + head]);
+    const float top = max_of(slope * low, slope * high);
+    float total = 0, sum = 0;
+    for (int j = slot.key_begin; j < slot.key_end; ++j) {
+      const float p = exp2_fast((slope * values[j] - top) * kLog2e);
+      total += p;
+      sum += p * values[j];
+    }
+    memory.head_values[row * Shape::HEADS + head] = sum / total;
+  }
+  sync_warp();
+}
+
+// Block 0 up to its residual: x_i basis_0 + mean basis_1 + basis_2.
+template <class Op, class Shape>
+SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, Shape> &memory, const float *basis) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  SNE_UNROLL
+  for (int j = 0; j < Shape::NT; ++j)
+    SNE_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int column = 8 * j + 2 * t + e;
+      const float by_value = basis[column], by_mean = basis[Shape::W + column], constant = basis[2 * Shape::W + column];
+      SNE_UNROLL
+      for (int i = 0; i < Shape::MT; ++i)
+        SNE_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const int row = 16 * i + 8 * r + g;
+          o[i][j].c[2 * r + e] = memory.values[row] * by_value +
+                                 memory.head_values[row * Shape::HEADS + 8 * j / Shape::D] * by_mean + constant;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- attention
+
+template <int MT>
+struct KeyRanges {  // of a lane's rows: slots from begin to end
+  int begin[MT][2], end[MT][2];
+};
+template <class Shape>
+SNE_DEVICE KeyRanges<Shape::MT> key_ranges(const Slot *slots) {
+  KeyRanges<Shape::MT> out;
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i)
+    SNE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const Slot slot = slots[16 * i + 8 * r + lane_id() / 4];
+      out.begin[i][r] = slot.key_begin, out.end[i][r] = slot.key_end;
+    }
+  return out;
+}
+
+// Largest magnitude that is finite as an operand.
+template <class Op>
+constexpr float kLimit = std::is_same_v<Op, OpHalf> ? 65519.0f : 3.38e38f;
+
+// Bits of the rows of k and v (or whatever else meets zeros in products) that are not finite.
+template <class Op, int MT, int DT>
+SNE_DEVICE uint32_t bad_rows(const Tile (&k)[MT][DT], const Tile (&v)[MT][DT]) {
+  uint32_t rows = 0;
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i)
+    SNE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      bool bad = false;
+      SNE_UNROLL
+      for (int n = 0; n < DT; ++n)
+        SNE_UNROLL
+        for (int e = 2 * r; e < 2 * r + 2; ++e)
+          bad |= !(__builtin_fabsf(k[i][n].c[e]) < kLimit<Op>) | !(__builtin_fabsf(v[i][n].c[e]) < kLimit<Op>);
+      const uint32_t lanes = ballot(bad);
+      if (lanes)
+        for (int g = 0; g < 8; ++g)
+          if (lanes >> 4 * g & 15) rows |= 1u << (16 * i + 8 * r + g);
+    }
+  return rows;
+}
+template <int MT, int DT>
+SNE_DEVICE void clear_rows(Tile (&k)[MT][DT], uint32_t rows) {
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i)
+    SNE_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (rows >> (16 * i + 8 * (e / 2) + lane_id() / 4) & 1)
+        SNE_UNROLL
+        for (int n = 0; n < DT; ++n) k[i][n].c[e] = 0;
+}
+
+// Whether a key of the range, of the `rows` that stand from slot `first` on, is among the bits of `bad`.
+SNE_DEVICE bool touches(uint32_t bad, int begin, int end, int first, int rows) {
+  begin = begin > first ? begin - first : 0;
+  end = end < first + rows ? end - first : rows;
+  return begin < end && (bad >> begin & (end - begin < 32 ? (1u << (end - begin)) - 1 : ~0u)) != 0;
+}
+
+// Operands of a head: 16 x 16 pieces, the last one filled with zeros where d = 8.
+template <class Op, class Shape>
+SNE_DEVICE void head_operands(Rows16<Op> (&out)[Shape::MT][Shape::DK], const Tile (&c)[Shape::MT][Shape::DT]) {
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i)
+    SNE_UNROLL
+    for (int k = 0; k < Shape::DK; ++k)
+      out[i][k] = rows16<Op>(c[i][2 * k], Shape::D == 8 ? Tile{} : c[i][2 * k + (Shape::D > 8)]);
+}
+
+// c += a b over the width of a head.
+template <class Shape, class Op>
+SNE_DEVICE void head_product(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
+  if constexpr (Shape::D == 8)
+    product_left(c, a, b);
+  else
+    product(c, a, b);
+}
+
+// Where a warp's 16 x 16 piece (i, k) of the first or second of the two exchanged matrices lies.
+template <class Op, class Shape>
+SNE_DEVICE unsigned char *exchanged(const WarpMemory<Op, Shape> &memory, int warp, int which, int i, int k) {
+  using Memory = WarpMemory<Op, Shape>;
+  return memory.exchange + warp * Memory::kExchange + ((i * Shape::DK + k) * 2 + which) * Memory::kRowsBytes;
+}
+template <class Op, class Shape>
+SNE_DEVICE void exchange(const WarpMemory<Op, Shape> &memory, const Rows16<Op> (&first)[Shape::MT][Shape::DK],
+                         const Rows16<Op> (&second)[Shape::MT][Shape::DK]) {
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i)
+    SNE_UNROLL
+    for (int k = 0; k < Shape::DK; ++k) {
+      put_rows(exchanged(memory, 0, 0, i, k), first[i][k]);
+      put_rows(exchanged(memory, 0, 1, i, k), second[i][k]);
+    }
+}
+
+// Logits of own rows (a) with the 16 MT rows of warp `warp` of the first or second exchanged matrix.
+template <class Op, class Shape>
+SNE_DEVICE void products_with(Tile (&s)[Shape::MT][2 * Shape::MT], const Rows16<Op> (&a)[Shape::MT][Shape::DK],
+                              const WarpMemory<Op, Shape> &memory, int warp, int which) {
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i)
+    SNE_UNROLL
+    for (int n = 0; n < 2 * Shape::MT; ++n) s[i][n] = Tile{};
+  SNE_UNROLL
+  for (int m = 0; m < Shape::MT; ++m)
+    SNE_UNROLL
+    for (int k = 0; k < Shape::DK; ++k) {
+      const Rows16<Op> rows = get_rows<Op>(exchanged(memory, warp, which, m, k));
+      SNE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Cols8<Op> b = cols8(rows, half);
+        SNE_UNROLL
+        for (int i = 0; i < Shape::MT; ++i) head_product<Shape>(s[i][2 * m + half], a[i][k], b);
+      }
+    }
+}
+
+// c += p times the 16 MT rows of warp `warp` of the first or second exchanged matrix; p as tiles of 8 columns.
+template <class Op, class Shape>
+SNE_DEVICE void add_weighted(Tile (&c)[Shape::MT][Shape::DT], const Tile (&p)[Shape::MT][2 * Shape::MT],
+                             const WarpMemory<Op, Shape> &memory, int warp, int which) {
+  SNE_UNROLL
+  for (int m = 0; m < Shape::MT; ++m) {
+    Rows16<Op> weights[Shape::MT];
+    SNE_UNROLL
+    for (int i = 0; i < Shape::MT; ++i) weights[i] = rows16<Op>(p[i][2 * m], p[i][2 * m + 1]);
+    SNE_UNROLL
+    for (int k = 0; k < Shape::DK; ++k) {
+      const Rows16<Op> rows = get_rows<Op>(exchanged(memory, warp, which, m, k));
+      SNE_UNROLL
+      for (int half = 0; half < (Shape::D == 8 ? 1 : 2); ++half) {
+        const Cols8<Op> b = cols8_transposed(rows, half);
+        SNE_UNROLL
+        for (int i = 0; i < Shape::MT; ++i) product(c[i][2 * k + half], weights[i], b);
+      }
+    }
+  }
+}
+
+// q, k or v of a head before its bias: rows `which` d.. of the head's piece.
+template <class Op, class Shape>
+SNE_DEVICE void project(Tile (&c)[Shape::MT][Shape::DT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
+                        const WeightSource<Op> &weights, int64_t head_offset, int which, const float *bias) {
+  fill_rows(c, bias);
+  multiply(c, x, weights.piece(head_offset + which * Shape::D * Shape::W, Shape::D * Shape::W), 0);
+}
+
+// o = q + attention(q, k, v) of every head, from the rows' operands x.
+template <class Op, class Shape>
+SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
+                                const WeightSource<Op> &weights, int block, const float *bias,
+                                const WarpMemory<Op, Shape> &memory, const SetOfWarps &set) {
+  constexpr int MT = Shape::MT, DT = Shape::DT, D = Shape::D, W = Shape::W, ROWS = Shape::ROWS;
+  const WeightLayout layout(W, D);
+  const KeyRanges<MT> keys = key_ranges<Shape>(memory.slots);
+  const float scale = kLog2e / __builtin_sqrtf(float(W));
+  SNE_UNROLL
+  for (int head = 0; head < Shape::HEADS; ++head) {
+    const int64_t offset = layout.qkv(block, head);
+    Rows16<Op> q_rows[MT][Shape::DK];
+    {
+      Tile k[MT][DT], v[MT][DT];
+      project<Op, Shape>(k, x, weights, offset, 1, bias + W + head * D);
+      project<Op, Shape>(v, x, weights, offset, 2, bias + 2 * W + head * D);
+      if (set.shared) {  // p v adds zero times other chunks' rows: those must be finite
+        const uint32_t bad = bad_rows<Op>(k, v);
+        if (lane_id() == 0) *memory.poison = bad;
+        clear_rows(k, bad);
+        clear_rows(v, bad);
+      }
+      Rows16<Op> k_rows[MT][Shape::DK], v_rows[MT][Shape::DK];
+      head_operands<Op, Shape>(k_rows, k);
+      head_operands<Op, Shape>(v_rows, v);
+      exchange(memory, k_rows, v_rows);
+    }
+    Tile q[MT][DT];
+    project<Op, Shape>(q, x, weights, offset, 0, bias + head * D);
+    head_operands<Op, Shape>(q_rows, q);
+    set.sync();
+    Tile attended[MT][DT] = {};
+    float top[MT][2], total[MT][2];
+    SNE_UNROLL
+    for (int i = 0; i < MT; ++i)
+      SNE_UNROLL
+      for (int r = 0; r < 2; ++r) top[i][r] = -INFINITY, total[i][r] = 0;
+    for (int part = 0; part < set.warps; ++part) {
+      const int warp = part - set.part, first = part * ROWS;
+      Tile s[MT][2 * MT];
+      products_with<Op, Shape>(s, q_rows, memory, warp, 0);
+      const uint32_t bad = set.shared ? memory.poison[4 * warp] : 0;
+      SNE_UNROLL
+      for (int i = 0; i < MT; ++i)
+        SNE_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          float highest = top[i][r];
+          SNE_UNROLL
+          for (int n = 0; n < 2 * MT; ++n)
+            SNE_UNROLL
+            for (int e = 0; e < 2; ++e) {
+              const int key = first + 8 * n + 2 * (lane_id() % 4) + e;
+              float &logit = s[i][n].c[2 * r + e];
+              logit = key >= keys.begin[i][r] && key < keys.end[i][r] ? logit * scale : -INFINITY;
+              highest = max_of(highest, logit);
+            }
+          highest = max_over_quad(highest);
+          const float shift = highest == -INFINITY ? 0.0f : highest, decay = exp2_fast(top[i][r] - shift);
+          float sum = 0;
+          SNE_UNROLL
+          for (int n = 0; n < 2 * MT; ++n)
+            SNE_UNROLL
+            for (int e = 0; e < 2; ++e) {
+              float &p = s[i][n].c[2 * r + e];
+              p = exp2_fast(p - shift);
+              sum += p;
+            }
+          total[i][r] = total[i][r] * decay + sum_over_quad(sum);
+          if (bad && touches(bad, keys.begin[i][r], keys.end[i][r], first, ROWS)) total[i][r] = NAN;
+          top[i][r] = highest;
+          SNE_UNROLL
+          for (int n = 0; n < DT; ++n) attended[i][n].c[2 * r] *= decay, attended[i][n].c[2 * r + 1] *= decay;
+        }
+      add_weighted<Op, Shape>(attended, s, memory, warp, 1);
+    }
+    SNE_UNROLL
+    for (int i = 0; i < MT; ++i)
+      SNE_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const float inverse = 1.0f / total[i][e / 2];
+        SNE_UNROLL
+        for (int n = 0; n < DT; ++n) o[i][head * DT + n].c[e] = q[i][n].c[e] + attended[i][n].c[e] * inverse;
+      }
+    set.sync();
+  }
+}
+
+}  // namespace sne

@@ -1,0 +1,74 @@
+// The matrices of chunk_encode as the kernels' right operands: where each stands in one array of core matrices, made by
+// chunk_weights.cu before a pass, and how a block of threads gets hold of a piece of it.
+#pragma once
+
+#include "cuda/fragments.h"
+
+namespace sne {
+
+// Offsets in elements. Forward: fc_o of block 0; of blocks 1 to 3 the rows of fc_q, fc_k, fc_v head by head, then fc_o;
+// the pool's queries, padded to 8. Backward: the transposes of all fc_o, then those of q, k, v, head by head.
+struct WeightLayout {
+  int64_t h, d;
+  SNE_HOST_DEVICE WeightLayout(int64_t width, int64_t dim) : h(width), d(dim) {}
+  SNE_HOST_DEVICE int64_t heads() const { return h / d; }
+  SNE_HOST_DEVICE int64_t query_rows() const { return heads() < 8 ? 8 : heads(); }
+  SNE_HOST_DEVICE int64_t qkv(int64_t block, int64_t head) const {  // (3d, h)
+    return h * h + (block - 1) * 4 * h * h + head * 3 * d * h;
+  }
+  SNE_HOST_DEVICE int64_t out(int64_t block) const {  // (h, h)
+    return block ? qkv(block, 0) + 3 * h * h : 0;
+  }
+  SNE_HOST_DEVICE int64_t queries() const { return 13 * h * h; }  // (query_rows, h)
+  SNE_HOST_DEVICE int64_t forward_size() const { return queries() + query_rows() * h; }
+  SNE_HOST_DEVICE int64_t out_transposed(int64_t block) const { return forward_size() + block * h * h; }  // (h, h)
+  SNE_HOST_DEVICE int64_t qkv_transposed(int64_t block, int64_t head) const {  // three of (h, d)
+    return forward_size() + 4 * h * h + ((block - 1) * heads() + head) * 3 * h * d;
+  }
+  SNE_HOST_DEVICE int64_t size() const { return forward_size() + 13 * h * h; }
+};
+
+// Gives pieces of the prepared weights in shared memory. `resident`: all that a kernel uses were copied there before its
+// first tile. Otherwise each piece is copied when asked for, by all threads of the block together.
+template <class Op>
+struct WeightSource {
+  using T = typename Op::Storage;
+  const T *global;  // first element that the kernel uses
+  unsigned char *shared;
+  bool resident;
+
+  // Elements `offset` .. `offset + count` from `global` on; the piece before is gone.
+  SNE_MEMBER const unsigned char *piece(int64_t offset, int64_t count) const {
+    if (resident) return shared + offset * sizeof(T);
+    sync_block();
+    copy(offset, count);
+    return shared;
+  }
+  SNE_MEMBER void copy(int64_t offset, int64_t count) const {
+    const unsigned char *from = (const unsigned char *)(global + offset);
+    const int bytes = int(count * sizeof(T));
+    for (int at = thread_id() * 16; at < bytes; at += num_threads() * 16) copy_async(shared + at, from + at);
+    copies_done();
+    sync_block();
+  }
+};
+
+// c[i][n] += a[i] (16 x 16 KT pieces) times rows 8 n.. of a piece of 16 KT columns, whose first row is 8 first_n8.
+template <class Op, int MT, int KT, int N>
+SNE_DEVICE void multiply(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece, int first_n8) {
+  SNE_UNROLL
+  for (int n = 0; n < N; ++n) {
+    SNE_UNROLL
+    for (int k = 0; k < KT; k += 2) {
+      Cols8<Op> b[2];
+      load_cols8_pair<Op>(b, piece, first_n8 + n, k / 2, 16 * KT);
+      SNE_UNROLL
+      for (int i = 0; i < MT; ++i) {
+        product(c[i][n], a[i][k], b[0]);
+        product(c[i][n], a[i][k + 1], b[1]);
+      }
+    }
+  }
+}
+
+}  // namespace sne
