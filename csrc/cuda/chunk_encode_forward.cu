@@ -7,9 +7,8 @@ namespace {
 template <class Op, int width, int dim>
 int run(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
   using T = typename Op::Storage;
-  using Shape = ChunkShape<width, dim>;
-  // Widths whose rows need more than 168 registers a thread get 8 warps, the others 12.
-  constexpr int kMost = Op::kPacked && width <= 64 ? 12 : 8;
+  using Shape = ChunkShape<Op, width, dim>;
+  constexpr int kMost = width <= 32 ? 12 : 8;  // 168 registers a thread, or 255
   const WeightLayout layout(width, dim);
   const int64_t piece = dim > Shape::kOutRows ? dim : Shape::kOutRows;
   const int64_t rows = layout.query_rows() > piece ? layout.query_rows() : piece;

@@ -18,9 +18,8 @@ struct ChunkCall {
   int64_t count;        // blocks of slots of this launch, among them such as hold nothing
 };
 
-template <class Op, class Shape>
-SNE_DEVICE void load_slots(const WarpMemory<Op, Shape> &memory, const ChunkCall<typename Op::Storage> &call,
-                           const Chunks &chunks, int part) {
+template <class Shape, class Memory, class T>
+SNE_DEVICE void load_slots(const Memory &memory, const ChunkCall<T> &call, const Chunks &chunks, int part) {
   const int row = lane_id();
   if (row < Shape::ROWS) {
     const Slot slot = slot_of(chunks, call.order, part * Shape::ROWS + row);
@@ -81,7 +80,7 @@ SNE_DEVICE void pool(const Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x
   const WeightLayout layout(Shape::W, Shape::D);
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
   Tile logits[MT][HT] = {};
-  multiply(logits, x, weights.piece(layout.queries(), layout.query_rows() * Shape::W), 0);
+  multiply<HT>(logits, 0, x, weights.piece(layout.queries(), layout.query_rows() * Shape::W));
   SNE_UNROLL
   for (int i = 0; i < MT; ++i)
     SNE_UNROLL
@@ -151,7 +150,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   memory_at += at.size() * 4;
   const WarpMemory<Op, Shape> memory(memory_at, num_warps(), warp_id());
   memory_at += num_warps() * WarpMemory<Op, Shape>::kBytes;
-  const WeightSource<Op> weights{call.prepared, memory_at, resident};
+  const WeightSource<Op> weights{call.prepared, memory_at, resident, 0};
   load_vectors(vectors, Shape::W, call.basis, call.b_o, layer_norm ? call.norm : nullptr, call.b_qkv);
   if (resident) weights.copy(0, layout.forward_size());
   sync_block();
@@ -167,11 +166,11 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
     const int64_t local = tile * per_tile + warp_id() / set.warps;
     const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local,
                                       local < call.count ? call.blocks : 0);
-    load_slots(memory, call, chunks, set.part);
+    load_slots<Shape>(memory, call, chunks, set.part);
     set.sync();
-    scalar_means(memory, set, call.logit);
+    scalar_means<Shape>(memory, set, call.logit);
     Tile o[MT][Shape::NT];
-    scalar_rows<Op, Shape>(o, memory, vectors);
+    scalar_rows<Shape>(o, memory, vectors);
     feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
     Rows16<Op> x[MT][Shape::KT];
     typename Op::Storage *to =

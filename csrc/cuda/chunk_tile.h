@@ -11,9 +11,13 @@
 
 namespace sne {
 
-template <int width, int dim>
+// Two pieces of 16 rows where they fit into registers, so that every weight read serves both.
+template <class Op, int width>
+constexpr int kPieces = width <= (Op::kPacked ? 64 : 32) ? 2 : 1;
+
+template <class Op, int width, int dim, int pieces = kPieces<Op, width>>
 struct ChunkShape {
-  static constexpr int W = width, D = dim, HEADS = W / D, MT = W <= 64 ? 2 : 1, ROWS = 16 * MT;
+  static constexpr int W = width, D = dim, HEADS = W / D, MT = pieces, ROWS = 16 * MT;
   static constexpr int NT = W / 8, KT = W / 16, DT = D / 8, DK = (D + 15) / 16;
   static constexpr int kOutRows = 32;  // of fc_o in one piece
 };
@@ -49,20 +53,22 @@ SNE_DEVICE void load_vectors(float *to, int h, const T *basis, const T *b_o, con
   }
 }
 
-// What the warps of a block of threads share, an array each with one part per warp.
-template <class Op, class Shape>
+// What the warps of a block of threads share, an array each with one part per warp. `matrices`: that warps exchange of a
+// head (k and v; in the backward also q and the gradient); `scalars`: per row and head.
+template <class Op, class Shape, int matrices = 2, int scalars = 1>
 struct WarpMemory {
+  static constexpr int kMatrices = matrices;
   static constexpr int kPlanes = sizeof(Rows16<Op>) / 16;
   static constexpr int kRowsBytes = 32 * int(sizeof(Rows16<Op>));  // 16 x 16 operands
-  static constexpr int kExchanged = Shape::MT * Shape::DK * 2 * kRowsBytes;
+  static constexpr int kExchanged = Shape::MT * Shape::DK * matrices * kRowsBytes;
   static constexpr int kSliceBytes = Shape::ROWS * 16 * 4;
   static constexpr int kExchange = kExchanged > kSliceBytes ? kExchanged : kSliceBytes;
-  static constexpr int kHeadBytes = Shape::ROWS * Shape::HEADS * 4;
+  static constexpr int kHeadBytes = Shape::ROWS * Shape::HEADS * scalars * 4;
   static constexpr int kBytes = Shape::ROWS * int(sizeof(Slot)) + Shape::ROWS * 4 + kHeadBytes + 16 + kExchange;
 
   Slot *slots;          // (ROWS)
   float *values;        // (ROWS)
-  float *head_values;   // (ROWS, HEADS)
+  float *head_values;   // (ROWS, HEADS, scalars)
   uint32_t *poison;     // 1 of 4: rows whose keys or values are not finite
   unsigned char *exchange;
 
@@ -71,7 +77,7 @@ struct WarpMemory {
     at += warps * Shape::ROWS * int(sizeof(Slot));
     values = (float *)at + warp * Shape::ROWS;
     at += warps * Shape::ROWS * 4;
-    head_values = (float *)at + warp * Shape::ROWS * Shape::HEADS;
+    head_values = (float *)at + warp * Shape::ROWS * Shape::HEADS * scalars;
     at += warps * kHeadBytes;
     poison = (uint32_t *)at + warp * 4;
     at += warps * 16;
@@ -90,6 +96,8 @@ struct SetOfWarps {
       sync_named(barrier, 32 * warps);
   }
 };
+
+enum Exchanged { kKeys, kValues, kQueries, kGrads };
 
 struct alignas(16) Quad {
   uint32_t v[4];
@@ -209,7 +217,7 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
   for (int first = 0; first < Shape::NT; first += N) {
     Tile z[MT][N];
     fill_rows(z, out_bias + 8 * first);
-    multiply(z, x, weights.piece(offset + 8 * first * W, 8 * N * W), 0);
+    multiply<N>(z, 0, x, weights.piece(offset + 8 * first * W, 8 * N * W));
     SNE_UNROLL
     for (int i = 0; i < MT; ++i)
       SNE_UNROLL
@@ -227,8 +235,8 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
 
 // Block 0 (SPEC 4.1): means (ROWS, HEADS) of what each row attends to, softmax_j((a x_i + c) x_j) x_j, from the values
 // of its block of slots. The largest logit is at one end of the range of the values, so one pass does.
-template <class Op, class Shape, class T>
-SNE_DEVICE void scalar_means(const WarpMemory<Op, Shape> &memory, const SetOfWarps &set, const T *logit) {
+template <class Shape, class Memory, class T>
+SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const T *logit) {
   constexpr int kPerRow = 32 / Shape::ROWS;  // lanes that share a row, each with some heads
   const int row = lane_id() % Shape::ROWS, first = lane_id() / Shape::ROWS;
   const Slot slot = memory.slots[row];
@@ -251,8 +259,8 @@ SNE_DEVICE void scalar_means(const WarpMemory<Op, Shape> &memory, const SetOfWar
 }
 
 // Block 0 up to its residual: x_i basis_0 + mean basis_1 + basis_2.
-template <class Op, class Shape>
-SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, Shape> &memory, const float *basis) {
+template <class Shape, class Memory>
+SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const Memory &memory, const float *basis) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   SNE_UNROLL
   for (int j = 0; j < Shape::NT; ++j)
@@ -274,8 +282,10 @@ SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op
 // ------------------------------------------------------------------------------------------------------- attention
 
 template <int MT>
-struct KeyRanges {  // of a lane's rows: slots from begin to end
-  int begin[MT][2], end[MT][2];
+struct KeyRanges {  // of a lane's rows: slots from begin to end, two to a register
+  uint32_t range[MT][2];
+  SNE_MEMBER int begin(int i, int r) const { return range[i][r] & 0xffff; }
+  SNE_MEMBER int end(int i, int r) const { return range[i][r] >> 16; }
 };
 template <class Shape>
 SNE_DEVICE KeyRanges<Shape::MT> key_ranges(const Slot *slots) {
@@ -285,7 +295,7 @@ SNE_DEVICE KeyRanges<Shape::MT> key_ranges(const Slot *slots) {
     SNE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const Slot slot = slots[16 * i + 8 * r + lane_id() / 4];
-      out.begin[i][r] = slot.key_begin, out.end[i][r] = slot.key_end;
+      out.range[i][r] = uint32_t(slot.key_begin) | uint32_t(slot.key_end) << 16;
     }
   return out;
 }
@@ -352,64 +362,49 @@ SNE_DEVICE void head_product(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
     product(c, a, b);
 }
 
-// Where a warp's 16 x 16 piece (i, k) of the first or second of the two exchanged matrices lies.
-template <class Op, class Shape>
-SNE_DEVICE unsigned char *exchanged(const WarpMemory<Op, Shape> &memory, int warp, int which, int i, int k) {
-  using Memory = WarpMemory<Op, Shape>;
-  return memory.exchange + warp * Memory::kExchange + ((i * Shape::DK + k) * 2 + which) * Memory::kRowsBytes;
+// Where a warp's 16 x 16 piece (i, k) of one of the exchanged matrices lies.
+template <class Shape, class Memory>
+SNE_DEVICE unsigned char *exchanged(const Memory &memory, int warp, int which, int i, int k) {
+  const int piece = (which * Shape::MT + i) * Shape::DK + k;
+  return memory.exchange + warp * Memory::kExchange + piece * Memory::kRowsBytes;
 }
-template <class Op, class Shape>
-SNE_DEVICE void exchange(const WarpMemory<Op, Shape> &memory, const Rows16<Op> (&first)[Shape::MT][Shape::DK],
-                         const Rows16<Op> (&second)[Shape::MT][Shape::DK]) {
+template <class Shape, class Op, class Memory>
+SNE_DEVICE void offer(const Memory &memory, int which, const Rows16<Op> (&rows)[Shape::MT][Shape::DK]) {
   SNE_UNROLL
   for (int i = 0; i < Shape::MT; ++i)
     SNE_UNROLL
-    for (int k = 0; k < Shape::DK; ++k) {
-      put_rows(exchanged(memory, 0, 0, i, k), first[i][k]);
-      put_rows(exchanged(memory, 0, 1, i, k), second[i][k]);
-    }
+    for (int k = 0; k < Shape::DK; ++k) put_rows(exchanged<Shape>(memory, 0, which, i, k), rows[i][k]);
 }
 
-// Logits of own rows (a) with the 16 MT rows of warp `warp` of the first or second exchanged matrix.
-template <class Op, class Shape>
-SNE_DEVICE void products_with(Tile (&s)[Shape::MT][2 * Shape::MT], const Rows16<Op> (&a)[Shape::MT][Shape::DK],
-                              const WarpMemory<Op, Shape> &memory, int warp, int which) {
-  SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
-    SNE_UNROLL
-    for (int n = 0; n < 2 * Shape::MT; ++n) s[i][n] = Tile{};
-  SNE_UNROLL
-  for (int m = 0; m < Shape::MT; ++m)
-    SNE_UNROLL
-    for (int k = 0; k < Shape::DK; ++k) {
-      const Rows16<Op> rows = get_rows<Op>(exchanged(memory, warp, which, m, k));
-      SNE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const Cols8<Op> b = cols8(rows, half);
-        SNE_UNROLL
-        for (int i = 0; i < Shape::MT; ++i) head_product<Shape>(s[i][2 * m + half], a[i][k], b);
-      }
-    }
-}
-
-// c += p times the 16 MT rows of warp `warp` of the first or second exchanged matrix; p as tiles of 8 columns.
-template <class Op, class Shape>
-SNE_DEVICE void add_weighted(Tile (&c)[Shape::MT][Shape::DT], const Tile (&p)[Shape::MT][2 * Shape::MT],
-                             const WarpMemory<Op, Shape> &memory, int warp, int which) {
+// Logits of 16 own rows (a) with the 16 MT rows of warp `warp` of an exchanged matrix.
+template <class Shape, class Op, class Memory>
+SNE_DEVICE void products_with(Tile (&s)[2 * Shape::MT], const Rows16<Op> (&a)[Shape::DK], const Memory &memory,
+                              int warp, int which) {
   SNE_UNROLL
   for (int m = 0; m < Shape::MT; ++m) {
-    Rows16<Op> weights[Shape::MT];
-    SNE_UNROLL
-    for (int i = 0; i < Shape::MT; ++i) weights[i] = rows16<Op>(p[i][2 * m], p[i][2 * m + 1]);
+    s[2 * m] = s[2 * m + 1] = Tile{};
     SNE_UNROLL
     for (int k = 0; k < Shape::DK; ++k) {
-      const Rows16<Op> rows = get_rows<Op>(exchanged(memory, warp, which, m, k));
+      const Rows16<Op> rows = get_rows<Op>(exchanged<Shape>(memory, warp, which, m, k));
       SNE_UNROLL
-      for (int half = 0; half < (Shape::D == 8 ? 1 : 2); ++half) {
-        const Cols8<Op> b = cols8_transposed(rows, half);
-        SNE_UNROLL
-        for (int i = 0; i < Shape::MT; ++i) product(c[i][2 * k + half], weights[i], b);
-      }
+      for (int half = 0; half < 2; ++half) head_product<Shape>(s[2 * m + half], a[k], cols8(rows, half));
+    }
+  }
+}
+
+// c += p times the 16 MT rows of warp `warp` of an exchanged matrix; p (16, 16 MT).
+template <class Op, class Shape, class Memory>
+SNE_DEVICE void add_weighted(Tile (&c)[Shape::DT], const Tile (&p)[2 * Shape::MT], const Memory &memory, int warp,
+                             int which) {
+  SNE_UNROLL
+  for (int m = 0; m < Shape::MT; ++m) {
+    const Rows16<Op> weights = rows16<Op>(p[2 * m], p[2 * m + 1]);
+    SNE_UNROLL
+    for (int k = 0; k < Shape::DK; ++k) {
+      const Rows16<Op> rows = get_rows<Op>(exchanged<Shape>(memory, warp, which, m, k));
+      SNE_UNROLL
+      for (int half = 0; half < (Shape::D == 8 ? 1 : 2); ++half)
+        product(c[2 * k + half], weights, cols8_transposed(rows, half));
     }
   }
 }
@@ -419,14 +414,14 @@ template <class Op, class Shape>
 SNE_DEVICE void project(Tile (&c)[Shape::MT][Shape::DT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
                         const WeightSource<Op> &weights, int64_t head_offset, int which, const float *bias) {
   fill_rows(c, bias);
-  multiply(c, x, weights.piece(head_offset + which * Shape::D * Shape::W, Shape::D * Shape::W), 0);
+  multiply<Shape::DT>(c, 0, x, weights.piece(head_offset + which * Shape::D * Shape::W, Shape::D * Shape::W));
 }
 
 // o = q + attention(q, k, v) of every head, from the rows' operands x.
-template <class Op, class Shape>
+template <class Op, class Shape, class Memory>
 SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
-                                const WeightSource<Op> &weights, int block, const float *bias,
-                                const WarpMemory<Op, Shape> &memory, const SetOfWarps &set) {
+                                const WeightSource<Op> &weights, int block, const float *bias, const Memory &memory,
+                                const SetOfWarps &set) {
   constexpr int MT = Shape::MT, DT = Shape::DT, D = Shape::D, W = Shape::W, ROWS = Shape::ROWS;
   const WeightLayout layout(W, D);
   const KeyRanges<MT> keys = key_ranges<Shape>(memory.slots);
@@ -445,67 +440,68 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
         clear_rows(k, bad);
         clear_rows(v, bad);
       }
-      Rows16<Op> k_rows[MT][Shape::DK], v_rows[MT][Shape::DK];
-      head_operands<Op, Shape>(k_rows, k);
-      head_operands<Op, Shape>(v_rows, v);
-      exchange(memory, k_rows, v_rows);
+      Rows16<Op> rows[MT][Shape::DK];
+      head_operands<Op, Shape>(rows, k);
+      offer<Shape>(memory, kKeys, rows);
+      head_operands<Op, Shape>(rows, v);
+      offer<Shape>(memory, kValues, rows);
     }
     Tile q[MT][DT];
     project<Op, Shape>(q, x, weights, offset, 0, bias + head * D);
     head_operands<Op, Shape>(q_rows, q);
     set.sync();
-    Tile attended[MT][DT] = {};
-    float top[MT][2], total[MT][2];
+    // One piece of 16 rows after the other: registers for two would spill.
     SNE_UNROLL
-    for (int i = 0; i < MT; ++i)
-      SNE_UNROLL
-      for (int r = 0; r < 2; ++r) top[i][r] = -INFINITY, total[i][r] = 0;
-    for (int part = 0; part < set.warps; ++part) {
-      const int warp = part - set.part, first = part * ROWS;
-      Tile s[MT][2 * MT];
-      products_with<Op, Shape>(s, q_rows, memory, warp, 0);
-      const uint32_t bad = set.shared ? memory.poison[4 * warp] : 0;
-      SNE_UNROLL
-      for (int i = 0; i < MT; ++i)
+    for (int i = 0; i < MT; ++i) {
+      Tile attended[DT] = {};
+      float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+      for (int part = 0; part < set.warps; ++part) {
+        const int warp = part - set.part, first = part * ROWS;
+        Tile s[2 * MT];
+        products_with<Shape>(s, q_rows[i], memory, warp, kKeys);
+        const uint32_t bad = set.shared ? memory.poison[4 * warp] : 0;
         SNE_UNROLL
         for (int r = 0; r < 2; ++r) {
-          float highest = top[i][r];
+          const int begin = keys.begin(i, r), end = keys.end(i, r);
+          float highest = top[r];
           SNE_UNROLL
           for (int n = 0; n < 2 * MT; ++n)
             SNE_UNROLL
             for (int e = 0; e < 2; ++e) {
               const int key = first + 8 * n + 2 * (lane_id() % 4) + e;
-              float &logit = s[i][n].c[2 * r + e];
-              logit = key >= keys.begin[i][r] && key < keys.end[i][r] ? logit * scale : -INFINITY;
+              float &logit = s[n].c[2 * r + e];
+              logit = key >= begin && key < end ? logit * scale : -INFINITY;
               highest = max_of(highest, logit);
             }
           highest = max_over_quad(highest);
-          const float shift = highest == -INFINITY ? 0.0f : highest, decay = exp2_fast(top[i][r] - shift);
+          const float shift = highest == -INFINITY ? 0.0f : highest, decay = exp2_fast(top[r] - shift);
           float sum = 0;
           SNE_UNROLL
           for (int n = 0; n < 2 * MT; ++n)
             SNE_UNROLL
             for (int e = 0; e < 2; ++e) {
-              float &p = s[i][n].c[2 * r + e];
+              float &p = s[n].c[2 * r + e];
               p = exp2_fast(p - shift);
               sum += p;
             }
-          total[i][r] = total[i][r] * decay + sum_over_quad(sum);
-          if (bad && touches(bad, keys.begin[i][r], keys.end[i][r], first, ROWS)) total[i][r] = NAN;
-          top[i][r] = highest;
+          total[r] = total[r] * decay + sum_over_quad(sum);
+          if (bad && touches(bad, begin, end, first, ROWS)) total[r] = NAN;
+          top[r] = highest;
           SNE_UNROLL
-          for (int n = 0; n < DT; ++n) attended[i][n].c[2 * r] *= decay, attended[i][n].c[2 * r + 1] *= decay;
+          for (int n = 0; n < DT; ++n) attended[n].c[2 * r] *= decay, attended[n].c[2 * r + 1] *= decay;
         }
-      add_weighted<Op, Shape>(attended, s, memory, warp, 1);
-    }
-    SNE_UNROLL
-    for (int i = 0; i < MT; ++i)
-      SNE_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const float inverse = 1.0f / total[i][e / 2];
-        SNE_UNROLL
-        for (int n = 0; n < DT; ++n) o[i][head * DT + n].c[e] = q[i][n].c[e] + attended[i][n].c[e] * inverse;
+        add_weighted<Op, Shape>(attended, s, memory, warp, kValues);
       }
+      SNE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float inverse = 1.0f / total[r];
+        SNE_UNROLL
+        for (int n = 0; n < DT; ++n)
+          SNE_UNROLL
+          for (int e = 2 * r; e < 2 * r + 2; ++e)
+            o[i][head * DT + n].c[e] = q[i][n].c[e] + attended[n].c[e] * inverse;
+      }
+    }
     set.sync();
   }
 }

@@ -33,13 +33,14 @@ struct WeightLayout {
 template <class Op>
 struct WeightSource {
   using T = typename Op::Storage;
-  const T *global;  // first element that the kernel uses
+  const T *global;
   unsigned char *shared;
   bool resident;
+  int64_t first;  // of the resident ones
 
-  // Elements `offset` .. `offset + count` from `global` on; the piece before is gone.
+  // Elements `offset` .. `offset + count` of the prepared weights; the piece before is gone.
   SNE_MEMBER const unsigned char *piece(int64_t offset, int64_t count) const {
-    if (resident) return shared + offset * sizeof(T);
+    if (resident) return shared + (offset - first) * sizeof(T);
     sync_block();
     copy(offset, count);
     return shared;
@@ -53,19 +54,19 @@ struct WeightSource {
   }
 };
 
-// c[i][n] += a[i] (16 x 16 KT pieces) times rows 8 n.. of a piece of 16 KT columns, whose first row is 8 first_n8.
-template <class Op, int MT, int KT, int N>
-SNE_DEVICE void multiply(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece, int first_n8) {
+// c[i][first + n] += a[i] (16 x 16 KT pieces) times rows 8 n.. of a piece of the weights, n < N, which has 16 KT columns.
+template <int N, class Op, int MT, int KT, int NT>
+SNE_DEVICE void multiply(Tile (&c)[MT][NT], int first, const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
   SNE_UNROLL
-  for (int n = 0; n < N; ++n) {
+  for (int k = 0; k < KT; k += 2) {
     SNE_UNROLL
-    for (int k = 0; k < KT; k += 2) {
+    for (int n = 0; n < N; ++n) {
       Cols8<Op> b[2];
-      load_cols8_pair<Op>(b, piece, first_n8 + n, k / 2, 16 * KT);
+      load_cols8_pair<Op>(b, piece, n, k / 2, 16 * KT);
       SNE_UNROLL
       for (int i = 0; i < MT; ++i) {
-        product(c[i][n], a[i][k], b[0]);
-        product(c[i][n], a[i][k + 1], b[1]);
+        product(c[i][first + n], a[i][k], b[0]);
+        product(c[i][first + n], a[i][k + 1], b[1]);
       }
     }
   }
