@@ -29,19 +29,7 @@ extern "C" int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chu
                                           void *stream) {
   using namespace sne;
   if (!valid(*a) || !out == !saved) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return with_operands(precision, [&](auto op) {
-    using Op = decltype(op);
-    const auto with_width = [&](auto width) {
-      return with_head_width<width.value>(a->hidden / a->heads, [&](auto dim) {
-        return run<Op, width.value, dim.value>(*a, out, saved, (Stream)stream);
-      });
-    };
-    switch (a->hidden) {
-      case 32: return with_width(Constant<32>{});
-      case 64: return with_width(Constant<64>{});
-      case 128: return with_width(Constant<128>{});
-      case 256: return with_width(Constant<256>{});
-    }
-    return int(SNE_FAST_CUDA_BAD_VARIANT);
+  return with_heads(precision, a->hidden, a->heads, [&](auto op, auto width, auto dim) {
+    return run<decltype(op), width.value, dim.value>(*a, out, saved, (Stream)stream);
   });
 }

@@ -155,11 +155,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   if (resident) weights.copy(0, layout.forward_size());
   sync_block();
 
-  SetOfWarps set;
-  set.warps = call.cls.slots / Shape::ROWS;
-  set.part = warp_id() % set.warps;
-  set.barrier = 1 + warp_id() / set.warps;
-  set.shared = call.cls.shared;
+  const SetOfWarps set = set_of_warps<Shape>(call.cls);
   const int64_t per_tile = num_warps() / set.warps;
   const int64_t plane = call.count * call.cls.slots * Shape::W;
   for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
@@ -168,9 +164,9 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
                                       local < call.count ? call.blocks : 0);
     load_slots<Shape>(memory, call, chunks, set.part);
     set.sync();
-    scalar_means<Shape>(memory, set, call.logit);
+    scalar_means<Shape>(memory, set, call.logit, Shape::HEADS);
     Tile o[MT][Shape::NT];
-    scalar_rows<Shape>(o, memory, vectors);
+    scalar_rows<Shape>(o, memory, vectors, Shape::HEADS);
     feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
     Rows16<Op> x[MT][Shape::KT];
     typename Op::Storage *to =

@@ -97,6 +97,16 @@ struct SetOfWarps {
   }
 };
 
+template <class Shape>
+SNE_DEVICE SetOfWarps set_of_warps(const SlotClass &cls) {
+  SetOfWarps set;
+  set.warps = cls.slots / Shape::ROWS;
+  set.part = warp_id() % set.warps;
+  set.barrier = 1 + warp_id() / set.warps;
+  set.shared = cls.shared;
+  return set;
+}
+
 enum Exchanged { kKeys, kValues, kQueries, kGrads };
 
 struct alignas(16) Quad {
@@ -236,7 +246,7 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
 // Block 0 (SPEC 4.1): means (ROWS, HEADS) of what each row attends to, softmax_j((a x_i + c) x_j) x_j, from the values
 // of its block of slots. The largest logit is at one end of the range of the values, so one pass does.
 template <class Shape, class Memory, class T>
-SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const T *logit) {
+SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const T *logit, int heads) {
   constexpr int kPerRow = 32 / Shape::ROWS;  // lanes that share a row, each with some heads
   const int row = lane_id() % Shape::ROWS, first = lane_id() / Shape::ROWS;
   const Slot slot = memory.slots[row];
@@ -244,8 +254,8 @@ SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const 
   const float own = memory.values[row];
   float low = values[slot.key_begin], high = low;
   for (int j = slot.key_begin + 1; j < slot.key_end; ++j) low = min_of(low, values[j]), high = max_of(high, values[j]);
-  for (int head = first; head < Shape::HEADS; head += kPerRow) {
-    const float slope = to_real(logit[head]) * own + to_real(logit[Shape::HEADS + head]);
+  for (int head = first; head < heads; head += kPerRow) {
+    const float slope = to_real(logit[head]) * own + to_real(logit[heads + head]);
     const float top = max_of(slope * low, slope * high);
     float total = 0, sum = 0;
     for (int j = slot.key_begin; j < slot.key_end; ++j) {
@@ -253,14 +263,14 @@ SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const 
       total += p;
       sum += p * values[j];
     }
-    memory.head_values[row * Shape::HEADS + head] = sum / total;
+    memory.head_values[row * heads + head] = sum / total;
   }
   sync_warp();
 }
 
 // Block 0 up to its residual: x_i basis_0 + mean basis_1 + basis_2.
 template <class Shape, class Memory>
-SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const Memory &memory, const float *basis) {
+SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const Memory &memory, const float *basis, int heads) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   SNE_UNROLL
   for (int j = 0; j < Shape::NT; ++j)
@@ -274,7 +284,7 @@ SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const Memory &memor
         for (int r = 0; r < 2; ++r) {
           const int row = 16 * i + 8 * r + g;
           o[i][j].c[2 * r + e] = memory.values[row] * by_value +
-                                 memory.head_values[row * Shape::HEADS + 8 * j / Shape::D] * by_mean + constant;
+                                 memory.head_values[row * heads + 8 * j * heads / Shape::W] * by_mean + constant;
         }
     }
 }

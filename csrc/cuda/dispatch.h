@@ -23,15 +23,33 @@ int with_operands(int precision, Run run) {
 template <int value>
 using Constant = std::integral_constant<int, value>;
 
-// run(Constant<d>{}) for a head's width d of a layer `width` wide.
-template <int width, class Run>
-int with_head_width(int64_t d, Run run) {
-  if (d == 8) return run(Constant<8>{});
-  if (d == 16) return run(Constant<16>{});
-  if (d == 32) return run(Constant<32>{});
-  if constexpr (width >= 64)
-    if (d == 64) return run(Constant<64>{});
-  return SNE_FAST_CUDA_BAD_VARIANT;
+// run(Op{}, Constant<width>{}).
+template <class Run>
+int with_width(int precision, int64_t width, Run run) {
+  return with_operands(precision, [&](auto op) {
+    switch (width) {
+      case 32: return run(op, Constant<32>{});
+      case 64: return run(op, Constant<64>{});
+      case 128: return run(op, Constant<128>{});
+      case 256: return run(op, Constant<256>{});
+    }
+    return int(SNE_FAST_CUDA_BAD_VARIANT);
+  });
+}
+
+// run(Op{}, Constant<width>{}, Constant<width of a head>{}).
+template <class Run>
+int with_heads(int precision, int64_t width, int64_t heads, Run run) {
+  return with_width(precision, width, [&](auto op, auto w) {
+    switch (width / heads) {
+      case 8: return run(op, w, Constant<8>{});
+      case 16: return run(op, w, Constant<16>{});
+      case 32: return run(op, w, Constant<32>{});
+      case 64:
+        if constexpr (w.value >= 64) return run(op, w, Constant<64>{});
+    }
+    return int(SNE_FAST_CUDA_BAD_VARIANT);
+  });
 }
 
 }  // namespace sne

@@ -402,6 +402,20 @@ SNE_DEVICE Cols8<Op> load_cols8(const void *matrix, int n8, int k16, int columns
   }
   return out;
 }
+// Of a matrix of 8 columns: what product_left takes.
+template <class Op>
+SNE_DEVICE Cols8<Op> load_cols8_left(const void *matrix, int n8) {
+  const unsigned char *at = (const unsigned char *)matrix + n8 * (8 / kUnit<Op>)*128;
+  Cols8<Op> out{};
+  if constexpr (Op::kPacked) {
+    load_matrices<1>(out.r, at + lane_id() % 8 * 16);
+  } else {
+    uint32_t r[2];
+    load_matrices<2>(r, at + lane_id() % 16 * 16);
+    out.r[0] = float_of_bits(r[0]), out.r[1] = float_of_bits(r[1]);
+  }
+  return out;
+}
 // Two such steps, columns 32 k32..: one instruction for 16-bit operands.
 template <class Op>
 SNE_DEVICE void load_cols8_pair(Cols8<Op> (&out)[2], const void *matrix, int n8, int k32, int columns) {
@@ -433,6 +447,20 @@ SNE_DEVICE Tile load_tile(const T *at, int64_t stride) {
     }
   }
   return out;
+}
+// 16 x 16 of them as operands; for 16-bit numbers nothing is converted.
+template <class Op>
+SNE_DEVICE Rows16<Op> load_rows16(const typename Op::Storage *at, int64_t stride) {
+  if constexpr (Op::kPacked) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    Rows16<Op> out;
+    SNE_UNROLL
+    for (int part = 0; part < 4; ++part)
+      out.r[part] = *(const uint32_t *)(at + (g + 8 * (part % 2)) * stride + 8 * (part / 2) + 2 * t);
+    return out;
+  } else {
+    return rows16<Op>(load_tile(at, stride), load_tile(at + 8, stride));
+  }
 }
 template <class T>
 SNE_DEVICE void store_tile(T *at, int64_t stride, const Tile &tile) {

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._plans.chunks import LONGEST_CHUNK, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
+from .._plans.chunks import CLASSES as ALL_CLASSES
+from .._plans.chunks import ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
 from . import library
 
 WIDTHS = (32, 64, 128, 256)
 NAMES = ("row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
+BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
+"""Parameters whose first axis is the block."""
+CLASSES = ALL_CLASSES[:4]
+"""Longer blocks of slots than 128 would need more warps than the registers of a multiprocessor allow."""
+SLAB_ROWS_TIMES_WIDTH = 1 << 22
+"""Rows of a slab of the backward times the width: 92 MB of workspace with half-precision operands, 168 MB else."""
+SUM_PIECE = 256
 EMULATED_SHARED = 227 << 10
 
 
@@ -88,10 +96,104 @@ def chunk_encode(
     if not chunks:
         return out
     call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=False)
-    for slot_class, blocks in call.plan.classes():
+    for slot_class, blocks in call.plan.classes(CLASSES):
         args = call.args(slot_class, blocks, 0, blocks)
         call.run("chunk_encode", ctypes.byref(args), out.data_ptr(), None)
     return out
+
+
+@dataclass
+class _Slab:
+    """Workspace for ``rows`` rows, whose stages run one after the other."""
+
+    saved: Tensor
+    rows_grad: Tensor
+    products: Tensor
+
+    @classmethod
+    def empty(cls, call: ChunkCall, rows: int) -> _Slab:
+        shape = (rows, call.width)
+        return cls(
+            call.values.new_empty((4, *shape)),
+            call.values.new_empty(shape, dtype=torch.float32),
+            call.values.new_empty((5, *shape)),
+        )
+
+
+def _slab_backward(
+    call: ChunkCall, slab: _Slab, args: Any, grad: Tensor, parts: dict[str, Tensor], values_grad: Tensor,
+    chunk_grad: Tensor,
+) -> None:  # fmt: skip
+    """All stages of one launch: recompute, then pool, blocks 3 to 1, codes in between, block 0."""
+    rows = args.count * args.slots
+    space = library.ChunkSpace(*library.pointers(slab.saved, slab.rows_grad, slab.products))
+    ref, there = ctypes.byref(args), ctypes.byref(space)
+
+    def weight_grad(block: int) -> None:
+        w_o, b_o = (parts[name][block].data_ptr() for name in ("w_o", "b_o"))
+        w_qkv, b_qkv = (parts[name][max(0, block - 1)].data_ptr() for name in ("w_qkv", "b_qkv"))
+        of = library.ChunkWeightGradArgs(
+            call.width, rows, block, parts["w_o"].shape[1], slab.saved.data_ptr(), slab.products.data_ptr(),
+            w_qkv, b_qkv, w_o, b_o,
+        )  # fmt: skip
+        call.run("chunk_weight_grad", ctypes.byref(of))
+
+    def norm_part(block: int) -> int | None:
+        return parts["norm"][block].data_ptr() if parts["norm"].shape[0] else None
+
+    call.run("chunk_encode", ref, None, slab.saved.data_ptr())
+    call.run("chunk_pool_backward", ref, there, grad.data_ptr(), parts["pool_query"].data_ptr())
+    for block in (3, 2, 1):
+        call.run("chunk_block_backward", ref, there, block, norm_part(block))
+        weight_grad(block)
+        if block == 2:
+            codes = parts["element_code"].shape[1]
+            call.run("chunk_codes_backward", ref, there, codes, chunk_grad.data_ptr(), parts["element_code"].data_ptr())
+    grads = library.ChunkScalarGrads(
+        *library.pointers(values_grad, parts["logit"], parts["basis"]), norm_part(0)
+    )
+    call.run("chunk_scalar_backward", ref, there, ctypes.byref(grads))
+    weight_grad(0)
+
+
+def segment_sum(x: Tensor, ptr: Tensor) -> Tensor:
+    """Sums ``(S, h)`` of the float32 rows ``(R, h)`` of each segment, in a fixed order."""
+    (rows, width), segments = x.shape, ptr.shape[0] - 1
+    out, partial = x.new_empty((segments, width)), x.new_empty((rows // SUM_PIECE + segments, width))
+    args = library.SegmentSumArgs(rows, segments, width, *library.pointers(ptr, x, partial, out))
+    library.run("segment_sum", x.device, ctypes.byref(args))
+    return out
+
+
+def chunk_encode_backward(
+    grad: Tensor, values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor,
+    tensor_ptr_host: Tensor, *parameters: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op ``chunk_encode_backward``: arguments and results as in :mod:`sne_fast._schema`."""
+    grad, values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (grad, values, chunk_ptr, tensor_ptr))
+    chunks, width = chunk_ptr.shape[0] - 1, parameters[-1].shape[1]
+    values_grad = torch.empty_like(values)
+    if not chunks:
+        return (values_grad, *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in parameters))
+    call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=True)
+    programs = library.multiprocessors(values.device)
+    parts = {
+        name: values.new_zeros(
+            (t.shape[0], programs, *t.shape[1:]) if name in BY_BLOCK else (programs, *t.shape), dtype=torch.float32
+        )
+        for name, t in call.weights.items()
+        if name != "row_code"
+    }
+    chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
+    classes = [(c, blocks, max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots))) for c, blocks in call.plan.classes(CLASSES)]
+    slab = _Slab.empty(call, max(min(most, blocks) * c.slots for c, blocks, most in classes))
+    for slot_class, blocks, most in classes:
+        for first in range(0, blocks, most):
+            args = call.args(slot_class, blocks, first, min(most, blocks - first))
+            _slab_backward(call, slab, args, grad, parts, values_grad, chunk_grad)
+    shared = {name: part.sum(1 if name in BY_BLOCK else 0) for name, part in parts.items()}
+    grads = [segment_sum(chunk_grad, tensor_ptr), *(shared[name] for name in NAMES[1:])]
+    return (values_grad, *(g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)))
 
 
 def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
@@ -103,6 +205,6 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"width must be one of {', '.join(map(str, WIDTHS))}, got {h}")
     elif heads < 1 or heads & (heads - 1) or h % heads or not 8 <= h // heads <= 64:
         reasons.append(f"num_heads must be a power of two with {h}/num_heads in 8..64, got {heads}")
-    if codes > LONGEST_CHUNK:
-        reasons.append(f"chunk size must be at most {LONGEST_CHUNK}, got {codes}")
+    if codes > CLASSES[-1].slots:
+        reasons.append(f"chunk size must be at most {CLASSES[-1].slots}, got {codes}")
     return reasons

@@ -38,6 +38,14 @@ ChunkArgs = struct(
     "hidden heads layer_norm slots lowest shared blocks first_block count programs shared_limit",
     "chunk_ptr order owner table values row_code element_code logit basis b_qkv b_o norm pool_query prepared",
 )
+ChunkSpace = struct("ChunkSpace", "", "saved rows_grad products")
+ChunkScalarGrads = struct("ChunkScalarGrads", "", "values logit_part basis_part norm_part")
+ChunkWeightGradArgs = struct(
+    "ChunkWeightGradArgs",
+    "hidden rows block programs",
+    "saved products w_qkv_part b_qkv_part w_o_part b_o_part",
+)
+SegmentSumArgs = struct("SegmentSumArgs", "rows segments width", "ptr x partial out")
 
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
 SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
@@ -48,6 +56,12 @@ SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
     "sne_fast_cuda_chunk_weights_size": (_I64, [_I64, _I64]),
     "sne_fast_cuda_chunk_weights": (_INT, [_INT, _REF, _REF]),
     "sne_fast_cuda_chunk_encode": (_INT, [_INT, _REF, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_pool_backward": (_INT, [_INT, _REF, _REF, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_block_backward": (_INT, [_INT, _REF, _REF, _I64, _REF, _REF]),
+    "sne_fast_cuda_chunk_codes_backward": (_INT, [_INT, _REF, _REF, _I64, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_scalar_backward": (_INT, [_INT, _REF, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_weight_grad": (_INT, [_INT, _REF, _REF]),
+    "sne_fast_cuda_segment_sum": (_INT, [_REF, _REF]),
 }
 """Every exported function: result and arguments."""
 

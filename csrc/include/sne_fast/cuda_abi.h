@@ -62,6 +62,60 @@ typedef struct {
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *args, void *out,
                                                  void *saved, void *stream);
 
+/* Workspace of the backward, for the rows (count * slots) of one launch. Its kernels run one after the other: the pool,
+ * then for blocks 3, 2, 1 the block and its matrices (the codes after block 2), then block 0 and its matrix. What they
+ * sum over chunks they add to tables with a row for each of `programs` blocks of threads. */
+typedef struct {
+  void *saved;     /* real (4, rows, h), from sne_fast_cuda_chunk_encode */
+  void *rows_grad; /* float (rows, h), in and out */
+  void *products;  /* real (5, rows, h) */
+} sne_fast_cuda_chunk_space;
+
+/* norm_part: float (programs, 4, h). */
+SNE_FAST_CUDA_API int sne_fast_cuda_chunk_block_backward(int precision, const sne_fast_cuda_chunk_args *args,
+                                                         const sne_fast_cuda_chunk_space *space, int64_t block,
+                                                         float *norm_part, void *stream);
+
+/* grad (N, H, h), real; query_part: float (programs, H, h). */
+SNE_FAST_CUDA_API int sne_fast_cuda_chunk_pool_backward(int precision, const sne_fast_cuda_chunk_args *args,
+                                                        const sne_fast_cuda_chunk_space *space, const void *grad,
+                                                        float *query_part, void *stream);
+
+/* Sums of rows_grad: chunk_grad float (N, h), written; element_part float (programs, codes, h). */
+SNE_FAST_CUDA_API int sne_fast_cuda_chunk_codes_backward(int precision, const sne_fast_cuda_chunk_args *args,
+                                                         const sne_fast_cuda_chunk_space *space, int64_t codes,
+                                                         float *chunk_grad, float *element_part, void *stream);
+
+typedef struct {
+  void *values;                                /* real (V), written */
+  void *logit_part, *basis_part, *norm_part;   /* float (programs, 2, H), (programs, 3, h), (programs, 4, h) */
+} sne_fast_cuda_chunk_scalar_grads;
+
+SNE_FAST_CUDA_API int sne_fast_cuda_chunk_scalar_backward(int precision, const sne_fast_cuda_chunk_args *args,
+                                                          const sne_fast_cuda_chunk_space *space,
+                                                          const sne_fast_cuda_chunk_scalar_grads *grads, void *stream);
+
+/* Of the block whose backward has just run; of block 0 fc_o alone. */
+typedef struct {
+  int64_t hidden, rows, block, programs;
+  const void *saved, *products;
+  void *w_qkv_part, *b_qkv_part, *w_o_part, *b_o_part; /* float (programs, 3, h, h), (programs, 3, h), (programs, h, h),
+                                                          (programs, h) */
+} sne_fast_cuda_chunk_weight_grad_args;
+
+SNE_FAST_CUDA_API int sne_fast_cuda_chunk_weight_grad(int precision, const sne_fast_cuda_chunk_weight_grad_args *args,
+                                                      void *stream);
+
+/* out[s] = sum of the rows of x of segment s, all float; partial: (rows / 256 + segments, width). width divides 256. */
+typedef struct {
+  int64_t rows, segments, width;
+  const int64_t *ptr; /* (segments + 1) */
+  const void *x;
+  void *partial, *out;
+} sne_fast_segment_sum_args;
+
+SNE_FAST_CUDA_API int sne_fast_cuda_segment_sum(const sne_fast_segment_sum_args *args, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
