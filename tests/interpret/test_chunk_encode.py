@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from chunk_checks import MIXED, NAMES, arguments, error, gentle, half_by_torch, in_float64, upstream
 from op_cases import GRADED, ChunkCase, pointer
 from torch import Tensor
 
@@ -20,8 +21,6 @@ from sne_fast._plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan
 from sne_fast.kernels.chunk_encode import chunk_encode, chunk_encode_backward, why_not
 from sne_fast.kernels.chunk_encode_backward import fits_a_tile
 
-NAMES = ("values", "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
-MIXED = [[32, 32, 1], [31, 17], [2], [16, 16, 5, 1, 1]]
 
 
 @pytest.fixture(autouse=True)
@@ -31,32 +30,6 @@ def poisoned() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def arguments(case: ChunkCase) -> tuple[Tensor, ...]:
-    values, chunk_ptr, tensor_ptr, *parameters = case.args
-    return values, chunk_ptr, tensor_ptr, chunk_ptr, tensor_ptr, *parameters
-
-
-def gentle(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Without layer norm activations grow until softmax saturates and rounding counts thousandfold: smaller inputs."""
-    values, pool_query, *rest = args[0], args[-1], *args[1:-1]
-    rest[8] = rest[8] / 2  # w_qkv
-    return values / 2, *rest, pool_query / 2
-
-
-def in_float64(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(a.double() if a.is_floating_point() else a for a in args)
-
-
-def upstream(args: tuple[Tensor, ...]) -> Tensor:
-    shape = (args[1].shape[0] - 1, *args[-1].shape)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(args[0].dtype)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.double() - want).norm() / want.norm()) if want.numel() else 0.0
 
 
 def check(args: tuple[Tensor, ...], forward: float, backward: float) -> None:
@@ -103,21 +76,6 @@ def test_staged(
 ) -> None:
     case = ChunkCase.make(tensors, width, heads, chunk_size, layer_norm, dtype)
     check(arguments(case), *TOLERANCE[dtype])
-
-
-def half_by_torch(grad: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What PyTorch's own half-precision ops make of it, chunk by chunk."""
-    values, chunk_ptr, tensor_ptr, _, _, *rest = (
-        a.clone().requires_grad_() if a.is_floating_point() else a for a in args
-    )
-    owner = torch.repeat_interleave(tensor_ptr.diff())
-    ends = chunk_ptr.tolist()
-    pooled = [
-        reference.chunk_tile(values[None, a:b], rest[0][owner[t], None], rest[1][: b - a], *rest[2:])
-        for t, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True))
-    ]
-    out = torch.cat(pooled)
-    return out.detach(), torch.autograd.grad(out, [values, *rest], grad, allow_unused=True)
 
 
 @pytest.mark.parametrize(

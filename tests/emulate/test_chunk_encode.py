@@ -1,0 +1,178 @@
+"""The CUDA kernels of ``chunk_encode`` in the emulator, forward and every gradient, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from chunk_checks import MIXED, NAMES, arguments, error, gentle, half_by_torch, in_float64, upstream
+from op_cases import ChunkCase
+from torch import Tensor
+
+from sne_fast import reference
+from sne_fast._cuda import chunk_encode as module
+from sne_fast._cuda import library
+from sne_fast._cuda.chunk_encode import chunk_encode, chunk_encode_backward, segment_sum, why_not
+
+SMALL = [[32, 3], [20], [5, 5, 1]]
+
+
+def check(args: tuple[Tensor, ...], forward: float = 2e-6, backward: float | None = 1e-5) -> None:
+    exact = in_float64(args)
+    out = chunk_encode(*args)
+    assert out.dtype == args[0].dtype
+    assert error(out, reference.chunk_encode(*exact)) <= forward
+    if backward is None:
+        return
+    grad = upstream(args)
+    got, want = chunk_encode_backward(grad, *args), reference.chunk_encode_backward(grad.double(), *exact)
+    for name, ours, theirs, argument in zip(NAMES, got, want, (args[0], *args[5:]), strict=True):
+        assert ours.dtype == argument.dtype, name
+        assert error(ours, theirs) <= backward, name
+
+
+@pytest.mark.parametrize("width, heads, layer_norm", [(32, 4, True), (64, 4, True), (64, 4, False)])
+def test_mixed_lengths(width: int, heads: int, layer_norm: bool) -> None:
+    args = arguments(ChunkCase.make(MIXED, width, heads, layer_norm=layer_norm, dtype=torch.float32))
+    check(args if layer_norm else gentle(args))
+
+
+@pytest.mark.parametrize("width, heads", [(32, 1), (32, 2), (64, 1), (64, 2), (64, 8)])
+def test_heads(width: int, heads: int) -> None:
+    check(arguments(ChunkCase.make(SMALL, width, heads, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("width, heads", [(128, 2), (128, 16), (256, 4), (256, 32)])
+def test_wide(width: int, heads: int) -> None:
+    check(arguments(ChunkCase.make([[20, 3]], width, heads, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_long_chunks(width: int) -> None:
+    check(arguments(ChunkCase.make([[64, 33], [65], [128]], width, 2, 128, dtype=torch.float32)))
+
+
+def test_tf32() -> None:
+    args = arguments(ChunkCase.make(SMALL, 64, 4, dtype=torch.float32))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = chunk_encode(*args)
+        check(args, 2e-3, 2e-2)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error(rounded, reference.chunk_encode(*in_float64(args))) > 2e-5  # the setting was taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width, heads, tensors", [(32, 4, [[32, 9, 2]]), (64, 8, [[32, 9]]), (128, 4, [[20, 9]])])
+def test_half_types_lose_at_most_twice_what_torch_loses(
+    width: int, heads: int, tensors: list[list[int]], dtype: torch.dtype
+) -> None:
+    # Now and then rounding flips a relu, which costs either side tenfold: gradients are judged by the median of seeds.
+    ratios = []
+    for seed in range(5):
+        args = arguments(ChunkCase.make(tensors, width, heads, dtype=dtype, seed=seed))
+        grad, exact = upstream(args), in_float64(args)
+        out, grads = half_by_torch(grad, args)
+        want = reference.chunk_encode(*exact)
+        assert error(chunk_encode(*args), want) <= 2 * error(out, want)
+        wanted = reference.chunk_encode_backward(grad.double(), *exact)
+        got = chunk_encode_backward(grad, *args)
+        ratios.append([error(g, w) / error(t, w) for g, t, w in zip(got, grads, wanted, strict=True)])  # type: ignore
+    for name, ratio in zip(NAMES, torch.tensor(ratios).median(0).values.tolist(), strict=True):
+        assert ratio <= 2, name
+
+
+def test_weights_in_pieces_and_any_order_of_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that stay in shared memory or come piece by piece; a barrier too few would show as another result."""
+    args = arguments(ChunkCase.make([[32, 40, 5], [5, 5, 20]], 64, 4, 64, dtype=torch.bfloat16))
+    grad = upstream(args)
+
+    def both() -> tuple[Tensor, ...]:
+        return (chunk_encode(*args), *chunk_encode_backward(grad, *args))
+
+    first = both()
+    try:
+        for seed in (1, 2, 3):
+            library.library().sne_fast_cuda_emulated_schedule(seed)
+            assert all(torch.equal(a, b) for a, b in zip(first, both(), strict=True)), seed
+        monkeypatch.setattr(module, "EMULATED_SHARED", 99 << 10)
+        for seed in (0, 4):
+            library.library().sne_fast_cuda_emulated_schedule(seed)
+            pieces = both()
+            assert torch.equal(pieces[0], first[0]) and torch.equal(pieces[1], first[1])
+            for name, a, b in zip(NAMES, pieces[1:], first[1:], strict=True):
+                assert error(a, b.double()) <= 1e-2, name  # fewer warps: sums over other rows
+    finally:
+        library.library().sne_fast_cuda_emulated_schedule(0)
+
+
+def test_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(ChunkCase.make([[32] * 3, [8] * 6], 32, 4, dtype=torch.float32))
+    grad = upstream(args)
+    whole, again = (chunk_encode_backward(grad, *args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    monkeypatch.setattr(module, "SLAB_ROWS_TIMES_WIDTH", 1)
+    for name, a, b in zip(NAMES, whole, chunk_encode_backward(grad, *args), strict=True):
+        assert error(b, a.double()) <= 1e-6, name
+
+
+@pytest.mark.parametrize("where, bad", [("values", math.nan), ("values", math.inf), ("grad", math.nan)])
+@pytest.mark.parametrize("width", [32, 128])
+def test_what_is_not_finite_stays_in_its_chunk(bad: float, where: str, width: int) -> None:
+    lengths = [[5, 5, 5, 18], [19, 19], [1, 1, 1]]
+    args = arguments(ChunkCase.make(lengths, width, 2 if width == 32 else 4, dtype=torch.float32))
+    grad = upstream(args)
+    clean, clean_grads = chunk_encode(*args), chunk_encode_backward(grad, *args)
+    chunks = [1, 4, 7]  # one among short chunks of its block, a full one, one of one element
+    values = args[0].clone()
+    for chunk in chunks:
+        if where == "values":
+            values[args[1][chunk]] = bad
+        else:
+            grad[chunk, 1, 3] = bad
+    out = chunk_encode(values, *args[1:])
+    values_grad, row_grad, *_ = chunk_encode_backward(grad, values, *args[1:])
+    others = [chunk for chunk in range(9) if chunk not in chunks]
+    assert torch.equal(out[others], clean[others])
+    if where == "values":
+        assert not out[chunks].isfinite().all(2).all(1).any()
+    untouched = torch.cat([torch.arange(int(args[1][chunk]), int(args[1][chunk + 1])) for chunk in others])
+    assert torch.equal(values_grad[untouched], clean_grads[0][untouched])
+    for chunk in chunks:
+        assert not values_grad[args[1][chunk] : args[1][chunk + 1]].isfinite().any()
+    assert not row_grad.isfinite().any()  # each tensor has one of them
+
+
+def test_nothing_to_encode() -> None:
+    for tensors in ([], [[], []]):
+        args = arguments(ChunkCase.make(tensors, 32, 4, dtype=torch.float32))
+        assert chunk_encode(*args).shape == (0, 4, 32)
+        grads = chunk_encode_backward(upstream(args), *args)
+        assert [g.shape for g in grads] == [a.shape for a in (args[0], *args[5:])]
+        assert all(not g.any() for g in grads)
+
+
+def test_tensor_without_chunks() -> None:
+    check(arguments(ChunkCase.make([[], [32, 3], [], [4]], dtype=torch.float32)))
+
+
+def test_segment_sum() -> None:
+    ptr = torch.tensor([0, 3, 3, 700, 701, 1500])
+    for width in (32, 256):
+        x = torch.randn(1500, width, generator=torch.Generator().manual_seed(0))
+        want = torch.segment_reduce(x.double(), "sum", offsets=ptr, axis=0, initial=0)
+        assert error(segment_sum(x, ptr), want) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "width, heads, chunk_size, says",
+    [(48, 4, 32, "width must be one of"), (32, 8, 32, "num_heads must be"), (64, 64, 32, "num_heads must be"),
+     (32, 4, 300, "chunk size must be at most 128")],
+)  # fmt: skip
+def test_why_not(width: int, heads: int, chunk_size: int, says: str) -> None:
+    args = arguments(ChunkCase.make([[3]], width, heads, chunk_size))
+    assert any(says in reason for reason in why_not("chunk_encode", args))
+    assert why_not("chunk_encode", args) == why_not("chunk_encode_backward", (upstream(args), *args))
