@@ -113,19 +113,22 @@ SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][S
   Rows16<Op> rows[1][Shape::KT];
   to_operands<Op>(rows, y);
   if (products.at) save_rows<Op, Shape>(products.of(4), rows);
-  uint32_t dead[(NT + 7) / 8] = {};  // bits: where relu gave 0
-  SNE_UNROLL
-  for (int first = 0; first < NT; first += N) {
+  uint32_t dead[NT / N] = {};  // bits: where relu gave 0
+  SNE_LOOP
+  for (int first = 0; first < W; first += 8 * N) {
     Tile z[1][N];
-    fill_rows(z, out_bias + 8 * first);
-    multiply<N>(z, 0, rows, out.piece(out_offset + 8 * first * W, 8 * N * W));
+    fill_rows(z, out_bias + first);
+    multiply<false>(z, rows, out.piece(out_offset + first * W, 8 * N * W));
+    uint32_t bits = 0;
     SNE_UNROLL
-    for (int n = 0; n < N; ++n)
-      SNE_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        dead[(first + n) / 8] |= uint32_t(z[0][n].c[e] <= 0) << ((first + n) % 8 * 4 + e);
-        y[0][first + n].c[e] += relu(z[0][n].c[e]);
-      }
+    for (int i = 0; i < 4 * N; ++i) {
+      bits |= uint32_t(z[0][i / 4].c[i % 4] <= 0) << i;
+      y[0][i / 4].c[i % 4] += relu(z[0][i / 4].c[i % 4]);
+    }
+    SNE_UNROLL
+    for (int i = 0; i < NT / N - 1; ++i) dead[i] = dead[i + 1];
+    dead[NT / N - 1] = bits;
+    turn<N>(y);
   }
   if (layer_norm) {
     to_units(y, rstd1);
@@ -136,12 +139,19 @@ SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][S
   SNE_UNROLL
   for (int j = 0; j < NT; ++j)
     SNE_UNROLL
-    for (int e = 0; e < 4; ++e) y[0][j].c[e] = dead[j / 8] >> (j % 8 * 4 + e) & 1 ? 0.0f : grad[0][j].c[e];
+    for (int e = 0; e < 4; ++e) y[0][j].c[e] = dead[j / N] >> (j % N * 4 + e) & 1 ? 0.0f : grad[0][j].c[e];
   to_operands<Op>(rows, y);
   if (products.at) save_rows<Op, Shape>(products.of(3), rows);
-  SNE_UNROLL
-  for (int first = 0; first < NT; first += N)
-    multiply<N>(grad, first, rows, out_transposed.piece(transposed_offset + 8 * first * W, 8 * N * W));
+  SNE_LOOP
+  for (int first = 0; first < W; first += 8 * N) {
+    Tile part[1][N];
+    SNE_UNROLL
+    for (int n = 0; n < N; ++n) part[0][n] = grad[0][n];
+    multiply<false>(part, rows, out_transposed.piece(transposed_offset + first * W, 8 * N * W));
+    SNE_UNROLL
+    for (int n = 0; n < N; ++n) grad[0][n] = part[0][n];
+    turn<N>(grad);
+  }
   if (layer_norm) {
     add_columns_of(norm_sums, grad[0], o[0]);
     add_columns_of(norm_sums + W, grad[0]);

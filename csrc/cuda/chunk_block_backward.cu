@@ -23,7 +23,7 @@ SNE_DEVICE void multiply_head(Tile (&c)[1][Shape::NT], const Rows16<Op> (&a)[1][
 // The attention of all heads again, and back: grad (of o = q + attention) to the gradient of x, dx. Keys and queries of a
 // block of slots attend to each other or not at all, so one range per row says both.
 template <class Op, class Shape, class Memory>
-SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], const Tile (&grad)[1][Shape::NT],
+SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Shape::NT],
                                    const Rows16<Op> (&x)[1][Shape::KT], const WeightSource<Op> &weights,
                                    const WeightSource<Op> &transposed, int block, const float *bias,
                                    const Memory &memory, const SetOfWarps &set,
@@ -33,7 +33,7 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], const Tile (&grad)[
   const KeyRanges<1> keys = key_ranges<Shape>(memory.slots);
   const float per_logit = 1.0f / __builtin_sqrtf(float(W)), scale = kLog2e * per_logit;
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
-  SNE_UNROLL
+  SNE_LOOP
   for (int head = 0; head < Shape::HEADS; ++head) {
     const int64_t offset = layout.qkv(block, head);
     Rows16<Op> q_rows[1][DK], k_rows[1][DK], v_rows[1][DK], g_rows[1][DK];
@@ -43,7 +43,7 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], const Tile (&grad)[
       project<Op, Shape>(k, x, weights, offset, 1, bias + W + head * D);
       project<Op, Shape>(v, x, weights, offset, 2, bias + 2 * W + head * D);
       SNE_UNROLL
-      for (int n = 0; n < DT; ++n) a[0][n] = grad[0][head * DT + n];
+      for (int n = 0; n < DT; ++n) a[0][n] = grad[0][n];
       if (set.shared) {  // all of them meet zeros of other chunks in products
         const uint32_t bad = bad_rows<Op>(k, v) | bad_rows<Op>(q, a);
         if (lane == 0) *memory.poison = bad;
@@ -149,7 +149,7 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], const Tile (&grad)[
         d[0][n] = which == 0 ? dq[n] : which == 1 ? dk[n] : dv[n];
         if (which == 0)
           SNE_UNROLL
-          for (int e = 0; e < 4; ++e) d[0][n].c[e] += grad[0][head * DT + n].c[e];
+          for (int e = 0; e < 4; ++e) d[0][n].c[e] += grad[0][n].c[e];
         if (products.at) store_tile(products.of(which) + head * D + 8 * n, W, d[0][n]);
       }
       Rows16<Op> rows[1][DK];
@@ -157,6 +157,7 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], const Tile (&grad)[
       multiply_head<Op, Shape>(dx, rows,
                                transposed.piece(layout.qkv_transposed(block, head) + which * W * D, W * D));
     }
+    turn<DT>(grad);
     set.sync();
   }
 }

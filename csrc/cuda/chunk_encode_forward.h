@@ -72,7 +72,7 @@ SNE_DEVICE void save_rows(typename Op::Storage *to, const Rows16<Op> (&x)[Shape:
 
 // Softmax over the rows of each chunk of <query_a, x>, and the rows' sum by it: (H, h) of every chunk.
 template <class Op, class Shape>
-SNE_DEVICE void pool(const Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
+SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
                      const WeightSource<Op> &weights, const WarpMemory<Op, Shape> &memory, const SetOfWarps &set,
                      const ChunkCall<typename Op::Storage> &call, const Chunks &chunks, typename Op::Storage *out) {
   using T = typename Op::Storage;
@@ -80,7 +80,7 @@ SNE_DEVICE void pool(const Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x
   const WeightLayout layout(Shape::W, Shape::D);
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
   Tile logits[MT][HT] = {};
-  multiply<HT>(logits, 0, x, weights.piece(layout.queries(), layout.query_rows() * Shape::W));
+  multiply<Shape::kWarpgroup>(logits, x, weights.piece(layout.queries(), layout.query_rows() * Shape::W));
   SNE_UNROLL
   for (int i = 0; i < MT; ++i)
     SNE_UNROLL
@@ -110,14 +110,15 @@ SNE_DEVICE void pool(const Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x
   for (int a = 0; a < kOwn; ++a)
     if (a * kPerRow + share < H) memory.head_values[row * H + a * kPerRow + share] = own[a];
   float *slice = (float *)(memory.exchange);  // (ROWS, 16): 16 columns of x at a time
-  SNE_UNROLL
+  SNE_LOOP
   for (int k = 0; k < Shape::KT; ++k) {
     SNE_UNROLL
     for (int i = 0; i < MT; ++i)
       SNE_UNROLL
       for (int e = 0; e < 8; ++e)
         slice[(16 * i + 8 * (e / 2 % 2) + g) * 16 + 8 * (e / 4) + 2 * t + e % 2] =
-            to_real(from_float<T>(o[i][2 * k + e / 4].c[e % 4]));
+            to_real(from_float<T>(o[i][e / 4].c[e % 4]));
+    turn<2>(o);
     set.sync();
     for (int item = set.part * 32 + lane; item < 16 * H; item += 32 * set.warps) {
       const int column = item % 16, head = item / 16;
@@ -138,10 +139,9 @@ SNE_DEVICE void pool(const Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x
 }
 
 // out: (N, H, h), or null; then saved: (4, count * slots, h).
-template <class Op, class Shape, int kThreads>
-SNE_KERNEL SNE_BOUNDS(kThreads, 1)
-    chunk_encode_forward(ChunkCall<typename Op::Storage> call, bool resident, bool layer_norm,
-                         typename Op::Storage *out, typename Op::Storage *saved) {
+template <class Op, class Shape>
+SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool resident, bool layer_norm,
+                              typename Op::Storage *out, typename Op::Storage *saved) {
   constexpr int MT = Shape::MT;
   const WeightLayout layout(Shape::W, Shape::D);
   const VectorLayout at{Shape::W};
@@ -185,6 +185,23 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
       save_rows<Op, Shape>(to + 3 * plane, x);
     set.sync();
   }
+}
+
+template <class Op, class Shape, int kThreads>
+SNE_KERNEL SNE_BOUNDS(kThreads, 1)
+    chunk_encode_forward(ChunkCall<typename Op::Storage> call, bool resident, bool layer_norm,
+                         typename Op::Storage *out, typename Op::Storage *saved) {
+  encode_chunks<Op, Shape>(call, resident, layer_norm, out, saved);
+}
+
+// The same by wgmma, for sm_90a alone: empty elsewhere, and not launched there.
+template <class Op, class Shape, int kThreads>
+SNE_KERNEL SNE_BOUNDS(kThreads, 1)
+    chunk_encode_forward_wgmma(ChunkCall<typename Op::Storage> call, bool resident, bool layer_norm,
+                               typename Op::Storage *out, typename Op::Storage *saved) {
+#if defined(SNE_HAS_WGMMA)
+  encode_chunks<Op, Shape>(call, resident, layer_norm, out, saved);
+#endif
 }
 
 }  // namespace sne

@@ -15,11 +15,13 @@ namespace sne {
 template <class Op, int width>
 constexpr int kPieces = width <= (Op::kPacked ? 64 : 32) ? 2 : 1;
 
-template <class Op, int width, int dim, int pieces = kPieces<Op, width>>
+template <class Op, int width, int dim, int pieces = kPieces<Op, width>, bool by_warpgroup = false>
 struct ChunkShape {
+  static constexpr bool kWarpgroup = by_warpgroup;  // products with weights by wgmma
   static constexpr int W = width, D = dim, HEADS = W / D, MT = pieces, ROWS = 16 * MT;
   static constexpr int NT = W / 8, KT = W / 16, DT = D / 8, DK = (D + 15) / 16;
-  static constexpr int kOutRows = 32;  // of fc_o in one piece
+  static constexpr int kOutRows = kWarpgroup ? 64 : 32;          // of fc_o in one piece
+  static constexpr bool kTogether = kWarpgroup && D <= 32;       // q, k, v of a head by one product
 };
 
 // Parameters that are vectors, as floats in shared memory: basis (3, h); of each block fc_o's bias and the norms (5, h);
@@ -135,6 +137,22 @@ SNE_DEVICE Rows16<Op> get_rows(const unsigned char *at) {
 
 // -------------------------------------------------------------------------------------------------- norms, products
 
+// Moves the first N tiles of every row behind the others. Registers have no run-time index: a loop that is not unrolled
+// works on the first (or last) tiles and turns the row, until all have been there. Code stays small and compiles fast.
+template <int N, int MT, int NT>
+SNE_DEVICE void turn(Tile (&o)[MT][NT]) {
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i) {
+    Tile front[N];
+    SNE_UNROLL
+    for (int j = 0; j < N; ++j) front[j] = o[i][j];
+    SNE_UNROLL
+    for (int j = 0; j < NT - N; ++j) o[i][j] = o[i][j + N];
+    SNE_UNROLL
+    for (int j = 0; j < N; ++j) o[i][NT - N + j] = front[j];
+  }
+}
+
 template <int MT, int NT>
 SNE_DEVICE void row_means(float (&mean)[MT][2], const Tile (&o)[MT][NT]) {
   SNE_UNROLL
@@ -223,17 +241,18 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
   }
   Rows16<Op> x[MT][Shape::KT];
   to_operands<Op>(x, o);
-  SNE_UNROLL
-  for (int first = 0; first < Shape::NT; first += N) {
+  SNE_LOOP
+  for (int first = 0; first < W; first += 8 * N) {
     Tile z[MT][N];
-    fill_rows(z, out_bias + 8 * first);
-    multiply<N>(z, 0, x, weights.piece(offset + 8 * first * W, 8 * N * W));
+    fill_rows(z, out_bias + first);
+    multiply<Shape::kWarpgroup>(z, x, weights.piece(offset + first * W, 8 * N * W));
     SNE_UNROLL
     for (int i = 0; i < MT; ++i)
       SNE_UNROLL
       for (int n = 0; n < N; ++n)
         SNE_UNROLL
-        for (int e = 0; e < 4; ++e) o[i][first + n].c[e] += relu(z[i][n].c[e]);
+        for (int e = 0; e < 4; ++e) o[i][n].c[e] += relu(z[i][n].c[e]);
+    turn<N>(o);
   }
   if (layer_norm) {
     to_units(o, rstd);
@@ -424,7 +443,28 @@ template <class Op, class Shape>
 SNE_DEVICE void project(Tile (&c)[Shape::MT][Shape::DT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
                         const WeightSource<Op> &weights, int64_t head_offset, int which, const float *bias) {
   fill_rows(c, bias);
-  multiply<Shape::DT>(c, 0, x, weights.piece(head_offset + which * Shape::D * Shape::W, Shape::D * Shape::W));
+  multiply<Shape::kWarpgroup>(c, x, weights.piece(head_offset + which * Shape::D * Shape::W, Shape::D * Shape::W));
+}
+
+// All three of a head at once: wide products keep Hopper's matrix units busy.
+template <class Op, class Shape>
+SNE_DEVICE void project_together(Tile (&q)[Shape::MT][Shape::DT], Tile (&k)[Shape::MT][Shape::DT],
+                                 Tile (&v)[Shape::MT][Shape::DT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
+                                 const WeightSource<Op> &weights, int64_t head_offset, const float *bias) {
+  constexpr int DT = Shape::DT;
+  fill_rows(q, bias);
+  fill_rows(k, bias + Shape::W);
+  fill_rows(v, bias + 2 * Shape::W);
+  Tile c[Shape::MT][3 * DT];
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i)
+    SNE_UNROLL
+    for (int n = 0; n < DT; ++n) c[i][n] = q[i][n], c[i][DT + n] = k[i][n], c[i][2 * DT + n] = v[i][n];
+  multiply<Shape::kWarpgroup>(c, x, weights.piece(head_offset, 3 * Shape::D * Shape::W));
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i)
+    SNE_UNROLL
+    for (int n = 0; n < DT; ++n) q[i][n] = c[i][n], k[i][n] = c[i][DT + n], v[i][n] = c[i][2 * DT + n];
 }
 
 // o = q + attention(q, k, v) of every head, from the rows' operands x.
@@ -436,14 +476,19 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
   const WeightLayout layout(W, D);
   const KeyRanges<MT> keys = key_ranges<Shape>(memory.slots);
   const float scale = kLog2e / __builtin_sqrtf(float(W));
-  SNE_UNROLL
+  SNE_LOOP
   for (int head = 0; head < Shape::HEADS; ++head) {
     const int64_t offset = layout.qkv(block, head);
     Rows16<Op> q_rows[MT][Shape::DK];
+    Tile q[MT][DT];
     {
       Tile k[MT][DT], v[MT][DT];
-      project<Op, Shape>(k, x, weights, offset, 1, bias + W + head * D);
-      project<Op, Shape>(v, x, weights, offset, 2, bias + 2 * W + head * D);
+      if constexpr (Shape::kTogether) {
+        project_together<Op, Shape>(q, k, v, x, weights, offset, bias + head * D);
+      } else {
+        project<Op, Shape>(k, x, weights, offset, 1, bias + W + head * D);
+        project<Op, Shape>(v, x, weights, offset, 2, bias + 2 * W + head * D);
+      }
       if (set.shared) {  // p v adds zero times other chunks' rows: those must be finite
         const uint32_t bad = bad_rows<Op>(k, v);
         if (lane_id() == 0) *memory.poison = bad;
@@ -456,8 +501,7 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
       head_operands<Op, Shape>(rows, v);
       offer<Shape>(memory, kValues, rows);
     }
-    Tile q[MT][DT];
-    project<Op, Shape>(q, x, weights, offset, 0, bias + head * D);
+    if constexpr (!Shape::kTogether) project<Op, Shape>(q, x, weights, offset, 0, bias + head * D);
     head_operands<Op, Shape>(q_rows, q);
     set.sync();
     // One piece of 16 rows after the other: registers for two would spill.
@@ -509,9 +553,10 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
         for (int n = 0; n < DT; ++n)
           SNE_UNROLL
           for (int e = 2 * r; e < 2 * r + 2; ++e)
-            o[i][head * DT + n].c[e] = q[i][n].c[e] + attended[n].c[e] * inverse;
+            o[i][n].c[e] = q[i][n].c[e] + attended[n].c[e] * inverse;
       }
     }
+    turn<DT>(o);
     set.sync();
   }
 }

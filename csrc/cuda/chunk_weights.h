@@ -2,7 +2,7 @@
 // chunk_weights.cu before a pass, and how a block of threads gets hold of a piece of it.
 #pragma once
 
-#include "cuda/fragments.h"
+#include "cuda/wgmma.h"
 
 namespace sne {
 
@@ -54,9 +54,8 @@ struct WeightSource {
   }
 };
 
-// c[i][first + n] += a[i] (16 x 16 KT pieces) times rows 8 n.. of a piece of the weights, n < N, which has 16 KT columns.
-template <int N, class Op, int MT, int KT, int NT>
-SNE_DEVICE void multiply(Tile (&c)[MT][NT], int first, const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
+template <class Op, int MT, int KT, int N>
+SNE_DEVICE void multiply_by_warp(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
   SNE_UNROLL
   for (int k = 0; k < KT; k += 2) {
     SNE_UNROLL
@@ -65,11 +64,22 @@ SNE_DEVICE void multiply(Tile (&c)[MT][NT], int first, const Rows16<Op> (&a)[MT]
       load_cols8_pair<Op>(b, piece, n, k / 2, 16 * KT);
       SNE_UNROLL
       for (int i = 0; i < MT; ++i) {
-        product(c[i][first + n], a[i][k], b[0]);
-        product(c[i][first + n], a[i][k + 1], b[1]);
+        product(c[i][n], a[i][k], b[0]);
+        product(c[i][n], a[i][k + 1], b[1]);
       }
     }
   }
+}
+
+// c[i][n] += a[i] (16 x 16 KT pieces) times rows 8 n.. of a piece of the weights, n < N, which has 16 KT columns.
+template <bool by_warpgroup, class Op, int MT, int KT, int N>
+SNE_DEVICE void multiply(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
+#if defined(SNE_HAS_WGMMA)
+  if constexpr (by_warpgroup)
+    multiply_by_warpgroup(c, a, piece);
+  else
+#endif
+    multiply_by_warp(c, a, piece);
 }
 
 }  // namespace sne

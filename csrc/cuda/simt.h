@@ -27,6 +27,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 #define SNE_MEMBER inline
 #define SNE_BOUNDS(threads, blocks)
 #define SNE_UNROLL
+#define SNE_LOOP
 
 using Stream = void *;
 SNE_DEVICE int thread_id() { return emulator::thread(); }
@@ -92,6 +93,7 @@ int launch(Stream, int64_t x, int64_t y, int threads, size_t shared, void (*kern
 #define SNE_MEMBER __device__ __forceinline__
 #define SNE_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define SNE_UNROLL _Pragma("unroll")
+#define SNE_LOOP _Pragma("unroll 1")  // never unrolled
 
 using Stream = cudaStream_t;
 SNE_DEVICE int thread_id() { return threadIdx.x; }
@@ -135,7 +137,12 @@ SNE_DEVICE uint32_t shared_address(const void *p) { return uint32_t(__cvta_gener
 SNE_DEVICE void copy_async(void *shared, const void *global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
-SNE_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+SNE_DEVICE void copies_done() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads past the ordinary path
+#endif
+}
 
 template <class... P, class... A>
 int launch(Stream stream, int64_t x, int64_t y, int threads, size_t shared, void (*kernel)(P...), A... args) {

@@ -23,7 +23,8 @@ CLASSES = ALL_CLASSES[:4]
 SLAB_ROWS_TIMES_WIDTH = 1 << 22
 """Rows of a slab of the backward times the width: 92 MB of workspace with half-precision operands, 168 MB else."""
 SUM_PIECE = 256
-EMULATED_SHARED = 227 << 10
+EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
+"""What the emulator has of a GPU: an H100's shared memory, and wgmma where a test says so."""
 
 
 def shared_limit(device: torch.device) -> int:
@@ -31,6 +32,13 @@ def shared_limit(device: torch.device) -> int:
     if device.type != "cuda":
         return EMULATED_SHARED
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the device has Hopper's matrix instruction, which no other generation has."""
+    if device.type != "cuda":
+        return EMULATED_WGMMA
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @dataclass
@@ -73,7 +81,7 @@ class ChunkCall:
         w, device = self.weights, self.values.device
         return library.ChunkArgs(
             self.width, self.heads, w["norm"].shape[0] > 0, slot_class.slots, slot_class.lowest, slot_class.shared,
-            blocks, first_block, count, library.multiprocessors(device), shared_limit(device),
+            blocks, first_block, count, library.multiprocessors(device), shared_limit(device), has_wgmma(device),
             *library.pointers(
                 self.chunk_ptr, self.plan.order, self.owner, self.plan.table, self.values, w["row_code"],
                 w["element_code"], w["logit"], w["basis"], w["b_qkv"], w["b_o"], w["norm"], w["pool_query"],

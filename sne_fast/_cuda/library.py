@@ -35,7 +35,7 @@ def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
 ChunkWeightsArgs = struct("ChunkWeightsArgs", "hidden heads backward", "w_qkv w_o pool_query prepared")
 ChunkArgs = struct(
     "ChunkArgs",
-    "hidden heads layer_norm slots lowest shared blocks first_block count programs shared_limit",
+    "hidden heads layer_norm slots lowest shared blocks first_block count programs shared_limit wgmma",
     "chunk_ptr order owner table values row_code element_code logit basis b_qkv b_o norm pool_query prepared",
 )
 ChunkSpace = struct("ChunkSpace", "", "saved rows_grad products")

@@ -109,6 +109,17 @@ def test_weights_in_pieces_and_any_order_of_threads_give_the_same_bits(monkeypat
         library.library().sne_fast_cuda_emulated_schedule(0)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_products_by_warpgroups_are_those_by_warps(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's path: the same sums in the same order, from resident and from streamed weights."""
+    args = arguments(ChunkCase.make([[32, 40, 5], [5, 5, 20], [100]], 64, heads, 128, dtype=torch.bfloat16))
+    plain = chunk_encode(*args)
+    monkeypatch.setattr(module, "EMULATED_WGMMA", True)
+    for limit in (227 << 10, 99 << 10):
+        monkeypatch.setattr(module, "EMULATED_SHARED", limit)
+        assert error(chunk_encode(*args), plain.double()) <= 1e-3
+
+
 def test_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(ChunkCase.make([[32] * 3, [8] * 6], 32, 4, dtype=torch.float32))
     grad = upstream(args)

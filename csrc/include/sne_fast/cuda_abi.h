@@ -54,6 +54,7 @@ typedef struct {
   int64_t slots, lowest, shared;      /* the class: see csrc/cuda/chunk_slots.h */
   int64_t blocks, first_block, count; /* blocks of slots: all of the class, and those of this launch */
   int64_t programs, shared_limit;     /* multiprocessors, bytes of shared memory that a block may have */
+  int64_t wgmma;                      /* 1 on compute capability 9.0: that path where there is one */
   const int64_t *chunk_ptr, *order, *owner, *table; /* (N+1), (N), (N), (274) */
   const void *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
 } sne_fast_cuda_chunk_args;
