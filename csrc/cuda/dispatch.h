@@ -23,30 +23,28 @@ int with_operands(int precision, Run run) {
 template <int value>
 using Constant = std::integral_constant<int, value>;
 
-// run(Op{}, Constant<width>{}).
+// run(Constant<width>{}).
 template <class Run>
-int with_width(int precision, int64_t width, Run run) {
-  return with_operands(precision, [&](auto op) {
-    switch (width) {
-      case 32: return run(op, Constant<32>{});
-      case 64: return run(op, Constant<64>{});
-      case 128: return run(op, Constant<128>{});
-      case 256: return run(op, Constant<256>{});
-    }
-    return int(SNE_FAST_CUDA_BAD_VARIANT);
-  });
+int with_width(int64_t width, Run run) {
+  switch (width) {
+    case 32: return run(Constant<32>{});
+    case 64: return run(Constant<64>{});
+    case 128: return run(Constant<128>{});
+    case 256: return run(Constant<256>{});
+  }
+  return SNE_FAST_CUDA_BAD_VARIANT;
 }
 
-// run(Op{}, Constant<width>{}, Constant<width of a head>{}).
+// run(Constant<width>{}, Constant<width of a head>{}).
 template <class Run>
-int with_heads(int precision, int64_t width, int64_t heads, Run run) {
-  return with_width(precision, width, [&](auto op, auto w) {
+int with_heads(int64_t width, int64_t heads, Run run) {
+  return with_width(width, [&](auto w) {
     switch (width / heads) {
-      case 8: return run(op, w, Constant<8>{});
-      case 16: return run(op, w, Constant<16>{});
-      case 32: return run(op, w, Constant<32>{});
+      case 8: return run(w, Constant<8>{});
+      case 16: return run(w, Constant<16>{});
+      case 32: return run(w, Constant<32>{});
       case 64:
-        if constexpr (w.value >= 64) return run(op, w, Constant<64>{});
+        if constexpr (w.value >= 64) return run(w, Constant<64>{});
     }
     return int(SNE_FAST_CUDA_BAD_VARIANT);
   });

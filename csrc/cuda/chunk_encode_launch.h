@@ -1,11 +1,13 @@
-// Entry of the forward of chunk_encode: see chunk_encode_forward.h.
+// Launch of the forward of chunk_encode: which kernel, how many warps.
+#pragma once
+
 #include "cuda/chunk_launch.h"
 
 namespace sne {
 namespace {
 
 template <class Op, class Shape, int kMost, class Kernel>
-int run_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
+int run_forward_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
   using T = typename Op::Storage;
   const WeightLayout layout(Shape::W, Shape::D);
   int64_t rows = Shape::kTogether ? 3 * Shape::D : Shape::D;  // of the largest piece of the weights
@@ -21,26 +23,17 @@ int run_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *out, void
 }
 
 template <class Op, int width, int dim>
-int run(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
+int run_forward(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
   constexpr int kMost = width <= 32 ? 12 : 8;  // 168 registers a thread, or 255
   if constexpr (Op::kPacked && width == 64) {
     if (a.wgmma) {
       using Shape = ChunkShape<Op, width, dim, kPieces<Op, width>, true>;
-      return run_kernel<Op, Shape, kMost>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMost>, a, out, saved, stream);
+      return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMost>, a, out, saved, stream);
     }
   }
   using Shape = ChunkShape<Op, width, dim>;
-  return run_kernel<Op, Shape, kMost>(chunk_encode_forward<Op, Shape, 32 * kMost>, a, out, saved, stream);
+  return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward<Op, Shape, 32 * kMost>, a, out, saved, stream);
 }
 
 }  // namespace
 }  // namespace sne
-
-extern "C" int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *a, void *out, void *saved,
-                                          void *stream) {
-  using namespace sne;
-  if (!valid(*a) || !out == !saved) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return with_heads(precision, a->hidden, a->heads, [&](auto op, auto width, auto dim) {
-    return run<decltype(op), width.value, dim.value>(*a, out, saved, (Stream)stream);
-  });
-}

@@ -1,5 +1,7 @@
 // Backward of one of the blocks 1 to 3 of chunk_encode: gradient of its rows to that of what it saw, with the factors of
 // its matrices' gradients and the sums of its norms'.
+#pragma once
+
 #include "cuda/chunk_backward.h"
 
 namespace sne {
@@ -237,7 +239,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
 }
 
 template <class Op, int width, int dim>
-int run(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int block, float *norm_part, Stream stream) {
+int run_block_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int block, float *norm_part, Stream stream) {
   using T = typename Op::Storage;
   using Shape = ChunkShape<Op, width, dim, 1>;
   constexpr int kMost = 8;
@@ -253,13 +255,3 @@ int run(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int block, f
 
 }  // namespace
 }  // namespace sne
-
-extern "C" int sne_fast_cuda_chunk_block_backward(int precision, const sne_fast_cuda_chunk_args *a,
-                                                  const sne_fast_cuda_chunk_space *space, int64_t block,
-                                                  float *norm_part, void *stream) {
-  using namespace sne;
-  if (!valid(*a) || block < 1 || block > 3) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return with_heads(precision, a->hidden, a->heads, [&](auto op, auto width, auto dim) {
-    return run<decltype(op), width.value, dim.value>(*a, space_of(*space), int(block), norm_part, (Stream)stream);
-  });
-}

@@ -1,4 +1,6 @@
 // Backward of block 0 of chunk_encode (SPEC 4.1): gradient of its rows to that of the values themselves.
+#pragma once
+
 #include "cuda/chunk_backward.h"
 
 namespace sne {
@@ -188,7 +190,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
 }
 
 template <class Op, int width>
-int run(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const sne_fast_cuda_chunk_scalar_grads &g,
+int run_scalar_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const sne_fast_cuda_chunk_scalar_grads &g,
         Stream stream) {
   using T = typename Op::Storage;
   constexpr int kMost = 8;
@@ -205,13 +207,3 @@ int run(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const sne_fa
 
 }  // namespace
 }  // namespace sne
-
-extern "C" int sne_fast_cuda_chunk_scalar_backward(int precision, const sne_fast_cuda_chunk_args *a,
-                                                   const sne_fast_cuda_chunk_space *space,
-                                                   const sne_fast_cuda_chunk_scalar_grads *grads, void *stream) {
-  using namespace sne;
-  if (!valid(*a) || a->heads > a->hidden / 8) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return with_width(precision, a->hidden, [&](auto op, auto width) {
-    return run<decltype(op), width.value>(*a, space_of(*space), *grads, (Stream)stream);
-  });
-}
