@@ -1,9 +1,10 @@
-// Small kernels that show what the emulator notices, and products of fragments to compare with exact ones.
+// Small kernels that show what the emulator notices, and products of fragments to compare with exact ones. nvcc compiles
+// them as well (tests/cuda_build).
 #include "cuda/fragments.h"
 
-using namespace sne;
-
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace sne {
 
 // Every thread passes its number on to the next one.
 SNE_KERNEL pass_on(float *out, bool barrier) {
@@ -139,6 +140,8 @@ EXPORT int matrices(const uint16_t *in, uint16_t *plain, uint16_t *transposed, u
   return launch(nullptr, 1, 1, kWarp, 512, load_four, in, plain, transposed, moved);
 }
 
+#if defined(SNE_EMULATED)
+
 // Rounded to storage and back, in single and in pairs.
 EXPORT void rounded(const float *in, float *half, float *bfloat, float *pairs, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
@@ -150,3 +153,7 @@ EXPORT void rounded(const float *in, float *half, float *bfloat, float *pairs, i
 
 EXPORT void schedule(uint64_t seed) { emulator::schedule(seed); }
 EXPORT const char *error() { return emulator::error(); }
+
+#endif
+
+}  // namespace sne
