@@ -7,7 +7,9 @@ A backend is a module under :mod:`sne_fast.backends` with
 - ``why_not(op, args) -> list[str]``: why it cannot take this call;
 - ``KERNELS``: op name -> function with the schema's arguments and results;
 - optional ``AUTO_DEVICES``, where ``auto`` may take it, if not all of ``DEVICES``;
-- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast._selftest` on the device.
+- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast._selftest` on the device, and
+  again when one of ``SOURCES`` has changed, files and folders of this package;
+- optional ``preferred(op, args) -> bool``: whether ``auto`` asks it before those of higher priority for this call.
 """
 
 from __future__ import annotations
