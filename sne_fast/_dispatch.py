@@ -137,6 +137,17 @@ def _auto_reasons(backend: ModuleType, op: str, device: torch.device, args: tupl
     return reasons
 
 
+def _in_turn(loaded: dict[str, ModuleType], op: str, device: torch.device, args: tuple[Any, ...]) -> list[ModuleType]:
+    """The backends as ``auto`` asks them: those that prefer this call, then by priority."""
+
+    def place(backend: ModuleType) -> tuple[bool, int]:
+        prefers = getattr(backend, "preferred", None)
+        here = device.type in getattr(backend, "AUTO_DEVICES", (device.type,))
+        return not (prefers is not None and here and prefers(op, args)), -backend.PRIORITY
+
+    return sorted(loaded.values(), key=place)
+
+
 def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     loaded, _ = _load()
     device = _device_of(args)
@@ -147,7 +158,7 @@ def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
             raise BackendError(f"{op}: backend {name!r} cannot run it: " + "; ".join(reasons))
         return loaded[name].KERNELS[op]
     refusals = []
-    for backend in sorted(loaded.values(), key=lambda module: -module.PRIORITY):
+    for backend in _in_turn(loaded, op, device, args):
         reasons = _auto_reasons(backend, op, device, args)
         if not reasons:
             return backend.KERNELS[op]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._cuda import library
+from .._cuda import library, winners
 from .._schema import FORWARD_OPS, SCHEMAS
 
 NAME = "cuda"
@@ -63,6 +63,11 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     if dtype not in DTYPES and forward != "gather_chunks":
         reasons.append(f"computes float32, float16 and bfloat16, got {dtype}")
     return reasons or _module(forward).why_not(op, args)
+
+
+def preferred(op: str, args: tuple[Any, ...]) -> bool:
+    """Where a committed measurement on such a GPU says that this engine was faster than Triton's."""
+    return winners.preferred(op, args)
 
 
 def _kernel(op: str, *args: Any) -> Any:
