@@ -104,6 +104,10 @@ def cuda_wanted() -> bool:
 class BuildEngine(build_ext):
     """build_ext for the two "extensions" there are; a failure is a message, not the end of the installation."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.into_source = bool(self.inplace)  # which run() sets to false while it builds
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join("sne_fast", f"{fullname.rpartition('.')[2]}.so")
 
@@ -132,11 +136,11 @@ class BuildEngine(build_ext):
             print(f"sne_fast: installing without it; {SERVES_INSTEAD[ext.name]}.", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        # An editable build wrote straight into the package already, see get_ext_fullpath.
+        # A build in place or an editable one wrote straight into the package already, see get_ext_fullpath.
         pass
 
     def get_ext_fullpath(self, ext_name: str) -> str:
-        base = ROOT if self.inplace or getattr(self, "editable_mode", False) else Path(self.build_lib)
+        base = ROOT if self.into_source or getattr(self, "editable_mode", False) else Path(self.build_lib)
         return str(base / self.get_ext_filename(ext_name))
 
     def get_outputs(self) -> list[str]:
