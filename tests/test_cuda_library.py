@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -176,13 +177,13 @@ def test_the_header_says_the_same() -> None:
     """ctypes mirrors it by hand: number, functions, structs and their fields."""
     assert f"#define SNE_FAST_CUDA_ABI {library.ABI}\n" in HEADER
     assert set(re.findall(r"\b(sne_fast_cuda_\w+)\(", HEADER)) == set(library.SYMBOLS)
-    for body, name in re.findall(r"typedef struct \{(.*?)\} sne_fast_cuda_(\w+);", HEADER, re.S):
-        fields: list[str] = []
-        for piece in re.sub(r"/\*.*?\*/", "", body, flags=re.S).split(";"):
-            words = piece.replace("*", " ").replace(",", " ").split()
-            fields += [w for w in words if w not in ("const", "void", "float", "int64_t", "int32_t")]
-        struct = getattr(library, "".join(part.capitalize() for part in name.split("_")))
-        assert fields == [field for field, _ in struct._fields_], name
+    text = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
+    declared = set()
+    for body in re.findall(r"struct \w*\s*\{(.*?)\}", text, re.S):
+        words = re.findall(r"\w+", body)
+        declared.add(tuple(w for w in words if w not in ("const", "void", "float", "double", "int64_t", "int32_t")))
+    structs = [s for s in vars(library).values() if isinstance(s, type) and issubclass(s, ctypes.Structure)]
+    assert declared == {tuple(field for field, _ in s._fields_) for s in structs}
 
 
 def test_a_rebuilt_library_and_changed_sources_are_tested_again(monkeypatch, tmp_path: Path) -> None:

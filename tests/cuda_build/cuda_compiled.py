@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cuda_build
@@ -43,7 +43,7 @@ class Kernel:
     stack_bytes: int
     spilled_bytes: int
     shared_bytes: int
-    sass: str
+    sass: str = field(repr=False)
 
     def count(self, instruction: str) -> int:
         """How often an instruction (``HGMMA``, ``HMMA``, ``LDSM``, ...) stands in the machine code."""
@@ -168,4 +168,4 @@ def _demangled(names: Sequence[str]) -> dict[str, str]:
     if tool is None or not names:
         return {name: name for name in names}
     text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return dict(zip(names, text.splitlines(), strict=True))
+    return dict(zip(names, text.replace("(anonymous namespace)::", "").splitlines(), strict=True))

@@ -56,6 +56,15 @@ def test_forward_kernels_of_narrow_widths_spill_nothing(file: str) -> None:
 
 @needs_cuobjdump
 @pytest.mark.parametrize("file", FILES)
+def test_kernels_for_a_kind_of_operand_use_tensor_cores(file: str) -> None:
+    """Those with an ``Op`` among their template arguments multiply; what only sums up parts has none."""
+    for kernel in compiled(file).kernels:
+        if re.search(r"<.*\bsne::Op[A-Z]", kernel.name):
+            assert kernel.matrix_instruction, kernel
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("file", FILES)
 def test_wgmma_is_in_the_kernels_that_are_named_so(file: str) -> None:
     for kernel in compiled(file).kernels:
         if "wgmma" in kernel.name and kernel.arch == "90a":
