@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "csrc"), str(ROOT)]  # where nothing is installed, the checkout is used as it lies
+# Where nothing is installed, the checkout is used as it lies.
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "bench"), str(ROOT)]
 
 import cuda_build  # noqa: E402
+import gpu_tables  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 import sne_fast  # noqa: E402
 from sne_fast._cuda import library as cuda_library  # noqa: E402
@@ -317,51 +318,6 @@ class Suite:
             return float(2**31)
         return 0.9 * torch.cuda.mem_get_info(self.device)[0]
 
-    # --------------------------------------------------------------------------------------------------------- report
-
-    def table(self) -> None:
-        parts = self.results["parts"]
-        ops = Table(title="ops", box=None)
-        for heading in ("op", "dtype", "shape", "by", "forward", "step", "rate", "of the limit", "vs triton"):
-            ops.add_column(heading)
-        rows = parts.get("ops", [])
-        of_triton = {gpu_ops.shape_of(row): row for row in rows if row.get("engine") == "triton"}
-        for row in rows:
-            keys = {"chunk_encode": ["weights"], "gather_chunks": ["weights"], "segment_pool": ["rows", "length"]}
-            shape = ", ".join(f"{k} {row[k]}" for k in keys.get(row["op"], ["rows", "longest", "head_width"]))
-            if "skipped" in row:
-                ops.add_row(row["op"], row["dtype"], shape, row.get("by", ""), row["skipped"][:60], "", "", "", "")
-                continue
-            rival = of_triton.get(gpu_ops.shape_of(row)) if row.get("engine") == "cuda" else None
-            share = next((v for k, v in row.items() if k.startswith("forward_fraction")), None)
-            rate = row.get("forward_weights_per_second")
-            ops.add_row(
-                row["op"], row["dtype"].removeprefix("torch."), shape, row.get("by") or row.get("engine", ""),
-                f"{1e3 * row['forward_seconds']:.3f} ms",
-                f"{1e3 * row['step_seconds']:.3f} ms" if "step_seconds" in row else "",
-                f"{rate / 1e9:.2f} G/s" if rate else "", f"{share:.0%}" if share is not None else "",
-                f"{rival['forward_seconds'] / row['forward_seconds']:.2f}x" if rival else "",
-            )  # fmt: skip
-        cases = Table(title="cases (times those of the engine; ratios of the baselines' to it)", box=None)
-        others = [name for name in ENGINES if any(f"{name} forward" in row for row in parts.get("cases", []))]
-        for heading in ("case", "dtype", "mode", "engine", *others, "eager", "compile", "peak memory"):
-            cases.add_column(heading)
-        for row in parts.get("cases", []):
-            for mode in ("forward", "training"):
-                if f"engine {mode}" not in row:
-                    continue
-                engine, ratios = row[f"engine {mode}"], row[f"ratios {mode}"]
-                peak = f"{engine['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in engine else ""
-                cases.add_row(
-                    row["case"], row["dtype"], mode, f"{1e3 * engine['seconds']:.2f} ms",
-                    *(f"{ratios[who]:.2f}x" if who in ratios else "-" for who in (*others, *BASELINES)), peak,
-                )  # fmt: skip
-        for table in (ops, cases):
-            self.console.print(table)
-        for kind in ("skipped", "errors"):
-            for name, text in self.results[kind].items():
-                self.console.print(f"{kind}: {name}: {text.strip().splitlines()[-1][:300]}", highlight=False)
-
 
 def _finished(command: list[str], limit: float) -> Json:
     """Status and end of the output of a command, 124 where it ran past its limit."""
@@ -421,7 +377,7 @@ def main() -> int:
     suite = Suite(options)
     for name in ("build", "environment", "tests", "sanitizer", "ceilings", "ops", "cases"):
         suite.part(name, getattr(suite, name))
-    suite.table()
+    gpu_tables.show(suite.results, ENGINES, BASELINES, suite.console)
     return 1 if suite.results["errors"] else 0
 
 
