@@ -7,7 +7,8 @@
         for kernel in kernels("set_attention", "forward<.*, 64", arch="90a"):
             assert kernel.spilled_bytes == 0 and kernel.count("HMMA")
 
-A file is compiled once per session, for all of ARCHITECTURES; the first question starts all of csrc/cuda.
+A file is compiled once per session, for all of ARCHITECTURES; files that tests have as parameter ``file`` several at a
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,21 +94,30 @@ def kernels(file: str, name: str = "", arch: str | None = None) -> list[Kernel]:
 
 def compiled(file: str) -> Object:
     """``csrc/cuda/FILE.cu`` for all architectures, warnings being errors."""
-    _, futures = _everything()
-    return futures[file].result()
+    start([file])
+    return _futures[file].result()
 
 
 def all_compiled() -> dict[str, Object]:
-    return {file: future.result() for file, future in _everything()[1].items()}
+    files = [source.stem for source in cuda_build.sources()]
+    start(files)
+    return {file: compiled(file) for file in files}
+
+
+_futures: dict[str, Future[Object]] = {}
+
+
+def start(files: Collection[str]) -> None:
+    """Begin to compile several at a time, each once per session."""
+    pool, folder = _workers()
+    for source in cuda_build.sources():
+        if source.stem in files and source.stem not in _futures:
+            _futures[source.stem] = pool.submit(compile_file, source, Path(folder.name))
 
 
 @functools.cache
-def _everything() -> tuple[tempfile.TemporaryDirectory[str], dict[str, Future[Object]]]:
-    folder = tempfile.TemporaryDirectory(prefix="sne_fast_cuda")
-    pool = ThreadPoolExecutor(cuda_build.jobs())
-    futures = {s.stem: pool.submit(compile_file, s, Path(folder.name)) for s in cuda_build.sources()}
-    pool.shutdown(wait=False)
-    return folder, futures
+def _workers() -> tuple[ThreadPoolExecutor, tempfile.TemporaryDirectory[str]]:
+    return ThreadPoolExecutor(cuda_build.jobs()), tempfile.TemporaryDirectory(prefix="sne_fast_cuda")
 
 
 def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> Object:
