@@ -1,11 +1,12 @@
-"""Builds the CPU engine, sne_fast/_cpu_engine.so, with g++ alone; the rest of the build reads pyproject.toml.
+"""Builds the engines: sne_fast/_cpu_engine.so with g++ alone, and sne_fast/_cuda_engine.so where nvcc is wanted.
 
-The library has a plain C interface and is loaded with ctypes: no Python headers, no torch, and a wheel tagged
-py3-none-<platform>. Where there is no compiler, or it fails, the installation goes through without the library, prints
-why, and leaves the reason in sne_fast/_cpu_engine_build_error.txt for ``sne_fast.explain()``.
+The libraries have a plain C interface and are loaded with ctypes: no Python headers, no torch, and a wheel tagged
+py3-none-<platform>. Where a compiler is missing or fails, the installation goes through without that library, prints
+why, and leaves the reason in sne_fast/_cpu_engine_build_error.txt (_cuda_...) for ``sne_fast.explain()``.
 
-Environment: CXX names the compiler, SNE_FAST_SKIP_NATIVE=1 builds without the engine, SNE_FAST_WERROR=1 (developers)
-turns warnings into errors, MAX_JOBS limits how many compilers run at once.
+Environment: SNE_FAST_BUILD=cuda asks for the CUDA engine, which is otherwise built where there is a GPU's driver,
+SNE_FAST_BUILD=cpu leaves it out (csrc/cuda_build.py reads more); CXX names the compiler, SNE_FAST_SKIP_NATIVE=1 builds
+without engines, SNE_FAST_WERROR=1 (developers) turns warnings into errors, MAX_JOBS limits how many compilers run.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY = "_cpu_engine.so"
-ERROR_FILE = "_cpu_engine_build_error.txt"
+sys.path.insert(0, str(ROOT / "csrc"))
+import cuda_build  # noqa: E402
+
+CPU, CUDA = "sne_fast._cpu_engine", "sne_fast._cuda_engine"
+SERVES_INSTEAD = {
+    CPU: "ops run on the slower reference engine",
+    CUDA: "on a GPU the Triton engine serves, where Triton is installed",
+}
 
 # One source per op, compiled once per instruction set; the rest is compiled once.
 FLAVOURED = ["flavour", "chunk_encode_forward", "chunk_encode_backward", "set_attention_forward",
@@ -84,33 +91,56 @@ def compile_library(target: Path, objects: Path, extra: Sequence[str] = (), sour
     run([*cxx, *kind, "-fopenmp", *link_only, *(command[-1] for command in commands), "-o", str(target)])
 
 
+def cuda_wanted() -> bool:
+    """By SNE_FAST_BUILD, else by whether there is a GPU's driver."""
+    asked = os.environ.get("SNE_FAST_BUILD", "").replace(",", " ").split()
+    if unknown := set(asked) - {"cpu", "cuda"}:
+        print(f"sne_fast: SNE_FAST_BUILD: {', '.join(sorted(unknown))} is not cpu or cuda", file=sys.stderr)
+    if os.environ.get("SNE_FAST_SKIP_NATIVE"):
+        return False
+    return "cuda" in asked if asked else cuda_build.gpu_driver()
+
+
 class BuildEngine(build_ext):
-    """build_ext for the one "extension" there is; a failure is a message, not the end of the installation."""
+    """build_ext for the two "extensions" there are; a failure is a message, not the end of the installation."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.into_source = bool(self.inplace)  # which run() sets to false while it builds
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join("sne_fast", LIBRARY)
+        return os.path.join("sne_fast", f"{fullname.rpartition('.')[2]}.so")
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        error_file = target.parent / ERROR_FILE
+        error_file = target.with_name(f"{target.stem}_build_error.txt")
         error_file.unlink(missing_ok=True)
+        objects = Path(self.build_temp) / target.stem.strip("_")
         try:
-            if os.environ.get("SNE_FAST_SKIP_NATIVE"):
+            if ext.name == CUDA:
+                if cuda_wanted():
+                    names = cuda_build.build(target, objects)
+                    print(f"sne_fast: the CUDA engine was built for {' '.join(names)}", file=sys.stderr)
+                else:
+                    target.unlink(missing_ok=True)  # an older one would not fit
+            elif os.environ.get("SNE_FAST_SKIP_NATIVE"):
                 raise RuntimeError("SNE_FAST_SKIP_NATIVE was set")
-            compile_library(target, Path(self.build_temp) / "cpu_engine")
-        except (RuntimeError, OSError) as error:
+            else:
+                compile_library(target, objects)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             target.unlink(missing_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             error_file.write_text(f"{error}\n", encoding="utf-8")
-            print(f"sne_fast: the CPU engine was not built: {error}", file=sys.stderr)
-            print("sne_fast: installing without it; ops run on the slower reference engine.", file=sys.stderr)
+            name = "CUDA" if ext.name == CUDA else "CPU"
+            print(f"sne_fast: the {name} engine was not built: {error}", file=sys.stderr)
+            print(f"sne_fast: installing without it; {SERVES_INSTEAD[ext.name]}.", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        # An editable build wrote straight into the package already, see get_ext_fullpath.
+        # A build in place or an editable one wrote straight into the package already, see get_ext_fullpath.
         pass
 
     def get_ext_fullpath(self, ext_name: str) -> str:
-        base = ROOT if self.inplace or getattr(self, "editable_mode", False) else Path(self.build_lib)
+        base = ROOT if self.into_source or getattr(self, "editable_mode", False) else Path(self.build_lib)
         return str(base / self.get_ext_filename(ext_name))
 
     def get_outputs(self) -> list[str]:
@@ -133,6 +163,6 @@ class PlatformWheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("sne_fast._cpu_engine", sources=[])],
+        ext_modules=[Extension(CPU, sources=[]), Extension(CUDA, sources=[])],
         cmdclass={"build_ext": BuildEngine, "bdist_wheel": PlatformWheel},
     )

@@ -2,10 +2,11 @@
 
     python bench/gpu_suite.py --out gpu.json
 
-Environment; tests marked `gpu`; compute-sanitizer on small shapes; the device's ceilings; the ops against them; the
-cases of `bench/` and ResNet-50 against eager padded and torch.compile. After every part the JSON is written anew, so a
-run that is cut off loses one part. A part that fails is recorded with its error and does not stop the others; the exit
-status is 1 then. `--size tiny --device cpu` runs the same code on a CPU, to try it.
+The CUDA engine is built where there is nvcc. Environment; tests marked `gpu`; compute-sanitizer on small shapes; the
+device's ceilings; the ops against them, by every engine for a GPU that runs here; the cases of `bench/` and ResNet-50
+by the same, against eager padded and torch.compile. After every part the JSON is written anew, so a run that is cut off
+loses one part. A part that fails is recorded with its error and does not stop the others; the exit status is 1 then.
+`--size tiny --device cpu` runs the same code on a CPU, to try it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # on a lent machine nothing is installed: the checkout is used as it lies
-    sys.path.insert(0, str(ROOT))
+# Where nothing is installed, the checkout is used as it lies.
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "bench"), str(ROOT)]
 
+import cuda_build  # noqa: E402
+import gpu_tables  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 import sne_fast  # noqa: E402
+from sne_fast._cuda import library as cuda_library  # noqa: E402
 from sne_fast.benchmark import (  # noqa: E402
     GPU_CASES,
     Contender,
@@ -46,6 +49,9 @@ from sne_fast.benchmark import (  # noqa: E402
 Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 BASELINES = ("eager", "compile")
+ENGINES = ("cuda", "triton")  # those for a GPU; the first that runs is the one that baselines are compared with
+# What a missing barrier or a wrong one shows in: Triton places its own.
+SANITIZERS = {"cuda": ("memcheck", "racecheck", "synccheck"), "other": ("memcheck", "racecheck")}
 CASE_ORDER = ("zoo", "mixed", "resnet", "resnet50", "single", "inr", "gpt2")
 SIZES: dict[str, Json] = {
     "full": {
@@ -116,7 +122,25 @@ class Suite:
                 self.results["skipped"][name] = f"out of time after {len(kept)} rows: {late}"
                 return kept
 
+    def engines(self, op: str = "") -> list[str]:
+        """Those asked for, else those for a GPU that run this op here (all ops, for none), else what auto chooses."""
+        if self.options.backend:
+            return self.options.backend
+        reports = sne_fast.explain(self.device) if self.device.type == "cuda" else ()
+        refused = {report.backend for report in reports if report.reasons and op in ("", report.op)}
+        return [name for name in ENGINES if reports and name not in refused] or ["auto"]
+
     # ---------------------------------------------------------------------------------------------------------- parts
+
+    def build(self) -> Json:
+        """The CUDA engine, into the checkout."""
+        if self.device.type != "cuda" or cuda_library.EMULATED:
+            return {"skipped": "not on a GPU"}
+        if cuda_build.find_nvcc() is None:
+            return {"skipped": f"there is no nvcc; a library was here before: {cuda_library.LIBRARY_FILE.exists()}"}
+        begin = time.monotonic()
+        names = cuda_build.build(cuda_library.LIBRARY_FILE, ROOT / "build" / "cuda_engine")
+        return {"architectures": names, "seconds": time.monotonic() - begin}
 
     def environment(self) -> Json:
         def output(*command: str) -> str | None:
@@ -147,6 +171,7 @@ class Suite:
                 "memory": properties.total_memory, "capability": torch.cuda.get_device_capability(self.device),
             }  # fmt: skip
         found["engines"] = str(sne_fast.explain(self.device))
+        found["cuda_engine"] = cuda_library.reasons() or cuda_library.architectures()
         return found
 
     def tests(self) -> Json:
@@ -158,14 +183,20 @@ class Suite:
         tool = shutil.which("compute-sanitizer")
         if tool is None:
             return {"skipped": "compute-sanitizer is not on the PATH"}
-        found = {}
-        for check in ("memcheck", "racecheck"):
-            self.need(60)
-            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "--exercise",
-                       "--device", self.options.device, "--backend", self.options.backend]  # fmt: skip
-            found[check] = _finished(command, min(self.left() - 20, 0.15 * self.options.seconds))
-            if found[check]["status"]:
-                self.results["errors"][f"sanitizer {check}"] = found[check]["tail"]
+        found: Json = {}
+        until = self.left() - 0.4 * self.options.seconds
+        for engine in self.engines():
+            for check in SANITIZERS.get(engine, SANITIZERS["other"]):
+                self.need(60)
+                if (limit := min(self.left() - until, 0.15 * self.options.seconds)) < 15:
+                    raise OutOfTime(f"{check} of {engine} and what follows; --only sanitizer has more")
+                command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "--exercise",
+                           "--device", self.options.device, "--backend", engine]  # fmt: skip
+                name = f"{engine} {check}"
+                self.results["parts"]["sanitizer"] = found
+                found[name] = _finished(command, limit)
+                if found[name]["status"]:
+                    self.results["errors"][f"sanitizer {name}"] = found[name]["tail"]
         return found
 
     def _pytest(self, arguments: list[str], limit: float, python: list[str]) -> Json:
@@ -188,29 +219,41 @@ class Suite:
     def ops(self) -> Iterator[Json]:
         ceilings = self.results["parts"].get("ceilings") or self.ceilings()
         bandwidth, products = ceilings["copy_bytes_per_second"], ceilings["products_per_second"]
+        failed: list[Exception] = []
+
+        def attempt(seconds: float, measure: Callable[..., Iterator[Json]], *args: Any) -> Iterator[Json]:
+            """One engine's failure does not cost the others their rows."""
+            self.need(seconds)
+            try:
+                yield from measure(self.device, *args)
+            except Exception as error:
+                failed.append(error)
+
         for name in ("bfloat16", "float16", "float32"):
             dtype = getattr(torch, name)
             kind = name
             if name == "float32" and torch.get_float32_matmul_precision() != "highest":
                 kind = "tf32"
             rate = products[kind]
-            self.need(15)
-            yield gpu_ops.chunk_encode(self.device, dtype, self.size["weights"], rate, self.options.backend)
+            size = self.size
+            for engine in self.engines("chunk_encode"):
+                yield from attempt(15, gpu_ops.chunk_encode, dtype, size["weights"], rate, engine)
             if name == "float16":
                 continue
-            for longest in self.size["longest"]:
+            for longest in size["longest"]:
                 for heads in (4, 2, 1):  # d = 16, 32, 64
-                    self.need(20)
-                    yield from gpu_ops.set_attention(
-                        self.device, dtype, self.size["rows"], longest, heads, rate, self.options.backend
-                    )
+                    for place, engine in enumerate(self.engines("set_attention")):
+                        yield from attempt(
+                            20, gpu_ops.set_attention, dtype, size["rows"], longest, heads, rate, engine, place == 0
+                        )
             for length in (32, 4096):
-                self.need(10)
-                yield gpu_ops.segment_pool(
-                    self.device, dtype, self.size["pool_rows"], length, bandwidth, self.options.backend
-                )
-            self.need(10)
-            yield gpu_ops.gather_chunks(self.device, dtype, self.size["copies"], bandwidth, self.options.backend)
+                for engine in self.engines("segment_pool"):
+                    yield from attempt(10, gpu_ops.segment_pool, dtype, size["pool_rows"], length, bandwidth, engine)
+            for engine in self.engines("gather_chunks"):
+                yield from attempt(10, gpu_ops.gather_chunks, dtype, size["copies"], bandwidth, engine)
+        if failed:
+            texts = dict.fromkeys(f"{type(error).__name__}: {error}"[:400] for error in failed)
+            raise RuntimeError("\n".join(texts)) from failed[0]
 
     def cases(self) -> Iterator[Json]:
         for name in self.options.cases:
@@ -221,22 +264,24 @@ class Suite:
                 yield self._case(name, kind, autocast)
 
     def _case(self, name: str, kind: str, autocast: torch.dtype | None) -> Json:
-        case, backend = GPU_CASES[name], self.options.backend
-        check = run_check(
-            case, backend, "tiny" if self.size["cases"] == "tiny" else "check", device=self.device, autocast=autocast
-        )
+        case, engines = GPU_CASES[name], self.engines()
+        size = "tiny" if self.size["cases"] == "tiny" else "check"
+        # Every engine is checked before any is measured.
+        check, *others = [run_check(case, e, size, device=self.device, autocast=autocast) for e in engines]
         encoder = case.encoder().to(self.device)
         batch = case.batch(encoder, self.size["cases"]).to(self.device)
         row: Json = {"case": name, "dtype": kind, "weights": batch.num_weights, "networks": len(batch),
-                     "check": vars(check), "skipped": {}}  # fmt: skip
+                     "engine": engines[0], "check": vars(check), "skipped": {},
+                     "checks": {e: vars(c) for e, c in zip(engines[1:], others, strict=True)}}  # fmt: skip
         z = None
-        for who in ("engine", *self.options.baselines):
+        for who in ("engine", *engines[1:], *self.options.baselines):
             for mode in ("forward", "training") if case.trains else ("forward",):
                 try:
                     self.need(15)
+                    backend = engines[0] if who == "engine" else who
                     entrant = contender(
-                        who, encoder, batch, backend=backend, training=mode == "training",
-                        memory_limit=self._free_bytes(), autocast=autocast,
+                        "engine" if who in engines else who, encoder, batch, backend=backend,
+                        training=mode == "training", memory_limit=self._free_bytes(), autocast=autocast,
                     )  # fmt: skip
                     if z is None:
                         z = entrant.output()
@@ -250,7 +295,7 @@ class Suite:
                 continue
             row[f"ratios {mode}"] = {
                 who: row[f"{who} {mode}"]["seconds"] / engine["seconds"]
-                for who in self.options.baselines
+                for who in (*engines[1:], *self.options.baselines)
                 if f"{who} {mode}" in row
             }
         return row
@@ -272,47 +317,6 @@ class Suite:
         if self.device.type != "cuda":
             return float(2**31)
         return 0.9 * torch.cuda.mem_get_info(self.device)[0]
-
-    # --------------------------------------------------------------------------------------------------------- report
-
-    def table(self) -> None:
-        parts = self.results["parts"]
-        ops = Table(title="ops", box=None)
-        for heading in ("op", "dtype", "shape", "by", "forward", "step", "rate", "of the limit"):
-            ops.add_column(heading)
-        for row in parts.get("ops", []):
-            shape = ", ".join(
-                f"{k} {row[k]}" for k in ("weights", "rows", "longest", "length", "head_width") if k in row
-            )
-            if "skipped" in row:
-                ops.add_row(row["op"], row["dtype"], shape, row.get("by", ""), row["skipped"][:60], "", "", "")
-                continue
-            share = next((v for k, v in row.items() if k.startswith("forward_fraction")), None)
-            rate = row.get("forward_weights_per_second")
-            ops.add_row(
-                row["op"], row["dtype"].removeprefix("torch."), shape, row.get("by", ""),
-                f"{1e3 * row['forward_seconds']:.3f} ms",
-                f"{1e3 * row['step_seconds']:.3f} ms" if "step_seconds" in row else "",
-                f"{rate / 1e9:.2f} G/s" if rate else "", f"{share:.0%}" if share is not None else "",
-            )  # fmt: skip
-        cases = Table(title="cases (times those of the engine; ratios of the baselines' to it)", box=None)
-        for heading in ("case", "dtype", "mode", "engine", "eager", "compile", "peak memory"):
-            cases.add_column(heading)
-        for row in parts.get("cases", []):
-            for mode in ("forward", "training"):
-                if f"engine {mode}" not in row:
-                    continue
-                engine, ratios = row[f"engine {mode}"], row[f"ratios {mode}"]
-                peak = f"{engine['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in engine else ""
-                cases.add_row(
-                    row["case"], row["dtype"], mode, f"{1e3 * engine['seconds']:.2f} ms",
-                    *(f"{ratios[who]:.1f}x" if who in ratios else "-" for who in BASELINES), peak,
-                )  # fmt: skip
-        for table in (ops, cases):
-            self.console.print(table)
-        for kind in ("skipped", "errors"):
-            for name, text in self.results[kind].items():
-                self.console.print(f"{kind}: {name}: {text.strip().splitlines()[-1][:300]}", highlight=False)
 
 
 def _finished(command: list[str], limit: float) -> Json:
@@ -353,10 +357,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu_suite.json", help="the JSON, written after every part")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", default="auto", help="engine under test, as sne_fast.use_backend takes it")
+    parser.add_argument("--backend", nargs="*", help="engines under test, as sne_fast.use_backend takes them",
+                        default=[])  # fmt: skip
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seconds", type=float, default=530, help="what all parts may take together")
-    parser.add_argument("--only", nargs="*", help="parts: environment tests sanitizer ceilings ops cases")
+    parser.add_argument("--only", nargs="*", help="parts: build environment tests sanitizer ceilings ops cases")
     parser.add_argument("--cases", nargs="*", choices=GPU_CASES, default=CASE_ORDER)
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=BASELINES)
     parser.add_argument("--commit", help="commit to record where the checkout has no git")
@@ -366,12 +371,13 @@ def main() -> int:
         print("gpu_suite: torch sees no GPU here; --device cpu --size tiny tries the suite itself", file=sys.stderr)
         return 2
     if options.exercise:
-        exercise(torch.device(options.device), options.backend)
+        for engine in options.backend or ["auto"]:
+            exercise(torch.device(options.device), engine)
         return 0
     suite = Suite(options)
-    for name in ("environment", "tests", "sanitizer", "ceilings", "ops", "cases"):
+    for name in ("build", "environment", "tests", "sanitizer", "ceilings", "ops", "cases"):
         suite.part(name, getattr(suite, name))
-    suite.table()
+    gpu_tables.show(suite.results, ENGINES, BASELINES, suite.console)
     return 1 if suite.results["errors"] else 0
 
 

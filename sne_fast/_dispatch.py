@@ -7,7 +7,9 @@ A backend is a module under :mod:`sne_fast.backends` with
 - ``why_not(op, args) -> list[str]``: why it cannot take this call;
 - ``KERNELS``: op name -> function with the schema's arguments and results;
 - optional ``AUTO_DEVICES``, where ``auto`` may take it, if not all of ``DEVICES``;
-- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast._selftest` on the device.
+- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast._selftest` on the device, and
+  again when one of ``SOURCES`` has changed, files and folders of this package;
+- optional ``preferred(op, args) -> bool``: whether ``auto`` asks it before those of higher priority for this call.
 """
 
 from __future__ import annotations
@@ -135,6 +137,17 @@ def _auto_reasons(backend: ModuleType, op: str, device: torch.device, args: tupl
     return reasons
 
 
+def _in_turn(loaded: dict[str, ModuleType], op: str, device: torch.device, args: tuple[Any, ...]) -> list[ModuleType]:
+    """The backends as ``auto`` asks them: those that prefer this call, then by priority."""
+
+    def place(backend: ModuleType) -> tuple[bool, int]:
+        prefers = getattr(backend, "preferred", None)
+        here = device.type in getattr(backend, "AUTO_DEVICES", (device.type,))
+        return not (prefers is not None and here and prefers(op, args)), -backend.PRIORITY
+
+    return sorted(loaded.values(), key=place)
+
+
 def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     loaded, _ = _load()
     device = _device_of(args)
@@ -145,7 +158,7 @@ def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
             raise BackendError(f"{op}: backend {name!r} cannot run it: " + "; ".join(reasons))
         return loaded[name].KERNELS[op]
     refusals = []
-    for backend in sorted(loaded.values(), key=lambda module: -module.PRIORITY):
+    for backend in _in_turn(loaded, op, device, args):
         reasons = _auto_reasons(backend, op, device, args)
         if not reasons:
             return backend.KERNELS[op]

@@ -157,12 +157,15 @@ def device_key(device: torch.device) -> str:
 
 
 @functools.cache
-def _source_digest(backend_file: str) -> str:
-    """Of the engine's module and the kernels: who changes one tests it again."""
+def _source_digest(backend_file: str, sources: tuple[str, ...]) -> str:
+    """Of the engine's module, its kernels and its library: who changes one tests it again."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in sorted([*here.glob("kernels/**/*"), Path(backend_file)]):
-        if path.suffix in (".py", ".json", ".so"):
+    files = {Path(backend_file)}
+    for source in sources:
+        files |= {here / source, *(here / source).glob("**/*")}
+    for path in sorted(files):
+        if path.suffix in (".py", ".json", ".so") and path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -175,7 +178,7 @@ def _environment_key(where: str, backend: ModuleType) -> str:
             return "none"
 
     file = getattr(backend, "__file__", None)
-    source = _source_digest(file) if file else "none"
+    source = _source_digest(file, tuple(getattr(backend, "SOURCES", ()))) if file else "none"
     return f"{where} | {_driver()} | torch {torch.__version__} | triton {version('triton')} | " + (
         f"sne_fast {version('sne_fast')} {source}"
     )

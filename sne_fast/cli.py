@@ -325,42 +325,10 @@ def bench(
 
 @app.command()
 def info() -> None:
-    """Show versions, devices, and which engines run here and why others do not."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
+    """Show versions, devices, and of the engines: what was built, where it has run, and why one is not used here."""
+    from ._info import text
 
-    import torch
-
-    from . import __version__, explain
-
-    def found(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    rows: list[list[str]] = [
-        ["sne_fast", __version__],
-        ["python", platform.python_version()],
-        ["platform", platform.platform()],
-    ]
-    rows += [[name, found(name)] for name in ("torch", "triton", "numpy", "safetensors")]
-    rows.append(
-        ["cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
-    )
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(i)
-            rows.append(
-                [f"cuda:{i}", f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"]
-            )
-    else:
-        rows.append(["cuda", "no device"])
-    width = max(len(row[0]) for row in rows)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
-    typer.echo()
-    typer.echo(str(explain()))
+    typer.echo(text())
 
 
 def main() -> None:

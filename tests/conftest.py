@@ -1,6 +1,7 @@
 """Before torch is loaded: OpenMP's waiting threads sleep, so that tests are not slowed by whatever else runs."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,3 +11,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Here, as pytest knows options of the folders named on its command line and of those above only.
     parser.addoption("--all-variants", action="store_true", help="tests/aot: compile every variant, also for sm_120")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each engine for a GPU in turn, skipped, visibly, where it does not run."""
+    import torch
+
+    import sne_fast
+
+    reports = [r for r in sne_fast.explain(torch.device("cuda")) if r.backend == request.param and r.reasons]
+    if reports:
+        pytest.skip(f"{request.param}: {reports[0].reasons[0]}")
+    with sne_fast.use_backend(request.param):
+        yield request.param

@@ -1,4 +1,4 @@
-"""The Triton engine on a GPU: parity, synchronisation, CUDA graphs, streams, compile, autocast."""
+"""The engines for a GPU, Triton's and CUDA's: parity, synchronisation, CUDA graphs, streams, compile, autocast."""
 
 from __future__ import annotations
 
@@ -126,12 +126,6 @@ CALLS = {
 }
 
 
-@pytest.fixture
-def triton_engine() -> Iterator[None]:
-    with sne_fast.use_backend("triton"):
-        yield
-
-
 def compare(call: Call, forward: float, backward: float) -> None:
     for place, (got, want) in enumerate(zip(call.results(), call.exact(), strict=True)):
         assert got.shape == want.shape and got.isfinite().all(), place
@@ -142,7 +136,7 @@ def compare(call: Call, forward: float, backward: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "precision", "forward", "backward"), PRECISIONS)
 @pytest.mark.parametrize("name", CALLS)
-def test_parity(triton_engine, name: str, dtype, precision, forward, backward) -> None:
+def test_parity(gpu_engine, name: str, dtype, precision, forward, backward) -> None:
     with products(precision):
         compare(CALLS[name](dtype), forward, backward)
 
@@ -150,19 +144,19 @@ def test_parity(triton_engine, name: str, dtype, precision, forward, backward) -
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize(("h", "heads"), [(32, 4), (64, 1), (64, 8), (128, 2), (256, 4), (256, 32)])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
-def test_attention_widths_and_heads(triton_engine, lengths, h: int, heads: int, dtype: torch.dtype) -> None:
+def test_attention_widths_and_heads(gpu_engine, lengths, h: int, heads: int, dtype: torch.dtype) -> None:
     compare(attention(lengths, dtype, h, heads), *((1e-5, 1e-4) if dtype == SINGLE else (5e-2, 0.2)))
 
 
 @pytest.mark.parametrize("lengths", [[1] * 500, [20] * 300, [100] * 50, [200000, 3], [0, 0], []], ids=str)
 @pytest.mark.parametrize(("h", "queries"), [(64, 4), (48, 3), (256, 32), (512, 1)])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
-def test_pooling_lengths(triton_engine, lengths: list[int], h: int, queries: int, dtype: torch.dtype) -> None:
+def test_pooling_lengths(gpu_engine, lengths: list[int], h: int, queries: int, dtype: torch.dtype) -> None:
     compare(pooling(lengths, dtype, h, queries), *((1e-5, 1e-4) if dtype == SINGLE else (5e-2, 0.2)))
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
-def test_attention_loses_at_most_twice_what_pytorch_does(triton_engine, dtype: torch.dtype) -> None:
+def test_attention_loses_at_most_twice_what_pytorch_does(gpu_engine, dtype: torch.dtype) -> None:
     call = attention(LENGTHS["long"], dtype)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -176,7 +170,7 @@ def test_attention_loses_at_most_twice_what_pytorch_does(triton_engine, dtype: t
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
-def test_the_same_bits_twice(triton_engine, name: str, dtype: torch.dtype) -> None:
+def test_the_same_bits_twice(gpu_engine, name: str, dtype: torch.dtype) -> None:
     call = CALLS[name](dtype)
     assert all(torch.equal(a, b) for a, b in zip(call.results(), call.results(), strict=True))
 
@@ -185,7 +179,7 @@ def test_the_same_bits_twice(triton_engine, name: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_no_host_synchronisation(triton_engine, name: str) -> None:
+def test_no_host_synchronisation(gpu_engine, name: str) -> None:
     call = CALLS[name](BRAIN)
     want = call.results()  # compiles
     with no_host_synchronisation():
@@ -209,14 +203,14 @@ def train_step(model: torch.nn.Module, batch: sne_fast.WeightBatch) -> Tensor:
     return loss
 
 
-def test_a_training_step_does_not_synchronise(triton_engine) -> None:
+def test_a_training_step_does_not_synchronise(gpu_engine) -> None:
     model, batch = model_and_batch()
     train_step(model, batch)
     with no_host_synchronisation():
         train_step(model, batch)
 
 
-def test_cuda_graph_of_a_training_step(triton_engine) -> None:
+def test_cuda_graph_of_a_training_step(gpu_engine) -> None:
     model, batch = model_and_batch()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -246,7 +240,7 @@ def test_cuda_graph_of_a_training_step(triton_engine) -> None:
                 torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_cuda_graph_of_gathering(triton_engine) -> None:
+def test_cuda_graph_of_gathering(gpu_engine) -> None:
     call = gathering(SINGLE)
     call.results()
     leaves = [t.clone().requires_grad_() for t in call.inputs]
@@ -274,7 +268,7 @@ def test_cuda_graph_of_gathering(triton_engine) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_several_streams(triton_engine, name: str) -> None:
+def test_several_streams(gpu_engine, name: str) -> None:
     call = CALLS[name](SINGLE)
     want = call.results()
     torch.cuda.synchronize()
@@ -288,7 +282,7 @@ def test_several_streams(triton_engine, name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_on_a_gpu_that_is_not_the_current_one(triton_engine) -> None:
+def test_tensors_on_a_gpu_that_is_not_the_current_one(gpu_engine) -> None:
     x, logits, host = pool_case([5, 700], 64, 4, SINGLE)
     there = [t.to("cuda:1") for t in (x, logits, host)]
     got = functional.segment_pool(*there, ptr_host=host)
@@ -300,14 +294,14 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one(triton_engine) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gather_chunks"])
-def test_compiled_into_one_graph(triton_engine, name: str) -> None:
+def test_compiled_into_one_graph(gpu_engine, name: str) -> None:
     call = CALLS[name](SINGLE)
     compiled = Call(torch.compile(call.function, fullgraph=True), call.inputs, SINGLE)
     for got, want in zip(compiled.results(), call.results(), strict=True):
         torch.testing.assert_close(got, want)
 
 
-def test_autocast(triton_engine) -> None:
+def test_autocast(gpu_engine) -> None:
     model, batch = model_and_batch()
     with torch.autocast("cuda", BRAIN):
         z = model.encoder(batch)
@@ -327,19 +321,21 @@ def test_auto_tests_the_engine_and_takes_it(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(_selftest, "_results", {})
     loaded, _ = _dispatch._load()
-    engine, taken = loaded["triton"], []
+    taken: list[tuple[str, str]] = []
 
-    def counted(op: str) -> Callable[..., object]:
-        kernel = engine.KERNELS[op]
-        return lambda *args: (taken.append(op), kernel(*args))[1]
+    def counted(name: str, op: str) -> Callable[..., object]:
+        kernel = loaded[name].KERNELS[op]
+        return lambda *args: (taken.append((name, op)), kernel(*args))[1]
 
-    monkeypatch.setattr(engine, "KERNELS", {op: counted(op) for op in engine.KERNELS})
+    for name in ("triton", "cuda"):
+        monkeypatch.setattr(loaded[name], "KERNELS", {op: counted(name, op) for op in loaded[name].KERNELS})
     with sne_fast.use_backend("auto"):
         for make in CALLS.values():
             make(BRAIN).results()
         assert not any(_selftest._results.values()), _selftest._results
         tested = len(taken)
         CALLS["segment_pool"](BRAIN).results()
-    if "cuda" not in loaded:
-        assert taken[tested:] == ["segment_pool", "segment_pool_backward"]
+    able = [name for name in ("triton", "cuda") if not loaded[name].unavailable()]
+    assert able and [op for _, op in taken[tested:]] == ["segment_pool", "segment_pool_backward"]
+    assert {name for name, _ in taken[tested:]} <= set(able)
     assert _selftest.cache_file().exists()

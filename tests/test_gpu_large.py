@@ -1,4 +1,4 @@
-"""The Triton engine on tensors of more than 2^31 values: offsets that do not fit 32 bits."""
+"""The engines for a GPU on tensors of more than 2^31 values: offsets that do not fit 32 bits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ GPU, HALF, BRAIN = torch.device("cuda"), torch.float16, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def triton_engine():
-    with sne_fast.use_backend("triton"):
-        yield
+def every_engine(gpu_engine: str) -> None:
+    """Each test with each of them."""
 
 
 def need_memory(gigabytes: int) -> None:

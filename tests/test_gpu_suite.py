@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from sne_fast._cuda import winners
+from sne_fast.benchmark.gpu_ops import shape_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,7 +36,7 @@ def test_every_part_but_the_tests_runs_on_a_cpu(tmp_path: Path) -> None:
     assert environment["torch"] == torch.__version__ and "chunk_encode" in environment["engines"]
     ops = found["parts"]["ops"]
     assert {row["op"] for row in ops} == {"chunk_encode", "set_attention", "segment_pool", "gather_chunks"}
-    assert all(row["forward_seconds"] > 0 and row["error"] < 2e-2 for row in ops)
+    assert all(row["forward_seconds"] > 0 and row["error"] < 2e-2 and row["engine"] == "auto" for row in ops)
     cases = {(row["case"], row["dtype"]): row for row in found["parts"]["cases"]}
     assert set(cases) == {(c, d) for c in ("zoo", "resnet50") for d in ("bfloat16", "float32")}
     for row in cases.values():
@@ -42,6 +45,29 @@ def test_every_part_but_the_tests_runs_on_a_cpu(tmp_path: Path) -> None:
             ratio = row[f"eager {mode}"]["seconds"] / row[f"engine {mode}"]["seconds"]
             assert row[f"ratios {mode}"] == {"eager": pytest.approx(ratio)}
     assert "resnet50" in done.stdout and "segment_pool" in done.stdout  # the tables at the end
+
+
+@pytest.mark.slow
+def test_two_engines_are_measured_on_the_same_work(tmp_path: Path) -> None:
+    """As they are on a GPU, where one is cuda and the other triton."""
+    done, found = run_suite(
+        tmp_path / "gpu.json", "--device", "cpu", "--size", "tiny", "--backend", "cpu", "reference",
+        "--only", "environment", "ops", "cases", "--cases", "zoo", "--baselines",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = found["parts"]["ops"]
+    shapes = {e: [shape_of(row) for row in rows if row["engine"] == e] for e in ("cpu", "reference")}
+    assert shapes["cpu"] == shapes["reference"] and len(set(shapes["cpu"])) == len(shapes["cpu"]) >= 10
+    for case in found["parts"]["cases"]:
+        assert case["engine"] == "cpu" and set(case["checks"]) == {"reference"}
+        ratio = case["reference forward"]["seconds"] / case["engine forward"]["seconds"]
+        assert case["ratios forward"] == {"reference": pytest.approx(ratio)}
+    # What was measured is what the dispatcher's table is made of.
+    for row in rows:
+        row["engine"] = {"cpu": "cuda", "reference": "triton"}[row["engine"]]
+    found["parts"]["environment"] |= {"capability": [9, 0], "dirty": False}
+    named = {rule.when.op for rule in winners.rules_from(found, "gpu.json")}
+    assert {"chunk_encode", "set_attention_backward"} <= named, "the C++ engine is faster than the reference"
 
 
 def test_what_was_measured_before_time_ran_out_is_kept(tmp_path: Path) -> None:
@@ -57,6 +83,9 @@ def test_a_part_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Pa
                             "--only", "ops", "environment", "--cases", "zoo")  # fmt: skip
     assert done.returncode == 1
     assert "backend 'cuda' cannot run it" in found["errors"]["ops"] and "environment" in found["parts"]
+    tried = [op for op in ("chunk_encode", "set_attention", "segment_pool", "gather_chunks")
+             if f"{op}: backend 'cuda' cannot run it" in found["errors"]["ops"]]  # fmt: skip
+    assert len(tried) == 4, "one engine's failure does not stop the other ops"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

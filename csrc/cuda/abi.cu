@@ -29,6 +29,22 @@ const char *sne_fast_cuda_architectures(void) {
 #endif
 }
 
+int sne_fast_cuda_runtime_version(void) {
+#if defined(SNE_EMULATED)
+  return 0;
+#else
+  return CUDART_VERSION;
+#endif
+}
+
+int sne_fast_cuda_driver_version(void) {
+  int version = 0;
+#if !defined(SNE_EMULATED)
+  if (cudaDriverGetVersion(&version) != cudaSuccess) return 0;
+#endif
+  return version;
+}
+
 void sne_fast_cuda_emulated_schedule(uint64_t seed) {
 #if defined(SNE_EMULATED)
   sne::emulator::schedule(seed);

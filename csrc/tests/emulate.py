@@ -18,6 +18,10 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contr
          "-Wextra", f"-I{CSRC}", f"-I{CSRC / 'include'}"]  # fmt: skip
 
 
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
 def sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
@@ -30,7 +34,7 @@ def digest() -> str:
 
 def build(target: Path, objects: Path) -> None:
     """Compile all kernels into ``target``; objects whose source is unchanged are used again."""
-    cxx = shlex.split(os.environ.get("CXX", "g++"))
+    cxx = compiler()
     objects.mkdir(parents=True, exist_ok=True)
     headers = [*(CSRC / "cuda").glob("*.h"), *(CSRC / "include" / "sne_fast").iterdir()]
     newest = max(path.stat().st_mtime for path in headers)

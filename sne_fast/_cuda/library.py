@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._precision import product_precision
+from . import compatibility
 
 ABI = 1
 EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
@@ -52,6 +53,8 @@ SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
     "sne_fast_cuda_abi": (_INT, []),
     "sne_fast_cuda_status": (_TEXT, [_INT]),
     "sne_fast_cuda_architectures": (_TEXT, []),
+    "sne_fast_cuda_runtime_version": (_INT, []),
+    "sne_fast_cuda_driver_version": (_INT, []),
     "sne_fast_cuda_emulated_schedule": (None, [ctypes.c_uint64]),
     "sne_fast_cuda_chunk_weights_size": (_I64, [_I64, _I64]),
     "sne_fast_cuda_chunk_weights": (_INT, [_INT, _REF, _REF]),
@@ -78,6 +81,8 @@ def open_library(path: Path) -> ctypes.CDLL:
     found = lib.sne_fast_cuda_abi()
     if found != ABI:
         raise OSError(f"{path} has ABI {found}, this sne_fast needs {ABI}: reinstall sne_fast")
+    if (lib.sne_fast_cuda_architectures() == b"emulated") != EMULATED:
+        raise OSError(f"{path} is {'no' if EMULATED else 'an'} emulated build, see {EMULATED_ENVIRONMENT_VARIABLE}")
     return lib
 
 
@@ -114,8 +119,17 @@ def library() -> ctypes.CDLL:
 
 
 def architectures() -> list[str]:
-    """What the library was compiled for, such as ``["80", "90a", "120+ptx"]``."""
+    """What the library was compiled for, such as ``["80+ptx", "90a", "compute_120"]``."""
     return library().sne_fast_cuda_architectures().decode().split()
+
+
+def device_reasons(index: int) -> list[str]:
+    """Why the loaded library cannot run on ``cuda:index``; empty if it can."""
+    lib = library()
+    return compatibility.device_reasons(
+        f"cuda:{index}", torch.cuda.get_device_capability(index), architectures(),
+        lib.sne_fast_cuda_driver_version(), lib.sne_fast_cuda_runtime_version(),
+    )  # fmt: skip
 
 
 def precision(dtype: torch.dtype) -> int:

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from .._cuda import library
+from .._cuda import library, winners
 from .._schema import FORWARD_OPS, SCHEMAS
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cpu",) if library.EMULATED else ("cuda",)
 AUTO_DEVICES: tuple[str, ...] = ("cuda",)
-PRIORITY = 100  # below Triton until a committed measurement says otherwise
+PRIORITY = 100  # below Triton, but for calls that a committed measurement names: preferred()
 SELF_TEST = True
+SOURCES = ("_cuda", "_plans", library.LIBRARY_FILE.name)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,9 +27,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @functools.cache
 def unavailable() -> list[str]:
     reasons = list(library.reasons())
-    if not library.EMULATED and (not torch.cuda.is_available() or torch.version.cuda is None):
-        reasons.append("torch finds no NVIDIA GPU here")
-    return reasons
+    if library.EMULATED:
+        return reasons
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return [*reasons, "torch finds no NVIDIA GPU here"]
+    if reasons:
+        return reasons
+    # One GPU of several that can run it is enough; why_not asks about the one at hand.
+    of_devices = [library.device_reasons(index) for index in range(torch.cuda.device_count())]
+    return [] if not all(of_devices) else list(dict.fromkeys(reason for found in of_devices for reason in found))
+
+
+@functools.cache
+def _device_reasons(index: int) -> list[str]:
+    return library.device_reasons(index)
 
 
 @functools.cache
@@ -46,9 +58,16 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     dtype, device = _computed_in(op, args)
     forward = op.removesuffix("_backward")
     reasons = []
+    if device.type == "cuda":
+        reasons += _device_reasons(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES and forward != "gather_chunks":
         reasons.append(f"computes float32, float16 and bfloat16, got {dtype}")
     return reasons or _module(forward).why_not(op, args)
+
+
+def preferred(op: str, args: tuple[Any, ...]) -> bool:
+    """Where a committed measurement on such a GPU says that this engine was faster than Triton's."""
+    return winners.preferred(op, args)
 
 
 def _kernel(op: str, *args: Any) -> Any:

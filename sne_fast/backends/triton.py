@@ -22,6 +22,7 @@ DEVICES: tuple[str, ...] = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 AUTO_DEVICES: tuple[str, ...] = ("cuda",)
 PRIORITY = 200
 SELF_TEST = True
+SOURCES = ("kernels", "_plans")
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import functional
 from .._dispatch import use_backend
+from .._precision import product_precision
 from ..batch import WeightBatch
 from .cases import CASES
 from .checks import LOSS_RATIO, CheckFailed, relative_error
@@ -22,6 +23,17 @@ from .networks import BottleneckResNet
 Row = dict[str, Any]
 WIDTH = 64
 HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # float32 products may be tf32
+
+
+def _shape(engine: str, dtype: torch.dtype, width: int, heads: int, length: float, rows: int) -> Row:
+    """Who was measured on what, as :mod:`sne_fast._cuda.winners` reads it: ``length`` is the mean of a set."""
+    return {"engine": engine, "dtype": str(dtype), "products": product_precision(dtype), "width": width,
+            "heads": heads, "length": length, "rows": rows}  # fmt: skip
+
+
+def shape_of(row: Row) -> tuple[Any, ...]:
+    """What two engines' rows of the same work have in common."""
+    return tuple(row.get(key) for key in ("op", "dtype", "products", "width", "heads", "length", "rows"))
 
 
 def _agree(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
@@ -60,9 +72,12 @@ def zoo_batch(weights: int, device: torch.device) -> WeightBatch:
     return WeightBatch.cat([some] * max(1, round(weights / some.num_weights))).to(device)
 
 
-def chunk_encode(device: torch.device, dtype: torch.dtype, weights: int, product_rate: float, backend: str) -> Row:
+def chunk_encode(
+    device: torch.device, dtype: torch.dtype, weights: int, product_rate: float, backend: str
+) -> Iterator[Row]:
     """Weights per second of the chunk stage, h = 64, 4 heads, chunks of 32, forward and training step."""
-    stage = CASES["zoo"].encoder().to(device).chunk_encoder
+    encoder = CASES["zoo"].encoder().to(device)
+    stage, heads = encoder.chunk_encoder, int(encoder.config["num_heads"])
     batch = zoo_batch(weights, device)
     small = batch[:2]
 
@@ -76,8 +91,10 @@ def chunk_encode(device: torch.device, dtype: torch.dtype, weights: int, product
         error = _agree("chunk_encode", run(small, backend), run(small, "reference"), dtype)
     forward, step = _both(lambda: run(batch, backend), [stage.code_gain], device)
     operations = chunk_operations(batch, WIDTH)
-    return {
-        "op": "chunk_encode", "dtype": str(dtype), "weights": batch.num_weights, "error": error,
+    chunks = batch.chunk_ptr.shape[0] - 1
+    yield {
+        "op": "chunk_encode", **_shape(backend, dtype, WIDTH, heads, batch.num_weights / chunks, batch.num_weights),
+        "weights": batch.num_weights, "error": error,
         "forward_seconds": forward, "step_seconds": step,
         "forward_weights_per_second": batch.num_weights / forward, "step_weights_per_second": batch.num_weights / step,
         "forward_fraction_of_products": operations / forward / product_rate,
@@ -118,9 +135,16 @@ def _flex(ptr: Tensor, rows: int, heads: int) -> Callable[..., Tensor]:
 
 
 def set_attention(
-    device: torch.device, dtype: torch.dtype, rows: int, longest: int, heads: int, product_rate: float, backend: str
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    longest: int,
+    heads: int,
+    product_rate: float,
+    backend: str,
+    rivals: bool = True,
 ) -> Iterator[Row]:
-    """Self attention in sets of 1 to `longest` rows, h = 64: ours, then `varlen_attn`, then FlexAttention."""
+    """Self attention in sets of 1 to `longest` rows, h = 64: ours, then, as rivals, `varlen_attn` and FlexAttention."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, longest + 1, (max(1, 2 * rows // (longest + 1)),), generator=generator)
     host = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -140,6 +164,7 @@ def set_attention(
         error = _agree("set_attention", ours(*part, at=head), ours(*part, name="reference", at=head), dtype)
         expected = ours(q, k, v)
     row = {"op": "set_attention", "dtype": str(dtype), "rows": rows, "longest": longest, "head_width": WIDTH // heads}
+    own = _shape(backend, dtype, WIDTH, heads, rows / len(lengths), rows)
 
     def measured(name: str, run: Callable[..., Tensor], queries: Tensor = q) -> Row:
         inputs = [queries, k, v]
@@ -153,18 +178,18 @@ def set_attention(
             "forward_fraction_of_products": operations / forward / product_rate,
         }  # fmt: skip
 
-    yield measured("sne_fast", ours)
-    if device.type != "cuda":
+    yield {**measured("sne_fast", ours), **own}
+    if device.type != "cuda" or not rivals:
         return
-    rivals: dict[str, Callable[[], Row]] = {}
+    others: dict[str, Callable[[], Row]] = {}
     if dtype != torch.float32:
         # Its scale is 1/sqrt(d), ours 1/sqrt(h): its queries come in scaled by the difference.
         scaled = q.detach() / math.sqrt(heads)
-        rivals["torch.nn.attention.varlen"] = lambda: measured(
+        others["torch.nn.attention.varlen"] = lambda: measured(
             "torch.nn.attention.varlen", lambda q, k, v: _varlen(q, k, v, ptr, longest, heads), scaled
         )
-    rivals["FlexAttention"] = lambda: measured("FlexAttention", _flex(ptr, rows, heads))
-    for name, measure in rivals.items():
+    others["FlexAttention"] = lambda: measured("FlexAttention", _flex(ptr, rows, heads))
+    for name, measure in others.items():
         try:
             yield measure()
         except Exception as error_of_rival:  # a rival that fails is reported, not hidden
@@ -176,7 +201,7 @@ def set_attention(
 
 def segment_pool(
     device: torch.device, dtype: torch.dtype, rows: int, length: int, bandwidth: float, backend: str
-) -> Row:
+) -> Iterator[Row]:
     """Pooling of segments of `length` rows by four queries, h = 64: share of the copy bandwidth."""
     queries, segments = 4, max(1, rows // length)
     host = torch.arange(segments + 1) * length
@@ -194,13 +219,15 @@ def segment_pool(
     forward, step = _both(run, [x, logits], device)
     size = x.element_size()
     moved = size * (rows * (WIDTH + queries) + segments * queries * WIDTH)
-    return {
-        "op": "segment_pool", "dtype": str(dtype), "rows": rows, "length": length, "error": error,
+    yield {
+        "op": "segment_pool", **_shape(backend, dtype, WIDTH, queries, length, rows), "error": error,
         "forward_seconds": forward, "step_seconds": step, "forward_fraction_of_copy": moved / forward / bandwidth,
     }  # fmt: skip
 
 
-def gather_chunks(device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float, backend: str) -> Row:
+def gather_chunks(
+    device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float, backend: str
+) -> Iterator[Row]:
     """ResNet-50's float32 tensors, several copies, cut into chunk order in one call: share of the copy bandwidth.
 
     Without a copy, the tensors of a much smaller one.
@@ -220,7 +247,8 @@ def gather_chunks(device: torch.device, dtype: torch.dtype, copies: int, bandwid
         forward = median_seconds(run, device)
     count = sum(t.numel() for t in tensors)
     moved = 4 * count + torch.empty(0, dtype=dtype).element_size() * count
-    return {
-        "op": "gather_chunks", "dtype": str(dtype), "weights": count, "tensors": len(tensors), "error": error,
+    yield {
+        "op": "gather_chunks", **_shape(backend, dtype, 0, 0, 0, count), "weights": count, "tensors": len(tensors),
+        "error": error,
         "forward_seconds": forward, "forward_fraction_of_copy": moved / forward / bandwidth,
     }  # fmt: skip

@@ -1,15 +1,38 @@
+"""Tests of the CUDA kernels on a host, every CUDA thread a fiber (csrc/cuda/emulator.h).
+
+Plain ``pytest`` builds the library and runs them by tests/test_cuda_emulated.py, each file in a process of its own:
+``python csrc/tests/emulate.py OUT.so; SNE_FAST_CUDA_EMULATED=OUT.so python -m pytest tests/emulate``.
+"""
+
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "csrc" / "tests")]  # op_cases; emulate
+EMULATED = bool(os.environ.get("SNE_FAST_CUDA_EMULATED"))
+# The engine reads its switch when it is imported.
+collect_ignore_glob = [] if EMULATED else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs():
+def poisoned_outputs() -> Iterator[None]:
+    """Whatever a kernel leaves unwritten is NaN: torch fills new memory so in its deterministic mode."""
     import torch
 
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def numbered_order() -> Iterator[None]:
+    """Threads run as numbered unless a test says otherwise; what it says ends with it."""
+    from sne_fast._cuda import library
+
+    yield
+    if not library.reasons():
+        library.library().sne_fast_cuda_emulated_schedule(0)

@@ -33,8 +33,12 @@ enum sne_fast_cuda_status {
 
 SNE_FAST_CUDA_API int sne_fast_cuda_abi(void);
 SNE_FAST_CUDA_API const char *sne_fast_cuda_status(int status);
-/* What it was compiled for, such as "80 90a 100a 120+ptx"; "emulated" for the host build. */
+/* What it was compiled for, such as "80+ptx 90a 100a compute_120": a cubin each, PTX besides, PTX alone; "emulated" for
+ * the host build. */
 SNE_FAST_CUDA_API const char *sne_fast_cuda_architectures(void);
+/* CUDA that it was built with, and the newest that the driver here knows, as 13000 for 13.0; 0 for none. */
+SNE_FAST_CUDA_API int sne_fast_cuda_runtime_version(void);
+SNE_FAST_CUDA_API int sne_fast_cuda_driver_version(void);
 /* Order in which emulated threads run: 0 as numbered, else drawn by this seed. Nothing on a GPU. */
 SNE_FAST_CUDA_API void sne_fast_cuda_emulated_schedule(uint64_t seed);
 

@@ -1,0 +1,66 @@
+"""The tables that `bench/gpu_suite.py` ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sne_fast.benchmark import gpu_ops
+
+Json = dict[str, Any]
+SHAPES = {"chunk_encode": ("weights",), "gather_chunks": ("weights",), "segment_pool": ("rows", "length"),
+          "set_attention": ("rows", "longest", "head_width")}  # fmt: skip
+
+
+def show(results: Json, engines: Sequence[str], baselines: Sequence[str], console: Console) -> None:
+    """Ops and cases, as far as they were measured; then what was left out or failed, a line each."""
+    console.print(_ops(results["parts"].get("ops", [])))
+    console.print(_cases(results["parts"].get("cases", []), engines, baselines))
+    for kind in ("skipped", "errors"):
+        for name, text in results[kind].items():
+            console.print(f"{kind}: {name}: {text.strip().splitlines()[-1][:300]}", highlight=False)
+
+
+def _ops(rows: Sequence[Json]) -> Table:
+    table = Table(title="ops", box=None)
+    for heading in ("op", "dtype", "shape", "by", "forward", "step", "rate", "of the limit", "vs triton"):
+        table.add_column(heading)
+    of_triton = {gpu_ops.shape_of(row): row for row in rows if row.get("engine") == "triton"}
+    for row in rows:
+        shape = ", ".join(f"{key} {row[key]}" for key in SHAPES[row["op"]])
+        what = (row["op"], row["dtype"].removeprefix("torch."), shape)
+        by = row.get("engine") or row["by"]
+        if "skipped" in row:
+            table.add_row(*what, by, row["skipped"][:60])
+            continue
+        share = next((v for k, v in row.items() if k.startswith("forward_fraction")), None)
+        rate = row.get("forward_weights_per_second")
+        rival = of_triton.get(gpu_ops.shape_of(row)) if by == "cuda" else None
+        table.add_row(
+            *what, by, f"{1e3 * row['forward_seconds']:.3f} ms",
+            f"{1e3 * row['step_seconds']:.3f} ms" if "step_seconds" in row else "",
+            f"{rate / 1e9:.2f} G/s" if rate else "", f"{share:.0%}" if share is not None else "",
+            f"{rival['forward_seconds'] / row['forward_seconds']:.2f}x" if rival else "",
+        )  # fmt: skip
+    return table
+
+
+def _cases(rows: Sequence[Json], engines: Sequence[str], baselines: Sequence[str]) -> Table:
+    table = Table(title="cases (times those of the engine; ratios of the others' to it)", box=None)
+    others = [name for name in engines if any(f"{name} forward" in row for row in rows)]
+    for heading in ("case", "dtype", "mode", "by", "engine", *others, *baselines, "peak memory"):
+        table.add_column(heading)
+    for row in rows:
+        for mode in ("forward", "training"):
+            if f"engine {mode}" not in row:
+                continue
+            engine, ratios = row[f"engine {mode}"], row[f"ratios {mode}"]
+            peak = f"{engine['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in engine else ""
+            table.add_row(
+                row["case"], row["dtype"], mode, row["engine"], f"{1e3 * engine['seconds']:.2f} ms",
+                *(f"{ratios[who]:.2f}x" if who in ratios else "-" for who in (*others, *baselines)), peak,
+            )  # fmt: skip
+    return table
