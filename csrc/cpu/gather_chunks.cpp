@@ -8,30 +8,10 @@
 #include <new>
 #include <vector>
 
+#include "sne_fast/half.h"
+
 namespace sne {
 namespace {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-inline float from_bits(uint32_t bits) {
-  float f;
-  memcpy(&f, &bits, sizeof f);
-  return f;
-}
-inline double real(double v) { return v; }
-inline float real(float v) { return v; }
-inline float real(BFloat v) { return from_bits(uint32_t(v.bits) << 16); }
-inline float real(Half v) {
-  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, exponent = (v.bits >> 10) & 31, mantissa = v.bits & 0x3ff;
-  if (exponent == 31) return from_bits(sign | 0x7f800000 | mantissa << 13);
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
-  return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-}
 
 // A piece of one matrix: its columns k0..k1-1, or the rows r0..r1-1 of a single column. offset is where the matrix
 // starts in the output.
@@ -78,9 +58,9 @@ void gather_piece(const sne_fast_gather_chunks_args &a, const Piece &p) {
   T *to = (T *)a.values;
   const T scale = T(a.scale[p.matrix]);
   if (scale == T(1))
-    walk(p, R, K, [&](int64_t i, int64_t v) { to[v] = T(real(from[i])); });
+    walk(p, R, K, [&](int64_t i, int64_t v) { to[v] = T(to_real(from[i])); });
   else
-    walk(p, R, K, [&](int64_t i, int64_t v) { to[v] = T(real(from[i])) / scale; });
+    walk(p, R, K, [&](int64_t i, int64_t v) { to[v] = T(to_real(from[i])) / scale; });
 }
 
 template <class T, class M>
