@@ -68,6 +68,8 @@ SNE_DEVICE uint32_t ballot(bool value) {
   return item.out;
 }
 
+SNE_DEVICE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
 SNE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 SNE_DEVICE float log2_fast(float x) { return __builtin_log2f(x); }
 SNE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
@@ -119,6 +121,7 @@ SNE_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 SNE_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+SNE_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 SNE_DEVICE float exp2_fast(float x) {
   float y;
