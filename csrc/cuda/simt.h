@@ -78,8 +78,8 @@ SNE_DEVICE float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
 SNE_DEVICE float min_of(float a, float b) { return __builtin_fminf(a, b); }
 
 // 16 bytes from global to shared memory, both aligned; there once copies_done() has returned and the block has met.
-SNE_DEVICE void copy_async(void *shared, const void *global) { memcpy(shared, global, 16); }
-SNE_DEVICE void copies_done() {}
+SNE_DEVICE void copy_async(void *shared, const void *global) { emulator::copy_async(shared, global); }
+SNE_DEVICE void copies_done() { emulator::copies_done(); }
 
 template <class... P, class... A>
 int launch(Stream, int64_t x, int64_t y, int threads, size_t shared, void (*kernel)(P...), A... args) {
