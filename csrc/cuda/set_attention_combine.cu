@@ -23,7 +23,8 @@ SNE_DEVICE Value find_value(const Call &call, const int64_t *own_ptr, const int6
   const int64_t end = inner_ptr[set + 1];
   const int64_t element = block_id(1) * kThreads + thread_id(), local = element / columns, column = element % columns;
   v.row = own_ptr[set] + local;
-  v.none = end <= last || v.begin >> call.split_bits != page || end - v.begin <= call.split || v.row >= own_ptr[set + 1];
+  const bool whole = end <= last || v.begin >> call.split_bits != page || end - v.begin <= call.split;
+  v.none = whole || v.row >= own_ptr[set + 1];
   const int64_t d = call.width / call.heads;
   v.at = element;
   v.rows_at = local * call.heads + column / d;

@@ -16,9 +16,10 @@ struct Softmax {
 
 // Takes in 16 * groups keys, of which `left` exist where they may be fewer (masked).
 template <class Op, int D, int groups, bool masked>
-SNE_DEVICE void attend(Softmax<D> &s, const Own<Op, D> &q, const typename Op::Storage *keys,
+SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage *keys,
                        const typename Op::Storage *values, int left, float scale) {
   constexpr int kStride = Inner<Op, D>::kStride;
+  q.keep();
   Tile p[2 * groups] = {};
   SNE_UNROLL
   for (int i = 0; i < groups; ++i) multiply_transposed<Op, D>(p + 2 * i, q.a, keys + 16 * i * kStride);
@@ -61,35 +62,43 @@ SNE_DEVICE void attend(Softmax<D> &s, const Own<Op, D> &q, const typename Op::St
     multiply<Op, D>(s.out, rows16<Op>(p[2 * i], p[2 * i + 1]), values + 16 * i * kStride);
 }
 
+// Blocks a multiprocessor has registers for, where the compiler would take a few more than it needs.
 template <class Op, int D>
-SNE_KERNEL SNE_BOUNDS(kThreads, 1) forward_kernel(Call call) {
+constexpr int kBlocks = Op::kPacked && D == 8 ? 7 : Op::kPacked && D == 16 ? 6 : 1;
+
+template <class Op, int D>
+SNE_KERNEL SNE_BOUNDS(kThreads, (kBlocks<Op, D>)) forward_kernel(Call call) {
   using T = typename Op::Storage;
   constexpr int kStride = Inner<Op, D>::kStride;
   const Team team(call);
   const Unit unit = find_unit(call, team, call.q_ptr, call.k_ptr);
   if (unit.none) return;
-  const Stream2<Op, D> stream(call, team, unit, call.k, call.v);
-  if (unit.begin < unit.end) stream.start(0, unit.begin);
+  Tiles<Op, D> tiles(call, team, unit, call.k, call.v);
+  int64_t left = unit.end - unit.begin;  // inner rows
+  if (left > 0) tiles.start(0, left);
 
   const int64_t own = 16 * team.warp, count = unit.row_end - unit.row - own;
   const bool busy = count > 0;  // a warp without own rows helps to load
   Own<Op, D> q;
-  if (busy) q.load((const T *)call.q + (unit.row + own) * call.width + unit.head * D, call.width, count < 16 ? count : 16);
+  if (busy) {
+    const int64_t from = (unit.row + own) * call.width + unit.head * D;
+    q.load((const T *)call.q + from, call.width, count < 16 ? int(count) : 16);
+  }
   Softmax<D> s{{-INFINITY, -INFINITY}, {}, {}};
   const float scale = call.scale * kLog2e;
 
   int stage = 0;
-  for (int64_t at = unit.begin; at < unit.end; at += stream.rows(), stage ^= 1) {
+  for (; left > 0; left -= tiles.rows, stage ^= 1) {
     copies_done();
     team.sync();
-    if (at + stream.rows() < unit.end) stream.start(stage ^ 1, at + stream.rows());
+    if (left > tiles.rows) tiles.start(stage ^ 1, left - tiles.rows);
     if (!busy) continue;
-    const T *keys = stream.tile(stage, 0), *values = stream.tile(stage, 1);
-    int left = stream.count(at);
-    for (; left >= 32; left -= 32, keys += 32 * kStride, values += 32 * kStride)
-      attend<Op, D, 2, false>(s, q, keys, values, left, scale);
-    for (; left > 0; left -= 16, keys += 16 * kStride, values += 16 * kStride)
-      attend<Op, D, 1, true>(s, q, keys, values, left, scale);
+    const T *keys = tiles.tile(stage, 0), *values = tiles.tile(stage, 1);
+    int here = tiles.count(left);
+    for (; here >= 32; here -= 32, keys += 32 * kStride, values += 32 * kStride)
+      attend<Op, D, 2, false>(s, q, keys, values, here, scale);
+    for (; here > 0; here -= 16, keys += 16 * kStride, values += 16 * kStride)
+      attend<Op, D, 1, true>(s, q, keys, values, here, scale);
   }
   if (!busy) return;
 

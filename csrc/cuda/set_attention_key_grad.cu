@@ -1,5 +1,5 @@
-// set_attention's gradients of k and v: keys are own rows, so weights stand transposed, (keys, queries), as the products
-// over queries want them.
+// set_attention's gradients of k and v: keys are own rows, so that weights stand transposed, (keys, queries), as the
+// products over queries want them.
 #include "cuda/set_attention_tiles.h"
 
 namespace sne::set_attention {
@@ -13,10 +13,12 @@ template <class Op, int D>
 constexpr size_t kShared = Inner<Op, D>::kShared + kBlockWarps * 2 * Inner<Op, D>::kRows * sizeof(QueryNumbers);
 
 template <class Op, int D, int groups>
-SNE_DEVICE void add_queries(Tile *grad_k, Tile *grad_v, const Own<Op, D> &k, const Own<Op, D> &v,
+SNE_DEVICE void add_queries(Tile *grad_k, Tile *grad_v, Own<Op, D> &k, Own<Op, D> &v,
                             const typename Op::Storage *queries, const typename Op::Storage *grads,
                             const QueryNumbers *numbers, float scale) {
   constexpr int kStride = Inner<Op, D>::kStride;
+  k.keep();
+  v.keep();
   Tile p[2 * groups] = {}, dp[2 * groups] = {};
   SNE_UNROLL
   for (int i = 0; i < groups; ++i) {
@@ -43,29 +45,28 @@ SNE_DEVICE void add_queries(Tile *grad_k, Tile *grad_v, const Own<Op, D> &k, con
 }
 
 template <class Op, int D>
-SNE_KERNEL SNE_BOUNDS(kThreads, 1) key_grad_kernel(Call call) {
+SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) key_grad_kernel(Call call) {
   using T = typename Op::Storage;
   using In = Inner<Op, D>;
   constexpr int kStride = In::kStride, kGroups = D < 64 && Op::kPacked ? 2 : 1;
   const Team team(call);
   const Unit unit = find_unit(call, team, call.k_ptr, call.q_ptr);
   if (unit.none) return;
-  const Stream2<Op, D> stream(call, team, unit, call.q, call.grad);
+  Tiles<Op, D> tiles(call, team, unit, call.q, call.grad);
   QueryNumbers *numbers = (QueryNumbers *)((unsigned char *)shared_memory() + In::kShared) +
                           team.index * team.warps * 2 * In::kRows;  // two tiles' behind each other
   // A thread has a query's numbers on their way in registers; there are no more queries in a tile than threads. Where
   // there is no query, its weights are exp2(0 - infinity) = 0.
   QueryNumbers mine;
-  const auto load_mine = [&](int64_t at) {
-    const int64_t row = at + team.thread();
+  int64_t next = (unit.begin + team.thread()) * call.heads + unit.head;
+  const auto start = [&](int stage, int64_t left) {
+    tiles.start(stage, left);
     mine = {INFINITY, 0.0f};
-    if (row < unit.end && team.thread() < stream.rows())
-      mine = {base2_shift(call.lse[row * call.heads + unit.head]), call.mean[row * call.heads + unit.head]};
+    if (team.thread() < tiles.count(left)) mine = {base2_shift(call.lse[next]), call.mean[next]};
+    next += tiles.rows * call.heads;
   };
-  if (unit.begin < unit.end) {
-    stream.start(0, unit.begin);
-    load_mine(unit.begin);
-  }
+  int64_t left = unit.end - unit.begin;  // inner rows
+  if (left > 0) start(0, left);
 
   const int64_t own = 16 * team.warp, count = unit.row_end - unit.row - own;
   const bool busy = count > 0;
@@ -80,22 +81,19 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1) key_grad_kernel(Call call) {
   const float scale = call.scale * kLog2e;
 
   int stage = 0;
-  for (int64_t at = unit.begin; at < unit.end; at += stream.rows(), stage ^= 1) {
-    if (team.thread() < stream.rows()) numbers[stage * stream.rows() + team.thread()] = mine;
+  for (; left > 0; left -= tiles.rows, stage ^= 1) {
+    if (team.thread() < tiles.rows) numbers[stage * tiles.rows + team.thread()] = mine;
     copies_done();
     team.sync();
-    if (at + stream.rows() < unit.end) {
-      stream.start(stage ^ 1, at + stream.rows());
-      load_mine(at + stream.rows());
-    }
+    if (left > tiles.rows) start(stage ^ 1, left - tiles.rows);
     if (!busy) continue;
-    const T *queries = stream.tile(stage, 0), *grads = stream.tile(stage, 1);
-    const QueryNumbers *of = numbers + stage * stream.rows();
-    int left = stream.count(at);
+    const T *queries = tiles.tile(stage, 0), *grads = tiles.tile(stage, 1);
+    const QueryNumbers *of = numbers + stage * tiles.rows;
+    int here = tiles.count(left);
     constexpr int kStep = 16 * kGroups;
-    for (; left > 16 * (kGroups - 1); left -= kStep, queries += kStep * kStride, grads += kStep * kStride, of += kStep)
+    for (; here > 16 * (kGroups - 1); here -= kStep, queries += kStep * kStride, grads += kStep * kStride, of += kStep)
       add_queries<Op, D, kGroups>(grad_k, grad_v, k, v, queries, grads, of, scale);
-    if (kGroups > 1 && left > 0) add_queries<Op, D, 1>(grad_k, grad_v, k, v, queries, grads, of, scale);
+    if (kGroups > 1 && here > 0) add_queries<Op, D, 1>(grad_k, grad_v, k, v, queries, grads, of, scale);
   }
   if (!busy) return;
 

@@ -1,6 +1,6 @@
 // set_attention's gradient of q, and of each query the mean of its weights' gradient, which key_grad reads.
 //
-// With weights p and their gradient dp (keys on both), dq = sum_j p_j (dp_j - mean) k_j / sqrt(h), mean = sum_j p_j dp_j.
+// With weights p_j of keys and their gradient dp_j, dq = sum_j p_j (dp_j - mean) k_j / sqrt(h), mean = sum_j p_j dp_j.
 // <grad, out> is that mean, but for what rounded operands and a rounded out lose, which may outweigh the difference. So
 // one pass over the keys takes the sums with <grad, out> for the mean, and beside them what the mean lacks,
 // sum_j p_j (dp_j - <grad, out>), and what the lack is multiplied by, sum_j p_j k_j. Float needs no such correction.
@@ -23,9 +23,11 @@ struct Sums {
 };
 
 template <class Op, int D, int groups, bool masked>
-SNE_DEVICE void add_keys(Sums<Op, D> &s, const Own<Op, D> &q, const Own<Op, D> &grad, const typename Op::Storage *keys,
+SNE_DEVICE void add_keys(Sums<Op, D> &s, Own<Op, D> &q, Own<Op, D> &grad, const typename Op::Storage *keys,
                          const typename Op::Storage *values, int left, float scale) {
   constexpr int kStride = Inner<Op, D>::kStride;
+  q.keep();
+  grad.keep();
   Tile p[2 * groups] = {}, dp[2 * groups] = {};
   SNE_UNROLL
   for (int i = 0; i < groups; ++i) {
@@ -50,14 +52,15 @@ SNE_DEVICE void add_keys(Sums<Op, D> &s, const Own<Op, D> &q, const Own<Op, D> &
 }
 
 template <class Op, int D>
-SNE_KERNEL SNE_BOUNDS(kThreads, 1) query_grad_kernel(Call call) {
+SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call call) {
   using T = typename Op::Storage;
   constexpr int kStride = Inner<Op, D>::kStride, kGroups = D < 64 && Op::kPacked ? 2 : 1;
   const Team team(call);
   const Unit unit = find_unit(call, team, call.q_ptr, call.k_ptr);
   if (unit.none) return;
-  const Stream2<Op, D> stream(call, team, unit, call.k, call.v);
-  if (unit.begin < unit.end) stream.start(0, unit.begin);
+  Tiles<Op, D> tiles(call, team, unit, call.k, call.v);
+  int64_t left = unit.end - unit.begin;  // inner rows
+  if (left > 0) tiles.start(0, left);
 
   const int64_t own = 16 * team.warp, count = unit.row_end - unit.row - own;
   const bool busy = count > 0;
@@ -81,17 +84,17 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1) query_grad_kernel(Call call) {
   const float scale = call.scale * kLog2e;
 
   int stage = 0;
-  for (int64_t at = unit.begin; at < unit.end; at += stream.rows(), stage ^= 1) {
+  for (; left > 0; left -= tiles.rows, stage ^= 1) {
     copies_done();
     team.sync();
-    if (at + stream.rows() < unit.end) stream.start(stage ^ 1, at + stream.rows());
+    if (left > tiles.rows) tiles.start(stage ^ 1, left - tiles.rows);
     if (!busy) continue;
-    const T *keys = stream.tile(stage, 0), *values = stream.tile(stage, 1);
-    int left = stream.count(at);
-    for (; left >= 16 * kGroups; left -= 16 * kGroups, keys += 16 * kGroups * kStride, values += 16 * kGroups * kStride)
-      add_keys<Op, D, kGroups, false>(s, q, grad, keys, values, left, scale);
-    for (; left > 0; left -= 16, keys += 16 * kStride, values += 16 * kStride)
-      add_keys<Op, D, 1, true>(s, q, grad, keys, values, left, scale);
+    const T *keys = tiles.tile(stage, 0), *values = tiles.tile(stage, 1);
+    int here = tiles.count(left);
+    for (; here >= 16 * kGroups; here -= 16 * kGroups, keys += 16 * kGroups * kStride, values += 16 * kGroups * kStride)
+      add_keys<Op, D, kGroups, false>(s, q, grad, keys, values, here, scale);
+    for (; here > 0; here -= 16, keys += 16 * kStride, values += 16 * kStride)
+      add_keys<Op, D, 1, true>(s, q, grad, keys, values, here, scale);
   }
   if (!busy) return;
 

@@ -30,7 +30,11 @@ struct Inner {
   static constexpr size_t kShared = kBlockWarps * 4 * kValues * sizeof(T);
 };
 
-// Row of inner tile's 8 that column 2t + i of a tile of logits belongs to.
+// Blocks of the backward that a multiprocessor has registers for: the compiler alone would take a few more.
+template <class Op, int D>
+constexpr int kBackwardBlocks = std::is_same_v<Op, OpFloat> || D == 64 ? 2 : D == 32 ? 3 : D == 16 ? 4 : 5;
+
+// Row, of 8 of the inner tile, that column 2t + i of a tile of logits belongs to.
 template <class Op>
 SNE_DEVICE int inner_row(int i) {
   const int t = lane_id() % 4;
@@ -57,29 +61,30 @@ SNE_DEVICE void copy_rows(typename Op::Storage *tile, const typename Op::Storage
 
 // Tiles of inner rows of two matrices on their way through shared memory, two of each at a time.
 template <class Op, int D>
-struct Stream2 {
+struct Tiles {
   using T = typename Op::Storage;
   using In = Inner<Op, D>;
   const Team &team;
   T *memory;
-  const T *first, *second;
-  int64_t width, begin, end;
+  const T *first, *second;  // the next rows to come
+  int64_t width;
+  int rows;  // of a tile
 
-  SNE_MEMBER Stream2(const Call &call, const Team &team, const Unit &unit, const void *first, const void *second)
+  SNE_MEMBER Tiles(const Call &call, const Team &team, const Unit &unit, const void *first, const void *second)
       : team(team),
         memory((T *)shared_memory() + team.index * team.warps * (4 * In::kValues)),
         first((const T *)first + unit.begin * call.width + unit.head * D),
         second((const T *)second + unit.begin * call.width + unit.head * D),
         width(call.width),
-        begin(unit.begin),
-        end(unit.end) {}
-  SNE_MEMBER int rows() const { return team.warps * In::kRows; }
-  SNE_MEMBER int count(int64_t at) const { return end - at < rows() ? int(end - at) : rows(); }
-  SNE_MEMBER T *tile(int stage, int matrix) const { return memory + (2 * stage + matrix) * rows() * In::kStride; }
-  SNE_MEMBER void start(int stage, int64_t at) const {
-    const int64_t offset = (at - begin) * width;
-    copy_rows<Op, D>(tile(stage, 0), first + offset, width, count(at), team);
-    copy_rows<Op, D>(tile(stage, 1), second + offset, width, count(at), team);
+        rows(team.warps * In::kRows) {}
+  SNE_MEMBER int count(int64_t left) const { return left < rows ? int(left) : rows; }
+  SNE_MEMBER T *tile(int stage, int matrix) const { return memory + (2 * stage + matrix) * rows * In::kStride; }
+  // Starts to copy the next tile, of `left` rows to come.
+  SNE_MEMBER void start(int stage, int64_t left) {
+    copy_rows<Op, D>(tile(stage, 0), first, width, count(left), team);
+    copy_rows<Op, D>(tile(stage, 1), second, width, count(left), team);
+    first += rows * width;
+    second += rows * width;
   }
 };
 
@@ -149,7 +154,8 @@ SNE_DEVICE void multiply(Tile *c, const Rows16<Op> &a, const typename Op::Storag
       product(c[2 * j + 1], a, b[1]);
     }
   } else {
-    const float *even = rows + inner_row<Op>(0) * kStride + lane / 4, *odd = rows + inner_row<Op>(1) * kStride + lane / 4;
+    const float *even = rows + inner_row<Op>(0) * kStride + lane / 4;
+    const float *odd = rows + inner_row<Op>(1) * kStride + lane / 4;
     SNE_UNROLL
     for (int n = 0; n < D / 8; ++n) {
       Cols8<Op> b;
@@ -168,6 +174,18 @@ template <class Op, int D>
 struct Own {
   static constexpr int kSteps = (D + 15) / 16;
   Rows16<Op> a[kSteps];
+
+  // Called inside a loop, keeps the compiler from making the TF32 parts of all floats ahead of it: they would take more
+  // registers than there are.
+  SNE_MEMBER void keep() {
+#if !defined(SNE_EMULATED)
+    if constexpr (std::is_same_v<Op, OpFloat> && D == 64)
+      SNE_UNROLL
+      for (int j = 0; j < kSteps; ++j)
+        SNE_UNROLL
+        for (int i = 0; i < 8; ++i) asm volatile("" : "+f"(a[j].r[i]));
+#endif
+  }
 
   SNE_MEMBER void load(const typename Op::Storage *from, int64_t width, int count) {
     const int g = lane_id() / 4, t = lane_id() % 4;

@@ -101,7 +101,9 @@ def test_widths_and_heads(h: int, heads: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
-@pytest.mark.parametrize("lengths", [CASES["long"], CASES["few queries"], CASES["few keys"], CASES["many seeds"]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [CASES["long"], CASES["few queries"], CASES["few keys"], CASES["many seeds"]], ids=str
+)
 @pytest.mark.parametrize("heads", [1, 2])
 def test_half_types_ragged(lengths, heads: int, dtype: torch.dtype) -> None:
     case = inputs(*lengths, 32, dtype)
@@ -191,19 +193,36 @@ def test_teams_of_any_size(monkeypatch, warps: int, heads: int, dtype: torch.dty
         compare(run(engine, *case, heads), exact(*case, heads), forward, backward)
 
 
-def test_plans() -> None:
-    def plan(own: list[int], inner: list[int], heads: int = 4) -> engine.Plan:
-        return engine.Plan.make(*(Lengths.of(pointer(x)) for x in (own, inner)), sum(own), sum(inner), heads, 132)
+def test_plans(monkeypatch) -> None:
+    monkeypatch.setattr(engine, "LONGEST_SPLIT", 1024)
+    monkeypatch.setattr(engine, "SHORTEST_SPLIT", 256)
 
-    def summary(p: engine.Plan) -> tuple[int, ...]:
-        return p.warps, p.single, p.split, p.pieces, p.pages
+    def plan(own: list[int], inner: list[int], heads: int = 4) -> tuple[int, ...]:
+        p = engine.Plan.make(*(Lengths.of(pointer(x)) for x in (own, inner)), sum(own), sum(inner), heads, 132)
+        return p.warps, p.single, p.split, p.pieces, p.pages, p.most
 
-    assert summary(plan([3, 16, 2], [3, 16, 2])) == (1, True, 0, 3, 0)
-    assert summary(plan([20, 30], [20, 30])) == (2, True, 0, 2, 0)
-    assert summary(plan([20, 300], [20, 300])) == (4, False, 0, 5 + 2, 0)
-    assert summary(plan([20, 3], [100, 20])) == (2, False, 0, 0 + 2, 0) or True
-    assert summary(plan([4, 32], [10, 700])) == (2, False, 64, 11 + 2, 11) or True
-    assert summary(plan([], [])) == (1, True, 0, 0, 0)
+    assert plan([3, 16, 2], [3, 16, 2]) == (1, True, 0, 3, 0, 16)
+    assert plan([20, 30], [20, 30]) == (2, True, 0, 2, 0, 30)
+    assert plan([20, 300], [20, 300]) == (4, False, 0, 5 + 2, 0, 300)
+    assert plan([20, 3], [100, 511]) == (2, True, 0, 2, 0, 20)
+    assert plan([4, 32], [10, 700]) == (2, False, 256, 2 + 2, 2, 32)
+    assert plan([4, 40], [10, 1 << 20]) == (4, False, 1024, 1024 + 2, 1024, 40)
+    assert plan([4, 65], [10, 1 << 20])[2] == 0
+    assert plan([], []) == (1, True, 0, 0, 0, 0)
+
+
+def test_more_than_2_to_31_values(monkeypatch) -> None:
+    """Of keys and values: pages of memory that nothing touches, but for the last set's."""
+    monkeypatch.setattr(engine, "LONGEST_SPLIT", 1 << 20)
+    torch.use_deterministic_algorithms(False)
+    (q, few, _), _, _ = inputs([3], [5], 32, HALF)
+    rows = (1 << 26) + 100
+    keys = torch.empty(rows + 5, 32, dtype=HALF)
+    keys[rows:] = few
+    pointers = (torch.tensor([0, 0, 3]), torch.tensor([0, rows, rows + 5])) * 2
+    want, want_lse = engine.set_attention(q, few, few, *(pointer([3]), pointer([5])) * 2, 2)
+    got, lse = engine.set_attention(q, keys, keys, *pointers, 2)
+    assert torch.equal(got, want) and torch.equal(lse, want_lse)
 
 
 def test_sets_found_among_many() -> None:
