@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 // A place to go on at: what the stack pointer was. swapcontext does the same with a system call, five times slower.
@@ -79,6 +80,7 @@ struct Fiber {
   const uint64_t *round = nullptr;  // of the meeting it waits at
   uint64_t waits_for = 0;
   bool done = false;
+  std::vector<std::pair<void *, const void *>> copies;  // under way, of 16 bytes
 };
 
 struct State {
@@ -147,6 +149,7 @@ bool run_block() {
     fiber.context.make(s.stacks + kStack * i, kStack, enter);
     fiber.round = nullptr;
     fiber.done = false;
+    fiber.copies.clear();
   }
   const auto fresh = [](Meeting &m) { m.arrived = 0; };
   for (Meeting &m : s.warps) fresh(m);
@@ -155,20 +158,32 @@ bool run_block() {
   fresh(s.block);
   std::vector<int> order(s.count);
   for (int i = 0; i < s.count; ++i) order[i] = i;
-  for (int left = s.count; left;) {
-    if (s.seed)
-      for (int i = s.count - 1; i > 0; --i) std::swap(order[i], order[draw() % (i + 1)]);
+  int left = s.count;
+  // Runs the threads of one warp, or of all (-1), up to where each waits next. Whether any could run.
+  const auto step = [&](int warp) {
     bool moved = false;
     for (int i : order) {
       Fiber &fiber = s.fibers[i];
-      if (fiber.done || (fiber.round && *fiber.round < fiber.waits_for)) continue;
+      if (fiber.done || (fiber.round && *fiber.round < fiber.waits_for) || (warp >= 0 && i / kLanes != warp)) continue;
       s.current = i;
       go(s.scheduler, fiber.context);
-      if (s.failed) return false;
+      if (s.failed) break;
       moved = true;
       left -= fiber.done;
     }
-    if (!moved) {
+    return moved && !s.failed;
+  };
+  while (left) {
+    if (s.seed) {
+      for (int i = s.count - 1; i > 0; --i) std::swap(order[i], order[draw() % (i + 1)]);
+      // As often as not, one warp runs ahead of the others as far as it comes without them.
+      const int warps = (s.count + kLanes - 1) / kLanes, ahead = int(draw() % (2 * warps));
+      while (ahead < warps && step(ahead)) {
+      }
+    }
+    const bool moved = !s.failed && step(-1);
+    if (s.failed) return false;
+    if (left && !moved) {
       s.failed = true;
       s.error = "threads wait for others that have ended or wait elsewhere";
       for (const Meeting &m : s.warps)
@@ -201,6 +216,13 @@ void meet_named(int barrier, int threads) {
   if (barrier < 1 || barrier >= kBarriers || threads % kLanes || threads > state.count) fail("no such barrier");
   Meeting &m = state.named[barrier];
   meet(m, m.arrived, threads, "sync_named", nullptr, nullptr);
+}
+
+void copy_async(void *to, const void *from) { state.fibers[state.current].copies.emplace_back(to, from); }
+void copies_done() {
+  auto &copies = state.fibers[state.current].copies;
+  for (const auto &[to, from] : copies) memcpy(to, from, 16);
+  copies.clear();
 }
 
 int run(int64_t x, int64_t y, int threads, size_t shared, const std::function<void()> &kernel) {

@@ -1,8 +1,9 @@
 // CUDA's threads on a host: one fiber each, switched where threads of a warp or block meet.
 //
 // For tests. Nothing runs at once, so the order of threads between two meetings can be chosen: with a schedule other
-// than 0 it is drawn anew every round, and a missing barrier shows as another result. Shared memory starts as NaN and
-// ends at a page that nothing may touch.
+// than 0 it is drawn anew every round, and warps run ahead of others: a missing barrier shows as another result.
+// Shared memory starts as NaN and ends at a page that nothing may touch; asynchronous copies are made at the last
+// moment, when a thread waits for them.
 #pragma once
 
 #include <stddef.h>
@@ -25,6 +26,9 @@ void meet_warp(const char *name, void *item, void (*act)(void **items));
 void meet_warpgroup(const char *name, void *item, void (*act)(void **items));
 void meet_block(const char *name);
 void meet_named(int barrier, int threads);
+
+void copy_async(void *to, const void *from);
+void copies_done();
 
 // Runs `kernel` in every thread of every block, one block after the other. 0, or kFailed: see error().
 constexpr int kFailed = 999;

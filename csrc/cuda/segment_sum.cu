@@ -1,36 +1,22 @@
-// Sums of packed rows over segments, in a fixed order: pieces of 256 rows first, then each segment's pieces.
-//
-// Segment s owns the slots ptr[s] / 256 + s up to, not including, ptr[s + 1] / 256 + s + 1: always enough for its pieces,
-// at most one more, so there are rows / 256 + segments slots, known without a look at the pointers.
-#include "cuda/simt.h"
+// Sums of packed rows over segments, in a fixed order: pieces of 256 rows first (slots.h), then each segment's pieces.
+#include "cuda/slots.h"
 #include "sne_fast/cuda_abi.h"
 
 namespace sne {
 namespace {
 
-constexpr int64_t kPiece = 256;
-
-SNE_DEVICE int64_t find_segment(const int64_t *ptr, int64_t segments, int64_t slot) {
-  int64_t low = 0, high = segments;  // the last segment whose first slot is not after `slot`
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (ptr[middle] / kPiece + middle <= slot)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
+constexpr int kBits = 8;
+constexpr int64_t kPiece = 1 << kBits;
 
 SNE_KERNEL SNE_BOUNDS(256, 4)
     sum_pieces(const float *rows, const int64_t *ptr, float *partial, int64_t segments, int width) {
-  const int64_t slot = block_id(), segment = find_segment(ptr, segments, slot);
-  const int64_t first = ptr[segment] + (slot - (ptr[segment] / kPiece + segment)) * kPiece;
-  const int64_t end = first + kPiece < ptr[segment + 1] ? first + kPiece : ptr[segment + 1];
+  const int64_t slot = block_id();
+  const SetSlot piece = find_slot(ptr, segments, slot, kBits);
+  const int64_t end = piece.begin + kPiece < piece.end ? piece.begin + kPiece : piece.end;
   // Threads stand at a column each; where there are more threads than columns, they share out the rows.
   const int column = thread_id() % width, share = thread_id() / width, shares = num_threads() / width;
   float *sums = (float *)shared_memory(), sum = 0;
-  for (int64_t row = first + share; row < end; row += shares) sum += rows[row * width + column];
+  for (int64_t row = piece.begin + share; row < end; row += shares) sum += rows[row * width + column];
   sums[thread_id()] = sum;
   sync_block();
   if (share == 0) {
@@ -40,7 +26,7 @@ SNE_KERNEL SNE_BOUNDS(256, 4)
 }
 
 SNE_KERNEL SNE_BOUNDS(256, 4) sum_slots(const float *partial, const int64_t *ptr, float *out, int width) {
-  const int64_t segment = block_id(), first = ptr[segment] / kPiece + segment;
+  const int64_t segment = block_id(), first = (ptr[segment] >> kBits) + segment;
   const int64_t count = (ptr[segment + 1] - ptr[segment] + kPiece - 1) / kPiece;
   for (int column = thread_id(); column < width; column += num_threads()) {
     float sum = 0;

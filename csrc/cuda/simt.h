@@ -69,6 +69,8 @@ SNE_DEVICE uint32_t ballot(bool value) {
   return item.out;
 }
 
+SNE_DEVICE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
 SNE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 SNE_DEVICE float log2_fast(float x) { return __builtin_log2f(x); }
 SNE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
@@ -77,8 +79,8 @@ SNE_DEVICE float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
 SNE_DEVICE float min_of(float a, float b) { return __builtin_fminf(a, b); }
 
 // 16 bytes from global to shared memory, both aligned; there once copies_done() has returned and the block has met.
-SNE_DEVICE void copy_async(void *shared, const void *global) { memcpy(shared, global, 16); }
-SNE_DEVICE void copies_done() {}
+SNE_DEVICE void copy_async(void *shared, const void *global) { emulator::copy_async(shared, global); }
+SNE_DEVICE void copies_done() { emulator::copies_done(); }
 
 template <class... P, class... A>
 int launch(Stream, int64_t x, int64_t y, int threads, size_t shared, void (*kernel)(P...), A... args) {
@@ -121,6 +123,7 @@ SNE_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 SNE_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+SNE_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 SNE_DEVICE float exp2_fast(float x) {
   float y;

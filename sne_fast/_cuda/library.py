@@ -47,6 +47,11 @@ ChunkWeightGradArgs = struct(
     "saved products w_qkv_part b_qkv_part w_o_part b_o_part",
 )
 SegmentSumArgs = struct("SegmentSumArgs", "rows segments width", "ptr x partial out")
+SetAttention = struct(
+    "SetAttention",
+    "sets width heads precision warps single split pieces pages most",
+    "q k v q_ptr k_ptr out lse grad mean grad_q grad_k grad_v partial partial_second partial_rows",
+)
 
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
 SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
@@ -65,6 +70,9 @@ SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
     "sne_fast_cuda_chunk_scalar_backward": (_INT, [_INT, _REF, _REF, _REF, _REF]),
     "sne_fast_cuda_chunk_weight_grad": (_INT, [_INT, _REF, _REF]),
     "sne_fast_cuda_segment_sum": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_set_attention": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_set_attention_query_grad": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_set_attention_key_grad": (_INT, [_REF, _REF]),
 }
 """Every exported function: result and arguments."""
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
+from .._plans.lengths import Lengths
 from .._schema import accumulate_dtype
 from . import _set_attention as device
 from ._launch import (
@@ -29,26 +29,9 @@ FEW = 64
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Of the sets of one pointer: how many, the longest, and the length that most rows belong to."""
-
-    sets: int
-    longest: int
-    typical: int
-
-    @classmethod
-    def of(cls, ptr_host: Tensor) -> Lengths:
-        lengths = np.diff(ptr_host.numpy())
-        rows = int(lengths.sum())
-        if not rows:
-            return cls(len(lengths), 0, 0)
-        return cls(len(lengths), int(lengths.max()), int(np.square(lengths, dtype=np.float64).sum() / rows))
-
-    @property
-    def block(self) -> int:
-        """The length class of launches: 16, 32, 64 or 128 own rows a program."""
-        return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, next_power_of_2(self.typical)))
+def own_block(own: Lengths) -> int:
+    """The length class of launches: 16, 32, 64 or 128 own rows a program."""
+    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, next_power_of_2(own.typical)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +52,7 @@ class Plan:
     ) -> Plan:  # fmt: skip
         h, arch = q.shape[1], architecture(q.device) if arch is None else arch
         sizes = launch(
-            "set_attention", kernel=kernel, h=h, heads=heads, length=own.block, dtype=q.dtype, arch=arch
+            "set_attention", kernel=kernel, h=h, heads=heads, length=own_block(own), dtype=q.dtype, arch=arch
         )  # fmt: skip
         block, split = sizes["BLOCK"], 0
         if own.longest <= FEW and inner.longest >= 2 * sizes["SPLIT"]:
@@ -96,11 +79,6 @@ class Plan:
         return empty_partial(self.slots, self.most, final.shape[1], final, dtype) if self.split else final
 
 
-def _lengths(q_ptr_host: Tensor, k_ptr_host: Tensor) -> tuple[Lengths, Lengths]:
-    queries = Lengths.of(q_ptr_host)
-    return queries, queries if k_ptr_host is q_ptr_host else Lengths.of(k_ptr_host)
-
-
 def set_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor,
     num_heads: int,
@@ -108,7 +86,7 @@ def set_attention(
     q, k, v, q_ptr, k_ptr = (t.contiguous() for t in (q, k, v, q_ptr, k_ptr))
     acc = accumulate_dtype(q.dtype)
     out, lse = torch.empty_like(q), torch.empty((q.shape[0], num_heads), dtype=acc, device=q.device)
-    queries, keys = _lengths(q_ptr_host, k_ptr_host)
+    queries, keys = Lengths.of_both(q_ptr_host, k_ptr_host)
     plan = Plan.make("forward", q, queries, keys, q.shape[0], k.shape[0], num_heads)
     with on_device(q):
         part, part_lse = plan.result(out, acc), plan.result(lse, acc)
@@ -147,7 +125,7 @@ def set_attention_backward(
     q_ptr_host: Tensor, k_ptr_host: Tensor, num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad, q, k, v, out, lse, q_ptr, k_ptr = (t.contiguous() for t in (grad, q, k, v, out, lse, q_ptr, k_ptr))
-    queries, keys = _lengths(q_ptr_host, k_ptr_host)
+    queries, keys = Lengths.of_both(q_ptr_host, k_ptr_host)
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     with on_device(q):
         plan = Plan.make("query_grad", q, queries, keys, q.shape[0], k.shape[0], num_heads)

@@ -66,7 +66,7 @@ def attention_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
         q, k, v, grad = (_normal(length * sets, h, dtype=dtype) for _ in range(4))
         pointers = (ptr.cuda(), ptr.cuda(), ptr, ptr)
         out, lse = op.set_attention(q, k, v, *pointers, heads)
-        block = op.Lengths.of(ptr).block
+        block = op.own_block(op.Lengths.of(ptr))
         forward = functools.partial(op.set_attention, q, k, v, *pointers, heads)
         backward = functools.partial(op.set_attention_backward, grad, q, k, v, out, lse, *pointers, heads)
         for kernel, run in (("forward", forward), ("query_grad", backward), ("key_grad", backward)):

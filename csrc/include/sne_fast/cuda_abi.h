@@ -121,6 +121,35 @@ typedef struct {
 
 SNE_FAST_CUDA_API int sne_fast_cuda_segment_sum(const sne_fast_segment_sum_args *args, void *stream);
 
+/* Attention between packed sets. A kernel's "own" rows are those its warps keep in registers, "inner" rows those they
+ * loop over: queries and keys in the forward and for the gradient of q, keys and queries for those of k and v. */
+struct sne_fast_cuda_set_attention_args {
+  int64_t sets, width, heads, precision;
+  int64_t warps;  /* 1, 2 or 4 that work on 16 * warps own rows of a set and head together */
+  int64_t single; /* 1: no set has more own rows than those, so that pieces are sets */
+  int64_t split;  /* 0, or a power of two: so many inner rows a piece, and all own rows of a set are in one */
+  int64_t pieces; /* sets if single, else rows / size + sets, where size is 16 * warps own or `split` inner rows */
+  int64_t pages;  /* with split: inner rows / split, rounded down */
+  int64_t most;   /* own rows of the largest set */
+  const void *q, *k, *v; /* real (queries, width) and (keys, width), aligned to 16 bytes like all below */
+  const int64_t *q_ptr, *k_ptr; /* (sets + 1) */
+  void *out;                    /* real (queries, width): written by the forward */
+  float *lse;                   /* (queries, heads): likewise */
+  const void *grad;             /* real (queries, width), of out */
+  float *mean;                  /* (queries, heads): what dq subtracts from the gradient of weights; dk, dv read it */
+  void *grad_q, *grad_k, *grad_v; /* real */
+  /* With split: (2 (pages + 1), most, width), the same (not in the forward), and (2 (pages + 1), most, heads). */
+  float *partial, *partial_second, *partial_rows;
+};
+
+SNE_FAST_CUDA_API int sne_fast_cuda_set_attention(const struct sne_fast_cuda_set_attention_args *args, void *stream);
+/* Writes mean and grad_q. */
+SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_query_grad(const struct sne_fast_cuda_set_attention_args *args,
+                                                             void *stream);
+/* Reads mean; writes grad_k and grad_v. */
+SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_key_grad(const struct sne_fast_cuda_set_attention_args *args,
+                                                           void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,31 @@
+"""How long the sets of a batch are, which launches are sized by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of the sets of one pointer: how many, the longest, and the length that most rows belong to."""
+
+    sets: int
+    longest: int
+    typical: int
+
+    @classmethod
+    def of(cls, ptr_host: Tensor) -> Lengths:
+        lengths = np.diff(ptr_host.numpy())
+        rows = int(lengths.sum())
+        if not rows:
+            return cls(len(lengths), 0, 0)
+        return cls(len(lengths), int(lengths.max()), int(np.square(lengths, dtype=np.float64).sum() / rows))
+
+    @classmethod
+    def of_both(cls, q_ptr_host: Tensor, k_ptr_host: Tensor) -> tuple[Lengths, Lengths]:
+        """Of queries and keys."""
+        queries = cls.of(q_ptr_host)
+        return queries, queries if k_ptr_host is q_ptr_host else cls.of(k_ptr_host)
