@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,18 @@ def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
+GatherChunks = struct(
+    "GatherChunks", "type wide_scale tensors stride tiles", "table scale values grad parts grad_scale"
+)
+
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
 SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
     "sne_fast_cuda_abi": (_INT, []),
     "sne_fast_cuda_status": (_TEXT, [_INT]),
     "sne_fast_cuda_architectures": (_TEXT, []),
     "sne_fast_cuda_emulated_schedule": (None, [ctypes.c_uint64]),
+    "sne_fast_cuda_gather_chunks": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_gather_chunks_backward": (_INT, [_REF, _REF]),
 }
 """Every exported function: result and arguments."""
 
@@ -102,7 +109,7 @@ def precision(dtype: torch.dtype) -> int:
 
 def run(name: str, device: torch.device, *args: Any) -> None:
     """Call ``sne_fast_cuda_NAME(*args, stream)`` on the current stream of ``device``; raise what its status says."""
-    with torch.cuda.device(device if device.type == "cuda" else None):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         status = getattr(library(), f"sne_fast_cuda_{name}")(*args, stream)
     if status:

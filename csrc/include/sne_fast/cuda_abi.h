@@ -38,6 +38,41 @@ SNE_FAST_CUDA_API const char *sne_fast_cuda_architectures(void);
 /* Order in which emulated threads run: 0 as numbered, else drawn by this seed. Nothing on a GPU. */
 SNE_FAST_CUDA_API void sne_fast_cuda_emulated_schedule(uint64_t seed);
 
+/* gather_chunks: matrices (R, K), each written as its transpose (K, R) over its scale, one behind another.
+ *
+ * `table` (fields, stride) int64 on the device describes T matrices that are not empty, a row for each field below. A
+ * tile is a block of tile_rows x tile_columns of a matrix, at most 4096 values, at most 64 of them side by side in one
+ * direction, or all of one direction; tiles are counted row by row of tiles, matrix after matrix. */
+enum sne_fast_gather_field {
+  SNE_FAST_GATHER_FIRST_TILE = 0,
+  SNE_FAST_GATHER_ADDRESS = 1, /* of the matrix (backward: of its gradient), a multiple of its type's size */
+  SNE_FAST_GATHER_TYPE = 2,
+  SNE_FAST_GATHER_ROWS = 3,
+  SNE_FAST_GATHER_COLUMNS = 4,
+  SNE_FAST_GATHER_START = 5, /* in values */
+  SNE_FAST_GATHER_PLACE = 6, /* in scale */
+  SNE_FAST_GATHER_TILE_ROWS = 7,
+  SNE_FAST_GATHER_TILE_COLUMNS = 8
+};
+enum sne_fast_gather_type {
+  SNE_FAST_GATHER_FLOAT = 0,
+  SNE_FAST_GATHER_DOUBLE = 1,
+  SNE_FAST_GATHER_HALF = 2,
+  SNE_FAST_GATHER_BFLOAT = 3
+};
+typedef struct {
+  int64_t type;       /* of values and grad: a sne_fast_gather_type */
+  int64_t wide_scale; /* 1: scale, parts and grad_scale are double, and backward computes in double */
+  int64_t tensors, stride, tiles;
+  const void *table, *scale;
+  void *values;       /* result of the forward call, input of the backward call */
+  const void *grad;   /* backward, like the rest; as far from a multiple of 16 bytes as values */
+  void *parts;        /* (tiles,) workspace */
+  void *grad_scale;   /* (T,), by place */
+} sne_fast_cuda_gather;
+SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks(const sne_fast_cuda_gather *, void *stream);
+SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks_backward(const sne_fast_cuda_gather *, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,1 @@
+"""What engines work out on the host before a launch, in NumPy and PyTorch alone."""
