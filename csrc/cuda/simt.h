@@ -27,6 +27,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 #define SNE_MEMBER inline
 #define SNE_BOUNDS(threads, blocks)
 #define SNE_UNROLL
+#define SNE_UNROLL_BY(n)
 
 using Stream = void *;
 SNE_DEVICE int thread_id() { return emulator::thread(); }
@@ -92,6 +93,8 @@ int launch(Stream, int64_t x, int64_t y, int threads, size_t shared, void (*kern
 #define SNE_MEMBER __device__ __forceinline__
 #define SNE_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define SNE_UNROLL _Pragma("unroll")
+#define SNE_PRAGMA(text) _Pragma(#text)
+#define SNE_UNROLL_BY(n) SNE_PRAGMA(unroll n)
 
 using Stream = cudaStream_t;
 SNE_DEVICE int thread_id() { return threadIdx.x; }

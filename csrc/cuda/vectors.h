@@ -32,6 +32,18 @@ SNE_DEVICE void store_words(void *at, const Words &words) {
   *(uint4 *)at = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
 #endif
 }
+// 8 bytes, a multiple of which `at` is; the other words are 0.
+SNE_DEVICE Words load_half_words(const void *at) {
+  Words out{};
+#if defined(SNE_EMULATED)
+  if (uintptr_t(at) % 8) __builtin_trap();
+  memcpy(&out, at, 8);
+#else
+  const uint2 v = *(const uint2 *)at;
+  out.w[0] = v.x, out.w[1] = v.y;
+#endif
+  return out;
+}
 
 // Value i of 16 bytes; i is known when compiled.
 template <class T>
