@@ -14,7 +14,7 @@ struct PoolJob {
   const void *x, *logits;
   void *out;
   float *lse, *part, *part_state;  // (slots, A, h) sums and (slots, A, 2) their shift and total
-  int64_t width, queries;
+  int width, queries;
   int query_blocks, column_blocks, part_warps, lanes;
 };
 
@@ -96,6 +96,7 @@ struct Lane {
 
   // Weights of the rows at begin.. of this group's walk, into shared memory: lane u has row u.
   SNE_MEMBER void weigh(const Part &p, const Walk &walk, int begin) const {
+    SNE_UNROLL_BY(1)
     for (int u = team.lane(); u < kCount; u += team.lanes) {
       const int row = begin + u * walk.step;
       float weight[kQueries], from[kQueries];
@@ -120,7 +121,7 @@ struct Lane {
       SNE_UNROLL
       for (int u = 0; u < kCount; ++u) {
         const int row = walk.first + begin + u * walk.step;
-        rows[u] = inside && row < p.rows ? load_words(x + row * job.width) : Words{};
+        rows[u] = inside && row < p.rows ? load_words(x + int64_t(row) * job.width) : Words{};
       }
       weigh(p, walk, walk.first + begin);
       sync_warp();
@@ -148,7 +149,7 @@ struct Lane {
     for (int a = 0; a < kQueries; ++a) {
       const int64_t query = first_query + a;
       if (!inside || p.segment < 0 || query >= job.queries || (a & (of - 1)) != which) continue;
-      const int64_t row = (p.whole ? p.segment : p.slot) * job.queries + query;
+      const int64_t row = (p.whole ? p.segment : p.slot()) * job.queries + query;
       const float total = sums.total[a];
       if (p.whole) {
         const float scale = total == 0 ? 0.0f : divide_exactly(1.0f, total);
@@ -168,9 +169,9 @@ struct Lane {
 template <class T, int kQueries>
 SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool(PoolJob job) {
   constexpr int fields = Sums<kQueries, kVector<T>>::kFields, own = Lane<T, kQueries>::kShared;
-  const Share share(job.segments, block_id());
+  const Share &share = Share::make(job.segments);
   const Team team{job.lanes, kPoolWarps / job.part_warps, warp_id() / job.part_warps};
-  int *longs = (int *)shared_memory();
+  int *longs = (int *)((Share *)shared_memory() + 1);
   float *weights = (float *)(longs + kLongParts), *exchange = weights + kPoolWarps * team.groups() * own;
   const Lane<T, kQueries> lane(job, team, weights + (warp_id() * team.groups() + team.group()) * own);
   for_each_part(job.segments, share, team, longs, [&](const Part &part, Level level) {
@@ -201,15 +202,15 @@ constexpr int kCombineThreads = 512, kCombineColumns = 4 * kWarp;
 template <class T>
 SNE_KERNEL SNE_BOUNDS(kCombineThreads, 2) combine(PoolJob job) {
   constexpr int flight = 4;
-  const Share share(job.segments, block_id());
+  const Share &share = Share::make(job.segments);
   const Part tail = share.part(job.segments, share.last);
-  if (tail.segment < 0 || tail.whole || tail.slot % 2 == 0) return;
+  if (tail.segment < 0 || tail.whole || !tail.first) return;
   const Slots slots(job.segments, tail.segment);
-  const int64_t column = block_id(1) * kCombineColumns + lane_id() * 4, size = job.queries * job.width;
+  const int64_t column = block_id(1) * kCombineColumns + lane_id() * 4, size = int64_t(job.queries) * job.width;
   const bool inside = column < size;
   const int64_t query = inside ? column / job.width : 0;  // one for all four, as the width is a multiple of 16
   float shift = -kInfinity, total = 0, sum[4] = {0, 0, 0, 0};
-  float *exchange = (float *)shared_memory();  // (warps, 6, lanes)
+  float *exchange = (float *)((Share *)shared_memory() + 1);  // (warps, 6, lanes)
   for (int64_t i = warp_id(); i < slots.count; i += num_warps())
     shift = max_of(shift, job.part_state[2 * (slots.slot(i) * job.queries + query)]);
   exchange[thread_id()] = shift;
@@ -264,18 +265,18 @@ int run_pool(const sne_fast_cuda_pool *a, PoolJob job, Stream stream) {
   const int64_t slots = kPoolWarps / job.part_warps / 2 * job.part_warps;
   const int64_t sums = slots * Sums<kQueries, kVector<T>>::kFields * job.lanes, most = kPoolWarps * kQueries;
   const int64_t weights = kPoolWarps * (kWarp / job.lanes) * Lane<T, kQueries>::kShared;
-  const size_t shared = kLongParts * sizeof(int) + (weights + (sums > most ? sums : most)) * sizeof(float);
+  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) + (weights + (sums > most ? sums : most)) * sizeof(float);
   const int status = launch(stream, a->blocks, quotient_up(parts, job.part_warps), kPoolThreads, shared,
                             pool<T, kQueries>, job);
   if (status || a->blocks == 1) return status;
   return launch(stream, a->blocks - 1, quotient_up(a->queries * a->width, kCombineColumns), kCombineThreads,
-                kCombineThreads * 5 * sizeof(float), combine<T>, job);
+                sizeof(Share) + kCombineThreads * 5 * sizeof(float), combine<T>, job);
 }
 
 template <class T>
 int run_pool(const sne_fast_cuda_pool *a, Stream stream) {
   const PoolJob job{segments_of(a), a->x, a->logits, a->out, a->lse, a->part, a->part_state,
-                    a->width, a->queries, 0, 0, 0, 0};
+                    int(a->width), int(a->queries), 0, 0, 0, 0};
   return a->queries > 4 ? run_pool<T, 8>(a, job, stream) : run_pool<T, 4>(a, job, stream);
 }
 

@@ -9,7 +9,9 @@
 namespace sne {
 namespace {
 
-constexpr int kRows = 4, kQueries = 4;  // of a group at a time
+constexpr int kQueries = 4;  // of a group at a time
+template <class T>
+constexpr int kRows = sizeof(T) == 2 ? 2 : 4;
 
 struct GradJob {
   Segments segments;
@@ -17,7 +19,7 @@ struct GradJob {
   const float *lse;
   void *grad_x, *grad_logits;
   float *products, *part_mean;  // (rows, A) and (slots, A)
-  int64_t width, queries;
+  int width, queries;
   int query_blocks, column_blocks, lanes;
 };
 
@@ -81,11 +83,11 @@ struct Lane {
   static constexpr int kColumns = kVector<T>;
   const GradJob &job;
   const Team &team;
-  float *weights;  // (kRows, kQueries) of the group, in shared memory
+  float *weights;  // (kRows<T>, kQueries) of the group, in shared memory
 
   // Weights of queries first.. of this group's rows, into shared memory: lane u has row u.
   SNE_MEMBER void weigh(const Part &p, const Walk &walk, int begin, int64_t first) const {
-    for (int u = team.lane(); u < kRows; u += team.lanes) {
+    for (int u = team.lane(); u < kRows<T>; u += team.lanes) {
       const int row = begin + u * walk.step;
       float weight[kQueries];
       SNE_UNROLL
@@ -103,17 +105,17 @@ struct Lane {
   }
 
   // Adds up over the group, and onto what earlier columns gave; each lane writes some rows.
-  SNE_MEMBER void write_products(float (&product)[kRows][kQueries], const Part &p, const Walk &walk, int begin,
+  SNE_MEMBER void write_products(float (&product)[kRows<T>][kQueries], const Part &p, const Walk &walk, int begin,
                                  int64_t first, bool more) const {
     for (int mask = 1; mask < team.lanes; mask <<= 1) {
       SNE_UNROLL
-      for (int u = 0; u < kRows; ++u) {
+      for (int u = 0; u < kRows<T>; ++u) {
         SNE_UNROLL
         for (int a = 0; a < kQueries; ++a) product[u][a] += shuffle_xor(product[u][a], mask);
       }
     }
     SNE_UNROLL
-    for (int u = 0; u < kRows; ++u) {
+    for (int u = 0; u < kRows<T>; ++u) {
       const int row = begin + u * walk.step;
       if (row >= p.rows || (u & (team.lanes - 1)) != team.lane()) continue;
       float *at = job.products + (p.begin + row) * job.queries + first;
@@ -136,14 +138,14 @@ struct Lane {
       const T *x = (const T *)job.x + p.begin * job.width + column;
       T *grad_x = (T *)job.grad_x + p.begin * job.width + column;
       const T *grad = (const T *)job.grad + p.segment * job.queries * job.width + column;
-      for (int start = 0; start < longest; start += kRows * walk.step) {
+      for (int start = 0; start < longest; start += kRows<T> * walk.step) {
         const int begin = walk.first + start;
-        Words rows[kRows];
-        float result[kRows][kColumns];
+        Words rows[kRows<T>];
+        float result[kRows<T>][kColumns];
         SNE_UNROLL
-        for (int u = 0; u < kRows; ++u) {
+        for (int u = 0; u < kRows<T>; ++u) {
           const int row = begin + u * walk.step;
-          rows[u] = inside && row < p.rows ? load_words(x + row * job.width) : Words{};
+          rows[u] = inside && row < p.rows ? load_words(x + int64_t(row) * job.width) : Words{};
           SNE_UNROLL
           for (int v = 0; v < kColumns; ++v) result[u][v] = 0;
         }
@@ -155,13 +157,13 @@ struct Lane {
             grads[a] = inside && first + a < job.queries ? load_words(grad + (first + a) * job.width) : Words{};
           weigh(p, walk, begin, first);
           sync_warp();
-          float product[kRows][kQueries];
+          float product[kRows<T>][kQueries];
           SNE_UNROLL
           for (int a = 0; a < kQueries; ++a) {
             float values[kColumns];
             unpack<T>(values, grads[a]);
             SNE_UNROLL
-            for (int u = 0; u < kRows; ++u) {
+            for (int u = 0; u < kRows<T>; ++u) {
               const float weight = weights[u * kQueries + a];
               product[u][a] = 0;
               SNE_UNROLL
@@ -175,9 +177,9 @@ struct Lane {
           sync_warp();
         }
         SNE_UNROLL
-        for (int u = 0; u < kRows; ++u) {
+        for (int u = 0; u < kRows<T>; ++u) {
           const int row = begin + u * walk.step;
-          if (inside && row < p.rows) store_words(grad_x + row * job.width, pack<T>(result[u]));
+          if (inside && row < p.rows) store_words(grad_x + int64_t(row) * job.width, pack<T>(result[u]));
         }
       }
     }
@@ -186,11 +188,11 @@ struct Lane {
 
 template <class T>
 SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
-  const Share share(job.segments, block_id());
+  const Share &share = Share::make(job.segments);
   const Team team{job.lanes, kPoolWarps, warp_id()};
-  int *longs = (int *)shared_memory();
+  int *longs = (int *)((Share *)shared_memory() + 1);
   float *exchange = (float *)(longs + kLongParts), *weights = exchange + kPoolThreads;
-  const Lane<T> lane{job, team, weights + (warp_id() * team.groups() + team.group()) * kRows * kQueries};
+  const Lane<T> lane{job, team, weights + (warp_id() * team.groups() + team.group()) * kRows<T> * kQueries};
   for_each_part(job.segments, share, team, longs, [&](const Part &part, Level level) {
     lane.walk(part, Walk(team, level));
     if (level == kBlock) sync_block();  // products of a part are read by all who have it
@@ -204,7 +206,7 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
                                        exchange);
       if (!mine) continue;
       if (part.whole) write_logits<T>(job, part, grid, query, log_sum, mean);
-      else if (grid.row == 0) job.part_mean[part.slot * job.queries + query] = mean;
+      else if (grid.row == 0) job.part_mean[part.slot() * job.queries + query] = mean;
     }
   });
 }
@@ -212,10 +214,10 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
 // Gradients of the logits of the parts of cut segments, of which a block has two at most.
 template <class T>
 SNE_KERNEL SNE_BOUNDS(kPoolThreads, 4) cut_logits(GradJob job) {
-  const Share share(job.segments, block_id());
+  const Share &share = Share::make(job.segments);
   const Team team{kWarp, kPoolWarps, warp_id()};
   const Grid grid(job, team, kBlock);
-  float *exchange = (float *)shared_memory();
+  float *exchange = (float *)((Share *)shared_memory() + 1);
   for (int64_t segment = share.first;; segment = share.last) {
     const Part part = share.part(job.segments, segment);
     if (part.segment >= 0 && !part.whole) {
@@ -239,13 +241,13 @@ template <class T>
 int run_backward(const sne_fast_cuda_pool *a, Stream stream) {
   const int lanes = lanes_of<T>(a->width);
   const GradJob job{segments_of(a), a->grad, a->x, a->logits, a->lse, a->grad_x, a->grad_logits,
-                    a->weights_grad, a->part_mean, a->width, a->queries, int(quotient_up(a->queries, kQueries)),
+                    a->weights_grad, a->part_mean, int(a->width), int(a->queries), int(quotient_up(a->queries, kQueries)),
                     int(quotient_up(a->width, int64_t(lanes) * kVector<T>)), lanes};
   const int groups = kPoolWarps * (kWarp / lanes);
-  const size_t shared = kLongParts * sizeof(int) + (kPoolThreads + groups * kRows * kQueries) * sizeof(float);
+  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) + (kPoolThreads + groups * kRows<T> * kQueries) * sizeof(float);
   const int status = launch(stream, a->blocks, 1, kPoolThreads, shared, pool_backward<T>, job);
   if (status || a->blocks == 1) return status;
-  return launch(stream, a->blocks, 1, kPoolThreads, kPoolThreads * sizeof(float), cut_logits<T>, job);
+  return launch(stream, a->blocks, 1, kPoolThreads, sizeof(Share) + kPoolThreads * sizeof(float), cut_logits<T>, job);
 }
 
 }  // namespace

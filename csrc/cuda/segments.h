@@ -34,23 +34,30 @@ SNE_DEVICE int64_t segment_of(const Segments &s, int64_t item, int64_t low) {
   return low;
 }
 
-// What a block has of a segment: `rows` rows from begin on; segment -1 is none.
+// What this block has of a segment: `rows` rows from begin on; segment -1 is none.
 struct Part {
-  int64_t segment = -1, begin = 0, slot = 0;
+  int64_t segment = -1, begin = 0;
   int rows = 0;
-  bool whole = false;
+  bool whole = false, first = false;  // has all rows, the first row
+
+  SNE_MEMBER int64_t slot() const { return 2 * block_id() + first; }
 };
 
-// The items of a block, and the segments that these are of.
+// The items of this block, and the segments that these are of. It lies in shared memory, where it begins.
 struct Share {
-  int64_t block, begin, end;
+  int64_t begin, end;
   int64_t first, last;
 
-  SNE_MEMBER Share(const Segments &s, int64_t block) : block(block), begin(block * s.per_block) {
-    const int64_t items = s.first_item(s.count);
-    end = begin + s.per_block < items ? begin + s.per_block : items;
-    first = segment_of(s, begin, 0);
-    last = segment_of(s, end - 1, first);
+  static SNE_MEMBER const Share &make(const Segments &s) {
+    Share *shared = (Share *)shared_memory();
+    if (warp_id() == 0) {
+      const int64_t begin = block_id() * s.per_block, items = s.first_item(s.count);
+      const int64_t end = begin + s.per_block < items ? begin + s.per_block : items;
+      const int64_t first = segment_of(s, begin, 0), last = segment_of(s, end - 1, first);
+      if (lane_id() == 0) *shared = {begin, end, first, last};
+    }
+    sync_block();
+    return *shared;
   }
 
   SNE_MEMBER Part part(const Segments &s, int64_t segment) const {
@@ -63,8 +70,8 @@ struct Share {
     if (from < to ? out.begin >= upper : from + items < begin) return out;
     out.segment = segment;
     out.rows = int(upper - out.begin);
-    out.whole = out.begin == from && upper == to;
-    out.slot = 2 * block + (out.begin == from ? 1 : 0);
+    out.first = out.begin == from;
+    out.whole = out.first && upper == to;
     return out;
   }
 };

@@ -20,9 +20,9 @@ LENGTHS = {
     "short": [1, 2, 0, 7, 1, 30, 3],
     "many short": [3, 1, 2, 0, 2, 5, 1, 1] * 40,
     "middle": [70, 3, 0, 33, 17, 90],
-    "long": [1, 1700, 0, 260, 128, 5],
-    "one long": [3000],
-    "long among short": [2, 3, 1] * 50 + [900] + [1, 0, 2] * 50 + [300],
+    "long": [1, 900, 0, 260, 128, 5],
+    "one long": [1500],
+    "long among short": [2, 3, 1] * 40 + [600] + [1, 0, 2] * 40 + [200],
     "empty": [0, 0],
     "many empty": [0] * 300 + [5] + [0] * 300,
     "none": [],
@@ -57,32 +57,54 @@ def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], forward: float, b
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize(("h", "queries"), [(32, 4), (64, 4), (256, 8)])
+@pytest.mark.parametrize(("h", "queries"), [(64, 4), (256, 8)])
 def test_lengths(lengths: list[int], h: int, queries: int) -> None:
     inputs = case(lengths, h, queries, SINGLE)
     compare(run(kernels, *inputs), exact(*inputs), 2e-6, 1e-5)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS["long among short"], LENGTHS["middle"]], ids=["long among short", "middle"])
-@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-@pytest.mark.parametrize("queries", [4, 32])
+@pytest.mark.parametrize("lengths", [[2, 3, 1] * 12 + [400] + [1, 0, 2] * 12, [70, 3, 0, 90]], ids=["mixed", "middle"])
+@pytest.mark.parametrize(("dtype", "queries"), [(SINGLE, 4), (HALF, 4), (SINGLE, 9)], ids=str)
 def test_every_schedule_gives_the_same_bits(lengths: list[int], dtype: torch.dtype, queries: int) -> None:
     inputs = case(lengths, 64, queries, dtype)
     want = run(kernels, *inputs)
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         library().sne_fast_cuda_emulated_schedule(seed)
         assert all(torch.equal(a, b) for a, b in zip(run(kernels, *inputs), want, strict=True))
 
 
 @pytest.mark.parametrize(
     ("h", "queries"),
-    [(32, 1), (32, 2), (64, 8), (128, 16), (256, 4), (256, 32), (256, 7), (48, 3), (16, 1), (1008, 2), (64, 100), (512, 32)],
+    [
+        (32, 1),
+        (32, 2),
+        (64, 8),
+        (128, 16),
+        (256, 4),
+        (256, 32),
+        (256, 7),
+        (48, 3),
+        (16, 1),
+        (1008, 2),
+        (64, 100),
+        (512, 32),
+    ],
 )
 @pytest.mark.parametrize("dtype", [SINGLE, BFLOAT], ids=str)
 def test_any_number_of_queries_and_width(h: int, queries: int, dtype: torch.dtype) -> None:
-    for lengths in ([3, 70, 300], [9, 1, 0, 5], [2, 1, 3, 0] * 40):
+    for lengths in ([3, 70, 200], [9, 1, 0, 5], [2, 1, 3, 0] * 40)[: 3 if h * queries <= 1024 else 1]:
         inputs = case(lengths, h, queries, dtype)
         compare(run(kernels, *inputs), exact(*inputs), *((2e-6, 1e-5) if dtype == SINGLE else (4e-3, 6e-3)))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize("fewest", [128, 700, 4096])
+def test_parts_of_every_size(dtype: torch.dtype, fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments that lanes, a warp or the whole block have, cut and whole, as shares of the blocks grow."""
+    monkeypatch.setattr(kernels, "FEWEST", fewest)
+    for lengths in ([1100, 3, 1, 90, 0, 300], [4, 1, 0, 2] * 30 + [600] + [3] * 70):
+        inputs = case(lengths, 64, 4, dtype)
+        compare(run(kernels, *inputs), exact(*inputs), *((2e-6, 1e-5) if dtype == SINGLE else (5e-4, 1e-3)))
 
 
 def test_no_queries() -> None:
@@ -93,7 +115,7 @@ def test_no_queries() -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
-@pytest.mark.parametrize(("length", "h", "queries"), [(300, 64, 4), (3000, 32, 2), (12, 256, 8)])
+@pytest.mark.parametrize(("length", "h", "queries"), [(300, 64, 4), (1500, 32, 2), (12, 256, 8)])
 def test_half_types_lose_at_most_twice_what_pytorch_does(dtype: torch.dtype, length: int, h: int, queries: int) -> None:
     x, logits, ptr, grad = case([length], h, queries, dtype)
     want, got = exact(x, logits, ptr, grad), run(kernels, x, logits, ptr, grad)
@@ -132,9 +154,13 @@ def test_rows_masked_by_their_logit_have_no_weight() -> None:
 
 
 def test_large_logits() -> None:
+    """As exact as float32 holds lse; gradients as PyTorch's own in float32, which take the weights from it too."""
     x, logits, ptr, grad = case([40, 500, 3], 32, 2, SINGLE)
     inputs = (x, logits * 100 + 1e4, ptr, grad)
-    compare(run(kernels, *inputs), exact(*inputs), 2e-6, 1e-4)
+    want, got, usual = exact(*inputs), run(kernels, *inputs), run(reference, *inputs)
+    assert relative_error(got[0], want[0]) < 2e-6 and relative_error(got[1], want[1]) < 2e-6
+    for a, b, c in zip(got[2:], want[2:], usual[2:], strict=True):
+        assert relative_error(a, b) < 2 * relative_error(c, b)
 
 
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [70, 300]], ids=str)
