@@ -91,6 +91,53 @@ struct Layout {
   SNE_MEMBER int index(int i, int j) const { return padded(j * pitch + skew(j) + i); }
 };
 
+// Quotients of many values by one divisor, rounded as IEEE says.
+template <class Acc>
+struct Divisor {
+  Acc value;
+
+  SNE_MEMBER explicit Divisor(Acc value) : value(value) {}
+  template <int n>
+  SNE_MEMBER void divide(Acc (&values)[n]) const {
+    SNE_UNROLL
+    for (int i = 0; i < n; ++i) values[i] = divide_exactly(values[i], value);
+  }
+};
+// By the rounded reciprocal and two corrections: the second ends at the rounded quotient as the first comes within one
+// unit of its last place (Markstein), where nothing underflows and no sign of a zero is lost.
+template <>
+struct Divisor<float> {
+  static constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+  float value, reciprocal;
+  bool usual;
+
+  SNE_MEMBER explicit Divisor(float value) : value(value), reciprocal(divide_exactly(1.0f, value)) {
+    usual = value >= kLeast && value <= kMost;
+  }
+  template <int n>
+  SNE_MEMBER void divide(float (&values)[n]) const {
+    float least = kMost, most = kLeast;
+    SNE_UNROLL
+    for (int i = 0; i < n; ++i) {
+      const float size = max_of(values[i], -values[i]);
+      least = min_of(least, size), most = max_of(most, size);
+    }
+    if (usual && least >= kLeast && most <= kMost) {
+      SNE_UNROLL
+      for (int i = 0; i < n; ++i) {
+        float quotient = values[i] * reciprocal;
+        SNE_UNROLL
+        for (int step = 0; step < 2; ++step)
+          quotient = multiply_add(multiply_add(-quotient, value, values[i]), reciprocal, quotient);
+        values[i] = quotient;
+      }
+    } else {
+      SNE_UNROLL
+      for (int i = 0; i < n; ++i) values[i] = divide_exactly(values[i], value);
+    }
+  }
+};
+
 // a / b for 0 <= a < 2^20, 0 < b.
 SNE_DEVICE int quotient(int a, float reciprocal) { return int((float(a) + 0.5f) * reciprocal); }
 
@@ -107,16 +154,9 @@ SNE_DEVICE Words load_inside(const T *run, int first, int length) {
 }
 
 // read_tile for 16 bytes of a column.
-template <class In, class Acc, bool products>
-SNE_DEVICE Acc copy_vector(const Words &in, const Words &other, Acc divisor, const Layout &layout, int first,
-                           Acc *shared) {
-  constexpr int vector = kVector<In>, part = kVector<Acc>;
-  Acc values[vector], total = 0;
-  SNE_UNROLL
-  for (int v = 0; v < vector; ++v) {
-    values[v] = divide_exactly(Acc(to_real(value_of<In>(in, v))), divisor);
-    if constexpr (products) total += values[v] * Acc(to_real(value_of<In>(other, v)));
-  }
+template <class Acc, int vector>
+SNE_DEVICE void copy_vector(const Acc (&values)[vector], const Layout &layout, int first, Acc *shared) {
+  constexpr int part = kVector<Acc>;
   if (vector >= part && (layout.base + first) % part == 0) {
     SNE_UNROLL
     for (int p = 0; p < vector; p += part) {
@@ -129,14 +169,13 @@ SNE_DEVICE Acc copy_vector(const Words &in, const Words &other, Acc divisor, con
     SNE_UNROLL
     for (int v = 0; v < vector; ++v) shared[layout.padded(layout.base + first + v)] = values[v];
   }
-  return total;
 }
 
 // Source values over the divisor into shared memory. With `products` also the sum of their products with `others`, laid
 // out as the source and as far from a multiple of 16 bytes.
 template <class In, class Acc, bool products>
-SNE_DEVICE Acc read_tile(const In *from, const In *others, Acc divisor, const Shape &s, const Layout &layout,
-                         Acc *shared) {
+SNE_DEVICE Acc read_tile(const In *from, const In *others, const Divisor<Acc> &divisor, const Shape &s,
+                         const Layout &layout, Acc *shared) {
   constexpr int vector = kVector<In>, flight = products ? kInFlight / 2 : kInFlight;
   const int runs = s.whole_rows ? 1 : s.height, length = s.whole_rows ? s.height * s.width : s.width;
   const int per_run = (length + 2 * (vector - 1)) / vector, items = runs * per_run;
@@ -160,8 +199,16 @@ SNE_DEVICE Acc read_tile(const In *from, const In *others, Acc divisor, const Sh
     SNE_UNROLL
     for (int u = 0; u < flight; ++u) {
       if (first[u] >= length) continue;
+      Acc values[vector];
+      SNE_UNROLL
+      for (int v = 0; v < vector; ++v) values[v] = Acc(to_real(value_of<In>(in[u], v)));
+      divisor.divide(values);
+      if constexpr (products) {  // values outside of the run are 0
+        SNE_UNROLL
+        for (int v = 0; v < vector; ++v) total += values[v] * Acc(to_real(value_of<In>(other[u], v)));
+      }
       if (s.width == 1 && first[u] >= 0 && first[u] + vector <= length) {  // all of it side by side
-        total += copy_vector<In, Acc, products>(in[u], other[u], divisor, layout, first[u], shared);
+        copy_vector(values, layout, first[u], shared);
         continue;
       }
       const int start = first[u] < 0 ? 0 : first[u];
@@ -171,9 +218,7 @@ SNE_DEVICE Acc read_tile(const In *from, const In *others, Acc divisor, const Sh
       for (int v = 0; v < vector; ++v) {
         const int at = first[u] + v;
         if (at < 0 || at >= length) continue;
-        const Acc value = divide_exactly(Acc(to_real(value_of<In>(in[u], v))), divisor);
-        if constexpr (products) total += value * Acc(to_real(value_of<In>(other[u], v)));
-        shared[layout.index(i, j)] = value;
+        shared[layout.index(i, j)] = values[v];
         if (++j == s.width) j = 0, ++i;
       }
     }
@@ -262,7 +307,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) gather(Job job, void *values, int 
   with_type(job.field(SNE_FAST_GATHER_TYPE, place.tensor), [&](auto in) {
     using In = decltype(in);
     const In *from = (const In *)job.address(place.tensor);
-    read_tile<In, Acc, false>(from, nullptr, job.divisor<Acc>(place.tensor), place.shape, layout, shared);
+    read_tile<In, Acc, false>(from, nullptr, Divisor<Acc>(job.divisor<Acc>(place.tensor)), place.shape, layout, shared);
   });
   sync_block();
   with_type(type, [&](auto out) {
@@ -293,7 +338,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) scatter(Job job, const void *grad,
   with_type(type, [&](auto in) {
     using In = decltype(in);
     total = read_tile<In, Acc, true>((const In *)grad + place.start, (const In *)values + place.start,
-                                     job.divisor<Acc>(place.tensor), place.shape, layout, shared);
+                                     Divisor<Acc>(job.divisor<Acc>(place.tensor)), place.shape, layout, shared);
   });
   sync_block();
   with_type(code, [&](auto out) {

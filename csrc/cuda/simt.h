@@ -73,6 +73,7 @@ SNE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 SNE_DEVICE float log2_fast(float x) { return __builtin_log2f(x); }
 SNE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
 SNE_DEVICE float divide_exactly(float a, float b) { return a / b; }
+SNE_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }  // rounded once
 SNE_DEVICE float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
 SNE_DEVICE float min_of(float a, float b) { return __builtin_fminf(a, b); }
 
@@ -131,6 +132,7 @@ SNE_DEVICE float exp2_fast(float x) {
 SNE_DEVICE float log2_fast(float x) { return __log2f(x); }
 SNE_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }
 SNE_DEVICE float divide_exactly(float a, float b) { return __fdiv_rn(a, b); }
+SNE_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SNE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 SNE_DEVICE float min_of(float a, float b) { return fminf(a, b); }
 

@@ -38,8 +38,8 @@ def _check(op: str, x: Tensor, logits: Tensor, ptr: Tensor) -> None:
         )
     if x.dtype != logits.dtype or not x.device == logits.device == ptr.device or ptr.dtype != torch.int64:
         raise TypeError(
-            f"{op}: x and logits must have one dtype and device, ptr be int64 beside them, got {x.dtype} on {x.device}, "
-            f"{logits.dtype} on {logits.device} and {ptr.dtype} on {ptr.device}"
+            f"{op}: x and logits must have one dtype and device, ptr be int64 beside them, got {x.dtype} on "
+            f"{x.device}, {logits.dtype} on {logits.device} and {ptr.dtype} on {ptr.device}"
         )
 
 

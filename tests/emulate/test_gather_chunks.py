@@ -42,6 +42,23 @@ def test_values_are_the_references_to_the_bit(dtype: torch.dtype, scale_dtype: t
     assert values.dtype == dtype and torch.equal(values, reference.gather_chunks(tensors, scale, plan, dtype))
 
 
+def test_quotients_are_rounded_exactly() -> None:
+    """Values and divisors of many sizes: with a mantissa of all ones, subnormal, zero and infinite ones among them."""
+    g = torch.Generator().manual_seed(3)
+    values = torch.randn(8, 6000, generator=g) * torch.randint(-30, 31, (8, 6000), generator=g).float().exp2()
+    values[1] = torch.nextafter(torch.randint(0, 9, (6000,), generator=g).float().exp2(), torch.zeros(()))
+    values[2] *= torch.randint(-90, 91, (6000,), generator=g).float().exp2()
+    values[3, ::7], values[3, 5::40], values[4, ::3] = -0.0, float("inf"), 0.0
+    largest_mantissa = float(torch.nextafter(torch.tensor(2.0), torch.zeros(())))
+    scale = torch.tensor([0.7, 1.0, 3.1e-3, largest_mantissa, 1.0000001, 9e30, 1e-30, 2.5e-39])
+    tensors, plan = list(values), torch.tensor([[6000, 1]] * 8)
+    got, want = (
+        gather(tensors, scale, plan, torch.float32),
+        reference.gather_chunks(tensors, scale, plan, torch.float32),
+    )
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))  # signs of zeros too
+
+
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tensors_that_begin_anywhere(source: torch.dtype, dtype: torch.dtype) -> None:
