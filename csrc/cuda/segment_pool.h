@@ -24,7 +24,8 @@ SNE_HOST_DEVICE int lanes_of(int64_t width) {
 }
 
 SNE_HOST_DEVICE bool pool_fits(const sne_fast_cuda_pool *a) {
-  return a->width > 0 && a->width % 16 == 0 && a->width <= INT32_MAX && a->queries > 0 && a->queries <= INT32_MAX && a->sets > 0 && a->rows >= 0 && a->per_block > 0 &&
+  return a->width > 0 && a->width % 16 == 0 && a->width <= INT32_MAX && a->queries > 0 && a->queries <= INT32_MAX &&
+         a->sets > 0 && a->rows >= 0 && a->per_block > 0 &&
          a->per_block <= kMostItems && a->blocks == quotient_up(a->rows + a->queries * a->sets, a->per_block) &&
          a->blocks < int64_t(1) << 31;
 }
