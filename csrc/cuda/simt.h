@@ -28,6 +28,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 #define SNE_BOUNDS(threads, blocks)
 #define SNE_UNROLL
 #define SNE_LOOP
+#define SNE_UNROLL_BY(n)
 
 using Stream = void *;
 SNE_DEVICE int thread_id() { return emulator::thread(); }
@@ -75,6 +76,7 @@ SNE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 SNE_DEVICE float log2_fast(float x) { return __builtin_log2f(x); }
 SNE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
 SNE_DEVICE float divide_exactly(float a, float b) { return a / b; }
+SNE_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }  // rounded once
 SNE_DEVICE float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
 SNE_DEVICE float min_of(float a, float b) { return __builtin_fminf(a, b); }
 
@@ -96,6 +98,8 @@ int launch(Stream, int64_t x, int64_t y, int threads, size_t shared, void (*kern
 #define SNE_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define SNE_UNROLL _Pragma("unroll")
 #define SNE_LOOP _Pragma("unroll 1")  // never unrolled
+#define SNE_PRAGMA(text) _Pragma(#text)
+#define SNE_UNROLL_BY(n) SNE_PRAGMA(unroll n)
 
 using Stream = cudaStream_t;
 SNE_DEVICE int thread_id() { return threadIdx.x; }
@@ -133,6 +137,7 @@ SNE_DEVICE float exp2_fast(float x) {
 SNE_DEVICE float log2_fast(float x) { return __log2f(x); }
 SNE_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }
 SNE_DEVICE float divide_exactly(float a, float b) { return __fdiv_rn(a, b); }
+SNE_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SNE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 SNE_DEVICE float min_of(float a, float b) { return fminf(a, b); }
 

@@ -52,6 +52,14 @@ SetAttention = struct(
     "sets width heads precision warps single split pieces pages most",
     "q k v q_ptr k_ptr out lse grad mean grad_q grad_k grad_v partial partial_second partial_rows",
 )
+GatherChunks = struct(
+    "GatherChunks", "type wide_scale tensors stride tiles", "table scale values grad parts grad_scale"
+)
+SegmentPool = struct(
+    "SegmentPool",
+    "rows sets width queries precision per_block blocks",
+    "x logits ptr out lse part part_state grad grad_x grad_logits weights_grad part_mean",
+)
 
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
 SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
@@ -73,6 +81,10 @@ SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
     "sne_fast_cuda_set_attention": (_INT, [_REF, _REF]),
     "sne_fast_cuda_set_attention_query_grad": (_INT, [_REF, _REF]),
     "sne_fast_cuda_set_attention_key_grad": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_gather_chunks": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_gather_chunks_backward": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_segment_pool": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_segment_pool_backward": (_INT, [_REF, _REF]),
 }
 """Every exported function: result and arguments."""
 

@@ -150,6 +150,62 @@ SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_query_grad(const struct sne_fa
 SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_key_grad(const struct sne_fast_cuda_set_attention_args *args,
                                                            void *stream);
 
+/* gather_chunks: matrices (R, K), each written as its transpose (K, R) over its scale, one behind another.
+ *
+ * `table` (fields, stride) int64 on the device describes T matrices that are not empty, a row for each field below. A
+ * tile is a block of tile_rows x tile_columns of a matrix, at most 4096 values, at most 64 of them side by side in one
+ * direction, or all of one direction; tiles are counted row by row of tiles, matrix after matrix. */
+enum sne_fast_gather_field {
+  SNE_FAST_GATHER_FIRST_TILE = 0,
+  SNE_FAST_GATHER_ADDRESS = 1, /* of the matrix (backward: of its gradient), a multiple of its type's size */
+  SNE_FAST_GATHER_TYPE = 2,
+  SNE_FAST_GATHER_ROWS = 3,
+  SNE_FAST_GATHER_COLUMNS = 4,
+  SNE_FAST_GATHER_START = 5, /* in values */
+  SNE_FAST_GATHER_PLACE = 6, /* in scale */
+  SNE_FAST_GATHER_TILE_ROWS = 7,
+  SNE_FAST_GATHER_TILE_COLUMNS = 8
+};
+enum sne_fast_gather_type {
+  SNE_FAST_GATHER_FLOAT = 0,
+  SNE_FAST_GATHER_DOUBLE = 1,
+  SNE_FAST_GATHER_HALF = 2,
+  SNE_FAST_GATHER_BFLOAT = 3
+};
+typedef struct {
+  int64_t type;       /* of values and grad: a sne_fast_gather_type */
+  int64_t wide_scale; /* 1: scale, parts and grad_scale are double, and backward computes in double */
+  int64_t tensors, stride, tiles;
+  const void *table, *scale;
+  void *values;       /* result of the forward call, input of the backward call */
+  const void *grad;   /* backward, like the rest; as far from a multiple of 16 bytes as values */
+  void *parts;        /* (tiles,) workspace */
+  void *grad_scale;   /* (T,), by place */
+} sne_fast_cuda_gather;
+SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks(const sne_fast_cuda_gather *, void *stream);
+SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks_backward(const sne_fast_cuda_gather *, void *stream);
+
+/* segment_pool: softmax over the rows of each segment, and weighted sums of them.
+ *
+ * A segment counts as its rows and `queries` more; a block has per_block such items (at most 16320), so that
+ * blocks = ceil((rows + queries sets) / per_block). x (rows, width) real, width a multiple of 16, logits (rows, queries)
+ * real, ptr (sets + 1,) int64, out (sets, queries, width) real, lse (sets, queries) float. Arrays begin at multiples of 16
+ * bytes. part (2 blocks, queries, width) and part_state (2 blocks, queries, 2) float: workspace of the forward call.
+ * Backward: grad as out, grad_x and grad_logits as x and logits, weights_grad (rows, queries) and part_mean
+ * (2 blocks, queries) float workspace. */
+typedef struct {
+  int64_t rows, sets, width, queries, precision, per_block, blocks;
+  const void *x, *logits;
+  const int64_t *ptr;
+  void *out;
+  float *lse, *part, *part_state;
+  const void *grad;
+  void *grad_x, *grad_logits;
+  float *weights_grad, *part_mean;
+} sne_fast_cuda_pool;
+SNE_FAST_CUDA_API int sne_fast_cuda_segment_pool(const sne_fast_cuda_pool *, void *stream);
+SNE_FAST_CUDA_API int sne_fast_cuda_segment_pool_backward(const sne_fast_cuda_pool *, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

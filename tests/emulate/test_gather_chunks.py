@@ -1,0 +1,170 @@
+"""gather_chunks of the CUDA engine in the emulator, against the reference: bit for bit, but for the sums of scale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_cases import relative_error
+from torch import Tensor
+
+import sne_fast
+from sne_fast import functional, reference
+from sne_fast._cuda import gather_chunks as kernels
+from sne_fast._cuda.library import library
+
+# R x K; the last are of every way to lay tiles: whole rows, whole columns, neither; edges of 1 and of nearly a tile.
+SHAPES = [(7, 9), (130, 33), (5, 1), (0, 4), (40, 40), (4099, 1), (1, 70), (300, 9), (3, 3000), (6, 0), (1, 1)]
+MORE_SHAPES = [(460, 9), (64, 100), (66, 130), (70, 65), (65, 64), (2, 2), (513, 8), (17, 512), (8200, 2), (1000, 49)]
+TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float32]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def case(
+    types: list[torch.dtype], shapes: list[tuple[int, int]] = SHAPES, scale_dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    g = torch.Generator().manual_seed(9)
+    tensors = [torch.randn(s, generator=g).to(types[t % len(types)]) for t, s in enumerate(shapes)]
+    scale = (torch.rand(len(shapes), generator=g) + 0.5).to(scale_dtype)
+    return tensors, scale, torch.tensor(shapes)
+
+
+def gather(tensors: list[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
+    with sne_fast.use_backend("cuda"):
+        return functional.gather_chunks(tensors, scale, plan, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64], ids=str)
+def test_values_are_the_references_to_the_bit(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    tensors, scale, plan = case(TYPES, SHAPES + MORE_SHAPES, scale_dtype)
+    tensors[2][0], tensors[2][1], tensors[2][2] = 3e-7, float("inf"), -0.0  # a subnormal half among them
+    values = gather(tensors, scale, plan, dtype)
+    assert values.dtype == dtype and torch.equal(values, reference.gather_chunks(tensors, scale, plan, dtype))
+
+
+def test_quotients_are_rounded_exactly() -> None:
+    """Values and divisors of many sizes: with a mantissa of all ones, subnormal, zero and infinite ones among them."""
+    g = torch.Generator().manual_seed(3)
+    values = torch.randn(8, 6000, generator=g) * torch.randint(-30, 31, (8, 6000), generator=g).float().exp2()
+    values[1] = torch.nextafter(torch.randint(0, 9, (6000,), generator=g).float().exp2(), torch.zeros(()))
+    values[2] *= torch.randint(-90, 91, (6000,), generator=g).float().exp2()
+    values[3, ::7], values[3, 5::40], values[4, ::3] = -0.0, float("inf"), 0.0
+    largest_mantissa = float(torch.nextafter(torch.tensor(2.0), torch.zeros(())))
+    scale = torch.tensor([0.7, 1.0, 3.1e-3, largest_mantissa, 1.0000001, 9e30, 1e-30, 2.5e-39])
+    tensors, plan = list(values), torch.tensor([[6000, 1]] * 8)
+    got, want = (
+        gather(tensors, scale, plan, torch.float32),
+        reference.gather_chunks(tensors, scale, plan, torch.float32),
+    )
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))  # signs of zeros too
+
+
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_that_begin_anywhere(source: torch.dtype, dtype: torch.dtype) -> None:
+    shapes = [(7, 9), (4200, 1), (37, 9), (70, 90), (3, 500), (1, 33)]
+    tensors, scale, plan = case([source], shapes)
+    for offset in (1, 2, 3, 5):  # views of one flat array, as sharded and fused optimisers hold parameters
+        flat = torch.full((sum(t.numel() for t in tensors) + offset,), float("nan"), dtype=source)
+        at, views = offset, []
+        for t in tensors:
+            views.append(flat[at : at + t.numel()].view(t.shape).copy_(t))
+            at += t.numel()
+        assert torch.equal(gather(views, scale, plan, dtype), reference.gather_chunks(tensors, scale, plan, dtype))
+
+
+def backward(engine, dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor):
+    values = reference.gather_chunks(tensors, scale, plan, dtype)
+    grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return engine.gather_chunks_backward(grad, values, tensors, scale, plan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    inputs = case(TYPES, SHAPES + MORE_SHAPES, scale_dtype)
+    grads, grad_scale = backward(kernels, dtype, *inputs)
+    want, want_scale = backward(reference, dtype, *inputs)
+    for a, b, tensor in zip(grads, want, inputs[0], strict=True):
+        assert a.shape == tensor.shape and a.dtype == tensor.dtype and torch.equal(a, b)
+    assert grad_scale.dtype == scale_dtype
+    assert relative_error(grad_scale, want_scale) < (1e-12 if scale_dtype == torch.float64 else 1e-5)
+
+
+def test_every_schedule_gives_the_same_bits() -> None:
+    inputs = case(TYPES, SHAPES + MORE_SHAPES[:6])
+    want = gather(*inputs, torch.bfloat16), *backward(kernels, torch.float32, *inputs)
+    for seed in (1, 2, 3):
+        library().sne_fast_cuda_emulated_schedule(seed)
+        values, (grads, grad_scale) = gather(*inputs, torch.bfloat16), backward(kernels, torch.float32, *inputs)
+        assert torch.equal(values, want[0]) and torch.equal(grad_scale, want[2])
+        assert all(torch.equal(a, b) for a, b in zip(grads, want[1], strict=True))
+
+
+def test_gradients_of_misaligned_results() -> None:
+    tensors, scale, plan = case([torch.float32], [(7, 9), (300, 9)])
+    values = reference.gather_chunks(tensors, scale, plan, torch.float16)
+    grad = torch.randn(2 * len(values))[1::2].to(torch.float16)
+    shifted = torch.cat([values[:1], values])[1:]
+    got = kernels.gather_chunks_backward(grad, shifted, tensors, scale, plan)
+    want = reference.gather_chunks_backward(grad, values, tensors, scale, plan)
+    assert all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
+    assert relative_error(got[1], want[1]) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (500, 1), (66, 130)], ids=str)
+def test_nan_stays_in_its_tensor(shape: tuple[int, int]) -> None:
+    tensors, scale, plan = case([torch.float32], [(5, 9), shape, (30, 3)])
+    want, want_grads = gather(tensors, scale, plan, torch.float32), backward(kernels, torch.float32, *case(
+        [torch.float32], [(5, 9), shape, (30, 3)]))  # fmt: skip
+    tensors[1][3] = float("nan")
+    got, got_grads = gather(tensors, scale, plan, torch.float32), backward(kernels, torch.float32, tensors, scale, plan)
+    inside = torch.zeros(len(got), dtype=torch.bool)
+    inside[45 : 45 + tensors[1].numel()] = True
+    assert torch.equal(got[~inside], want[~inside]) and int(got.isnan().sum()) == shape[1]
+    assert torch.equal(got_grads[1].isnan(), torch.tensor([False, True, False]))
+    assert torch.equal(got_grads[1][::2], want_grads[1][::2])
+
+
+def test_autograd() -> None:
+    tensors, scale, plan = case([torch.float64], scale_dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (scale, *tensors)]
+
+    def run(backend: str) -> tuple[Tensor, ...]:
+        with sne_fast.use_backend(backend):
+            values = functional.gather_chunks(tensors, scale, plan, torch.float64)
+            return torch.autograd.grad((values**3).sum(), leaves)
+
+    for a, b in zip(run("cuda"), run("reference"), strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+def test_other_types_strides_and_no_tensors() -> None:
+    tensors, scale, plan = case([torch.float32])
+    tensors[0] = tensors[0].to(torch.float8_e4m3fn)
+    tensors[1] = tensors[1].T.contiguous().T
+    values = gather(tensors, scale, plan, torch.float32)
+    assert torch.equal(values, reference.gather_chunks(tensors, scale, plan, torch.float32))
+    grads, _ = kernels.gather_chunks_backward(values, values, tensors, scale, plan)
+    assert grads[0].dtype == torch.float8_e4m3fn and all(g.is_contiguous() for g in grads)
+    nothing = kernels.gather_chunks([], scale[:0], plan[:0], torch.float32)
+    assert nothing.shape == (0,)
+    assert kernels.gather_chunks_backward(nothing, nothing, [], scale[:0], plan[:0])[0] == []
+
+
+def test_wrong_sizes_are_refused() -> None:
+    tensors, scale, plan = case([torch.float32])
+    with pytest.raises(ValueError, match="tensors.0. must have shape .7, 9. by plan.0."):
+        kernels.gather_chunks([tensors[1], *tensors[1:]], scale, plan, torch.float32)
+    with pytest.raises(ValueError, match="grad and values must have the shape"):
+        kernels.gather_chunks_backward(scale, scale, tensors, scale, plan)
+    assert kernels.why_not("gather_chunks", (tensors, scale, plan, torch.float8_e5m2))
+    assert kernels.why_not("gather_chunks_backward", (scale, scale, tensors, scale, plan)) == []
+
+
+def test_many_tensors() -> None:
+    """The search over more tensors than a warp looks at in two steps."""
+    shapes = [(1 + t % 5, 1 + t % 3) for t in range(1100)]
+    tensors, scale, plan = case([torch.float32, torch.bfloat16], shapes)
+    want = reference.gather_chunks(tensors, scale, plan, torch.float32)
+    assert torch.equal(gather(tensors, scale, plan, torch.float32), want)
