@@ -1,4 +1,4 @@
-"""Arguments, exact results and PyTorch's own half-precision ones of ``chunk_encode``, for the tests of both GPU engines."""
+"""Arguments of ``chunk_encode``, its exact results, and PyTorch's in half precision: for tests of both GPU engines."""
 
 from __future__ import annotations
 

@@ -8,10 +8,22 @@
 
 namespace sne {
 
+// Rows of 256 floats do not fit the registers. With SNE_REPRESENTATIVE (compile checks) one head width stands for all.
+template <class Op, int width, int dim>
+constexpr bool kHasChunkVariant =
+#if defined(SNE_REPRESENTATIVE)
+    width <= 128 && width == 4 * dim;
+#else
+    Op::kPacked || width <= 128;
+#endif
+
 template <class Op>
 int chunk_encode_by(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
   return with_heads(a.hidden, a.heads, [&](auto width, auto dim) {
-    return run_forward<Op, width.value, dim.value>(a, out, saved, stream);
+    if constexpr (kHasChunkVariant<Op, width.value, dim.value>)
+      return run_forward<Op, width.value, dim.value>(a, out, saved, stream);
+    else
+      return int(SNE_FAST_CUDA_BAD_VARIANT);
   });
 }
 
@@ -19,7 +31,10 @@ template <class Op>
 int chunk_block_backward_by(const sne_fast_cuda_chunk_args &a, const sne_fast_cuda_chunk_space &space, int block,
                             float *norm_part, Stream stream) {
   return with_heads(a.hidden, a.heads, [&](auto width, auto dim) {
-    return run_block_backward<Op, width.value, dim.value>(a, space_of(space), block, norm_part, stream);
+    if constexpr (kHasChunkVariant<Op, width.value, dim.value>)
+      return run_block_backward<Op, width.value, dim.value>(a, space_of(space), block, norm_part, stream);
+    else
+      return int(SNE_FAST_CUDA_BAD_VARIANT);
   });
 }
 
@@ -27,7 +42,10 @@ template <class Op>
 int chunk_scalar_backward_by(const sne_fast_cuda_chunk_args &a, const sne_fast_cuda_chunk_space &space,
                              const sne_fast_cuda_chunk_scalar_grads &grads, Stream stream) {
   return with_width(a.hidden, [&](auto width) {
-    return run_scalar_backward<Op, width.value>(a, space_of(space), grads, stream);
+    if constexpr (kHasChunkVariant<Op, width.value, width.value / 4>)
+      return run_scalar_backward<Op, width.value>(a, space_of(space), grads, stream);
+    else
+      return int(SNE_FAST_CUDA_BAD_VARIANT);
   });
 }
 

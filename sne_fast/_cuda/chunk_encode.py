@@ -31,7 +31,7 @@ def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that one block of threads may have."""
     if device.type != "cuda":
         return EMULATED_SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def has_wgmma(device: torch.device) -> bool:
@@ -157,9 +157,7 @@ def _slab_backward(
         if block == 2:
             codes = parts["element_code"].shape[1]
             call.run("chunk_codes_backward", ref, there, codes, chunk_grad.data_ptr(), parts["element_code"].data_ptr())
-    grads = library.ChunkScalarGrads(
-        *library.pointers(values_grad, parts["logit"], parts["basis"]), norm_part(0)
-    )
+    grads = library.ChunkScalarGrads(*library.pointers(values_grad, parts["logit"], parts["basis"]), norm_part(0))
     call.run("chunk_scalar_backward", ref, there, ctypes.byref(grads))
     weight_grad(0)
 
@@ -193,9 +191,11 @@ def chunk_encode_backward(
         if name != "row_code"
     }
     chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
-    classes = [(c, blocks, max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots))) for c, blocks in call.plan.classes(CLASSES)]
-    slab = _Slab.empty(call, max(min(most, blocks) * c.slots for c, blocks, most in classes))
-    for slot_class, blocks, most in classes:
+    classes = list(call.plan.classes(CLASSES))
+    most_blocks = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]
+    rows = max(min(most, blocks) * c.slots for (c, blocks), most in zip(classes, most_blocks, strict=True))
+    slab = _Slab.empty(call, rows)
+    for (slot_class, blocks), most in zip(classes, most_blocks, strict=True):
         for first in range(0, blocks, most):
             args = call.args(slot_class, blocks, first, min(most, blocks - first))
             _slab_backward(call, slab, args, grad, parts, values_grad, chunk_grad)
@@ -213,6 +213,8 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"width must be one of {', '.join(map(str, WIDTHS))}, got {h}")
     elif heads < 1 or heads & (heads - 1) or h % heads or not 8 <= h // heads <= 64:
         reasons.append(f"num_heads must be a power of two with {h}/num_heads in 8..64, got {heads}")
+    elif args[0].dtype == torch.float32 and h > 128:
+        reasons.append(f"rows of float32 fit the registers up to width 128, got {h}")
     if codes > CLASSES[-1].slots:
         reasons.append(f"chunk size must be at most {CLASSES[-1].slots}, got {codes}")
     return reasons

@@ -43,7 +43,7 @@ def test_heads(width: int, heads: int) -> None:
     check(arguments(ChunkCase.make(SMALL, width, heads, dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("width, heads", [(128, 2), (128, 16), (256, 4), (256, 32)])
+@pytest.mark.parametrize("width, heads", [(128, 2), (128, 16)])
 def test_wide(width: int, heads: int) -> None:
     check(arguments(ChunkCase.make([[20, 3]], width, heads, dtype=torch.float32)))
 
@@ -66,13 +66,13 @@ def test_tf32() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width, heads, tensors", [(32, 4, [[32, 9, 2]]), (64, 8, [[32, 9]]), (128, 4, [[20, 9]])])
+@pytest.mark.parametrize("width, heads, tensors", [(32, 4, [[32, 9, 2]]), (64, 8, [[32, 9]]), (256, 4, [[20, 9]])])
 def test_half_types_lose_at_most_twice_what_torch_loses(
     width: int, heads: int, tensors: list[list[int]], dtype: torch.dtype
 ) -> None:
     # Now and then rounding flips a relu, which costs either side tenfold: gradients are judged by the median of seeds.
     ratios = []
-    for seed in range(5):
+    for seed in range(5 if width < 256 else 3):
         args = arguments(ChunkCase.make(tensors, width, heads, dtype=dtype, seed=seed))
         grad, exact = upstream(args), in_float64(args)
         out, grads = half_by_torch(grad, args)
@@ -181,9 +181,9 @@ def test_segment_sum() -> None:
 @pytest.mark.parametrize(
     "width, heads, chunk_size, says",
     [(48, 4, 32, "width must be one of"), (32, 8, 32, "num_heads must be"), (64, 64, 32, "num_heads must be"),
-     (32, 4, 300, "chunk size must be at most 128")],
+     (32, 4, 300, "chunk size must be at most 128"), (256, 8, 32, "float32 fit the registers up to width 128")],
 )  # fmt: skip
 def test_why_not(width: int, heads: int, chunk_size: int, says: str) -> None:
-    args = arguments(ChunkCase.make([[3]], width, heads, chunk_size))
+    args = arguments(ChunkCase.make([[3]], width, heads, chunk_size, dtype=torch.float32))
     assert any(says in reason for reason in why_not("chunk_encode", args))
     assert why_not("chunk_encode", args) == why_not("chunk_encode_backward", (upstream(args), *args))

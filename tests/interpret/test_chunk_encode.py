@@ -22,7 +22,6 @@ from sne_fast.kernels.chunk_encode import chunk_encode, chunk_encode_backward, w
 from sne_fast.kernels.chunk_encode_backward import fits_a_tile
 
 
-
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Whatever ``torch.empty`` hands out holds NaN: an output or workspace row that is not written shows."""
