@@ -329,7 +329,8 @@ SNE_DEVICE Acc sum_over_block(Acc value, Acc *shared) {
 
 // Gradients of the tensors, and for each tile the sum of gradient times value.
 template <class Acc>
-SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) scatter(Job job, const void *grad, const void *values, Acc *parts, int type) {
+SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) scatter(Job job, const void *grad, const void *values, Acc *parts,
+                                                      int type) {
   const Place place(job, block_id(), true);
   Acc *shared = (Acc *)shared_memory(), total = 0;
   const int64_t code = job.field(SNE_FAST_GATHER_TYPE, place.tensor);

@@ -1,9 +1,10 @@
 // segment_pool: out[s, a] = sum over the rows of segment s of softmax(logits[:, a]) x, reading x once.
 //
 // Who has a part of a segment takes the largest of its logits first, then its lanes sum rows of their own: weights are
-// worked out once, by as many lanes as there are rows, and read by the others from shared memory. Sums meet in the warp,
-// the block and, of segments that are cut, in a second kernel, each in one order. A warp pools kQueries queries over one
-// block of columns; where there are more, warps of one block walk the same rows together, so that memory is read once.
+// worked out once, by as many lanes as there are rows, and read by the others from shared memory. Sums meet in the
+// warp, the block and, of segments that are cut, in a second kernel, each in one order. A warp pools kQueries queries
+// over one block of columns; where there are more, warps of one block walk the same rows together, so that memory is
+// read once.
 #include "cuda/segment_pool.h"
 
 namespace sne {
@@ -265,7 +266,8 @@ int run_pool(const sne_fast_cuda_pool *a, PoolJob job, Stream stream) {
   const int64_t slots = kPoolWarps / job.part_warps / 2 * job.part_warps;
   const int64_t sums = slots * Sums<kQueries, kVector<T>>::kFields * job.lanes, most = kPoolWarps * kQueries;
   const int64_t weights = kPoolWarps * (kWarp / job.lanes) * Lane<T, kQueries>::kShared;
-  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) + (weights + (sums > most ? sums : most)) * sizeof(float);
+  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) +
+                        (weights + (sums > most ? sums : most)) * sizeof(float);
   const int status = launch(stream, a->blocks, quotient_up(parts, job.part_warps), kPoolThreads, shared,
                             pool<T, kQueries>, job);
   if (status || a->blocks == 1) return status;

@@ -1,9 +1,10 @@
 // Gradients of segment_pool: of row i of x, sum over queries of weight[i, a] grad[a]; of its logits,
-// weight[i, a] (<x_i, grad_a> - mean over the segment's rows of that by weight). x is read once, its gradient written once.
+// weight[i, a] (<x_i, grad_a> - mean over the segment's rows of that by weight). x is read once, its gradient written
+// once.
 //
-// A group of lanes walks rows as in the forward kernel and writes <x_i, grad_a>. Then who has the part sums the mean and,
-// of a whole segment, writes the gradient of the logits; of segments that are cut a second kernel does, from the means
-// of all parts in order.
+// A group of lanes walks rows as in the forward kernel and writes <x_i, grad_a>. Then who has the part sums the mean
+// and, of a whole segment, writes the gradient of the logits; of segments that are cut a second kernel does, from the
+// means of all parts in order.
 #include "cuda/segment_pool.h"
 
 namespace sne {
@@ -202,8 +203,8 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
       const int64_t query = first + grid.query;
       const bool mine = part.segment >= 0 && query < job.queries;
       const float log_sum = mine ? job.lse[part.segment * job.queries + query] : 0.0f;
-      const float mean = sum_over_rows(mine ? mean_of_part<T>(job, part, grid, query, log_sum) : 0.0f, grid, team, level,
-                                       exchange);
+      const float own = mine ? mean_of_part<T>(job, part, grid, query, log_sum) : 0.0f;
+      const float mean = sum_over_rows(own, grid, team, level, exchange);
       if (!mine) continue;
       if (part.whole) write_logits<T>(job, part, grid, query, log_sum, mean);
       else if (grid.row == 0) job.part_mean[part.slot() * job.queries + query] = mean;
@@ -240,11 +241,13 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 4) cut_logits(GradJob job) {
 template <class T>
 int run_backward(const sne_fast_cuda_pool *a, Stream stream) {
   const int lanes = lanes_of<T>(a->width);
-  const GradJob job{segments_of(a), a->grad, a->x, a->logits, a->lse, a->grad_x, a->grad_logits,
-                    a->weights_grad, a->part_mean, int(a->width), int(a->queries), int(quotient_up(a->queries, kQueries)),
-                    int(quotient_up(a->width, int64_t(lanes) * kVector<T>)), lanes};
+  const int query_blocks = int(quotient_up(a->queries, kQueries));
+  const int column_blocks = int(quotient_up(a->width, int64_t(lanes) * kVector<T>));
+  const GradJob job{segments_of(a), a->grad, a->x, a->logits, a->lse, a->grad_x, a->grad_logits, a->weights_grad,
+                    a->part_mean, int(a->width), int(a->queries), query_blocks, column_blocks, lanes};
   const int groups = kPoolWarps * (kWarp / lanes);
-  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) + (kPoolThreads + groups * kRows<T> * kQueries) * sizeof(float);
+  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) +
+                        (kPoolThreads + groups * kRows<T> * kQueries) * sizeof(float);
   const int status = launch(stream, a->blocks, 1, kPoolThreads, shared, pool_backward<T>, job);
   if (status || a->blocks == 1) return status;
   return launch(stream, a->blocks, 1, kPoolThreads, sizeof(Share) + kPoolThreads * sizeof(float), cut_logits<T>, job);

@@ -188,9 +188,10 @@ SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks_backward(const sne_fast_cuda_g
 /* segment_pool: softmax over the rows of each segment, and weighted sums of them.
  *
  * A segment counts as its rows and `queries` more; a block has per_block such items (at most 16320), so that
- * blocks = ceil((rows + queries sets) / per_block). x (rows, width) real, width a multiple of 16, logits (rows, queries)
- * real, ptr (sets + 1,) int64, out (sets, queries, width) real, lse (sets, queries) float. Arrays begin at multiples of 16
- * bytes. part (2 blocks, queries, width) and part_state (2 blocks, queries, 2) float: workspace of the forward call.
+ * blocks = ceil((rows + queries sets) / per_block). x (rows, width) real, width a multiple of 16, logits (rows,
+ * queries) real, ptr (sets + 1,) int64, out (sets, queries, width) real, lse (sets, queries) float. Arrays begin at
+ * multiples of 16 bytes. part (2 blocks, queries, width) and part_state (2 blocks, queries, 2) float: workspace of the
+ * forward call.
  * Backward: grad as out, grad_x and grad_logits as x and logits, weights_grad (rows, queries) and part_mean
  * (2 blocks, queries) float workspace. */
 typedef struct {
