@@ -12,8 +12,9 @@ sys.path[:0] = [str(ROOT / "csrc"), str(Path(__file__).parent)]  # cuda_build, c
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What the chosen tests will ask for is compiled side by side from the start."""
     import cuda_build
-    from cuda_compiled import start
+    import cuda_compiled
 
     here = [item for item in session.items if item.path.parent == Path(__file__).parent and hasattr(item, "callspec")]
     if here and cuda_build.find_nvcc() and not session.config.option.collectonly:
-        start({item.callspec.params["file"] for item in here if "file" in item.callspec.params})
+        cuda_compiled.all_variants = bool(session.config.getoption("--all-variants"))
+        cuda_compiled.start({item.callspec.params["file"] for item in here if "file" in item.callspec.params})

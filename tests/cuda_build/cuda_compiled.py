@@ -8,7 +8,7 @@
             assert kernel.spilled_bytes == 0 and kernel.count("HMMA")
 
 A file is compiled once per session, for all of ARCHITECTURES; files that tests have as parameter ``file`` several at a
-time.
+time. Of kernels that exist for many widths of heads a representative one each, unless pytest has --all-variants.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def all_compiled() -> dict[str, Object]:
 
 
 _futures: dict[str, Future[Object]] = {}
+all_variants = False
 
 
 def start(files: Collection[str]) -> None:
@@ -125,7 +126,7 @@ def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCH
     nvcc = cuda_build.find_nvcc()
     assert nvcc is not None
     out, begin = folder / f"{source.stem}.o", time.monotonic()
-    strict = ["-Xptxas=-v", "-Werror", "all-warnings"]
+    strict = ["-Xptxas=-v", "-Werror", "all-warnings", *([] if all_variants else ["-DSNE_REPRESENTATIVE"])]
     command = [*cuda_build.compiler(nvcc, architectures, strict), "-c", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{source.name}:\n{(done.stdout + done.stderr)[:8000]}"
