@@ -24,7 +24,7 @@ int run_forward_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *o
 
 template <class Op, int width, int dim>
 int run_forward(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
-  constexpr int kMost = width <= 32 ? 12 : 8;  // 168 registers a thread, or 255
+  constexpr int kMost = Op::kPacked && width <= 32 ? 12 : 8;  // 168 registers a thread, or 255
   if constexpr (Op::kPacked && width == 64) {
     if (a.wgmma) {
       using Shape = ChunkShape<Op, width, dim, kPieces<Op, width>, true>;

@@ -167,8 +167,9 @@ struct Lane {
   }
 };
 
+// With 8 queries, sums of 8 columns of 16-bit numbers take more registers than two blocks may have.
 template <class T, int kQueries>
-SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool(PoolJob job) {
+SNE_KERNEL SNE_BOUNDS(kPoolThreads, kQueries > 4 && sizeof(T) == 2 ? 1 : 2) pool(PoolJob job) {
   constexpr int fields = Sums<kQueries, kVector<T>>::kFields, own = Lane<T, kQueries>::kShared;
   const Share &share = Share::make(job.segments);
   const Team team{job.lanes, kPoolWarps / job.part_warps, warp_id() / job.part_warps};
