@@ -12,8 +12,9 @@ import torch
 from ..batch import WeightBatch
 from ..encoder import SNE
 from ..predictor import Predictor
-from ..symmetry import PermutationAugmentation, Symmetry, permute
+from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
 from ..training import FitSettings, History, fit, predict
+from ..training.loop import Augment
 from .baselines import Problem
 from .definitions import SneSettings
 
@@ -34,6 +35,18 @@ class SneRun:
     predictor: Predictor
 
 
+def in_form(batch: WeightBatch, symmetries: Sequence[Symmetry], settings: SneSettings) -> WeightBatch:
+    """Networks with their hidden units as `settings.units` wants them to be looked at."""
+    return canonicalise(batch, symmetries, odd=settings.odd) if settings.units == "canonical" else batch
+
+
+def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings) -> Augment | None:
+    """What `settings.units` changes in the batches of training; `symmetries` are those of the training networks."""
+    if settings.units == "canonical":
+        return CanonicalAugmentation(symmetries, odd=settings.odd, jitter=settings.jitter)
+    return PermutationAugmentation(symmetries) if settings.units == "permuted" else None
+
+
 def train_sne(
     problem: Problem,
     settings: SneSettings,
@@ -44,7 +57,7 @@ def train_sne(
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> SneRun:
-    """Train SNE on a problem whose batch was packed with the settings' scale and chunks.
+    """Train SNE on a problem whose batch was packed with the settings' scale and chunks, its units `in_form`.
 
     Args:
         symmetries: of each of the n networks.
@@ -69,7 +82,7 @@ def train_sne(
             "logit" if problem.logit else "identity",
             normalise_inputs=settings.input_scale == "zoo",
         )
-    augment = PermutationAugmentation([symmetries[i] for i in train]) if settings.permute else None
+    augment = augmentation([symmetries[i] for i in train], settings)
     history = fit(
         predictor, batch[train], targets[train],
         FitSettings(
@@ -85,19 +98,24 @@ def train_sne(
         "validation_loss": history.validation_loss,
         "kept_epoch": history.kept,
         "weights_per_second": history.weights_per_second,
-        "invariance_rms": invariance_error(predictor, batch, symmetries, test),
+        "invariance_rms": invariance_error(predictor, batch, symmetries, test, settings),
     }
     return SneRun(predicted[:, 0].double().numpy(), encodings.double().numpy(), about, predictor)
 
 
 def invariance_error(
-    predictor: Predictor, batch: WeightBatch, symmetries: Sequence[Symmetry], rows: Sequence[int]
+    predictor: Predictor,
+    batch: WeightBatch,
+    symmetries: Sequence[Symmetry],
+    rows: Sequence[int],
+    settings: SneSettings,
 ) -> float:
     """Root mean square difference, in the target's units, between predictions of networks and of permuted copies."""
     part, own = batch[list(rows)], [symmetries[i] for i in rows]
     plain = predict(predictor, part)[0]
     generator = torch.Generator().manual_seed(0)
-    squares = [
-        (predict(predictor, permute(part, own, generator))[0] - plain).double().square().mean() for _ in range(DRAWS)
-    ]
+    squares = []
+    for _ in range(DRAWS):
+        permuted = in_form(permute(part, own, generator), own, settings)
+        squares.append((predict(predictor, permuted)[0] - plain).double().square().mean())
     return torch.stack(squares).mean().sqrt().item()
