@@ -152,9 +152,7 @@ def _moving(symmetry: Symmetry, block: Block) -> list[tuple[int, Axis]]:
     return [(i, axis) for i, axis in enumerate(block.axes) if symmetry.atoms[axis.atom].frozen is None]
 
 
-def _units(
-    symmetry: Symmetry, names: Sequence[str], shapes: Sequence[tuple[int, ...]], batch: WeightBatch
-) -> _Units:
+def _units(symmetry: Symmetry, names: Sequence[str], shapes: Sequence[tuple[int, ...]], batch: WeightBatch) -> _Units:
     total, none = sum(math.prod(shape) for shape in shapes), symmetry.table_size
     columns = [np.full(total, none)]
     # Of each axis: (rank, places of values, units), rank 0 where all other axes stay, 1 for vectors, 2 for the rest.
@@ -167,9 +165,7 @@ def _units(
             sizes = [symmetry.atoms[axis.atom].size for axis in block.axes]
             grids = np.ogrid[tuple(slice(n) for n in sizes)]
             start = offset + sum(s * step for s, step in zip(block.start, steps, strict=True))
-            places = start + sum(
-                g * axis.step * steps[axis.dim] for g, axis in zip(grids, block.axes, strict=True)
-            )
+            places = start + sum(g * axis.step * steps[axis.dim] for g, axis in zip(grids, block.axes, strict=True))
             moving = [(i, axis) for i, axis in _moving(symmetry, block) if not symmetry.atoms[axis.atom].within]
             alone = len(_moving(symmetry, block)) == 1
             for k, (i, axis) in enumerate(moving):
@@ -187,9 +183,7 @@ def _units(
     return _Units(tuple(torch.from_numpy(c).to(batch.device) for c in columns), *(t.to(batch.device) for t in index))
 
 
-def _keys(
-    symmetry: Symmetry, units: _Units, own: Tensor, jitter: float, generator: torch.Generator | None
-) -> Tensor:
+def _keys(symmetry: Symmetry, units: _Units, own: Tensor, jitter: float, generator: torch.Generator | None) -> Tensor:
     """Keys `(n, P + 1)` float64 of all units; 0 where nothing is sorted, and in the last column."""
     keys = own.new_zeros(len(own), symmetry.table_size + 1, dtype=torch.float64)
     keys.index_add_(1, units.targets, own[:, units.sources].double())
