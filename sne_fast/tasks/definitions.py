@@ -141,7 +141,7 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
 
 
 # The sine is odd. At a rate of 2e-3 nothing is learnt with this warm-up: sines need the rate to be low at first.
-_SINES = SneSettings(epochs=120, units="canonical", odd=True)
+_SINES = SneSettings(epochs=150, units="canonical", odd=True)
 _ACCURACY = SneSettings(epochs=25, units="given")
 _ACROSS = SneSettings(epochs=20, code_gain=0.1, units="given")
 _MLPS, _CNNS = tuple(FAMILIES["mlp"]), tuple(FAMILIES["cnn"])
