@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,18 @@ def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="must hold the lines"):
         task_report.insert(readme, "", *task_report.MARKERS)
+
+
+def test_relative_places_mean_the_same_everywhere(families):
+    from sne_fast.tasks.sne_method import relative_places
+
+    settings = SneSettings(units="given")
+    batch = families.packed(settings)
+    found = relative_places(batch)
+    for b, name in enumerate(families.groups):
+        layers = found.network_ptr[b + 1] - found.network_ptr[b]
+        levels = found[b].layer_level.tolist()
+        assert levels == [0, *[1] * (int(layers) - 2), 2], name
+    conv = [b for b, name in enumerate(families.groups) if name == "cnn3-flatten"][0]
+    assert set(batch[conv].tensor_type.tolist()) == {0, 1, 8, 9} and set(found[conv].tensor_type.tolist()) == {0, 1}
+    assert torch.equal(families.packed(dataclasses.replace(settings, relative=True)).layer_level, found.layer_level)

@@ -60,7 +60,7 @@ class Networks:
         from .. import pack
 
         scale = scale or settings.scale
-        key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd
+        key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd, settings.relative
         if key not in self._batches:
             how = {"scale": scale, "chunk_size": settings.chunk_size, "chunking": settings.chunking}
             batch = WeightBatch.cat([pack(list(zoo), **how).detach() for zoo in self.zoos])
@@ -105,8 +105,8 @@ def run_task(
     Args:
         name: of `TASKS`.
         seeds: of the split and of everything trained; the zoos are the same.
-        methods: rows of the table, SNE's by their names ("SNE", ...), the others by their keys in `BASELINES`; all by
-            default.
+        methods: rows of the table, SNE's by their names ("SNE", ...), the others by their keys in `BASELINES`; all of
+            the task by default.
         networks, epochs: other than the task's own; `epochs` of SNE.
 
     Returns:
@@ -121,7 +121,7 @@ def run_task(
         raise ValueError(f"task: name must be one of {', '.join(TASKS)}, got {name!r}")
     task = TASKS[name]
     sne = {row: s if epochs is None else dataclasses.replace(s, epochs=epochs) for row, s in task.sne.items()}
-    rows = [*sne, *BASELINES]
+    rows = [*sne, *task.baselines]
     unknown = [method for method in methods if method not in rows]
     if unknown:
         raise ValueError(f"task: methods must be among {', '.join(rows)}, got {', '.join(unknown)}")

@@ -11,8 +11,10 @@ import torch
 
 from ..batch import WeightBatch
 from ..encoder import SNE
+from ..input_normaliser import INPUT_SCALES
 from ..predictor import Predictor
 from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
+from ..tensor_types import CONVOLUTION, KINDS, LINEAR
 from ..training import FitSettings, History, fit, predict
 from ..training.loop import Augment
 from .baselines import Problem
@@ -36,8 +38,24 @@ class SneRun:
 
 
 def in_form(batch: WeightBatch, symmetries: Sequence[Symmetry], settings: SneSettings) -> WeightBatch:
-    """Networks with their hidden units as `settings.units` wants them to be looked at."""
+    """Networks with their hidden units, and their layers' places, as the settings want them to be looked at."""
+    if settings.relative:
+        batch = relative_places(batch)
     return canonicalise(batch, symmetries, odd=settings.odd) if settings.units == "canonical" else batch
+
+
+def relative_places(batch: WeightBatch) -> WeightBatch:
+    """Types and levels that mean something in architectures never seen: of those, SNE has learnt no codes.
+
+    Levels are 0 of a network's first layer, 2 of its last one, 1 of the others (a single layer is the last one);
+    convolutions count as linear layers.
+    """
+    level = torch.ones_like(batch.layer_level)
+    level[batch.network_ptr[:-1]] = 0
+    level[batch.network_ptr[1:] - 1] = 2
+    kind, role = batch.tensor_type // len(KINDS), batch.tensor_type % len(KINDS)
+    kind = torch.where(kind == CONVOLUTION, LINEAR, kind)
+    return batch._with(layer_level=level, tensor_type=len(KINDS) * kind + role)
 
 
 def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings) -> Augment | None:
@@ -80,14 +98,14 @@ def train_sne(
             settings.head,
             [target],
             "logit" if problem.logit else "identity",
-            normalise_inputs=settings.input_scale == "zoo",
+            normalise_inputs=settings.input_scale in INPUT_SCALES and settings.input_scale,
         )
     augment = augmentation([symmetries[i] for i in train], settings)
     history = fit(
         predictor, batch[train], targets[train],
         FitSettings(
             epochs=settings.epochs, lr=settings.lr, warmup=settings.warmup, batch_weights=settings.batch_weights,
-            invariance=settings.invariance, seed=problem.seed,
+            invariance=settings.invariance, keep_best=settings.keep_best, seed=problem.seed,
         ),
         validation=(batch[watched], targets[watched]) if watched else None,
         augment=augment, checkpoint=checkpoint, on_epoch=on_epoch,
