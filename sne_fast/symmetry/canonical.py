@@ -165,7 +165,9 @@ def _units(symmetry: Symmetry, names: Sequence[str], shapes: Sequence[tuple[int,
             sizes = [symmetry.atoms[axis.atom].size for axis in block.axes]
             grids = np.ogrid[tuple(slice(n) for n in sizes)]
             start = offset + sum(s * step for s, step in zip(block.start, steps, strict=True))
-            places = start + sum(g * axis.step * steps[axis.dim] for g, axis in zip(grids, block.axes, strict=True))
+            places = np.asarray(
+                start + sum(g * axis.step * steps[axis.dim] for g, axis in zip(grids, block.axes, strict=True))
+            )
             moving = [(i, axis) for i, axis in _moving(symmetry, block) if not symmetry.atoms[axis.atom].within]
             alone = len(_moving(symmetry, block)) == 1
             for k, (i, axis) in enumerate(moving):

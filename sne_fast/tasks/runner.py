@@ -62,8 +62,10 @@ class Networks:
         scale = scale or settings.scale
         key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd, settings.relative
         if key not in self._batches:
-            how = {"scale": scale, "chunk_size": settings.chunk_size, "chunking": settings.chunking}
-            batch = WeightBatch.cat([pack(list(zoo), **how).detach() for zoo in self.zoos])
+            size, chunking = settings.chunk_size, settings.chunking
+            batch = WeightBatch.cat(
+                [pack(list(zoo), scale=scale, chunk_size=size, chunking=chunking).detach() for zoo in self.zoos]
+            )
             self._batches[key] = in_form(batch, self.symmetries, settings)
         return self._batches[key]
 
