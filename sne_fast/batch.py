@@ -105,7 +105,7 @@ class WeightBatch:
         return batch
 
     def _with(self, **changes: Tensor) -> WeightBatch:
-        """This batch with other `values` or `tensor_scale` of the same shape, dtype and device; nothing is checked."""
+        """This batch with fields but pointers replaced, shape, dtype and device the same; nothing is checked."""
         hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
         return WeightBatch._trusted(hosts, **{**self._fields(), **changes})
 

@@ -146,7 +146,8 @@ def train(
     input_scale: Annotated[
         str,
         typer.Option(
-            help="Divide weights by their tensor's size, by its like's in the zoo, or not: tensor, zoo, none."
+            help="Divide weights by their tensor's size, its like's in the zoo, what its fan-in says, or not: "
+            "tensor, zoo, fan_in, none."
         ),
     ] = "tensor",
     code_gain: Annotated[float | None, typer.Option(help="Initial gain of the codes.", show_default="0.1")] = None,
@@ -203,8 +204,8 @@ def task(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp or nfn; "
-            "repeat for several.",
+            help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, or "
+            "across architectures statistics_fan_in; repeat for several.",
             show_default="all",
         ),
     ] = None,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import WeightBatch
-from .input_normaliser import InputNormaliser
+from .input_normaliser import INPUT_SCALES
 from .pretrained import PretrainedMixin, about, arguments, check_config
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ class Predictor(PretrainedMixin, nn.Module):
         target_names: what the outputs are called, one name each.
         target_transform: "identity" or "logit"; "logit" with "mse" only.
         loss: "mse", "bce" or "cross_entropy".
-        normalise_inputs: divide weights by what their like measured in the training networks (`InputNormaliser`, set
-            by `set_inputs`) in place of each tensor by its own size; for an encoder with `scale="none"`.
+        normalise_inputs: "zoo", or True, divides weights by what their like measured in the training networks
+            (`InputNormaliser`, set by `set_inputs`) in place of each tensor by its own size; "fan_in" multiplies them
+            by the root of their layer's fan-in (`FanInScale`). For an encoder with `scale="none"`.
 
     Raises:
         ValueError: a transform or loss that does not exist or does not fit, not one name per output, or
@@ -87,12 +88,17 @@ class Predictor(PretrainedMixin, nn.Module):
         target_names: Sequence[str] | None = None,
         target_transform: str = "identity",
         loss: str = "mse",
-        normalise_inputs: bool = False,
+        normalise_inputs: bool | str = False,
     ) -> None:
         super().__init__()
         if normalise_inputs and encoder.config["scale"] != "none":
             raise ValueError(
                 f"Predictor: normalise_inputs needs an encoder with scale='none', got {encoder.config['scale']!r}"
+            )
+        scale = "zoo" if normalise_inputs is True else normalise_inputs
+        if scale and scale not in INPUT_SCALES:
+            raise ValueError(
+                f"Predictor: normalise_inputs must be a bool or one of {', '.join(INPUT_SCALES)}, got {scale!r}"
             )
         if target_transform not in TRANSFORMS:
             raise ValueError(f"Predictor: target_transform must be one of {TRANSFORMS}, got {target_transform!r}")
@@ -110,7 +116,8 @@ class Predictor(PretrainedMixin, nn.Module):
         self.target_names = names
         self.target_transform = target_transform
         self.loss = loss
-        self.input_normaliser = InputNormaliser() if normalise_inputs else None
+        self.input_scale = scale or None
+        self.input_normaliser = INPUT_SCALES[scale]() if scale else None
         self.register_buffer("target_mean", torch.zeros(out_features))
         self.register_buffer("target_std", torch.ones(out_features))
 
@@ -124,7 +131,7 @@ class Predictor(PretrainedMixin, nn.Module):
             "target_names": list(self.target_names),
             "target_transform": self.target_transform,
             "loss": self.loss,
-            "normalise_inputs": self.input_normaliser is not None,
+            "normalise_inputs": self.input_scale or False,
         }
 
     @classmethod

@@ -59,7 +59,7 @@ def mixed() -> Problem:
 
 
 def need(key: str) -> None:
-    for module in {"nfn": ("nfn", "einops"), "statistics": ("sklearn",)}.get(key, ()):
+    for module in {"nfn": ("nfn", "einops")}.get(key, ("sklearn",) if key.startswith("statistics") else ()):
         pytest.importorskip(module)
 
 
@@ -68,8 +68,8 @@ def make(key: str, epochs: int):
 
 
 def test_the_table_has_the_baselines_in_order():
-    assert list(BASELINES) == ["mean", "statistics", "deepsets", "mlp", "nfn"]
-    assert len({baseline.name for baseline in BASELINES.values()}) == 5
+    assert list(BASELINES) == ["mean", "statistics", "statistics_fan_in", "deepsets", "mlp", "nfn"]
+    assert len({baseline.name for baseline in BASELINES.values()}) == 6
 
 
 @pytest.mark.parametrize("logit", [False, True])
@@ -85,13 +85,23 @@ def test_a_baseline_beats_the_mean(key, logit):
     assert error < 0.25 * mean_error
 
 
-@pytest.mark.parametrize("key", ["statistics", "deepsets"])
+@pytest.mark.parametrize("key", ["statistics", "statistics_fan_in", "deepsets"])
 def test_any_architecture(key):
     need(key)
     task = mixed()
     predicted = make(key, 80 if key == "deepsets" else 15).fit_predict(task)
     error, mean_error = (np.square(p[TEST] - task.targets[TEST]).mean() for p in (predicted, Mean().fit_predict(task)))
     assert error < 0.5 * mean_error
+
+
+def test_statistics_by_fan_in_do_not_tell_widths_apart():
+    """A layer twice as wide whose weights are smaller by the root of two is the same to them."""
+    need("statistics_fan_in")
+    states = [{"0.weight": torch.full((3, n), value / n**0.5)} for n in (4, 8) for value in range(1, 61)]
+    targets = np.tile(np.linspace(0, 1, 60), 2)
+    task = Problem(sne_fast.pack(states, 8, scale="tensor"), targets, list(range(60)), [])
+    errors = [np.abs(BASELINES[k].fit_predict(task) - targets)[60:].mean() for k in ("statistics_fan_in", "statistics")]
+    assert errors[0] < 0.03 < 0.1 < errors[1]
 
 
 def test_the_mean_is_that_of_training_and_validation():

@@ -189,3 +189,31 @@ def test_gradients_reach_weights_through_the_divisors():
 def test_an_encoder_that_divides_by_itself_is_refused():
     with pytest.raises(ValueError, match="normalise_inputs needs an encoder with scale='none', got 'tensor'"):
         make(normalise_inputs=True)
+
+
+def test_fan_in_scale_makes_all_layers_start_alike():
+    conv = torch.nn.Conv2d(3, 8, 5)
+    nets = [
+        torch.nn.Sequential(conv, torch.nn.BatchNorm2d(8), torch.nn.Flatten(), torch.nn.Linear(8, 2)),
+        torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 9, bias=False)),
+    ]
+    predictor = Predictor(SNE(hidden_dim=32, scale="none"), hidden_features=(16,), normalise_inputs="fan_in")
+    batch = predictor.encoder.pack(nets).detach()
+    predictor.set_inputs(batch)
+    sizes = (batch.chunk_ptr[batch.tensor_ptr]).diff().tolist()
+    before, after = (x.values.split(sizes) for x in (batch, predictor.input_normaliser(batch)))
+    factors = [75**0.5] * 2 + [1.0] * 4 + [8**0.5] * 2 + [1.0, 2.0]
+    assert len(factors) == len(before)
+    for one, other, factor in zip(before, after, factors, strict=True):
+        torch.testing.assert_close(other, one * factor)
+    assert not predictor.state_dict().keys() & {"input_normaliser.scaled", "input_normaliser.divisor"}
+    assert predictor(batch[0:0]).shape == (0, 1)
+
+
+def test_fan_in_scale_is_saved(tmp_path):
+    predictor = Predictor(SNE(hidden_dim=32, scale="none"), hidden_features=(16,), normalise_inputs="fan_in")
+    predictor.save_pretrained(tmp_path / "p")
+    again = Predictor.from_pretrained(tmp_path / "p")
+    assert again.config == predictor.config and torch.equal(again(zoo_like(1.0)), predictor(zoo_like(1.0)))
+    with pytest.raises(ValueError, match="normalise_inputs must be a bool or one of zoo, fan_in, got 'rms'"):
+        Predictor(SNE(hidden_dim=32, scale="none"), normalise_inputs="rms")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 import sne_fast
+from sne_fast.symmetry import canonicalise, chain_symmetry
 from sne_fast.tasks import TASKS, run_task
 from sne_fast.tasks.baselines import BASELINES, Problem
 from sne_fast.tasks.definitions import Experiment, SneSettings
@@ -73,7 +75,10 @@ def test_the_saved_predictor_gives_the_saved_predictions(done):
     path = Run(TASKS["inr"].experiments[0], "SNE", 0).path(out)
     predictor = sne_fast.Predictor.from_pretrained(path)
     assert predictor.input_normaliser is not None and predictor.target_names == ("a",)
-    values = predictor(list(Zoo.open(out / "zoos" / "sines")))[:, 0].detach().double().numpy()
+    sines = list(Zoo.open(out / "zoos" / "sines"))
+    symmetry = chain_symmetry(sines[0])
+    values = predictor(canonicalise(predictor.encoder.pack(sines).detach(), symmetry, odd=True))
+    values = values[:, 0].detach().double().numpy()
     np.testing.assert_allclose(values, np.load(path.with_suffix(".npz"))["predicted"], rtol=1e-4)
     ablated = sne_fast.Predictor.from_pretrained(Run(TASKS["inr"].experiments[0], "SNE, no order codes", 0).path(out))
     assert not ablated.encoder.config["element_order"] and not ablated.encoder.config["chunk_order"]
@@ -171,7 +176,7 @@ def test_definitions_hold_together(name):
     assert "SNE" in task.sne and len({slug(e.name) for e in task.experiments}) == len(task.experiments)
     assert not {slug(row) for row in task.sne} & set(BASELINES)
     for settings in task.sne.values():
-        assert not settings.invariance or settings.permute
+        assert not settings.invariance or settings.units != "given"
     for experiment in task.experiments:
         overlap = {k: set(v) & set(experiment.test.get(k, ())) for k, v in experiment.train.items()}
         assert experiment.train == experiment.test or not any(overlap.values())
@@ -180,15 +185,15 @@ def test_definitions_hold_together(name):
 def test_mixed_architectures_train_with_permutations(families):
     """An untrained predictor is not invariant, and the measure of it sees that; an invariant one gives zero."""
     parts = families.split(Experiment("all"), 0)
-    problem = Problem(families.packed("none"), families.targets, parts["train"], parts["validation"], 0, logit=True)
     settings = SneSettings(epochs=1, batch_weights=8_000, invariance=0.1)
+    problem = Problem(families.packed(settings), families.targets, parts["train"], parts["validation"], 0, logit=True)
     run = train_sne(problem, settings, families.symmetries, parts["test"], target="test_accuracy")
     assert run.predicted.shape == (50,) and run.encodings.shape == (50, 32)
     assert ((run.predicted >= 0) & (run.predicted <= 1)).all() and run.about["invariance_rms"] > 0
     with torch.no_grad():
         for p in run.predictor.head.parameters():
             p.zero_()
-    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"]) == 0
+    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"], settings) == 0
 
 
 def test_ablations_take_the_order_away():
@@ -225,3 +230,18 @@ def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="must hold the lines"):
         task_report.insert(readme, "", *task_report.MARKERS)
+
+
+def test_relative_places_mean_the_same_everywhere(families):
+    from sne_fast.tasks.sne_method import relative_places
+
+    settings = SneSettings(units="given")
+    batch = families.packed(settings)
+    found = relative_places(batch)
+    for b, name in enumerate(families.groups):
+        layers = found.network_ptr[b + 1] - found.network_ptr[b]
+        levels = found[b].layer_level.tolist()
+        assert levels == [0, *[1] * (int(layers) - 2), 2], name
+    conv = [b for b, name in enumerate(families.groups) if name == "cnn3-flatten"][0]
+    assert set(batch[conv].tensor_type.tolist()) == {0, 1, 8, 9} and set(found[conv].tensor_type.tolist()) == {0, 1}
+    assert torch.equal(families.packed(dataclasses.replace(settings, relative=True)).layer_level, found.layer_level)

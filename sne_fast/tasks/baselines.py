@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import WeightBatch
+from ..input_normaliser import FanInScale
 from ..predictor import LOGIT_MARGIN, PredictorHead
 from ..tensor_types import KINDS, ROLES
 from ..training.batching import network_sizes
@@ -141,6 +142,16 @@ class Statistics:
         _check(self, problem)
         known = [*problem.train, *problem.validation]
         return statistics_regression(problem.batch, problem.targets, known, problem.seed, problem.logit)
+
+
+class StatisticsByFanIn(Statistics):
+    """Layer statistics of weights times the root of their layer's fan-in, as SNE sees them across architectures."""
+
+    name = "layer statistics by fan-in, boosted trees"
+
+    def fit_predict(self, problem: Problem) -> np.ndarray:
+        _check(self, problem)
+        return Statistics().fit_predict(replace(problem, batch=FanInScale()(problem.batch)))
 
 
 def tensor_sizes(batch: WeightBatch) -> Tensor:
@@ -394,6 +405,7 @@ class NFN(Neural):
 BASELINES: dict[str, Baseline] = {
     "mean": Mean(),
     "statistics": Statistics(),
+    "statistics_fan_in": StatisticsByFanIn(),
     "deepsets": DeepSets(),
     "mlp": MLP(),
     "nfn": NFN(epochs=70),  # about as long as DeepSets; 100 epochs predict no better

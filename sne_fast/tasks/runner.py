@@ -17,14 +17,14 @@ from .._threads import torch_threads
 from ..batch import WeightBatch
 from ..demo import check_extra
 from ..reporting import machine, measures, write_json
-from ..symmetry import PermutationAugmentation, Symmetry
+from ..symmetry import Symmetry
 from ..training import stratified_split
 from ..training.command import PARTS, SHARES, symmetries_of
 from . import report
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, Experiment, SneSettings, Task
 from .runs import Run, slug
-from .sne_method import train_sne
+from .sne_method import augmentation, in_form, train_sne
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ class Networks:
         self.zoos = list(zoos)
         self.targets = np.concatenate([zoo.column(target).astype(np.float64) for zoo in zoos])
         self.groups = [str(name) for name in self.column("architecture")]
-        self._batches: dict[tuple[str, int, str], WeightBatch] = {}
+        self._batches: dict[tuple[object, ...], WeightBatch] = {}
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -55,15 +55,18 @@ class Networks:
     def column(self, name: str) -> np.ndarray:
         return np.concatenate([zoo.column(name) for zoo in self.zoos])
 
-    def packed(self, scale: str, chunk_size: int = 32, chunking: str = "flat") -> WeightBatch:
-        """All networks, packed in this way; kept."""
+    def packed(self, settings: SneSettings, scale: str | None = None) -> WeightBatch:
+        """All networks, packed and with their units as the settings say, or with another scale; kept."""
         from .. import pack
 
-        key = scale, chunk_size, chunking
+        scale = scale or settings.scale
+        key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd, settings.relative
         if key not in self._batches:
-            self._batches[key] = WeightBatch.cat(
-                [pack(list(zoo), scale=scale, chunk_size=chunk_size, chunking=chunking).detach() for zoo in self.zoos]
+            size, chunking = settings.chunk_size, settings.chunking
+            batch = WeightBatch.cat(
+                [pack(list(zoo), scale=scale, chunk_size=size, chunking=chunking).detach() for zoo in self.zoos]
             )
+            self._batches[key] = in_form(batch, self.symmetries, settings)
         return self._batches[key]
 
     def where(self, wanted: Mapping[str, tuple[str, ...]]) -> np.ndarray:
@@ -104,8 +107,8 @@ def run_task(
     Args:
         name: of `TASKS`.
         seeds: of the split and of everything trained; the zoos are the same.
-        methods: rows of the table, SNE's by their names ("SNE", ...), the others by their keys in `BASELINES`; all by
-            default.
+        methods: rows of the table, SNE's by their names ("SNE", ...), the others by their keys in `BASELINES`; all of
+            the task by default.
         networks, epochs: other than the task's own; `epochs` of SNE.
 
     Returns:
@@ -120,7 +123,7 @@ def run_task(
         raise ValueError(f"task: name must be one of {', '.join(TASKS)}, got {name!r}")
     task = TASKS[name]
     sne = {row: s if epochs is None else dataclasses.replace(s, epochs=epochs) for row, s in task.sne.items()}
-    rows = [*sne, *BASELINES]
+    rows = [*sne, *task.baselines]
     unknown = [method for method in methods if method not in rows]
     if unknown:
         raise ValueError(f"task: methods must be among {', '.join(rows)}, got {', '.join(unknown)}")
@@ -180,7 +183,7 @@ def _do(run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], ou
     # One thread: batches are small, and most of a step's operations too small to share (see demo.py).
     with console.status(label) as status, torch_threads(1):
         if settings is not None:
-            batch = data.packed(settings.scale, settings.chunk_size, settings.chunking)
+            batch = data.packed(settings)
             problem = Problem(batch, data.targets, train, parts["validation"], run.seed, task.logit)
             done = train_sne(
                 problem, settings, data.symmetries, parts["test"], target=task.target,
@@ -190,12 +193,11 @@ def _do(run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], ou
             arrays, about = {"predicted": done.predicted, "encodings": done.encodings}, done.about
             done.predictor.save_pretrained(path)
         else:
-            # The permutations that SNE trains with, for all who learn by batches.
-            permute = next(iter(sne.values())).permute
-            augment = PermutationAugmentation([data.symmetries[i] for i in train]) if permute else None
-            problem = Problem(
-                data.packed("tensor"), data.targets, train, parts["validation"], run.seed, task.logit, augment
-            )
+            # Units as SNE has them, and for all who learn by batches the draws that SNE trains with.
+            same = next(iter(sne.values()))
+            augment = augmentation([data.symmetries[i] for i in train], same)
+            batch = data.packed(same, "tensor")
+            problem = Problem(batch, data.targets, train, parts["validation"], run.seed, task.logit, augment)
             reasons = BASELINES[run.method].why_not(problem)
             if reasons:
                 about = {"why_not": reasons}

@@ -11,9 +11,12 @@ import torch
 
 from ..batch import WeightBatch
 from ..encoder import SNE
+from ..input_normaliser import INPUT_SCALES
 from ..predictor import Predictor
-from ..symmetry import PermutationAugmentation, Symmetry, permute
+from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
+from ..tensor_types import CONVOLUTION, KINDS, LINEAR
 from ..training import FitSettings, History, fit, predict
+from ..training.loop import Augment
 from .baselines import Problem
 from .definitions import SneSettings
 
@@ -34,6 +37,34 @@ class SneRun:
     predictor: Predictor
 
 
+def in_form(batch: WeightBatch, symmetries: Sequence[Symmetry], settings: SneSettings) -> WeightBatch:
+    """Networks with their hidden units, and their layers' places, as the settings want them to be looked at."""
+    if settings.relative:
+        batch = relative_places(batch)
+    return canonicalise(batch, symmetries, odd=settings.odd) if settings.units == "canonical" else batch
+
+
+def relative_places(batch: WeightBatch) -> WeightBatch:
+    """Types and levels that mean something in architectures never seen: of those, SNE has learnt no codes.
+
+    Levels are 0 of a network's first layer, 2 of its last one, 1 of the others (a single layer is the last one);
+    convolutions count as linear layers.
+    """
+    level = torch.ones_like(batch.layer_level)
+    level[batch.network_ptr[:-1]] = 0
+    level[batch.network_ptr[1:] - 1] = 2
+    kind, role = batch.tensor_type // len(KINDS), batch.tensor_type % len(KINDS)
+    kind = torch.where(kind == CONVOLUTION, LINEAR, kind)
+    return batch._with(layer_level=level, tensor_type=len(KINDS) * kind + role)
+
+
+def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings) -> Augment | None:
+    """What `settings.units` changes in the batches of training; `symmetries` are those of the training networks."""
+    if settings.units == "canonical":
+        return CanonicalAugmentation(symmetries, odd=settings.odd, jitter=settings.jitter)
+    return PermutationAugmentation(symmetries) if settings.units == "permuted" else None
+
+
 def train_sne(
     problem: Problem,
     settings: SneSettings,
@@ -44,7 +75,7 @@ def train_sne(
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> SneRun:
-    """Train SNE on a problem whose batch was packed with the settings' scale and chunks.
+    """Train SNE on a problem whose batch was packed with the settings' scale and chunks, its units `in_form`.
 
     Args:
         symmetries: of each of the n networks.
@@ -67,14 +98,14 @@ def train_sne(
             settings.head,
             [target],
             "logit" if problem.logit else "identity",
-            normalise_inputs=settings.input_scale == "zoo",
+            normalise_inputs=settings.input_scale in INPUT_SCALES and settings.input_scale,
         )
-    augment = PermutationAugmentation([symmetries[i] for i in train]) if settings.permute else None
+    augment = augmentation([symmetries[i] for i in train], settings)
     history = fit(
         predictor, batch[train], targets[train],
         FitSettings(
             epochs=settings.epochs, lr=settings.lr, warmup=settings.warmup, batch_weights=settings.batch_weights,
-            invariance=settings.invariance, seed=problem.seed,
+            invariance=settings.invariance, keep_best=settings.keep_best, seed=problem.seed,
         ),
         validation=(batch[watched], targets[watched]) if watched else None,
         augment=augment, checkpoint=checkpoint, on_epoch=on_epoch,
@@ -85,19 +116,24 @@ def train_sne(
         "validation_loss": history.validation_loss,
         "kept_epoch": history.kept,
         "weights_per_second": history.weights_per_second,
-        "invariance_rms": invariance_error(predictor, batch, symmetries, test),
+        "invariance_rms": invariance_error(predictor, batch, symmetries, test, settings),
     }
     return SneRun(predicted[:, 0].double().numpy(), encodings.double().numpy(), about, predictor)
 
 
 def invariance_error(
-    predictor: Predictor, batch: WeightBatch, symmetries: Sequence[Symmetry], rows: Sequence[int]
+    predictor: Predictor,
+    batch: WeightBatch,
+    symmetries: Sequence[Symmetry],
+    rows: Sequence[int],
+    settings: SneSettings,
 ) -> float:
     """Root mean square difference, in the target's units, between predictions of networks and of permuted copies."""
     part, own = batch[list(rows)], [symmetries[i] for i in rows]
     plain = predict(predictor, part)[0]
     generator = torch.Generator().manual_seed(0)
-    squares = [
-        (predict(predictor, permute(part, own, generator))[0] - plain).double().square().mean() for _ in range(DRAWS)
-    ]
+    squares = []
+    for _ in range(DRAWS):
+        permuted = in_form(permute(part, own, generator), own, settings)
+        squares.append((predict(predictor, permuted)[0] - plain).double().square().mean())
     return torch.stack(squares).mean().sqrt().item()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import input_normaliser
 from ..encoder import SNE
 from ..predictor import Predictor
 from ..reporting import measures, write_csv, write_json
@@ -30,7 +31,7 @@ PARTS = ("train", "validation", "test")
 SHARES = (0.8, 0.1, 0.1)
 CHECKPOINT = "fit.pt"
 LOGS = ("csv", "tensorboard")
-INPUT_SCALES = ("tensor", "zoo", "none")
+INPUT_SCALES = ("tensor", *input_normaliser.INPUT_SCALES, "none")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class TrainCommand:
     values, as classes. `split`: a column that says train, validation or test; without it networks are shared out 80, 10
     and 10 % within each architecture. `permute`: draw fresh permutations of hidden units for every batch.
     `input_scale`: what weights are divided by: "tensor", each tensor's own root mean square; "zoo", that of its like in
-    the training networks (:class:`sne_fast.input_normaliser.InputNormaliser`); "none". `code_gain`: as in
+    the training networks (:class:`sne_fast.input_normaliser.InputNormaliser`); "fan_in", one over the root of their
+    layer's fan-in (:class:`sne_fast.input_normaliser.FanInScale`); "none". `code_gain`: as in
     :meth:`sne_fast.SNE.fill_code_gains`.
     """
 
@@ -96,7 +98,13 @@ def _train(command: TrainCommand, console: Console, world: World) -> dict[str, A
         if command.code_gain is not None:
             encoder.fill_code_gains(command.code_gain)
         predictor = Predictor(
-            encoder, len(names), command.head, names, command.transform, command.loss, command.input_scale == "zoo"
+            encoder,
+            len(names),
+            command.head,
+            names,
+            command.transform,
+            command.loss,
+            command.input_scale in input_normaliser.INPUT_SCALES and command.input_scale,
         ).to(_device(command.device))
     with console.status("packing"):
         batch = predictor.encoder.pack(zoo, device="cpu")
