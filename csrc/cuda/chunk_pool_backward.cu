@@ -152,7 +152,8 @@ int run_pool(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const v
   if (!warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * sets + warps - 1) / warps;
   const T *x = (const T *)space.saved + 3 * a.count * a.slots * a.hidden;
-  return launch(stream, tiles < a.programs ? tiles : a.programs, 1, int(32 * warps), warps * per_warp,
+  const int64_t blocks = SNE_FAST_CUDA_POOL_BLOCKS * a.programs;
+  return launch(stream, tiles < blocks ? tiles : blocks, 1, int(32 * warps), warps * per_warp,
                 chunk_pool_backward<T>, call_of<T>(a), (const T *)grad, x, space.rows_grad, int(a.hidden),
                 int(a.heads), part);
 }

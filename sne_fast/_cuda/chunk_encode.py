@@ -22,7 +22,8 @@ CLASSES = ALL_CLASSES[:4]
 """Longer blocks of slots than 128 would need more warps than the registers of a multiprocessor allow."""
 SLAB_ROWS_TIMES_WIDTH = 1 << 22
 """Rows of a slab of the backward times the width: 92 MB of workspace with half-precision operands, 168 MB else."""
-SUM_PIECE = 256
+SUM_PIECE, POOL_BLOCKS = 256, 4
+"""As in csrc/cuda/segment_sum.cu and cuda_abi.h."""
 EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
 """What the emulator has of a GPU: an H100's shared memory, and wgmma where a test says so."""
 
@@ -183,13 +184,12 @@ def chunk_encode_backward(
         return (values_grad, *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in parameters))
     call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=True)
     programs = library.multiprocessors(values.device)
-    parts = {
-        name: values.new_zeros(
-            (t.shape[0], programs, *t.shape[1:]) if name in BY_BLOCK else (programs, *t.shape), dtype=torch.float32
-        )
-        for name, t in call.weights.items()
-        if name != "row_code"
-    }
+    parts = {}
+    for name in NAMES[1:]:
+        shape = tuple(call.weights[name].shape)
+        many = POOL_BLOCKS * programs if name == "pool_query" else programs
+        shape = (shape[0], many, *shape[1:]) if name in BY_BLOCK else (many, *shape)
+        parts[name] = values.new_zeros(shape, dtype=torch.float32)
     chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
     classes = list(call.plan.classes(CLASSES))
     most_blocks = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]

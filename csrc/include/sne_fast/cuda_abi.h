@@ -81,7 +81,9 @@ SNE_FAST_CUDA_API int sne_fast_cuda_chunk_block_backward(int precision, const sn
                                                          const sne_fast_cuda_chunk_space *space, int64_t block,
                                                          float *norm_part, void *stream);
 
-/* grad (N, H, h), real; query_part: float (programs, H, h). */
+/* Reads and writes more than it computes: several blocks of threads a multiprocessor. */
+#define SNE_FAST_CUDA_POOL_BLOCKS 4
+/* grad (N, H, h), real; query_part: float (SNE_FAST_CUDA_POOL_BLOCKS * programs, H, h). */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_pool_backward(int precision, const sne_fast_cuda_chunk_args *args,
                                                         const sne_fast_cuda_chunk_space *space, const void *grad,
                                                         float *query_part, void *stream);
