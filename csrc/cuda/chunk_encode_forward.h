@@ -2,7 +2,7 @@
 // what blocks 1 to 3 and the pool see, for the backward.
 #pragma once
 
-#include "cuda/chunk_tile.h"
+#include "cuda/chunk_attention.h"
 #include "sne_fast/cuda_abi.h"
 
 namespace sne {
