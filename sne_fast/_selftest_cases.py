@@ -75,20 +75,21 @@ class _Call:
 
 def _chunk_encode(case: Variant, draw: _Draw) -> Iterator[_Call]:
     # Small inputs and weights: where softmax saturates, half types lose all of a gradient without being wrong.
+    # Chunks of up to 64 beside the usual ones, as several engines have code of its own for them.
     h, heads = case.width, case.heads
-    lengths = (32, 7, 32, 1, 2, 20, 32, 32, 32)
-    chunks, tensors = _pointer(*lengths), _pointer(4, 0, 5)
-    norm = draw(4 if case.layer_norm else 0, 4, h, size=0.2)
-    norm[:, ::2] += 1
-    yield _Call(
-        (
-            draw(sum(lengths), size=0.5), chunks, tensors, chunks, tensors, draw(3, h, size=0.3), draw(32, h, size=0.3),
-            draw(2, heads), draw(3, h, size=0.5), draw(3, 3 * h, h, size=0.5 * h**-0.5), draw(3, 3 * h, size=0.1),
-            draw(4, h, h, size=0.5 * h**-0.5), draw(4, h, size=0.1), norm.to(case.dtype).double(),
-            draw(heads, h, size=h**-0.5),
-        ),
-        (3, 4),
-    )  # fmt: skip
+    for lengths, of_tensors, codes in (((32, 7, 32, 1, 2, 20, 32, 32, 32), (4, 0, 5), 32), ((64, 40, 5), (1, 2), 64)):
+        chunks, tensors = _pointer(*lengths), _pointer(*of_tensors)
+        norm = draw(4 if case.layer_norm else 0, 4, h, size=0.2)
+        norm[:, ::2] += 1
+        yield _Call(
+            (
+                draw(sum(lengths), size=0.5), chunks, tensors, chunks, tensors, draw(len(of_tensors), h, size=0.3),
+                draw(codes, h, size=0.3), draw(2, heads), draw(3, h, size=0.5),
+                draw(3, 3 * h, h, size=0.5 * h**-0.5), draw(3, 3 * h, size=0.1), draw(4, h, h, size=0.5 * h**-0.5),
+                draw(4, h, size=0.1), norm.to(case.dtype).double(), draw(heads, h, size=h**-0.5),
+            ),
+            (3, 4),
+        )  # fmt: skip
 
 
 def _set_attention(case: Variant, draw: _Draw) -> Iterator[_Call]:

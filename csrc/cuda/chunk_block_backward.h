@@ -206,7 +206,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   }
   sync_block();
 
-  const SetOfWarps set = set_of_warps<Shape>(call.cls);
+  const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
   const int64_t per_tile = num_warps() / set.warps, rows = call.count * call.cls.slots;
   for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
     const int64_t local = tile * per_tile + warp_id() / set.warps;

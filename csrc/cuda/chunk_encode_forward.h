@@ -155,7 +155,7 @@ SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool 
   if (resident) weights.copy(0, layout.forward_size());
   sync_block();
 
-  const SetOfWarps set = set_of_warps<Shape>(call.cls);
+  const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
   const int64_t per_tile = num_warps() / set.warps;
   const int64_t plane = call.count * call.cls.slots * Shape::W;
   for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
@@ -194,13 +194,15 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   encode_chunks<Op, Shape>(call, resident, layer_norm, out, saved);
 }
 
-// The same by wgmma, for sm_90a alone: empty elsewhere, and not launched there.
+// The same by wgmma, for sm_90a alone: not launched elsewhere.
 template <class Op, class Shape, int kThreads>
 SNE_KERNEL SNE_BOUNDS(kThreads, 1)
     chunk_encode_forward_wgmma(ChunkCall<typename Op::Storage> call, bool resident, bool layer_norm,
                                typename Op::Storage *out, typename Op::Storage *saved) {
 #if defined(SNE_HAS_WGMMA)
   encode_chunks<Op, Shape>(call, resident, layer_norm, out, saved);
+#else
+  __trap();
 #endif
 }
 

@@ -15,7 +15,7 @@ ChunkCall<T> call_of(const sne_fast_cuda_chunk_args &a) {
 }
 
 inline bool valid(const sne_fast_cuda_chunk_args &a) {
-  const bool slots = a.slots == 32 || a.slots == 64 || a.slots == 128 || a.slots == 256;
+  const bool slots = a.slots == 32 || a.slots == 64 || a.slots == 128;
   return slots && a.heads > 0 && a.hidden % a.heads == 0 && a.count >= 0 && a.first_block >= 0 && a.programs > 0;
 }
 

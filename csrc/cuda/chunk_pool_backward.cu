@@ -37,11 +37,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
   float *query_sums = sums + warp_id() * heads * width;
   clear(sums, num_warps() * heads * width);
   sync_block();
-  SetOfWarps set;
-  set.warps = call.cls.slots / 32;
-  set.part = warp_id() % set.warps;
-  set.barrier = 1 + warp_id() / set.warps;
-  set.shared = call.cls.shared;
+  const SetOfWarps set = set_of_warps(call.cls, 32);
   const int lane = lane_id();
   const int64_t per_tile = num_warps() / set.warps;
   for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
@@ -75,7 +71,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
     for (int a = 0; a < heads; ++a) {
       float mean = 0;
       for (int j = slot.key_begin; j < slot.key_end; ++j) mean += weight[j * heads + a] * slope[j * heads + a];
-      // Each lane's own slope is read by the others of its chunk: it must wait in a register.
+      // Until here the others of the chunk read this lane's slope.
       set.sync();
       const float p = own.weight[lane * heads + a];
       own.slope[lane * heads + a] = real ? p * (own.slope[lane * heads + a] - mean) : 0.0f;

@@ -7,7 +7,7 @@ namespace sne {
 namespace {
 
 // Per row and head, behind the means: what every key needs to know of the rows that attend to it.
-enum Record { kSlope, kTop, kInverse, kMean, kGrad, kRecords };
+enum Record { kSlope, kExtreme, kInverse, kMean, kGrad, kRecords };
 
 // Heads are a run-time number here; 8 columns a head gives the most there can be.
 template <class Op, int width>
@@ -35,15 +35,15 @@ SNE_DEVICE void record_rows(const ScalarMemory<Op, width> &memory, const SetOfWa
   for (int j = slot.key_begin + 1; j < slot.key_end; ++j) low = min_of(low, values[j]), high = max_of(high, values[j]);
   for (int head = lane_id() / 16; head < heads; head += 2) {
     const float slope = to_real(logit[head]) * memory.values[row] + to_real(logit[heads + head]);
-    const float top = max_of(slope * low, slope * high);
+    const float extreme = slope >= 0 ? high : low;
     float total = 0, sum = 0;
     for (int j = slot.key_begin; j < slot.key_end; ++j) {
-      const float p = exp2_fast((slope * values[j] - top) * kLog2e);
+      const float p = exp2_fast(slope * (values[j] - extreme) * kLog2e);
       total += p;
       sum += p * values[j];
     }
     record(kSlope, head, row) = slope;
-    record(kTop, head, row) = top;
+    record(kExtreme, head, row) = extreme;
     record(kInverse, head, row) = 1.0f / total;
     record(kMean, head, row) = memory.head_values[row * heads + head] = sum / total;
   }
@@ -64,10 +64,11 @@ SNE_DEVICE float attention_grad(const ScalarMemory<Op, width> &memory, const Set
     float of_slope = 0;
     if (head < heads) {
       const Records<Op, width> mine(memory, 0, heads);
-      const float slope = mine(kSlope, head, row), top = mine(kTop, head, row), mean = mine(kMean, head, row);
+      const float slope = mine(kSlope, head, row), extreme = mine(kExtreme, head, row);
+      const float mean = mine(kMean, head, row);
       float variance = 0;
       for (int j = slot.key_begin; j < slot.key_end; ++j) {
-        const float p = exp2_fast((slope * values[j] - top) * kLog2e), off = values[j] - mean;
+        const float p = exp2_fast(slope * (values[j] - extreme) * kLog2e), off = values[j] - mean;
         variance += p * off * off;
       }
       of_slope = mine(kGrad, head, row) * variance * mine(kInverse, head, row);
@@ -75,7 +76,7 @@ SNE_DEVICE float attention_grad(const ScalarMemory<Op, width> &memory, const Set
       for (int i = slot.key_begin; i < slot.key_end; ++i) {
         const Records<Op, width> theirs(memory, i / 16 - set.part, heads);
         const int query = i % 16;
-        const float p = exp2_fast((theirs(kSlope, head, query) * x - theirs(kTop, head, query)) * kLog2e);
+        const float p = exp2_fast(theirs(kSlope, head, query) * (x - theirs(kExtreme, head, query)) * kLog2e);
         grad += p * theirs(kInverse, head, query) * theirs(kGrad, head, query) *
                 (1 + (x - theirs(kMean, head, query)) * theirs(kSlope, head, query));
       }
@@ -120,7 +121,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   }
   sync_block();
 
-  const SetOfWarps set = set_of_warps<Shape>(call.cls);
+  const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
   const int64_t per_tile = num_warps() / set.warps, rows = call.count * call.cls.slots;
   for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
     const int64_t local = tile * per_tile + warp_id() / set.warps;

@@ -35,7 +35,7 @@ SNE_DEVICE Chunks find_chunks(const int64_t *table, const int64_t *order, const 
     const int64_t start = table[kSharedStarts + lane % kLongestShared];
     const uint32_t reached = ballot(lane < kLongestShared && start <= block);
     if (block >= blocks) return out;
-    out.length = __builtin_popcount(reached);
+    out.length = count_bits(reached);
     const int per_block = cls.slots / out.length;
     out.first = table[out.length] + (block - table[kSharedStarts + out.length - 1]) * per_block;
     const int64_t left = table[out.length + 1] - out.first;

@@ -99,10 +99,10 @@ struct SetOfWarps {
   }
 };
 
-template <class Shape>
-SNE_DEVICE SetOfWarps set_of_warps(const SlotClass &cls) {
+// rows: of a warp.
+SNE_DEVICE SetOfWarps set_of_warps(const SlotClass &cls, int rows) {
   SetOfWarps set;
-  set.warps = cls.slots / Shape::ROWS;
+  set.warps = cls.slots / rows;
   set.part = warp_id() % set.warps;
   set.barrier = 1 + warp_id() / set.warps;
   set.shared = cls.shared;
@@ -275,10 +275,10 @@ SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const 
   for (int j = slot.key_begin + 1; j < slot.key_end; ++j) low = min_of(low, values[j]), high = max_of(high, values[j]);
   for (int head = first; head < heads; head += kPerRow) {
     const float slope = to_real(logit[head]) * own + to_real(logit[heads + head]);
-    const float top = max_of(slope * low, slope * high);
+    const float extreme = slope >= 0 ? high : low;  // subtracted from a value, not from its logit: exact where equal
     float total = 0, sum = 0;
     for (int j = slot.key_begin; j < slot.key_end; ++j) {
-      const float p = exp2_fast((slope * values[j] - top) * kLog2e);
+      const float p = exp2_fast(slope * (values[j] - extreme) * kLog2e);
       total += p;
       sum += p * values[j];
     }

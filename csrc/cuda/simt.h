@@ -156,9 +156,16 @@ template <class... P, class... A>
 int launch(Stream stream, int64_t x, int64_t y, int threads, size_t shared, void (*kernel)(P...), A... args) {
   if (!x || !y) return 0;
   if (shared > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   int(shared));
-    if (error != cudaSuccess) return int(error);
+    // Always all there is: another host thread may launch the same kernel with more.
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const cudaError_t error =
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it
+      return int(error);
+    }
   }
   kernel<<<dim3(unsigned(x), unsigned(y)), threads, shared, stream>>>(P(args)...);
   return int(cudaGetLastError());

@@ -23,6 +23,7 @@ SNE_DEVICE MatrixDescriptor describe(const unsigned char *at, int along_k, int a
 }
 SNE_DEVICE void wgmma_begin() {}
 SNE_DEVICE void wgmma_end() {}
+SNE_DEVICE void settle(float &) {}
 
 namespace detail {
 struct WarpgroupItem {
@@ -70,6 +71,8 @@ using MatrixDescriptor = uint64_t;
 SNE_DEVICE MatrixDescriptor describe(const unsigned char *at, int along_k, int along_n) {
   return uint64_t((shared_address(at) & 0x3ffff) >> 4) | uint64_t(along_k >> 4) << 16 | uint64_t(along_n >> 4) << 32;
 }
+// The compiler may not move what a register gets across this.
+SNE_DEVICE void settle(float &v) { asm volatile("" : "+f"(v)::"memory"); }
 SNE_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 SNE_DEVICE void wgmma_end() {
   asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -97,15 +100,9 @@ SNE_DEVICE void wgmma(Tile (&c)[N], const uint32_t *a, MatrixDescriptor b);
 SNE_WGMMA_BOTH(1, "8",
                "%0, %1, %2, %3",
                "%4, %5, %6, %7", "%8", SNE_F1(0))
-SNE_WGMMA_BOTH(2, "16",
-               "%0, %1, %2, %3, %4, %5, %6, %7",
-               "%8, %9, %10, %11", "%12", SNE_F2(0))
 SNE_WGMMA_BOTH(3, "24",
                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11",
                "%12, %13, %14, %15", "%16", SNE_F2(0), SNE_F1(2))
-SNE_WGMMA_BOTH(4, "32",
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
-               "%16, %17, %18, %19", "%20", SNE_F4(0))
 SNE_WGMMA_BOTH(6, "48",
                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23",
                "%24, %25, %26, %27", "%28", SNE_F4(0), SNE_F2(4))
@@ -126,15 +123,27 @@ SNE_WGMMA_BOTH(12, "96",
 
 #endif
 
+template <int MT, int N>
+SNE_DEVICE void settle_all(Tile (&c)[MT][N]) {
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i)
+    SNE_UNROLL
+    for (int n = 0; n < N; ++n)
+      SNE_UNROLL
+      for (int e = 0; e < 4; ++e) settle(c[i][n].c[e]);
+}
+
 // c[i] += a[i] (MT times 64 rows of the warpgroup, 16 KT columns) times a piece of the weights of 8 N rows.
 template <class Op, int MT, int KT, int N>
 SNE_DEVICE void multiply_by_warpgroup(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
+  settle_all(c);
   wgmma_begin();
   SNE_UNROLL
   for (int k = 0; k < KT; ++k)
     SNE_UNROLL
     for (int i = 0; i < MT; ++i) wgmma<Op, N>(c[i], a[i][k].r, describe(piece + k * 256, 128, KT * 256));
   wgmma_end();
+  settle_all(c);
 }
 
 }  // namespace sne

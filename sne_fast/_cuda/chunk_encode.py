@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,11 @@ def shared_limit(device: torch.device) -> int:
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has Hopper's matrix instruction, which no other generation has."""
+    """Whether the device has Hopper's matrix instruction, which no other generation has, and the build uses it."""
     if device.type != "cuda":
         return EMULATED_WGMMA
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    built = any(name.removeprefix("compute_").startswith("90a") for name in library.architectures())
+    return built and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @dataclass
@@ -204,6 +206,21 @@ def chunk_encode_backward(
     return (values_grad, *(g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)))
 
 
+@functools.cache
+def _fits(kind: int, width: int, heads: int, slots: int, limit: int, wgmma: bool) -> bool:
+    """Whether every kernel of forward and backward can be launched, asked of their launchers with nothing to do."""
+    args = library.ChunkArgs(width, heads, 1, slots, 1, 0, 0, 0, 0, 1, limit, wgmma)
+    ref, space, grads = ctypes.byref(args), ctypes.byref(library.ChunkSpace()), ctypes.byref(library.ChunkScalarGrads())
+    lib, somewhere = library.library(), 16  # a pointer that is not null and not followed
+    return not any((
+        lib.sne_fast_cuda_chunk_encode(kind, ref, somewhere, None, None),
+        lib.sne_fast_cuda_chunk_encode(kind, ref, None, somewhere, None),
+        lib.sne_fast_cuda_chunk_pool_backward(kind, ref, space, somewhere, somewhere, None),
+        lib.sne_fast_cuda_chunk_block_backward(kind, ref, space, 1, somewhere, None),
+        lib.sne_fast_cuda_chunk_scalar_backward(kind, ref, space, grads, None),
+    ))  # fmt: skip
+
+
 def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     """Why these kernels cannot run ``op`` ("chunk_encode" or its backward) on its arguments; empty if they can."""
     if op.endswith("_backward"):
@@ -217,4 +234,12 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"rows of float32 fit the registers up to width 128, got {h}")
     if codes > CLASSES[-1].slots:
         reasons.append(f"chunk size must be at most {CLASSES[-1].slots}, got {codes}")
+    if not reasons:
+        device, kind = args[0].device, library.precision(args[0].dtype)
+        slots = max(c.slots for c in CLASSES if c.lowest <= max(1, codes))
+        limit = shared_limit(device)
+        if not _fits(kind, h, heads, slots, limit, has_wgmma(device)):
+            reasons.append(
+                f"chunks of {codes} at width {h}, {heads} heads, do not fit the {limit >> 10} KB of shared memory here"
+            )
     return reasons

@@ -62,7 +62,8 @@ def device_reasons(
     if any(has_machine_code(architecture, capability) for architecture in architectures):
         return []
     number = f"{10 * capability[0] + capability[1]}"
-    remedy = f"reinstall with SNE_FAST_BUILD=cuda SNE_FAST_CUDA_ARCHS={number}"
+    own = number + "a" * (number in ("90", "100"))  # with the instructions that this generation alone has
+    remedy = f"reinstall with SNE_FAST_BUILD=cuda SNE_FAST_CUDA_ARCHS={own}"
     built = f"was compiled for {' '.join(architectures)}"
     if not any(has_ptx(architecture, capability) for architecture in architectures):
         return [f"{built}, {here}: {remedy}"]

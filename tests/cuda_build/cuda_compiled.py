@@ -130,6 +130,8 @@ def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCH
     command = [*cuda_build.compiler(nvcc, architectures, strict), "-c", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{source.name}:\n{(done.stdout + done.stderr)[:8000]}"
+    # What ptxas calls information: registers of a running wgmma are touched, and it has to wait.
+    assert not re.search(r"\(C75\d\d\)", done.stdout + done.stderr), f"{source.name}: {done.stdout + done.stderr}"
     seconds = time.monotonic() - begin
     sass = _machine_code(out)
     found = _resources(done.stdout + done.stderr)

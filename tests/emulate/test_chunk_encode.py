@@ -87,7 +87,7 @@ def test_half_types_lose_at_most_twice_what_torch_loses(
 
 def test_weights_in_pieces_and_any_order_of_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that stay in shared memory or come piece by piece; a barrier too few would show as another result."""
-    args = arguments(ChunkCase.make([[32, 40, 5], [5, 5, 20]], 64, 4, 64, dtype=torch.bfloat16))
+    args = arguments(ChunkCase.make([[32, 40, 5], [5, 5, 20], [128]], 64, 4, 128, dtype=torch.bfloat16))
     grad = upstream(args)
 
     def both() -> tuple[Tensor, ...]:
@@ -164,6 +164,22 @@ def test_nothing_to_encode() -> None:
         grads = chunk_encode_backward(upstream(args), *args)
         assert [g.shape for g in grads] == [a.shape for a in (args[0], *args[5:])]
         assert all(not g.any() for g in grads)
+
+
+@pytest.mark.parametrize(
+    "width, heads, chunk_size, dtype, kilobytes, fits",
+    [(64, 4, 32, torch.bfloat16, 99, True), (64, 4, 128, torch.float32, 163, True),
+     (256, 4, 128, torch.bfloat16, 227, True), (256, 4, 128, torch.bfloat16, 99, False),
+     (64, 1, 128, torch.float32, 163, False)],
+)  # fmt: skip
+def test_what_does_not_fit_in_shared_memory_is_refused_beforehand(
+    width: int, heads: int, chunk_size: int, dtype: torch.dtype, kilobytes: int, fits: bool, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(module, "EMULATED_SHARED", kilobytes << 10)
+    args = arguments(ChunkCase.make([[3]], width, heads, chunk_size, dtype=dtype))
+    reasons = why_not("chunk_encode", args)
+    assert (reasons == []) == fits
+    assert fits or "shared memory" in reasons[0]
 
 
 def test_tensor_without_chunks() -> None:

@@ -28,7 +28,7 @@ enum sne_fast_precision {
 enum sne_fast_cuda_status {
   SNE_FAST_CUDA_OK = 0,
   SNE_FAST_CUDA_BAD_ARGUMENT = -1, /* sizes that do not fit together */
-  SNE_FAST_CUDA_BAD_VARIANT = -2   /* width, heads or type that this build has no kernel for */
+  SNE_FAST_CUDA_BAD_VARIANT = -2   /* width, heads or type that has no kernel, or does not fit in shared memory */
 };
 
 SNE_FAST_CUDA_API int sne_fast_cuda_abi(void);
@@ -63,7 +63,8 @@ typedef struct {
   const void *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
 } sne_fast_cuda_chunk_args;
 
-/* out (N, H, h); or null, then saved (4, count * slots, h): what blocks 1 to 3 and the pool see. */
+/* With count 0 this and the kernels of the backward only say whether they could run, and follow no pointer.
+ * out (N, H, h); or null, then saved (4, count * slots, h): what blocks 1 to 3 and the pool see. */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *args, void *out,
                                                  void *saved, void *stream);
 
