@@ -62,12 +62,14 @@ def test_two_engines_are_measured_on_the_same_work(tmp_path: Path) -> None:
         assert case["engine"] == "cpu" and set(case["checks"]) == {"reference"}
         ratio = case["reference forward"]["seconds"] / case["engine forward"]["seconds"]
         assert case["ratios forward"] == {"reference": pytest.approx(ratio)}
-    # What was measured is what the dispatcher's table is made of.
+    # What was measured is what the dispatcher's table is made of. Who won here is left to chance: times are set.
     for row in rows:
         row["engine"] = {"cpu": "cuda", "reference": "triton"}[row["engine"]]
+        for key in row.keys() & {"forward_seconds", "step_seconds"}:
+            row[key] = (1.0 if row["engine"] == "cuda" else 2.0) * (3 if key == "step_seconds" else 1)
     found["parts"]["environment"] |= {"capability": [9, 0], "dirty": False}
     named = {rule.when.op for rule in winners.rules_from(found, "gpu.json")}
-    assert {"chunk_encode", "set_attention_backward"} <= named, "the C++ engine is faster than the reference"
+    assert {"chunk_encode", "set_attention_backward"} <= named
 
 
 def test_what_was_measured_before_time_ran_out_is_kept(tmp_path: Path) -> None:
