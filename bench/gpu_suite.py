@@ -12,6 +12,7 @@ loses one part. A part that fails is recorded with its error and does not stop t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -25,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Where nothing is installed, the checkout is used as it lies.
-sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "bench"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "bench")]
+if importlib.util.find_spec("sne_fast") is None:  # on a lent machine nothing is installed: the checkout as it lies
+    sys.path.insert(0, str(ROOT))
 
 import cuda_build  # noqa: E402
 import gpu_tables  # noqa: E402
