@@ -165,17 +165,6 @@ int run_codes(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int64_
                 chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), int(codes), part);
 }
 
-template <class Run>
-int with_storage(int precision, Run run) {
-  switch (precision) {
-    case SNE_FAST_PRECISION_FLOAT:
-    case SNE_FAST_PRECISION_TF32: return run(float{});
-    case SNE_FAST_PRECISION_HALF: return run(Half{});
-    case SNE_FAST_PRECISION_BFLOAT: return run(BFloat{});
-  }
-  return SNE_FAST_CUDA_BAD_VARIANT;
-}
-
 }  // namespace
 }  // namespace sne
 

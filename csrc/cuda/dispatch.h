@@ -20,6 +20,12 @@ int with_operands(int precision, Run run) {
   return SNE_FAST_CUDA_BAD_VARIANT;
 }
 
+// run(T{}) for their type in memory.
+template <class Run>
+int with_storage(int precision, Run run) {
+  return with_operands(precision, [&](auto op) { return run(typename decltype(op)::Storage{}); });
+}
+
 template <int value>
 using Constant = std::integral_constant<int, value>;
 
@@ -35,18 +41,28 @@ int with_width(int64_t width, Run run) {
   return SNE_FAST_CUDA_BAD_VARIANT;
 }
 
+// run(Constant<d>{}) for the width of a head.
+template <class Run>
+int with_head_width(int64_t d, Run run) {
+  switch (d) {
+    case 8: return run(Constant<8>{});
+    case 16: return run(Constant<16>{});
+    case 32: return run(Constant<32>{});
+    case 64: return run(Constant<64>{});
+  }
+  return SNE_FAST_CUDA_BAD_VARIANT;
+}
+
 // run(Constant<width>{}, Constant<width of a head>{}).
 template <class Run>
 int with_heads(int64_t width, int64_t heads, Run run) {
   return with_width(width, [&](auto w) {
-    switch (width / heads) {
-      case 8: return run(w, Constant<8>{});
-      case 16: return run(w, Constant<16>{});
-      case 32: return run(w, Constant<32>{});
-      case 64:
-        if constexpr (w.value >= 64) return run(w, Constant<64>{});
-    }
-    return int(SNE_FAST_CUDA_BAD_VARIANT);
+    return with_head_width(width / heads, [&](auto d) {
+      if constexpr (d.value <= w.value)
+        return run(w, d);
+      else
+        return int(SNE_FAST_CUDA_BAD_VARIANT);
+    });
   });
 }
 

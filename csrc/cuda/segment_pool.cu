@@ -288,11 +288,7 @@ int run_pool(const sne_fast_cuda_pool *a, Stream stream) {
 
 extern "C" int sne_fast_cuda_segment_pool(const sne_fast_cuda_pool *a, void *stream) {
   if (!sne::pool_fits(a)) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  switch (a->precision) {
-    case SNE_FAST_PRECISION_FLOAT:
-    case SNE_FAST_PRECISION_TF32: return sne::run_pool<float>(a, (sne::Stream)stream);
-    case SNE_FAST_PRECISION_HALF: return sne::run_pool<sne::Half>(a, (sne::Stream)stream);
-    case SNE_FAST_PRECISION_BFLOAT: return sne::run_pool<sne::BFloat>(a, (sne::Stream)stream);
-  }
-  return SNE_FAST_CUDA_BAD_VARIANT;
+  return sne::with_storage(int(a->precision), [&](auto value) {
+    return sne::run_pool<decltype(value)>(a, (sne::Stream)stream);
+  });
 }

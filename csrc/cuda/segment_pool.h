@@ -1,9 +1,9 @@
 // What both directions of segment_pool share: operands, and how a row lies over lanes.
 #pragma once
 
+#include "cuda/dispatch.h"
 #include "cuda/segments.h"
 #include "cuda/vectors.h"
-#include "sne_fast/cuda_abi.h"
 
 namespace sne {
 

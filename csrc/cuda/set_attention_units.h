@@ -11,9 +11,8 @@
 
 #include <math.h>
 
-#include "cuda/fragments.h"
+#include "cuda/dispatch.h"
 #include "cuda/slots.h"
-#include "sne_fast/cuda_abi.h"
 
 namespace sne::set_attention {
 
@@ -115,29 +114,12 @@ inline int64_t blocks_of(const Call &call) {
   return (call.pieces * call.heads + teams - 1) / teams;
 }
 
-template <int n>
-using Size = std::integral_constant<int, n>;
-
-template <class Op, class F>
-int with_size(const Call &call, F f) {
-  switch (call.width / call.heads) {
-    case 8: return f(Op{}, Size<8>{});
-    case 16: return f(Op{}, Size<16>{});
-    case 32: return f(Op{}, Size<32>{});
-    case 64: return f(Op{}, Size<64>{});
-  }
-  return SNE_FAST_CUDA_BAD_VARIANT;
-}
 // f(Op, width of a head) for the call's.
 template <class F>
 int with_variant(const Call &call, F f) {
-  switch (call.precision) {
-    case SNE_FAST_PRECISION_FLOAT: return with_size<OpFloat>(call, f);
-    case SNE_FAST_PRECISION_TF32: return with_size<OpTf32>(call, f);
-    case SNE_FAST_PRECISION_HALF: return with_size<OpHalf>(call, f);
-    case SNE_FAST_PRECISION_BFLOAT: return with_size<OpBfloat>(call, f);
-  }
-  return SNE_FAST_CUDA_BAD_VARIANT;
+  return with_operands(int(call.precision), [&](auto op) {
+    return with_head_width(call.width / call.heads, [&](auto d) { return f(op, d); });
+  });
 }
 
 }  // namespace sne::set_attention
