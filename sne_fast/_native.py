@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,35 +22,38 @@ ERROR_FILE = Path(__file__).with_name("_cpu_engine_build_error.txt")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def _struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
+def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
+    """A struct of int64 and, behind them, pointers."""
     fields: list[tuple[str, type]] = [(field, ctypes.c_int64) for field in integers.split()]
     fields += [(field, ctypes.c_void_p) for field in pointers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 # Field by field the structs of csrc/include/sne_fast/cpu_abi.h.
-ChunkEncodeArgs = _struct(
+ChunkEncodeArgs = struct(
     "ChunkEncodeArgs",
     "num_chunks num_tensors num_values hidden heads element_rows layer_norm num_threads",
     "chunk_ptr tensor_ptr values row_code element_code logit basis w_qkv b_qkv w_o b_o norm pool_query",
 )
-ChunkEncodeGrads = _struct(
+ChunkEncodeGrads = struct(
     "ChunkEncodeGrads", "", "grad values row_code element_code logit basis w_qkv b_qkv w_o b_o norm pool_query"
 )
-SetAttentionArgs = _struct(
+SetAttentionArgs = struct(
     "SetAttentionArgs", "num_sets rows_q rows_k hidden heads num_threads", "q_ptr k_ptr q k v out lse"
 )
-SetAttentionGrads = _struct("SetAttentionGrads", "", "grad q k v")
-SegmentPoolArgs = _struct("SegmentPoolArgs", "num_segments rows hidden heads num_threads", "ptr x logits out lse")
-SegmentPoolGrads = _struct("SegmentPoolGrads", "", "grad x logits")
-GatherChunksArgs = _struct(
+SetAttentionGrads = struct("SetAttentionGrads", "", "grad q k v")
+SegmentPoolArgs = struct("SegmentPoolArgs", "num_segments rows hidden heads num_threads", "ptr x logits out lse")
+SegmentPoolGrads = struct("SegmentPoolGrads", "", "grad x logits")
+GatherChunksArgs = struct(
     "GatherChunksArgs",
     "num_matrices num_values num_threads",
     "plan dtypes matrices scale values grad scale_grad",
 )
 
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
-SYMBOLS: dict[str, tuple[type, list[type]]] = {
+Symbols = Mapping[str, tuple[type | None, list[type]]]
+"""Exported functions: results and arguments."""
+SYMBOLS: Symbols = {
     "sne_fast_cpu_abi": (_INT, []),
     "sne_fast_cpu_status": (_TEXT, [_INT]),
     "sne_fast_cpu_isa": (_TEXT, []),
@@ -68,19 +71,24 @@ SYMBOLS: dict[str, tuple[type, list[type]]] = {
 }
 
 
-def open_library(path: Path) -> ctypes.CDLL:
-    """Load a build of the engine and check its ABI number and symbols; OSError says what is wrong with it."""
+def open_with(path: Path, symbols: Symbols, abi_symbol: str, abi: int) -> ctypes.CDLL:
+    """Load a build of an engine, declare its functions and check its ABI number; OSError says what is wrong with it."""
     lib = ctypes.CDLL(str(path))
-    missing = [name for name in SYMBOLS if not hasattr(lib, name)]
+    missing = [name for name in symbols if not hasattr(lib, name)]
     if missing:
         raise OSError(f"{path} lacks {', '.join(missing)}: it is from another version of sne_fast, reinstall")
-    for name, (result, arguments) in SYMBOLS.items():
+    for name, (result, arguments) in symbols.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    found = lib.sne_fast_cpu_abi()
-    if found != ABI:
-        raise OSError(f"{path} has ABI {found}, this sne_fast needs {ABI}: reinstall sne_fast")
+    found = getattr(lib, abi_symbol)()
+    if found != abi:
+        raise OSError(f"{path} has ABI {found}, this sne_fast needs {abi}: reinstall sne_fast")
     return lib
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a build of the CPU engine, as :func:`open_with` does."""
+    return open_with(path, SYMBOLS, "sne_fast_cpu_abi", ABI)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._native import Symbols, open_with, struct
 from .._precision import product_precision
 from . import compatibility
 
@@ -23,13 +24,6 @@ EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
 EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
 LIBRARY_FILE = Path(__file__).parents[1] / "_cuda_engine.so"
 ERROR_FILE = Path(__file__).parents[1] / "_cuda_engine_build_error.txt"
-
-
-def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
-    """A struct of int64 and, behind them, pointers."""
-    fields: list[tuple[str, type]] = [(field, ctypes.c_int64) for field in integers.split()]
-    fields += [(field, ctypes.c_void_p) for field in pointers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 # Field by field the structs of csrc/include/sne_fast/cuda_abi.h.
@@ -62,7 +56,7 @@ SegmentPool = struct(
 )
 
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
-SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
+SYMBOLS: Symbols = {
     "sne_fast_cuda_abi": (_INT, []),
     "sne_fast_cuda_status": (_TEXT, [_INT]),
     "sne_fast_cuda_architectures": (_TEXT, []),
@@ -91,16 +85,7 @@ SYMBOLS: dict[str, tuple[type | None, list[type]]] = {
 
 def open_library(path: Path) -> ctypes.CDLL:
     """Load a build of the engine and check its ABI number and symbols; OSError says what is wrong with it."""
-    lib = ctypes.CDLL(str(path))
-    missing = [name for name in SYMBOLS if not hasattr(lib, name)]
-    if missing:
-        raise OSError(f"{path} lacks {', '.join(missing)}: it is from another version of sne_fast, reinstall")
-    for name, (result, arguments) in SYMBOLS.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    found = lib.sne_fast_cuda_abi()
-    if found != ABI:
-        raise OSError(f"{path} has ABI {found}, this sne_fast needs {ABI}: reinstall sne_fast")
+    lib = open_with(path, SYMBOLS, "sne_fast_cuda_abi", ABI)
     if (lib.sne_fast_cuda_architectures() == b"emulated") != EMULATED:
         raise OSError(f"{path} is {'no' if EMULATED else 'an'} emulated build, see {EMULATED_ENVIRONMENT_VARIABLE}")
     return lib
