@@ -54,6 +54,9 @@ class ChunkCall:
     plan: ChunkPlan
     weights: dict[str, Tensor]
     prepared: Tensor
+    programs: int
+    shared_limit: int
+    wgmma: bool
 
     @classmethod
     def make(
@@ -69,7 +72,11 @@ class ChunkCall:
             h, heads, backward, *library.pointers(weights["w_qkv"], weights["w_o"], weights["pool_query"], prepared)
         )
         library.run("chunk_weights", values.device, library.precision(values.dtype), ctypes.byref(args))
-        return cls(values, chunk_ptr, owners(tensor_ptr, chunk_ptr.shape[0] - 1), plan, weights, prepared)
+        device = values.device
+        return cls(
+            values, chunk_ptr, owners(tensor_ptr, chunk_ptr.shape[0] - 1), plan, weights, prepared,
+            library.multiprocessors(device), shared_limit(device), has_wgmma(device),
+        )  # fmt: skip
 
     @property
     def heads(self) -> int:
@@ -81,10 +88,10 @@ class ChunkCall:
 
     def args(self, slot_class: SlotClass, blocks: int, first_block: int, count: int) -> Any:
         """The struct of a launch on blocks ``first_block .. first_block + count`` of a class of ``blocks``."""
-        w, device = self.weights, self.values.device
+        w = self.weights
         return library.ChunkArgs(
             self.width, self.heads, w["norm"].shape[0] > 0, slot_class.slots, slot_class.lowest, slot_class.shared,
-            blocks, first_block, count, library.multiprocessors(device), shared_limit(device), has_wgmma(device),
+            blocks, first_block, count, self.programs, self.shared_limit, self.wgmma,
             *library.pointers(
                 self.chunk_ptr, self.plan.order, self.owner, self.plan.table, self.values, w["row_code"],
                 w["element_code"], w["logit"], w["basis"], w["b_qkv"], w["b_o"], w["norm"], w["pool_query"],
@@ -185,11 +192,10 @@ def chunk_encode_backward(
     if not chunks:
         return (values_grad, *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in parameters))
     call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=True)
-    programs = library.multiprocessors(values.device)
     parts = {}
     for name in NAMES[1:]:
         shape = tuple(call.weights[name].shape)
-        many = POOL_BLOCKS * programs if name == "pool_query" else programs
+        many = POOL_BLOCKS * call.programs if name == "pool_query" else call.programs
         shape = (shape[0], many, *shape[1:]) if name in BY_BLOCK else (many, *shape)
         parts[name] = values.new_zeros(shape, dtype=torch.float32)
     chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
