@@ -4,7 +4,7 @@ Environment:
 
 - ``SNE_FAST_CUDA_ARCHS``: what to compile for, such as "80 90a 120+ptx compute_120": a cubin each, with "+ptx" also
   code that a driver compiles for newer GPUs, with "compute_" that alone. By default the GPUs of this machine, else
-  sm_80, sm_90a, sm_100a and PTX for the rest.
+  sm_80, sm_90a, sm_100, and of sm_80 the PTX for all the rest.
 - ``CUDA_HOME`` (or nvcc on the PATH), ``CXX`` (nvcc's host compiler), ``MAX_JOBS``.
 - ``SNE_FAST_WERROR=1`` (developers): warnings are errors.
 
@@ -21,14 +21,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 LIBRARY = "_cuda_engine.so"
-# An sm_100a cubin runs on 10.0 alone and an sm_90a one on 9.0 alone: the PTX is for all that has none. No sm_103.
-CUBINS, PTX = ("80", "90a", "100a"), "80"
+# An sm_100 cubin runs on 10.0 and 10.3, an sm_90a one on 9.0 alone: the PTX is for all that has none. No sm_103.
+CUBINS, PTX = ("80", "90a", "100"), "80"
+OF_ONE_GENERATION = {"chunk_encode_wgmma": "90a"}
+"""Files that use instructions which one architecture alone has."""
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}",
          f"-I{CSRC / 'include'}"]  # fmt: skip
 
@@ -79,11 +81,7 @@ def architectures(nvcc: str) -> list[str]:
     known = known_architectures(nvcc)
     if here := [c for c in gpu_capabilities() if c >= (8, 0)]:
         return list(dict.fromkeys(_best(capability, known) for capability in here))
-    cubins = [cubin for cubin in CUBINS if _number(cubin) in known]
-    # The newest generation's own PTX, and that of the first one for those between and to come.
-    newest = max((number for number in known if number % 10 == 0), default=0)
-    first = [f"{cubin}+ptx" if cubin == PTX else cubin for cubin in cubins]
-    return [*first, f"compute_{newest}"] if newest > max(map(_number, cubins), default=0) else first
+    return [f"{cubin}+ptx" if cubin == PTX else cubin for cubin in CUBINS if _number(cubin) in known]
 
 
 def _number(architecture: str) -> int:
@@ -92,15 +90,21 @@ def _number(architecture: str) -> int:
 
 def _best(capability: tuple[int, int], known: Sequence[int]) -> str:
     number = 10 * capability[0] + capability[1]
-    if number == 103 or number not in known:
-        most = 100 if number == 103 else number
-        return f"compute_{max(k for k in known if 80 <= k <= most)}"
-    return f"{number}a" if number in (90, 100) else str(number)
+    if number == 103 and 100 in known:
+        return "100"
+    if number not in known:
+        return f"compute_{max(k for k in known if 80 <= k <= number)}"
+    return "90a" if number == 90 else str(number)
 
 
-def code_flags(names: Sequence[str]) -> list[str]:
-    """nvcc's -gencode for each."""
-    flags = []
+def code_flags(names: Sequence[str], of_one_generation: str = "") -> list[str]:
+    """nvcc's -gencode for ``names``, or for a file with instructions of one generation, of them that one alone.
+
+    All cubins come from one pass of the compiler's front end, which is most of the time, for the lowest architecture.
+    """
+    if of_one_generation in [name.removesuffix("+ptx") for name in names]:
+        return [f"-gencode=arch=compute_{of_one_generation},code=[sm_{of_one_generation}]"]
+    cubins, ptx = [], []
     for name in names:
         match = re.fullmatch(r"(compute_)?(\d{2,3})([af]?)(\+ptx)?", name)
         if match is None or (match[1] and match[4]):
@@ -108,11 +112,15 @@ def code_flags(names: Sequence[str]) -> list[str]:
         number = match[2] + match[3]
         if int(match[2]) < 80:
             raise RuntimeError(f"SNE_FAST_CUDA_ARCHS: {name}: the kernels need compute capability 8.0 or more")
-        code = [] if match[1] else [f"sm_{number}"]
+        if not match[1]:
+            cubins.append(number)
         if match[1] or match[4]:
-            code.append(f"compute_{number}")
-        flags.append(f"-gencode=arch=compute_{number},code=[{','.join(code)}]")
-    return flags
+            ptx.append(number)
+    lowest = min(cubins, key=_number, default="")
+    passes = {str(_number(lowest)): [f"sm_{number}" for number in cubins]} if cubins else {}
+    for number in ptx:
+        passes.setdefault(number, []).append(f"compute_{number}")
+    return [f"-gencode=arch=compute_{number},code=[{','.join(code)}]" for number, code in passes.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- build
@@ -125,15 +133,16 @@ def sources() -> list[Path]:
     return sorted(units, key=lambda path: (path.stem != "chunk_operands_float", "chunk_operands" not in path.stem))
 
 
-def compiler(nvcc: str, names: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
-    """The command that compiles, but for ``-c SOURCE -o OBJECT``."""
-    command = [nvcc, *FLAGS, *code_flags(names), f"-DSNE_CUDA_ARCHS={' '.join(names)}", *extra]
+def compiler(nvcc: str, names: Sequence[str], source: Path, out: Path, extra: Sequence[str] = ()) -> list[str]:
+    """The command that compiles ``source`` into the object ``out``."""
+    command = [nvcc, *FLAGS, *code_flags(names, OF_ONE_GENERATION.get(source.stem, "")),
+               f"-DSNE_CUDA_ARCHS={' '.join(names)}", *extra]  # fmt: skip
     host = shlex.split(os.environ.get("CXX", ""))
     if host:
         command += ["-ccbin", host[0]]
     if os.environ.get("SNE_FAST_WERROR"):
         command += ["-Werror", "all-warnings"]
-    return command
+    return [*command, "-c", str(source), "-o", str(out)]
 
 
 def linker(nvcc: str, names: Sequence[str], objects: Sequence[str], target: Path) -> list[str]:
@@ -171,20 +180,18 @@ def build(target: Path, folder: Path, names: Sequence[str] | None = None) -> lis
     folder, target = folder.resolve(), target.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    compile_command = compiler(nvcc, names)
     objects = [folder / f"{source.stem}.o" for source in sources()]
+    commands = {
+        str(out): compiler(nvcc, names, source, out) for source, out in zip(sources(), objects, strict=True)
+    }
     new = target.with_name(f"{target.name}.{os.getpid()}")  # whoever has the old one loaded keeps it
     try:
         if ninja := find_ninja():
-            _write_ninja(folder / "build.ninja", compile_command, objects)
+            _write_ninja(folder / "build.ninja", commands)
             _run([ninja, "-C", str(folder), "-j", str(jobs())])
         else:
-            commands = [
-                [*compile_command, "-c", str(source), "-o", str(out)]
-                for source, out in zip(sources(), objects, strict=True)
-            ]
             with ThreadPoolExecutor(jobs()) as pool:
-                list(pool.map(_run, commands))
+                list(pool.map(_run, commands.values()))
         _run(linker(nvcc, names, [str(path) for path in objects], new))
         os.replace(new, target)
     finally:
@@ -192,15 +199,15 @@ def build(target: Path, folder: Path, names: Sequence[str] | None = None) -> lis
     return names
 
 
-def _write_ninja(file: Path, command: Sequence[str], objects: Sequence[Path]) -> None:
+def _write_ninja(file: Path, commands: Mapping[str, Sequence[str]]) -> None:
     def escaped(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
     lines = ["ninja_required_version = 1.5", "rule nvcc", "  depfile = $out.d", "  deps = gcc",
-             f"  command = {shlex.join(command).replace('$', '$$')} -MD -MF $out.d -c $in -o $out",
-             "  description = $out"]  # fmt: skip
-    for source, out in zip(sources(), objects, strict=True):
-        lines.append(f"build {escaped(str(out))}: nvcc {escaped(str(source))}")
+             "  command = $nvcc -MD -MF $out.d", "  description = $out"]  # fmt: skip
+    for out, command in commands.items():
+        source = command[command.index("-c") + 1]
+        lines += [f"build {escaped(out)}: nvcc {escaped(source)}", f"  nvcc = {shlex.join(command).replace('$', '$$')}"]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -65,7 +65,7 @@ def chosen(toolkit: Toolkit) -> str:
 
 def test_architectures_without_a_gpu(toolkit: Toolkit) -> None:
     toolkit.nvcc()
-    assert chosen(toolkit) == "80+ptx 90a 100a compute_120"
+    assert chosen(toolkit) == "80+ptx 90a 100"
     cuda_build.known_architectures.cache_clear()
     toolkit.nvcc("70 75 80 86 89 90")
     assert chosen(toolkit) == "80+ptx 90a", "an older toolkit"
@@ -77,10 +77,11 @@ def test_architectures_without_a_gpu(toolkit: Toolkit) -> None:
         (["9.0"], "90a"),
         (["8.6", "8.0", "8.6"], "80 86"),
         (["12.0"], "120"),
-        (["10.3"], "compute_100"),
+        (["10.0"], "100"),
+        (["10.3"], "100"),
         (["13.0"], "compute_121"),
-        (["7.5"], "80+ptx 90a 100a compute_120"),
-        (["[N/A]"], "80+ptx 90a 100a compute_120"),
+        (["7.5"], "80+ptx 90a 100"),
+        (["[N/A]"], "80+ptx 90a 100"),
     ],
 )
 def test_architectures_of_the_gpus_here(toolkit: Toolkit, here: list[str], expected: str) -> None:
@@ -93,12 +94,18 @@ def test_architectures_by_name(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
     toolkit.nvcc()
     monkeypatch.setenv("SNE_FAST_CUDA_ARCHS", "80;90a,120+ptx compute_121")
     assert chosen(toolkit) == "80 90a 120+ptx compute_121"
-    assert cuda_build.code_flags(chosen(toolkit).split()) == [
-        "-gencode=arch=compute_80,code=[sm_80]",
-        "-gencode=arch=compute_90a,code=[sm_90a]",
-        "-gencode=arch=compute_120,code=[sm_120,compute_120]",
+    names = chosen(toolkit).split()
+    assert cuda_build.code_flags(names) == [
+        "-gencode=arch=compute_80,code=[sm_80,sm_90a,sm_120]",
+        "-gencode=arch=compute_120,code=[compute_120]",
         "-gencode=arch=compute_121,code=[compute_121]",
     ]
+    assert cuda_build.code_flags(["100", "80+ptx"]) == ["-gencode=arch=compute_80,code=[sm_100,sm_80,compute_80]"]
+    assert cuda_build.code_flags(["90a+ptx"]) == [
+        "-gencode=arch=compute_90,code=[sm_90a]", "-gencode=arch=compute_90a,code=[compute_90a]"
+    ]  # fmt: skip
+    assert cuda_build.code_flags(names, "90a") == ["-gencode=arch=compute_90a,code=[sm_90a]"]
+    assert cuda_build.code_flags(["80"], "90a") == cuda_build.code_flags(["80"]), "a kernel that is not launched"
     for wrong in ("sm_80", "9.0", "compute_80+ptx", "all"):
         with pytest.raises(RuntimeError, match="is not like 80, 90a"):
             cuda_build.code_flags([wrong])
@@ -120,6 +127,7 @@ def test_every_source_is_compiled_and_linked(toolkit: Toolkit, tmp_path: Path, m
     assert target.read_text() == "built\n" and list(target.parent.iterdir()) == [target]
     *compiled, linked = toolkit.commands()
     assert len(compiled) == len(cuda_build.sources()) > 0
+    assert sum("compute_90a" in command for command in compiled) == 1, "instructions of one generation in one file"
     for command in compiled:
         assert "-std=c++17 -O3 -lineinfo" in command and "-Werror all-warnings" in command
         assert "-ccbin g++-11 " in command and "-DSNE_CUDA_ARCHS=80 90a" in command

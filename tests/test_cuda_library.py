@@ -149,6 +149,7 @@ def test_one_gpu_of_two_is_enough_and_the_other_is_refused_by_name(place, monkey
         ("80", [(8, 0), (8, 6), (8, 9)], []),
         ("86", [(8, 6), (8, 9)], []),
         ("90a", [(9, 0)], []),
+        ("100", [(10, 0), (10, 3)], []),
         ("100a", [(10, 0)], []),
         ("100f", [(10, 0), (10, 3)], []),
         ("120+ptx", [(12, 0), (12, 1)], [(12, 0), (12, 1)]),
@@ -163,7 +164,7 @@ def test_which_gpus_code_is_for(architecture: str, machine_code, ptx) -> None:
 
 
 def test_the_default_build_runs_on_every_gpu_from_ampere() -> None:
-    built = ["80+ptx", "90a", "100a", "compute_120"]
+    built = ["80+ptx", "90a", "100"]
     for capability in [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]:
         assert compatibility.device_reasons("cuda:0", capability, built, 13000, 13000) == []
     with pytest.raises(ValueError, match="'sm_80' is no architecture"):

@@ -194,16 +194,4 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   encode_chunks<Op, Shape>(call, resident, layer_norm, out, saved);
 }
 
-// The same by wgmma, for sm_90a alone: not launched elsewhere.
-template <class Op, class Shape, int kThreads>
-SNE_KERNEL SNE_BOUNDS(kThreads, 1)
-    chunk_encode_forward_wgmma(ChunkCall<typename Op::Storage> call, bool resident, bool layer_norm,
-                               typename Op::Storage *out, typename Op::Storage *saved) {
-#if defined(SNE_HAS_WGMMA)
-  encode_chunks<Op, Shape>(call, resident, layer_norm, out, saved);
-#else
-  __trap();
-#endif
-}
-
 }  // namespace sne

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/chunk_launch.h"
+#include "cuda/chunk_operands.h"
 
 namespace sne {
 namespace {
@@ -25,12 +26,8 @@ int run_forward_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *o
 template <class Op, int width, int dim>
 int run_forward(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
   constexpr int kMost = Op::kPacked && width <= 32 ? 12 : 8;  // 168 registers a thread, or 255
-  if constexpr (Op::kPacked && width == 64) {
-    if (a.wgmma) {
-      using Shape = ChunkShape<Op, width, dim, kPieces<Op, width>, true>;
-      return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMost>, a, out, saved, stream);
-    }
-  }
+  if constexpr (Op::kPacked && width == kWgmmaWidth)
+    if (a.wgmma) return chunk_encode_by_wgmma<Op>(a, out, saved, stream);
   using Shape = ChunkShape<Op, width, dim>;
   return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward<Op, Shape, 32 * kMost>, a, out, saved, stream);
 }

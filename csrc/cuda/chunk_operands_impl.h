@@ -8,15 +8,6 @@
 
 namespace sne {
 
-// Rows of 256 floats do not fit the registers. With SNE_REPRESENTATIVE (compile checks) one head width stands for all.
-template <class Op, int width, int dim>
-constexpr bool kHasChunkVariant =
-#if defined(SNE_REPRESENTATIVE)
-    width <= 128 && width == 4 * dim;
-#else
-    Op::kPacked || width <= 128;
-#endif
-
 template <class Op>
 int chunk_encode_by(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
   return with_heads(a.hidden, a.heads, [&](auto width, auto dim) {

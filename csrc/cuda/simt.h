@@ -147,7 +147,7 @@ SNE_DEVICE void copy_async(void *shared, const void *global) {
 }
 SNE_DEVICE void copies_done() {
   asm volatile("cp.async.wait_all;" ::: "memory");
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads past the ordinary path
 #endif
 }

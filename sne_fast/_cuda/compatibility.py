@@ -47,7 +47,7 @@ def device_reasons(
 
     Args:
         name: of the device, for the sentence.
-        architectures: what was compiled, such as ``["80+ptx", "90a", "compute_120"]``.
+        architectures: what was compiled, such as ``["80+ptx", "90a", "100"]``.
         driver: newest CUDA that the driver knows, as cudaDriverGetVersion gives it (13000 for 13.0); 0 if unknown.
         runtime: CUDA that the build was made with.
     """
@@ -62,7 +62,7 @@ def device_reasons(
     if any(has_machine_code(architecture, capability) for architecture in architectures):
         return []
     number = f"{10 * capability[0] + capability[1]}"
-    own = number + "a" * (number in ("90", "100"))  # with the instructions that this generation alone has
+    own = number + "a" * (number == "90")  # with the instructions that this generation alone has
     remedy = f"reinstall with SNE_FAST_BUILD=cuda SNE_FAST_CUDA_ARCHS={own}"
     built = f"was compiled for {' '.join(architectures)}"
     if not any(has_ptx(architecture, capability) for architecture in architectures):

@@ -124,7 +124,7 @@ def library() -> ctypes.CDLL:
 
 
 def architectures() -> list[str]:
-    """What the library was compiled for, such as ``["80+ptx", "90a", "compute_120"]``."""
+    """What the library was compiled for, such as ``["80+ptx", "90a", "100"]``."""
     return library().sne_fast_cuda_architectures().decode().split()
 
 

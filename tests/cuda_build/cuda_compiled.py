@@ -127,7 +127,7 @@ def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCH
     assert nvcc is not None
     out, begin = folder / f"{source.stem}.o", time.monotonic()
     strict = ["-Xptxas=-v", "-Werror", "all-warnings", *([] if all_variants else ["-DSNE_REPRESENTATIVE"])]
-    command = [*cuda_build.compiler(nvcc, architectures, strict), "-c", str(source), "-o", str(out)]
+    command = cuda_build.compiler(nvcc, architectures, source, out, strict)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{source.name}:\n{(done.stdout + done.stderr)[:8000]}"
     # What ptxas calls information: registers of a running wgmma are touched, and it has to wait.
