@@ -11,15 +11,20 @@ namespace {
 template <class Op, class Shape>
 SNE_DEVICE void multiply_head(Tile (&c)[1][Shape::NT], const Rows16<Op> (&a)[1][Shape::DK],
                               const unsigned char *piece) {
-  SNE_UNROLL
-  for (int n = 0; n < Shape::NT; ++n)
+  constexpr int kTiles = tiles_per_turn<Op, Shape::DK, Shape::NT>();
+  SNE_LOOP
+  for (int first = 0; first < Shape::NT; first += kTiles) {
     SNE_UNROLL
-    for (int k = 0; k < Shape::DK; ++k) {
-      if constexpr (Shape::D == 8)
-        product_left(c[0][n], a[0][k], load_cols8_left<Op>(piece, n));
-      else
-        product(c[0][n], a[0][k], load_cols8<Op>(piece, n, k, Shape::D));
-    }
+    for (int n = 0; n < kTiles; ++n)
+      SNE_UNROLL
+      for (int k = 0; k < Shape::DK; ++k) {
+        if constexpr (Shape::D == 8)
+          product_left(c[0][n], a[0][k], load_cols8_left<Op>(piece, first + n));
+        else
+          product(c[0][n], a[0][k], load_cols8<Op>(piece, first + n, k, Shape::D));
+      }
+    if constexpr (kTiles < Shape::NT) turn<kTiles>(c);
+  }
 }
 
 // The attention of all heads again, and back: grad (of o = q + attention) to the gradient of x, dx. Keys and queries of a

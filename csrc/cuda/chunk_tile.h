@@ -137,22 +137,6 @@ SNE_DEVICE Rows16<Op> get_rows(const unsigned char *at) {
 
 // -------------------------------------------------------------------------------------------------- norms, products
 
-// Moves the first N tiles of every row behind the others. Registers have no run-time index: a loop that is not unrolled
-// works on the first (or last) tiles and turns the row, until all have been there. Code stays small and compiles fast.
-template <int N, int MT, int NT>
-SNE_DEVICE void turn(Tile (&o)[MT][NT]) {
-  SNE_UNROLL
-  for (int i = 0; i < MT; ++i) {
-    Tile front[N];
-    SNE_UNROLL
-    for (int j = 0; j < N; ++j) front[j] = o[i][j];
-    SNE_UNROLL
-    for (int j = 0; j < NT - N; ++j) o[i][j] = o[i][j + N];
-    SNE_UNROLL
-    for (int j = 0; j < N; ++j) o[i][NT - N + j] = front[j];
-  }
-}
-
 template <int MT, int NT>
 SNE_DEVICE void row_means(float (&mean)[MT][2], const Tile (&o)[MT][NT]) {
   SNE_UNROLL

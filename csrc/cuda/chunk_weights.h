@@ -54,20 +54,49 @@ struct WeightSource {
   }
 };
 
+// Moves the first N tiles of every row behind the others. Registers have no run-time index: a loop that is not unrolled
+// works on the first (or last) tiles and turns the row, until all have been there. Code stays small and compiles fast.
+template <int N, int MT, int NT>
+SNE_DEVICE void turn(Tile (&o)[MT][NT]) {
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i) {
+    Tile front[N];
+    SNE_UNROLL
+    for (int j = 0; j < N; ++j) front[j] = o[i][j];
+    SNE_UNROLL
+    for (int j = 0; j < NT - N; ++j) o[i][j] = o[i][j + N];
+    SNE_UNROLL
+    for (int j = 0; j < N; ++j) o[i][NT - N + j] = front[j];
+  }
+}
+
+// How many of N tiles a product with 16 KT columns takes per turn: unrolled as a whole, wide ones compile for minutes.
+template <class Op, int KT, int N>
+SNE_HOST_DEVICE constexpr int tiles_per_turn() {
+  int tiles = N;
+  while (tiles % 2 == 0 && tiles * KT > (Op::kPacked ? 64 : 16)) tiles /= 2;
+  return tiles;
+}
+
 template <class Op, int MT, int KT, int N>
 SNE_DEVICE void multiply_by_warp(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
-  SNE_UNROLL
-  for (int k = 0; k < KT; k += 2) {
+  constexpr int kTiles = tiles_per_turn<Op, KT, N>();
+  SNE_LOOP
+  for (int first = 0; first < N; first += kTiles) {
     SNE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      Cols8<Op> b[2];
-      load_cols8_pair<Op>(b, piece, n, k / 2, 16 * KT);
+    for (int k = 0; k < KT; k += 2) {
       SNE_UNROLL
-      for (int i = 0; i < MT; ++i) {
-        product(c[i][n], a[i][k], b[0]);
-        product(c[i][n], a[i][k + 1], b[1]);
+      for (int n = 0; n < kTiles; ++n) {
+        Cols8<Op> b[2];
+        load_cols8_pair<Op>(b, piece, first + n, k / 2, 16 * KT);
+        SNE_UNROLL
+        for (int i = 0; i < MT; ++i) {
+          product(c[i][n], a[i][k], b[0]);
+          product(c[i][n], a[i][k + 1], b[1]);
+        }
       }
     }
+    if constexpr (kTiles < N) turn<kTiles>(c);
   }
 }
 
