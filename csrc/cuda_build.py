@@ -181,9 +181,7 @@ def build(target: Path, folder: Path, names: Sequence[str] | None = None) -> lis
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     objects = [folder / f"{source.stem}.o" for source in sources()]
-    commands = {
-        str(out): compiler(nvcc, names, source, out) for source, out in zip(sources(), objects, strict=True)
-    }
+    commands = {str(out): compiler(nvcc, names, source, out) for source, out in zip(sources(), objects, strict=True)}
     new = target.with_name(f"{target.name}.{os.getpid()}")  # whoever has the old one loaded keeps it
     try:
         if ninja := find_ninja():

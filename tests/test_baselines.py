@@ -12,20 +12,11 @@ from torch import Tensor
 
 import sne_fast
 from sne_fast.symmetry import PermutationAugmentation, chain_symmetry, permute
-from sne_fast.tasks.baselines import (
-    BASELINES,
-    MLP,
-    NFN,
-    DeepSets,
-    FlatWeights,
-    Mean,
-    Neural,
-    NeuralFunctional,
-    Problem,
-    SetOfWeights,
-    Statistics,
-    raw_weights,
-)
+from sne_fast.tasks.baselines import BASELINES, MLP, NFN, DeepSets, Mean, Problem, Statistics
+from sne_fast.tasks.baselines.deepsets import SetOfWeights
+from sne_fast.tasks.baselines.mlp import FlatWeights
+from sne_fast.tasks.baselines.neural import Neural, raw_weights
+from sne_fast.tasks.baselines.nfn import NeuralFunctional
 
 TRAIN, VALIDATION, TEST = list(range(80)), list(range(80, 100)), list(range(100, 120))
 NEURAL = {"deepsets": DeepSets, "mlp": MLP, "nfn": NFN}

@@ -1,0 +1,41 @@
+"""An MLP on flat weights, where shapes agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...batch import WeightBatch
+from ...predictor import PredictorHead
+from .neural import Neural, raw_weights
+from .problem import Problem, differing_shapes, problems
+
+
+class FlatWeights(nn.Module):
+    """All weights in a row, standardised, through an MLP; `WeightBatch` of P weights each to `(B, 1)`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, known: WeightBatch, widths: Sequence[int] = (512, 512)) -> None:
+        super().__init__()
+        rows = raw_weights(known).view(len(known), -1)
+        std = rows.std(0, correction=0)
+        self.register_buffer("mean", rows.mean(0))
+        self.register_buffer("std", std.where(std > 0, torch.ones_like(std)))
+        self.head = PredictorHead(rows.shape[1], 1, widths)
+
+    def forward(self, batch: WeightBatch) -> Tensor:
+        return self.head((raw_weights(batch).view(len(batch), -1) - self.mean) / self.std)
+
+
+class MLP(Neural):
+    """An MLP on the flattened weights of networks of one architecture; knows nothing of their symmetry."""
+
+    name = "MLP on flat weights"
+    module = FlatWeights
+
+    def why_not(self, problem: Problem) -> list[str]:
+        return problems(problem) + differing_shapes(problem.batch)

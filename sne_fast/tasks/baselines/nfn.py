@@ -1,0 +1,91 @@
+"""NFN: neural functional networks, on chains of linear layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...batch import WeightBatch
+from ...predictor import PredictorHead
+from .neural import Neural, raw_weights
+from .problem import Problem, differing_shapes, missing, problems
+
+
+class NeuralFunctional(nn.Module):
+    """Three equivariant layers, invariant pooling and an MLP; `WeightBatch` of Linear chains to `(B, 1)`.
+
+    HNP layers, which do not mix up inputs or outputs, grow with the square of their number: networks with many have NP
+    layers and sinusoids of the places of inputs and outputs, as in the paper.
+    """
+
+    scale: Tensor
+
+    def __init__(self, known: WeightBatch, channels: int = 32, most_ends: int = 16) -> None:
+        from nfn import layers
+        from nfn.common import network_spec_from_wsfeat
+
+        super().__init__()
+        self.shapes = known.shapes[0]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        tensors = raw_weights(known).view(len(known), -1).split(self.sizes, 1)
+        std = torch.stack([x.std(correction=0) for x in tensors])
+        std = std.where(std > 0, torch.ones_like(std))
+        self.register_buffer("scale", std.repeat_interleave(torch.tensor(self.sizes, device=std.device)))
+        spec = network_spec_from_wsfeat(self.features(known[:1]))
+        few = sum(spec.get_io()) <= most_ends
+        linear = layers.HNPLinear if few else layers.NPLinear
+        width, blocks = 1, []  # type: int, list[Any]
+        if not few:
+            blocks.append(layers.IOSinusoidalEncoding(spec))
+            width = blocks[0].num_out_chan(width)
+        for _ in range(3):
+            blocks += [linear(spec, width, channels), layers.TupleOp(nn.ReLU())]
+            width = channels
+        self.body = nn.Sequential(*blocks, layers.HNPPool(spec), nn.Flatten())
+        self.head = PredictorHead(channels * layers.HNPPool.get_num_outs(spec), 1)
+
+    def features(self, batch: WeightBatch) -> Any:
+        """nfn's `WeightSpaceFeatures`: matrices `(B, 1, out, in)` and biases `(B, 1, out)`."""
+        from nfn.common import WeightSpaceFeatures
+
+        rows = raw_weights(batch).view(len(batch), -1) / self.scale
+        # The chunks of a matrix are its rows in order, in every chunking.
+        tensors = [
+            x.reshape(len(batch), 1, *shape) for x, shape in zip(rows.split(self.sizes, 1), self.shapes, strict=True)
+        ]
+        return WeightSpaceFeatures(tensors[::2], tensors[1::2])
+
+    def forward(self, batch: WeightBatch) -> Tensor:
+        return self.head(self.body(self.features(batch)))
+
+
+class NFN(Neural):
+    """Neural functional networks (Zhou et al. 2023, arXiv 2302.14040), by their authors' package `nfn`."""
+
+    name = "NFN"
+    module = NeuralFunctional
+
+    def why_not(self, problem: Problem) -> list[str]:
+        batch = problem.batch
+        reasons = problems(problem) + differing_shapes(batch)
+        if not reasons and len(batch):
+            reasons += self._not_a_chain(batch)
+        return reasons + missing("nfn.layers", "nfn")
+
+    @staticmethod
+    def _not_a_chain(batch: WeightBatch) -> list[str]:
+        shapes = batch.shapes[0]
+        types = batch.tensor_type.view(len(batch), -1)
+        weights, biases = shapes[::2], shapes[1::2]
+        chain = (
+            len(weights) == len(biases)
+            and all(len(w) == 2 and b == w[:1] for w, b in zip(weights, biases, strict=True))
+            and all(after[1] == before[0] for before, after in zip(weights, weights[1:], strict=False))
+            and bool((types[:, ::2] == 0).all() and (types[:, 1::2] == 1).all())
+        )
+        if not chain:
+            return [f"networks that are no chain of Linear layers with biases: {batch.network_name(0)} has {shapes}"]
+        return [] if len(weights) > 1 else ["networks without a hidden layer"]
