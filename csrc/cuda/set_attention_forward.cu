@@ -127,12 +127,9 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBlocks<Op, D>)) forward_kernel(Call call) {
 extern "C" int sne_fast_cuda_set_attention(const sne_fast_cuda_set_attention_args *args, void *stream) {
   using namespace sne;
   using namespace sne::set_attention;
-  Call call;
-  if (const int status = prepare(call, args)) return status;
-  const int status = with_variant(call, [&](auto op, auto d) {
+  return run(args, Stream(stream), combine_forward, [&](auto op, auto d, const Call &call) {
     using Op = decltype(op);
     constexpr int D = decltype(d)::value;
     return launch(Stream(stream), blocks_of(call), 1, kThreads, Inner<Op, D>::kShared, forward_kernel<Op, D>, call);
   });
-  return status || !call.split ? status : combine_forward(call, Stream(stream));
 }

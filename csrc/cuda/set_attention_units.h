@@ -114,12 +114,16 @@ inline int64_t blocks_of(const Call &call) {
   return (call.pieces * call.heads + teams - 1) / teams;
 }
 
-// f(Op, width of a head) for the call's.
-template <class F>
-int with_variant(const Call &call, F f) {
-  return with_operands(int(call.precision), [&](auto op) {
-    return with_head_width(call.width / call.heads, [&](auto d) { return f(op, d); });
+// launch_kernel(Op, width of a head, call), then what adds up partial results, where there are some.
+template <class LaunchKernel>
+int run(const sne_fast_cuda_set_attention_args *args, Stream stream, int (*combine)(const Call &, Stream),
+        LaunchKernel launch_kernel) {
+  Call call;
+  if (const int status = prepare(call, args)) return status;
+  const int status = with_operands(int(call.precision), [&](auto op) {
+    return with_head_width(call.width / call.heads, [&](auto d) { return launch_kernel(op, d, call); });
   });
+  return status || !call.split ? status : combine(call, stream);
 }
 
 }  // namespace sne::set_attention
