@@ -179,6 +179,8 @@ struct BlockWeights {
 
 template <class Op, class Shape>
 using BlockMemory = WarpMemory<Op, Shape, 4, 2>;
+template <int width>
+constexpr int kNormSums = 4 * width;  // that a warp adds up
 
 template <class Op, class Shape, int kThreads>
 SNE_KERNEL SNE_BOUNDS(kThreads, 1)
@@ -193,7 +195,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   float *vectors = (float *)memory_at;
   memory_at += at.size() * 4;
   float *sums = (float *)memory_at;
-  memory_at += num_warps() * 4 * W * 4;
+  memory_at += num_warps() * kNormSums<W> * 4;
   const BlockMemory<Op, Shape> memory(memory_at, num_warps(), warp_id());
   memory_at += num_warps() * BlockMemory<Op, Shape>::kBytes;
   const auto source = [&](int64_t first, int64_t behind) {
@@ -203,7 +205,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   const WeightSource<Op> out_transposed = source(layout.out_transposed(block), 4 * kSquare);
   const WeightSource<Op> transposed = source(layout.qkv_transposed(block, 0), 5 * kSquare);
   load_vectors(vectors, W, call.basis, call.b_o, layer_norm ? call.norm : nullptr, call.b_qkv);
-  clear(sums, num_warps() * 4 * W);
+  clear(sums, num_warps() * kNormSums<W>);
   if (resident) {
     weights.copy(layout.qkv(block, 0), 4 * kSquare);
     out_transposed.copy(layout.out_transposed(block), kSquare);
@@ -231,7 +233,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
     for (int j = 0; j < NT; ++j) grad[0][j] = there ? load_tile(space.rows_grad + row * W + 8 * j, W) : Tile{};
     const ProductRows<T> products{there ? (T *)space.products + row * W : nullptr, rows * W};
     feed_forward_backward<Op, Shape>(grad, o, weights, layout.out(block), out_transposed, layout.out_transposed(block),
-                                     vectors + at.out_bias(block), sums + warp_id() * 4 * W, layer_norm, products);
+                                     vectors + at.out_bias(block), sums + warp_id() * kNormSums<W>, layer_norm, products);
     Tile dx[1][NT] = {};
     attention_backward<Op, Shape>(dx, grad, x, weights, transposed, block, vectors + at.qkv_bias(block), memory, set,
                                   products);
@@ -240,7 +242,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
       for (int j = 0; j < NT; ++j) store_tile(space.rows_grad + row * W + 8 * j, W, dx[0][j]);
     set.sync();
   }
-  if (layer_norm) add_warp_sums(norm_part + block_id() * 4 * W, sums, 4 * W);
+  if (layer_norm) add_warp_sums(norm_part + block_id() * kNormSums<W>, sums, kNormSums<W>);
 }
 
 template <class Op, int width, int dim>
@@ -249,7 +251,7 @@ int run_block_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &spac
   using Shape = ChunkShape<Op, width, dim, 1>;
   constexpr int kMost = 8;
   const LaunchSize size =
-      launch_size(a.shared_limit, VectorLayout{width}.size() * 4, BlockMemory<Op, Shape>::kBytes + 16 * width,
+      launch_size(a.shared_limit, VectorLayout{width}.size() * 4, BlockMemory<Op, Shape>::kBytes + kNormSums<width> * 4,
                   BlockWeights<Op, Shape>::kAll, BlockWeights<Op, Shape>::kPiece, int(a.slots / 16), kMost, 8);
   if (!size.warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * (a.slots / 16) + size.warps - 1) / size.warps;

@@ -14,6 +14,8 @@ template <class Op, int width>
 using ScalarShape = ChunkShape<Op, width, 8, 1>;
 template <class Op, int width>
 using ScalarMemory = WarpMemory<Op, ScalarShape<Op, width>, 0, 1 + kRecords>;
+template <int width>
+constexpr int kScalarSums = 4 * width + 3 * width + 2 * (width / 8);  // that a warp adds up: of norms, basis, logits
 
 template <class Op, int width>
 struct Records {
@@ -27,27 +29,14 @@ struct Records {
 // Softmax of each row and head: means as scalar_means leaves them, and the records but for the gradient.
 template <class Op, int width, class T>
 SNE_DEVICE void record_rows(const ScalarMemory<Op, width> &memory, const SetOfWarps &set, const T *logit, int heads) {
-  const int row = lane_id() % 16;
-  const Slot slot = memory.slots[row];
-  const float *values = memory.values - set.part * 16;
   const Records<Op, width> record(memory, 0, heads);
-  float low = values[slot.key_begin], high = low;
-  for (int j = slot.key_begin + 1; j < slot.key_end; ++j) low = min_of(low, values[j]), high = max_of(high, values[j]);
-  for (int head = lane_id() / 16; head < heads; head += 2) {
-    const float slope = to_real(logit[head]) * memory.values[row] + to_real(logit[heads + head]);
-    const float extreme = slope >= 0 ? high : low;
-    float total = 0, sum = 0;
-    for (int j = slot.key_begin; j < slot.key_end; ++j) {
-      const float p = exp2_fast(slope * (values[j] - extreme) * kLog2e);
-      total += p;
-      sum += p * values[j];
-    }
-    record(kSlope, head, row) = slope;
-    record(kExtreme, head, row) = extreme;
-    record(kInverse, head, row) = 1.0f / total;
-    record(kMean, head, row) = memory.head_values[row * heads + head] = sum / total;
-  }
-  sync_warp();
+  scalar_means<ScalarShape<Op, width>>(
+      memory, set, logit, heads, [&](int head, int row, float slope, float extreme, float total, float mean) {
+        record(kSlope, head, row) = slope;
+        record(kExtreme, head, row) = extreme;
+        record(kInverse, head, row) = 1.0f / total;
+        record(kMean, head, row) = mean;
+      });
 }
 
 // Gradient of a row's value through the attention of all heads, as query and as key; adds to the logits' sums (2, H).
@@ -107,14 +96,14 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   memory_at += at.size() * 4;
   float *norm_sums = (float *)memory_at, *basis_sums = norm_sums + num_warps() * 4 * W;
   float *logit_sums = basis_sums + num_warps() * 3 * W;
-  memory_at += num_warps() * (7 * W + 2 * (W / 8)) * 4;
+  memory_at += num_warps() * kScalarSums<W> * 4;
   const Memory memory(memory_at, num_warps(), warp_id());
   memory_at += num_warps() * Memory::kBytes;
   const WeightSource<Op> out{call.prepared, memory_at, resident, layout.out(0)};
   const WeightSource<Op> transposed{call.prepared, resident ? memory_at + kSquare * sizeof(T) : memory_at, resident,
                                     layout.out_transposed(0)};
   load_vectors(vectors, W, call.basis, call.b_o, layer_norm ? call.norm : nullptr, call.b_qkv);
-  clear(norm_sums, num_warps() * (7 * W + 2 * (W / 8)));
+  clear(norm_sums, num_warps() * kScalarSums<W>);
   if (resident) {
     out.copy(layout.out(0), kSquare);
     transposed.copy(layout.out_transposed(0), kSquare);
@@ -197,7 +186,7 @@ int run_scalar_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &spa
   constexpr int kMost = 8;
   constexpr int64_t kSize = sizeof(T), kPiece = width * ScalarShape<Op, width>::kOutRows * kSize;
   const LaunchSize size = launch_size(a.shared_limit, VectorLayout{width}.size() * 4,
-                                      ScalarMemory<Op, width>::kBytes + (7 * width + width / 4) * 4,
+                                      ScalarMemory<Op, width>::kBytes + kScalarSums<width> * 4,
                                       2 * kSize * width * width, kPiece, int(a.slots / 16), kMost, 8);
   if (!size.warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * (a.slots / 16) + size.warps - 1) / size.warps;

@@ -248,8 +248,9 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
 
 // Block 0 (SPEC 4.1): means (ROWS, HEADS) of what each row attends to, softmax_j((a x_i + c) x_j) x_j, from the values
 // of its block of slots. The largest logit is at one end of the range of the values, so one pass does.
-template <class Shape, class Memory, class T>
-SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const T *logit, int heads) {
+// keep(head, row, slope of the logits, value of the largest one, sum of the exponentials, mean): for the backward.
+template <class Shape, class Memory, class T, class Keep>
+SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const T *logit, int heads, Keep keep) {
   constexpr int kPerRow = 32 / Shape::ROWS;  // lanes that share a row, each with some heads
   const int row = lane_id() % Shape::ROWS, first = lane_id() / Shape::ROWS;
   const Slot slot = memory.slots[row];
@@ -266,9 +267,15 @@ SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const 
       total += p;
       sum += p * values[j];
     }
-    memory.head_values[row * heads + head] = sum / total;
+    const float mean = sum / total;
+    memory.head_values[row * heads + head] = mean;
+    keep(head, row, slope, extreme, total, mean);
   }
   sync_warp();
+}
+template <class Shape, class Memory, class T>
+SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const T *logit, int heads) {
+  scalar_means<Shape>(memory, set, logit, heads, [](int, int, float, float, float, float) {});
 }
 
 // Block 0 up to its residual: x_i basis_0 + mean basis_1 + basis_2.
