@@ -103,4 +103,5 @@ def test_all_variants_fit(kernel: str, h: int, kind, arch: int) -> None:
     for layer_norm in (True, False):
         result = compiled(kernel, arch, h, *kind, layer_norm=layer_norm)
         if result is not None:
-            check(result, arch, 64 if kernel == "forward" else 512, on_matrix_units)
+            allowed = 512 if kernel == "backward" else 64 if layer_norm else 192
+            check(result, arch, allowed, on_matrix_units)
