@@ -37,6 +37,7 @@ from rich.console import Console  # noqa: E402
 
 import sne_fast  # noqa: E402
 from sne_fast._cuda import library as cuda_library  # noqa: E402
+from sne_fast._schema import FUSIONS, REQUIRED_OPS  # noqa: E402
 from sne_fast.benchmark import (  # noqa: E402
     GPU_CASES,
     Contender,
@@ -127,9 +128,11 @@ class Suite:
     def engines(self, op: str = "") -> list[str]:
         """Those asked for, else those for a GPU that run this op here (all ops, for none), else what auto chooses."""
         if self.options.backend:
-            return self.options.backend
+            having = {*FUSIONS[op], "auto"} if op in FUSIONS else self.options.backend
+            return [name for name in self.options.backend if name in having]
         reports = sne_fast.explain(self.device) if self.device.type == "cuda" else ()
-        refused = {report.backend for report in reports if report.reasons and op in ("", report.op)}
+        asked = (op,) if op else REQUIRED_OPS
+        refused = {report.backend for report in reports if report.reasons and report.op in asked}
         return [name for name in ENGINES if reports and name not in refused] or ["auto"]
 
     # ---------------------------------------------------------------------------------------------------------- parts
@@ -251,6 +254,10 @@ class Suite:
             for length in (32, 4096):
                 for engine in self.engines("segment_pool"):
                     yield from attempt(10, gpu_ops.segment_pool, dtype, size["pool_rows"], length, bandwidth, engine)
+            for place, engine in enumerate(self.engines("feed_forward")):
+                yield from attempt(
+                    15, gpu_ops.feed_forward, dtype, size["pool_rows"] // 4, bandwidth, engine, place == 0
+                )
             for engine in self.engines("gather_chunks"):
                 yield from attempt(10, gpu_ops.gather_chunks, dtype, size["copies"], bandwidth, engine)
         if failed:

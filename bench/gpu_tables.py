@@ -12,6 +12,7 @@ from sne_fast.benchmark import gpu_ops
 
 Json = dict[str, Any]
 SHAPES = {"chunk_encode": ("weights",), "gather_chunks": ("weights",), "segment_pool": ("rows", "length"),
+          "feed_forward": ("rows",),
           "set_attention": ("rows", "longest", "head_width")}  # fmt: skip
 
 

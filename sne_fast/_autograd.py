@@ -71,3 +71,16 @@ class SegmentPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("segment_pool")
         return (*OPS.segment_pool_backward(grad, *ctx.saved_tensors), None, None)
+
+
+class FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, attended: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(q, attended, *parameters)
+        return OPS.feed_forward(q, attended, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward("feed_forward")
+        grad_sum, *grads = OPS.feed_forward_backward(grad, *ctx.saved_tensors)
+        return (grad_sum, grad_sum, *grads)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from . import _selftest
-from ._schema import FORWARD_OPS, LIBRARY, SCHEMAS
+from ._schema import FORWARD_OPS, FUSIONS, LIBRARY, SCHEMAS
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
@@ -82,6 +82,15 @@ def current_backend() -> str:
     return _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
+def fuses(op: str, device: torch.device) -> bool:
+    """Whether a module should call ``op``, one of ``FUSIONS``, for tensors on ``device``, or do without.
+
+    It asks no engine, so that it can be traced: of an ``auto`` whose engine then refuses, the reference takes the call.
+    """
+    name = current_backend()
+    return device.type == "cuda" if name == "auto" else name in FUSIONS[op]
+
+
 @functools.cache
 def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
     from . import backends
@@ -110,7 +119,8 @@ def _reasons(name: str, op: str, device: torch.device | None, args: tuple[Any, .
     backend = loaded[name]
     reasons = list(backend.unavailable())
     if op not in backend.KERNELS:
-        reasons.append(f"does not implement {op}")
+        without = "; modules do it by ordinary torch operations" if op.removesuffix("_backward") in FUSIONS else ""
+        reasons.append(f"does not implement {op}{without}")
     if device is not None and backend.DEVICES and device.type not in backend.DEVICES:
         reasons.append(f"runs on {' or '.join(backend.DEVICES)}, the inputs are on {device.type}")
     if not reasons and args is not None:

@@ -19,6 +19,7 @@ _CHUNK_PARAMETERS = (
     "Tensor row_code, Tensor element_code, Tensor logit, Tensor basis, "
     "Tensor w_qkv, Tensor b_qkv, Tensor w_o, Tensor b_o, Tensor norm, Tensor pool_query"
 )
+_FEED_FORWARD = "Tensor q, Tensor attended, Tensor w_o, Tensor b_o, Tensor norm"
 
 SCHEMAS: dict[str, str] = {
     "gather_chunks": "(Tensor[] tensors, Tensor scale, Tensor plan, ScalarType dtype) -> Tensor",
@@ -42,10 +43,18 @@ SCHEMAS: dict[str, str] = {
         "(Tensor grad, Tensor x, Tensor logits, Tensor out, Tensor lse, Tensor ptr, Tensor ptr_host) "
         "-> (Tensor, Tensor)"
     ),
+    "feed_forward": f"({_FEED_FORWARD}) -> Tensor",
+    "feed_forward_backward": f"(Tensor grad, {_FEED_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 """Op name -> arguments and results."""
 
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
+FUSIONS = {"feed_forward": ("triton",)}
+"""Ops that the modules do without: which engines have them. On others, ordinary torch operations do the work."""
+FEED_FORWARD_WIDTHS = (32, 64, 128, 256)
+"""h of those engines' feed_forward."""
+REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in FUSIONS)
+"""What an engine has to have."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,6 +106,14 @@ def _segment_pool_backward(grad: Tensor, x: Tensor, logits: Tensor, *args: Tenso
     return _fake_like(x, logits)
 
 
+def _feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
+    return torch.empty_like(attended, memory_format=torch.contiguous_format)
+
+
+def _feed_forward_backward(grad: Tensor, q: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(*args)  # attended, whose gradient is also q's, and the parameters
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "gather_chunks": _gather_chunks,
     "gather_chunks_backward": _gather_chunks_backward,
@@ -106,6 +123,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "set_attention_backward": _set_attention_backward,
     "segment_pool": _segment_pool,
     "segment_pool_backward": _segment_pool_backward,
+    "feed_forward": _feed_forward,
+    "feed_forward_backward": _feed_forward_backward,
 }
 """Op name -> function from inputs to empty outputs of the right shapes and dtypes."""
 

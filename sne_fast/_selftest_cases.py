@@ -23,7 +23,8 @@ class Variant:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         norm = " norm" if self.layer_norm else ""
-        return f"{self.op} {dtype}" + (f" h={self.width} H={self.heads}{norm}" if self.width else "")
+        heads = f" H={self.heads}" if self.heads else ""
+        return f"{self.op} {dtype}" + (f" h={self.width}{heads}{norm}" if self.width else "")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def variant(op: str, args: tuple[Any, ...]) -> Variant:
         return Variant(forward, args[0].dtype, width, heads, args[-2].shape[0] > 0)
     if forward == "set_attention":
         return Variant(forward, args[0].dtype, args[0].shape[1], args[-1])
+    if forward == "feed_forward":
+        return Variant(forward, args[0].dtype, args[0].shape[1], 0, args[-1].shape[0] > 0)
     return Variant(forward, args[0].dtype, args[0].shape[1], args[1].shape[1])
 
 
@@ -113,11 +116,23 @@ def _gather_chunks(case: Variant, draw: _Draw) -> Iterator[_Call]:
     yield _Call((tensors, scale, plan, case.dtype), (2,))
 
 
+def _feed_forward(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h = case.width
+    norm = draw(4 if case.layer_norm else 0, h, size=0.2)
+    norm[::2] += 1
+    parameters = (draw(h, h, size=h**-0.5), draw(h, size=0.1), norm.to(case.dtype).double())
+    # Several tiles a program, also on the largest chips; then one query for all rows.
+    many = (3 << 20 if torch.cuda.is_available() else 1 << 16) // h + 5
+    for rows, queries in ((many, many), (70, 1)):
+        yield _Call((draw(queries, h).expand(rows, h), draw(rows, h), *parameters), ())
+
+
 _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "gather_chunks": _gather_chunks,
     "chunk_encode": _chunk_encode,
     "set_attention": _set_attention,
     "segment_pool": _segment_pool,
+    "feed_forward": _feed_forward,
 }
 
 
@@ -127,6 +142,8 @@ def _on(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
         return [_on(v, dtype, device) for v in value]
     if not isinstance(value, Tensor):
         return value
+    if value.dim() == 2 and value.shape[0] > 1 and value.stride(0) == 0:  # one row for many stays one
+        return _on(value[:1], dtype, device).expand_as(value)
     return value.to(device, dtype if value.dtype == torch.float64 else value.dtype)
 
 
@@ -138,7 +155,7 @@ def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[An
     """What the backward op takes after the gradient."""
     if op == "gather_chunks":
         return (results[0], *args[:3])
-    if op == "chunk_encode":
+    if op in ("chunk_encode", "feed_forward"):
         return args
     rows = 3 if op == "set_attention" else 2
     return (*args[:rows], *results, *args[rows:])

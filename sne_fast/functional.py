@@ -1,4 +1,4 @@
-"""The four ops as functions: checks, autocast and gradient routing around the opaque ops of :mod:`sne_fast._schema`.
+"""The ops as functions: checks, autocast and gradient routing around the opaque ops of :mod:`sne_fast._schema`.
 
 Each takes ``*_host``, CPU copies of its pointers; without them a GPU call waits for a copy. Gradients flow to every
 floating input; a second derivative is refused by name. While `torch.compile` traces, inputs are not checked: sizes in
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _check, _dispatch  # noqa: F401  (_dispatch registers the ops' implementations)
-from ._autograd import OPS, ChunkEncode, GatherChunks, SegmentPool, SetAttention
+from ._autograd import OPS, ChunkEncode, FeedForward, GatherChunks, SegmentPool, SetAttention
+from ._schema import FEED_FORWARD_WIDTHS
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -288,3 +289,49 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, *, ptr_host: Tensor | N
         _check.pointer(op, "ptr", ptr, ptr_host, x.device, x.shape[0])
     args = (x, logits, ptr, ptr_host)
     return SegmentPool.apply(*_distinct(*args)) if _needs_grad(x, logits) else OPS.segment_pool(*args)[0]
+
+
+def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
+    """``ln1(o + relu(fc_o(o)))`` with ``o = ln0(q + attended)``, row by row: what follows the attention (SPEC 2).
+
+    Args:
+        q: ``(rows, h)`` float16, bfloat16, float32 or float64; all arguments share its dtype and device. One row
+            expanded to all, as :class:`sne_fast.PMA` has it, is read once.
+        attended: ``(rows, h)``.
+        w_o, b_o: ``(h, h)``, ``(h,)``, fc_o.
+        norm: ``(4, h)``, ln0.weight, ln0.bias, ln1.weight, ln1.bias; ``(0, h)`` for no layer norm.
+
+    Returns:
+        ``(rows, h)`` in the dtype of q (of autocast, where it is on).
+
+    Raises:
+        TypeError, ValueError: for inputs that break the contract above.
+
+    Example::
+
+        >>> mab = MAB(8, 8, 8, num_heads=2, layer_norm=True)
+        >>> x = torch.randn(5, 8)
+        >>> feed_forward(x, x, mab.fc_o.weight, mab.fc_o.bias, mab.norm_parameters()).shape
+        torch.Size([5, 8])
+    """
+    op, args = "feed_forward", _autocast(q, attended, w_o, b_o, norm)
+    if not torch.compiler.is_compiling():
+        _check.floating(op, **dict(zip(("q", "attended", "w_o", "b_o", "norm"), args, strict=True)))
+        q, attended, w_o, b_o, norm = args
+        _check.shape(op, "q", q, "(rows, h)", (None, None))
+        h, norms = q.shape[1], 4 if norm.shape[:1] != (0,) else 0
+        _check.shape(op, "attended", attended, f"that of q, {tuple(q.shape)}", tuple(q.shape))
+        _check.shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
+        _check.shape(op, "b_o", b_o, f"(h,) with h = {h}", (h,))
+        _check.shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+    return FeedForward.apply(*_distinct(*args)) if _needs_grad(*args) else OPS.feed_forward(*args)
+
+
+def fuses_feed_forward(q: Tensor) -> bool:
+    """Whether rows like ``q (..., h)`` should go through :func:`feed_forward`, or ordinary torch operations are better.
+
+    They are on a CPU, by an engine that has no kernels for it, and for dtypes and widths that such kernels do not take.
+    """
+    if not _dispatch.fuses("feed_forward", q.device) or q.shape[-1] not in FEED_FORWARD_WIDTHS:
+        return False
+    return q.device.type != "cuda" or q.dtype != torch.float64

@@ -65,7 +65,7 @@ class MAB(nn.Module):
             attended = functional.set_attention(
                 query, key, value, ptr, k_ptr, self.num_heads, q_ptr_host=host, k_ptr_host=k_ptr_host
             )
-            return self.feed_forward(query + attended)
+            return self.residual(query, attended)
 
         runs = list(row_runs(q.shape[0], q.device))
         if len(runs) == 1:
@@ -76,6 +76,19 @@ class MAB(nn.Module):
             return attend(q[run], q_ptr.clamp(run.start, run.stop) - run.start, host)
 
         return joined(attend_run, runs)
+
+    def residual(self, q: Tensor, attended: Tensor) -> Tensor:
+        """The block's output from its queries and what they attended to, ``(..., h)``, in one go where an engine can.
+
+        ``q`` may also be ``(1, ..., h)``, the same for all sets.
+        """
+        if not functional.fuses_feed_forward(attended):
+            return self.feed_forward(q + attended)
+        norm = self.norm_parameters()
+        if norm is None:
+            norm = self.fc_o.weight.new_empty((0, self.dim_v))
+        queries, rows = (t.reshape(-1, self.dim_v) for t in (q.expand_as(attended), attended))
+        return functional.feed_forward(queries, rows, self.fc_o.weight, self.fc_o.bias, norm).view_as(attended)
 
     def feed_forward(self, o: Tensor) -> Tensor:
         """What follows the attention's residual: ``ln1(o' + relu(fc_o(o')))`` with ``o' = ln0(o)``, row by row."""
@@ -202,4 +215,4 @@ class PMA(nn.Module):
         value = mab.fc_v.weight.unflatten(0, (mab.num_heads, -1))  # [H, d, h]
         bias = mab.fc_v.bias if nonempty is None else mab.fc_v.bias * nonempty[:, None, None]
         attended = torch.einsum("skah,adh->skad", rows, value).flatten(2) + bias
-        return mab.feed_forward(mab.fc_q(self.S) + attended)
+        return mab.residual(mab.fc_q(self.S), attended)

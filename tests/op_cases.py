@@ -1,4 +1,4 @@
-"""Inputs of the four ops, ragged and random, for the tests of every engine."""
+"""Inputs of the ops, ragged and random, for the tests of every engine."""
 
 from __future__ import annotations
 
@@ -77,3 +77,23 @@ def pool_case(
     g = torch.Generator().manual_seed(seed)
     x, logits = (torch.randn(sum(lengths), n, generator=g, dtype=torch.float64).to(dtype) for n in (width, queries))
     return x, logits, pointer(lengths)
+
+
+def feed_forward_case(
+    rows: int,
+    width: int,
+    layer_norm: bool = True,
+    dtype: torch.dtype = torch.float64,
+    one_query: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    """q, attended, w_o, b_o, norm; q is one row expanded to all with ``one_query``."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, spread: float = 1.0) -> Tensor:
+        return (spread * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+    q = normal(1, width).expand(rows, width) if one_query else normal(rows, width)
+    norm = normal(4 if layer_norm else 0, width, spread=0.2)
+    norm[::2] += 1  # weights of ln0 and ln1 around one
+    return q, normal(rows, width), normal(width, width, spread=width**-0.5), normal(width, spread=0.1), norm

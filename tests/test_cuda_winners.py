@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cpu_cases import chunk_encode_case
-from op_cases import attention_case, pool_case
+from op_cases import attention_case, feed_forward_case, pool_case
 from test_dispatch import engine, install, pooled  # noqa: F401  (a fixture among them)
 
 import sne_fast
@@ -99,6 +99,10 @@ def test_calls_are_described_by_their_arguments(monkeypatch: pytest.MonkeyPatch)
     assert winners.call_of("gather_chunks_backward", (values, values, [x], logits, ptr)) == replace(
         gather, op="gather_chunks_backward"
     )
+    rows = feed_forward_case(6, 32, dtype=torch.float32)
+    tail = Call("feed_forward", "9.0", "float32", "ieee", 32, 0, 0.0, 6)
+    assert winners.call_of("feed_forward", rows) == tail
+    assert winners.call_of("feed_forward_backward", (rows[0], *rows)) == replace(tail, op="feed_forward_backward")
     monkeypatch.setattr(winners, "rules", lambda: (Rule(pool, 2.0, "gpu.json"),))
     assert winners.preferred("segment_pool", (x, logits, ptr, ptr))
     assert not winners.preferred("segment_pool_backward", (x, x, logits, x, x, ptr, ptr))

@@ -117,7 +117,7 @@ def test_backward_in_another_thread_sees_the_choice(install) -> None:
 def test_explain_names_every_op_backend_and_reason(install) -> None:
     install(engine(unavailable=lambda: ["no driver here"]))
     report = sne_fast.explain()
-    assert {r.op for r in report} == {"gather_chunks", "chunk_encode", "set_attention", "segment_pool"}
+    assert {r.op for r in report} == {"gather_chunks", "chunk_encode", "set_attention", "segment_pool", "feed_forward"}
     assert {r.backend for r in report} == {"reference", "cpu", "triton", "cuda"}
     assert all(r.reasons == () for r in report if r.backend == "reference")
     text = str(report)

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cpu_cases import relative_error
-from op_cases import GRADED, ChunkCase, attention_case, pool_case
+from op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pool_case
 from torch import Tensor
 
 import sne_fast
 from sne_fast import _dispatch, _selftest, functional
+from sne_fast._schema import FUSIONS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +55,7 @@ def no_host_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ---------------------------------------------------------------------------------------------- calls of the four ops
+# ---------------------------------------------------------------------------------------------- -- calls of the ops
 
 
 class Call:
@@ -117,13 +118,26 @@ def encoding(dtype: torch.dtype, h: int = 64, heads: int = 4) -> Call:
     return Call(function, [case.args[place] for place in GRADED], dtype)
 
 
+def feeding_forward(dtype: torch.dtype, rows: int = 60001, h: int = 64, layer_norm: bool = True) -> Call:
+    """Enough rows for several tiles a program. No argument of the ReLU is near 0, where rounding would decide."""
+    q, attended, w, b, norm = feed_forward_case(rows, h, layer_norm)
+    return Call(functional.feed_forward, [q, attended, 0.3 * w, 3 * b.sign(), norm], dtype)
+
+
 CALLS = {
     "set_attention": lambda dtype: attention(LENGTHS["ragged"], dtype),
     "set_attention, few queries": lambda dtype: attention(LENGTHS["few queries"], dtype),
     "segment_pool": lambda dtype: pooling([1, 700, 0, 30, 9000], dtype),
     "gather_chunks": gathering,
     "chunk_encode": encoding,
+    "feed_forward": feeding_forward,
 }
+
+
+def call_of(engine: str, name: str, dtype: torch.dtype) -> Call:
+    if engine not in FUSIONS.get(name, (engine,)):
+        pytest.skip(f"{engine} does not fuse {name}")
+    return CALLS[name](dtype)
 
 
 def compare(call: Call, forward: float, backward: float) -> None:
@@ -138,7 +152,7 @@ def compare(call: Call, forward: float, backward: float) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_parity(gpu_engine, name: str, dtype, precision, forward, backward) -> None:
     with products(precision):
-        compare(CALLS[name](dtype), forward, backward)
+        compare(call_of(gpu_engine, name, dtype), forward, backward)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
@@ -153,6 +167,32 @@ def test_attention_widths_and_heads(gpu_engine, lengths, h: int, heads: int, dty
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 def test_pooling_lengths(gpu_engine, lengths: list[int], h: int, queries: int, dtype: torch.dtype) -> None:
     compare(pooling(lengths, dtype, h, queries), *((1e-5, 1e-4) if dtype == SINGLE else (5e-2, 0.2)))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 333, 70000])
+@pytest.mark.parametrize("h", [32, 64, 128, 256])
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
+def test_feed_forward_rows_and_widths(gpu_engine, rows: int, h: int, layer_norm: bool, dtype: torch.dtype) -> None:
+    call_of(gpu_engine, "feed_forward", dtype)
+    call = feeding_forward(dtype, rows, h, layer_norm)
+    compare(call, *((1e-5, 1e-4) if dtype == SINGLE else (5e-2, 0.2)))
+    q, attended, *parameters = call.inputs
+    if rows > 1:
+        one = q[:1].expand_as(attended)
+        got, want = (functional.feed_forward(t, attended, *parameters) for t in (one, one.contiguous()))
+        assert torch.equal(got, want)
+
+
+def test_blocks_call_it_where_the_engine_has_it(gpu_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[int] = []
+    function = functional.feed_forward
+    monkeypatch.setattr(functional, "feed_forward", lambda *args: (fused.append(1), function(*args))[1])
+    model, batch = model_and_batch()
+    z = model.encoder(batch).detach()
+    assert len(fused) == (10 if gpu_engine == "triton" else 0)
+    with sne_fast.use_backend("reference"):
+        assert relative_error(z, model.encoder(batch).detach()) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
@@ -171,7 +211,7 @@ def test_attention_loses_at_most_twice_what_pytorch_does(gpu_engine, dtype: torc
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 def test_the_same_bits_twice(gpu_engine, name: str, dtype: torch.dtype) -> None:
-    call = CALLS[name](dtype)
+    call = call_of(gpu_engine, name, dtype)
     assert all(torch.equal(a, b) for a, b in zip(call.results(), call.results(), strict=True))
 
 
@@ -180,7 +220,7 @@ def test_the_same_bits_twice(gpu_engine, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_no_host_synchronisation(gpu_engine, name: str) -> None:
-    call = CALLS[name](BRAIN)
+    call = call_of(gpu_engine, name, BRAIN)
     want = call.results()  # compiles
     with no_host_synchronisation():
         got = call.results()
@@ -269,7 +309,7 @@ def test_cuda_graph_of_gathering(gpu_engine) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_several_streams(gpu_engine, name: str) -> None:
-    call = CALLS[name](SINGLE)
+    call = call_of(gpu_engine, name, SINGLE)
     want = call.results()
     torch.cuda.synchronize()
     streams, got = [torch.cuda.Stream() for _ in range(3)], []
@@ -295,7 +335,7 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one(gpu_engine) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gather_chunks"])
 def test_compiled_into_one_graph(gpu_engine, name: str) -> None:
-    call = CALLS[name](SINGLE)
+    call = call_of(gpu_engine, name, SINGLE)
     compiled = Call(torch.compile(call.function, fullgraph=True), call.inputs, SINGLE)
     for got, want in zip(compiled.results(), call.results(), strict=True):
         torch.testing.assert_close(got, want)

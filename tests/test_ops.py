@@ -1,4 +1,4 @@
-"""The four ops on the reference engine: loops, gradients, opcheck, autocast, error messages."""
+"""The ops on the reference engine: loops, gradients, opcheck, autocast, error messages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 
 import pytest
 import torch
-from op_cases import GRADED, ChunkCase, attention_case, pointer, pool_case
+from op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pointer, pool_case
 from torch import Tensor
 
 import sne_fast
 from sne_fast import functional as F
 from sne_fast import reference
+from sne_fast._schema import SCHEMAS
 
 TENSORS = [[5, 5, 3], [1], [2, 1], [5]]
 
@@ -175,6 +176,9 @@ def host_args(op: str) -> tuple:
             return args
         out, lse = ops.segment_pool(*args)
         return (torch.randn_like(out), x, logits, out, lse, ptr, ptr.clone())
+    if op.startswith("feed_forward"):
+        args = feed_forward_case(5, 8)
+        return args if op == "feed_forward" else (torch.randn_like(args[0]), *args)
     tensors, scale, plan = [torch.randn(2, 3, 2), torch.randn(5)], torch.rand(2) + 0.5, torch.tensor([[6, 2], [5, 1]])
     if op == "gather_chunks":
         return tensors, scale, plan, torch.float64
@@ -182,10 +186,7 @@ def host_args(op: str) -> tuple:
     return torch.randn_like(values), values, tensors, scale, plan
 
 
-@pytest.mark.parametrize(
-    "op", [f"{name}{suffix}" for name in ("gather_chunks", "chunk_encode", "set_attention", "segment_pool")
-           for suffix in ("", "_backward")]
-)  # fmt: skip
+@pytest.mark.parametrize("op", SCHEMAS)
 def test_opcheck(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.sne_fast, op).default, host_args(op))
 

@@ -7,10 +7,11 @@ import types
 
 import pytest
 import torch
-from op_cases import attention_case, pool_case
+from op_cases import attention_case, feed_forward_case, pool_case
 
 import sne_fast
 from sne_fast import _dispatch, _selftest, _selftest_cases, functional
+from sne_fast._schema import FORWARD_OPS, SCHEMAS
 from sne_fast.backends import reference as honest
 
 CALLS: list[str] = []
@@ -161,13 +162,13 @@ def test_inside_inference_mode_autocast_and_a_backward(install, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", ["gather_chunks", "chunk_encode", "set_attention", "segment_pool"])
+@pytest.mark.parametrize("op", FORWARD_OPS)
 def test_the_reference_passes_in_every_dtype(op: str, dtype: torch.dtype) -> None:
     case = _selftest_cases.Variant(op, dtype, 64, 4, layer_norm=True)
     assert _selftest.check(engine(), case, torch.device("cpu")) == []
 
 
-@pytest.mark.parametrize("op", ["chunk_encode", "chunk_encode_backward", "gather_chunks", "gather_chunks_backward"])
+@pytest.mark.parametrize("op", [op for op in SCHEMAS if not op.startswith(("segment_pool", "set_attention"))])
 def test_other_ops_are_caught_too(op: str) -> None:
     case = _selftest_cases.Variant(op.removesuffix("_backward"), torch.float32, 32, 4)
     spoilt = engine(op)
@@ -187,3 +188,16 @@ def test_variants_of_calls() -> None:
     gather = ([x], ptr, ptr, torch.float64)
     assert str(_selftest_cases.variant("gather_chunks", gather)) == "gather_chunks float64"
     assert _selftest_cases.variant("gather_chunks_backward", (x, x, [x], ptr, ptr)).dtype == torch.float16
+    rows = feed_forward_case(3, 32, dtype=torch.bfloat16)
+    assert str(_selftest_cases.variant("feed_forward", rows)) == "feed_forward bfloat16 h=32 norm"
+    plain = (rows[0], *feed_forward_case(3, 32, layer_norm=False))
+    assert str(_selftest_cases.variant("feed_forward_backward", plain)) == "feed_forward float64 h=32"
+
+
+def test_one_query_for_all_rows_reaches_the_engine_as_such() -> None:
+    case = _selftest_cases.Variant("feed_forward", torch.float32, 32, 0, True)
+    strides: list[int] = []
+    spied = engine()
+    right = spied.KERNELS["feed_forward"]
+    spied.KERNELS["feed_forward"] = lambda *args: (strides.append(args[0].stride(0)), right(*args))[1]
+    assert _selftest.check(spied, case, torch.device("cpu")) == [] and strides == [32, 0]

@@ -37,7 +37,7 @@ class Call:
     dtype: str
     products: str  # of float32: "ieee" or "tf32"; "ieee" for half types
     width: int  # 0 for gather_chunks, as are heads and length
-    heads: int
+    heads: int  # 0 for feed_forward, as is length
     length: float  # mean rows of a set
     rows: int
 
@@ -89,8 +89,8 @@ def call_of(op: str, args: tuple[Any, ...]) -> Call:
         device, rows, sets = own[0].device, own[0].numel(), 0
     else:
         device, rows = own[0].device, own[1].shape[0] if variant.op == "set_attention" else own[0].shape[0]
-        pointer = {"chunk_encode": 1, "set_attention": -2, "segment_pool": -1}[variant.op]
-        sets = own[pointer].shape[0] - 1
+        pointer = {"chunk_encode": 1, "set_attention": -2, "segment_pool": -1}.get(variant.op)
+        sets = 0 if pointer is None else own[pointer].shape[0] - 1
     return Call(
         op, _capability(torch.cuda.current_device() if device.index is None else device.index),
         str(variant.dtype).removeprefix("torch."), product_precision(variant.dtype), variant.width, variant.heads,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._schema import accumulate_dtype
+from .._schema import REQUIRED_OPS, accumulate_dtype
 
 NAME = "cpu"
 DEVICES: tuple[str, ...] = ("cpu",)
@@ -320,8 +320,4 @@ def gather_chunks_backward(
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], scale_grad.to(scale.dtype)
 
 
-KERNELS = {
-    op: globals()[op]
-    for name in ("gather_chunks", "chunk_encode", "set_attention", "segment_pool")
-    for op in (name, f"{name}_backward")
-}
+KERNELS = {op: globals()[op] for name in REQUIRED_OPS for op in (name, f"{name}_backward")}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._cuda import library, winners
-from .._schema import FORWARD_OPS, SCHEMAS
+from .._schema import REQUIRED_OPS
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cpu",) if library.EMULATED else ("cuda",)
@@ -74,4 +74,4 @@ def _kernel(op: str, *args: Any) -> Any:
     return getattr(_module(op.removesuffix("_backward")), op)(*args)
 
 
-KERNELS = {op: functools.partial(_kernel, op) for op in SCHEMAS if op.removesuffix("_backward") in FORWARD_OPS}
+KERNELS = {op: functools.partial(_kernel, op) for name in REQUIRED_OPS for op in (name, f"{name}_backward")}

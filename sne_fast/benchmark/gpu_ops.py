@@ -1,19 +1,23 @@
-"""The four ops on a GPU against what the hardware allows and, for attention, against PyTorch's own ragged attention."""
+"""The ops on a GPU against what the hardware allows; attention also against PyTorch's own ragged attention, and what
+follows it against the torch operations that it fuses."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
 from .._dispatch import use_backend
 from .._precision import product_precision
 from ..batch import WeightBatch
+from ..nn import MAB
 from .cases import CASES
 from .checks import LOSS_RATIO, CheckFailed, relative_error
 from .gpu_limits import median_seconds
@@ -194,6 +198,48 @@ def set_attention(
             yield measure()
         except Exception as error_of_rival:  # a rival that fails is reported, not hidden
             yield {**row, "by": name, "skipped": f"{type(error_of_rival).__name__}: {str(error_of_rival)[:200]}"}
+
+
+# ------------------------------------------------------------------------------------------------------- feed_forward
+
+
+def feed_forward(
+    device: torch.device, dtype: torch.dtype, rows: int, bandwidth: float, backend: str, rivals: bool = True
+) -> Iterator[Row]:
+    """Residual, norms and fc_o of `rows` rows, h = 64: ours, then, as rivals, the operations it fuses, also compiled.
+
+    The limit is the copy bandwidth: two tensors of rows read and one written, in a step four more.
+    """
+    mab = MAB(WIDTH, WIDTH, WIDTH, num_heads=1, layer_norm=True).to(device, dtype)
+    norm = mab.norm_parameters()
+    assert norm is not None
+    inputs = [_random((rows, WIDTH), device, dtype, 0), _random((rows, WIDTH), device, dtype, 1)]
+    inputs += [t.detach() for t in (mab.fc_o.weight, mab.fc_o.bias, norm)]
+
+    def ours(*args: Tensor, name: str = backend) -> Tensor:
+        with use_backend(name):
+            return functional.feed_forward(*args)
+
+    def eager(q: Tensor, attended: Tensor, w: Tensor, b: Tensor, norm: Tensor) -> Tensor:
+        o = F.layer_norm(q + attended, (WIDTH,), norm[0], norm[1])
+        return F.layer_norm(o + F.relu(F.linear(o, w, b)), (WIDTH,), norm[2], norm[3])
+
+    few = [inputs[0][:4096], inputs[1][:4096], *inputs[2:]]
+    with torch.no_grad():
+        error = _agree("feed_forward", ours(*few), ours(*few, name="reference"), dtype)
+    moved = inputs[0].element_size() * rows * WIDTH
+    row = {"op": "feed_forward", "dtype": str(dtype), "rows": rows}
+    runs: dict[str, Callable[..., Tensor]] = {"sne_fast": ours}
+    if rivals and device.type == "cuda":
+        runs |= {"eager": eager, "torch.compile": torch.compile(eager)}
+    for by, run in runs.items():
+        forward, step = _both(functools.partial(run, *inputs), inputs, device)
+        yield {
+            **row, **(_shape(backend, dtype, WIDTH, 0, 0, rows) if run is ours else {}), "by": by, "error": error,
+            "forward_seconds": forward, "step_seconds": step,
+            "forward_fraction_of_copy": 3 * moved / forward / bandwidth,
+            "step_fraction_of_copy": 7 * moved / step / bandwidth,
+        }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- segment_pool, gather_chunks

@@ -14,6 +14,7 @@ from ._chunk_forward import load_queries, pool_weights
 from ._slots import slot_range
 from ._tiles import (
     add_matrix_to,
+    add_relu,
     add_to,
     attends,
     attention_weights,
@@ -21,11 +22,11 @@ from ._tiles import (
     finite_rows,
     from_heads,
     kept,
+    layer_norm_backward,
     linear,
     load_rows,
     matrix,
     normed,
-    normed_backward,
     places,
     row_products,
     save_rows,
@@ -99,18 +100,14 @@ def feed_forward_backward(
     save_rows(products + 4 * slab_rows * WIDTH, first_row, o, ROWS, WIDTH)
     z = linear(o.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
     if LAYER_NORM:
-        unit1, rstd1 = normed(o + tl.where(z <= 0, 0.0, z), WIDTH)
-        add_to(norm_part + 2 * WIDTH, tl.sum(grad * unit1, 0), WIDTH)
-        add_to(norm_part + 3 * WIDTH, tl.sum(grad, 0), WIDTH)
-        grad = normed_backward(grad * vector(norm + 2 * WIDTH, WIDTH, ACC)[None, :], unit1, rstd1, WIDTH)
+        unit1, rstd1 = normed(add_relu(o, z), WIDTH)
+        grad = layer_norm_backward(grad, unit1, rstd1, norm + 2 * WIDTH, norm_part + 2 * WIDTH, WIDTH, ACC)
     z_grad = tl.where(z <= 0, 0.0, grad)
     z_grad = z_grad.to(operand)
     save_rows(products + 3 * slab_rows * WIDTH, first_row, z_grad, ROWS, WIDTH)
     grad += tl.dot(z_grad, matrix(w_o, WIDTH), input_precision=PRECISION, out_dtype=ACC)
     if LAYER_NORM:
-        add_to(norm_part, tl.sum(grad * unit0, 0), WIDTH)
-        add_to(norm_part + WIDTH, tl.sum(grad, 0), WIDTH)
-        grad = normed_backward(grad * vector(norm, WIDTH, ACC)[None, :], unit0, rstd0, WIDTH)
+        grad = layer_norm_backward(grad, unit0, rstd0, norm, norm_part, WIDTH, ACC)
     return grad
 
 

@@ -7,29 +7,20 @@ the kernels of ``set_attention`` and ``segment_pool``, the rest ``_chunk_rows``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
-from .._schema import accumulate_dtype
-from ._chunk_rows import (
-    add_normed_backward_kernel,
-    add_normed_kernel,
-    element_sum_kernel,
-    scalar_means_backward_kernel,
-    scalar_means_kernel,
-)
+from ._chunk_rows import element_sum_kernel, scalar_means_backward_kernel, scalar_means_kernel
 from ._launch import next_power_of_2, triton_dtype
+from ._staged_rows import StagedRows, affine, feed_forward, feed_forward_backward, product
 from .segment_pool import segment_pool, segment_pool_backward
 from .set_attention import set_attention, set_attention_backward
 
 SLAB_ROWS_TIMES_WIDTH = 1 << 22
-ROW_TILE = {32: 64, 64: 32, 128: 16, 256: 8}
-"""Rows of a tile of the row kernels by width."""
 QUERIES, CHUNK_TILE, ELEMENT_PARTS = 32, 16, 8
 
 
@@ -48,28 +39,17 @@ class Slab:
 
 
 @dataclass
-class Staged:
-    """One call: parameters by name, and for a backward the sums of their gradients."""
+class Staged(StagedRows):
+    """One call of the chunk stage."""
 
     values: Tensor
     chunk_ptr: Tensor
     chunk_ptr_host: Tensor
     owner: Tensor
-    weights: dict[str, Tensor]
-    programs: int
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def acc(self) -> torch.dtype:
-        return accumulate_dtype(self.values.dtype)
 
     @property
     def heads(self) -> int:
         return self.weights["pool_query"].shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.weights["pool_query"].shape[1]
 
     def slabs(self) -> Iterator[Slab]:
         ends = self.chunk_ptr_host.numpy()
@@ -83,53 +63,10 @@ class Staged:
                        self.chunk_ptr_host[first : last + 1] - start, self.values[start : start + rows])  # fmt: skip
             first = last
 
-    def row_options(self) -> dict[str, Any]:
-        return {"LAYER_NORM": self.weights["norm"].shape[0] > 0, "ROWS": ROW_TILE[self.width], "WIDTH": self.width,
-                "ACC": triton_dtype(self.acc), "num_warps": 4, "enable_fp_fusion": True}  # fmt: skip
-
     def scalar_options(self, slab: Slab) -> dict[str, Any]:
         slots = max(16, next_power_of_2(slab.longest))
         return {"HEADS": self.heads, "SLOTS": slots, "QUERIES": min(QUERIES, slots), "ACC": triton_dtype(self.acc),
                 "num_warps": 4 if slots > 32 else 1, "enable_fp_fusion": True}  # fmt: skip
-
-
-def product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-    """a @ b summed and returned in ``acc``."""
-    if a.dtype == acc:
-        return a @ b
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=acc)
-    return a.to(acc) @ b.to(acc)
-
-
-def _affine(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return torch.addmm(b, x, w.t())
-
-
-def _norm_rows(norm: Tensor, block: int, which: int) -> tuple[Tensor, Tensor]:
-    """Gain and bias of ln0 (which 0) or ln1 (1); any tensor where there is no layer norm."""
-    return (norm[block, 2 * which], norm[block, 2 * which + 1]) if norm.shape[0] else (norm, norm)
-
-
-def add_normed(call: Staged, a: Tensor, b: Tensor, block: int, which: int) -> Tensor:
-    out = torch.empty_like(a, dtype=call.values.dtype)
-    add_normed_kernel[(triton.cdiv(a.shape[0], ROW_TILE[call.width]),)](
-        a, b, *_norm_rows(call.weights["norm"], block, which), out, a.shape[0], RELU=which == 1, **call.row_options()
-    )
-    return out
-
-
-def add_normed_backward(
-    call: Staged, a: Tensor, b: Tensor, grad: Tensor, relu_grad: Tensor, block: int, which: int
-) -> None:
-    gain_part, bias_part = call.parts["norm"], call.parts["norm"]
-    if call.weights["norm"].shape[0]:
-        gain_part, bias_part = gain_part[block, :, 2 * which], bias_part[block, :, 2 * which + 1]
-    tiles = triton.cdiv(a.shape[0], ROW_TILE[call.width])
-    add_normed_backward_kernel[(min(tiles, call.programs),)](
-        a, b, _norm_rows(call.weights["norm"], block, which)[0], grad, relu_grad, gain_part, bias_part,
-        call.parts["b_o"][block], a.shape[0], tiles, RELU=which == 1, **call.row_options(),
-    )  # fmt: skip
 
 
 def scalar_block(call: Staged, slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,13 +84,8 @@ def scalar_block(call: Staged, slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
 def attention(call: Staged, slab: Slab, x: Tensor, full: int) -> tuple[Tensor, ...]:
     """q, k, v, softmax(q k^T) v and its log-sums of one of the blocks 1 to 3."""
     w, b = call.weights["w_qkv"][full], call.weights["b_qkv"][full]
-    q, k, v = (_affine(x, *wb) for wb in zip(w.chunk(3), b.chunk(3), strict=True))
+    q, k, v = (affine(x, *wb) for wb in zip(w.chunk(3), b.chunk(3), strict=True))
     return (q, k, v, *set_attention(q, k, v, slab.ptr, slab.ptr, slab.ptr_host, slab.ptr_host, call.heads))
-
-
-def feed_forward(call: Staged, a: Tensor, b: Tensor, block: int) -> Tensor:
-    o = add_normed(call, a, b, block, 0)
-    return add_normed(call, o, _affine(o, call.weights["w_o"][block], call.weights["b_o"][block]), block, 1)
 
 
 def codes(call: Staged, slab: Slab) -> Tensor:
@@ -186,18 +118,6 @@ def pool(call: Staged, slab: Slab, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def staged_forward(call: Staged, out: Tensor) -> None:
     for slab in call.slabs():
         out[slab.first : slab.last] = pool(call, slab, forward_slab(call, slab)[-1])[1]
-
-
-def feed_forward_backward(call: Staged, a: Tensor, b: Tensor, grad: Tensor, block: int) -> None:
-    """``grad (R, h)`` of a block's result -> of a + b, in place."""
-    o = add_normed(call, a, b, block, 0)
-    w_o = call.weights["w_o"][block]
-    z, z_grad = _affine(o, w_o, call.weights["b_o"][block]), torch.empty_like(o)
-    add_normed_backward(call, o, z, grad, z_grad, block, 1)
-    grad += product(z_grad, w_o, call.acc)
-    call.parts["w_o"][block] += product(z_grad.t(), o, call.acc)
-    if call.weights["norm"].shape[0]:
-        add_normed_backward(call, a, b, grad, z_grad, block, 0)
 
 
 def _pool_backward(call: Staged, slab: Slab, x: Tensor, pooled_grad: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from torch import Tensor
 from .._precision import product_precision
 from .._schema import accumulate_dtype
 
-__all__ = ["Launch", "architecture", "launch", "next_power_of_2", "on_device", "product_precision", "sum_dtype",
-           "table", "trial", "triton_dtype"]  # fmt: skip
+__all__ = ["Launch", "architecture", "launch", "next_power_of_2", "on_device", "product_precision", "programs_of",
+           "sum_dtype", "table", "trial", "triton_dtype"]  # fmt: skip
 
 TABLES = Path(__file__).with_name("tables")
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -115,6 +115,18 @@ def architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_of(device: torch.device) -> int:
+    """Programs that share out tiles and sum parameter gradients: one per multiprocessor, or a small multiple."""
+    if device.type != "cuda":
+        return 1  # the interpreter: few programs, each with several tiles
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -109,19 +109,35 @@ def normed_backward(grad, unit, rstd, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def layer_norm(o, norm, LAYER_NORM: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """Layer norm of rows [M, h] by gain and bias ``norm (2, h)``; without LAYER_NORM the rows as they are."""
+    if LAYER_NORM:
+        o, _ = normed(o, WIDTH)
+        o = o * vector(norm, WIDTH, ACC)[None, :] + vector(norm + WIDTH, WIDTH, ACC)[None, :]
+    return o
+
+
+@triton.jit
+def layer_norm_backward(grad, unit, rstd, norm, norm_part, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """Gradient through a layer norm whose ``normed`` rows are ``unit`` [M, h]; adds up that of gain and bias."""
+    add_to(norm_part, tl.sum(grad * unit, 0), WIDTH)
+    add_to(norm_part + WIDTH, tl.sum(grad, 0), WIDTH)
+    return normed_backward(grad * vector(norm, WIDTH, ACC)[None, :], unit, rstd, WIDTH)
+
+
+@triton.jit
+def add_relu(o, z):
+    return o + tl.where(z <= 0, 0.0, z)  # a NaN stays one
+
+
+@triton.jit
 def feed_forward(
     o, w_o, b_o, norm, LAYER_NORM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
 ):
     """ln1(o' + relu(fc_o(o'))) with o' = ln0(o): [M, h]."""
-    if LAYER_NORM:
-        o, _ = normed(o, WIDTH)
-        o = o * vector(norm, WIDTH, ACC)[None, :] + vector(norm + WIDTH, WIDTH, ACC)[None, :]
+    o = layer_norm(o, norm, LAYER_NORM, WIDTH, ACC)
     z = linear(o.to(w_o.dtype.element_ty), w_o, b_o, WIDTH, PRECISION, ACC)
-    o += tl.where(z <= 0, 0.0, z)  # a NaN stays one
-    if LAYER_NORM:
-        o, _ = normed(o, WIDTH)
-        o = o * vector(norm + 2 * WIDTH, WIDTH, ACC)[None, :] + vector(norm + 3 * WIDTH, WIDTH, ACC)[None, :]
-    return o
+    return layer_norm(add_relu(o, z), norm + 2 * WIDTH, LAYER_NORM, WIDTH, ACC)
 
 
 @triton.jit

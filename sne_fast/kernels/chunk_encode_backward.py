@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from ._chunk_backward import (
 )
 from ._chunk_forward import chunk_encode_kernel
 from ._chunk_staged import Staged, staged_backward
-from ._launch import Launch, architecture, launch, on_device, product_precision, sum_dtype, triton_dtype
+from ._launch import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype, triton_dtype
 from ._slots import slot_count, sum_slots
 
 FUSED_CLASSES, FUSED_WIDTHS = CLASSES[:3], (32, 64)
@@ -79,23 +78,11 @@ def sizes_for(op: str, pool_query: Tensor, slot_class: SlotClass) -> Launch:
                   dtype=dtype, arch=architecture(pool_query.device))  # fmt: skip
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def programs_of(device: torch.device) -> int:
-    """Programs that share out a slab's tiles and sum parameter gradients: one per multiprocessor."""
-    if device.type != "cuda":
-        return 1  # the interpreter: two programs where PROGRAMS_PER_SUM counts, each with several tiles
-    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
-
-
 def staged_call(
     values: Tensor, chunk_ptr: Tensor, chunk_ptr_host: Tensor, owner: Tensor, weights: Sequence[Tensor]
 ) -> Staged:
     named = dict(zip(NAMES, weights, strict=True))
-    return Staged(values, chunk_ptr, chunk_ptr_host, owner, named, programs_of(values.device))
+    return Staged(named, programs_of(values.device), {}, values, chunk_ptr, chunk_ptr_host, owner)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import _selftest, _selftest_cases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode")
+OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode", "feed_forward")
 Rule = dict[str, Any]
 
 
@@ -140,11 +140,34 @@ def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
             yield Case(path.stem, {**rule["when"], "h": h, "heads": heads}, run, sizes((4, 8, 16), (1, 2), **blocks))
 
 
+def feed_forward_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    """``heads`` plays no part."""
+    from . import feed_forward as op
+    from ._launch import product_precision
+
+    rows = (1 << 26) // h
+    q, attended, grad = (_normal(rows, h, dtype=dtype) for _ in range(3))
+    args = (q, attended, _normal(h, h, dtype=dtype) * h**-0.5, _normal(h, dtype=dtype), _normal(4, h, dtype=dtype))
+
+    def forward() -> tuple[Tensor, ...]:
+        return (op.feed_forward(*args),)
+
+    def backward() -> tuple[Tensor, ...]:
+        return op.feed_forward_backward(grad, *args)
+
+    staged = sizes((4,), (1,), ROWS=(0,), INNER=(0,), PROGRAMS=(0,))
+    for kernel, run, inner in (("forward", forward, tuple({32, 64, h})), ("backward", backward, (h,))):
+        when = {"kernel": kernel, "h": h, "length": op.precision_class(dtype, product_precision(dtype))}
+        tiles = sizes((4, 8), (1, 2, 3), ROWS=(16, 32, 64, 128), INNER=inner, PROGRAMS=(1, 2, 3, 4))
+        yield Case("feed_forward", when, run, (*staged, *tiles))
+
+
 def all_cases(op: str, widths: list[int], heads: int, dtype: torch.dtype) -> Iterator[Case]:
     if op == "gather_chunks":
         yield from gather_cases(dtype)
         return
-    makers = {"set_attention": attention_cases, "segment_pool": pooling_cases, "chunk_encode": chunk_cases}
+    makers = {"set_attention": attention_cases, "segment_pool": pooling_cases, "chunk_encode": chunk_cases,
+              "feed_forward": feed_forward_cases}  # fmt: skip
     for h in widths:
         yield from makers[op](h, heads, dtype)
 
