@@ -15,7 +15,7 @@ A backend is a module under :mod:`sne_fast.backends` with
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -31,6 +31,7 @@ from ._schema import FORWARD_OPS, FUSIONS, LIBRARY, SCHEMAS
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # the engine of FUSIONS; found, not imported
 
 # One choice for the whole process, as torch's own backend flags: autograd runs backward in threads of its own, and
 # a choice kept per thread would be lost there.
@@ -88,7 +89,7 @@ def fuses(op: str, device: torch.device) -> bool:
     It asks no engine, so that it can be traced: of an ``auto`` whose engine then refuses, the reference takes the call.
     """
     name = current_backend()
-    return device.type == "cuda" if name == "auto" else name in FUSIONS[op]
+    return device.type == "cuda" and HAS_TRITON if name == "auto" else name in FUSIONS[op]
 
 
 @functools.cache

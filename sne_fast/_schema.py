@@ -51,8 +51,6 @@ SCHEMAS: dict[str, str] = {
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
 FUSIONS = {"feed_forward": ("triton",)}
 """Ops that the modules do without: which engines have them. On others, ordinary torch operations do the work."""
-FEED_FORWARD_WIDTHS = (32, 64, 128, 256)
-"""h of those engines' feed_forward."""
 REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in FUSIONS)
 """What an engine has to have."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _check, _dispatch  # noqa: F401  (_dispatch registers the ops' implementations)
 from ._autograd import OPS, ChunkEncode, FeedForward, GatherChunks, SegmentPool, SetAttention
-from ._schema import FEED_FORWARD_WIDTHS
+from ._widths import WIDTHS
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -332,6 +332,6 @@ def fuses_feed_forward(q: Tensor) -> bool:
 
     They are on a CPU, by an engine that has no kernels for it, and for dtypes and widths that such kernels do not take.
     """
-    if not _dispatch.fuses("feed_forward", q.device) or q.shape[-1] not in FEED_FORWARD_WIDTHS:
+    if not _dispatch.fuses("feed_forward", q.device) or q.shape[-1] not in WIDTHS:
         return False
     return q.device.type != "cuda" or q.dtype != torch.float64

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .._plans.chunks import CLASSES as ALL_CLASSES
 from .._plans.chunks import ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
+from .._widths import width_reasons
 from . import library
 
-WIDTHS = (32, 64, 128, 256)
 NAMES = ("row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
 """Parameters whose first axis is the block."""
@@ -231,12 +231,9 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     """Why these kernels cannot run ``op`` ("chunk_encode" or its backward) on its arguments; empty if they can."""
     if op.endswith("_backward"):
         args = args[1:]
-    (heads, h), codes, reasons = args[14].shape, args[6].shape[0], []
-    if h not in WIDTHS:
-        reasons.append(f"width must be one of {', '.join(map(str, WIDTHS))}, got {h}")
-    elif heads < 1 or heads & (heads - 1) or h % heads or not 8 <= h // heads <= 64:
-        reasons.append(f"num_heads must be a power of two with {h}/num_heads in 8..64, got {heads}")
-    elif args[0].dtype == torch.float32 and h > 128:
+    (heads, h), codes = args[14].shape, args[6].shape[0]
+    reasons = width_reasons(h, heads)
+    if not reasons and args[0].dtype == torch.float32 and h > 128:
         reasons.append(f"rows of float32 fit the registers up to width 128, got {h}")
     if codes > CLASSES[-1].slots:
         reasons.append(f"chunk size must be at most {CLASSES[-1].slots}, got {codes}")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._plans.lengths import Lengths
+from .._widths import width_reasons
 from . import library
 
-WIDTHS = (32, 64, 128, 256)
 ROWS_OF_WARP = 16
 MOST_WARPS = 4
 # Inner rows of a piece where sets have few own rows: no more than this, and fewer to give every multiprocessor work.
@@ -118,9 +118,4 @@ def set_attention_backward(
 def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     """Why this engine cannot take the call; empty if it can."""
     q, heads = args[1 if op.endswith("_backward") else 0], args[-1]
-    h = q.shape[1]
-    if h not in WIDTHS:
-        return [f"width must be one of {', '.join(map(str, WIDTHS))}, got {h}"]
-    if heads < 1 or heads & (heads - 1) or h % heads or not 8 <= h // heads <= 64:
-        return [f"num_heads must be a power of two with {h}/num_heads in 8..64, got {heads}"]
-    return []
+    return width_reasons(q.shape[1], heads)

@@ -11,25 +11,17 @@ from torch import Tensor
 
 from .. import _native
 from .._schema import REQUIRED_OPS, accumulate_dtype
+from .._widths import width_reasons
 
 NAME = "cpu"
 DEVICES: tuple[str, ...] = ("cpu",)
 PRIORITY = 100
 
-WIDTHS = (32, 64, 128, 256)
 LONGEST_CHUNK = 256
 
 
 def unavailable() -> list[str]:
     return _native.reasons()
-
-
-def _width_reasons(h: int, heads: int) -> list[str]:
-    if h not in WIDTHS:
-        return [f"width must be one of {', '.join(map(str, WIDTHS))}, got {h}"]
-    if heads < 1 or heads & (heads - 1) or h % heads or not 8 <= h // heads <= 64:
-        return [f"num_heads must be a power of two with {h}/num_heads in 8..64, got {heads}"]
-    return []
 
 
 def _dtype_reasons(name: str, tensor: Tensor) -> list[str]:
@@ -43,14 +35,14 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
         args = args[1:]
     if op.startswith("chunk_encode"):
         values, pool_query, element_code = args[0], args[14], args[6]
-        reasons = _dtype_reasons("values", values) + _width_reasons(pool_query.shape[1], pool_query.shape[0])
+        reasons = _dtype_reasons("values", values) + width_reasons(pool_query.shape[1], pool_query.shape[0])
         if element_code.shape[0] > LONGEST_CHUNK and args[3].numel() > 1:  # a shorter table bounds the chunks itself
             longest = int(args[3].diff().amax())
             if longest > LONGEST_CHUNK:
                 reasons.append(f"chunks must be at most {LONGEST_CHUNK} long, got {longest}")
         return reasons
     if op.startswith("set_attention"):
-        return _dtype_reasons("q", args[0]) + _width_reasons(args[0].shape[1], args[-1])
+        return _dtype_reasons("q", args[0]) + width_reasons(args[0].shape[1], args[-1])
     if op.startswith("segment_pool"):
         width = args[0].shape[1]
         short = [f"width must be a multiple of 16, got {width}"] if width % 16 or not width else []

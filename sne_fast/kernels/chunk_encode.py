@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from .._plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
+from .._widths import width_reasons
 from ._chunk_forward import chunk_encode_kernel
 from ._chunk_staged import staged_forward
 from ._launch import on_device
@@ -22,8 +23,6 @@ from .chunk_encode_backward import (
     sizes_for,
     staged_call,
 )
-
-WIDTHS = (32, 64, 128, 256)
 
 __all__ = ["chunk_encode", "chunk_encode_backward", "why_not"]
 
@@ -61,11 +60,8 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     if op.endswith("_backward"):
         args = args[1:]
     values, pool_query, element_code = args[0], args[14], args[6]
-    (heads, h), reasons = pool_query.shape, []
-    if h not in WIDTHS:
-        reasons.append(f"width must be one of {', '.join(map(str, WIDTHS))}, got {h}")
-    elif heads < 1 or heads & (heads - 1) or h % heads or not 8 <= h // heads <= 64:
-        reasons.append(f"num_heads must be a power of two with {h}/num_heads in 8..64, got {heads}")
+    heads, h = pool_query.shape
+    reasons = width_reasons(h, heads)
     if element_code.shape[0] > LONGEST_CHUNK:
         reasons.append(f"chunk size must be at most {LONGEST_CHUNK}, got {element_code.shape[0]}")
     if values.dtype == torch.float64 and values.device.type == "cuda":

@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._schema import FEED_FORWARD_WIDTHS, accumulate_dtype
+from .._schema import accumulate_dtype
+from .._widths import width_reasons
 from . import _feed_forward as device
 from . import _staged_rows as staged
 from ._launch import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype
@@ -121,7 +122,4 @@ def feed_forward_backward(
 
 
 def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    h = args[1 if op.endswith("_backward") else 0].shape[1]
-    if h not in FEED_FORWARD_WIDTHS:
-        return [f"width must be one of {', '.join(map(str, FEED_FORWARD_WIDTHS))}, got {h}"]
-    return []
+    return width_reasons(args[1 if op.endswith("_backward") else 0].shape[1])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._plans.lengths import Lengths
 from .._schema import accumulate_dtype
+from .._widths import width_reasons
 from . import _set_attention as device
 from ._launch import (
     Launch,
@@ -139,14 +140,6 @@ def set_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-WIDTHS = (32, 64, 128, 256)
-
-
 def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     q, heads = args[1 if op.endswith("_backward") else 0], args[-1]
-    h = q.shape[1]
-    if h not in WIDTHS:
-        return [f"width must be one of {', '.join(map(str, WIDTHS))}, got {h}"]
-    if heads < 1 or heads & (heads - 1) or h % heads or not 8 <= h // heads <= 64:
-        return [f"num_heads must be a power of two with {h}/num_heads in 8..64, got {heads}"]
-    return []
+    return width_reasons(q.shape[1], heads)
