@@ -146,7 +146,7 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
 
 
 # The sine is odd. At a rate of 2e-3 nothing is learnt with this warm-up: sines need the rate to be low at first.
-_SINES = SneSettings(epochs=150, units="canonical", odd=True)
+_SINES = SneSettings(epochs=150, units="canonical", odd=True, jitter=0.2)
 _ACCURACY = SneSettings(epochs=25, units="given")
 # What was never seen has no learnt code, and no spread to divide by.
 _ACROSS = SneSettings(epochs=20, units="given", input_scale="fan_in", relative=True, keep_best=False)
