@@ -103,6 +103,26 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
         partial.unlink(missing_ok=True)
 
 
+def commit() -> str | None:
+    """The commit of a checkout that this package is imported from, with "-dirty" if it has changes; None elsewhere."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # An installed package may lie in a virtual environment inside somebody else's checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def machine() -> dict[str, Any]:
     """Versions, cores and which CPU engine runs, for reports."""
     import platform
@@ -113,6 +133,7 @@ def machine() -> dict[str, Any]:
 
     return {
         "sne_fast": __version__,
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cores": os.cpu_count(),

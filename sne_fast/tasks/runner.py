@@ -16,7 +16,7 @@ import torch
 from .._threads import torch_threads
 from ..batch import WeightBatch
 from ..demo import check_extra
-from ..reporting import machine, measures, write_json
+from ..reporting import commit, machine, measures, write_json
 from ..symmetry import Symmetry
 from ..training import stratified_split
 from ..training.command import PARTS, SHARES, symmetries_of
@@ -203,7 +203,7 @@ def _do(run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], ou
                 about = {"why_not": reasons}
             else:
                 arrays = {"predicted": BASELINES[run.method].fit_predict(problem)}
-    about["seconds"] = time.perf_counter() - clock
+    about |= {"seconds": time.perf_counter() - clock, "commit": commit()}
     if arrays:
         about["test"] = _test(arrays["predicted"][parts["test"]], data.targets[parts["test"]])
         np.savez(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
