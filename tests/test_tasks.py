@@ -95,6 +95,8 @@ def test_what_is_done_is_not_done_again_and_other_calls_add(done, monkeypatch):
     import sne_fast.tasks.runner as runner
 
     monkeypatch.setattr(runner, "train_sne", lambda *a, **k: pytest.fail("trained again"))
+    call(out, seeds=(1,))
+    assert not list(out.glob("runs/*/*-seed1-share*")), "curves are of the lowest seed, whichever call has it"
     again = call(out, seeds=(0, 1))
     assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
     fewer = call(out, methods=["mean"])

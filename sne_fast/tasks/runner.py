@@ -135,7 +135,7 @@ def run_task(
 
         zoos = task.zoos(out / "zoos", count, progress)
     data = Networks(zoos, task.target)
-    for run in _runs(task, list(methods) or rows, seeds, next(iter(sne))):
+    for run in _runs(task, list(methods) or rows, seeds, next(iter(sne)), out):
         _do(run, task, data, sne, out, console)
     results = collect(name, task, data, list(sne), out)
     write_json(out / "results.json", results)
@@ -145,14 +145,27 @@ def run_task(
     return results
 
 
-def _runs(task: Task, rows: Sequence[str], seeds: Sequence[int], first: str) -> Iterator[Run]:
-    """Whole tables first, one seed after the other; then the first seed's curves of error against training-set size."""
+def _runs(task: Task, rows: Sequence[str], seeds: Sequence[int], first: str, out: Path) -> Iterator[Run]:
+    """Whole tables first, one seed after the other; then curves of error against training-set size, of the lowest seed
+    that there is of a row, by this call or another."""
     for seed in seeds:
         for experiment in task.experiments:
             yield from (Run(experiment, row, seed, 1.0) for row in rows)
     for share in task.sizes:
         curves = [row for row in rows if row == first or row in BASELINES]
-        yield from (Run(e, row, seeds[0], share) for e in task.experiments for row in curves)
+        for experiment in task.experiments:
+            for row in curves:
+                seed = found(out, experiment, row)[0]["seed"]
+                if seed in seeds:
+                    yield Run(experiment, row, seed, share)
+
+
+def found(out: Path, experiment: Experiment, row: str) -> list[dict[str, Any]]:
+    """What the files of a row say: by seed, of each the whole training set before its shares."""
+    stem = Run(experiment, row, 0, 1.0).path(out).name.removesuffix("0")
+    files = (out / "runs" / slug(experiment.name)).glob(f"{stem}*.json")
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return sorted(runs, key=lambda run: (run["seed"], -run["networks"]["train"]))
 
 
 def _do(run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], out: Path, console: Console) -> None:
@@ -231,12 +244,11 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], out:
         methods: dict[str, Any] = {}
         curves: dict[str, list[dict[str, Any]]] = {}
         for row in [*sne_rows, *BASELINES]:
-            stem = Run(experiment, row, 0, 1.0).path(out).name.removesuffix("0")
-            files = sorted((out / "runs" / slug(experiment.name)).glob(f"{stem}*.json"))
-            runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-            whole = [run for run, file in zip(runs, files, strict=True) if "-share" not in file.stem]
-            if not whole:
+            runs = found(out, experiment, row)
+            if not runs:
                 continue
+            most = max(run["networks"]["train"] for run in runs)
+            whole = [run for run in runs if run["networks"]["train"] == most]
             title = whole[0]["method"]
             methods[title] = _summary(whole)
             seed = whole[0]["seed"]
