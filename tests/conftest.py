@@ -7,7 +7,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Bodies of tests that two files share: a failure shows both sides of what it compared, as in a test's own file.
-pytest.register_assert_rewrite("chunk_checks", "segment_pool_checks", "set_attention_checks")
+pytest.register_assert_rewrite("chunk_checks", "gather_checks", "segment_pool_checks", "set_attention_checks")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
