@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Bodies of tests that two files share: a failure shows both sides of what it compared, as in a test's own file.
+pytest.register_assert_rewrite("chunk_checks", "gather_checks", "segment_pool_checks", "set_attention_checks")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,3 +29,14 @@ def gpu_engine(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"{request.param}: {reports[0].reasons[0]}")
     with sne_fast.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """Whatever a kernel leaves unwritten is NaN: torch fills new memory so in its deterministic mode."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import chunk_checks as checks
 import pytest
 import torch
-from chunk_checks import MIXED, NAMES, arguments, error, gentle, half_by_torch, in_float64, upstream
+from chunk_checks import MIXED, NAMES, arguments, error, gentle, in_float64, upstream
 from op_cases import ChunkCase
 from torch import Tensor
 
@@ -18,18 +19,8 @@ from sne_fast._cuda.chunk_encode import chunk_encode, chunk_encode_backward, seg
 SMALL = [[32, 3], [20], [5, 5, 1]]
 
 
-def check(args: tuple[Tensor, ...], forward: float = 2e-6, backward: float | None = 1e-5) -> None:
-    exact = in_float64(args)
-    out = chunk_encode(*args)
-    assert out.dtype == args[0].dtype
-    assert error(out, reference.chunk_encode(*exact)) <= forward
-    if backward is None:
-        return
-    grad = upstream(args)
-    got, want = chunk_encode_backward(grad, *args), reference.chunk_encode_backward(grad.double(), *exact)
-    for name, ours, theirs, argument in zip(NAMES, got, want, (args[0], *args[5:]), strict=True):
-        assert ours.dtype == argument.dtype, name
-        assert error(ours, theirs) <= backward, name
+def check(args: tuple[Tensor, ...], forward: float = 2e-6, backward: float = 1e-5) -> None:
+    checks.check(module, args, forward, backward)
 
 
 @pytest.mark.parametrize("width, heads, layer_norm", [(32, 4, True), (64, 4, True), (64, 4, False)])
@@ -74,13 +65,7 @@ def test_half_types_lose_at_most_twice_what_torch_loses(
     ratios = []
     for seed in range(5 if width < 256 else 3):
         args = arguments(ChunkCase.make(tensors, width, heads, dtype=dtype, seed=seed))
-        grad, exact = upstream(args), in_float64(args)
-        out, grads = half_by_torch(grad, args)
-        want = reference.chunk_encode(*exact)
-        assert error(chunk_encode(*args), want) <= 2 * error(out, want)
-        wanted = reference.chunk_encode_backward(grad.double(), *exact)
-        got = chunk_encode_backward(grad, *args)
-        ratios.append([error(g, w) / error(t, w) for g, t, w in zip(got, grads, wanted, strict=True)])  # type: ignore
+        ratios.append(checks.loses_at_most_twice_what_torch_loses(module, args))
     for name, ratio in zip(NAMES, torch.tensor(ratios).median(0).values.tolist(), strict=True):
         assert ratio <= 2, name
 
@@ -122,48 +107,17 @@ def test_products_by_warpgroups_are_those_by_warps(heads: int, monkeypatch: pyte
 
 def test_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(ChunkCase.make([[32] * 3, [8] * 6], 32, 4, dtype=torch.float32))
-    grad = upstream(args)
-    whole, again = (chunk_encode_backward(grad, *args) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    monkeypatch.setattr(module, "SLAB_ROWS_TIMES_WIDTH", 1)
-    for name, a, b in zip(NAMES, whole, chunk_encode_backward(grad, *args), strict=True):
-        assert error(b, a.double()) <= 1e-6, name
+    checks.slabs(module, args, lambda: monkeypatch.setattr(module, "SLAB_ROWS_TIMES_WIDTH", 1), 1e-6)
 
 
 @pytest.mark.parametrize("where, bad", [("values", math.nan), ("values", math.inf), ("grad", math.nan)])
 @pytest.mark.parametrize("width", [32, 128])
 def test_what_is_not_finite_stays_in_its_chunk(bad: float, where: str, width: int) -> None:
-    lengths = [[5, 5, 5, 18], [19, 19], [1, 1, 1]]
-    args = arguments(ChunkCase.make(lengths, width, 2 if width == 32 else 4, dtype=torch.float32))
-    grad = upstream(args)
-    clean, clean_grads = chunk_encode(*args), chunk_encode_backward(grad, *args)
-    chunks = [1, 4, 7]  # one among short chunks of its block, a full one, one of one element
-    values = args[0].clone()
-    for chunk in chunks:
-        if where == "values":
-            values[args[1][chunk]] = bad
-        else:
-            grad[chunk, 1, 3] = bad
-    out = chunk_encode(values, *args[1:])
-    values_grad, row_grad, *_ = chunk_encode_backward(grad, values, *args[1:])
-    others = [chunk for chunk in range(9) if chunk not in chunks]
-    assert torch.equal(out[others], clean[others])
-    if where == "values":
-        assert not out[chunks].isfinite().all(2).all(1).any()
-    untouched = torch.cat([torch.arange(int(args[1][chunk]), int(args[1][chunk + 1])) for chunk in others])
-    assert torch.equal(values_grad[untouched], clean_grads[0][untouched])
-    for chunk in chunks:
-        assert not values_grad[args[1][chunk] : args[1][chunk + 1]].isfinite().any()
-    assert not row_grad.isfinite().any()  # each tensor has one of them
+    checks.not_finite_stays_in_its_chunk(module, width, 2 if width == 32 else 4, where, bad)
 
 
 def test_nothing_to_encode() -> None:
-    for tensors in ([], [[], []]):
-        args = arguments(ChunkCase.make(tensors, 32, 4, dtype=torch.float32))
-        assert chunk_encode(*args).shape == (0, 4, 32)
-        grads = chunk_encode_backward(upstream(args), *args)
-        assert [g.shape for g in grads] == [a.shape for a in (args[0], *args[5:])]
-        assert all(not g.any() for g in grads)
+    checks.nothing_to_encode(module, 32)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +150,8 @@ def test_segment_sum() -> None:
 
 @pytest.mark.parametrize(
     "width, heads, chunk_size, says",
-    [(48, 4, 32, "width must be one of"), (32, 8, 32, "num_heads must be"), (64, 64, 32, "num_heads must be"),
-     (32, 4, 300, "chunk size must be at most 128"), (256, 8, 32, "float32 fit the registers up to width 128")],
+    [*checks.REFUSED, (32, 4, 300, "chunk size must be at most 128"),
+     (256, 8, 32, "float32 fit the registers up to width 128")],
 )  # fmt: skip
 def test_why_not(width: int, heads: int, chunk_size: int, says: str) -> None:
-    args = arguments(ChunkCase.make([[3]], width, heads, chunk_size, dtype=torch.float32))
-    assert any(says in reason for reason in why_not("chunk_encode", args))
-    assert why_not("chunk_encode", args) == why_not("chunk_encode_backward", (upstream(args), *args))
+    checks.why_not(module, width, heads, chunk_size, torch.float32, says)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gather_checks as checks
 import pytest
 import torch
 from cpu_cases import relative_error
+from gather_checks import SHAPES, backward, case
 from torch import Tensor
 
 import sne_fast
@@ -12,20 +14,10 @@ from sne_fast import functional, reference
 from sne_fast._cuda import gather_chunks as kernels
 from sne_fast._cuda.library import library
 
-# R x K; the last are of every way to lay tiles: whole rows, whole columns, neither; edges of 1 and of nearly a tile.
-SHAPES = [(7, 9), (130, 33), (5, 1), (0, 4), (40, 40), (4099, 1), (1, 70), (300, 9), (3, 3000), (6, 0), (1, 1)]
+# Of every way to lay tiles: whole rows, whole columns, neither; edges of 1 and of nearly a tile.
 MORE_SHAPES = [(460, 9), (64, 100), (66, 130), (70, 65), (65, 64), (2, 2), (513, 8), (17, 512), (8200, 2), (1000, 49)]
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float32]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def case(
-    types: list[torch.dtype], shapes: list[tuple[int, int]] = SHAPES, scale_dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    g = torch.Generator().manual_seed(9)
-    tensors = [torch.randn(s, generator=g).to(types[t % len(types)]) for t, s in enumerate(shapes)]
-    scale = (torch.rand(len(shapes), generator=g) + 0.5).to(scale_dtype)
-    return tensors, scale, torch.tensor(shapes)
 
 
 def gather(tensors: list[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,10 +28,7 @@ def gather(tensors: list[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64], ids=str)
 def test_values_are_the_references_to_the_bit(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
-    tensors, scale, plan = case(TYPES, SHAPES + MORE_SHAPES, scale_dtype)
-    tensors[2][0], tensors[2][1], tensors[2][2] = 3e-7, float("inf"), -0.0  # a subnormal half among them
-    values = gather(tensors, scale, plan, dtype)
-    assert values.dtype == dtype and torch.equal(values, reference.gather_chunks(tensors, scale, plan, dtype))
+    checks.values_are_the_references_to_the_bit(gather, dtype, *case(TYPES, SHAPES + MORE_SHAPES, scale_dtype))
 
 
 def test_quotients_are_rounded_exactly() -> None:
@@ -73,22 +62,10 @@ def test_tensors_that_begin_anywhere(source: torch.dtype, dtype: torch.dtype) ->
         assert torch.equal(gather(views, scale, plan, dtype), reference.gather_chunks(tensors, scale, plan, dtype))
 
 
-def backward(engine, dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor):
-    values = reference.gather_chunks(tensors, scale, plan, dtype)
-    grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return engine.gather_chunks_backward(grad, values, tensors, scale, plan)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64], ids=str)
 def test_gradients(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
-    inputs = case(TYPES, SHAPES + MORE_SHAPES, scale_dtype)
-    grads, grad_scale = backward(kernels, dtype, *inputs)
-    want, want_scale = backward(reference, dtype, *inputs)
-    for a, b, tensor in zip(grads, want, inputs[0], strict=True):
-        assert a.shape == tensor.shape and a.dtype == tensor.dtype and torch.equal(a, b)
-    assert grad_scale.dtype == scale_dtype
-    assert relative_error(grad_scale, want_scale) < (1e-12 if scale_dtype == torch.float64 else 1e-5)
+    checks.gradients(kernels, dtype, *case(TYPES, SHAPES + MORE_SHAPES, scale_dtype))
 
 
 def test_every_schedule_gives_the_same_bits() -> None:
@@ -140,26 +117,11 @@ def test_autograd() -> None:
 
 
 def test_other_types_strides_and_no_tensors() -> None:
-    tensors, scale, plan = case([torch.float32])
-    tensors[0] = tensors[0].to(torch.float8_e4m3fn)
-    tensors[1] = tensors[1].T.contiguous().T
-    values = gather(tensors, scale, plan, torch.float32)
-    assert torch.equal(values, reference.gather_chunks(tensors, scale, plan, torch.float32))
-    grads, _ = kernels.gather_chunks_backward(values, values, tensors, scale, plan)
-    assert grads[0].dtype == torch.float8_e4m3fn and all(g.is_contiguous() for g in grads)
-    nothing = kernels.gather_chunks([], scale[:0], plan[:0], torch.float32)
-    assert nothing.shape == (0,)
-    assert kernels.gather_chunks_backward(nothing, nothing, [], scale[:0], plan[:0])[0] == []
+    checks.other_types_strides_and_no_tensors(kernels, gather)
 
 
 def test_wrong_sizes_are_refused() -> None:
-    tensors, scale, plan = case([torch.float32])
-    with pytest.raises(ValueError, match="tensors.0. must have shape .7, 9. by plan.0."):
-        kernels.gather_chunks([tensors[1], *tensors[1:]], scale, plan, torch.float32)
-    with pytest.raises(ValueError, match="grad and values must have the shape"):
-        kernels.gather_chunks_backward(scale, scale, tensors, scale, plan)
-    assert kernels.why_not("gather_chunks", (tensors, scale, plan, torch.float8_e5m2))
-    assert kernels.why_not("gather_chunks_backward", (scale, scale, tensors, scale, plan)) == []
+    checks.wrong_sizes_are_refused(kernels)
 
 
 def test_many_tensors() -> None:

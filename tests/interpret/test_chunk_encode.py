@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
 
+import chunk_checks as checks
 import numpy as np
 import pytest
 import torch
-from chunk_checks import MIXED, NAMES, arguments, error, gentle, half_by_torch, in_float64, upstream
+from chunk_checks import MIXED, NAMES, arguments, check, error, gentle, half_by_torch, in_float64, upstream
 from op_cases import GRADED, ChunkCase, pointer
 from torch import Tensor
 
@@ -21,28 +21,6 @@ from sne_fast._plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan
 from sne_fast.kernels.chunk_encode import chunk_encode, chunk_encode_backward, why_not
 from sne_fast.kernels.chunk_encode_backward import fits_a_tile
 
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Whatever ``torch.empty`` hands out holds NaN: an output or workspace row that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def check(args: tuple[Tensor, ...], forward: float, backward: float) -> None:
-    grad, exact = upstream(args), in_float64(args)
-    out = chunk_encode(*args)
-    assert out.dtype == args[0].dtype
-    assert error(out, reference.chunk_encode(*exact)) <= forward
-    got = chunk_encode_backward(grad, *args)
-    want = reference.chunk_encode_backward(grad.double(), *exact)
-    for name, ours, theirs, argument in zip(NAMES, got, want, (args[0], *args[5:]), strict=True):
-        assert ours.dtype == argument.dtype, name
-        assert error(ours, theirs) <= backward, name
-
-
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-10)}
 
 
@@ -51,18 +29,18 @@ TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-10)}
 @pytest.mark.parametrize("width, heads", [(32, 4), (64, 4)])
 def test_tile_of_mixed_lengths(width: int, heads: int, layer_norm: bool, dtype: torch.dtype) -> None:
     args = arguments(ChunkCase.make(MIXED, width=width, heads=heads, layer_norm=layer_norm, dtype=dtype))
-    check(args if layer_norm else gentle(args), *TOLERANCE[dtype])
+    check(module, args if layer_norm else gentle(args), *TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_heads(heads: int) -> None:
-    check(arguments(ChunkCase.make([[32, 5], [4, 4]], width=64, heads=heads, dtype=torch.float32)), 2e-6, 1e-5)
+    check(module, arguments(ChunkCase.make([[32, 5], [4, 4]], width=64, heads=heads, dtype=torch.float32)), 2e-6, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_chunks_of_33_to_64(dtype: torch.dtype) -> None:
     case = ChunkCase.make([[64, 33, 7], [40]], width=32, heads=2, chunk_size=64, dtype=dtype)
-    check(arguments(case), *TOLERANCE[dtype])
+    check(module, arguments(case), *TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype, layer_norm", [(torch.float32, True), (torch.float64, False)], ids=str)
@@ -74,7 +52,7 @@ def test_staged(
     width: int, heads: int, chunk_size: int, tensors: list[list[int]], dtype: torch.dtype, layer_norm: bool
 ) -> None:
     case = ChunkCase.make(tensors, width, heads, chunk_size, layer_norm, dtype)
-    check(arguments(case), *TOLERANCE[dtype])
+    check(module, arguments(case), *TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -86,16 +64,9 @@ def test_float16_loses_at_most_twice_what_torch_loses(
 ) -> None:
     # A relu that flips by rounding costs either side the same: the seed is one where neither is unlucky.
     args = arguments(ChunkCase.make(tensors, width, heads, layer_norm=layer_norm, dtype=torch.float16, seed=1))
-    grad, exact = upstream(args), in_float64(args)
-    out, grads = half_by_torch(grad, args)
-    want = reference.chunk_encode(*exact)
-    assert error(chunk_encode(*args), want) <= 2 * error(out, want)
-    wanted = reference.chunk_encode_backward(grad.double(), *exact)
-    got = chunk_encode_backward(grad, *args)
-    for name, ours, theirs, true in zip(NAMES, got, grads, wanted, strict=True):
-        if true.numel():
-            assert theirs is not None
-            assert error(ours, true) <= 2 * error(theirs, true), name
+    ratios = checks.loses_at_most_twice_what_torch_loses(module, args)
+    for name, ratio in zip(NAMES, ratios, strict=True):
+        assert ratio <= 2, name
 
 
 def test_float16_tile_of_width_128() -> None:
@@ -131,55 +102,28 @@ def test_gradcheck(width: int, heads: int, tensors: list[list[int]]) -> None:
     [("values", math.nan, 32), ("values", math.inf, 32), ("grad", math.nan, 32), ("values", math.nan, 128)],
 )
 def test_what_is_not_finite_stays_in_its_chunk(bad: float, where: str, width: int) -> None:
-    lengths = [[5, 5, 5, 18], [19, 19], [1, 1, 1]]
-    args = arguments(ChunkCase.make(lengths, width=width, heads=2, dtype=torch.float32))
-    grad = upstream(args)
-    clean, clean_grads = chunk_encode(*args), chunk_encode_backward(grad, *args)
-    chunks = [1, 4, 7]  # one among short chunks of its block, a full one, one of one element
-    values = args[0].clone()
-    for chunk in chunks:
-        if where == "values":
-            values[args[1][chunk]] = bad
-        else:
-            grad[chunk, 1, 3] = bad
-    out = chunk_encode(values, *args[1:])
-    values_grad, row_grad, *_ = chunk_encode_backward(grad, values, *args[1:])
-    others = [chunk for chunk in range(9) if chunk not in chunks]
-    assert torch.equal(out[others], clean[others])
-    if where == "values":
-        assert not out[chunks].isfinite().all(2).all(1).any()
-    untouched = torch.cat([torch.arange(int(args[1][chunk]), int(args[1][chunk + 1])) for chunk in others])
-    assert torch.equal(values_grad[untouched], clean_grads[0][untouched])
-    for chunk in chunks:
-        assert not values_grad[args[1][chunk] : args[1][chunk + 1]].isfinite().any()
-    assert not row_grad.isfinite().any()  # each tensor has one of them
+    checks.not_finite_stays_in_its_chunk(module, width, 2, where, bad)
 
 
 @pytest.mark.parametrize("width", [32, 128])
 def test_nothing_to_encode(width: int) -> None:
-    for tensors in ([], [[], []]):
-        args = arguments(ChunkCase.make(tensors, width=width, heads=4, dtype=torch.float32))
-        assert chunk_encode(*args).shape == (0, 4, width)
-        grads = chunk_encode_backward(upstream(args), *args)
-        assert [g.shape for g in grads] == [a.shape for a in (args[0], *args[5:])]
-        assert all(not g.any() for g in grads)
+    checks.nothing_to_encode(module, width)
 
 
 def test_tensor_without_chunks() -> None:
-    check(arguments(ChunkCase.make([[], [32, 3], [], [4]], dtype=torch.float64)), 1e-12, 1e-10)
+    check(module, arguments(ChunkCase.make([[], [32, 3], [], [4]], dtype=torch.float64)), 1e-12, 1e-10)
 
 
 @pytest.mark.parametrize("width", [32, 128], ids=["tile", "staged"])
 def test_slabs_and_same_bits(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [[32] * 9, [8] * 6] if width == 32 else [[32], [5], [20]]
     args = arguments(ChunkCase.make(tensors, width=width, heads=4, dtype=torch.float64))
-    grad = upstream(args)
-    whole, again = (chunk_encode_backward(grad, *args) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    monkeypatch.setattr(backward_module, "SLAB_ROWS_TIMES_WIDTH", 1)
-    monkeypatch.setattr(staged_module, "SLAB_ROWS_TIMES_WIDTH", 40 * width)
-    for name, a, b in zip(NAMES, whole, chunk_encode_backward(grad, *args), strict=True):
-        assert error(b, a) <= 1e-13, name
+
+    def shrink() -> None:
+        monkeypatch.setattr(backward_module, "SLAB_ROWS_TIMES_WIDTH", 1)
+        monkeypatch.setattr(staged_module, "SLAB_ROWS_TIMES_WIDTH", 40 * width)
+
+    checks.slabs(module, args, shrink, 1e-13)
     if width == 128:
         assert error(chunk_encode(*args), reference.chunk_encode(*args)) <= 1e-12
 
@@ -227,14 +171,10 @@ def test_plan_gives_every_chunk_its_own_slots() -> None:
 
 
 @pytest.mark.parametrize(
-    "width, heads, chunk_size, says",
-    [(48, 4, 32, "width must be one of"), (32, 8, 32, "num_heads must be"), (64, 64, 32, "num_heads must be"),
-     (32, 4, 300, "chunk size must be at most 256")],
-)  # fmt: skip
+    "width, heads, chunk_size, says", [*checks.REFUSED, (32, 4, 300, "chunk size must be at most 256")]
+)
 def test_why_not(width: int, heads: int, chunk_size: int, says: str) -> None:
-    args = arguments(ChunkCase.make([[3]], width=width, heads=heads, chunk_size=chunk_size))
-    assert any(says in reason for reason in why_not("chunk_encode", args))
-    assert why_not("chunk_encode", args) == why_not("chunk_encode_backward", (upstream(args), *args))
+    checks.why_not(module, width, heads, chunk_size, torch.float64, says)
 
 
 def test_why_not_is_silent_on_what_runs() -> None:
