@@ -163,6 +163,9 @@ def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     loaded, _ = _load()
     device = _device_of(args)
     name = current_backend()
+    if name != "auto" and op.removesuffix("_backward") in FUSIONS and op not in loaded[name].KERNELS:
+        # Modules call a fusion by the engine of the forward; by that of the backward there may be none.
+        name = "reference" if op.endswith("_backward") else name
     if name != "auto":
         reasons = _reasons(name, op, device, args)
         if reasons:

@@ -14,7 +14,7 @@ from ._cuda import library as cuda_library
 # What an engine that has not run on a GPU rests on.
 ONLY = {
     "triton": "checked in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100",
-    "cuda": "checked in an emulator on the host, and compiled for sm_80, sm_90a and sm_100a",
+    "cuda": "checked in an emulator on the host, and compiled for sm_80, sm_90a and sm_100",
 }
 
 

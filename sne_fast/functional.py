@@ -296,7 +296,7 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
 
     Args:
         q: ``(rows, h)`` float16, bfloat16, float32 or float64; all arguments share its dtype and device. One row
-            expanded to all, as :class:`sne_fast.PMA` has it, is read once.
+            expanded to all, as :class:`sne_fast.PMA` has it, is read once (unless autocast has to cast it).
         attended: ``(rows, h)``.
         w_o, b_o: ``(h, h)``, ``(h,)``, fc_o.
         norm: ``(4, h)``, ln0.weight, ln0.bias, ln1.weight, ln1.bias; ``(0, h)`` for no layer norm.

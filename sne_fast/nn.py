@@ -80,7 +80,8 @@ class MAB(nn.Module):
     def residual(self, q: Tensor, attended: Tensor) -> Tensor:
         """The block's output from its queries and what they attended to, ``(..., h)``, in one go where an engine can.
 
-        ``q`` may also be ``(1, ..., h)``, the same for all sets.
+        ``q`` may also be ``(1, ..., h)``, the same for all sets. In one go and under autocast it has the autocast
+        dtype, as all ops have, where ordinary layer norm on a GPU would give float32.
         """
         if not functional.fuses_feed_forward(attended):
             return self.feed_forward(q + attended)

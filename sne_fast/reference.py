@@ -308,7 +308,8 @@ def segment_pool_backward(
 
 
 def _row_tiles(q: Tensor) -> Iterator[slice]:
-    step = max(1, TILE_ELEMENTS // max(1, q.shape[1]))
+    # On a GPU no cache holds a tile, and every tile would be a dozen launches.
+    step = max(1, TILE_ELEMENTS // max(1, q.shape[1]) if q.device.type == "cpu" else q.shape[0])
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 

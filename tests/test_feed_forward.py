@@ -253,3 +253,16 @@ def test_sets_of_several_seeds(calls, as_on_a_gpu) -> None:
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert pool(x[:0], ptr[:1]).shape == (0, 3, 32)
+
+
+def test_a_backward_under_another_engine_is_the_references() -> None:
+    """What forward saved is the same for all engines, and an engine without the op has no backward of it."""
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+            for shape in ((5, 32), (5, 32), (32, 32), (32,), (4, 32))]  # fmt: skip
+    expected = torch.autograd.grad(functional.feed_forward(*args).square().sum(), args)
+    out = functional.feed_forward(*args)
+    with sne_fast.use_backend("cpu"):
+        found = torch.autograd.grad(out.square().sum(), args)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

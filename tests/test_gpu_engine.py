@@ -55,7 +55,7 @@ def no_host_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ---------------------------------------------------------------------------------------------- -- calls of the ops
+# -------------------------------------------------------------------------------------------------- calls of the ops
 
 
 class Call:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import sne_fast
 from sne_fast.symmetry import canonicalise, chain_symmetry
-from sne_fast.tasks import TASKS, run_task
+from sne_fast.tasks import TASKS, run_task, runner
 from sne_fast.tasks.baselines import BASELINES, Problem
 from sne_fast.tasks.definitions import Experiment, SneSettings
 from sne_fast.tasks.runner import Networks
@@ -92,8 +92,6 @@ def test_curves_of_training_set_size_grow(done):
 
 def test_what_is_done_is_not_done_again_and_other_calls_add(done, monkeypatch):
     out, results = done
-    import sne_fast.tasks.runner as runner
-
     monkeypatch.setattr(runner, "train_sne", lambda *a, **k: pytest.fail("trained again"))
     call(out, seeds=(1,))
     assert not list(out.glob("runs/*/*-seed1-share*")), "curves are of the lowest seed, whichever call has it"
@@ -247,3 +245,16 @@ def test_relative_places_mean_the_same_everywhere(families):
     conv = [b for b, name in enumerate(families.groups) if name == "cnn3-flatten"][0]
     assert set(batch[conv].tensor_type.tolist()) == {0, 1, 8, 9} and set(found[conv].tensor_type.tolist()) == {0, 1}
     assert torch.equal(families.packed(dataclasses.replace(settings, relative=True)).layer_level, found.layer_level)
+
+
+def test_training_sets_may_differ_in_size_between_seeds(tmp_path):
+    """Where architectures are not equally many, splits of some seeds train on one network more."""
+    experiment = TASKS["inr"].experiments[0]
+    for seed, share, networks in ((0, 1.0, 321), (1, 1.0, 320), (2, 1.0, 321), (0, 0.5, 160), (1, 0.5, 160)):
+        path = Run(experiment, "mean", seed, share).path(tmp_path).with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seed": seed, "networks": {"train": networks}}))
+    assert [run["seed"] for run in runner.runs_of(tmp_path, experiment, "mean")] == [0, 1, 2]
+    curve = runner.runs_of(tmp_path, experiment, "mean", 0)
+    assert [run["networks"]["train"] for run in curve] == [160, 321]
+    assert runner.runs_of(tmp_path, experiment, "nfn") == []

@@ -62,7 +62,7 @@ def device_reasons(
     if any(has_machine_code(architecture, capability) for architecture in architectures):
         return []
     number = f"{10 * capability[0] + capability[1]}"
-    own = number + "a" * (number == "90")  # with the instructions that this generation alone has
+    own = {"90": "90a", "103": "100"}.get(number, number)  # 90a: with the instructions that Hopper alone has
     remedy = f"reinstall with SNE_FAST_BUILD=cuda SNE_FAST_CUDA_ARCHS={own}"
     built = f"was compiled for {' '.join(architectures)}"
     if not any(has_ptx(architecture, capability) for architecture in architectures):

@@ -65,13 +65,13 @@ def _ready(q: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor], bool]:
     return (q[0] if one_query else q).contiguous(), [t.contiguous() for t in others], one_query
 
 
-def _staged_rows(attended: Tensor, parameters: Sequence[Tensor]) -> staged.StagedRows:
-    """With sums of gradients for a backward."""
+def _staged_rows(attended: Tensor, parameters: Sequence[Tensor], backward: bool) -> staged.StagedRows:
+    """``backward``: with sums of gradients."""
     weights = {name: t[None] if t.shape[0] else t for name, t in zip(("w_o", "b_o", "norm"), parameters, strict=True)}
     (_, h, _), programs = weights["w_o"].shape, programs_of(attended.device)
     acc = accumulate_dtype(attended.dtype)
     shapes = {"w_o": (1, h, h), "b_o": (1, programs, h), "norm": (1, programs, 4, h)}
-    parts = {name: attended.new_zeros(shape, dtype=acc) for name, shape in shapes.items()}
+    parts = {name: attended.new_zeros(shape, dtype=acc) for name, shape in shapes.items()} if backward else {}
     return staged.StagedRows(weights, programs, parts)
 
 
@@ -84,7 +84,7 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
     plan = Plan.make("forward", attended, norm.shape[0] > 0, one_query)
     with on_device(attended):
         if plan.is_staged:
-            call = _staged_rows(attended, parameters)
+            call = _staged_rows(attended, parameters, backward=False)
             return staged.feed_forward(call, q.expand_as(attended).contiguous(), attended, 0)
         device.forward_kernel[(plan.programs(attended),)](
             q, attended, *parameters, out, rows, plan.tiles(rows), **plan.constants, **plan.sizes.options
@@ -104,7 +104,7 @@ def feed_forward_backward(
     plan = Plan.make("backward", attended, layer_norm, one_query)
     with on_device(attended):
         if plan.is_staged:
-            call, rows_grad = _staged_rows(attended, parameters), grad.to(acc, copy=True)
+            call, rows_grad = _staged_rows(attended, parameters, backward=True), grad.to(acc, copy=True)
             staged.feed_forward_backward(call, q.expand_as(attended).contiguous(), attended, rows_grad, 0)
             sum_grad, w_grad = rows_grad.to(attended.dtype), call.parts["w_o"][0]
             b_part, norm_part = call.parts["b_o"][0], call.parts["norm"][0]

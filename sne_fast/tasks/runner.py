@@ -127,7 +127,7 @@ def run_task(
     unknown = [method for method in methods if method not in rows]
     if unknown:
         raise ValueError(f"task: methods must be among {', '.join(rows)}, got {', '.join(unknown)}")
-    count = networks or task.networks
+    count, at = networks or task.networks, commit()  # now: the checkout may change while this runs
     with console.status("zoos") as status:
 
         def progress(done: float) -> None:
@@ -136,7 +136,7 @@ def run_task(
         zoos = task.zoos(out / "zoos", count, progress)
     data = Networks(zoos, task.target)
     for run in _runs(task, list(methods) or rows, seeds, next(iter(sne)), out):
-        _do(run, task, data, sne, out, console)
+        _do(run, task, data, sne, out, console, at)
     results = collect(name, task, data, list(sne), out)
     write_json(out / "results.json", results)
     report.write_report(out, task, data, results)
@@ -155,20 +155,27 @@ def _runs(task: Task, rows: Sequence[str], seeds: Sequence[int], first: str, out
         curves = [row for row in rows if row == first or row in BASELINES]
         for experiment in task.experiments:
             for row in curves:
-                seed = found(out, experiment, row)[0]["seed"]
+                seed = runs_of(out, experiment, row)[0]["seed"]
                 if seed in seeds:
                     yield Run(experiment, row, seed, share)
 
 
-def found(out: Path, experiment: Experiment, row: str) -> list[dict[str, Any]]:
-    """What the files of a row say: by seed, of each the whole training set before its shares."""
-    stem = Run(experiment, row, 0, 1.0).path(out).name.removesuffix("0")
-    files = (out / "runs" / slug(experiment.name)).glob(f"{stem}*.json")
+def runs_of(out: Path, experiment: Experiment, row: str, seed: int | None = None) -> list[dict[str, Any]]:
+    """What the files of a row say, by seed: of whole training sets, or of one seed also those of its shares."""
+    stem = Run(experiment, row, 0).path(out).name.removesuffix("0")
+    pattern = f"{stem}*.json" if seed is None else f"{stem}{seed}-share*.json"
+    files = list((out / "runs" / slug(experiment.name)).glob(pattern))
+    if seed is None:
+        files = [file for file in files if "-share" not in file.stem]
+    else:
+        files.append(Run(experiment, row, seed).path(out).with_suffix(".json"))
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return sorted(runs, key=lambda run: (run["seed"], -run["networks"]["train"]))
+    return sorted(runs, key=lambda run: (run["seed"], run["networks"]["train"]))
 
 
-def _do(run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], out: Path, console: Console) -> None:
+def _do(
+    run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], out: Path, console: Console, at: str | None
+) -> None:
     path = run.path(out)
     parts = data.split(run.experiment, run.seed)
     train = parts["train"]
@@ -216,7 +223,7 @@ def _do(run: Run, task: Task, data: Networks, sne: Mapping[str, SneSettings], ou
                 about = {"why_not": reasons}
             else:
                 arrays = {"predicted": BASELINES[run.method].fit_predict(problem)}
-    about |= {"seconds": time.perf_counter() - clock, "commit": commit()}
+    about |= {"seconds": time.perf_counter() - clock, "commit": at}
     if arrays:
         about["test"] = _test(arrays["predicted"][parts["test"]], data.targets[parts["test"]])
         np.savez(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
@@ -244,20 +251,14 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], out:
         methods: dict[str, Any] = {}
         curves: dict[str, list[dict[str, Any]]] = {}
         for row in [*sne_rows, *BASELINES]:
-            runs = found(out, experiment, row)
-            if not runs:
+            whole = runs_of(out, experiment, row)
+            if not whole:
                 continue
-            most = max(run["networks"]["train"] for run in runs)
-            whole = [run for run in runs if run["networks"]["train"] == most]
             title = whole[0]["method"]
             methods[title] = _summary(whole)
-            seed = whole[0]["seed"]
-            points = [run for run in runs if run["seed"] == seed and "test" in run]
+            points = [run for run in runs_of(out, experiment, row, whole[0]["seed"]) if "test" in run]
             if len(points) > 1:
-                curves[title] = sorted(
-                    ({"networks": run["networks"]["train"], **run["test"]} for run in points),
-                    key=lambda point: point["networks"],
-                )
+                curves[title] = [{"networks": run["networks"]["train"], **run["test"]} for run in points]
         if methods:
             experiments[experiment.name] = {"name": experiment.name, "methods": methods, "by_training_size": curves}
     return {

@@ -28,8 +28,8 @@ from pathlib import Path
 import cuda_build
 import pytest
 
-ARCHITECTURES = ("80", "90a", "100a")
-SHARED_LIMIT = {"80": 163 << 10, "90a": 227 << 10, "100a": 227 << 10}  # of one block, in bytes
+ARCHITECTURES = cuda_build.CUBINS
+SHARED_LIMIT = {"80": 163 << 10, "90a": 227 << 10, "100": 227 << 10}  # of one block, in bytes
 
 needs_nvcc = pytest.mark.skipif(cuda_build.find_nvcc() is None, reason="needs nvcc")
 

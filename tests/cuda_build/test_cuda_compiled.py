@@ -1,4 +1,4 @@
-"""csrc/cuda compiled by nvcc for sm_80, sm_90a, sm_100a: no warning, no spill where it matters, tensor cores used."""
+"""csrc/cuda compiled by nvcc for sm_80, sm_90a, sm_100: no warning, no spill where it matters, tensor cores used."""
 
 from __future__ import annotations
 

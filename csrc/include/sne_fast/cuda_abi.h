@@ -33,7 +33,7 @@ enum sne_fast_cuda_status {
 
 SNE_FAST_CUDA_API int sne_fast_cuda_abi(void);
 SNE_FAST_CUDA_API const char *sne_fast_cuda_status(int status);
-/* What it was compiled for, such as "80+ptx 90a 100a compute_120": a cubin each, PTX besides, PTX alone; "emulated" for
+/* What it was compiled for, such as "80+ptx 90a compute_120": a cubin each, PTX besides, PTX alone; "emulated" for
  * the host build. */
 SNE_FAST_CUDA_API const char *sne_fast_cuda_architectures(void);
 /* CUDA that it was built with, and the newest that the driver here knows, as 13000 for 13.0; 0 for none. */
