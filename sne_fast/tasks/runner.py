@@ -287,7 +287,8 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         known = all(value is not None for value in values)
         summary[key] = {
             "mean": float(np.mean(values)) if known else None,
-            "std": float(np.std(values, ddof=1)) if known and len(values) > 1 else None,
+            # Around the first: the mean of equal numbers may be rounded, and their spread is 0.
+            "std": float(np.std(np.subtract(values, values[0]), ddof=1)) if known and len(values) > 1 else None,
         }
     if "invariance_rms" in runs[0]:
         shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs]
