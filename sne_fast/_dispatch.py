@@ -163,9 +163,9 @@ def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     loaded, _ = _load()
     device = _device_of(args)
     name = current_backend()
-    if name != "auto" and op.removesuffix("_backward") in FUSIONS and op not in loaded[name].KERNELS:
-        # Modules call a fusion by the engine of the forward; by that of the backward there may be none.
-        name = "reference" if op.endswith("_backward") else name
+    forward = op.removesuffix("_backward")
+    if name != "auto" and op != forward and name not in FUSIONS.get(forward, (name,)):
+        name = "reference"  # modules called the fusion by the engine of the forward; this one has no backward of it
     if name != "auto":
         reasons = _reasons(name, op, device, args)
         if reasons:

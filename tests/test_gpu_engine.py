@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cpu_cases import relative_error
-from op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pool_case
+from op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pool_case, products
 from torch import Tensor
 
 import sne_fast
@@ -33,16 +33,6 @@ PRECISIONS = [
 ]
 LENGTHS = {"ragged": ([3, 0, 17, 1, 133, 70], [2, 3, 17, 0, 140, 70]), "few queries": ([32, 1, 5], [5000, 0, 900]),
            "few keys": ([5000, 0, 900], [32, 1, 5]), "long": ([700], [700]), "none": ([], [])}  # fmt: skip
-
-
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

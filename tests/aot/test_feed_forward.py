@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
+from op_cases import products
 
 from sne_fast.kernels import _feed_forward as device
 from sne_fast.kernels.feed_forward import Plan
@@ -20,16 +18,6 @@ KERNELS = {
 # float32 has the products of full precision ("highest") or tf32 ("high"), by torch's setting.
 KINDS = [(torch.bfloat16, "highest"), (torch.float16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
 SINGLE, BRAIN = torch.float32, torch.bfloat16
-
-
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def compiled(
