@@ -15,8 +15,8 @@ import torch
 from suite import Suite
 
 from sne_fast import _native
-from sne_fast._dispatch import use_backend
 from sne_fast.benchmark import BASELINES, CASES, default_memory_limit, product_rate
+from sne_fast.ops.dispatch import use_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -37,7 +37,6 @@ from rich.console import Console  # noqa: E402
 
 import sne_fast  # noqa: E402
 from sne_fast._cuda import library as cuda_library  # noqa: E402
-from sne_fast._schema import FUSIONS, REQUIRED_OPS  # noqa: E402
 from sne_fast.benchmark import (  # noqa: E402
     GPU_CASES,
     Contender,
@@ -48,6 +47,7 @@ from sne_fast.benchmark import (  # noqa: E402
     gpu_ops,
     run_check,
 )
+from sne_fast.ops.schema import FUSIONS, REQUIRED_OPS  # noqa: E402
 
 Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}

@@ -1,10 +1,10 @@
 """Set-based Neural Network Encoder (SNE): one vector for the weights of any network, with fused kernels."""
 
-from ._dispatch import BackendError, explain, use_backend
 from .batch import WeightBatch
 from .checkpoints import CheckpointError
 from .encoder import SNE
 from .nn import ISAB, MAB, PMA, SAB
+from .ops.dispatch import BackendError, explain, use_backend
 from .packing import pack
 from .predictor import Predictor, PredictorHead
 

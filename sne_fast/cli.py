@@ -51,7 +51,7 @@ def _sentence(error: Exception) -> str:
 
 def _own_errors() -> tuple[type[BaseException], ...]:
     """Errors of this package that are RuntimeErrors, from the modules that a command has loaded."""
-    own = (("sne_fast._dispatch", "BackendError"), ("sne_fast.benchmark.checks", "CheckFailed"))
+    own = (("sne_fast.ops.dispatch", "BackendError"), ("sne_fast.benchmark.checks", "CheckFailed"))
     return tuple(getattr(sys.modules[module], name) for module, name in own if module in sys.modules)
 
 

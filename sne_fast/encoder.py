@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from ._batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
 from ._ragged import network_starts
 from ._slabs import fits_at_once, joined, network_runs, row_runs
 from .batch import WeightBatch
 from .codes import position_code, reversed_position_code
 from .nn import ISAB, PMA, SAB
+from .ops import functional
 from .packing import SCALES, pack
 from .pretrained import PretrainedMixin
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
 from ._slabs import joined, row_runs
+from .ops import functional
 
 
 class MAB(nn.Module):

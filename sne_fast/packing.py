@@ -16,7 +16,7 @@ from ._collect import Network, collect
 from ._options import resolve_kinds, resolve_levels
 from ._scale import tensor_scales
 from .batch import WeightBatch, scale_dtype
-from .functional import gather_chunks
+from .ops.functional import gather_chunks
 
 __all__ = ["pack"]
 

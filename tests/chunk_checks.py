@@ -12,7 +12,7 @@ import torch
 from op_cases import ChunkCase
 from torch import Tensor
 
-from sne_fast import reference
+from sne_fast.ops import reference
 
 NAMES = ("values", "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 MIXED = [[32, 32, 1], [31, 17], [2], [16, 16, 5, 1, 1]]

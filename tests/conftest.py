@@ -21,7 +21,7 @@ def gpu_engine(request: pytest.FixtureRequest) -> Iterator[str]:
     import torch
 
     import sne_fast
-    from sne_fast._schema import REQUIRED_OPS
+    from sne_fast.ops.schema import REQUIRED_OPS
 
     said = (r for r in sne_fast.explain(torch.device("cuda")) if r.backend == request.param and r.op in REQUIRED_OPS)
     reports = [r for r in said if r.reasons]

@@ -14,9 +14,9 @@ from op_cases import attention_case, feed_forward_case, pool_case
 from test_dispatch import engine, install, pooled  # noqa: F401  (a fixture among them)
 
 import sne_fast
-from sne_fast import _dispatch
 from sne_fast._cuda import winners
 from sne_fast._cuda.winners import Call, Rule
+from sne_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = Call("set_attention", "9.0", "bfloat16", "ieee", 64, 4, 16.0, 1 << 20)
@@ -48,7 +48,7 @@ def test_a_preferred_engine_that_cannot_run_is_passed_by(install) -> None:  # no
 
 def test_without_triton_cuda_is_taken_before_the_reference(install, monkeypatch) -> None:  # noqa: F811
     """By priority alone, with no rule for the call."""
-    loaded, _ = _dispatch._load()
+    loaded, _ = dispatch._load()
     assert loaded["triton"].PRIORITY > loaded["cuda"].PRIORITY > loaded["reference"].PRIORITY
     install(engine("triton", PRIORITY=loaded["triton"].PRIORITY, unavailable=lambda: ["Triton is not installed"]))
     install(engine("cuda", PRIORITY=loaded["cuda"].PRIORITY, preferred=lambda op, args: False))

@@ -12,7 +12,8 @@ import torch
 from op_cases import pool_case
 
 import sne_fast
-from sne_fast import _dispatch, functional
+from sne_fast import functional
+from sne_fast.ops import dispatch
 
 
 def engine(name: str = "triton", **changes: object) -> types.ModuleType:
@@ -35,10 +36,10 @@ def engine(name: str = "triton", **changes: object) -> types.ModuleType:
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch):
     def put(module: types.ModuleType) -> None:
-        loaded, failed = _dispatch._load()
-        monkeypatch.setattr(_dispatch, "_load", lambda: ({**loaded, module.NAME: module}, failed))
+        loaded, failed = dispatch._load()
+        monkeypatch.setattr(dispatch, "_load", lambda: ({**loaded, module.NAME: module}, failed))
 
-    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     return put
 
 
@@ -78,13 +79,13 @@ def test_an_explicit_choice_never_falls_back(install) -> None:
 
 def test_the_environment_chooses_where_no_block_does(install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(engine())
-    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "reference")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
     assert pooled() != 7
     with sne_fast.use_backend("triton"):
         assert pooled() == 7
     with sne_fast.use_backend("auto"):
         assert pooled() == 7
-    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "fastest")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(ValueError, match="SNE_FAST_BACKEND: backend must be one of auto, reference"):
         pooled()
 
@@ -92,11 +93,11 @@ def test_the_environment_chooses_where_no_block_does(install, monkeypatch: pytes
 def test_blocks_nest_and_restore(install) -> None:
     with sne_fast.use_backend("reference"):
         with sne_fast.use_backend("auto"):
-            assert _dispatch.current_backend() == "auto"
-        assert _dispatch.current_backend() == "reference"
+            assert dispatch.current_backend() == "auto"
+        assert dispatch.current_backend() == "reference"
         with pytest.raises(ZeroDivisionError), sne_fast.use_backend("cpu"):
             raise ZeroDivisionError
-        assert _dispatch.current_backend() == "reference"
+        assert dispatch.current_backend() == "reference"
     with pytest.raises(ValueError, match="use_backend: backend must be one of"):
         with sne_fast.use_backend("numpy"):
             pass
@@ -108,7 +109,7 @@ def test_backward_in_another_thread_sees_the_choice(install) -> None:
 
     seen = []
     with sne_fast.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(_dispatch.current_backend()))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.current_backend()))
         thread.start()
         thread.join()
     assert seen == ["reference"]
@@ -127,8 +128,8 @@ def test_explain_names_every_op_backend_and_reason(install) -> None:
 
 
 def test_a_backend_that_cannot_be_imported_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, _ = _dispatch._load()
-    monkeypatch.setattr(_dispatch, "_load", lambda: (loaded, {"cuda": "import failed: no libcuda"}))
+    loaded, _ = dispatch._load()
+    monkeypatch.setattr(dispatch, "_load", lambda: (loaded, {"cuda": "import failed: no libcuda"}))
     assert any("no libcuda" in str(r.reasons) for r in sne_fast.explain() if r.backend == "cuda")
 
 

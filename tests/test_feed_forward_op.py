@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sne_fast
-from sne_fast import MAB, PMA, _dispatch, functional, reference
+from sne_fast import MAB, PMA, functional
+from sne_fast.ops import dispatch, reference
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 NAMES = ("q", "attended", "w_o", "b_o", "norm")
@@ -20,7 +21,7 @@ NAMES = ("q", "attended", "w_o", "b_o", "norm")
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
 
 
 def with_gradients(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -120,9 +121,9 @@ def test_errors(change: dict[str, Tensor], message: str) -> None:
 
 def test_which_engines_fuse() -> None:
     said = {}
-    for name in ("auto", *_dispatch.BACKEND_NAMES):
+    for name in ("auto", *dispatch.BACKEND_NAMES):
         with sne_fast.use_backend(name):
-            said[name] = [_dispatch.fuses("feed_forward", torch.device(kind)) for kind in ("cpu", "cuda")]
+            said[name] = [dispatch.fuses("feed_forward", torch.device(kind)) for kind in ("cpu", "cuda")]
     no = [False, False]
     # Triton by name on a CPU is its interpreter: without it, the attention before has refused already.
     assert said == {"auto": [False, True], "reference": no, "cpu": no, "cuda": no, "triton": [True, True]}
@@ -181,8 +182,8 @@ def test_on_a_gpu_the_op_is_for_what_kernels_take() -> None:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks call the op as they do there; the reference runs it."""
-    fuses = _dispatch.fuses
-    monkeypatch.setattr(_dispatch, "fuses", lambda op, device: fuses(op, torch.device("cuda")))
+    fuses = dispatch.fuses
+    monkeypatch.setattr(dispatch, "fuses", lambda op, device: fuses(op, torch.device("cuda")))
 
 
 def encoded(encoder: torch.nn.Module, batch: sne_fast.WeightBatch, run=None) -> list[Tensor]:

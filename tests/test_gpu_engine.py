@@ -14,8 +14,9 @@ from op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pool_
 from torch import Tensor
 
 import sne_fast
-from sne_fast import _dispatch, _selftest, functional
-from sne_fast._schema import FUSIONS
+from sne_fast import functional
+from sne_fast.ops import dispatch, selftest
+from sne_fast.ops.schema import FUSIONS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -347,10 +348,10 @@ def test_autocast(gpu_engine) -> None:
 
 
 def test_auto_tests_the_engine_and_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setenv(_selftest.CACHE_ENVIRONMENT_VARIABLE, str(tmp_path))
-    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(_selftest, "_results", {})
-    loaded, _ = _dispatch._load()
+    monkeypatch.setenv(selftest.CACHE_ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(selftest, "_results", {})
+    loaded, _ = dispatch._load()
     taken: list[tuple[str, str]] = []
 
     def counted(name: str, op: str) -> Callable[..., object]:
@@ -362,10 +363,10 @@ def test_auto_tests_the_engine_and_takes_it(monkeypatch: pytest.MonkeyPatch, tmp
     with sne_fast.use_backend("auto"):
         for make in CALLS.values():
             make(BRAIN).results()
-        assert not any(_selftest._results.values()), _selftest._results
+        assert not any(selftest._results.values()), selftest._results
         tested = len(taken)
         CALLS["segment_pool"](BRAIN).results()
     able = [name for name in ("triton", "cuda") if not loaded[name].unavailable()]
     assert able and [op for _, op in taken[tested:]] == ["segment_pool", "segment_pool_backward"]
     assert {name for name, _ in taken[tested:]} <= set(able)
-    assert _selftest.cache_file().exists()
+    assert selftest.cache_file().exists()

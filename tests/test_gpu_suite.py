@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sne_fast._cuda import winners
-from sne_fast._schema import FORWARD_OPS
 from sne_fast.benchmark.gpu_ops import shape_of
+from sne_fast.ops.schema import FORWARD_OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 

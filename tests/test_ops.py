@@ -12,8 +12,8 @@ from torch import Tensor
 
 import sne_fast
 from sne_fast import functional as F
-from sne_fast import reference
-from sne_fast._schema import SCHEMAS
+from sne_fast.ops import reference
+from sne_fast.ops.schema import SCHEMAS
 
 TENSORS = [[5, 5, 3], [1], [2, 1], [5]]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._plans.chunks import CLASSES as ALL_CLASSES
 from .._plans.chunks import ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
-from .._widths import width_reasons
+from ..ops.supported_widths import width_reasons
 from . import library
 
 NAMES = ("row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
@@ -107,7 +107,7 @@ def chunk_encode(
     values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor, tensor_ptr_host: Tensor,
     *parameters: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast._schema`."""
+    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast.ops.schema`."""
     values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (values, chunk_ptr, tensor_ptr))
     chunks = chunk_ptr.shape[0] - 1
     out = values.new_empty((chunks, *parameters[-1].shape))
@@ -185,7 +185,7 @@ def chunk_encode_backward(
     grad: Tensor, values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor,
     tensor_ptr_host: Tensor, *parameters: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The op ``chunk_encode_backward``: arguments and results as in :mod:`sne_fast._schema`."""
+    """The op ``chunk_encode_backward``: arguments and results as in :mod:`sne_fast.ops.schema`."""
     grad, values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (grad, values, chunk_ptr, tensor_ptr))
     chunks, width = chunk_ptr.shape[0] - 1, parameters[-1].shape[1]
     values_grad = torch.empty_like(values)

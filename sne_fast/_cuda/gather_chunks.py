@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._plans import gather_tables
 from .._plans.device_tables import on_device_without_waiting
-from .._schema import accumulate_dtype
+from ..ops.schema import accumulate_dtype
 from . import library
 
 TILE = 4096  # values; as csrc/cuda/gather_chunks.cu

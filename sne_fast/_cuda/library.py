@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._native import Symbols, open_with, struct
-from .._precision import product_precision
+from ..ops.precision import product_precision
 from . import compatibility
 
 ABI = 1

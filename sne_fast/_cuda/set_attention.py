@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._plans.lengths import Lengths
-from .._widths import width_reasons
+from ..ops.supported_widths import width_reasons
 from . import library
 
 ROWS_OF_WARP = 16

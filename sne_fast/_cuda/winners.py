@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from .. import _selftest_cases as cases
-from .._precision import product_precision
+from ..ops import selftest_cases as cases
+from ..ops.precision import product_precision
 
 FILE = Path(__file__).with_name("winners.json")
 LEAST_GAIN = 1.03  # below that, two measurements of the same code may differ as much

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._schema import REQUIRED_OPS, accumulate_dtype
-from .._widths import width_reasons
+from ..ops.schema import REQUIRED_OPS, accumulate_dtype
+from ..ops.supported_widths import width_reasons
 
 NAME = "cpu"
 DEVICES: tuple[str, ...] = ("cpu",)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._cuda import library, winners
-from .._schema import REQUIRED_OPS
+from ..ops.schema import REQUIRED_OPS
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cpu",) if library.EMULATED else ("cuda",)

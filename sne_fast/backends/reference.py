@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import reference
-from .._schema import SCHEMAS
+from ..ops import reference
+from ..ops.schema import SCHEMAS
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._schema import FORWARD_OPS, SCHEMAS
+from ..ops.schema import FORWARD_OPS, SCHEMAS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAME = "triton"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._dispatch import use_backend
+from .._padded import PaddedSNE
 from ..batch import WeightBatch
 from ..encoder import SNE
-from ..reference import PaddedSNE
+from ..ops.dispatch import use_backend
 from .cases import Case
 
 OUTPUT_TOLERANCE = 2e-5

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._dispatch import use_backend
+from .._padded import PaddedSNE
 from ..batch import WeightBatch
 from ..encoder import SNE
-from ..reference import PaddedSNE
+from ..ops.dispatch import use_backend
 from .memory import padded_bytes
 
 Phases = dict[str, float]

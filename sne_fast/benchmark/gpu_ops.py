@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional
-from .._dispatch import use_backend
-from .._precision import product_precision
 from ..batch import WeightBatch
 from ..nn import MAB
+from ..ops import functional
+from ..ops.dispatch import use_backend
+from ..ops.precision import product_precision
 from .cases import CASES
 from .checks import LOSS_RATIO, CheckFailed, relative_error
 from .gpu_limits import median_seconds

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import _native
-from .._dispatch import use_backend
 from .._threads import torch_threads
+from ..ops.dispatch import use_backend
 from .cases import CASES
 from .checks import check_agreement, run_check
 from .contenders import DoesNotFit, contender

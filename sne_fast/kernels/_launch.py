@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._precision import product_precision
-from .._schema import accumulate_dtype
+from ..ops.precision import product_precision
+from ..ops.schema import accumulate_dtype
 
 __all__ = ["Launch", "architecture", "launch", "next_power_of_2", "on_device", "product_precision", "programs_of",
            "sum_dtype", "table", "trial", "triton_dtype"]  # fmt: skip

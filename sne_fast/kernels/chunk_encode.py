@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .._plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
-from .._widths import width_reasons
+from ..ops.supported_widths import width_reasons
 from ._chunk_forward import chunk_encode_kernel
 from ._chunk_staged import staged_forward
 from ._launch import on_device
@@ -31,7 +31,7 @@ def chunk_encode(
     values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor, tensor_ptr_host: Tensor,
     *parameters: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast._schema`."""
+    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast.ops.schema`."""
     values, chunk_ptr, tensor_ptr, *weights = (t.contiguous() for t in (values, chunk_ptr, tensor_ptr, *parameters))
     norm, pool_query = weights[-2:]
     chunks = chunk_ptr.shape[0] - 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._plans.chunks import CLASSES, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
-from .._schema import accumulate_dtype
+from ..ops.schema import accumulate_dtype
 from ._chunk_backward import (
     block_backward_kernel,
     codes_backward_kernel,
@@ -229,7 +229,7 @@ def chunk_encode_backward(
     grad: Tensor, values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor,
     tensor_ptr_host: Tensor, *parameters: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The op ``chunk_encode_backward``: arguments and results as in :mod:`sne_fast._schema`."""
+    """The op ``chunk_encode_backward``: arguments and results as in :mod:`sne_fast.ops.schema`."""
     grad, values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (grad, values, chunk_ptr, tensor_ptr))
     weights = tuple(t.contiguous() for t in parameters)
     chunks, width, acc = chunk_ptr.shape[0] - 1, weights[-1].shape[1], accumulate_dtype(values.dtype)

@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._schema import accumulate_dtype
-from .._widths import width_reasons
+from ..ops.schema import accumulate_dtype
+from ..ops.supported_widths import width_reasons
 from . import _feed_forward as device
 from . import _staged_rows as staged
 from ._launch import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype
@@ -76,7 +76,7 @@ def _staged_rows(attended: Tensor, parameters: Sequence[Tensor], backward: bool)
 
 
 def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
-    """The op ``feed_forward``: arguments and result as in :mod:`sne_fast._schema`."""
+    """The op ``feed_forward``: arguments and result as in :mod:`sne_fast.ops.schema`."""
     q, (attended, *parameters), one_query = _ready(q, attended, w_o, b_o, norm)
     rows, out = attended.shape[0], torch.empty_like(attended)
     if not rows:

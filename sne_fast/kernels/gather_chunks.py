@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._plans import gather_tables
 from .._plans.device_tables import on_device_without_waiting
-from .._schema import accumulate_dtype
+from ..ops.schema import accumulate_dtype
 from . import _gather_chunks as device
 from ._launch import Launch, architecture, launch, on_device, sum_dtype, triton_dtype
 

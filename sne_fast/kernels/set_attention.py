@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from .._plans.lengths import Lengths
-from .._schema import accumulate_dtype
-from .._widths import width_reasons
+from ..ops.schema import accumulate_dtype
+from ..ops.supported_widths import width_reasons
 from . import _set_attention as device
 from ._launch import (
     Launch,

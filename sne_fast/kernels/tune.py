@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _selftest, _selftest_cases
+from ..ops import selftest, selftest_cases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode", "feed_forward")
@@ -121,8 +121,8 @@ def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
     from ._launch import TABLES, table
 
     count = 20000
-    calls = _selftest_cases.Variant("chunk_encode", dtype, h, heads, True)
-    args = list(_selftest_cases.example(calls, torch.device("cuda")))
+    calls = selftest_cases.Variant("chunk_encode", dtype, h, heads, True)
+    args = list(selftest_cases.example(calls, torch.device("cuda")))
     ptr, tensor_ptr = _pointer([32] * count), _pointer([count // 2, 0, count - count // 2])
     args[:5] = [_normal(32 * count, dtype=dtype), ptr.cuda(), tensor_ptr.cuda(), ptr, tensor_ptr]
     grad = _normal(count, heads, h, dtype=dtype)
@@ -173,7 +173,7 @@ def all_cases(op: str, widths: list[int], heads: int, dtype: torch.dtype) -> Ite
 
 
 def _agrees(got: tuple[Tensor, ...], want: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-    tolerance = 4 * max(_selftest.TOLERANCES[dtype], _selftest.TF32_TOLERANCE if dtype == torch.float32 else 0)
+    tolerance = 4 * max(selftest.TOLERANCES[dtype], selftest.TF32_TOLERANCE if dtype == torch.float32 else 0)
     pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True)]
     return all(float((a - b).nan_to_num().norm()) <= tolerance * float(b.nan_to_num().norm()) + 1e-6 for a, b in pairs)
 
@@ -236,8 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
         dtype = DTYPES[dtype_name]
         new: dict[str, list[Rule]] = {}
         for h in options.width or [64]:
-            variant = _selftest_cases.Variant(op, dtype, h, options.heads, True)
-            wrong = _selftest.check(engine, variant, device)
+            variant = selftest_cases.Variant(op, dtype, h, options.heads, True)
+            wrong = selftest.check(engine, variant, device)
             if wrong:
                 print(f"{op} {dtype_name} h={h} is not tuned, its results are wrong: {'; '.join(wrong)}")
                 continue

@@ -8,9 +8,10 @@ from cpu_cases import relative_error
 from op_cases import ChunkCase, attention_case, feed_forward_case, pool_case
 
 import sne_fast
-from sne_fast import _selftest, _selftest_cases, functional
-from sne_fast._schema import FORWARD_OPS
+from sne_fast import functional
 from sne_fast.backends import triton as engine
+from sne_fast.ops import selftest, selftest_cases
+from sne_fast.ops.schema import FORWARD_OPS
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 
@@ -108,8 +109,8 @@ def test_why_not() -> None:
 
 @pytest.mark.parametrize("op", FORWARD_OPS)
 def test_the_engine_passes_its_self_test(op: str) -> None:
-    case = _selftest_cases.Variant(op, SINGLE, 32, 4, layer_norm=True)
-    assert _selftest.check(engine, case, torch.device("cpu")) == []
+    case = selftest_cases.Variant(op, SINGLE, 32, 4, layer_norm=True)
+    assert selftest.check(engine, case, torch.device("cpu")) == []
 
 
 @pytest.fixture

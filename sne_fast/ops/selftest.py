@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _selftest_cases as cases
-from ._precision import product_precision
+from . import selftest_cases as cases
+from .precision import product_precision
 
 CACHE_ENVIRONMENT_VARIABLE = "SNE_FAST_CACHE"
 NOT_YET = "not tested on this device yet, which a first eager call does, but no capture of a CUDA graph"
@@ -160,7 +160,7 @@ def device_key(device: torch.device) -> str:
 def _source_digest(backend_file: str, sources: tuple[str, ...]) -> str:
     """Of the engine's module, its kernels and its library: who changes one tests it again."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     files = {Path(backend_file)}
     for source in sources:
         files |= {here / source, *(here / source).glob("**/*")}

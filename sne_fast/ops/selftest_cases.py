@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -174,8 +176,6 @@ def example(case: Variant, device: torch.device) -> tuple[Any, ...]:
 
 def comparisons(case: Variant, kernels: Mapping[str, Callable[..., Any]], device: torch.device) -> Iterator[Comparison]:
     """Every result and gradient of the op, by ``kernels`` on ``device`` and by the reference."""
-    from . import reference  # at import it would lead back to the dispatcher
-
     draw, op = _Draw(case.dtype), case.op
     for call in _CALLS[op](case, draw):
         args = _placed(call, case, device)

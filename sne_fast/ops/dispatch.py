@@ -7,7 +7,7 @@ A backend is a module under :mod:`sne_fast.backends` with
 - ``why_not(op, args) -> list[str]``: why it cannot take this call;
 - ``KERNELS``: op name -> function with the schema's arguments and results;
 - optional ``AUTO_DEVICES``, where ``auto`` may take it, if not all of ``DEVICES``;
-- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast._selftest` on the device, and
+- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast.ops.selftest` here, and
   again when one of ``SOURCES`` has changed, files and folders of this package;
 - optional ``preferred(op, args) -> bool``: whether ``auto`` asks it before those of higher priority for this call.
 """
@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from . import _selftest
-from ._schema import FORWARD_OPS, FUSIONS, LIBRARY, SCHEMAS
+from . import selftest
+from .schema import FORWARD_OPS, FUSIONS, LIBRARY, SCHEMAS
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
@@ -94,7 +94,7 @@ def fuses(op: str, device: torch.device) -> bool:
 
 @functools.cache
 def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    from . import backends
+    from .. import backends
 
     loaded: dict[str, ModuleType] = {}
     failed: dict[str, str] = {}
@@ -144,7 +144,7 @@ def _auto_reasons(backend: ModuleType, op: str, device: torch.device, args: tupl
         return [f"is chosen by name only on {device.type}"]
     reasons = _reasons(backend.NAME, op, device, args)
     if not reasons and getattr(backend, "SELF_TEST", False):
-        reasons = _selftest.reasons(backend, op, args, device)
+        reasons = selftest.reasons(backend, op, args, device)
     return reasons
 
 
@@ -238,6 +238,6 @@ def explain(device: torch.device | str | None = None) -> Explanation:
         forward = _reasons(name, op, where, None)
         backward = [reason for reason in _reasons(name, f"{op}_backward", where, None) if reason not in forward]
         reasons = (*forward, *(backward if not forward else ()))
-        return reasons or tuple(f"self-test: {text}" for text in _selftest.failures(name, op))
+        return reasons or tuple(f"self-test: {text}" for text in selftest.failures(name, op))
 
     return Explanation(BackendReport(op, name, reasons(name, op)) for op in FORWARD_OPS for name in BACKEND_NAMES)
