@@ -14,7 +14,7 @@ import pytest
 import torch
 from suite import Suite
 
-from sne_fast import _native
+from sne_fast.backends.cpu import library
 from sne_fast.benchmark import BASELINES, CASES, default_memory_limit, product_rate
 from sne_fast.ops.dispatch import use_backend
 
@@ -95,8 +95,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "device": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "instruction_set": None if _native.reasons() else _native.isa(),
-        "native_library": _native.reasons() or "loaded",
+        "instruction_set": None if library.reasons() else library.isa(),
+        "native_library": library.reasons() or "loaded",
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "backend": config.getoption("--backend"),
         "size": config.getoption("--size"),

@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import sne_fast  # noqa: E402
-from sne_fast._cuda import library as cuda_library  # noqa: E402
+from sne_fast.backends.cuda import library as cuda_library  # noqa: E402
 from sne_fast.benchmark import (  # noqa: E402
     GPU_CASES,
     Contender,

@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, _gpu_runs, _native, explain
-from ._cuda import library as cuda_library
+from . import __version__, explain
+from .backends import gpu_runs
+from .backends.cpu import library
+from .backends.cuda import library as cuda_library
 
 # What an engine that has not run on a GPU rests on.
 ONLY = {
@@ -41,7 +43,7 @@ def machine() -> list[tuple[str, str]]:
 
 def engines() -> list[tuple[str, str]]:
     """For each engine: whether and for what it was built, and which GPUs it has run on."""
-    cpu = _native.reasons() or [f"built for {', '.join(_native.supported_isas())}; runs {_native.isa()}"]
+    cpu = library.reasons() or [f"built for {', '.join(library.supported_isas())}; runs {library.isa()}"]
     if reasons := cuda_library.reasons():
         cuda = f"not here: {reasons[0].splitlines()[0]}"
     else:
@@ -54,8 +56,8 @@ def engines() -> list[tuple[str, str]]:
 
 
 def _on_gpus(engine: str) -> str:
-    said = _gpu_runs.sentence(engine)
-    return f"{said}: {ONLY[engine]} only" if said == _gpu_runs.NOT_YET else said
+    said = gpu_runs.sentence(engine)
+    return f"{said}: {ONLY[engine]} only" if said == gpu_runs.NOT_YET else said
 
 
 def text() -> str:

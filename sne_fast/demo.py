@@ -72,8 +72,8 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     check_extra()
     from rich.console import Console
 
-    from . import _native
     from ._threads import torch_threads
+    from .backends.cpu import library
     from .training import stratified_split
 
     settings = settings or Demo()
@@ -114,8 +114,8 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "machine": report.machine(),
     }
     report.write_json(out / "metrics.json", metrics)
-    if _native.reasons():
-        console.print(f"\nWithout the C++ engine all this took several times longer: {'; '.join(_native.reasons())}")
+    if library.reasons():
+        console.print(f"\nWithout the C++ engine all this took several times longer: {'; '.join(library.reasons())}")
     console.print(
         f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
         f"Written to {out}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"

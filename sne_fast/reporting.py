@@ -129,7 +129,8 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    from . import __version__, _native
+    from . import __version__
+    from .backends.cpu import library
 
     return {
         "sne_fast": __version__,
@@ -138,7 +139,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cpu_engine": "; ".join(_native.reasons()) or _native.isa(),
+        "cpu_engine": "; ".join(library.reasons()) or library.isa(),
     }
 
 

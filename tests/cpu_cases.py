@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sne_fast import _native
+from sne_fast.backends.cpu import library as _native
 
 NEEDS_ENGINE = "needs the native library: " + "; ".join(_native.reasons())
 CHUNK_NAMES = (

@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import sne_fast
-from sne_fast import SNE, Predictor, _gpu_runs
+from sne_fast import SNE, Predictor
+from sne_fast.backends import gpu_runs
 from sne_fast.checkpoints import save_state_dict
 from sne_fast.cli import app
 from sne_fast.zoo import ZooWriter
@@ -153,7 +154,7 @@ def test_info():
         assert word in result.stdout
     for engine in ("triton", "cuda"):
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"engine {engine}")]
-        runs = [run for run in _gpu_runs.read() if run.engine == engine]
+        runs = [run for run in gpu_runs.read() if run.engine == engine]
         assert all(run.device in line for run in runs)
         assert ("has not run on a GPU yet: checked in" in line) == (not runs)
 

@@ -7,11 +7,12 @@ import torch
 from cpu_cases import CHUNK_NAMES, NEEDS_ENGINE, cast, chunk_encode_case, pointers, relative_error
 
 import sne_fast
-from sne_fast import _native, reference
-from sne_fast.backends import cpu
+from sne_fast import reference
+from sne_fast.backends.cpu import backend as cpu
+from sne_fast.backends.cpu import library
 
-pytestmark = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_ENGINE)
-ISAS = [] if _native.reasons() else _native.supported_isas()
+pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_ENGINE)
+ISAS = [] if library.reasons() else library.supported_isas()
 # dtype, largest relative error of results, of gradients.
 PRECISIONS = [(torch.float32, 2e-5, 1e-4), (torch.float64, 1e-11, 1e-11)]
 
@@ -28,7 +29,7 @@ LENGTHS = {
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    with _native.use_isa(request.param):
+    with library.use_isa(request.param):
         yield request.param
 
 

@@ -12,8 +12,8 @@ import torch
 from cpu_cases import NEEDS_ENGINE, chunk_encode_case
 
 import sne_fast
-from sne_fast import _native
-from sne_fast.backends import cpu
+from sne_fast.backends.cpu import backend as cpu
+from sne_fast.backends.cpu import library as _native
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_engine = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_ENGINE)

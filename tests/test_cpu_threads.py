@@ -8,11 +8,11 @@ import pytest
 import torch
 from cpu_cases import NEEDS_ENGINE, cast, chunk_encode_case, pointers
 
-from sne_fast import _native
 from sne_fast._threads import torch_threads
-from sne_fast.backends import cpu
+from sne_fast.backends.cpu import backend as cpu
+from sne_fast.backends.cpu import library
 
-pytestmark = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_ENGINE)
+pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_ENGINE)
 
 
 def all_results(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import sne_fast
-from sne_fast._cuda import compatibility, library
-from sne_fast.backends import cuda
+from sne_fast.backends.cuda import backend as cuda
+from sne_fast.backends.cuda import compatibility, library
 from sne_fast.ops import selftest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ from op_cases import attention_case, feed_forward_case, pool_case
 from test_dispatch import engine, install, pooled  # noqa: F401  (a fixture among them)
 
 import sne_fast
-from sne_fast._cuda import winners
-from sne_fast._cuda.winners import Call, Rule
+from sne_fast.backends.cuda import winners
+from sne_fast.backends.cuda.winners import Call, Rule
 from sne_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sne_fast._cuda import winners
+from sne_fast.backends.cuda import winners
 from sne_fast.benchmark.gpu_ops import shape_of
 from sne_fast.ops.schema import FORWARD_OPS
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from .. import _native
+from ..backends.cpu import library
 from ..batch import WeightBatch
 
 ROWS, INNER, COLUMNS = 8192, 64, 192
@@ -45,13 +45,13 @@ def _products() -> dict[str, Callable[[], float]]:
             return timed(lambda: torch.matmul(a, b, out=out), 1)
 
     bursts = {"torch": with_torch}
-    if not _native.reasons():
-        rate = _native.library().sne_fast_cpu_product_rate
+    if not library.reasons():
+        rate = library.library().sne_fast_cpu_product_rate
 
         def own() -> float:
             status: list[int] = []
             found = timed(lambda: status.append(rate(0, ROWS, INNER, COLUMNS, 4, torch.get_num_threads())), 4)
-            _native.check(status[0], "product_rate")
+            library.check(status[0], "product_rate")
             return found
 
         bursts["own"] = own

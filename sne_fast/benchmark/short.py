@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import _native
 from .._threads import torch_threads
+from ..backends.cpu import library
 from ..ops.dispatch import use_backend
 from .cases import CASES
 from .checks import check_agreement, run_check
@@ -71,7 +71,7 @@ def run_short(
                     rows.append(row)
         rate = product_rate(0.2)
         console.print(_table(rows))
-        isa = "not built" if _native.reasons() else _native.isa()
+        isa = "not built" if library.reasons() else library.isa()
         console.print(
             f"{torch.get_num_threads()} threads, native engine {isa}, backend {backend}; best product "
             f"{rate / 1e9:.0f} GFLOP/s; medians of interleaved rounds; {time.perf_counter() - start:.0f} s in all.\n"

@@ -99,10 +99,15 @@ def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
     loaded: dict[str, ModuleType] = {}
     failed: dict[str, str] = {}
     for info in pkgutil.iter_modules(backends.__path__):
-        if info.name.startswith("_"):
+        name = f"{backends.__name__}.{info.name}"
+        if info.ispkg:
+            name = f"{name}.backend"
+            if importlib.util.find_spec(name) is None:
+                continue
+        elif info.name != "reference":
             continue
         try:
-            module = importlib.import_module(f"{backends.__name__}.{info.name}")
+            module = importlib.import_module(name)
         except ImportError as error:  # e.g. Triton is not installed: remembered, and explained on first use
             failed[info.name] = f"import failed: {error}"
         else:

@@ -26,7 +26,7 @@ def always_poisoned_outputs(poisoned_outputs: None) -> None:
 @pytest.fixture(autouse=True)
 def numbered_order() -> Iterator[None]:
     """Threads run as numbered unless a test says otherwise; what it says ends with it."""
-    from sne_fast._cuda import library
+    from sne_fast.backends.cuda import library
 
     yield
     if not library.reasons():

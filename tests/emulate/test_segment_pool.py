@@ -11,8 +11,8 @@ from torch import Tensor
 
 import sne_fast
 from sne_fast import functional, reference
-from sne_fast._cuda import segment_pool as kernels
-from sne_fast._cuda.library import library
+from sne_fast.backends.cuda import segment_pool as kernels
+from sne_fast.backends.cuda.library import library
 
 LENGTHS = {
     **checks.LENGTHS,

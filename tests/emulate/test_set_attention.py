@@ -10,9 +10,9 @@ from op_cases import pointer
 from set_attention_checks import BRAIN, HALF, SINGLE, check, compare, exact, inputs, run
 
 import sne_fast
-from sne_fast._cuda import library
-from sne_fast._cuda import set_attention as engine
-from sne_fast._plans.lengths import Lengths
+from sne_fast.backends.cuda import library
+from sne_fast.backends.cuda import set_attention as engine
+from sne_fast.backends.gpu_plans.lengths import Lengths
 
 CASES = {**checks.CASES, "long": ([1, 70, 2, 130], [1, 70, 2, 130]), "many seeds": ([33, 40], [150, 200])}
 

@@ -9,7 +9,7 @@ from op_cases import ChunkCase, attention_case, feed_forward_case, pool_case
 
 import sne_fast
 from sne_fast import functional
-from sne_fast.backends import triton as engine
+from sne_fast.backends.triton import backend as engine
 from sne_fast.ops import selftest, selftest_cases
 from sne_fast.ops.schema import FORWARD_OPS
 

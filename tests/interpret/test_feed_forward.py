@@ -13,7 +13,7 @@ from op_cases import feed_forward_case
 from torch import Tensor
 
 from sne_fast import reference
-from sne_fast.kernels import feed_forward as kernels
+from sne_fast.backends.triton import feed_forward as kernels
 
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
 Inputs = tuple[tuple[Tensor, ...], Tensor]

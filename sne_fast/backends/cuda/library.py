@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native import Symbols, open_with, struct
-from ..ops.precision import product_precision
+from ...ops.precision import product_precision
+from ..cpu.library import Symbols, open_with, struct
 from . import compatibility
 
 ABI = 1
 EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
 EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
-LIBRARY_FILE = Path(__file__).parents[1] / "_cuda_engine.so"
-ERROR_FILE = Path(__file__).parents[1] / "_cuda_engine_build_error.txt"
+LIBRARY_FILE = Path(__file__).parents[2] / "_cuda_engine.so"
+ERROR_FILE = Path(__file__).parents[2] / "_cuda_engine_build_error.txt"
 
 
 # Field by field the structs of csrc/include/sne_fast/cuda_abi.h.

@@ -1,4 +1,4 @@
-"""Measures launch sizes on the GPU at hand and writes them into the tables: ``python -m sne_fast.kernels.tune``.
+"""Measure launch sizes on this GPU and write them into the tables: ``python -m sne_fast.backends.triton.tune``.
 
 For every case it checks the table's own choice against the reference, then each candidate against that choice, and
 times those that agree; the fastest becomes a rule for this architecture, in front of the others.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import selftest, selftest_cases
+from ...ops import selftest, selftest_cases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode", "feed_forward")
@@ -217,7 +217,9 @@ def write(path: Path, rules: list[Rule]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sne_fast.kernels.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m sne_fast.backends.triton.tune", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--op", choices=OPS, action="append", help="one op (may be repeated); all by default")
     parser.add_argument("--width", type=int, action="append", help="h; 64 by default")
     parser.add_argument("--heads", type=int, default=4)
@@ -225,9 +227,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the tables; those of the package by default")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("sne_fast.kernels.tune: needs a CUDA GPU, and torch finds none here", file=sys.stderr)
+        print("sne_fast.backends.triton.tune: needs a CUDA GPU, and torch finds none here", file=sys.stderr)
         return 2
-    from ..backends import triton as engine
+    from . import backend as engine
     from ._launch import TABLES, architecture, table
 
     device, out = torch.device("cuda"), options.out or TABLES

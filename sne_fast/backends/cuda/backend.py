@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from .._cuda import library, winners
-from ..ops.schema import REQUIRED_OPS
+from ...ops.schema import REQUIRED_OPS
+from . import library, winners
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cpu",) if library.EMULATED else ("cuda",)
 AUTO_DEVICES: tuple[str, ...] = ("cuda",)
 PRIORITY = 100  # below Triton, but for calls that a committed measurement names: preferred()
 SELF_TEST = True
-SOURCES = ("_cuda", "_plans", library.LIBRARY_FILE.name)
+SOURCES = ("backends/cuda", "backends/gpu_plans", library.LIBRARY_FILE.name)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,7 +45,7 @@ def _device_reasons(index: int) -> list[str]:
 
 @functools.cache
 def _module(op: str) -> Any:
-    return importlib.import_module(f".._cuda.{op}", __package__)
+    return importlib.import_module(f"{__package__}.{op}")
 
 
 def _computed_in(op: str, args: tuple[Any, ...]) -> tuple[torch.dtype, torch.device]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._plans.chunks import LONGEST_SHARED, SHARED_STARTS
+from ..gpu_plans.chunks import LONGEST_SHARED, SHARED_STARTS
 
 _LONGEST_SHARED = tl.constexpr(LONGEST_SHARED)
 _SHARED_STARTS = tl.constexpr(SHARED_STARTS)

@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.schema import accumulate_dtype
-from ..ops.supported_widths import width_reasons
+from ...ops.schema import accumulate_dtype
+from ...ops.supported_widths import width_reasons
 from . import _feed_forward as device
 from . import _staged_rows as staged
 from ._launch import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype

@@ -2,7 +2,7 @@
 
 ``tables/OP.json`` holds rules ``{"when": {...}, "num_warps": 4, "num_stages": 2, "blocks": {"BLOCK": 64}}``; the first
 whose ``when`` matches is taken (a value or a list of values per key; a key left out matches all). ``python -m
-sne_fast.kernels.tune`` puts measured rules in front of the general ones.
+sne_fast.backends.triton.tune`` puts measured rules in front of the general ones.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.precision import product_precision
-from ..ops.schema import accumulate_dtype
+from ...ops.precision import product_precision
+from ...ops.schema import accumulate_dtype
 
 __all__ = ["Launch", "architecture", "launch", "next_power_of_2", "on_device", "product_precision", "programs_of",
            "sum_dtype", "table", "trial", "triton_dtype"]  # fmt: skip

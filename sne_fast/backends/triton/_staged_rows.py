@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.schema import accumulate_dtype
+from ...ops.schema import accumulate_dtype
 from ._chunk_rows import add_normed_backward_kernel, add_normed_kernel
 from ._launch import triton_dtype
 

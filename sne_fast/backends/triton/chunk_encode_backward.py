@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._plans.chunks import CLASSES, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
-from ..ops.schema import accumulate_dtype
+from ...ops.schema import accumulate_dtype
+from ..gpu_plans.chunks import CLASSES, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
 from ._chunk_backward import (
     block_backward_kernel,
     codes_backward_kernel,

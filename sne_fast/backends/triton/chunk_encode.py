@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
-from ..ops.supported_widths import width_reasons
+from ...ops.supported_widths import width_reasons
+from ..gpu_plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
 from ._chunk_forward import chunk_encode_kernel
 from ._chunk_staged import staged_forward
 from ._launch import on_device

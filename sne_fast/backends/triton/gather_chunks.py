@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._plans import gather_tables
-from .._plans.device_tables import on_device_without_waiting
-from ..ops.schema import accumulate_dtype
+from ...ops.schema import accumulate_dtype
+from ..gpu_plans import gather_tables
+from ..gpu_plans.device_tables import on_device_without_waiting
 from . import _gather_chunks as device
 from ._launch import Launch, architecture, launch, on_device, sum_dtype, triton_dtype
 

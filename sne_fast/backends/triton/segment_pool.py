@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.schema import accumulate_dtype
+from ...ops.schema import accumulate_dtype
 from . import _segment_pool as device
 from ._launch import Launch, architecture, launch, next_power_of_2, on_device, sum_dtype
 from ._slots import slot_count, sum_slots

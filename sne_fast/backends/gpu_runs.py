@@ -1,6 +1,6 @@
 """What has run on a GPU: a summary, in this package, of the committed results of ``bench/gpu_suite.py``.
 
-    python -m sne_fast._gpu_runs bench/results/gpu_*.json
+    python -m sne_fast.backends.gpu_runs bench/results/gpu_*.json
 
 writes it. An engine that no result names has only been emulated and compiled, and ``sne-fast info`` says so.
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..ops.schema import FORWARD_OPS, SCHEMAS
+from ...ops.schema import FORWARD_OPS, SCHEMAS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAME = "triton"
@@ -22,7 +22,7 @@ DEVICES: tuple[str, ...] = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 AUTO_DEVICES: tuple[str, ...] = ("cuda",)
 PRIORITY = 200
 SELF_TEST = True
-SOURCES = ("kernels", "_plans")
+SOURCES = ("backends/triton", "backends/gpu_plans")
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ def unavailable() -> list[str]:
 
 @functools.cache
 def _module(op: str) -> Any:
-    return importlib.import_module(f"..kernels.{op}", __package__)
+    return importlib.import_module(f"{__package__}.{op}")
 
 
 @functools.cache

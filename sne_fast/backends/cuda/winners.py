@@ -1,6 +1,6 @@
 """Calls for which ``auto`` asks this engine before Triton's: those that winners.json names, as measured on a GPU.
 
-    python -m sne_fast._cuda.winners bench/results/gpu_h200.json ...
+    python -m sne_fast.backends.cuda.winners bench/results/gpu_h200.json ...
 
 writes the table from results of ``bench/gpu_suite.py`` in which both engines were measured; without such a result it
 names nothing. A rule stands for one measurement: an op (forward or backward), the compute capability, dtype and kind of
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from ..ops import selftest_cases as cases
-from ..ops.precision import product_precision
+from ...ops import selftest_cases as cases
+from ...ops.precision import product_precision
 
 FILE = Path(__file__).with_name("winners.json")
 LEAST_GAIN = 1.03  # below that, two measurements of the same code may differ as much

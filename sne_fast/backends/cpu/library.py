@@ -17,8 +17,8 @@ import torch
 ABI = 1
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
-LIBRARY_FILE = Path(__file__).with_name("_cpu_engine.so")
-ERROR_FILE = Path(__file__).with_name("_cpu_engine_build_error.txt")
+LIBRARY_FILE = Path(__file__).parents[2] / "_cpu_engine.so"
+ERROR_FILE = Path(__file__).parents[2] / "_cpu_engine_build_error.txt"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 

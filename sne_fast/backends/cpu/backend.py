@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..ops.schema import REQUIRED_OPS, accumulate_dtype
-from ..ops.supported_widths import width_reasons
+from ...ops.schema import REQUIRED_OPS, accumulate_dtype
+from ...ops.supported_widths import width_reasons
+from . import library
 
 NAME = "cpu"
 DEVICES: tuple[str, ...] = ("cpu",)
@@ -21,11 +21,11 @@ LONGEST_CHUNK = 256
 
 
 def unavailable() -> list[str]:
-    return _native.reasons()
+    return library.reasons()
 
 
 def _dtype_reasons(name: str, tensor: Tensor) -> list[str]:
-    if tensor.dtype in _native.DTYPES:
+    if tensor.dtype in library.DTYPES:
         return []
     return [f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}"]
 
@@ -81,7 +81,7 @@ def _check_pointer(op: str, name: str, ptr: Tensor) -> None:
 
 
 def _run(function: str, *args: Any) -> None:
-    _native.check(getattr(_native.library(), function)(*args), function.removeprefix("sne_fast_cpu_"))
+    library.check(getattr(library.library(), function)(*args), function.removeprefix("sne_fast_cpu_"))
 
 
 # ------------------------------------------------------------------------------------------------------- chunk_encode
@@ -121,7 +121,7 @@ def _chunk_encode_args(
     reals = [_ready(t, dtype) for t in (values, *parameters)]
     pointers = [chunk_ptr.contiguous(), tensor_ptr.contiguous()]
     heads, h = parameters[9].shape
-    struct = _native.ChunkEncodeArgs(
+    struct = library.ChunkEncodeArgs(
         chunk_ptr.shape[0] - 1, tensor_ptr.shape[0] - 1, values.shape[0], h, heads, parameters[1].shape[0],
         int(parameters[8].shape[0] > 0), torch.get_num_threads(), *(t.data_ptr() for t in (*pointers, *reals)),
     )  # fmt: skip
@@ -131,7 +131,7 @@ def _chunk_encode_args(
 def chunk_encode(*args: Tensor) -> Tensor:
     struct, dtype, _kept = _chunk_encode_args("chunk_encode", args)
     out = torch.empty(struct.num_chunks, struct.heads, struct.hidden, dtype=dtype)
-    _run("sne_fast_cpu_chunk_encode", _native.DTYPES[dtype], ctypes.byref(struct), out.data_ptr())
+    _run("sne_fast_cpu_chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr())
     return out.to(args[0].dtype)
 
 
@@ -140,8 +140,8 @@ def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
     grad = _ready(grad, dtype)
     inputs = (args[0], *args[5:])
     grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
-    pointers = _native.ChunkEncodeGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("sne_fast_cpu_chunk_encode_backward", _native.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    pointers = library.ChunkEncodeGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
+    _run("sne_fast_cpu_chunk_encode_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
     del kept
     return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
@@ -166,7 +166,7 @@ def _check_set_attention(
 def _set_attention_args(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, heads: int, out: Tensor, lse: Tensor
 ) -> Any:
-    return _native.SetAttentionArgs(
+    return library.SetAttentionArgs(
         q_ptr.shape[0] - 1, q.shape[0], k.shape[0], q.shape[1], heads, torch.get_num_threads(),
         *(t.data_ptr() for t in (q_ptr, k_ptr, q, k, v, out, lse)),
     )  # fmt: skip
@@ -181,7 +181,7 @@ def set_attention(
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
     out, lse = torch.empty_like(queries), torch.empty(q.shape[0], num_heads, dtype=dtype)
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
-    _run("sne_fast_cpu_set_attention", _native.DTYPES[dtype], ctypes.byref(struct))
+    _run("sne_fast_cpu_set_attention", library.DTYPES[dtype], ctypes.byref(struct))
     return out.to(q.dtype), lse
 
 
@@ -197,10 +197,10 @@ def set_attention_backward(
     if q.dtype != dtype:  # <grad, out> meets numbers close to it: a rounded out spoils the gradient of fc_k
         same_lse = torch.empty_like(lse)
         again = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, same_lse)
-        _run("sne_fast_cpu_set_attention", _native.DTYPES[dtype], ctypes.byref(again))
+        _run("sne_fast_cpu_set_attention", library.DTYPES[dtype], ctypes.byref(again))
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
-    pointers = _native.SetAttentionGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("sne_fast_cpu_set_attention_backward", _native.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    pointers = library.SetAttentionGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
+    _run("sne_fast_cpu_set_attention_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
     return tuple(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
 
 
@@ -220,7 +220,7 @@ def _check_segment_pool(op: str, x: Tensor, logits: Tensor, ptr: Tensor, **saved
 
 
 def _segment_pool_args(x: Tensor, logits: Tensor, ptr: Tensor, out: Tensor, lse: Tensor) -> Any:
-    return _native.SegmentPoolArgs(
+    return library.SegmentPoolArgs(
         ptr.shape[0] - 1, x.shape[0], x.shape[1], logits.shape[1], torch.get_num_threads(),
         *(t.data_ptr() for t in (ptr, x, logits, out, lse)),
     )  # fmt: skip
@@ -234,7 +234,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
     out = torch.empty(segments, heads, x.shape[1], dtype=dtype)
     lse = torch.empty(segments, heads, dtype=dtype)
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
-    _run("sne_fast_cpu_segment_pool", _native.DTYPES[dtype], ctypes.byref(struct))
+    _run("sne_fast_cpu_segment_pool", library.DTYPES[dtype], ctypes.byref(struct))
     return out.to(x.dtype), lse
 
 
@@ -249,10 +249,10 @@ def segment_pool_backward(
     if x.dtype != dtype:  # as in set_attention_backward
         same_lse = torch.empty_like(lse)
         again = _segment_pool_args(rows, weights, ptr_host, out, same_lse)
-        _run("sne_fast_cpu_segment_pool", _native.DTYPES[dtype], ctypes.byref(again))
+        _run("sne_fast_cpu_segment_pool", library.DTYPES[dtype], ctypes.byref(again))
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
-    pointers = _native.SegmentPoolGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("sne_fast_cpu_segment_pool_backward", _native.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    pointers = library.SegmentPoolGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
+    _run("sne_fast_cpu_segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
     return grads[0].to(x.dtype), grads[1].to(logits.dtype)
 
 
@@ -276,10 +276,10 @@ def _check_gather(op: str, tensors: Sequence[Tensor], scale: Tensor, plan: Tenso
 
 def _gather_args(matrices: Sequence[Tensor], scale: Tensor, plan: Tensor, values: Tensor) -> tuple[Any, list[Any]]:
     count = len(matrices)
-    dtypes = (ctypes.c_int32 * count)(*(_native.DTYPES[m.dtype] for m in matrices))
+    dtypes = (ctypes.c_int32 * count)(*(library.DTYPES[m.dtype] for m in matrices))
     pointers = (ctypes.c_void_p * count)(*(m.data_ptr() for m in matrices))
     plan, scale = plan.contiguous(), scale.to(torch.float64).contiguous()
-    struct = _native.GatherChunksArgs(
+    struct = library.GatherChunksArgs(
         count, values.shape[0], torch.get_num_threads(), plan.data_ptr(), ctypes.addressof(dtypes),
         ctypes.addressof(pointers), scale.data_ptr(), values.data_ptr(),
     )  # fmt: skip
@@ -289,10 +289,10 @@ def _gather_args(matrices: Sequence[Tensor], scale: Tensor, plan: Tensor, values
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
     _check_gather("gather_chunks", tensors, scale, plan)
     computed = accumulate_dtype(dtype)
-    matrices = [(t if t.dtype in _native.DTYPES else t.to(computed)).contiguous() for t in tensors]  # fp8 and the like
+    matrices = [(t if t.dtype in library.DTYPES else t.to(computed)).contiguous() for t in tensors]  # fp8 and the like
     values = torch.empty(sum(t.numel() for t in matrices), dtype=computed)
     struct, _kept = _gather_args(matrices, scale, plan, values)
-    _run("sne_fast_cpu_gather_chunks", _native.DTYPES[computed], ctypes.byref(struct))
+    _run("sne_fast_cpu_gather_chunks", library.DTYPES[computed], ctypes.byref(struct))
     return values.to(dtype)
 
 
@@ -308,7 +308,7 @@ def gather_chunks_backward(
     struct, _kept = _gather_args(grads, scale, plan, values)
     scale_grad = torch.empty(scale.shape, dtype=torch.float64)
     struct.grad, struct.scale_grad = grad.data_ptr(), scale_grad.data_ptr()
-    _run("sne_fast_cpu_gather_chunks_backward", _native.DTYPES[computed], ctypes.byref(struct))
+    _run("sne_fast_cpu_gather_chunks_backward", library.DTYPES[computed], ctypes.byref(struct))
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], scale_grad.to(scale.dtype)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._plans.chunks import CLASSES as ALL_CLASSES
-from .._plans.chunks import ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
-from ..ops.supported_widths import width_reasons
+from ...ops.supported_widths import width_reasons
+from ..gpu_plans.chunks import CLASSES as ALL_CLASSES
+from ..gpu_plans.chunks import ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
 from . import library
 
 NAMES = ("row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._plans import gather_tables
-from .._plans.device_tables import on_device_without_waiting
-from ..ops.schema import accumulate_dtype
+from ...ops.schema import accumulate_dtype
+from ..gpu_plans import gather_tables
+from ..gpu_plans.device_tables import on_device_without_waiting
 from . import library
 
 TILE = 4096  # values; as csrc/cuda/gather_chunks.cu

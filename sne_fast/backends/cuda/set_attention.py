@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._plans.lengths import Lengths
-from ..ops.supported_widths import width_reasons
+from ...ops.supported_widths import width_reasons
+from ..gpu_plans.lengths import Lengths
 from . import library
 
 ROWS_OF_WARP = 16
