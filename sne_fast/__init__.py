@@ -1,11 +1,11 @@
 """Set-based Neural Network Encoder (SNE): one vector for the weights of any network, with fused kernels."""
 
-from .batch import WeightBatch
-from .checkpoints import CheckpointError
+from .data.batch import WeightBatch
+from .data.checkpoints import CheckpointError
+from .data.packing import pack
 from .encoder import SNE
 from .nn import ISAB, MAB, PMA, SAB
 from .ops.dispatch import BackendError, explain, use_backend
-from .packing import pack
 from .predictor import Predictor, PredictorHead
 
 __version__ = "0.1.0"

@@ -104,7 +104,7 @@ def run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: 
     from rich.console import Console
     from rich.progress import track
 
-    from .batch import WeightBatch
+    from .data.batch import WeightBatch
 
     outputs: list[np.ndarray] = []
     held: list[WeightBatch] = []

@@ -14,7 +14,7 @@ from .codes import position_code, reversed_position_code
 from .nn import ISAB, MAB, PMA, SAB
 
 if TYPE_CHECKING:
-    from .batch import WeightBatch
+    from .data.batch import WeightBatch
     from .encoder import SNE
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .batch import WeightBatch
+    from .data.batch import WeightBatch
     from .predictor import Predictor
     from .training import FitSettings, History
     from .zoo import Zoo

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import WeightBatch
+from .data.batch import WeightBatch
 from .input_normaliser import INPUT_SCALES
 from .pretrained import PretrainedMixin, about, arguments, check_config
 

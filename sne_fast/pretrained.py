@@ -54,7 +54,7 @@ class PretrainedMixin:
             ValueError: the configuration cannot be held by JSON.
             OSError: the folder cannot be written.
         """
-        from .checkpoints import save_state_dict
+        from .data.checkpoints import save_state_dict
 
         assert isinstance(self, nn.Module)
         try:
@@ -205,7 +205,7 @@ def check_config(cls: type, config: dict[str, Any], name: str) -> None:
 
 
 def _load_weights(module: nn.Module, path: Path, name: str) -> None:
-    from .checkpoints import load_state_dict
+    from .data.checkpoints import load_state_dict
 
     found = load_state_dict(path)
     wanted = module.state_dict()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
-    from .batch import WeightBatch
+    from .data.batch import WeightBatch
 
 
 def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:

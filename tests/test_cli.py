@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import sne_fast
 from sne_fast import SNE, Predictor
 from sne_fast.backends import gpu_runs
-from sne_fast.checkpoints import save_state_dict
 from sne_fast.cli import app
+from sne_fast.data.checkpoints import save_state_dict
 from sne_fast.zoo import ZooWriter
 
 runner = CliRunner()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
 from ..encoder import SNE
 from .networks import (
     BottleneckResNet,

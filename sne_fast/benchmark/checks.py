@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._padded import PaddedSNE
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
 from ..encoder import SNE
 from ..ops.dispatch import use_backend
 from .cases import Case

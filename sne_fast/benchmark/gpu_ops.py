@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
 from ..nn import MAB
 from ..ops import functional
 from ..ops.dispatch import use_backend

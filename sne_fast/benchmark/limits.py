@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..backends.cpu import library
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
 
 ROWS, INNER, COLUMNS = 8192, 64, 192
 """The product of a full block's projections: 8192 x 64 by 64 x 192."""

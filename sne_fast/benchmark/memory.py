@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
 from ..encoder import SNE
 
 RESERVE = 0.8

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .._threads import torch_threads
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
 from ..demo import check_extra
 from ..reporting import commit, machine, measures, write_json
 from ..symmetry import Symmetry

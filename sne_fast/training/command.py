@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import input_normaliser
+from ..data.weight_budgets import stratified_split
 from ..encoder import SNE
 from ..predictor import Predictor
 from ..reporting import measures, write_csv, write_json
 from ..symmetry import PermutationAugmentation, Symmetry, chain_symmetry, zoo_symmetries
 from ..zoo import Zoo
-from .batching import stratified_split
 from .distributed import World, processes
 from .loop import fit, predict
 from .progress import CsvLog, Log, TensorBoardLog

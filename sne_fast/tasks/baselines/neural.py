@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...batch import WeightBatch
+from ...data.batch import WeightBatch
 from ...predictor import LOGIT_MARGIN
 from ...training.loop import decay_groups, warm_cosine
 from ...training.settings import SEED_STRIDE

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._batch_checks import CHUNKINGS
-from ._collect import Network, collect
-from ._options import resolve_kinds, resolve_levels
-from ._scale import tensor_scales
+from ..ops.functional import gather_chunks
 from .batch import WeightBatch, scale_dtype
-from .ops.functional import gather_chunks
+from .batch_checks import CHUNKINGS
+from .layer_overrides import resolve_kinds, resolve_levels
+from .layers import Network, collect
+from .tensor_scales import tensor_scales
 
 __all__ = ["pack"]
 

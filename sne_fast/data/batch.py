@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
-from ._ragged import join_pointers, ragged_gather
+from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
+from .pointers import join_pointers, ragged_gather
 
 __all__ = ["CHUNKINGS", "WeightBatch"]
 

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .._ragged import network_starts
-from ..batch import WeightBatch
+from .batch import WeightBatch
+from .pointers import network_starts
 
 
 def network_sizes(batch: WeightBatch) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._collect import Network
+from .layers import Network
 
 # Elements at once, 128 KiB in float64. It stays in cache, and torch starts no threads below 32768 elements: on a busy
 # machine the barriers of thousands of tiles would cost a hundred times what the sums do.

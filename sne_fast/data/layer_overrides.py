@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ._collect import Network
+from .layers import Network
 from .tensor_types import kind_id
 
 
