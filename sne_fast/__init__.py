@@ -3,10 +3,10 @@
 from .data.batch import WeightBatch
 from .data.checkpoints import CheckpointError
 from .data.packing import pack
-from .encoder import SNE
-from .nn import ISAB, MAB, PMA, SAB
+from .nn.blocks import ISAB, MAB, PMA, SAB
+from .nn.encoder import SNE
+from .nn.predictor import Predictor, PredictorHead
 from .ops.dispatch import BackendError, explain, use_backend
-from .predictor import Predictor, PredictorHead
 
 __version__ = "0.1.0"
 

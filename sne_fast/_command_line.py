@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
-    from .encoder import SNE
+    from .nn.encoder import SNE
 
 BATCH_WEIGHTS = 200_000
 
@@ -79,9 +79,9 @@ def usable_device(name: str) -> Any:
 def load_encoder(model: str | None, seed: int, set_attention: str, device: str) -> SNE:
     import torch
 
-    from .encoder import SNE
-    from .predictor import Predictor
-    from .pretrained import read_config, saved_class
+    from .nn.encoder import SNE
+    from .nn.predictor import Predictor
+    from .nn.pretrained import read_config, saved_class
 
     where = usable_device(device)
     if model is None:

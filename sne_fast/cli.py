@@ -279,7 +279,7 @@ def predict(
     import csv
     import json
 
-    from .predictor import Predictor
+    from .nn.predictor import Predictor
 
     if out is not None:
         check_output(out, (".csv", ".json"))

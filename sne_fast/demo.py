@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from .data.batch import WeightBatch
-    from .predictor import Predictor
+    from .nn.predictor import Predictor
     from .training import FitSettings, History
     from .zoo import Zoo
 
@@ -178,8 +178,8 @@ class Clock:
 def _predictor(settings: Demo) -> Predictor:
     import torch
 
-    from .encoder import SNE
-    from .predictor import Predictor
+    from .nn.encoder import SNE
+    from .nn.predictor import Predictor
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

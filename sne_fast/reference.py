@@ -1,6 +1,6 @@
 """The plain PyTorch reference: the ops, to which every backend is held, and the encoder as padded eager modules."""
 
-from ._padded import PaddedSNE
+from .nn.padded import PaddedSNE
 from .ops.reference import (
     chunk_encode,
     chunk_encode_backward,

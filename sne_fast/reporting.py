@@ -46,7 +46,7 @@ def statistics_regression(
     import numpy as np
     from sklearn.ensemble import GradientBoostingRegressor
 
-    from .predictor import LOGIT_MARGIN
+    from .nn.predictor import LOGIT_MARGIN
     from .zoo.statistics import layer_statistics
 
     features = layer_statistics(batch)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..data.batch import WeightBatch
-from ..encoder import SNE
+from ..nn.encoder import SNE
 from .networks import (
     BottleneckResNet,
     ResNet,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._padded import PaddedSNE
 from ..data.batch import WeightBatch
-from ..encoder import SNE
+from ..nn.encoder import SNE
+from ..nn.padded import PaddedSNE
 from ..ops.dispatch import use_backend
 from .cases import Case
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._padded import PaddedSNE
 from ..data.batch import WeightBatch
-from ..encoder import SNE
+from ..nn.encoder import SNE
+from ..nn.padded import PaddedSNE
 from ..ops.dispatch import use_backend
 from .memory import padded_bytes
 

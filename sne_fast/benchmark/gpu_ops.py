@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.batch import WeightBatch
-from ..nn import MAB
+from ..nn.blocks import MAB
 from ..ops import functional
 from ..ops.dispatch import use_backend
 from ..ops.precision import product_precision

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from ..data.batch import WeightBatch
-from ..encoder import SNE
+from ..nn.encoder import SNE
 
 RESERVE = 0.8
 """The share of the memory now available that a baseline may use by default."""

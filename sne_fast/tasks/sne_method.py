@@ -11,9 +11,9 @@ import torch
 
 from ..data.batch import WeightBatch
 from ..data.tensor_types import CONVOLUTION, KINDS, LINEAR
-from ..encoder import SNE
-from ..input_normaliser import INPUT_SCALES
-from ..predictor import Predictor
+from ..nn.encoder import SNE
+from ..nn.input_scales import INPUT_SCALES
+from ..nn.predictor import Predictor
 from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
 from ..training import FitSettings, History, fit, predict
 from ..training.loop import Augment

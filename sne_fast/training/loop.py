@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights
-from ..predictor import Predictor
+from ..nn.predictor import Predictor
 from .distributed import World, part_of
 from .progress import Log, Progress
 from .settings import SEED_STRIDE, FitSettings, History

@@ -22,7 +22,7 @@ def load_checkpoints(
 ) -> Zoo:
     """A folder of checkpoints with a CSV table, one row per network, as a zoo.
 
-    A checkpoint is a file that `sne_fast.data.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`, `.pth`, `.bin`,
+    A checkpoint is whatever `sne_fast.data.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`, `.pth`, `.bin`,
     `.ckpt`, or a folder holding one. Pickled ones are read with `weights_only=True`; what holds more than tensors and
     plain values is refused when it is read.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...data.batch import WeightBatch
 from ...data.tensor_types import KINDS, ROLES
 from ...data.weight_budgets import network_sizes
-from ...predictor import PredictorHead
+from ...nn.predictor import PredictorHead
 from .neural import Neural, raw_weights, tensor_sizes
 
 

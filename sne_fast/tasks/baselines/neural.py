@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.batch import WeightBatch
-from ...predictor import LOGIT_MARGIN
+from ...nn.predictor import LOGIT_MARGIN
 from ...training.loop import decay_groups, warm_cosine
 from ...training.settings import SEED_STRIDE
 from .problem import Problem, check, problems

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import WeightBatch
-from ...predictor import PredictorHead
+from ...nn.predictor import PredictorHead
 from .neural import Neural, raw_weights
 from .problem import Problem, differing_shapes, missing, problems
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...input_normaliser import FanInScale
+from ...nn.input_scales import FanInScale
 from .problem import Problem, check, missing, problems
 
 if TYPE_CHECKING:

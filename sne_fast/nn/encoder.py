@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._slabs import fits_at_once, joined, network_runs, row_runs
-from .codes import position_code, reversed_position_code
-from .data.batch import WeightBatch
-from .data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
-from .data.packing import SCALES, pack
-from .data.pointers import network_starts
-from .nn import ISAB, PMA, SAB
-from .ops import functional
+from ..data.batch import WeightBatch
+from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
+from ..data.packing import SCALES, pack
+from ..data.pointers import network_starts
+from ..ops import functional
+from .blocks import ISAB, PMA, SAB
+from .bounded_memory import fits_at_once, joined, network_runs, row_runs
+from .position_codes import position_code, reversed_position_code
 from .pretrained import PretrainedMixin
 
 INITIAL_CODE_GAIN = 0.1

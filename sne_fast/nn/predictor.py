@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data.batch import WeightBatch
-from .input_normaliser import INPUT_SCALES
+from ..data.batch import WeightBatch
+from .input_scales import INPUT_SCALES
 from .pretrained import PretrainedMixin, about, arguments, check_config
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ class PretrainedMixin:
             ValueError: the configuration cannot be held by JSON.
             OSError: the folder cannot be written.
         """
-        from .data.checkpoints import save_state_dict
+        from ..data.checkpoints import save_state_dict
 
         assert isinstance(self, nn.Module)
         try:
@@ -145,7 +145,7 @@ class PretrainedMixin:
 
 def about(cls: type) -> dict[str, Any]:
     """What `config.json` says beside the constructor's arguments."""
-    from . import __version__
+    from .. import __version__
 
     return {"architectures": [cls.__name__], "library_name": "sne_fast", "sne_fast_version": __version__}
 
@@ -205,7 +205,7 @@ def check_config(cls: type, config: dict[str, Any], name: str) -> None:
 
 
 def _load_weights(module: nn.Module, path: Path, name: str) -> None:
-    from .data.checkpoints import load_state_dict
+    from ..data.checkpoints import load_state_dict
 
     found = load_state_dict(path)
     wanted = module.state_dict()

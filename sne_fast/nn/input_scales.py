@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .data.batch import WeightBatch
-from .data.tensor_types import ATTENTION, CONVOLUTION, KINDS, LINEAR, RECURRENT, TRANSPOSED
+from ..data.batch import WeightBatch
+from ..data.tensor_types import ATTENTION, CONVOLUTION, KINDS, LINEAR, RECURRENT, TRANSPOSED
 
 TYPES = 64
 LEVELS = 64

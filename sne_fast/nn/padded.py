@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codes import position_code, reversed_position_code
-from .nn import ISAB, MAB, PMA, SAB
+from .blocks import ISAB, MAB, PMA, SAB
+from .position_codes import position_code, reversed_position_code
 
 if TYPE_CHECKING:
-    from .data.batch import WeightBatch
+    from ..data.batch import WeightBatch
     from .encoder import SNE
 
 

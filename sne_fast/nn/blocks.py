@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._slabs import joined, row_runs
-from .ops import functional
+from ..ops import functional
+from .bounded_memory import joined, row_runs
 
 
 class MAB(nn.Module):
