@@ -337,7 +337,7 @@ def test_short_form_refuses_what_it_does_not_know() -> None:
 
 
 def test_command_line_has_the_short_form() -> None:
-    from sne_fast.cli import app
+    from sne_fast.cli.commands import app
 
     found = CliRunner().invoke(app, ["bench", "--case", "zebra"])
     assert found.exit_code == 2 and "unknown case 'zebra'" in found.output

@@ -8,9 +8,9 @@ import pytest
 import torch
 from cpu_cases import NEEDS_ENGINE, cast, chunk_encode_case, pointers
 
-from sne_fast._threads import torch_threads
 from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
+from sne_fast.training.threads import torch_threads
 
 pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_ENGINE)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sne_fast import _info
 from sne_fast.backends import gpu_runs
 from sne_fast.backends.gpu_runs import Run
+from sne_fast.cli import info
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,7 +44,7 @@ def test_what_failed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu_runs, "read", lambda read=gpu_runs.read: read(file))
     said = gpu_runs.sentence("cuda")
     assert said == ("has run chunk_encode, segment_pool on NVIDIA H200 (compute 9.0, gpu.json), where failed: tests")
-    assert _info._on_gpus("cuda") == said and "has not run on a GPU yet" in _info._on_gpus("triton")
+    assert info._on_gpus("cuda") == said and "has not run on a GPU yet" in info._on_gpus("triton")
 
 
 def test_the_package_says_what_the_committed_results_say() -> None:

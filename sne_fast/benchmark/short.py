@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .._threads import torch_threads
 from ..backends.cpu import library
 from ..ops.dispatch import use_backend
+from ..training.threads import torch_threads
 from .cases import CASES
 from .checks import check_agreement, run_check
 from .contenders import DoesNotFit, contender

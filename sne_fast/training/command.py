@@ -16,7 +16,7 @@ from ..data.weight_budgets import stratified_split
 from ..nn import input_scales as input_normaliser
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from ..reporting import measures, write_csv, write_json
+from ..reports.reporting import measures, write_csv, write_json
 from ..symmetry import PermutationAugmentation, Symmetry, chain_symmetry, zoo_symmetries
 from ..zoo import Zoo
 from .distributed import World, processes

@@ -37,7 +37,7 @@ class Statistics:
         return problems(problem) + missing("sklearn", "scikit-learn")
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
-        from ...reporting import statistics_regression
+        from ...reports.reporting import statistics_regression
 
         check(self, problem)
         known = [*problem.train, *problem.validation]

@@ -14,15 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ._command_line import (
-    check_output,
-    expand,
-    load_encoder,
-    print_table,
-    run_in_batches,
-    usable_device,
-    whole_file,
-)
+from .running import check_output, expand, load_encoder, print_table, run_in_batches, usable_device, whole_file
 
 EXPECTED = (ValueError, TypeError, OSError, KeyError, ModuleNotFoundError, MemoryError)
 
@@ -68,7 +60,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(f"sne_fast {__version__}")
         raise typer.Exit
@@ -113,7 +105,7 @@ def demo(
 
     Writes the zoo (safetensors and a parquet index), the predictor, metrics.json, predictions.csv and two plots.
     """
-    from .demo import Demo, run
+    from ..tasks.demo import Demo, run
 
     chosen = {"networks": networks, "epochs": epochs, "hidden_dim": hidden_dim}
     settings = Demo.quick(seed) if quick else Demo(seed=seed)
@@ -164,9 +156,9 @@ def train(
     """Train a predictor of a zoo's columns from the networks' weights; run by torchrun it uses several processes."""
     from rich.console import Console
 
-    from .training import FitSettings
-    from .training.command import TrainCommand
-    from .training.command import train as run
+    from ..training import FitSettings
+    from ..training.command import TrainCommand
+    from ..training.command import train as run
 
     usable_device(device)
     fit = FitSettings(
@@ -218,8 +210,8 @@ def task(
     """
     from rich.console import Console
 
-    from .tasks import run_task
-    from .tasks.runner import SEEDS
+    from ..tasks import run_task
+    from ..tasks.runner import SEEDS
 
     run_task(name, out, Console(), seeds=seed or SEEDS, methods=method or (), networks=networks, epochs=epochs)
     typer.echo(f"Written to {out}: results.json, results.md, plots, runs/ (predictions and predictors), zoos/")
@@ -279,7 +271,7 @@ def predict(
     import csv
     import json
 
-    from .nn.predictor import Predictor
+    from ..nn.predictor import Predictor
 
     if out is not None:
         check_output(out, (".csv", ".json"))
@@ -319,7 +311,7 @@ def bench(
 
     Every case is checked against the float64 reference first; wrong numbers are not timed.
     """
-    from .benchmark.short import SHORT, run_short
+    from ..benchmark.short import SHORT, run_short
 
     run_short(case or SHORT, rounds=rounds, backend=backend, threads=threads)
 
@@ -327,7 +319,7 @@ def bench(
 @app.command()
 def info() -> None:
     """Show versions, devices, and of the engines: what was built, where it has run, and why one is not used here."""
-    from ._info import text
+    from .info import text
 
     typer.echo(text())
 

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
-    from .nn.encoder import SNE
+    from ..nn.encoder import SNE
 
 BATCH_WEIGHTS = 200_000
 
@@ -49,7 +49,7 @@ def whole_file(out: Path) -> Iterator[Path]:
 
 def expand(paths: Sequence[Path]) -> tuple[list[str], list[Any]]:
     """Names of the networks, and their files or the networks themselves; a zoo folder stands for all of its own."""
-    from .zoo import networks_at
+    from ..zoo import networks_at
 
     files: list[Any] = []
     for path in paths:
@@ -79,9 +79,9 @@ def usable_device(name: str) -> Any:
 def load_encoder(model: str | None, seed: int, set_attention: str, device: str) -> SNE:
     import torch
 
-    from .nn.encoder import SNE
-    from .nn.predictor import Predictor
-    from .nn.pretrained import read_config, saved_class
+    from ..nn.encoder import SNE
+    from ..nn.predictor import Predictor
+    from ..nn.pretrained import read_config, saved_class
 
     where = usable_device(device)
     if model is None:
@@ -104,7 +104,7 @@ def run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: 
     from rich.console import Console
     from rich.progress import track
 
-    from .data.batch import WeightBatch
+    from ..data.batch import WeightBatch
 
     outputs: list[np.ndarray] = []
     held: list[WeightBatch] = []

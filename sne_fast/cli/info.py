@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, explain
-from .backends import gpu_runs
-from .backends.cpu import library
-from .backends.cuda import library as cuda_library
+from .. import __version__, explain
+from ..backends import gpu_runs
+from ..backends.cpu import library
+from ..backends.cuda import library as cuda_library
 
 # What an engine that has not run on a GPU rests on.
 ONLY = {

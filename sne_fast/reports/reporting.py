@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
-    from .data.batch import WeightBatch
+    from ..data.batch import WeightBatch
 
 
 def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
@@ -46,8 +46,8 @@ def statistics_regression(
     import numpy as np
     from sklearn.ensemble import GradientBoostingRegressor
 
-    from .nn.predictor import LOGIT_MARGIN
-    from .zoo.statistics import layer_statistics
+    from ..nn.predictor import LOGIT_MARGIN
+    from ..zoo.statistics import layer_statistics
 
     features = layer_statistics(batch)
     features = np.where(np.isnan(features), -1e3, features)  # a place of its own: trees split it off
@@ -107,7 +107,7 @@ def commit() -> str | None:
     """The commit of a checkout that this package is imported from, with "-dirty" if it has changes; None elsewhere."""
     import subprocess
 
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -129,8 +129,8 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    from . import __version__
-    from .backends.cpu import library
+    from .. import __version__
+    from ..backends.cpu import library
 
     return {
         "sne_fast": __version__,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import reporting as report
+from ..reports import reporting as report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .data.batch import WeightBatch
-    from .nn.predictor import Predictor
-    from .training import FitSettings, History
-    from .zoo import Zoo
+    from ..data.batch import WeightBatch
+    from ..nn.predictor import Predictor
+    from ..training import FitSettings, History
+    from ..zoo import Zoo
 
 TARGET = "test_accuracy"
 SHARES = (0.75, 0.05, 0.20)  # training, watched while training, held out
@@ -72,9 +72,9 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     check_extra()
     from rich.console import Console
 
-    from ._threads import torch_threads
-    from .backends.cpu import library
-    from .training import stratified_split
+    from ..backends.cpu import library
+    from ..training import stratified_split
+    from ..training.threads import torch_threads
 
     settings = settings or Demo()
     console = console or Console()
@@ -137,7 +137,7 @@ def check_extra() -> None:
 
 def _check(settings: Demo) -> None:
     """Settings are checked before the zoo is trained, not after."""
-    from .zoo.digits import ARCHITECTURES
+    from ..zoo.digits import ARCHITECTURES
 
     least = 4 * len(ARCHITECTURES)
     if settings.networks < least:
@@ -146,7 +146,7 @@ def _check(settings: Demo) -> None:
 
 
 def _fit_settings(settings: Demo) -> FitSettings:
-    from .training import FitSettings
+    from ..training import FitSettings
 
     return FitSettings(epochs=settings.epochs, lr=settings.lr, batch_weights=settings.batch_weights, seed=settings.seed)
 
@@ -178,8 +178,8 @@ class Clock:
 def _predictor(settings: Demo) -> Predictor:
     import torch
 
-    from .nn.encoder import SNE
-    from .nn.predictor import Predictor
+    from ..nn.encoder import SNE
+    from ..nn.predictor import Predictor
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -191,7 +191,7 @@ def _predictor(settings: Demo) -> Predictor:
 
 
 def _make_zoo(folder: Path, settings: Demo, console: Console) -> Zoo:
-    from .zoo import make_digits_zoo
+    from ..zoo import make_digits_zoo
 
     with _bar(console) as bar:
         task = bar.add_task(f"1. Training {settings.networks} digit classifiers", total=1.0, note="")
@@ -219,7 +219,7 @@ def _train(
     settings: Demo,
     console: Console,
 ) -> History:
-    from .training import fit, network_sizes
+    from ..training import fit, network_sizes
 
     targets = _targets(accuracy)
     train, validation = parts["train"], parts["validation"]
@@ -258,7 +258,7 @@ def _report(
 ) -> dict[str, Any]:
     import numpy as np
 
-    from .training import predict
+    from ..training import predict
 
     accuracy, architectures = zoo.column(TARGET), [str(name) for name in zoo.column("architecture")]
     test, known = parts["test"], parts["train"] + parts["validation"]
