@@ -16,8 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def gpu_engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each engine for a GPU in turn, skipped, visibly, where it does not run."""
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend for a GPU in turn, skipped, visibly, where it does not run."""
     import torch
 
     import sne_fast

@@ -152,9 +152,9 @@ def test_info():
     assert result.exit_code == 0
     for word in ("sne_fast", "python", "torch", "triton", "numpy", "cpu", "cuda", "reference", "chunk_encode"):
         assert word in result.stdout
-    for engine in ("triton", "cuda"):
-        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"engine {engine}")]
-        runs = [run for run in gpu_runs.read() if run.engine == engine]
+    for backend in ("triton", "cuda"):
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"backend {backend}")]
+        runs = [run for run in gpu_runs.read() if run.backend == backend]
         assert all(run.device in line for run in runs)
         assert ("has not run on a GPU yet: checked in" in line) == (not runs)
 
@@ -267,7 +267,7 @@ def test_the_memory_probe_runs_what_is_installed(tmp_path, monkeypatch):
     (tmp_path / "sne_fast").mkdir()
     (tmp_path / "sne_fast" / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
     monkeypatch.chdir(tmp_path)
-    assert probe("single", "forward", "engine", size="tiny", threads=1, limit=1e12)["weights"] == 1153
+    assert probe("single", "forward", "sne_fast", size="tiny", threads=1, limit=1e12)["weights"] == 1153
 
 
 def test_as_a_program(files, tmp_path):

@@ -1,4 +1,4 @@
-"""Loading the CUDA engine's library and what is said where it cannot be used, with builds and devices made up here."""
+"""Loading the CUDA backend's library and what is said where it cannot be used, with builds and devices made up here."""
 
 from __future__ import annotations
 
@@ -196,5 +196,5 @@ def test_a_rebuilt_library_and_changed_sources_are_tested_again(monkeypatch, tmp
         (tmp_path / file).write_text(f"changed {file}")
         selftest._source_digest.cache_clear()
         digests.append(selftest._source_digest(str(tmp_path / "backend.py"), cuda.SOURCES))
-    assert len(set(digests)) == 4 and digests[-1] == digests[-2], "what is not the engine's does not matter"
+    assert len(set(digests)) == 4 and digests[-1] == digests[-2], "what is not the backend's does not matter"
     selftest._source_digest.cache_clear()

@@ -1,4 +1,4 @@
-"""Choice of the engine: explicit choices never fall back, reasons are joined, a new engine is one file."""
+"""Choice of the backend: explicit choices never fall back, reasons are joined, a new backend is one file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sne_fast import functional
 from sne_fast.ops import dispatch
 
 
-def engine(name: str = "triton", **changes: object) -> types.ModuleType:
+def backend(name: str = "triton", **changes: object) -> types.ModuleType:
     """A backend module that pools by returning sevens."""
     module = types.ModuleType(name)
 
@@ -49,26 +49,26 @@ def pooled() -> float:
 
 
 def test_auto_takes_the_highest_priority_and_falls_back(install) -> None:
-    install(engine())
+    install(backend())
     assert pooled() == 7
-    install(engine(PRIORITY=-1))
+    install(backend(PRIORITY=-1))
     assert pooled() != 7
-    install(engine(why_not=lambda op, args: ["not this width"]))
+    install(backend(why_not=lambda op, args: ["not this width"]))
     assert pooled() != 7
-    install(engine(unavailable=lambda: ["no driver"]))
+    install(backend(unavailable=lambda: ["no driver"]))
     assert pooled() != 7
-    install(engine(DEVICES=("cuda",)))
+    install(backend(DEVICES=("cuda",)))
     assert pooled() != 7
 
 
 def test_an_explicit_choice_never_falls_back(install) -> None:
-    install(engine(unavailable=lambda: ["no driver"], DEVICES=("cuda",)))
+    install(backend(unavailable=lambda: ["no driver"], DEVICES=("cuda",)))
     with sne_fast.use_backend("triton"):
         with pytest.raises(
             sne_fast.BackendError, match="segment_pool: backend 'triton' cannot run it: no driver; runs"
         ):
             pooled()
-    install(engine(why_not=lambda op, args: ["width 8 is not one of 32, 64"]))
+    install(backend(why_not=lambda op, args: ["width 8 is not one of 32, 64"]))
     with sne_fast.use_backend("triton"), pytest.raises(sne_fast.BackendError, match="width 8 is not one of"):
         pooled()
     x = torch.randn(2, 8)
@@ -78,7 +78,7 @@ def test_an_explicit_choice_never_falls_back(install) -> None:
 
 
 def test_the_environment_chooses_where_no_block_does(install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(engine())
+    install(backend())
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
     assert pooled() != 7
     with sne_fast.use_backend("triton"):
@@ -116,7 +116,7 @@ def test_backward_in_another_thread_sees_the_choice(install) -> None:
 
 
 def test_explain_names_every_op_backend_and_reason(install) -> None:
-    install(engine(unavailable=lambda: ["no driver here"]))
+    install(backend(unavailable=lambda: ["no driver here"]))
     report = sne_fast.explain()
     assert {r.op for r in report} == {"gather_chunks", "chunk_encode", "set_attention", "segment_pool", "feed_forward"}
     assert {r.backend for r in report} == {"reference", "cpu", "triton", "cuda"}
@@ -142,21 +142,21 @@ def test_import_prints_nothing_probes_nothing_and_stays_light(tmp_path) -> None:
         "heavy = {'triton', 'sklearn', 'matplotlib', 'scipy', 'huggingface_hub', 'typer', 'rich', 'torch._dynamo'}\n"
         "assert not heavy & new, heavy & new\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert not [m for m in new if m.startswith('sne_fast.backends.')], 'engines are loaded on first use'\n"
+        "assert not [m for m in new if m.startswith('sne_fast.backends.')], 'backends are loaded on first use'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
 
 
-def test_auto_leaves_devices_that_an_engine_serves_by_name_only(install) -> None:
-    install(engine(AUTO_DEVICES=("cuda",)))
+def test_auto_leaves_devices_that_a_backend_serves_by_name_only(install) -> None:
+    install(backend(AUTO_DEVICES=("cuda",)))
     assert pooled() != 7
     with sne_fast.use_backend("triton"):
         assert pooled() == 7
 
 
-def test_the_triton_engine_explains_itself_and_imports_triton_late(tmp_path) -> None:
+def test_the_triton_backend_explains_itself_and_imports_triton_late(tmp_path) -> None:
     code = (
         "import sys, torch, sne_fast\n"
         "x, ptr = torch.randn(4, 16), torch.tensor([0, 4])\n"

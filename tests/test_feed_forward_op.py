@@ -1,4 +1,4 @@
-"""feed_forward on the reference engine, and when a MAB calls it rather than ordinary torch operations."""
+"""feed_forward on the reference backend, and when a MAB calls it rather than ordinary torch operations."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_errors(change: dict[str, Tensor], message: str) -> None:
 # --------------------------------------------------------------------------------------------- when a block calls it
 
 
-def test_which_engines_fuse() -> None:
+def test_which_backends_fuse() -> None:
     said = {}
     for name in ("auto", *dispatch.BACKEND_NAMES):
         with sne_fast.use_backend(name):
@@ -129,11 +129,11 @@ def test_which_engines_fuse() -> None:
     assert said == {"auto": [False, True], "reference": no, "cpu": no, "cuda": no, "triton": [True, True]}
 
 
-@pytest.mark.parametrize("engine", ["cpu", "cuda"])
-def test_an_engine_without_it_says_so(engine: str) -> None:
-    reasons = {r.op: r.reasons for r in sne_fast.explain() if r.backend == engine}
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_backend_without_it_says_so(backend: str) -> None:
+    reasons = {r.op: r.reasons for r in sne_fast.explain() if r.backend == backend}
     assert "does not implement feed_forward; modules do it by ordinary torch operations" in reasons["feed_forward"]
-    with sne_fast.use_backend(engine), pytest.raises(sne_fast.BackendError, match="does not implement feed_forward"):
+    with sne_fast.use_backend(backend), pytest.raises(sne_fast.BackendError, match="does not implement feed_forward"):
         functional.feed_forward(*feed_forward_case(3, 32))
 
 
@@ -213,7 +213,7 @@ def test_the_whole_encoder_with_it(calls, as_on_a_gpu, config: dict[str, object]
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.abs().max()) + 1e-12)
 
 
-def test_compiled_into_one_graph_that_follows_the_choice_of_engine(calls, as_on_a_gpu) -> None:
+def test_compiled_into_one_graph_that_follows_the_choice_of_backend(calls, as_on_a_gpu) -> None:
     mab = MAB(8, 8, 32, num_heads=4, layer_norm=True).double()
     x, ptr = torch.randn(7, 8, dtype=DOUBLE), torch.tensor([0, 3, 7])
     compiled = torch.compile(mab, fullgraph=True, backend="aot_eager")
@@ -256,8 +256,8 @@ def test_sets_of_several_seeds(calls, as_on_a_gpu) -> None:
     assert pool(x[:0], ptr[:1]).shape == (0, 3, 32)
 
 
-def test_a_backward_under_another_engine_is_the_references() -> None:
-    """What forward saved is the same for all engines, and an engine without the op has no backward of it."""
+def test_a_backward_under_another_backend_is_the_references() -> None:
+    """What forward saved is the same for all backends, and a backend without the op has no backward of it."""
     generator = torch.Generator().manual_seed(0)
     args = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
             for shape in ((5, 32), (5, 32), (32, 32), (32,), (4, 32))]  # fmt: skip

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def result(**changes: Any) -> dict[str, Any]:
     environment = {"device": "NVIDIA H200", "capability": [9, 0], "commit": "0123456789abcdef"}
     rows = [
-        {"op": "chunk_encode", "engine": "cuda", "forward_seconds": 1.0},
-        {"op": "chunk_encode", "engine": "cuda", "forward_seconds": 2.0},
-        {"op": "segment_pool", "engine": "cuda", "forward_seconds": 1.0},
-        {"op": "segment_pool", "engine": "triton", "forward_seconds": 1.0},
+        {"op": "chunk_encode", "backend": "cuda", "forward_seconds": 1.0},
+        {"op": "chunk_encode", "backend": "cuda", "forward_seconds": 2.0},
+        {"op": "segment_pool", "backend": "cuda", "forward_seconds": 1.0},
+        {"op": "segment_pool", "backend": "triton", "forward_seconds": 1.0},
         {"op": "set_attention", "by": "FlexAttention", "forward_seconds": 1.0},
-        {"op": "set_attention", "engine": "triton", "skipped": "..."},
+        {"op": "set_attention", "backend": "triton", "skipped": "..."},
     ]
     return {"errors": {}, "parts": {"environment": environment, "ops": rows}, "part_seconds": {}, **changes}
 
@@ -55,10 +55,10 @@ def test_the_package_says_what_the_committed_results_say() -> None:
     assert list(gpu_runs.read()) == runs, "python -m sne_fast.backends.gpu_runs bench/results/*.json"
 
 
-@pytest.mark.parametrize("engine", ["triton", "cuda"])
-def test_the_readme_says_the_same(engine: str) -> None:
-    row = re.search(rf"^\| `{engine}` \|.*$", (ROOT / "README.md").read_text(), re.M)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_readme_says_the_same(backend: str) -> None:
+    row = re.search(rf"^\| `{backend}` \|.*$", (ROOT / "README.md").read_text(), re.M)
     assert row is not None
-    devices = {run.device for run in gpu_runs.read() if run.engine == engine}
+    devices = {run.device for run in gpu_runs.read() if run.backend == backend}
     assert all(device in row[0] for device in devices)
     assert ("**Has not run on a GPU yet**" in row[0]) == (not devices)

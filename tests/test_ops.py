@@ -1,4 +1,4 @@
-"""The ops on the reference engine: loops, gradients, opcheck, autocast, error messages."""
+"""The ops on the reference backend: loops, gradients, opcheck, autocast, error messages."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_autocast_casts_once_and_grads_return_in_the_inputs_dtype() -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
-def test_the_engine_computes_outside_autocast() -> None:
+def test_the_backend_computes_outside_autocast() -> None:
     q, k, v, q_ptr, k_ptr = attention_case([5], [5], 32, torch.float32)
     plain = torch.ops.sne_fast.set_attention(q, k, v, q_ptr, k_ptr, q_ptr, k_ptr, 4)[0]
     with torch.autocast("cpu", torch.bfloat16):

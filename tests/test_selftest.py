@@ -1,4 +1,4 @@
-"""The self-test that stands between ``auto`` and an engine, with fake engines on the CPU."""
+"""The self-test that stands between ``auto`` and a backend, with fake backends on the CPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sne_fast.ops.schema import FORWARD_OPS, SCHEMAS
 CALLS: list[str] = []
 
 
-def engine(spoil: str = "", fail: bool = False) -> types.ModuleType:
-    """The reference's kernels under the name of a GPU engine; ``spoil`` names the op that gives twice its results."""
+def backend(spoil: str = "", fail: bool = False) -> types.ModuleType:
+    """The reference's kernels under the name of a GPU backend; ``spoil`` names the op that gives twice its results."""
 
     def kernel(op: str):
         def run(*args):
@@ -65,8 +65,8 @@ def pool(dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> tor
     return functional.segment_pool(x.requires_grad_(requires_grad), logits, ptr)
 
 
-def test_auto_tests_once_and_then_takes_the_engine(install) -> None:
-    install(engine())
+def test_auto_tests_once_and_then_takes_the_backend(install) -> None:
+    install(backend())
     pool()
     tested = len(CALLS)
     assert "segment_pool_backward" in CALLS and tested > 2, "forward and backward are tested before the first call"
@@ -78,8 +78,8 @@ def test_auto_tests_once_and_then_takes_the_engine(install) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["segment_pool", "segment_pool_backward"])
-def test_a_wrong_engine_is_not_taken_and_explained(install, spoil: str) -> None:
-    install(engine(spoil))
+def test_a_wrong_backend_is_not_taken_and_explained(install, spoil: str) -> None:
+    install(backend(spoil))
     with pytest.warns(RuntimeWarning, match="'triton' failed its self-test on cpu and is not used: segment_pool"):
         wrong = pool()
     with sne_fast.use_backend("reference"):
@@ -89,21 +89,21 @@ def test_a_wrong_engine_is_not_taken_and_explained(install, spoil: str) -> None:
     assert not selftest.cache_file().exists()
 
 
-def test_an_engine_that_raises_is_not_taken(install) -> None:
-    install(engine(fail=True))
+def test_a_backend_that_raises_is_not_taken(install) -> None:
+    install(backend(fail=True))
     with pytest.warns(RuntimeWarning, match="RuntimeError: no kernel image is available"):
         assert pool().shape == (2, 3, 16)
 
 
 def test_an_explicit_choice_is_not_tested(install) -> None:
-    install(engine("segment_pool"))
+    install(backend("segment_pool"))
     with sne_fast.use_backend("triton"):
         pool()
     assert CALLS == ["segment_pool"]
 
 
 def test_what_passed_is_remembered_on_disk(install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(engine())
+    install(backend())
     pool()
     (variants,) = json.loads(selftest.cache_file().read_text()).values()
     assert variants == ["triton segment_pool float32 h=16 H=3 ieee"]
@@ -123,7 +123,7 @@ def test_a_broken_cache_is_ignored(install, content: str) -> None:
     file = selftest.cache_file()
     file.parent.mkdir(parents=True)
     file.write_text(content)
-    install(engine())
+    install(backend())
     assert pool().shape == (2, 3, 16) and len(CALLS) > 1
 
 
@@ -131,7 +131,7 @@ def test_a_cache_folder_that_cannot_be_made_is_fine(install, monkeypatch: pytest
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv(selftest.CACHE_ENVIRONMENT_VARIABLE, str(blocked))
-    install(engine())
+    install(backend())
     assert pool().shape == (2, 3, 16)
     monkeypatch.delenv(selftest.CACHE_ENVIRONMENT_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -139,16 +139,16 @@ def test_a_cache_folder_that_cannot_be_made_is_fine(install, monkeypatch: pytest
 
 
 def test_not_while_capturing(install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(engine())
+    install(backend())
     monkeypatch.setattr(selftest, "_may_run", lambda device: False)
     pool()
-    assert CALLS == [], "an engine that was not tested is passed by"
+    assert CALLS == [], "a backend that was not tested is passed by"
     monkeypatch.undo()
 
 
 @pytest.mark.filterwarnings("error:sne_fast")
 def test_inside_inference_mode_autocast_and_a_backward(install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(engine())
+    install(backend())
     with torch.inference_mode():
         pool()
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,13 +166,13 @@ def test_inside_inference_mode_autocast_and_a_backward(install, monkeypatch: pyt
 @pytest.mark.parametrize("op", FORWARD_OPS)
 def test_the_reference_passes_in_every_dtype(op: str, dtype: torch.dtype) -> None:
     case = selftest_cases.Variant(op, dtype, 64, 4, layer_norm=True)
-    assert selftest.check(engine(), case, torch.device("cpu")) == []
+    assert selftest.check(backend(), case, torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize("op", [op for op in SCHEMAS if not op.startswith(("segment_pool", "set_attention"))])
 def test_other_ops_are_caught_too(op: str) -> None:
     case = selftest_cases.Variant(op.removesuffix("_backward"), torch.float32, 32, 4)
-    spoilt = engine(op)
+    spoilt = backend(op)
     if op == "gather_chunks_backward":
         right = spoilt.KERNELS[op]
         spoilt.KERNELS[op] = lambda *args: ([2 * g for g in honest.KERNELS[op](*args)[0]], right(*args)[1])
@@ -195,10 +195,10 @@ def test_variants_of_calls() -> None:
     assert str(selftest_cases.variant("feed_forward_backward", plain)) == "feed_forward float64 h=32"
 
 
-def test_one_query_for_all_rows_reaches_the_engine_as_such() -> None:
+def test_one_query_for_all_rows_reaches_the_backend_as_such() -> None:
     case = selftest_cases.Variant("feed_forward", torch.float32, 32, 0, True)
     strides: list[int] = []
-    spied = engine()
+    spied = backend()
     right = spied.KERNELS["feed_forward"]
     spied.KERNELS["feed_forward"] = lambda *args: (strides.append(args[0].stride(0)), right(*args))[1]
     assert selftest.check(spied, case, torch.device("cpu")) == [] and strides == [32, 0]

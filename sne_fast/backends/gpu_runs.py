@@ -2,7 +2,7 @@
 
     python -m sne_fast.backends.gpu_runs bench/results/gpu_*.json
 
-writes it. An engine that no result names has only been emulated and compiled, and ``sne-fast info`` says so.
+writes it. A backend that no result names has only been emulated and compiled, and ``sne-fast info`` says so.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NOT_YET = "has not run on a GPU yet"
 
 @dataclass(frozen=True)
 class Run:
-    """One engine on one GPU. ``ops``: those that agreed with the reference there; ``failed``: what else went wrong."""
+    """One backend on one GPU. ``ops``: those that agreed with the reference there; ``failed``: what else went wrong."""
 
-    engine: str
+    backend: str
     device: str
     capability: str
     ops: tuple[str, ...]
@@ -36,21 +36,21 @@ class Run:
 
 
 def runs_of(result: Mapping[str, Any], name: str) -> list[Run]:
-    """What a result of ``bench/gpu_suite.py`` on a GPU says of each engine."""
+    """What a result of ``bench/gpu_suite.py`` on a GPU says of each backend."""
     environment = result["parts"]["environment"]
     if "capability" not in environment:
         return []
     ops: dict[str, dict[str, None]] = {}
     for row in result["parts"].get("ops", []):
-        if "engine" in row and "forward_seconds" in row:
-            ops.setdefault(row["engine"], {})[row["op"]] = None
+        if "backend" in row and "forward_seconds" in row:
+            ops.setdefault(row["backend"], {})[row["op"]] = None
     failed = tuple(result["errors"])
     return [
         Run(
-            engine, environment["device"], "{}.{}".format(*environment["capability"]), tuple(found), failed,
+            backend, environment["device"], "{}.{}".format(*environment["capability"]), tuple(found), failed,
             str(environment["commit"])[:10], name,
         )
-        for engine, found in ops.items()
+        for backend, found in ops.items()
     ]  # fmt: skip
 
 
@@ -68,9 +68,11 @@ def write(runs: Sequence[Run], file: Path = FILE) -> None:
     file.write_text(json.dumps({"runs": [asdict(run) for run in runs]}, indent=1) + "\n", encoding="utf-8")
 
 
-def sentence(engine: str) -> str:
-    """Where an engine has run; for ``sne-fast info``."""
-    return "has run " + "; ".join(map(str, found)) if (found := [r for r in read() if r.engine == engine]) else NOT_YET
+def sentence(backend: str) -> str:
+    """Where a backend has run; for ``sne-fast info``."""
+    return (
+        "has run " + "; ".join(map(str, found)) if (found := [r for r in read() if r.backend == backend]) else NOT_YET
+    )
 
 
 if __name__ == "__main__":

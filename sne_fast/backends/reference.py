@@ -1,4 +1,4 @@
-"""The plain PyTorch engine: every op, any device and dtype, in tiles."""
+"""The plain PyTorch backend: every op, any device and dtype, in tiles."""
 
 from __future__ import annotations
 

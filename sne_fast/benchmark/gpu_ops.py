@@ -29,14 +29,14 @@ WIDTH = 64
 HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # float32 products may be tf32
 
 
-def _shape(engine: str, dtype: torch.dtype, width: int, heads: int, length: float, rows: int) -> Row:
+def _shape(backend: str, dtype: torch.dtype, width: int, heads: int, length: float, rows: int) -> Row:
     """Who was measured on what, as :mod:`sne_fast.backends.cuda.winners` reads it: ``length`` is the mean of a set."""
-    return {"engine": engine, "dtype": str(dtype), "products": product_precision(dtype), "width": width,
+    return {"backend": backend, "dtype": str(dtype), "products": product_precision(dtype), "width": width,
             "heads": heads, "length": length, "rows": rows}  # fmt: skip
 
 
 def shape_of(row: Row) -> tuple[Any, ...]:
-    """What two engines' rows of the same work have in common."""
+    """What two backends' rows of the same work have in common."""
     return tuple(row.get(key) for key in ("op", "dtype", "products", "width", "heads", "length", "rows"))
 
 

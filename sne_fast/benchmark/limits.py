@@ -59,7 +59,7 @@ def _products() -> dict[str, Callable[[], float]]:
 
 
 def product_rate(seconds: float = 0.06) -> float:
-    """The best rate seen in about `seconds` of products, torch's and the engine's own, all threads: operations per s.
+    """The best rate seen in about `seconds` of products, torch's and the backend's own, all threads: operations per s.
 
     It falls with whatever else the machine does, so take it right beside the measurement that it limits.
     """

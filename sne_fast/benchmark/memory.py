@@ -85,7 +85,7 @@ def probe(
     Raises:
         RuntimeError: the process failed.
     """
-    # Not `-m`: from a checkout's own folder that would import the checkout, which has no C++ engine.
+    # Not `-m`: from a checkout's own folder that would import the checkout, which has no C++ backend.
     start = f"import sys; sys.path[:] = [p for p in sys.path if p]; from {__name__} import main; main()"
     command = [
         sys.executable, "-c", start, case, mode, contender,

@@ -304,7 +304,7 @@ def bench(
         typer.Option(help="Case to run; repeat for several.", show_default="zoo, inr and mixed"),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds at most; medians are shown.")] = 3,
-    backend: Annotated[str, typer.Option(help="Engine under test, such as cpu or reference.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Backend under test, such as cpu or reference.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads.", show_default="all cores")] = None,
 ) -> None:
     """Measure encoding and training against plain PyTorch on this machine, in about a minute.
@@ -318,7 +318,7 @@ def bench(
 
 @app.command()
 def info() -> None:
-    """Show versions, devices, and of the engines: what was built, where it has run, and why one is not used here."""
+    """Show versions, devices, and of the backends: what was built, where it has run, and why one is not used here."""
     from .info import text
 
     typer.echo(text())
@@ -333,7 +333,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         # As it was started: with `-m`, a folder sne_fast in the working directory would take the place of what is
-        # installed, and a checkout has no C++ engine.
+        # installed, and a checkout has no C++ backend.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     app(prog_name="sne-fast")
 

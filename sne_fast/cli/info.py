@@ -1,4 +1,4 @@
-"""What ``sne-fast info`` shows: versions, devices, which engines were built for what, and where they have run."""
+"""What ``sne-fast info`` shows: versions, devices, which backends were built for what, and where they have run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..backends import gpu_runs
 from ..backends.cpu import library
 from ..backends.cuda import library as cuda_library
 
-# What an engine that has not run on a GPU rests on.
+# What a backend that has not run on a GPU rests on.
 ONLY = {
     "triton": "checked in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100",
     "cuda": "checked in an emulator on the host, and compiled for sm_80, sm_90a and sm_100",
@@ -41,26 +41,26 @@ def machine() -> list[tuple[str, str]]:
     return rows
 
 
-def engines() -> list[tuple[str, str]]:
-    """For each engine: whether and for what it was built, and which GPUs it has run on."""
+def backends() -> list[tuple[str, str]]:
+    """For each backend: whether and for what it was built, and which GPUs it has run on."""
     cpu = library.reasons() or [f"built for {', '.join(library.supported_isas())}; runs {library.isa()}"]
     if reasons := cuda_library.reasons():
         cuda = f"not here: {reasons[0].splitlines()[0]}"
     else:
         cuda = f"built for {' '.join(cuda_library.architectures())}"
     return [
-        ("engine cpu", cpu[0]),
-        ("engine triton", f"compiles at the first call; {_on_gpus('triton')}"),
-        ("engine cuda", f"{cuda}; {_on_gpus('cuda')}"),
+        ("backend cpu", cpu[0]),
+        ("backend triton", f"compiles at the first call; {_on_gpus('triton')}"),
+        ("backend cuda", f"{cuda}; {_on_gpus('cuda')}"),
     ]
 
 
-def _on_gpus(engine: str) -> str:
-    said = gpu_runs.sentence(engine)
-    return f"{said}: {ONLY[engine]} only" if said == gpu_runs.NOT_YET else said
+def _on_gpus(backend: str) -> str:
+    said = gpu_runs.sentence(backend)
+    return f"{said}: {ONLY[backend]} only" if said == gpu_runs.NOT_YET else said
 
 
 def text() -> str:
-    rows = [*machine(), *engines()]
+    rows = [*machine(), *backends()]
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", str(explain())])

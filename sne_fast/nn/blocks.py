@@ -78,7 +78,7 @@ class MAB(nn.Module):
         return joined(attend_run, runs)
 
     def residual(self, q: Tensor, attended: Tensor) -> Tensor:
-        """The block's output from its queries and what they attended to, ``(..., h)``, in one go where an engine can.
+        """The block's output from its queries and what they attended to, ``(..., h)``, in one go where a backend can.
 
         ``q`` may also be ``(1, ..., h)``, the same for all sets. In one go and under autocast it has the autocast
         dtype, as all ops have, where ordinary layer norm on a GPU would give float32.

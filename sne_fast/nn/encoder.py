@@ -170,7 +170,7 @@ class SNE(PretrainedMixin, nn.Module):
 
     Chunks of scalars are encoded and pooled to vectors (eq. 2-6), those to tensors (eq. 7), layers (appendix J) and the
     network (eq. 9), by set attention inside each set only. Networks of any mix of architectures share a batch, and
-    nothing is padded. The ops run on the engine that :func:`sne_fast.use_backend` chooses.
+    nothing is padded. The ops run on the backend that :func:`sne_fast.use_backend` chooses.
 
     It starts with all biases and seeds at zero, type embedding and magnitude code normal(0, 1) and code gains of 0.1:
     with the modules' usual initialisation z hardly depends on the input.

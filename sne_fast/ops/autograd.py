@@ -1,4 +1,4 @@
-"""Gradients of the ops: each forward op saves what its backward op takes, the same for every engine."""
+"""Gradients of the ops: each forward op saves what its backward op takes, the same for every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choice of the engine ("backend") that runs an op, made inside the opaque op at run time.
+"""Choice of the backend ("backend") that runs an op, made inside the opaque op at run time.
 
 A backend is a module under :mod:`sne_fast.backends` with
 
@@ -31,7 +31,7 @@ from .schema import FORWARD_OPS, FUSIONS, LIBRARY, SCHEMAS
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # the engine of FUSIONS; found, not imported
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # the backend of FUSIONS; found, not imported
 
 # One choice for the whole process, as torch's own backend flags: autograd runs backward in threads of its own, and
 # a choice kept per thread would be lost there.
@@ -86,7 +86,7 @@ def current_backend() -> str:
 def fuses(op: str, device: torch.device) -> bool:
     """Whether a module should call ``op``, one of ``FUSIONS``, for tensors on ``device``, or do without.
 
-    It asks no engine, so that it can be traced: of an ``auto`` whose engine then refuses, the reference takes the call.
+    No backend is asked, so that this can be traced: where the one of ``auto`` refuses, the reference takes the call.
     """
     name = current_backend()
     return device.type == "cuda" and HAS_TRITON if name == "auto" else name in FUSIONS[op]
@@ -121,7 +121,7 @@ def _reasons(name: str, op: str, device: torch.device | None, args: tuple[Any, .
     if name in failed:
         return [failed[name]]
     if name not in loaded:
-        return ["this build of sne_fast has no such engine"]
+        return ["this build of sne_fast has no such backend"]
     backend = loaded[name]
     reasons = list(backend.unavailable())
     if op not in backend.KERNELS:
@@ -170,7 +170,7 @@ def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     name = current_backend()
     forward = op.removesuffix("_backward")
     if name != "auto" and op != forward and name not in FUSIONS.get(forward, (name,)):
-        name = "reference"  # modules called the fusion by the engine of the forward; this one has no backward of it
+        name = "reference"  # modules called the fusion by the backend of the forward; this one has no backward of it
     if name != "auto":
         reasons = _reasons(name, op, device, args)
         if reasons:

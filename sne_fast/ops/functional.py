@@ -330,7 +330,7 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
 def fuses_feed_forward(q: Tensor) -> bool:
     """Whether rows like ``q (..., h)`` should go through :func:`feed_forward`, or ordinary torch operations are better.
 
-    They are on a CPU, by an engine that has no kernels for it, and for dtypes and widths that such kernels do not take.
+    They are on a CPU, by a backend that has no kernels for it, and for dtypes and widths that such kernels do not take.
     """
     if not dispatch.fuses("feed_forward", q.device) or q.shape[-1] not in WIDTHS:
         return False

@@ -1,4 +1,4 @@
-"""The specification in plain PyTorch, for any floating dtype and device: what every engine is held to.
+"""The specification in plain PyTorch, for any floating dtype and device: what every backend is held to.
 
 The ops run in tiles of rows or of sets of equal length, so nothing is padded and memory does not grow with the number
 of weights times the width. Half types are computed in float32 and rounded once, at the end.

@@ -1,7 +1,7 @@
 """The schema of every op and its shape-only ("fake") version: the one place where names and arity stand.
 
 Each op is opaque to the compiler and has a forward and a backward. ``*_host`` arguments are CPU int64 copies of the
-pointers beside them, so that an engine can plan its launches without waiting for the device.
+pointers beside them, so that a backend can plan its launches without waiting for the device.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ SCHEMAS: dict[str, str] = {
 
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
 FUSIONS = {"feed_forward": ("triton",)}
-"""Ops that the modules do without: which engines have them. On others, ordinary torch operations do the work."""
+"""Ops that the modules do without: which backends have them. On others, ordinary torch operations do the work."""
 REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in FUSIONS)
-"""What an engine has to have."""
+"""What a backend has to have."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""A small test of an engine against the reference, on the device at hand, before ``auto`` trusts it with work.
+"""A small test of a backend against the reference, on the device at hand, before ``auto`` trusts it with work.
 
 Run at the first eager call of each variant (op, dtype, width, heads), forward and backward; never while a CUDA graph is
 captured or something is traced. What passed is remembered on disk, in ``selftest.json`` under ``$SNE_FAST_CACHE``, else
-``$XDG_CACHE_HOME/sne_fast``, else ``~/.cache/sne_fast``, per device, driver, versions and source of the engine.
+``$XDG_CACHE_HOME/sne_fast``, else ``~/.cache/sne_fast``, per device, driver, versions and source of the backend.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def reasons(backend: ModuleType, op: str, args: tuple[Any, ...], device: torch.d
         _results[where, variant] = failures
     if failures:
         warnings.warn(
-            f"sne_fast: engine {backend.NAME!r} failed its self-test on {where} and is not used: {'; '.join(failures)}",
+            f"sne_fast: backend {backend.NAME!r} failed its self-test on {where} and is not used: "
+            + "; ".join(failures),
             RuntimeWarning,
             stacklevel=2,
         )
@@ -71,7 +72,7 @@ def reasons(backend: ModuleType, op: str, args: tuple[Any, ...], device: torch.d
 
 
 def failures(backend_name: str, op: str) -> list[str]:
-    """What self-tests of this process have found wrong with an engine's op, for :func:`sne_fast.explain`."""
+    """What self-tests of this process have found wrong with a backend's op, for :func:`sne_fast.explain`."""
     start = f"{backend_name} {op.removesuffix('_backward')} "
     return [text for (_, variant), texts in _results.items() if variant.startswith(start) for text in texts]
 
@@ -127,7 +128,7 @@ def _run(backend: ModuleType, case: cases.Variant, precision: str, device: torch
                 error = _relative_error(pair.got, pair.want)
                 if error > tolerance * (4 if pair.is_gradient else 1):
                     failures.append(f"{case}: {pair.name} is off by {error:.1e} of its size")
-    except Exception as error:  # whatever a compiler or a driver raises: the engine is not to be used
+    except Exception as error:  # whatever a compiler or a driver raises: the backend is not to be used
         failures.append(f"{case}: {type(error).__name__}: {str(error).strip()[:300]}")
     return failures
 
@@ -158,7 +159,7 @@ def device_key(device: torch.device) -> str:
 
 @functools.cache
 def _source_digest(backend_file: str, sources: tuple[str, ...]) -> str:
-    """Of the engine's module, its kernels and its library: who changes one tests it again."""
+    """Of the backend's module, its kernels and its library: who changes one tests it again."""
     digest = hashlib.sha256()
     here = Path(__file__).parents[1]
     files = {Path(backend_file)}

@@ -1,4 +1,4 @@
-"""Inputs of the engines' self-test, and their results beside those of the reference in float64 on the CPU."""
+"""Inputs of the backends' self-test, and their results beside those of the reference in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class _Call:
 
 def _chunk_encode(case: Variant, draw: _Draw) -> Iterator[_Call]:
     # Small inputs and weights: where softmax saturates, half types lose all of a gradient without being wrong.
-    # Chunks of up to 64 beside the usual ones, as several engines have code of its own for them.
+    # Chunks of up to 64 beside the usual ones, as several backends have code of its own for them.
     h, heads = case.width, case.heads
     for lengths, of_tensors, codes in (((32, 7, 32, 1, 2, 20, 32, 32, 32), (4, 0, 5), 32), ((64, 40, 5), (1, 2), 64)):
         chunks, tensors = _pointer(*lengths), _pointer(*of_tensors)

@@ -124,7 +124,7 @@ def commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Versions, cores and which CPU engine runs, for reports."""
+    """Versions, cores and which CPU backend runs, for reports."""
     import platform
 
     import torch
@@ -139,7 +139,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cpu_engine": "; ".join(library.reasons()) or library.isa(),
+        "cpu_backend": "; ".join(library.reasons()) or library.isa(),
     }
 
 

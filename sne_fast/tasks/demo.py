@@ -115,7 +115,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     }
     report.write_json(out / "metrics.json", metrics)
     if library.reasons():
-        console.print(f"\nWithout the C++ engine all this took several times longer: {'; '.join(library.reasons())}")
+        console.print(f"\nWithout the C++ backend all this took several times longer: {'; '.join(library.reasons())}")
     console.print(
         f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
         f"Written to {out}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"

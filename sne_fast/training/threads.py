@@ -1,4 +1,4 @@
-"""How many threads torch, and with it the CPU engine, may use for a while."""
+"""How many threads torch, and with it the CPU backend, may use for a while."""
 
 from __future__ import annotations
 

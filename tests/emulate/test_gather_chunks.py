@@ -1,4 +1,4 @@
-"""gather_chunks of the CUDA engine in the emulator, against the reference: bit for bit, but for the sums of scale."""
+"""gather_chunks of the CUDA backend in the emulator, against the reference: bit for bit, but for the sums of scale."""
 
 from __future__ import annotations
 

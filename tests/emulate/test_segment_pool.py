@@ -1,4 +1,4 @@
-"""segment_pool of the CUDA engine in the emulator: forward and gradients against the float64 reference."""
+"""segment_pool of the CUDA backend in the emulator: forward and gradients against the float64 reference."""
 
 from __future__ import annotations
 

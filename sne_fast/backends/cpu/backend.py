@@ -1,4 +1,4 @@
-"""The CPU engine: csrc/cpu through ctypes. float32 and float64 natively; half types are converted here, at the edge."""
+"""The CPU backend: csrc/cpu through ctypes. float32 and float64 natively; half types are converted at the edge."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-# Under torch.compile, and for who calls torch.ops.sne_fast himself, nothing has looked at the inputs before the engine
-# gets their addresses; these checks are of concrete sizes. What the pointers hold is checked by the engine.
+# Under torch.compile, and for who calls torch.ops.sne_fast himself, nothing has looked at the inputs before the backend
+# gets their addresses; these checks are of concrete sizes. What the pointers hold is checked by the backend.
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The CPU engine's native library: found, loaded and checked once, and its structs in ctypes.
+"""The CPU backend's native library: found, loaded and checked once, and its structs in ctypes.
 
 Nothing is loaded at import. A failed load is remembered: :func:`reasons` explains it, :func:`library` raises it.
 """
@@ -72,7 +72,7 @@ SYMBOLS: Symbols = {
 
 
 def open_with(path: Path, symbols: Symbols, abi_symbol: str, abi: int) -> ctypes.CDLL:
-    """Load a build of an engine, declare its functions and check its ABI number; OSError says what is wrong with it."""
+    """Load a build of a backend, declare its functions and check its ABI number; OSError says what is wrong with it."""
     lib = ctypes.CDLL(str(path))
     missing = [name for name in symbols if not hasattr(lib, name)]
     if missing:
@@ -87,7 +87,7 @@ def open_with(path: Path, symbols: Symbols, abi_symbol: str, abi: int) -> ctypes
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a build of the CPU engine, as :func:`open_with` does."""
+    """Load a build of the CPU backend, as :func:`open_with` does."""
     return open_with(path, SYMBOLS, "sne_fast_cpu_abi", ABI)
 
 
@@ -137,7 +137,7 @@ def supported_isas() -> list[str]:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Run the engine with another instruction set inside the ``with`` block, for the whole process (for tests)."""
+    """Run the backend with another instruction set inside the ``with`` block, for the whole process (for tests)."""
     before = isa()
     check(library().sne_fast_cpu_select_isa(name.encode()), f"use_isa({name!r})")
     try:

@@ -1,4 +1,4 @@
-"""The CUDA C++ engine: kernels of csrc/cuda, built when asked for, NVIDIA GPUs from compute capability 8.0.
+"""The CUDA C++ backend: kernels of csrc/cuda, built when asked for, NVIDIA GPUs from compute capability 8.0.
 
 With ``SNE_FAST_CUDA_EMULATED`` a host build of the same kernels takes CPU tensors, for tests: never by ``auto``.
 """
@@ -66,7 +66,7 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
 
 
 def preferred(op: str, args: tuple[Any, ...]) -> bool:
-    """Where a committed measurement on such a GPU says that this engine was faster than Triton's."""
+    """Where a committed measurement on such a GPU says that this backend was faster than Triton's."""
     return winners.preferred(op, args)
 
 

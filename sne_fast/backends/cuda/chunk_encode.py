@@ -1,4 +1,4 @@
-"""``chunk_encode`` on the CUDA engine: workspaces and launches; kernels in csrc/cuda/chunk_*."""
+"""``chunk_encode`` on the CUDA backend: workspaces and launches; kernels in csrc/cuda/chunk_*."""
 
 from __future__ import annotations
 

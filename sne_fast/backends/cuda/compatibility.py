@@ -1,4 +1,4 @@
-"""Whether a build of the CUDA engine has code for a device, and whether the driver is new enough for it."""
+"""Whether a build of the CUDA backend has code for a device, and whether the driver is new enough for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA engine's native library: found, loaded and checked once, and its structs in ctypes.
+"""The CUDA backend's native library: found, loaded and checked once, and its structs in ctypes.
 
 ``sne_fast/_cuda_engine.so`` is built by ``SNE_FAST_BUILD=cuda pip install .``. With ``SNE_FAST_CUDA_EMULATED`` naming a
 host build of the same kernels (``python csrc/tests/emulate.py OUT``), calls run on CPU tensors, for tests.
@@ -84,7 +84,7 @@ SYMBOLS: Symbols = {
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a build of the engine and check its ABI number and symbols; OSError says what is wrong with it."""
+    """Load a build of the backend and check its ABI number and symbols; OSError says what is wrong with it."""
     lib = open_with(path, SYMBOLS, "sne_fast_cuda_abi", ABI)
     if (lib.sne_fast_cuda_architectures() == b"emulated") != EMULATED:
         raise OSError(f"{path} is {'no' if EMULATED else 'an'} emulated build, see {EMULATED_ENVIRONMENT_VARIABLE}")
@@ -98,7 +98,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if EMULATED:
             return None, f"{EMULATED_ENVIRONMENT_VARIABLE} names {file}, which does not exist"
         why = ERROR_FILE.read_text(encoding="utf-8").strip() if ERROR_FILE.exists() else ""
-        return None, why or "this installation has no CUDA engine: reinstall with SNE_FAST_BUILD=cuda (needs nvcc)"
+        return None, why or "this installation has no CUDA backend: reinstall with SNE_FAST_BUILD=cuda (needs nvcc)"
     try:
         return open_library(file), ""
     except OSError as error:

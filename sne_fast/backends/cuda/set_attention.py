@@ -116,6 +116,6 @@ def set_attention_backward(
 
 
 def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    """Why this engine cannot take the call; empty if it can."""
+    """Why this backend cannot take the call; empty if it can."""
     q, heads = args[1 if op.endswith("_backward") else 0], args[-1]
     return width_reasons(q.shape[1], heads)

@@ -1,8 +1,8 @@
-"""Calls for which ``auto`` asks this engine before Triton's: those that winners.json names, as measured on a GPU.
+"""Calls for which ``auto`` asks this backend before Triton's: those that winners.json names, as measured on a GPU.
 
     python -m sne_fast.backends.cuda.winners bench/results/gpu_h200.json ...
 
-writes the table from results of ``bench/gpu_suite.py`` in which both engines were measured; without such a result it
+writes the table from results of ``bench/gpu_suite.py`` in which both backends were measured; without such a result it
 names nothing. A rule stands for one measurement: an op (forward or backward), the compute capability, dtype and kind of
 float32 products, width, heads, mean length of the sets and number of rows. It holds for calls of the same, with sets
 whose mean length is within a factor of two of the measured one and with at least a sixteenth of its rows.
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Rule:
-    """``gain``: Triton's time over this engine's; ``measured``: file of the result."""
+    """``gain``: Triton's time over this backend's; ``measured``: file of the result."""
 
     when: Call
     gain: float
@@ -110,7 +110,7 @@ def preferred(op: str, args: tuple[Any, ...]) -> bool:
 
 
 def rules_from(result: Mapping[str, Any], measured: str) -> list[Rule]:
-    """The rules that a result of ``bench/gpu_suite.py`` stands for: rows of part "ops" where this engine was faster.
+    """The rules that a result of ``bench/gpu_suite.py`` stands for: rows of part "ops" where this backend was faster.
 
     Raises:
         ValueError: for a result with errors, or one whose commit had changes that nobody else has.
@@ -123,7 +123,7 @@ def rules_from(result: Mapping[str, Any], measured: str) -> list[Rule]:
     capability = "{}.{}".format(*environment["capability"])
     seconds: dict[Call, dict[str, float]] = {}
     for row in result["parts"].get("ops", []):
-        if row.get("engine") not in ("cuda", "triton") or row.get("skipped"):
+        if row.get("backend") not in ("cuda", "triton") or row.get("skipped"):
             continue
         shape = (capability, row["dtype"].removeprefix("torch."), row["products"], row["width"], row["heads"],
                  row["length"], row["rows"])  # fmt: skip
@@ -131,7 +131,7 @@ def rules_from(result: Mapping[str, Any], measured: str) -> list[Rule]:
         if "step_seconds" in row:
             times[f"{row['op']}_backward"] = row["step_seconds"] - row["forward_seconds"]
         for op, time in times.items():
-            seconds.setdefault(Call(op, *shape), {})[row["engine"]] = time
+            seconds.setdefault(Call(op, *shape), {})[row["backend"]] = time
     found = []
     for call, by in seconds.items():
         if len(by) == 2 and min(by.values()) > 0 and (gain := by["triton"] / by["cuda"]) >= LEAST_GAIN:

@@ -1,4 +1,4 @@
-"""The Triton engine: nothing to compile at installation, any NVIDIA GPU from compute capability 8.0.
+"""The Triton backend: nothing to compile at installation, any NVIDIA GPU from compute capability 8.0.
 
 Triton itself is imported at the first call. With ``TRITON_INTERPRET=1`` the kernels also take CPU tensors, for tests:
 never by ``auto``.

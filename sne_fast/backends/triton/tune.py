@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("sne_fast.backends.triton.tune: needs a CUDA GPU, and torch finds none here", file=sys.stderr)
         return 2
-    from . import backend as engine
+    from . import backend
     from ._launch import TABLES, architecture, table
 
     device, out = torch.device("cuda"), options.out or TABLES
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         new: dict[str, list[Rule]] = {}
         for h in options.width or [64]:
             variant = selftest_cases.Variant(op, dtype, h, options.heads, True)
-            wrong = selftest.check(engine, variant, device)
+            wrong = selftest.check(backend, variant, device)
             if wrong:
                 print(f"{op} {dtype_name} h={h} is not tuned, its results are wrong: {'; '.join(wrong)}")
                 continue

@@ -1,4 +1,4 @@
-"""The engines for a GPU, Triton's and CUDA's: parity, synchronisation, CUDA graphs, streams, compile, autocast."""
+"""The backends for a GPU, Triton's and CUDA's: parity, synchronisation, CUDA graphs, streams, compile, autocast."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pool_
 from torch import Tensor
 
 import sne_fast
-from sne_fast import functional
-from sne_fast.ops import dispatch, selftest
+from sne_fast.ops import dispatch, functional, selftest
 from sne_fast.ops.schema import FUSIONS
 
 pytestmark = [
@@ -125,9 +124,9 @@ CALLS = {
 }
 
 
-def call_of(engine: str, name: str, dtype: torch.dtype) -> Call:
-    if engine not in FUSIONS.get(name, (engine,)):
-        pytest.skip(f"{engine} does not fuse {name}")
+def call_of(backend: str, name: str, dtype: torch.dtype) -> Call:
+    if backend not in FUSIONS.get(name, (backend,)):
+        pytest.skip(f"{backend} does not fuse {name}")
     return CALLS[name](dtype)
 
 
@@ -141,22 +140,22 @@ def compare(call: Call, forward: float, backward: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "precision", "forward", "backward"), PRECISIONS)
 @pytest.mark.parametrize("name", CALLS)
-def test_parity(gpu_engine, name: str, dtype, precision, forward, backward) -> None:
+def test_parity(gpu_backend, name: str, dtype, precision, forward, backward) -> None:
     with products(precision):
-        compare(call_of(gpu_engine, name, dtype), forward, backward)
+        compare(call_of(gpu_backend, name, dtype), forward, backward)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize(("h", "heads"), [(32, 4), (64, 1), (64, 8), (128, 2), (256, 4), (256, 32)])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
-def test_attention_widths_and_heads(gpu_engine, lengths, h: int, heads: int, dtype: torch.dtype) -> None:
+def test_attention_widths_and_heads(gpu_backend, lengths, h: int, heads: int, dtype: torch.dtype) -> None:
     compare(attention(lengths, dtype, h, heads), *((1e-5, 1e-4) if dtype == SINGLE else (5e-2, 0.2)))
 
 
 @pytest.mark.parametrize("lengths", [[1] * 500, [20] * 300, [100] * 50, [200000, 3], [0, 0], []], ids=str)
 @pytest.mark.parametrize(("h", "queries"), [(64, 4), (48, 3), (256, 32), (512, 1)])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
-def test_pooling_lengths(gpu_engine, lengths: list[int], h: int, queries: int, dtype: torch.dtype) -> None:
+def test_pooling_lengths(gpu_backend, lengths: list[int], h: int, queries: int, dtype: torch.dtype) -> None:
     compare(pooling(lengths, dtype, h, queries), *((1e-5, 1e-4) if dtype == SINGLE else (5e-2, 0.2)))
 
 
@@ -164,8 +163,8 @@ def test_pooling_lengths(gpu_engine, lengths: list[int], h: int, queries: int, d
 @pytest.mark.parametrize("h", [32, 64, 128, 256])
 @pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
-def test_feed_forward_rows_and_widths(gpu_engine, rows: int, h: int, layer_norm: bool, dtype: torch.dtype) -> None:
-    call_of(gpu_engine, "feed_forward", dtype)
+def test_feed_forward_rows_and_widths(gpu_backend, rows: int, h: int, layer_norm: bool, dtype: torch.dtype) -> None:
+    call_of(gpu_backend, "feed_forward", dtype)
     call = feeding_forward(dtype, rows, h, layer_norm)
     compare(call, *((1e-5, 1e-4) if dtype == SINGLE else (5e-2, 0.2)))
     q, attended, *parameters = call.inputs
@@ -175,19 +174,19 @@ def test_feed_forward_rows_and_widths(gpu_engine, rows: int, h: int, layer_norm:
         assert torch.equal(got, want)
 
 
-def test_blocks_call_it_where_the_engine_has_it(gpu_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_call_it_where_the_backend_has_it(gpu_backend, monkeypatch: pytest.MonkeyPatch) -> None:
     fused: list[int] = []
     function = functional.feed_forward
     monkeypatch.setattr(functional, "feed_forward", lambda *args: (fused.append(1), function(*args))[1])
     model, batch = model_and_batch()
     z = model.encoder(batch).detach()
-    assert len(fused) == (10 if gpu_engine == "triton" else 0)
+    assert len(fused) == (10 if gpu_backend == "triton" else 0)
     with sne_fast.use_backend("reference"):
         assert relative_error(z, model.encoder(batch).detach()) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
-def test_attention_loses_at_most_twice_what_pytorch_does(gpu_engine, dtype: torch.dtype) -> None:
+def test_attention_loses_at_most_twice_what_pytorch_does(gpu_backend, dtype: torch.dtype) -> None:
     call = attention(LENGTHS["long"], dtype)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -201,8 +200,8 @@ def test_attention_loses_at_most_twice_what_pytorch_does(gpu_engine, dtype: torc
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
-def test_the_same_bits_twice(gpu_engine, name: str, dtype: torch.dtype) -> None:
-    call = call_of(gpu_engine, name, dtype)
+def test_the_same_bits_twice(gpu_backend, name: str, dtype: torch.dtype) -> None:
+    call = call_of(gpu_backend, name, dtype)
     assert all(torch.equal(a, b) for a, b in zip(call.results(), call.results(), strict=True))
 
 
@@ -210,8 +209,8 @@ def test_the_same_bits_twice(gpu_engine, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_no_host_synchronisation(gpu_engine, name: str) -> None:
-    call = call_of(gpu_engine, name, BRAIN)
+def test_no_host_synchronisation(gpu_backend, name: str) -> None:
+    call = call_of(gpu_backend, name, BRAIN)
     want = call.results()  # compiles
     with no_host_synchronisation():
         got = call.results()
@@ -234,14 +233,14 @@ def train_step(model: torch.nn.Module, batch: sne_fast.WeightBatch) -> Tensor:
     return loss
 
 
-def test_a_training_step_does_not_synchronise(gpu_engine) -> None:
+def test_a_training_step_does_not_synchronise(gpu_backend) -> None:
     model, batch = model_and_batch()
     train_step(model, batch)
     with no_host_synchronisation():
         train_step(model, batch)
 
 
-def test_cuda_graph_of_a_training_step(gpu_engine) -> None:
+def test_cuda_graph_of_a_training_step(gpu_backend) -> None:
     model, batch = model_and_batch()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -271,7 +270,7 @@ def test_cuda_graph_of_a_training_step(gpu_engine) -> None:
                 torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_cuda_graph_of_gathering(gpu_engine) -> None:
+def test_cuda_graph_of_gathering(gpu_backend) -> None:
     call = gathering(SINGLE)
     call.results()
     leaves = [t.clone().requires_grad_() for t in call.inputs]
@@ -299,8 +298,8 @@ def test_cuda_graph_of_gathering(gpu_engine) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_several_streams(gpu_engine, name: str) -> None:
-    call = call_of(gpu_engine, name, SINGLE)
+def test_several_streams(gpu_backend, name: str) -> None:
+    call = call_of(gpu_backend, name, SINGLE)
     want = call.results()
     torch.cuda.synchronize()
     streams, got = [torch.cuda.Stream() for _ in range(3)], []
@@ -313,7 +312,7 @@ def test_several_streams(gpu_engine, name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_on_a_gpu_that_is_not_the_current_one(gpu_engine) -> None:
+def test_tensors_on_a_gpu_that_is_not_the_current_one(gpu_backend) -> None:
     x, logits, host = pool_case([5, 700], 64, 4, SINGLE)
     there = [t.to("cuda:1") for t in (x, logits, host)]
     got = functional.segment_pool(*there, ptr_host=host)
@@ -325,14 +324,14 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one(gpu_engine) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gather_chunks"])
-def test_compiled_into_one_graph(gpu_engine, name: str) -> None:
-    call = call_of(gpu_engine, name, SINGLE)
+def test_compiled_into_one_graph(gpu_backend, name: str) -> None:
+    call = call_of(gpu_backend, name, SINGLE)
     compiled = Call(torch.compile(call.function, fullgraph=True), call.inputs, SINGLE)
     for got, want in zip(compiled.results(), call.results(), strict=True):
         torch.testing.assert_close(got, want)
 
 
-def test_autocast(gpu_engine) -> None:
+def test_autocast(gpu_backend) -> None:
     model, batch = model_and_batch()
     with torch.autocast("cuda", BRAIN):
         z = model.encoder(batch)
@@ -344,10 +343,10 @@ def test_autocast(gpu_engine) -> None:
     assert out.dtype == HALF and relative_error(out, call.exact()[0]) < 1e-2
 
 
-# ------------------------------------------------------------------------------------------------- choice of the engine
+# ----------------------------------------------------------------------------------------------- choice of the backend
 
 
-def test_auto_tests_the_engine_and_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_auto_tests_the_backend_and_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv(selftest.CACHE_ENVIRONMENT_VARIABLE, str(tmp_path))
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(selftest, "_results", {})

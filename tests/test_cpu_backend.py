@@ -1,17 +1,17 @@
-"""The CPU engine against the float64 reference: every op, every gradient, every instruction set this machine runs."""
+"""The CPU backend against the float64 reference: every op, every gradient, every instruction set this machine runs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cpu_cases import CHUNK_NAMES, NEEDS_ENGINE, cast, chunk_encode_case, pointers, relative_error
+from cpu_cases import CHUNK_NAMES, NEEDS_BACKEND, cast, chunk_encode_case, pointers, relative_error
 
 import sne_fast
 from sne_fast import reference
 from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
 
-pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_ENGINE)
+pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
 ISAS = [] if library.reasons() else library.supported_isas()
 # dtype, largest relative error of results, of gradients.
 PRECISIONS = [(torch.float32, 2e-5, 1e-4), (torch.float64, 1e-11, 1e-11)]
@@ -111,8 +111,8 @@ def test_chunk_encode_saturated_softmax_in_float32(isa, size, lengths):
     args = cast(args, torch.float32)
     grad = torch.randn(len(lengths), 4, 32, generator=torch.Generator().manual_seed(5))
 
-    def results(engine, *inputs):
-        return engine.chunk_encode(*inputs[1:]), *engine.chunk_encode_backward(*inputs)
+    def results(backend, *inputs):
+        return backend.chunk_encode(*inputs[1:]), *backend.chunk_encode_backward(*inputs)
 
     exact = results(reference, *cast((grad, *args), torch.float64))
     single, got = results(reference, grad, *args), results(cpu, grad, *args)
@@ -268,7 +268,7 @@ def test_non_contiguous_inputs():
         assert torch.equal(a, b)
 
 
-def test_encoder_with_both_engines_agrees():
+def test_encoder_with_both_backends_agrees():
     torch.manual_seed(0)
     networks = [
         torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(30, 11)),
@@ -332,7 +332,7 @@ def test_other_ops_refuse_wrong_shapes():
         cpu.gather_chunks([x], scale, plan, torch.float32)
 
 
-def test_compiled_calls_are_checked_by_the_engine():
+def test_compiled_calls_are_checked_by_the_backend():
     args = list(cast(chunk_encode_case(32, 4, [5, 9, 9, 3], tensors=4), torch.float32))
     assert args[5].shape == (4, 32)
     encode = torch.compile(sne_fast.functional.chunk_encode, backend="eager")

@@ -1,4 +1,4 @@
-"""The Triton engine behind the public functions, in the interpreter on CPU tensors."""
+"""The Triton backend behind the public functions, in the interpreter on CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from op_cases import ChunkCase, attention_case, feed_forward_case, pool_case
 
 import sne_fast
 from sne_fast import functional
-from sne_fast.backends.triton import backend as engine
+from sne_fast.backends.triton import backend
 from sne_fast.ops import selftest, selftest_cases
 from sne_fast.ops.schema import FORWARD_OPS
 
@@ -93,7 +93,7 @@ def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     def taken(*args):
         raise AssertionError("auto took the interpreter")
 
-    monkeypatch.setattr(engine, "KERNELS", dict.fromkeys(engine.KERNELS, taken))
+    monkeypatch.setattr(backend, "KERNELS", dict.fromkeys(backend.KERNELS, taken))
     with sne_fast.use_backend("auto"):
         results("segment_pool")
 
@@ -108,9 +108,9 @@ def test_why_not() -> None:
 
 
 @pytest.mark.parametrize("op", FORWARD_OPS)
-def test_the_engine_passes_its_self_test(op: str) -> None:
+def test_the_backend_passes_its_self_test(op: str) -> None:
     case = selftest_cases.Variant(op, SINGLE, 32, 4, layer_norm=True)
-    assert selftest.check(engine, case, torch.device("cpu")) == []
+    assert selftest.check(backend, case, torch.device("cpu")) == []
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Calls of the kernels of feed_forward."""
     calls: list[str] = []
     for op in ("feed_forward", "feed_forward_backward"):
-        kernel = engine.KERNELS[op]
+        kernel = backend.KERNELS[op]
         monkeypatch.setitem(
-            engine.KERNELS, op, lambda *args, op=op, kernel=kernel: (calls.append(op), kernel(*args))[1]
+            backend.KERNELS, op, lambda *args, op=op, kernel=kernel: (calls.append(op), kernel(*args))[1]
         )
     return calls
 
