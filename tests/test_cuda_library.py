@@ -188,11 +188,12 @@ def test_the_header_says_the_same() -> None:
 
 
 def test_a_rebuilt_library_and_changed_sources_are_tested_again(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(selftest, "__file__", str(tmp_path / "_selftest.py"))
-    (tmp_path / "_cuda").mkdir()
+    monkeypatch.setattr(selftest, "__file__", str(tmp_path / "ops" / "selftest.py"))
+    (tmp_path / "backends" / "cuda").mkdir(parents=True)
     (tmp_path / "backend.py").write_text("as it was")
     digests = []
-    for file in ("_cuda/set_attention.py", "_cuda/winners.json", "_cuda_engine.so", "backend.py", "kernels.py"):
+    own = ("backends/cuda/set_attention.py", "backends/cuda/winners.json", "_cuda_engine.so", "backend.py")
+    for file in (*own, "kernels.py"):
         (tmp_path / file).write_text(f"changed {file}")
         selftest._source_digest.cache_clear()
         digests.append(selftest._source_digest(str(tmp_path / "backend.py"), cuda.SOURCES))
