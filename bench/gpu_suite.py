@@ -47,7 +47,8 @@ from sne_fast.benchmark import (  # noqa: E402
     gpu_ops,
     run_check,
 )
-from sne_fast.ops.schema import FUSIONS, REQUIRED_OPS  # noqa: E402
+from sne_fast.ops.found_backends import FUSIONS  # noqa: E402
+from sne_fast.ops.schema import OPTIONAL_OPS, REQUIRED_OPS  # noqa: E402
 
 Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
@@ -128,8 +129,8 @@ class Suite:
     def backends(self, op: str = "") -> list[str]:
         """Those asked for, else those for a GPU that run this op here (all ops, for none), else what auto chooses."""
         if self.options.backend:
-            having = {*FUSIONS[op], "auto"} if op in FUSIONS else self.options.backend
-            return [name for name in self.options.backend if name in having]
+            without = {name for name, ops in FUSIONS.items() if op in OPTIONAL_OPS and op not in ops}
+            return [name for name in self.options.backend if name not in without]
         reports = sne_fast.explain(self.device) if self.device.type == "cuda" else ()
         asked = (op,) if op else REQUIRED_OPS
         refused = {report.backend for report in reports if report.reasons and report.op in asked}

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sne_fast.backends import reference as reference_backend
+from sne_fast.backends.reference.backend import BACKEND as REFERENCE
 from sne_fast.benchmark import (
     CASES,
     CheckFailed,
@@ -98,14 +98,14 @@ def test_operations_are_those_of_the_specification() -> None:
 
 @pytest.mark.parametrize(("op", "place"), [("segment_pool", "output"), ("segment_pool_backward", "gradient")])
 def test_a_wrong_backend_is_not_measured(op: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference_backend.KERNELS[op]
+    right = REFERENCE.kernels[op]
 
     def wrong_in_float32(*args: Any) -> Any:
         first, *rest = right(*args)
         return (first * 1.001 if first.dtype == torch.float32 else first, *rest)
 
     run_check(CASES["inr"], "reference", "tiny")
-    monkeypatch.setitem(reference_backend.KERNELS, op, wrong_in_float32)
+    monkeypatch.setitem(REFERENCE.kernels, op, wrong_in_float32)
     with pytest.raises(CheckFailed, match=f"{place} .*speed is not reported") as caught:
         run_check(CASES["inr"], "reference", "tiny")
     assert "inr: backend 'reference' is off" in str(caught.value)

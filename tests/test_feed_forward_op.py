@@ -121,7 +121,7 @@ def test_errors(change: dict[str, Tensor], message: str) -> None:
 
 def test_which_backends_fuse() -> None:
     said = {}
-    for name in ("auto", *dispatch.BACKEND_NAMES):
+    for name in ("auto", *dispatch.backend_names()):
         with sne_fast.use_backend(name):
             said[name] = [dispatch.fuses("feed_forward", torch.device(kind)) for kind in ("cpu", "cuda")]
     no = [False, False]
