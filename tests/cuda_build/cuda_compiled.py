@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cuda_build
+import native_build
 import pytest
 
 ARCHITECTURES = cuda_build.CUBINS
@@ -118,7 +119,7 @@ def start(files: Collection[str]) -> None:
 
 @functools.cache
 def _workers() -> tuple[ThreadPoolExecutor, tempfile.TemporaryDirectory[str]]:
-    return ThreadPoolExecutor(cuda_build.jobs()), tempfile.TemporaryDirectory(prefix="sne_fast_cuda")
+    return ThreadPoolExecutor(native_build.jobs()), tempfile.TemporaryDirectory(prefix="sne_fast_cuda")
 
 
 def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> Object:
@@ -127,8 +128,8 @@ def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCH
     assert nvcc is not None
     out, begin = folder / f"{source.stem}.o", time.monotonic()
     strict = ["-Xptxas=-v", "-Werror", "all-warnings", *([] if all_variants else ["-DSNE_REPRESENTATIVE"])]
-    command = cuda_build.compiler(nvcc, architectures, source, out, strict)
-    done = subprocess.run(command, capture_output=True, text=True)
+    unit = native_build.Unit(source, out.name, cuda_build.compiler(nvcc, architectures, source, strict))
+    done = subprocess.run(unit.line(folder), capture_output=True, text=True)
     assert done.returncode == 0, f"{source.name}:\n{(done.stdout + done.stderr)[:8000]}"
     # What ptxas calls information: registers of a running wgmma are touched, and it has to wait.
     assert not re.search(r"\(C75\d\d\)", done.stdout + done.stderr), f"{source.name}: {done.stdout + done.stderr}"

@@ -1,4 +1,4 @@
-// Runs every exported function of the CPU engine on ragged inputs in buffers of exactly the right size, so that
+// Runs every exported function of the CPU library on ragged inputs in buffers of exactly the right size, so that
 // AddressSanitizer and UBSan see each read and write, and checks what needs no reference: float against double, the
 // gradient of the values against differences, one thread against four, and every instruction set against the first.
 //
