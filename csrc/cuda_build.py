@@ -25,8 +25,6 @@ from native_build import CSRC, INCLUDES, Unit
 
 # An sm_100 cubin runs on 10.0 and 10.3, an sm_90a one on 9.0 alone: the PTX is for all that has none. No sm_103.
 CUBINS, PTX = ("80", "90a", "100"), "80"
-OF_ONE_GENERATION = {"chunk_encode_wgmma": "90a"}
-"""Files that use instructions which one architecture alone has."""
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *INCLUDES]
 
 
@@ -92,13 +90,19 @@ def _best(capability: tuple[int, int], known: Sequence[int]) -> str:
     return "90a" if number == 90 else str(number)
 
 
-def code_flags(names: Sequence[str], of_one_generation: str = "") -> list[str]:
-    """nvcc's -gencode for ``names``, or for a file with instructions of one generation, of them that one alone.
+def only_architecture(source: Path) -> str:
+    """Return "90a" for a file named ``*_sm90.cu``, which has instructions of that architecture alone, else ""."""
+    match = re.search(r"_sm(\d+)$", source.stem)
+    return f"{match[1]}a" if match else ""
+
+
+def code_flags(names: Sequence[str], only: str = "") -> list[str]:
+    """Return nvcc's -gencode flags for ``names``, or for ``only`` if that is one of them.
 
     All cubins come from one pass of the compiler's front end, which is most of the time, for the lowest architecture.
     """
-    if of_one_generation in [name.removesuffix("+ptx") for name in names]:
-        return [f"-gencode=arch=compute_{of_one_generation},code=[sm_{of_one_generation}]"]
+    if only in [name.removesuffix("+ptx") for name in names]:
+        return [f"-gencode=arch=compute_{only},code=[sm_{only}]"]
     cubins, ptx = [], []
     for name in names:
         match = re.fullmatch(r"(compute_)?(\d{2,3})([af]?)(\+ptx)?", name)
@@ -123,9 +127,14 @@ def code_flags(names: Sequence[str], of_one_generation: str = "") -> list[str]:
 
 def sources() -> list[Path]:
     """The longest compilations first, so that they do not run alone at the end."""
-    units = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
-    # Small files that instantiate large templates; products of float32 as three take the longest.
-    return sorted(units, key=lambda path: (path.stem != "chunk_operands_float", "chunk_operands" not in path.stem))
+    files = sorted((CSRC / "cuda").rglob("*.cu"), key=lambda path: -path.stat().st_size)
+    # Small files that instantiate large templates; float32 products, each of three TF32 ones, take the longest.
+    return sorted(files, key=lambda path: (path.stem != "operands_float", "operands" not in path.stem))
+
+
+def name_of(source: Path) -> str:
+    """Return the path of a source below csrc/cuda without its suffix, such as "chunk_encode/weights"."""
+    return source.relative_to(CSRC / "cuda").with_suffix("").as_posix()
 
 
 def host_compiler_flags() -> list[str]:
@@ -135,13 +144,13 @@ def host_compiler_flags() -> list[str]:
 def compiler(nvcc: str, names: Sequence[str], source: Path, extra: Sequence[str] = ()) -> list[str]:
     """Return nvcc with all flags for ``source``."""
     strict = ["-Werror", "all-warnings"] if os.environ.get("SNE_FAST_WERROR") else []
-    return [nvcc, *FLAGS, *code_flags(names, OF_ONE_GENERATION.get(source.stem, "")),
+    return [nvcc, *FLAGS, *code_flags(names, only_architecture(source)),
             f"-DSNE_CUDA_ARCHS={' '.join(names)}", *extra, *host_compiler_flags(), *strict]  # fmt: skip
 
 
 def units(nvcc: str, names: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
     """Return the files to compile, each with its command; ``extra`` flags are added to all."""
-    return [Unit(source, f"{source.stem}.o", compiler(nvcc, names, source, extra)) for source in sources()]
+    return [Unit(source, f"{name_of(source)}.o", compiler(nvcc, names, source, extra)) for source in sources()]
 
 
 def linker(nvcc: str, names: Sequence[str]) -> list[str]:

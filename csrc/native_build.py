@@ -84,6 +84,8 @@ def build(target: Path, folder: Path, units: Sequence[Unit], link: Sequence[str]
             _write_if_changed(folder / "build.ninja", _ninja_file(folder, units, link, linked))
             _run([ninja, "-C", str(folder), "-j", str(jobs())])
         else:
+            for unit in units:
+                (folder / unit.object).parent.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(jobs()) as pool:
                 list(pool.map(_run, [unit.line(folder) for unit in units]))
             _run(link)

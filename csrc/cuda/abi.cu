@@ -1,5 +1,5 @@
 // What the library is: its ABI number, the architectures in it, its status codes in words.
-#include "cuda/simt.h"
+#include "cuda/ptx/simt.h"
 #include "sne_fast/cuda_abi.h"
 
 extern "C" {

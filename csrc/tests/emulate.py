@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import cuda_build  # noqa: E402
 import native_build  # noqa: E402
 from native_build import CSRC, INCLUDES, Unit  # noqa: E402
 
@@ -17,15 +18,12 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contr
          "-Wextra", *INCLUDES]  # fmt: skip
 
 
-def sources() -> list[Path]:
-    return sorted((CSRC / "cuda").glob("*.cu"))
-
-
 def build(target: Path, folder: Path = native_build.BUILD_FOLDER / "emulated") -> None:
     """Compile all kernels into ``target``, with objects in ``folder``."""
     cxx = native_build.host_compiler()
     command = [*cxx, *FLAGS, "-x", "c++"]  # .cu is not a suffix that g++ knows
-    units = [Unit(file, f"{file.stem}.o", command) for file in [*sources(), CSRC / "cuda" / "emulator.cpp"]]
+    files = [*cuda_build.sources(), CSRC / "cuda" / "emulator" / "emulator.cpp"]
+    units = [Unit(file, f"{cuda_build.name_of(file)}.o", command) for file in files]
     native_build.build(target, folder, units, [*cxx, "-shared"])
 
 

@@ -23,7 +23,7 @@ from cuda_compiled import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(source.stem for source in cuda_build.sources())
+FILES = sorted(cuda_build.name_of(source) for source in cuda_build.sources())
 pytestmark = needs_nvcc
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump, which comes with Triton")
 

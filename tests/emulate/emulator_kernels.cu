@@ -1,6 +1,6 @@
 // Small kernels that show what the emulator notices, and products of fragments to compare with exact ones. nvcc compiles
 // them as well (tests/cuda_build).
-#include "cuda/fragments.h"
+#include "cuda/tiles/fragments.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

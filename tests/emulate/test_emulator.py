@@ -21,7 +21,7 @@ NAN = float("nan")
 @pytest.fixture(scope="session")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("emulator") / "kernels.so"
-    sources = ["-x", "c++", str(SOURCE), str(emulate.CSRC / "cuda" / "emulator.cpp")]
+    sources = ["-x", "c++", str(SOURCE), str(emulate.CSRC / "cuda" / "emulator" / "emulator.cpp")]
     subprocess.run([*emulate.compiler(), *emulate.FLAGS, "-Werror", "-shared", *sources, "-o", str(out)], check=True)
     return out
 

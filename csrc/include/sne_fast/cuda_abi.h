@@ -55,7 +55,7 @@ SNE_FAST_CUDA_API int sne_fast_cuda_chunk_weights(int precision, const sne_fast_
 
 typedef struct {
   int64_t hidden, heads, layer_norm;
-  int64_t slots, lowest, shared;      /* the class: see csrc/cuda/chunk_slots.h */
+  int64_t slots, lowest, shared;      /* the class: see csrc/cuda/chunk_encode/slots.h */
   int64_t blocks, first_block, count; /* blocks of slots: all of the class, and those of this launch */
   int64_t programs, shared_limit;     /* multiprocessors, bytes of shared memory that a block may have */
   int64_t wgmma;                      /* 1 on compute capability 9.0: that path where there is one */

@@ -1,0 +1,50 @@
+// Sums of packed rows over segments, in a fixed order: pieces of 256 rows first (tiles/row_pieces.h), then each segment's pieces.
+#include "cuda/tiles/row_pieces.h"
+#include "sne_fast/cuda_abi.h"
+
+namespace sne {
+namespace {
+
+constexpr int kBits = 8;
+constexpr int64_t kPiece = 1 << kBits;
+
+SNE_KERNEL SNE_BOUNDS(256, 4)
+    sum_pieces(const float *rows, const int64_t *ptr, float *partial, int64_t segments, int width) {
+  const int64_t slot = block_id();
+  const SetSlot piece = find_slot(ptr, segments, slot, kBits);
+  const int64_t end = piece.begin + kPiece < piece.end ? piece.begin + kPiece : piece.end;
+  // Threads stand at a column each; where there are more threads than columns, they share out the rows.
+  const int column = thread_id() % width, share = thread_id() / width, shares = num_threads() / width;
+  float *sums = (float *)shared_memory(), sum = 0;
+  for (int64_t row = piece.begin + share; row < end; row += shares) sum += rows[row * width + column];
+  sums[thread_id()] = sum;
+  sync_block();
+  if (share == 0) {
+    for (int i = 1; i < shares; ++i) sum += sums[i * width + column];
+    partial[slot * width + column] = sum;
+  }
+}
+
+SNE_KERNEL SNE_BOUNDS(256, 4) sum_slots(const float *partial, const int64_t *ptr, float *out, int width) {
+  const int64_t segment = block_id(), first = (ptr[segment] >> kBits) + segment;
+  const int64_t count = (ptr[segment + 1] - ptr[segment] + kPiece - 1) / kPiece;
+  for (int column = thread_id(); column < width; column += num_threads()) {
+    float sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += partial[(first + i) * width + column];
+    out[segment * width + column] = sum;
+  }
+}
+
+}  // namespace
+}  // namespace sne
+
+extern "C" int sne_fast_cuda_segment_sum(const sne_fast_segment_sum_args *a, void *stream) {
+  using namespace sne;
+  if (a->width < 1 || a->width > 256 || 256 % a->width || a->rows < 0) return SNE_FAST_CUDA_BAD_ARGUMENT;
+  const float *partial = (const float *)a->partial;
+  const int status = launch((Stream)stream, a->segments ? a->rows / kPiece + a->segments : 0, 1, 256, 1024, sum_pieces,
+                            (const float *)a->x, a->ptr, (float *)a->partial, a->segments, int(a->width));
+  if (status) return status;
+  return launch((Stream)stream, a->segments, 1, a->width < 32 ? 32 : int(a->width), 0, sum_slots, partial, a->ptr,
+                (float *)a->out, int(a->width));
+}
