@@ -40,8 +40,8 @@ void scalar_attention(const Tile<T> &tile, long H, const T *logit, const T *x, c
         const Vec<T> ext = s >= T(0) ? load(high + slot) : load(low + slot);
         const Mask<T> own = load_int<T>(tile.chunk_of + slot);
         Vec<T> sum = zero<T>(), first = zero<T>(), second = zero<T>();
-        // Everything about ext, whose weight is the largest: no exponent is positive, however it is rounded, and among n
-        // values the variance is at least 1/n of the squared mean subtracted from it.
+        // Everything about ext, whose weight is the largest: no exponent is positive, however it is rounded, and among
+        // n values the variance is at least 1/n of the squared mean subtracted from it.
         auto add = [&](long j, auto masked) {
           const Vec<T> d = x[j] - ext;
           Vec<T> e = vexp2(s * d);

@@ -1,7 +1,7 @@
 // chunk_encode, backward: every tile is computed again with its activations kept in cache, then walked back.
 //
-// Values and per-chunk sums are owned by their tile. Parameter gradients are summed per slice, a fixed run of tiles, and
-// the slices are added in order: the bits depend on the input alone, never on how many threads took part.
+// Values and per-chunk sums are owned by their tile. Parameter gradients are summed per slice, a fixed run of tiles,
+// and the slices are added in order: the bits depend on the input alone, never on how many threads took part.
 #include <omp.h>
 
 #include "cpu/chunk_encode_tile.h"
@@ -15,7 +15,7 @@ thread_local ThreadBlock shared_block, slice_block, tile_block;
 // Parameter gradients of one slice. Those named *_lanes keep a vector of lanes per entry, added up at the very end.
 template <class T>
 struct SliceSums {
-  T *w_qkv, *w_o, *table, *pool_query, *element_code;  // (3,3h,h) (3,h,h) (H+2,h) (H,h) (longest,h)
+  T *w_qkv, *w_o, *table, *pool_query, *element_code;                   // (3,3h,h) (3,h,h) (H+2,h) (H,h) (longest,h)
   T *b_qkv_lanes, *b_o_lanes, *norm_lanes, *basis_lanes, *logit_lanes;  // (9h) (4h) (16h) (3h) (2H), W lanes each
   T *begin;
   long count;
@@ -45,12 +45,12 @@ struct SliceSums {
 // Buffers of the way back.
 template <class T>
 struct BackWork {
-  T *g;       // (h, R) gradient of whatever the walk is at
-  T *gr;      // (h, R) that of fc_o's output
-  T *gqkv;    // (3h, R)
-  T *z;       // (R, R)
-  T *et, *zt; // (R, 2 vectors)
-  T *dl;      // (H, R) gradient of pooling logits, then of the means m of block 0
+  T *g;                 // (h, R) gradient of whatever the walk is at
+  T *gr;                // (h, R) that of fc_o's output
+  T *gqkv;              // (3h, R)
+  T *z;                 // (R, R)
+  T *et, *zt;           // (R, 2 vectors)
+  T *dl;                // (H, R) gradient of pooling logits, then of the means m of block 0
   T *dx, *a_of, *b_of;  // (R)
   void take(Scratch &s, long R, long h, long H) {
     g = s.take<T>(h * R);
@@ -88,7 +88,8 @@ void bias_gradient(const Tile<T> &tile, long M, const T *g, T *db_lanes) {
 
 // From the pooled rows back to the final rows: writes back.g, adds to pool_query.
 template <class T>
-void pool_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums, const T *grad) {
+void pool_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
+                   const T *grad) {
   constexpr int W = kLanes<T>, P = int(kPanel<T>);
   const Tile<T> &tile = work.tile;
   const long h = enc.h, H = enc.H, R = tile.slots, slots = tile.panels * P;
@@ -135,7 +136,8 @@ void pool_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &b
 
 // back.g: gradient of a block's output -> gradient of its attention output o.
 template <class T>
-void finish_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums, int b) {
+void finish_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
+                           int b) {
   constexpr int W = kLanes<T>;
   constexpr long P = kPanel<T>;
   const long h = enc.h;
@@ -188,7 +190,8 @@ void attention_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, Bac
 
 // Gradients of the codes: per place in the chunk into the slice, per chunk into chunk_sum (N, h).
 template <class T>
-void codes_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums, T *chunk_sum) {
+void codes_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
+                    T *chunk_sum) {
   constexpr int W = kLanes<T>;
   const long h = enc.h;
   rows_of<T>(back.g, h, work.tile.panels, work.rows);
@@ -266,8 +269,8 @@ void tile_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &b
   scalar_block_backward(enc, work, back, sums, grad_values);
 }
 
-// Slices: enough to keep many cores busy, few enough that their sums stay below about 64 MB, and of five tiles or more, or
-// clearing and adding them would show.
+// Slices: enough to keep many cores busy, few enough that their sums stay below about 64 MB, and of five tiles or more,
+// or clearing and adding them would show.
 template <class T>
 long number_of_slices(long tiles, long floats) {
   const long most = max_of(8, min_of(64, (64L << 20) / (floats * long(sizeof(T)))));

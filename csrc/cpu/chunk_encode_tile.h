@@ -14,9 +14,9 @@ struct ChunkEncoder {
   bool norms;
   const int64_t *chunk_ptr;
   const T *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query;
-  const T *w_qkv, *w_o;                 // as given
-  T *qkv[4], *out[4];                   // packed for the forward; index = block, 0 unused
-  T *qkv_back[4], *out_back[4];         // packed transposed, backward only
+  const T *w_qkv, *w_o;          // as given
+  T *qkv[4], *out[4];            // packed for the forward; index = block, 0 unused
+  T *qkv_back[4], *out_back[4];  // packed transposed, backward only
   // SPEC 4.1: after ln0 the rows of block 0 are sums of H + 2 fixed vectors, so fc_o is applied to those once per call.
   T *generators;          // (H+2, h): the centred basis times ln0's weight
   T *table, *table_bias;  // packed W_o generators^T (h, H+2); W_o ln0.bias + b_o (h)
@@ -25,8 +25,8 @@ struct ChunkEncoder {
       : h(a.hidden), H(a.heads), d(a.hidden / a.heads), norms(a.layer_norm != 0), chunk_ptr(a.chunk_ptr),
         values((const T *)a.values), row_code((const T *)a.row_code), element_code((const T *)a.element_code),
         logit((const T *)a.logit), basis((const T *)a.basis), b_qkv((const T *)a.b_qkv), b_o((const T *)a.b_o),
-        norm((const T *)a.norm), pool_query((const T *)a.pool_query), w_qkv((const T *)a.w_qkv),
-        w_o((const T *)a.w_o) {}
+        norm((const T *)a.norm), pool_query((const T *)a.pool_query), w_qkv((const T *)a.w_qkv), w_o((const T *)a.w_o) {
+  }
 
   const T *norm_of(int block, int which) const { return norm + (block * 4 + which) * h; }
   const T *bias_qkv(int block) const { return b_qkv + (block - 1) * 3 * h; }
@@ -95,14 +95,14 @@ struct BlockActivations {
 template <class T>
 struct TileWork {
   Tile<T> tile;
-  T *x, *low, *high;          // (R) values, chunk extremes
+  T *x, *low, *high;  // (R) values, chunk extremes
   ScalarAttention<T> scalar;
-  T *coefficients;            // (H+2, R) of the generators, feature-major
+  T *coefficients;  // (H+2, R) of the generators, feature-major
   BlockActivations<T> block[4];
-  T *o;                       // (h, R) the attention output, then its norm
-  T *final_x;                 // (h, R) output of block 3
-  T *rows;                    // (R, h) some (h, R) buffer with its rows in memory order
-  T *weight;                  // (H, R) pooling softmax
+  T *o;        // (h, R) the attention output, then its norm
+  T *final_x;  // (h, R) output of block 3
+  T *rows;     // (R, h) some (h, R) buffer with its rows in memory order
+  T *weight;   // (H, R) pooling softmax
   bool backward;
 
   void take(Scratch &scratch, long R, long h, long H, bool for_backward) {

@@ -27,13 +27,13 @@ struct TileChunk {
 
 template <class T>
 struct Tile {
-  long slots = 0;        // R
-  long used = 0;         // slots with a row in them
-  long panels = 0;       // panels with a row in them
+  long slots = 0;   // R
+  long used = 0;    // slots with a row in them
+  long panels = 0;  // panels with a row in them
   int num_chunks = 0, num_blocks = 0;
-  TileChunk *chunks;     // (R)
-  RowBlock *blocks;      // (R / W)
-  Int<T> *chunk_of;      // (R) number of the chunk within the tile, -1 in unused slots
+  TileChunk *chunks;  // (R)
+  RowBlock *blocks;   // (R / W)
+  Int<T> *chunk_of;   // (R) number of the chunk within the tile, -1 in unused slots
 
   void take(Scratch &scratch, long R) {
     slots = R;

@@ -9,8 +9,8 @@ namespace sne::SNE_ISA {
 namespace {
 
 thread_local ThreadBlock block, shared_block;
-constexpr long kRows = 64;      // rows weighted at a time
-constexpr long kPiece = 2048;   // rows of a piece
+constexpr long kRows = 64;     // rows weighted at a time
+constexpr long kPiece = 2048;  // rows of a piece
 
 // exp(logits - top) of up to kRows rows, to w (A, kRows), and their sums added to sum (A).
 template <class T>

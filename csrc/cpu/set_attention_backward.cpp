@@ -59,7 +59,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
       for (int i = 0; i < NV; ++i) {
         const Vec<T> lse = load(w.lse + head * L + i * W), dot = load(w.dot + head * L + i * W);
         for (long j = 0; j < n; ++j) {
-          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (scale * kLog2e<T>) - lse);
+          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (kLog2e<T> * scale) - lse);
           store(w.s + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
         }
       }
@@ -91,7 +91,7 @@ void key_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at, c
       for (long j = 0; j < n; ++j) {
         const T lse = at.lse[(q0 + j) * H + head] * kLog2e<T>, dot = at.dot[(q0 + j) * H + head];
         for (int i = 0; i < NV; ++i) {
-          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (scale * kLog2e<T>) - lse);
+          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (kLog2e<T> * scale) - lse);
           store(w.s + j * L + i * W, e);
           store(w.p + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
         }
@@ -116,8 +116,8 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
     free(k_items);
     return SNE_FAST_NO_MEMORY;
   }
-  const Pointers<T> at = {(const T *)a.q,   (const T *)a.k,   (const T *)a.v, (const T *)a.out, (const T *)a.lse,
-                          (const T *)g.grad, (T *)g.q, (T *)g.k, (T *)g.v, dot};
+  const Pointers<T> at = {(const T *)a.q,    (const T *)a.k, (const T *)a.v, (const T *)a.out, (const T *)a.lse,
+                          (const T *)g.grad, (T *)g.q,       (T *)g.k,       (T *)g.v,         dot};
   int failed = 0;
   const int threads = int(max_of(1, min_of(a.num_threads, queries > keys ? queries : keys)));
   const int q_grab = items_per_grab(queries, threads), k_grab = items_per_grab(keys, threads);

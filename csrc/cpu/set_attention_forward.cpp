@@ -16,9 +16,9 @@ double logarithm(double x) { return log(x); }
 
 template <class T>
 struct Work {
-  T *q, *o;         // (h, P) queries and outputs on lanes
-  T *s;             // (kKeys, P)
-  T *top, *sum;     // (H, P)
+  T *q, *o;      // (h, P) queries and outputs on lanes
+  T *s;          // (kKeys, P)
+  T *top, *sum;  // (H, P)
   void take(Scratch &scratch, long h, long H) {
     constexpr long P = kPanel<T>;
     q = scratch.take<T>(h * P);

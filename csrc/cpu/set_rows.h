@@ -57,7 +57,8 @@ inline RowItem *cut_rows(int64_t sets, const int64_t *ptr, long most, long *coun
   if (!items) return nullptr;
   n = 0;
   for (int64_t s = 0; s < sets; ++s)
-    for (int64_t r = ptr[s]; r < ptr[s + 1]; r += most) items[n++] = {s, r, r + most < ptr[s + 1] ? r + most : ptr[s + 1]};
+    for (int64_t r = ptr[s]; r < ptr[s + 1]; r += most)
+      items[n++] = {s, r, r + most < ptr[s + 1] ? r + most : ptr[s + 1]};
   return items;
 }
 

@@ -11,7 +11,8 @@ namespace {
 long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 // Slots per tile: 64 rows, or 128 for the widths whose weight gradients do not stay in the second cache (every tile
-// reads and writes them once), and of the sizes that hold a longest chunk the smallest whose unused rest is near the best.
+// reads and writes them once), and of the sizes that hold a longest chunk the smallest whose unused rest is near the
+// best.
 long choose_slots(long longest, long panel, long hidden) {
   const long least = round_up(std::max(longest, hidden > 64 ? 128L : 64L), panel), most = std::max(least, 256L);
   double best = 1.0;

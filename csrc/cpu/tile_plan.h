@@ -10,10 +10,10 @@ namespace sne {
 // Chunks of tile i: order[first[i]] .. order[first[i+1]-1], placed one behind the other in `slots` row slots.
 struct TilePlan {
   long num_tiles = 0;
-  long slots = 0;             // row slots of a tile, a multiple of the panel width
-  long longest = 0;           // longest chunk
-  int64_t *first = nullptr;   // (num_tiles + 1)
-  int64_t *order = nullptr;   // (num_chunks), a permutation of the non-empty chunks
+  long slots = 0;                // row slots of a tile, a multiple of the panel width
+  long longest = 0;              // longest chunk
+  int64_t *first = nullptr;      // (num_tiles + 1)
+  int64_t *order = nullptr;      // (num_chunks), a permutation of the non-empty chunks
   int64_t *tensor_of = nullptr;  // (num_chunks) tensor a chunk belongs to
 };
 

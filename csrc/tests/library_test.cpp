@@ -78,10 +78,16 @@ struct ChunkCase {
     for (int64_t n : lengths) rows = n > rows ? n : rows;
     const double gain = 1 / sqrt(double(h));
     const size_t u = size_t(h), s = size_t(H);
-    inputs = {random_reals(size_t(chunk_ptr.back()), 1, 1), random_reals(3 * u, 1, 2),
-              random_reals(size_t(rows) * u, 1, 3), random_reals(2 * s, 1, 4), random_reals(3 * u, 1, 5),
-              random_reals(9 * u * u, gain, 6), random_reals(9 * u, .1, 7), random_reals(4 * u * u, gain, 8),
-              random_reals(4 * u, .1, 9), norms ? random_reals(16 * u, .3, 10, 1) : Reals(),
+    inputs = {random_reals(size_t(chunk_ptr.back()), 1, 1),
+              random_reals(3 * u, 1, 2),
+              random_reals(size_t(rows) * u, 1, 3),
+              random_reals(2 * s, 1, 4),
+              random_reals(3 * u, 1, 5),
+              random_reals(9 * u * u, gain, 6),
+              random_reals(9 * u, .1, 7),
+              random_reals(4 * u * u, gain, 8),
+              random_reals(4 * u, .1, 9),
+              norms ? random_reals(16 * u, .3, 10, 1) : Reals(),
               random_reals(s * u, .3, 11)};
     grad = random_reals(size_t(N) * s * u, 1, 12);
   }
@@ -95,7 +101,7 @@ struct ChunkCase {
     a.num_chunks = N, a.num_tensors = 3, a.num_values = chunk_ptr.back(), a.hidden = h, a.heads = H;
     a.element_rows = rows, a.layer_norm = norms, a.num_threads = threads;
     a.chunk_ptr = chunk_ptr.data(), a.tensor_ptr = tensor_ptr.data();
-    const void **fields[] = {&a.values, &a.row_code, &a.element_code, &a.logit, &a.basis, &a.w_qkv,
+    const void **fields[] = {&a.values, &a.row_code, &a.element_code, &a.logit, &a.basis,     &a.w_qkv,
                              &a.b_qkv,  &a.w_o,      &a.b_o,          &a.norm,  &a.pool_query};
     for (int i = 0; i < 11; ++i) *fields[i] = in[size_t(i)].data();
     std::vector<T> out(grad.size()), g = as<T>(grad);
@@ -104,7 +110,7 @@ struct ChunkCase {
     for (const Reals &r : inputs) grads.emplace_back(r.size());
     sne_fast_chunk_encode_grads b = {};
     b.grad = g.data();
-    void **targets[] = {&b.values, &b.row_code, &b.element_code, &b.logit, &b.basis, &b.w_qkv,
+    void **targets[] = {&b.values, &b.row_code, &b.element_code, &b.logit, &b.basis,     &b.w_qkv,
                         &b.b_qkv,  &b.w_o,      &b.b_o,          &b.norm,  &b.pool_query};
     for (int i = 0; i < 11; ++i) *targets[i] = grads[size_t(i)].data();
     expect(sne_fast_cpu_chunk_encode_backward(dtype_of<T>(), &a, &b) == SNE_FAST_OK, "chunk_encode_backward status");
@@ -129,8 +135,19 @@ struct SetCase {
   std::vector<Reals> run(int threads) const {
     auto qq = as<T>(q), kk = as<T>(k), vv = as<T>(v), g = as<T>(grad);
     std::vector<T> out(q.size()), lse(size_t(q_ptr.back() * H)), gq(q.size()), gk(k.size()), gv(v.size());
-    sne_fast_set_attention_args a = {int64_t(q_ptr.size()) - 1, q_ptr.back(), k_ptr.back(), h, H, threads,
-                                     q_ptr.data(), k_ptr.data(), qq.data(), kk.data(), vv.data(), out.data(), lse.data()};
+    sne_fast_set_attention_args a = {int64_t(q_ptr.size()) - 1,
+                                     q_ptr.back(),
+                                     k_ptr.back(),
+                                     h,
+                                     H,
+                                     threads,
+                                     q_ptr.data(),
+                                     k_ptr.data(),
+                                     qq.data(),
+                                     kk.data(),
+                                     vv.data(),
+                                     out.data(),
+                                     lse.data()};
     expect(sne_fast_cpu_set_attention(dtype_of<T>(), &a) == SNE_FAST_OK, "set_attention status");
     sne_fast_set_attention_grads b = {g.data(), gq.data(), gk.data(), gv.data()};
     expect(sne_fast_cpu_set_attention_backward(dtype_of<T>(), &a, &b) == SNE_FAST_OK, "set_attention_backward status");
@@ -152,7 +169,8 @@ struct PoolCase {
     auto xx = as<T>(x), ll = as<T>(logits), g = as<T>(grad);
     const int64_t S = int64_t(ptr.size()) - 1;
     std::vector<T> out(grad.size()), lse(size_t(S * A)), gx(x.size()), gl(logits.size());
-    sne_fast_segment_pool_args a = {S, ptr.back(), h, A, threads, ptr.data(), xx.data(), ll.data(), out.data(), lse.data()};
+    sne_fast_segment_pool_args a = {S,          ptr.back(), h,         A,          threads,
+                                    ptr.data(), xx.data(),  ll.data(), out.data(), lse.data()};
     expect(sne_fast_cpu_segment_pool(dtype_of<T>(), &a) == SNE_FAST_OK, "segment_pool status");
     sne_fast_segment_pool_grads b = {g.data(), gx.data(), gl.data()};
     expect(sne_fast_cpu_segment_pool_backward(dtype_of<T>(), &a, &b) == SNE_FAST_OK, "segment_pool_backward status");
@@ -172,7 +190,8 @@ struct GatherCase {
     double scale[] = {1, 2, 1, 3}, scale_grad[4];
     const int64_t V = 63 + 130 * 33 + 5 + 300;
     std::vector<T> values(static_cast<size_t>(V)), g(static_cast<size_t>(V), T(1));
-    sne_fast_gather_chunks_args a = {4, V, threads, plan.data(), dtypes, matrices, scale, values.data(), g.data(), scale_grad};
+    sne_fast_gather_chunks_args a = {4,        V,     threads,       plan.data(), dtypes,
+                                     matrices, scale, values.data(), g.data(),    scale_grad};
     expect(sne_fast_cpu_gather_chunks(dtype_of<T>(), &a) == SNE_FAST_OK, "gather_chunks status");
     expect(sne_fast_cpu_gather_chunks_backward(dtype_of<T>(), &a) == SNE_FAST_BAD_DTYPE, "half gradients are refused");
     std::vector<float> m2f(5);
@@ -222,11 +241,16 @@ void differences(const ChunkCase &c) {
 int main() {
   expect(sne_fast_cpu_abi() == SNE_FAST_CPU_ABI, "ABI number");
   expect(sne_fast_cpu_select_isa("mmx") == SNE_FAST_BAD_ISA, "an unknown instruction set is refused");
-  const std::vector<ChunkCase> chunk_cases = {
-      {64, 4, {32, 32, 32, 1, 2, 31, 5, 17, 16, 1, 32, 0, 3}, true}, {64, 4, {32, 1, 31}, false},
-      {32, 4, {1, 1, 1, 2, 3, 100, 9}, true}, {128, 2, {256, 33}, true}, {256, 32, {20, 40}, true}, {32, 1, {}, true}};
+  const std::vector<ChunkCase> chunk_cases = {{64, 4, {32, 32, 32, 1, 2, 31, 5, 17, 16, 1, 32, 0, 3}, true},
+                                              {64, 4, {32, 1, 31}, false},
+                                              {32, 4, {1, 1, 1, 2, 3, 100, 9}, true},
+                                              {128, 2, {256, 33}, true},
+                                              {256, 32, {20, 40}, true},
+                                              {32, 1, {}, true}};
   const std::vector<SetCase> set_cases = {{64, 4, {1, 3, 17, 40, 100, 0, 5}, {2, 3, 17, 0, 150, 4, 65}},
-                                          {32, 1, {33}, {16}}, {256, 32, {5}, {70}}, {64, 8, {}, {}}};
+                                          {32, 1, {33}, {16}},
+                                          {256, 32, {5}, {70}},
+                                          {64, 8, {}, {}}};
   const std::vector<PoolCase> pool_cases = {{64, 4, {1, 2, 0, 70, 5000}}, {32, 1, {9}}, {48, 3, {17}}, {64, 4, {}}};
   const GatherCase gather;
   std::vector<std::vector<Reals>> first(chunk_cases.size() + set_cases.size() + pool_cases.size() + 1);

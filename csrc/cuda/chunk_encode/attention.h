@@ -15,12 +15,13 @@ template <class Shape>
 SNE_DEVICE KeyRanges<Shape::MT> key_ranges(const Slot *slots) {
   KeyRanges<Shape::MT> out;
   SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
+  for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const Slot slot = slots[16 * i + 8 * r + lane_id() / 4];
       out.range[i][r] = uint32_t(slot.key_begin) | uint32_t(slot.key_end) << 16;
     }
+  }
   return out;
 }
 
@@ -33,31 +34,35 @@ template <class Op, int MT, int DT>
 SNE_DEVICE uint32_t bad_rows(const Tile (&k)[MT][DT], const Tile (&v)[MT][DT]) {
   uint32_t rows = 0;
   SNE_UNROLL
-  for (int i = 0; i < MT; ++i)
+  for (int i = 0; i < MT; ++i) {
     SNE_UNROLL
     for (int r = 0; r < 2; ++r) {
       bool bad = false;
       SNE_UNROLL
-      for (int n = 0; n < DT; ++n)
+      for (int n = 0; n < DT; ++n) {
         SNE_UNROLL
         for (int e = 2 * r; e < 2 * r + 2; ++e)
           bad |= !(__builtin_fabsf(k[i][n].c[e]) < kLimit<Op>) | !(__builtin_fabsf(v[i][n].c[e]) < kLimit<Op>);
+      }
       const uint32_t lanes = ballot(bad);
       if (lanes)
         for (int g = 0; g < 8; ++g)
           if (lanes >> 4 * g & 15) rows |= 1u << (16 * i + 8 * r + g);
     }
+  }
   return rows;
 }
 template <int MT, int DT>
 SNE_DEVICE void clear_rows(Tile (&k)[MT][DT], uint32_t rows) {
   SNE_UNROLL
-  for (int i = 0; i < MT; ++i)
+  for (int i = 0; i < MT; ++i) {
     SNE_UNROLL
     for (int e = 0; e < 4; ++e)
-      if (rows >> (16 * i + 8 * (e / 2) + lane_id() / 4) & 1)
+      if (rows >> (16 * i + 8 * (e / 2) + lane_id() / 4) & 1) {
         SNE_UNROLL
         for (int n = 0; n < DT; ++n) k[i][n].c[e] = 0;
+      }
+  }
 }
 
 // Whether a key of the range, of the `rows` that stand from slot `first` on, is among the bits of `bad`.
@@ -71,10 +76,11 @@ SNE_DEVICE bool touches(uint32_t bad, int begin, int end, int first, int rows) {
 template <class Op, class Shape>
 SNE_DEVICE void head_operands(Rows16<Op> (&out)[Shape::MT][Shape::DK], const Tile (&c)[Shape::MT][Shape::DT]) {
   SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
+  for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
     for (int k = 0; k < Shape::DK; ++k)
       out[i][k] = rows16<Op>(c[i][2 * k], Shape::D == 8 ? Tile{} : c[i][2 * k + (Shape::D > 8)]);
+  }
 }
 
 // c += a b over the width of a head.
@@ -95,9 +101,10 @@ SNE_DEVICE unsigned char *exchanged(const Memory &memory, int warp, int which, i
 template <class Shape, class Op, class Memory>
 SNE_DEVICE void offer(const Memory &memory, int which, const Rows16<Op> (&rows)[Shape::MT][Shape::DK]) {
   SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
+  for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
     for (int k = 0; k < Shape::DK; ++k) put_rows(exchanged<Shape>(memory, 0, which, i, k), rows[i][k]);
+  }
 }
 
 // Logits of 16 own rows (a) with the 16 MT rows of warp `warp` of an exchanged matrix.
@@ -152,14 +159,16 @@ SNE_DEVICE void project_together(Tile (&q)[Shape::MT][Shape::DT], Tile (&k)[Shap
   fill_rows(v, bias + 2 * Shape::W);
   Tile c[Shape::MT][3 * DT];
   SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
+  for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
     for (int n = 0; n < DT; ++n) c[i][n] = q[i][n], c[i][DT + n] = k[i][n], c[i][2 * DT + n] = v[i][n];
+  }
   multiply<Shape::kWarpgroup>(c, x, weights.piece(head_offset, 3 * Shape::D * Shape::W));
   SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
+  for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
     for (int n = 0; n < DT; ++n) q[i][n] = c[i][n], k[i][n] = c[i][DT + n], v[i][n] = c[i][2 * DT + n];
+  }
 }
 
 // o = q + attention(q, k, v) of every head, from the rows' operands x.
@@ -214,7 +223,7 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
           const int begin = keys.begin(i, r), end = keys.end(i, r);
           float highest = top[r];
           SNE_UNROLL
-          for (int n = 0; n < 2 * MT; ++n)
+          for (int n = 0; n < 2 * MT; ++n) {
             SNE_UNROLL
             for (int e = 0; e < 2; ++e) {
               const int key = first + 8 * n + 2 * (lane_id() % 4) + e;
@@ -222,17 +231,19 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
               logit = key >= begin && key < end ? logit * scale : -INFINITY;
               highest = max_of(highest, logit);
             }
+          }
           highest = max_over_quad(highest);
           const float shift = highest == -INFINITY ? 0.0f : highest, decay = exp2_fast(top[r] - shift);
           float sum = 0;
           SNE_UNROLL
-          for (int n = 0; n < 2 * MT; ++n)
+          for (int n = 0; n < 2 * MT; ++n) {
             SNE_UNROLL
             for (int e = 0; e < 2; ++e) {
               float &p = s[n].c[2 * r + e];
               p = exp2_fast(p - shift);
               sum += p;
             }
+          }
           total[r] = total[r] * decay + sum_over_quad(sum);
           if (bad && touches(bad, begin, end, first, ROWS)) total[r] = NAN;
           top[r] = highest;
@@ -245,10 +256,10 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
       for (int r = 0; r < 2; ++r) {
         const float inverse = 1.0f / total[r];
         SNE_UNROLL
-        for (int n = 0; n < DT; ++n)
+        for (int n = 0; n < DT; ++n) {
           SNE_UNROLL
-          for (int e = 2 * r; e < 2 * r + 2; ++e)
-            o[i][n].c[e] = q[i][n].c[e] + attended[n].c[e] * inverse;
+          for (int e = 2 * r; e < 2 * r + 2; ++e) o[i][n].c[e] = q[i][n].c[e] + attended[n].c[e] * inverse;
+        }
       }
     }
     turn<DT>(o);

@@ -1,9 +1,9 @@
 // What the backward kernels of chunk_encode share: sums over rows, norms and the feed-forward run again and back.
 //
-// A warp holds 16 rows. Gradients of rows travel as floats between kernels, in the workspace `rows_grad`; the factors of
-// the matrices' gradients are left in `products (5, rows, h)`: gradients of q, k, v and of fc_o's result, and what fc_o
-// saw. Gradients of vectors are summed by each warp for itself, then over a block's warps in order, and added to that
-// block's row of a table: nobody else's, so two runs give the same bits.
+// A warp holds 16 rows. Gradients of rows travel as floats between kernels, in the workspace `rows_grad`; the factors
+// of the matrices' gradients are left in `products (5, rows, h)`: gradients of q, k, v and of fc_o's result, and what
+// fc_o saw. Gradients of vectors are summed by each warp for itself, then over a block's warps in order, and added to
+// that block's row of a table: nobody else's, so two runs give the same bits.
 #pragma once
 
 #include "cuda/chunk_encode/launch.h"
@@ -67,23 +67,24 @@ SNE_DEVICE void norm_backward(Tile (&grad)[NT], const Tile (&unit)[NT], const fl
   const int t = lane_id() % 4;
   float mean[2] = {0, 0}, slope[2] = {0, 0};
   SNE_UNROLL
-  for (int j = 0; j < NT; ++j)
+  for (int j = 0; j < NT; ++j) {
     SNE_UNROLL
     for (int e = 0; e < 4; ++e) {
       grad[j].c[e] *= weight[8 * j + 2 * t + e % 2];
       mean[e / 2] += grad[j].c[e];
       slope[e / 2] += grad[j].c[e] * unit[j].c[e];
     }
+  }
   SNE_UNROLL
   for (int r = 0; r < 2; ++r) {
     mean[r] = sum_over_quad(mean[r]) * (1.0f / (8 * NT));
     slope[r] = sum_over_quad(slope[r]) * (1.0f / (8 * NT));
   }
   SNE_UNROLL
-  for (int j = 0; j < NT; ++j)
+  for (int j = 0; j < NT; ++j) {
     SNE_UNROLL
-    for (int e = 0; e < 4; ++e)
-      grad[j].c[e] = (grad[j].c[e] - mean[e / 2] - unit[j].c[e] * slope[e / 2]) * rstd[e / 2];
+    for (int e = 0; e < 4; ++e) grad[j].c[e] = (grad[j].c[e] - mean[e / 2] - unit[j].c[e] * slope[e / 2]) * rstd[e / 2];
+  }
 }
 
 // Where a warp's rows of the products are; null: nowhere.
@@ -97,11 +98,10 @@ struct ProductRows {
 // The feed-forward again, and back: grad of its result becomes that of o. o is what it saw, and comes back as units.
 // norm_sums: this warp's (4, h), of ln0.weight, ln0.bias, ln1.weight, ln1.bias.
 template <class Op, class Shape>
-SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][Shape::NT],
-                                      const WeightSource<Op> &out, int64_t out_offset,
-                                      const WeightSource<Op> &out_transposed, int64_t transposed_offset,
-                                      const float *out_bias, float *norm_sums, bool layer_norm,
-                                      const ProductRows<typename Op::Storage> &products) {
+SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][Shape::NT], const WeightSource<Op> &out,
+                                      int64_t out_offset, const WeightSource<Op> &out_transposed,
+                                      int64_t transposed_offset, const float *out_bias, float *norm_sums,
+                                      bool layer_norm, const ProductRows<typename Op::Storage> &products) {
   constexpr int W = Shape::W, NT = Shape::NT, N = Shape::kOutRows / 8;
   const float *norm = out_bias + W;
   float rstd0[1][2], rstd1[1][2];
@@ -137,9 +137,10 @@ SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][S
     norm_backward(grad[0], y[0], rstd1[0], norm + 2 * W);
   }
   SNE_UNROLL
-  for (int j = 0; j < NT; ++j)
+  for (int j = 0; j < NT; ++j) {
     SNE_UNROLL
     for (int e = 0; e < 4; ++e) y[0][j].c[e] = dead[j / N] >> (j % N * 4 + e) & 1 ? 0.0f : grad[0][j].c[e];
+  }
   to_operands<Op>(rows, y);
   if (products.at) save_rows<Op, Shape>(products.of(3), rows);
   SNE_LOOP

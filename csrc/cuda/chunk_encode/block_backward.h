@@ -1,5 +1,5 @@
-// Backward of one of the blocks 1 to 3 of chunk_encode: gradient of its rows to that of what it saw, with the factors of
-// its matrices' gradients and the sums of its norms'.
+// Backward of one of the blocks 1 to 3 of chunk_encode: gradient of its rows to that of what it saw, with the factors
+// of its matrices' gradients and the sums of its norms'.
 #pragma once
 
 #include "cuda/chunk_encode/backward.h"
@@ -15,7 +15,7 @@ SNE_DEVICE void multiply_head(Tile (&c)[1][Shape::NT], const Rows16<Op> (&a)[1][
   SNE_LOOP
   for (int first = 0; first < Shape::NT; first += kTiles) {
     SNE_UNROLL
-    for (int n = 0; n < kTiles; ++n)
+    for (int n = 0; n < kTiles; ++n) {
       SNE_UNROLL
       for (int k = 0; k < Shape::DK; ++k) {
         if constexpr (Shape::D == 8)
@@ -23,12 +23,13 @@ SNE_DEVICE void multiply_head(Tile (&c)[1][Shape::NT], const Rows16<Op> (&a)[1][
         else
           product(c[0][n], a[0][k], load_cols8<Op>(piece, first + n, k, Shape::D));
       }
+    }
     if constexpr (kTiles < Shape::NT) turn<kTiles>(c);
   }
 }
 
-// The attention of all heads again, and back: grad (of o = q + attention) to the gradient of x, dx. Keys and queries of a
-// block of slots attend to each other or not at all, so one range per row says both.
+// The attention of all heads again, and back: grad (of o = q + attention) to the gradient of x, dx. Keys and queries of
+// a block of slots attend to each other or not at all, so one range per row says both.
 template <class Op, class Shape, class Memory>
 SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Shape::NT],
                                    const Rows16<Op> (&x)[1][Shape::KT], const WeightSource<Op> &weights,
@@ -154,15 +155,15 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Sha
       SNE_UNROLL
       for (int n = 0; n < DT; ++n) {
         d[0][n] = which == 0 ? dq[n] : which == 1 ? dk[n] : dv[n];
-        if (which == 0)
+        if (which == 0) {
           SNE_UNROLL
           for (int e = 0; e < 4; ++e) d[0][n].c[e] += grad[0][n].c[e];
+        }
         if (products.at) store_tile(products.of(which) + head * D + 8 * n, W, d[0][n]);
       }
       Rows16<Op> rows[1][DK];
       head_operands<Op, Shape>(rows, d);
-      multiply_head<Op, Shape>(dx, rows,
-                               transposed.piece(layout.qkv_transposed(block, head) + which * W * D, W * D));
+      multiply_head<Op, Shape>(dx, rows, transposed.piece(layout.qkv_transposed(block, head) + which * W * D, W * D));
     }
     turn<DT>(grad);
     set.sync();
@@ -183,9 +184,8 @@ template <int width>
 constexpr int kNormSums = 4 * width;  // that a warp adds up
 
 template <class Op, class Shape, int kThreads>
-SNE_KERNEL SNE_BOUNDS(kThreads, 1)
-    chunk_block_backward(ChunkCall<typename Op::Storage> call, ChunkSpace space, int block, bool resident,
-                         bool layer_norm, float *norm_part) {
+SNE_KERNEL SNE_BOUNDS(kThreads, 1) chunk_block_backward(ChunkCall<typename Op::Storage> call, ChunkSpace space,
+                                                        int block, bool resident, bool layer_norm, float *norm_part) {
   using T = typename Op::Storage;
   constexpr int W = Shape::W, NT = Shape::NT;
   constexpr int64_t kSquare = int64_t(W) * W;
@@ -233,20 +233,23 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
     for (int j = 0; j < NT; ++j) grad[0][j] = there ? load_tile(space.rows_grad + row * W + 8 * j, W) : Tile{};
     const ProductRows<T> products{there ? (T *)space.products + row * W : nullptr, rows * W};
     feed_forward_backward<Op, Shape>(grad, o, weights, layout.out(block), out_transposed, layout.out_transposed(block),
-                                     vectors + at.out_bias(block), sums + warp_id() * kNormSums<W>, layer_norm, products);
+                                     vectors + at.out_bias(block), sums + warp_id() * kNormSums<W>, layer_norm,
+                                     products);
     Tile dx[1][NT] = {};
     attention_backward<Op, Shape>(dx, grad, x, weights, transposed, block, vectors + at.qkv_bias(block), memory, set,
                                   products);
-    if (there)
+    if (there) {
       SNE_UNROLL
       for (int j = 0; j < NT; ++j) store_tile(space.rows_grad + row * W + 8 * j, W, dx[0][j]);
+    }
     set.sync();
   }
   if (layer_norm) add_warp_sums(norm_part + block_id() * kNormSums<W>, sums, kNormSums<W>);
 }
 
 template <class Op, int width, int dim>
-int run_block_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int block, float *norm_part, Stream stream) {
+int run_block_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int block, float *norm_part,
+                       Stream stream) {
   using T = typename Op::Storage;
   using Shape = ChunkShape<Op, width, dim, 1>;
   constexpr int kMost = 8;

@@ -7,9 +7,8 @@ using namespace sne;
 extern "C" int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *a, void *out, void *saved,
                                           void *stream) {
   if (!valid(*a) || !out == !saved) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return with_operands(precision, [&](auto op) {
-    return chunk_encode_by<decltype(op)>(*a, out, saved, (Stream)stream);
-  });
+  return with_operands(precision,
+                       [&](auto op) { return chunk_encode_by<decltype(op)>(*a, out, saved, (Stream)stream); });
 }
 
 extern "C" int sne_fast_cuda_chunk_block_backward(int precision, const sne_fast_cuda_chunk_args *a,
@@ -25,7 +24,6 @@ extern "C" int sne_fast_cuda_chunk_scalar_backward(int precision, const sne_fast
                                                    const sne_fast_cuda_chunk_space *space,
                                                    const sne_fast_cuda_chunk_scalar_grads *grads, void *stream) {
   if (!valid(*a) || a->heads > a->hidden / 8) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return with_operands(precision, [&](auto op) {
-    return chunk_scalar_backward_by<decltype(op)>(*a, *space, *grads, (Stream)stream);
-  });
+  return with_operands(
+      precision, [&](auto op) { return chunk_scalar_backward_by<decltype(op)>(*a, *space, *grads, (Stream)stream); });
 }

@@ -35,7 +35,7 @@ SNE_DEVICE void add_codes(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, 
   using T = typename Op::Storage;
   const int g = lane_id() / 4, t = lane_id() % 4;
   SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
+  for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const Slot slot = memory.slots[16 * i + 8 * r + g];
@@ -43,31 +43,36 @@ SNE_DEVICE void add_codes(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, 
       const T *row = call.row_code + (there ? call.owner[slot.chunk] : 0) * Shape::W + 2 * t;
       const T *element = call.element_code + int64_t(slot.element) * Shape::W + 2 * t;
       SNE_UNROLL
-      for (int j = 0; j < Shape::NT; ++j)
+      for (int j = 0; j < Shape::NT; ++j) {
         SNE_UNROLL
         for (int e = 0; e < 2; ++e) {
           float &x = o[i][j].c[2 * r + e];
           x = to_real(from_float<T>(x));  // as blocks hand it on
           if (there) x += to_real(row[8 * j + e]) + to_real(element[8 * j + e]);
         }
+      }
     }
+  }
 }
 
 template <class Op, class Shape>
 SNE_DEVICE void save_rows(typename Op::Storage *to, const Rows16<Op> (&x)[Shape::MT][Shape::KT]) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i)
+  for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
-    for (int k = 0; k < Shape::KT; ++k)
+    for (int k = 0; k < Shape::KT; ++k) {
       SNE_UNROLL
       for (int part = 0; part < 4; ++part) {  // of the 16 x 16 piece: columns 8 (part / 2).., rows 8 (part % 2)..
-        typename Op::Storage *at = to + int64_t(16 * i + 8 * (part % 2) + g) * Shape::W + 16 * k + 8 * (part / 2) + 2 * t;
+        typename Op::Storage *at =
+            to + int64_t(16 * i + 8 * (part % 2) + g) * Shape::W + 16 * k + 8 * (part / 2) + 2 * t;
         if constexpr (Op::kPacked)
           *(uint32_t *)at = x[i][k].r[part];
         else
           at[0] = x[i][k].r[4 * (part / 2) + 2 * (part % 2)], at[1] = x[i][k].r[4 * (part / 2) + 2 * (part % 2) + 1];
       }
+    }
+  }
 }
 
 // Softmax over the rows of each chunk of <query_a, x>, and the rows' sum by it: (H, h) of every chunk.
@@ -82,14 +87,16 @@ SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shap
   Tile logits[MT][HT] = {};
   multiply<Shape::kWarpgroup>(logits, x, weights.piece(layout.queries(), layout.query_rows() * Shape::W));
   SNE_UNROLL
-  for (int i = 0; i < MT; ++i)
+  for (int i = 0; i < MT; ++i) {
     SNE_UNROLL
-    for (int n = 0; n < HT; ++n)
+    for (int n = 0; n < HT; ++n) {
       SNE_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int head = 8 * n + 2 * t + e % 2;
         if (head < H) memory.head_values[(16 * i + 8 * (e / 2) + g) * H + head] = logits[i][n].c[e];
       }
+    }
+  }
   set.sync();
   // From here on by slots of the set, whose warps' memory follows one another.
   float *weight = memory.head_values - set.part * ROWS * H;
@@ -113,11 +120,12 @@ SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shap
   SNE_LOOP
   for (int k = 0; k < Shape::KT; ++k) {
     SNE_UNROLL
-    for (int i = 0; i < MT; ++i)
+    for (int i = 0; i < MT; ++i) {
       SNE_UNROLL
       for (int e = 0; e < 8; ++e)
         slice[(16 * i + 8 * (e / 2 % 2) + g) * 16 + 8 * (e / 4) + 2 * t + e % 2] =
             to_real(from_float<T>(o[i][e / 4].c[e % 4]));
+    }
     turn<2>(o);
     set.sync();
     for (int item = set.part * 32 + lane; item < 16 * H; item += 32 * set.warps) {
@@ -169,8 +177,7 @@ SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool 
     scalar_rows<Shape>(o, memory, vectors, Shape::HEADS);
     feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
     Rows16<Op> x[MT][Shape::KT];
-    typename Op::Storage *to =
-        saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * Shape::W : nullptr;
+    typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * Shape::W : nullptr;
     for (int block = 1; block < 4; ++block) {
       if (block == 2) add_codes<Op, Shape>(o, memory, call);
       to_operands<Op>(x, o);

@@ -14,13 +14,13 @@ int run_forward_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *o
   int64_t rows = Shape::kTogether ? 3 * Shape::D : Shape::D;  // of the largest piece of the weights
   for (const int64_t other : {int64_t(Shape::kOutRows), layout.query_rows()}) rows = other > rows ? other : rows;
   const int of_set = int(a.slots / Shape::ROWS);
-  const LaunchSize size = launch_size(a.shared_limit, VectorLayout{Shape::W}.size() * 4,
-                                      WarpMemory<Op, Shape>::kBytes, layout.forward_size() * sizeof(T),
-                                      rows * Shape::W * sizeof(T), Shape::kWarpgroup && of_set < 4 ? 4 : of_set, kMost, 8);
+  const LaunchSize size = launch_size(a.shared_limit, VectorLayout{Shape::W}.size() * 4, WarpMemory<Op, Shape>::kBytes,
+                                      layout.forward_size() * sizeof(T), rows * Shape::W * sizeof(T),
+                                      Shape::kWarpgroup && of_set < 4 ? 4 : of_set, kMost, 8);
   if (!size.warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * of_set + size.warps - 1) / size.warps;
-  return launch(stream, tiles < a.programs ? tiles : a.programs, 1, 32 * size.warps, size.shared, kernel,
-                call_of<T>(a), size.resident, bool(a.layer_norm), (T *)out, (T *)saved);
+  return launch(stream, tiles < a.programs ? tiles : a.programs, 1, 32 * size.warps, size.shared, kernel, call_of<T>(a),
+                size.resident, bool(a.layer_norm), (T *)out, (T *)saved);
 }
 
 template <class Op, int width, int dim>

@@ -23,7 +23,8 @@ int chunk_encode_by_wgmma(const sne_fast_cuda_chunk_args &a, void *out, void *sa
   return with_head_width(a.hidden / a.heads, [&](auto dim) {
     if constexpr (kHasChunkVariant<Op, kWgmmaWidth, dim.value>) {
       using Shape = ChunkShape<Op, kWgmmaWidth, dim.value, kPieces<Op, kWgmmaWidth>, true>;
-      return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMost>, a, out, saved, stream);
+      return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMost>, a, out, saved,
+                                                  stream);
     } else {
       return int(SNE_FAST_CUDA_BAD_VARIANT);
     }

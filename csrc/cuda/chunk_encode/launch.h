@@ -8,10 +8,24 @@ namespace sne {
 
 template <class T>
 ChunkCall<T> call_of(const sne_fast_cuda_chunk_args &a) {
-  return {a.chunk_ptr, a.order, a.owner, a.table, (const T *)a.values, (const T *)a.row_code,
-          (const T *)a.element_code, (const T *)a.logit, (const T *)a.basis, (const T *)a.b_qkv, (const T *)a.b_o,
-          (const T *)a.norm, (const T *)a.pool_query, (const T *)a.prepared,
-          {int(a.slots), int(a.lowest), int(a.shared)}, a.blocks, a.first_block, a.count};
+  return {a.chunk_ptr,
+          a.order,
+          a.owner,
+          a.table,
+          (const T *)a.values,
+          (const T *)a.row_code,
+          (const T *)a.element_code,
+          (const T *)a.logit,
+          (const T *)a.basis,
+          (const T *)a.b_qkv,
+          (const T *)a.b_o,
+          (const T *)a.norm,
+          (const T *)a.pool_query,
+          (const T *)a.prepared,
+          {int(a.slots), int(a.lowest), int(a.shared)},
+          a.blocks,
+          a.first_block,
+          a.count};
 }
 
 inline bool valid(const sne_fast_cuda_chunk_args &a) {

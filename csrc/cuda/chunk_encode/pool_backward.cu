@@ -1,6 +1,7 @@
 // Backward of the pooling of chunk_encode, and the sums of its codes' gradients.
 //
-// Everything here is vectors times vectors: lanes are rows where softmax is, and columns where rows are read and written.
+// Everything here is vectors times vectors: lanes are rows where softmax is, and columns where rows are read and
+// written.
 #include "cuda/chunk_encode/backward.h"
 
 namespace sne {
@@ -66,7 +67,8 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
     for (int a = 0; a < heads; ++a) own.weight[lane * heads + a] = own.slope[lane * heads + a];
     set.sync();
     for (int a = 0; a < heads; ++a)
-      own.slope[lane * heads + a] = real ? dot(rows + lane * width, grad + (slot.chunk * heads + a) * width, width) : 0.0f;
+      own.slope[lane * heads + a] =
+          real ? dot(rows + lane * width, grad + (slot.chunk * heads + a) * width, width) : 0.0f;
     set.sync();
     for (int a = 0; a < heads; ++a) {
       float mean = 0;
@@ -100,8 +102,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
 
 // chunk_grad (N, h): sums of rows_grad over each chunk. A warp has a block of slots, its lanes columns.
 template <class T>
-SNE_KERNEL SNE_BOUNDS(256, 4)
-    chunk_row_sums(ChunkCall<T> call, const float *rows_grad, int width, float *chunk_grad) {
+SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_sums(ChunkCall<T> call, const float *rows_grad, int width, float *chunk_grad) {
   for (int64_t first = block_id() * num_warps(); first < call.count; first += num_blocks() * num_warps()) {
     const int64_t local = first + warp_id();
     const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local,
@@ -124,7 +125,8 @@ template <class T>
 SNE_KERNEL SNE_BOUNDS(256, 4)
     chunk_element_sums(ChunkCall<T> call, const float *rows_grad, int width, int codes, float *element_part) {
   const int most = call.cls.shared ? kLongestShared : call.cls.slots;
-  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < most; element += int(num_blocks(1)) * num_warps())
+  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < most;
+       element += int(num_blocks(1)) * num_warps())
     for (int c = lane_id(); c - lane_id() < width; c += 32) {
       float sum = 0;
       bool any = false;
@@ -149,14 +151,13 @@ int run_pool(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const v
   const int64_t tiles = (a.count * sets + warps - 1) / warps;
   const T *x = (const T *)space.saved + 3 * a.count * a.slots * a.hidden;
   const int64_t blocks = SNE_FAST_CUDA_POOL_BLOCKS * a.programs;
-  return launch(stream, tiles < blocks ? tiles : blocks, 1, int(32 * warps), warps * per_warp,
-                chunk_pool_backward<T>, call_of<T>(a), (const T *)grad, x, space.rows_grad, int(a.hidden),
-                int(a.heads), part);
+  return launch(stream, tiles < blocks ? tiles : blocks, 1, int(32 * warps), warps * per_warp, chunk_pool_backward<T>,
+                call_of<T>(a), (const T *)grad, x, space.rows_grad, int(a.hidden), int(a.heads), part);
 }
 
 template <class T>
-int run_codes(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int64_t codes, float *chunk_grad,
-              float *part, Stream stream) {
+int run_codes(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int64_t codes, float *chunk_grad, float *part,
+              Stream stream) {
   const int64_t tiles = (a.count + 7) / 8;
   const int status = launch(stream, tiles < 8 * a.programs ? tiles : 8 * a.programs, 1, 256, 0, chunk_row_sums<T>,
                             call_of<T>(a), space.rows_grad, int(a.hidden), chunk_grad);

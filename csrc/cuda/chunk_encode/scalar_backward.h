@@ -30,19 +30,19 @@ struct Records {
 template <class Op, int width, class T>
 SNE_DEVICE void record_rows(const ScalarMemory<Op, width> &memory, const SetOfWarps &set, const T *logit, int heads) {
   const Records<Op, width> record(memory, 0, heads);
-  scalar_means<ScalarShape<Op, width>>(
-      memory, set, logit, heads, [&](int head, int row, float slope, float extreme, float total, float mean) {
-        record(kSlope, head, row) = slope;
-        record(kExtreme, head, row) = extreme;
-        record(kInverse, head, row) = 1.0f / total;
-        record(kMean, head, row) = mean;
-      });
+  scalar_means<ScalarShape<Op, width>>(memory, set, logit, heads,
+                                       [&](int head, int row, float slope, float extreme, float total, float mean) {
+                                         record(kSlope, head, row) = slope;
+                                         record(kExtreme, head, row) = extreme;
+                                         record(kInverse, head, row) = 1.0f / total;
+                                         record(kMean, head, row) = mean;
+                                       });
 }
 
 // Gradient of a row's value through the attention of all heads, as query and as key; adds to the logits' sums (2, H).
 template <class Op, int width, class T>
-SNE_DEVICE float attention_grad(const ScalarMemory<Op, width> &memory, const SetOfWarps &set, const T *logit,
-                                int heads, float *logit_sums) {
+SNE_DEVICE float attention_grad(const ScalarMemory<Op, width> &memory, const SetOfWarps &set, const T *logit, int heads,
+                                float *logit_sums) {
   const int row = lane_id() % 16, own = set.part * 16 + row;
   const Slot slot = memory.slots[row];
   const float *values = memory.values - set.part * 16;
@@ -72,7 +72,8 @@ SNE_DEVICE float attention_grad(const ScalarMemory<Op, width> &memory, const Set
     }
     float by_slope = of_slope * x, by_offset = of_slope;
     SNE_UNROLL
-    for (int mask = 8; mask; mask /= 2) by_slope += shuffle_xor(by_slope, mask), by_offset += shuffle_xor(by_offset, mask);
+    for (int mask = 8; mask; mask /= 2)
+      by_slope += shuffle_xor(by_slope, mask), by_offset += shuffle_xor(by_offset, mask);
     if (row == 0 && head < heads) logit_sums[head] += by_slope, logit_sums[heads + head] += by_offset;
   }
   return grad + shuffle_xor(grad, 16);
@@ -180,8 +181,8 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
 }
 
 template <class Op, int width>
-int run_scalar_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const sne_fast_cuda_chunk_scalar_grads &g,
-        Stream stream) {
+int run_scalar_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space,
+                        const sne_fast_cuda_chunk_scalar_grads &g, Stream stream) {
   using T = typename Op::Storage;
   constexpr int kMost = 8;
   constexpr int64_t kSize = sizeof(T), kPiece = width * ScalarShape<Op, width>::kOutRows * kSize;

@@ -1,4 +1,5 @@
-// Sums of packed rows over segments, in a fixed order: pieces of 256 rows first (tiles/row_pieces.h), then each segment's pieces.
+// Sums of packed rows over segments, in a fixed order: pieces of 256 rows first (tiles/row_pieces.h), then each
+// segment's pieces.
 #include "cuda/tiles/row_pieces.h"
 #include "sne_fast/cuda_abi.h"
 

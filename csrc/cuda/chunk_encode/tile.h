@@ -20,12 +20,12 @@ struct ChunkShape {
   static constexpr bool kWarpgroup = by_warpgroup;  // products with weights by wgmma
   static constexpr int W = width, D = dim, HEADS = W / D, MT = pieces, ROWS = 16 * MT;
   static constexpr int NT = W / 8, KT = W / 16, DT = D / 8, DK = (D + 15) / 16;
-  static constexpr int kOutRows = kWarpgroup ? 64 : 32;          // of fc_o in one piece
-  static constexpr bool kTogether = kWarpgroup && D <= 32;       // q, k, v of a head by one product
+  static constexpr int kOutRows = kWarpgroup ? 64 : 32;     // of fc_o in one piece
+  static constexpr bool kTogether = kWarpgroup && D <= 32;  // q, k, v of a head by one product
 };
 
-// Parameters that are vectors, as floats in shared memory: basis (3, h); of each block fc_o's bias and the norms (5, h);
-// of blocks 1 to 3 the biases of q, k, v (3, h).
+// Parameters that are vectors, as floats in shared memory: basis (3, h); of each block fc_o's bias and the norms (5,
+// h); of blocks 1 to 3 the biases of q, k, v (3, h).
 struct VectorLayout {
   int h;
   SNE_HOST_DEVICE int out_bias(int block) const { return (3 + 5 * block) * h; }
@@ -55,8 +55,8 @@ SNE_DEVICE void load_vectors(float *to, int h, const T *basis, const T *b_o, con
   }
 }
 
-// What the warps of a block of threads share, an array each with one part per warp. `matrices`: that warps exchange of a
-// head (k and v; in the backward also q and the gradient); `scalars`: per row and head.
+// What the warps of a block of threads share, an array each with one part per warp. `matrices`: that warps exchange of
+// a head (k and v; in the backward also q and the gradient); `scalars`: per row and head.
 template <class Op, class Shape, int matrices = 2, int scalars = 1>
 struct WarpMemory {
   static constexpr int kMatrices = matrices;
@@ -68,10 +68,10 @@ struct WarpMemory {
   static constexpr int kHeadBytes = Shape::ROWS * Shape::HEADS * scalars * 4;
   static constexpr int kBytes = Shape::ROWS * int(sizeof(Slot)) + Shape::ROWS * 4 + kHeadBytes + 16 + kExchange;
 
-  Slot *slots;          // (ROWS)
-  float *values;        // (ROWS)
-  float *head_values;   // (ROWS, HEADS, scalars)
-  uint32_t *poison;     // 1 of 4: rows whose keys or values are not finite
+  Slot *slots;         // (ROWS)
+  float *values;       // (ROWS)
+  float *head_values;  // (ROWS, HEADS, scalars)
+  uint32_t *poison;    // 1 of 4: rows whose keys or values are not finite
   unsigned char *exchange;
 
   SNE_MEMBER WarpMemory(unsigned char *at, int warps, int warp) {
@@ -140,7 +140,7 @@ SNE_DEVICE Rows16<Op> get_rows(const unsigned char *at) {
 template <int MT, int NT>
 SNE_DEVICE void row_means(float (&mean)[MT][2], const Tile (&o)[MT][NT]) {
   SNE_UNROLL
-  for (int i = 0; i < MT; ++i)
+  for (int i = 0; i < MT; ++i) {
     SNE_UNROLL
     for (int r = 0; r < 2; ++r) {
       float sum = 0;
@@ -148,6 +148,7 @@ SNE_DEVICE void row_means(float (&mean)[MT][2], const Tile (&o)[MT][NT]) {
       for (int j = 0; j < NT; ++j) sum += o[i][j].c[2 * r] + o[i][j].c[2 * r + 1];
       mean[i][r] = sum_over_quad(sum) * (1.0f / (8 * NT));
     }
+  }
 }
 
 // o -> (o - mean) / spread; returns 1 / spread.
@@ -156,21 +157,23 @@ SNE_DEVICE void to_units(Tile (&o)[MT][NT], float (&rstd)[MT][2]) {
   float mean[MT][2];
   row_means(mean, o);
   SNE_UNROLL
-  for (int i = 0; i < MT; ++i)
+  for (int i = 0; i < MT; ++i) {
     SNE_UNROLL
     for (int r = 0; r < 2; ++r) {
       float sum = 0;
       SNE_UNROLL
-      for (int j = 0; j < NT; ++j)
+      for (int j = 0; j < NT; ++j) {
         SNE_UNROLL
         for (int e = 2 * r; e < 2 * r + 2; ++e) {
           o[i][j].c[e] -= mean[i][r];
           sum += o[i][j].c[e] * o[i][j].c[e];
         }
+      }
       rstd[i][r] = rsqrt_fast(sum_over_quad(sum) * (1.0f / (8 * NT)) + 1e-5f);
       SNE_UNROLL
       for (int j = 0; j < NT; ++j) o[i][j].c[2 * r] *= rstd[i][r], o[i][j].c[2 * r + 1] *= rstd[i][r];
     }
+  }
 }
 
 // o -> o w + b, both (h,) in shared memory.
@@ -181,21 +184,23 @@ SNE_DEVICE void scale_and_shift(Tile (&o)[MT][NT], const float *w, const float *
   for (int j = 0; j < NT; ++j) {
     const float w0 = w[8 * j + 2 * t], w1 = w[8 * j + 2 * t + 1], b0 = b[8 * j + 2 * t], b1 = b[8 * j + 2 * t + 1];
     SNE_UNROLL
-    for (int i = 0; i < MT; ++i)
+    for (int i = 0; i < MT; ++i) {
       SNE_UNROLL
       for (int r = 0; r < 2; ++r) {
         o[i][j].c[2 * r] = o[i][j].c[2 * r] * w0 + b0;
         o[i][j].c[2 * r + 1] = o[i][j].c[2 * r + 1] * w1 + b1;
       }
+    }
   }
 }
 
 template <class Op, int MT, int NT>
 SNE_DEVICE void to_operands(Rows16<Op> (&x)[MT][NT / 2], const Tile (&o)[MT][NT]) {
   SNE_UNROLL
-  for (int i = 0; i < MT; ++i)
+  for (int i = 0; i < MT; ++i) {
     SNE_UNROLL
     for (int k = 0; k < NT / 2; ++k) x[i][k] = rows16<Op>(o[i][2 * k], o[i][2 * k + 1]);
+  }
 }
 
 // Every row of c becomes the vector v from its column 0 on.
@@ -203,11 +208,13 @@ template <int MT, int N>
 SNE_DEVICE void fill_rows(Tile (&c)[MT][N], const float *v) {
   const int t = lane_id() % 4;
   SNE_UNROLL
-  for (int n = 0; n < N; ++n)
+  for (int n = 0; n < N; ++n) {
     SNE_UNROLL
-    for (int i = 0; i < MT; ++i)
+    for (int i = 0; i < MT; ++i) {
       SNE_UNROLL
       for (int e = 0; e < 4; ++e) c[i][n].c[e] = v[8 * n + 2 * t + e % 2];
+    }
+  }
 }
 
 SNE_DEVICE float relu(float z) { return z <= 0 ? 0.0f : z; }  // a NaN stays one
@@ -231,11 +238,13 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
     fill_rows(z, out_bias + first);
     multiply<Shape::kWarpgroup>(z, x, weights.piece(offset + first * W, 8 * N * W));
     SNE_UNROLL
-    for (int i = 0; i < MT; ++i)
+    for (int i = 0; i < MT; ++i) {
       SNE_UNROLL
-      for (int n = 0; n < N; ++n)
+      for (int n = 0; n < N; ++n) {
         SNE_UNROLL
         for (int e = 0; e < 4; ++e) o[i][n].c[e] += relu(z[i][n].c[e]);
+      }
+    }
     turn<N>(o);
   }
   if (layer_norm) {
@@ -283,20 +292,22 @@ template <class Shape, class Memory>
 SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const Memory &memory, const float *basis, int heads) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   SNE_UNROLL
-  for (int j = 0; j < Shape::NT; ++j)
+  for (int j = 0; j < Shape::NT; ++j) {
     SNE_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int column = 8 * j + 2 * t + e;
       const float by_value = basis[column], by_mean = basis[Shape::W + column], constant = basis[2 * Shape::W + column];
       SNE_UNROLL
-      for (int i = 0; i < Shape::MT; ++i)
+      for (int i = 0; i < Shape::MT; ++i) {
         SNE_UNROLL
         for (int r = 0; r < 2; ++r) {
           const int row = 16 * i + 8 * r + g;
           o[i][j].c[2 * r + e] = memory.values[row] * by_value +
                                  memory.head_values[row * heads + 8 * j * heads / Shape::W] * by_mean + constant;
         }
+      }
     }
+  }
 }
 
 }  // namespace sne

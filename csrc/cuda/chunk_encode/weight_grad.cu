@@ -92,7 +92,7 @@ SNE_KERNEL SNE_BOUNDS(128, 4)
   float *w = which == 3 ? w_o_part + block_id() * square : w_qkv_part + (block_id() * 3 + which) * square;
   float *b = which == 3 ? b_o_part + block_id() * width : b_qkv_part + (block_id() * 3 + which) * width;
   SNE_UNROLL
-  for (int i = 0; i < G::M; ++i)
+  for (int i = 0; i < G::M; ++i) {
     SNE_UNROLL
     for (int j = 0; j < G::N; ++j) {
       float *at = w + int64_t(row_of + m + 16 * i) * width + column_of + n + 8 * j;
@@ -101,6 +101,7 @@ SNE_KERNEL SNE_BOUNDS(128, 4)
       for (int e = 0; e < 4; ++e) total.c[e] += sum[i][j].c[e];
       store_tile(at, width, total);
     }
+  }
   if (column_of == 0 && thread_id() < tile) b[row_of + thread_id()] += bias;
 }
 

@@ -12,7 +12,8 @@ SNE_KERNEL SNE_BOUNDS(256, 4)
             typename Op::Storage *out, int width, int dim, int backward) {
   using T = typename Op::Storage;
   const WeightLayout at(width, dim);
-  const int64_t h = width, d = dim, square = h * h, heads = at.heads(), all = at.forward_size() + backward * 13 * square;
+  const int64_t h = width, d = dim, square = h * h, heads = at.heads(),
+                all = at.forward_size() + backward * 13 * square;
   for (int64_t i = block_id() * num_threads() + thread_id(); i < all; i += num_blocks() * num_threads()) {
     const bool transposed = i >= at.forward_size();
     int64_t j = transposed ? i - at.forward_size() : i, to;

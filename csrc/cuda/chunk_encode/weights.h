@@ -29,8 +29,8 @@ struct WeightLayout {
   SNE_HOST_DEVICE int64_t size() const { return forward_size() + 13 * h * h; }
 };
 
-// Gives pieces of the prepared weights in shared memory. `resident`: all that a kernel uses were copied there before its
-// first tile. Otherwise each piece is copied when asked for, by all threads of the block together.
+// Gives pieces of the prepared weights in shared memory. `resident`: all that a kernel uses were copied there before
+// its first tile. Otherwise each piece is copied when asked for, by all threads of the block together.
 template <class Op>
 struct WeightSource {
   using T = typename Op::Storage;
@@ -105,11 +105,13 @@ SNE_DEVICE void multiply_by_warp(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT]
 template <int MT, int N>
 SNE_DEVICE void settle_all(Tile (&c)[MT][N]) {
   SNE_UNROLL
-  for (int i = 0; i < MT; ++i)
+  for (int i = 0; i < MT; ++i) {
     SNE_UNROLL
-    for (int n = 0; n < N; ++n)
+    for (int n = 0; n < N; ++n) {
       SNE_UNROLL
       for (int e = 0; e < 4; ++e) settle(c[i][n].c[e]);
+    }
+  }
 }
 
 // c[i] += a[i] (MT times 64 rows of the warpgroup, 16 KT columns) times a piece of the weights of 8 N rows.
@@ -118,9 +120,10 @@ SNE_DEVICE void multiply_by_warpgroup(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT
   settle_all(c);
   wgmma_begin();
   SNE_UNROLL
-  for (int k = 0; k < KT; ++k)
+  for (int k = 0; k < KT; ++k) {
     SNE_UNROLL
     for (int i = 0; i < MT; ++i) wgmma<Op, N>(c[i], a[i][k].r, describe(piece + k * 256, 128, KT * 256));
+  }
   wgmma_end();
   settle_all(c);
 }

@@ -148,8 +148,7 @@ SNE_DEVICE Words load_inside(const T *run, int first, int length) {
   if (first >= 0 && first + vector <= length) return load_words(run + first);
   Words out;
   SNE_UNROLL
-  for (int i = 0; i < vector; ++i)
-    set_value<T>(out, i, first + i >= 0 && first + i < length ? run[first + i] : T{});
+  for (int i = 0; i < vector; ++i) set_value<T>(out, i, first + i >= 0 && first + i < length ? run[first + i] : T{});
   return out;
 }
 
@@ -272,10 +271,14 @@ SNE_DEVICE int log_size_of(int64_t code) {
 // Calls `act` with a value of the type that a code names.
 template <class F>
 SNE_DEVICE void with_type(int64_t code, F act) {
-  if (code == SNE_FAST_GATHER_FLOAT) act(float{});
-  else if (code == SNE_FAST_GATHER_DOUBLE) act(double{});
-  else if (code == SNE_FAST_GATHER_HALF) act(Half{});
-  else act(BFloat{});
+  if (code == SNE_FAST_GATHER_FLOAT)
+    act(float{});
+  else if (code == SNE_FAST_GATHER_DOUBLE)
+    act(double{});
+  else if (code == SNE_FAST_GATHER_HALF)
+    act(Half{});
+  else
+    act(BFloat{});
 }
 
 // A block's tile: of which tensor, and where in its matrix or (transposed) in the matrix of the result.
@@ -329,8 +332,8 @@ SNE_DEVICE Acc sum_over_block(Acc value, Acc *shared) {
 
 // Gradients of the tensors, and for each tile the sum of gradient times value.
 template <class Acc>
-SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) scatter(Job job, const void *grad, const void *values, Acc *parts,
-                                                      int type) {
+SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>)
+    scatter(Job job, const void *grad, const void *values, Acc *parts, int type) {
   const Place place(job, block_id(), true);
   Acc *shared = (Acc *)shared_memory(), total = 0;
   const int64_t code = job.field(SNE_FAST_GATHER_TYPE, place.tensor);

@@ -157,29 +157,31 @@ SNE_DEVICE void mma_k16(Tile &c, const uint32_t *a, const uint32_t *b);
 template <class Op>
 SNE_DEVICE void mma_k8(Tile &c, const uint32_t *a, const uint32_t *b);
 
-#define SNE_MMA_PACKED(Op, type)                                                                                     \
-  template <>                                                                                                        \
-  __device__ __forceinline__ void mma_k16<Op>(Tile & c, const uint32_t *a, const uint32_t *b) {                      \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                       \
-        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                                 \
-        : "+f"(c.c[0]), "+f"(c.c[1]), "+f"(c.c[2]), "+f"(c.c[3])                                                     \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                         \
-  }                                                                                                                  \
-  template <>                                                                                                        \
-  __device__ __forceinline__ void mma_k8<Op>(Tile & c, const uint32_t *a, const uint32_t *b) {                       \
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"    \
-        : "+f"(c.c[0]), "+f"(c.c[1]), "+f"(c.c[2]), "+f"(c.c[3])                                                     \
-        : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                                                          \
+#define SNE_MMA_PACKED(Op, type)                                                                \
+  template <>                                                                                   \
+  __device__ __forceinline__ void mma_k16<Op>(Tile & c, const uint32_t *a, const uint32_t *b) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                         \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                   \
+                 : "+f"(c.c[0]), "+f"(c.c[1]), "+f"(c.c[2]), "+f"(c.c[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
+  }                                                                                             \
+  template <>                                                                                   \
+  __device__ __forceinline__ void mma_k8<Op>(Tile & c, const uint32_t *a, const uint32_t *b) {  \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." type "." type                          \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"                            \
+                 : "+f"(c.c[0]), "+f"(c.c[1]), "+f"(c.c[2]), "+f"(c.c[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                            \
   }
 SNE_MMA_PACKED(OpBfloat, "bf16")
 SNE_MMA_PACKED(OpHalf, "f16")
 #undef SNE_MMA_PACKED
 
 SNE_DEVICE void mma_tf32(Tile &c, const float *a, const float *b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c.c[0]), "+f"(c.c[1]), "+f"(c.c[2]), "+f"(c.c[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 template <int count>
 SNE_DEVICE void load_matrices(uint32_t *r, const void *row) {

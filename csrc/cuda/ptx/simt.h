@@ -38,7 +38,9 @@ SNE_DEVICE int64_t num_blocks(int axis = 0) { return emulator::blocks(axis); }
 SNE_DEVICE void *shared_memory() { return emulator::shared(); }
 
 SNE_DEVICE void sync_block() { emulator::meet_block("sync_block"); }
-SNE_DEVICE void sync_warp() { emulator::meet_warp("sync_warp", nullptr, [](void **) {}); }
+SNE_DEVICE void sync_warp() {
+  emulator::meet_warp("sync_warp", nullptr, [](void **) {});
+}
 // Meets `threads` threads (a multiple of 32) at barrier 1..15 of the block.
 SNE_DEVICE void sync_named(int barrier, int threads) { emulator::meet_named(barrier, threads); }
 
@@ -167,7 +169,9 @@ int launch(Stream stream, int64_t x, int64_t y, int threads, size_t shared, void
       return int(error);
     }
   }
+  // clang-format off
   kernel<<<dim3(unsigned(x), unsigned(y)), threads, shared, stream>>>(P(args)...);
+  // clang-format on
   return int(cudaGetLastError());
 }
 

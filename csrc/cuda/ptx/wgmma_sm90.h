@@ -1,6 +1,6 @@
-// Hopper's matrix instruction (wgmma, sm_90a): 64 rows of a warpgroup of 4 warps, left operand in registers, right operand
-// in shared memory as core matrices (tiles/fragments.h). A warp's registers are those of mma.sync for its 16 of the 64 rows, so
-// the two are exchangeable.
+// Hopper's matrix instruction (wgmma, sm_90a): 64 rows of a warpgroup of 4 warps, left operand in registers, right
+// operand in shared memory as core matrices (tiles/fragments.h). A warp's registers are those of mma.sync for its 16 of
+// the 64 rows, so the two are exchangeable.
 #pragma once
 
 #include "cuda/ptx/mma.h"
@@ -89,14 +89,15 @@ SNE_DEVICE void wgmma(Tile (&c)[N], const uint32_t *a, MatrixDescriptor b);
 #define SNE_WGMMA(Op, type, tiles, columns, sums, left, right, ...)                                                  \
   template <>                                                                                                        \
   __device__ __forceinline__ void wgmma<Op, tiles>(Tile(&c)[tiles], const uint32_t *a, MatrixDescriptor b) {         \
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" columns                 \
-                 "k16.f32." type "." type " {" sums "}, {" left "}, " right ", p, 1, 1, 0;\n}"                       \
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type \
+                 "." type " {" sums "}, {" left "}, " right ", p, 1, 1, 0;\n}"                                       \
                  : __VA_ARGS__                                                                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
   }
-#define SNE_WGMMA_BOTH(...)               \
+#define SNE_WGMMA_BOTH(...)                \
   SNE_WGMMA(OpBfloat, "bf16", __VA_ARGS__) \
   SNE_WGMMA(OpHalf, "f16", __VA_ARGS__)
+// clang-format off
 SNE_WGMMA_BOTH(1, "8",
                "%0, %1, %2, %3",
                "%4, %5, %6, %7", "%8", SNE_F1(0))
@@ -114,6 +115,7 @@ SNE_WGMMA_BOTH(12, "96",
                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
                "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
                "%48, %49, %50, %51", "%52", SNE_F8(0), SNE_F4(8))
+// clang-format on
 #undef SNE_F1
 #undef SNE_F2
 #undef SNE_F4

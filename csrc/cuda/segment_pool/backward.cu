@@ -196,8 +196,10 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
   const Lane<T> lane{job, team, weights + (warp_id() * team.groups() + team.group()) * kRows<T> * kQueries};
   for_each_part(job.segments, share, team, longs, [&](const Part &part, Level level) {
     lane.walk(part, Walk(team, level));
-    if (level == kBlock) sync_block();  // products of a part are read by all who have it
-    else sync_warp();
+    if (level == kBlock)
+      sync_block();  // products of a part are read by all who have it
+    else
+      sync_warp();
     const Grid grid(job, team, level);
     for (int64_t first = 0; first < job.queries; first += grid.across) {
       const int64_t query = first + grid.query;
@@ -206,8 +208,10 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
       const float own = mine ? mean_of_part<T>(job, part, grid, query, log_sum) : 0.0f;
       const float mean = sum_over_rows(own, grid, team, level, exchange);
       if (!mine) continue;
-      if (part.whole) write_logits<T>(job, part, grid, query, log_sum, mean);
-      else if (grid.row == 0) job.part_mean[part.slot() * job.queries + query] = mean;
+      if (part.whole)
+        write_logits<T>(job, part, grid, query, log_sum, mean);
+      else if (grid.row == 0)
+        job.part_mean[part.slot() * job.queries + query] = mean;
     }
   });
 }
@@ -230,8 +234,7 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 4) cut_logits(GradJob job) {
           for (int64_t i = grid.row; i < slots.count; i += grid.rows)
             mean += job.part_mean[slots.slot(i) * job.queries + query];
         mean = sum_over_rows(mean, grid, team, kBlock, exchange);
-        if (query < job.queries)
-          write_logits<T>(job, part, grid, query, job.lse[segment * job.queries + query], mean);
+        if (query < job.queries) write_logits<T>(job, part, grid, query, job.lse[segment * job.queries + query], mean);
       }
     }
     if (segment == share.last) break;
@@ -243,11 +246,12 @@ int run_backward(const sne_fast_cuda_pool *a, Stream stream) {
   const int lanes = lanes_of<T>(a->width);
   const int query_blocks = int(quotient_up(a->queries, kQueries));
   const int column_blocks = int(quotient_up(a->width, int64_t(lanes) * kVector<T>));
-  const GradJob job{segments_of(a), a->grad, a->x, a->logits, a->lse, a->grad_x, a->grad_logits, a->weights_grad,
-                    a->part_mean, int(a->width), int(a->queries), query_blocks, column_blocks, lanes};
+  const GradJob job{
+      segments_of(a),  a->grad,      a->x,          a->logits,       a->lse,       a->grad_x,     a->grad_logits,
+      a->weights_grad, a->part_mean, int(a->width), int(a->queries), query_blocks, column_blocks, lanes};
   const int groups = kPoolWarps * (kWarp / lanes);
-  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) +
-                        (kPoolThreads + groups * kRows<T> * kQueries) * sizeof(float);
+  const size_t shared =
+      sizeof(Share) + kLongParts * sizeof(int) + (kPoolThreads + groups * kRows<T> * kQueries) * sizeof(float);
   const int status = launch(stream, a->blocks, 1, kPoolThreads, shared, pool_backward<T>, job);
   if (status || a->blocks == 1) return status;
   return launch(stream, a->blocks, 1, kPoolThreads, sizeof(Share) + kPoolThreads * sizeof(float), cut_logits<T>, job);
@@ -258,7 +262,6 @@ int run_backward(const sne_fast_cuda_pool *a, Stream stream) {
 
 extern "C" int sne_fast_cuda_segment_pool_backward(const sne_fast_cuda_pool *a, void *stream) {
   if (!sne::pool_fits(a)) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return sne::with_storage(int(a->precision), [&](auto value) {
-    return sne::run_backward<decltype(value)>(a, (sne::Stream)stream);
-  });
+  return sne::with_storage(int(a->precision),
+                           [&](auto value) { return sne::run_backward<decltype(value)>(a, (sne::Stream)stream); });
 }

@@ -267,10 +267,10 @@ int run_pool(const sne_fast_cuda_pool *a, PoolJob job, Stream stream) {
   const int64_t slots = kPoolWarps / job.part_warps / 2 * job.part_warps;
   const int64_t sums = slots * Sums<kQueries, kVector<T>>::kFields * job.lanes, most = kPoolWarps * kQueries;
   const int64_t weights = kPoolWarps * (kWarp / job.lanes) * Lane<T, kQueries>::kShared;
-  const size_t shared = sizeof(Share) + kLongParts * sizeof(int) +
-                        (weights + (sums > most ? sums : most)) * sizeof(float);
-  const int status = launch(stream, a->blocks, quotient_up(parts, job.part_warps), kPoolThreads, shared,
-                            pool<T, kQueries>, job);
+  const size_t shared =
+      sizeof(Share) + kLongParts * sizeof(int) + (weights + (sums > most ? sums : most)) * sizeof(float);
+  const int status =
+      launch(stream, a->blocks, quotient_up(parts, job.part_warps), kPoolThreads, shared, pool<T, kQueries>, job);
   if (status || a->blocks == 1) return status;
   return launch(stream, a->blocks - 1, quotient_up(a->queries * a->width, kCombineColumns), kCombineThreads,
                 sizeof(Share) + kCombineThreads * 5 * sizeof(float), combine<T>, job);
@@ -278,8 +278,8 @@ int run_pool(const sne_fast_cuda_pool *a, PoolJob job, Stream stream) {
 
 template <class T>
 int run_pool(const sne_fast_cuda_pool *a, Stream stream) {
-  const PoolJob job{segments_of(a), a->x, a->logits, a->out, a->lse, a->part, a->part_state,
-                    int(a->width), int(a->queries), 0, 0, 0, 0};
+  const PoolJob job{segments_of(a),  a->x, a->logits, a->out, a->lse, a->part, a->part_state, int(a->width),
+                    int(a->queries), 0,    0,         0,      0};
   return a->queries > 4 ? run_pool<T, 8>(a, job, stream) : run_pool<T, 4>(a, job, stream);
 }
 
@@ -288,7 +288,6 @@ int run_pool(const sne_fast_cuda_pool *a, Stream stream) {
 
 extern "C" int sne_fast_cuda_segment_pool(const sne_fast_cuda_pool *a, void *stream) {
   if (!sne::pool_fits(a)) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  return sne::with_storage(int(a->precision), [&](auto value) {
-    return sne::run_pool<decltype(value)>(a, (sne::Stream)stream);
-  });
+  return sne::with_storage(int(a->precision),
+                           [&](auto value) { return sne::run_pool<decltype(value)>(a, (sne::Stream)stream); });
 }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/dispatch.h"
-#include "cuda/segment_pool/segments.h"
 #include "cuda/ptx/vectors.h"
+#include "cuda/segment_pool/segments.h"
 
 namespace sne {
 
@@ -25,9 +25,8 @@ SNE_HOST_DEVICE int lanes_of(int64_t width) {
 
 SNE_HOST_DEVICE bool pool_fits(const sne_fast_cuda_pool *a) {
   return a->width > 0 && a->width % 16 == 0 && a->width <= INT32_MAX && a->queries > 0 && a->queries <= INT32_MAX &&
-         a->sets > 0 && a->rows >= 0 && a->per_block > 0 &&
-         a->per_block <= kMostItems && a->blocks == quotient_up(a->rows + a->queries * a->sets, a->per_block) &&
-         a->blocks < int64_t(1) << 31;
+         a->sets > 0 && a->rows >= 0 && a->per_block > 0 && a->per_block <= kMostItems &&
+         a->blocks == quotient_up(a->rows + a->queries * a->sets, a->per_block) && a->blocks < int64_t(1) << 31;
 }
 inline Segments segments_of(const sne_fast_cuda_pool *a) { return {a->ptr, a->sets, a->queries, a->per_block}; }
 

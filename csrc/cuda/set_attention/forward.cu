@@ -23,12 +23,14 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
   Tile p[2 * groups] = {};
   SNE_UNROLL
   for (int i = 0; i < groups; ++i) multiply_transposed<Op, D>(p + 2 * i, q.a, keys + 16 * i * kStride);
-  if constexpr (masked)
+  if constexpr (masked) {
     SNE_UNROLL
-    for (int n = 0; n < 2 * groups; ++n)
+    for (int n = 0; n < 2 * groups; ++n) {
       SNE_UNROLL
       for (int i = 0; i < 4; ++i)
         if (8 * n + inner_row<Op>(i % 2) >= left) p[n].c[i] = -INFINITY;
+    }
+  }
 
   float higher[2];
   SNE_UNROLL
@@ -51,12 +53,13 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
   }
   const float shift[2] = {s.shift(0), s.shift(1)};
   SNE_UNROLL
-  for (int n = 0; n < 2 * groups; ++n)
+  for (int n = 0; n < 2 * groups; ++n) {
     SNE_UNROLL
     for (int i = 0; i < 4; ++i) {
       p[n].c[i] = exp2_fast(p[n].c[i] * scale - shift[i / 2]);
       s.sum[i / 2] += p[n].c[i];
     }
+  }
   SNE_UNROLL
   for (int i = 0; i < groups; ++i)
     multiply<Op, D>(s.out, rows16<Op>(p[2 * i], p[2 * i + 1]), values + 16 * i * kStride);
@@ -64,7 +67,9 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
 
 // Blocks a multiprocessor has registers for, where the compiler would take a few more than it needs.
 template <class Op, int D>
-constexpr int kBlocks = Op::kPacked && D == 8 ? 7 : Op::kPacked && D == 16 ? 6 : 1;
+constexpr int kBlocks = Op::kPacked && D == 8    ? 7
+                        : Op::kPacked && D == 16 ? 6
+                                                 : 1;
 
 template <class Op, int D>
 SNE_KERNEL SNE_BOUNDS(kThreads, (kBlocks<Op, D>)) forward_kernel(Call call) {

@@ -26,7 +26,7 @@ SNE_DEVICE void add_queries(Tile *grad_k, Tile *grad_v, Own<Op, D> &k, Own<Op, D
     multiply_transposed<Op, D>(dp + 2 * i, v.a, grads + 16 * i * kStride);
   }
   SNE_UNROLL
-  for (int n = 0; n < 2 * groups; ++n)
+  for (int n = 0; n < 2 * groups; ++n) {
     SNE_UNROLL
     for (int i = 0; i < 2; ++i) {
       const QueryNumbers of = numbers[8 * n + inner_row<Op>(i)];
@@ -37,6 +37,7 @@ SNE_DEVICE void add_queries(Tile *grad_k, Tile *grad_v, Own<Op, D> &k, Own<Op, D
         change = weight * (change - of.mean);
       }
     }
+  }
   SNE_UNROLL
   for (int i = 0; i < groups; ++i) {
     multiply<Op, D>(grad_v, rows16<Op>(p[2 * i], p[2 * i + 1]), grads + 16 * i * kStride);

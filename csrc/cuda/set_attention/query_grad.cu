@@ -35,7 +35,7 @@ SNE_DEVICE void add_keys(Sums<Op, D> &s, Own<Op, D> &q, Own<Op, D> &grad, const 
     multiply_transposed<Op, D>(dp + 2 * i, grad.a, values + 16 * i * kStride);
   }
   SNE_UNROLL
-  for (int n = 0; n < 2 * groups; ++n)
+  for (int n = 0; n < 2 * groups; ++n) {
     SNE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const float weight = exp2_fast(p[n].c[i] * scale - s.lse[i / 2]);
@@ -43,6 +43,7 @@ SNE_DEVICE void add_keys(Sums<Op, D> &s, Own<Op, D> &q, Own<Op, D> &grad, const 
       dp[n].c[i] = p[n].c[i] * (dp[n].c[i] - s.guess[i / 2]);
       if constexpr (kCorrected<Op>) s.lack[i / 2] += dp[n].c[i];
     }
+  }
   SNE_UNROLL
   for (int i = 0; i < groups; ++i) {
     const typename Op::Storage *rows = keys + 16 * i * kStride;
@@ -108,9 +109,10 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call
         if (writes) call.partial_rows[(unit.place + own + row) * call.heads + unit.head] = lack;
       } else {
         SNE_UNROLL
-        for (int n = 0; n < D / 8; ++n)
+        for (int n = 0; n < D / 8; ++n) {
           SNE_UNROLL
           for (int i = 2 * half; i < 2 * half + 2; ++i) s.grad[n].c[i] -= lack * s.key[n].c[i];
+        }
       }
     }
     // Where results are partial, the guess waits here for the sum of what it lacks.

@@ -23,7 +23,7 @@ struct alignas(8) Float2 {
 template <class Op, int D>
 struct Inner {
   using T = typename Op::Storage;
-  static constexpr int kStride = D == 8 ? 8 : D + 8;  // values from row to row
+  static constexpr int kStride = D == 8 ? 8 : D + 8;                 // values from row to row
   static constexpr int kRows = kStride * sizeof(T) <= 96 ? 32 : 16;  // of a tile, per warp of the team
   static constexpr int kValues = kRows * kStride;
   // Two tiles of each of two matrices.
@@ -32,7 +32,10 @@ struct Inner {
 
 // Blocks of the backward that a multiprocessor has registers for: the compiler alone would take a few more.
 template <class Op, int D>
-constexpr int kBackwardBlocks = std::is_same_v<Op, OpFloat> || D == 64 ? 2 : D == 32 ? 3 : D == 16 ? 4 : 5;
+constexpr int kBackwardBlocks = std::is_same_v<Op, OpFloat> || D == 64 ? 2
+                                : D == 32                              ? 3
+                                : D == 16                              ? 4
+                                                                       : 5;
 
 // Row, of 8 of the inner tile, that column 2t + i of a tile of logits belongs to.
 template <class Op>
@@ -46,11 +49,12 @@ template <class Op, int D>
 SNE_DEVICE void copy_rows(typename Op::Storage *tile, const typename Op::Storage *from, int64_t width, int count,
                           const Team &team) {
   using In = Inner<Op, D>;
-  constexpr int kPieces = D / kUnit<Op>, kEach = In::kRows * kPieces / kWarp;  // pieces of 16 bytes: of a row, a thread
+  constexpr int kPieces = D / kColumns<Op>,
+                kEach = In::kRows * kPieces / kWarp;  // pieces of 16 bytes: of a row, a thread
   const int thread = team.thread(), filled = (count + 15) & ~15;
   SNE_UNROLL
   for (int i = 0; i < kEach; ++i) {
-    const int piece = i * team.warps * kWarp + thread, row = piece / kPieces, column = piece % kPieces * kUnit<Op>;
+    const int piece = i * team.warps * kWarp + thread, row = piece / kPieces, column = piece % kPieces * kColumns<Op>;
     typename Op::Storage *to = tile + row * In::kStride + column;
     if (row < count)
       copy_async(to, from + row * width + column);
@@ -71,11 +75,9 @@ struct Tiles {
   int rows;  // of a tile
 
   SNE_MEMBER Tiles(const Call &call, const Team &team, const Unit &unit, const void *first, const void *second)
-      : team(team),
-        memory((T *)shared_memory() + team.index * team.warps * (4 * In::kValues)),
+      : team(team), memory((T *)shared_memory() + team.index * team.warps * (4 * In::kValues)),
         first((const T *)first + unit.begin * call.width + unit.head * D),
-        second((const T *)second + unit.begin * call.width + unit.head * D),
-        width(call.width),
+        second((const T *)second + unit.begin * call.width + unit.head * D), width(call.width),
         rows(team.warps * In::kRows) {}
   SNE_MEMBER int count(int64_t left) const { return left < rows ? int(left) : rows; }
   SNE_MEMBER T *tile(int stage, int matrix) const { return memory + (2 * stage + matrix) * rows * In::kStride; }
@@ -179,12 +181,14 @@ struct Own {
   // registers than there are.
   SNE_MEMBER void keep() {
 #if !defined(SNE_EMULATED)
-    if constexpr (std::is_same_v<Op, OpFloat> && D == 64)
+    if constexpr (std::is_same_v<Op, OpFloat> && D == 64) {
       SNE_UNROLL
-      for (int j = 0; j < kSteps; ++j)
+      for (int j = 0; j < kSteps; ++j) {
         SNE_UNROLL
         for (int i = 0; i < 8; ++i) asm volatile("" : "+f"(a[j].r[i]));
 #endif
+      }
+    }
   }
 
   SNE_MEMBER void load(const typename Op::Storage *from, int64_t width, int count) {
@@ -228,7 +232,7 @@ SNE_DEVICE void row_products(float (&out)[2], const Own<Op, D> &x, const Own<Op,
   for (int half = 0; half < 2; ++half) {
     float sum = 0;
     SNE_UNROLL
-    for (int j = 0; j < Own<Op, D>::kSteps; ++j)
+    for (int j = 0; j < Own<Op, D>::kSteps; ++j) {
       SNE_UNROLL
       for (int side = 0; side < 2; ++side) {
         if constexpr (Op::kPacked) {
@@ -241,6 +245,7 @@ SNE_DEVICE void row_products(float (&out)[2], const Own<Op, D> &x, const Own<Op,
           for (int i = 0; i < 2; ++i) sum += x.a[j].r[4 * side + 2 * half + i] * y.a[j].r[4 * side + 2 * half + i];
         }
       }
+    }
     out[half] = sum_over_quad(sum);
   }
 }

@@ -1,8 +1,8 @@
 // Matrices in the registers of a warp, and products of them by the matrix instructions (mma.h).
 //
-// Lane l stands at g = l / 4, t = l % 4. A Tile is 16 x 8 sums: rows g and g + 8, columns 2t and 2t + 1. Everything else
-// is made of tiles without moving data between lanes: two tiles side by side are 16 x 16 operand values (Rows16), and
-// the rows of those, eight at a time, are the other operand of a product with a transpose (Cols8). Only where a
+// Lane l stands at g = l / 4, t = l % 4. A Tile is 16 x 8 sums: rows g and g + 8, columns 2t and 2t + 1. Everything
+// else is made of tiles without moving data between lanes: two tiles side by side are 16 x 16 operand values (Rows16),
+// and the rows of those, eight at a time, are the other operand of a product with a transpose (Cols8). Only where a
 // product runs over rows do lanes exchange values (transposed).
 //
 // Operands (Op) are 16-bit numbers, two to a register, or 32-bit floats whose products are rounded to TF32 or, as three
@@ -138,7 +138,7 @@ SNE_DEVICE void product_left(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
 // rows one behind the other: what ldmatrix reads without bank conflicts and wgmma takes as it is.
 
 template <class Op>
-constexpr int kUnit = Op::kPacked ? 8 : 4;  // columns of 16 bytes
+constexpr int kColumns = Op::kPacked ? 8 : 4;  // of a core matrix: 16 bytes
 template <class Op>
 constexpr int kSize = Op::kPacked ? 2 : 4;  // bytes of a value
 
@@ -146,14 +146,16 @@ constexpr int kSize = Op::kPacked ? 2 : 4;  // bytes of a value
 template <class Op>
 SNE_HOST_DEVICE int64_t core_index(int64_t n, int64_t k, int64_t columns) {
   if (!Op::kPacked) k = k / 8 * 8 + (k % 2 * 4 + k % 8 / 2);
-  return ((n / 8) * (columns / kUnit<Op>)+k / kUnit<Op>)*8 * kUnit<Op> + n % 8 * kUnit<Op> + k % kUnit<Op>;
+  constexpr int kWide = kColumns<Op>;
+  return ((n / 8) * (columns / kWide) + k / kWide) * 8 * kWide + n % 8 * kWide + k % kWide;
 }
 
 // Rows 8 n8.. and columns 16 k16.. of a matrix of K columns, as right operand.
 template <class Op>
 SNE_DEVICE Cols8<Op> load_cols8(const void *matrix, int n8, int k16, int columns) {
+  constexpr int kWide = kColumns<Op>;
   const unsigned char *at =
-      (const unsigned char *)matrix + (n8 * (columns / kUnit<Op>)+k16 * (16 / kUnit<Op>)) * 128 + lane_id() * 16;
+      (const unsigned char *)matrix + (n8 * (columns / kWide) + k16 * (16 / kWide)) * 128 + lane_id() * 16;
   Cols8<Op> out;
   if constexpr (Op::kPacked) {
     load_matrices<2>(out.r, at - (lane_id() & 16) * 16);  // lanes 16.. give no address of their own
@@ -168,7 +170,7 @@ SNE_DEVICE Cols8<Op> load_cols8(const void *matrix, int n8, int k16, int columns
 // Of a matrix of 8 columns: what product_left takes.
 template <class Op>
 SNE_DEVICE Cols8<Op> load_cols8_left(const void *matrix, int n8) {
-  const unsigned char *at = (const unsigned char *)matrix + n8 * (8 / kUnit<Op>)*128;
+  const unsigned char *at = (const unsigned char *)matrix + n8 * 8 / kColumns<Op> * 128;
   Cols8<Op> out{};
   if constexpr (Op::kPacked) {
     load_matrices<1>(out.r, at + lane_id() % 8 * 16);

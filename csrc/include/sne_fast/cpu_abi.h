@@ -63,8 +63,8 @@ typedef struct {
 } sne_fast_set_attention_args;
 
 typedef struct {
-  const void *grad;   /* (rows_q, h) */
-  void *q, *k, *v;    /* like the inputs */
+  const void *grad; /* (rows_q, h) */
+  void *q, *k, *v;  /* like the inputs */
 } sne_fast_set_attention_grads;
 
 /* segment_pool: out[s, a] = sum over rows i of segment s of softmax_i(logits[i, a]) x[i]. */
@@ -84,13 +84,13 @@ typedef struct {
  * scale[t]. The backward writes the matrices' gradients (`matrices` in their dtypes) and scale_grad from grad. */
 typedef struct {
   int64_t num_matrices, num_values, num_threads;
-  const int64_t *plan;        /* (T, 2) */
-  const int32_t *dtypes;      /* (T) sne_fast_dtype of every matrix */
-  void *const *matrices;      /* (T) read by the forward, written by the backward */
-  const double *scale;        /* (T) */
-  void *values;               /* (V) written by the forward, read by the backward */
-  const void *grad;           /* (V) backward only */
-  double *scale_grad;         /* (T) backward only */
+  const int64_t *plan;   /* (T, 2) */
+  const int32_t *dtypes; /* (T) sne_fast_dtype of every matrix */
+  void *const *matrices; /* (T) read by the forward, written by the backward */
+  const double *scale;   /* (T) */
+  void *values;          /* (V) written by the forward, read by the backward */
+  const void *grad;      /* (V) backward only */
+  double *scale_grad;    /* (T) backward only */
 } sne_fast_gather_chunks_args;
 
 SNE_FAST_API int sne_fast_cpu_abi(void);

@@ -1,9 +1,9 @@
 /* The C interface of the CUDA engine: device pointers and sizes in, a status code out, no torch and no Python.
  *
- * The structs are mirrored with ctypes in sne_fast/_cuda/library.py, field by field: change one and you change the other
- * and raise SNE_FAST_CUDA_ABI, which is checked at load. All arrays are contiguous and row-major. "real" is float or a
- * half type, as `precision` says; sums and softmax are float throughout. Nothing here waits for the device, allocates,
- * or keeps state: what a call needs besides its results is a workspace of the caller's. */
+ * The structs are mirrored with ctypes in sne_fast/_cuda/library.py, field by field: change one and you change the
+ * other and raise SNE_FAST_CUDA_ABI, which is checked at load. All arrays are contiguous and row-major. "real" is float
+ * or a half type, as `precision` says; sums and softmax are float throughout. Nothing here waits for the device,
+ * allocates, or keeps state: what a call needs besides its results is a workspace of the caller's. */
 #ifndef SNE_FAST_CUDA_ABI_H
 #define SNE_FAST_CUDA_ABI_H
 
@@ -45,9 +45,9 @@ SNE_FAST_CUDA_API void sne_fast_cuda_emulated_schedule(uint64_t seed);
 /* chunk_encode: SPEC 3 step 1 up to the pooled rows. First the weights are prepared, then each class of chunk lengths
  * has launches of its own. h = hidden, H = heads. */
 typedef struct {
-  int64_t hidden, heads, backward; /* backward: with the transposes too */
+  int64_t hidden, heads, backward;      /* backward: with the transposes too */
   const void *w_qkv, *w_o, *pool_query; /* (3, 3h, h), (4, h, h), (H, h) */
-  void *prepared; /* real, as many as sne_fast_cuda_chunk_weights_size says */
+  void *prepared;                       /* real, as many as sne_fast_cuda_chunk_weights_size says */
 } sne_fast_chunk_weights_args;
 
 SNE_FAST_CUDA_API int64_t sne_fast_cuda_chunk_weights_size(int64_t hidden, int64_t heads);
@@ -55,10 +55,10 @@ SNE_FAST_CUDA_API int sne_fast_cuda_chunk_weights(int precision, const sne_fast_
 
 typedef struct {
   int64_t hidden, heads, layer_norm;
-  int64_t slots, lowest, shared;      /* the class: see csrc/cuda/chunk_encode/slots.h */
-  int64_t blocks, first_block, count; /* blocks of slots: all of the class, and those of this launch */
-  int64_t programs, shared_limit;     /* multiprocessors, bytes of shared memory that a block may have */
-  int64_t wgmma;                      /* 1 on compute capability 9.0: that path where there is one */
+  int64_t slots, lowest, shared;                    /* the class: see csrc/cuda/chunk_encode/slots.h */
+  int64_t blocks, first_block, count;               /* blocks of slots: all of the class, and those of this launch */
+  int64_t programs, shared_limit;                   /* multiprocessors, bytes of shared memory that a block may have */
+  int64_t wgmma;                                    /* 1 on compute capability 9.0: that path where there is one */
   const int64_t *chunk_ptr, *order, *owner, *table; /* (N+1), (N), (N), (274) */
   const void *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
 } sne_fast_cuda_chunk_args;
@@ -95,8 +95,8 @@ SNE_FAST_CUDA_API int sne_fast_cuda_chunk_codes_backward(int precision, const sn
                                                          float *chunk_grad, float *element_part, void *stream);
 
 typedef struct {
-  void *values;                                /* real (V), written */
-  void *logit_part, *basis_part, *norm_part;   /* float (programs, 2, H), (programs, 3, h), (programs, 4, h) */
+  void *values;                              /* real (V), written */
+  void *logit_part, *basis_part, *norm_part; /* float (programs, 2, H), (programs, 3, h), (programs, 4, h) */
 } sne_fast_cuda_chunk_scalar_grads;
 
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_scalar_backward(int precision, const sne_fast_cuda_chunk_args *args,
@@ -134,12 +134,12 @@ struct sne_fast_cuda_set_attention_args {
   int64_t pieces; /* sets if single, else rows / size + sets, where size is 16 * warps own or `split` inner rows */
   int64_t pages;  /* with split: inner rows / split, rounded down */
   int64_t most;   /* own rows of the largest set */
-  const void *q, *k, *v; /* real (queries, width) and (keys, width), aligned to 16 bytes like all below */
-  const int64_t *q_ptr, *k_ptr; /* (sets + 1) */
-  void *out;                    /* real (queries, width): written by the forward */
-  float *lse;                   /* (queries, heads): likewise */
-  const void *grad;             /* real (queries, width), of out */
-  float *mean;                  /* (queries, heads): what dq subtracts from the gradient of weights; dk, dv read it */
+  const void *q, *k, *v;          /* real (queries, width) and (keys, width), aligned to 16 bytes like all below */
+  const int64_t *q_ptr, *k_ptr;   /* (sets + 1) */
+  void *out;                      /* real (queries, width): written by the forward */
+  float *lse;                     /* (queries, heads): likewise */
+  const void *grad;               /* real (queries, width), of out */
+  float *mean;                    /* (queries, heads): what dq subtracts from the gradient of weights; dk, dv read it */
   void *grad_q, *grad_k, *grad_v; /* real */
   /* With split: (2 (pages + 1), most, width), the same (not in the forward), and (2 (pages + 1), most, heads). */
   float *partial, *partial_second, *partial_rows;
@@ -180,10 +180,10 @@ typedef struct {
   int64_t wide_scale; /* 1: scale, parts and grad_scale are double, and backward computes in double */
   int64_t tensors, stride, tiles;
   const void *table, *scale;
-  void *values;       /* result of the forward call, input of the backward call */
-  const void *grad;   /* backward, like the rest; as far from a multiple of 16 bytes as values */
-  void *parts;        /* (tiles,) workspace */
-  void *grad_scale;   /* (T,), by place */
+  void *values;     /* result of the forward call, input of the backward call */
+  const void *grad; /* backward, like the rest; as far from a multiple of 16 bytes as values */
+  void *parts;      /* (tiles,) workspace */
+  void *grad_scale; /* (T,), by place */
 } sne_fast_cuda_gather;
 SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks(const sne_fast_cuda_gather *, void *stream);
 SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks_backward(const sne_fast_cuda_gather *, void *stream);

@@ -105,14 +105,22 @@ SNE_INLINE Vec<T> vsqrt(Vec<T> v) {
 }
 #if defined(SNE_ISA_avx512)
 template <>
-SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
+SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) {
+  return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+}
 template <>
-SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) {
+  return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
+}
 #elif defined(SNE_ISA_avx2)
 template <>
-SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
+SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) {
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+}
 template <>
-SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) {
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+}
 #endif
 
 template <class T>
