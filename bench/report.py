@@ -24,8 +24,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 LEAST_ROUNDS = 5
 MODES = ("forward", "training", "backward")
-NAMES = {"engine": "sne_fast", "eager": "eager padded", "compile": "torch.compile", "loop": "eager, one by one"}
-COLOURS = {"engine": "#0072b2", "eager": "#d55e00", "compile": "#e69f00", "loop": "#999999"}
+NAMES = {"sne_fast": "sne_fast", "eager": "eager padded", "compile": "torch.compile", "loop": "eager, one by one"}
+COLOURS = {"sne_fast": "#0072b2", "eager": "#d55e00", "compile": "#e69f00", "loop": "#999999"}
 
 
 class Refused(SystemExit):
@@ -127,7 +127,7 @@ def speed_table(results: Results) -> list[str]:
                     [
                         f"`{case}` {mode}",
                         _count(info["weights"]),
-                        _rate(info["weights"], info["seconds"]["engine"]),
+                        _rate(info["weights"], info["seconds"]["sne_fast"]),
                         *(_ratio(info, baseline, notes) for baseline in ("eager", "compile", "loop")),
                         f"{100 * info['fraction_of_limit']:.0f} %",
                         str(info["rounds"]),
@@ -152,7 +152,7 @@ def memory_table(results: Results) -> list[str]:
     for (case, mode), info in results.entries.items():
         if mode.startswith("memory"):
             cells = []
-            for name in ("engine", "eager"):
+            for name in ("sne_fast", "eager"):
                 if name in info["peak_bytes"]:
                     cells.append(_bytes(info["peak_bytes"][name]))
                 else:
@@ -203,7 +203,7 @@ def section(results: Results, plots: Sequence[Path], base: Path, preview: bool) 
         f"{m['device']}, {m['threads']} threads ({m['instruction_set']}), {versions}, float32, width 64, 4 heads, "
         f"chunks of 32, layer norm; commit {(m['commit'] or 'unknown')[:10]}{dirty}, {results.when[:10]}"
         f"{''.join(f' ({part})' for part in results.later)}. Medians of "
-        "interleaved rounds, engine and baselines in turn on the same weights. The limit is this machine's best matrix "
+        "interleaved rounds, code and baselines in turn on the same weights. The limit is this machine's best matrix "
         "product, measured in every round, over the operations of the chunk stage alone; a training step counts as "
         "four forwards.",
         "",
@@ -274,8 +274,8 @@ def _points(results: Results, info: dict[str, Any]) -> list[dict[str, Any]]:
                 points.append(
                     {
                         "weights": speed["weights"],
-                        "seconds": speed["seconds"]["engine"],
-                        "peak_bytes": memory["peak_bytes"]["engine"],
+                        "seconds": speed["seconds"]["sne_fast"],
+                        "peak_bytes": memory["peak_bytes"]["sne_fast"],
                     }
                 )
     return points

@@ -130,7 +130,7 @@ def test_every_source_is_compiled_and_linked(toolkit: Toolkit, tmp_path: Path, m
     choose_ninja(monkeypatch, ninja)
     monkeypatch.setenv("SNE_FAST_WERROR", "1")
     monkeypatch.setenv("CXX", "g++-11 -march=native")
-    target = tmp_path / "out" / "engine.so"
+    target = tmp_path / "out" / "backend.so"
     assert cuda_build.build(target, tmp_path / "with space", ["80", "90a"]) == ["80", "90a"]
     assert target.read_text() == "built\n" and list(target.parent.iterdir()) == [target]
     *compiled, linked = toolkit.commands()
@@ -151,11 +151,11 @@ def test_what_the_compiler_says_is_in_the_message(toolkit: Toolkit, tmp_path: Pa
     choose_ninja(monkeypatch, ninja)
     toolkit.nvcc(fail="echo 'abi.cu(3): error: no such thing' >&2; exit 2")
     with pytest.raises(RuntimeError, match="no such thing"):
-        cuda_build.build(tmp_path / "engine.so", tmp_path / "objects", ["80"])
+        cuda_build.build(tmp_path / "backend.so", tmp_path / "objects", ["80"])
     toolkit.nvcc(fail="echo '#error -- unsupported GNU version! gcc versions later than 15 are not supported!'; exit 1")
     with pytest.raises(RuntimeError, match="nvcc refuses the host compiler: set CXX to an older one.*later than 15"):
-        cuda_build.build(tmp_path / "engine.so", tmp_path / "objects", ["80"])
-    assert not (tmp_path / "engine.so").exists()
+        cuda_build.build(tmp_path / "backend.so", tmp_path / "objects", ["80"])
+    assert not (tmp_path / "backend.so").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ setup.py
