@@ -186,9 +186,9 @@ struct Own {
       for (int j = 0; j < kSteps; ++j) {
         SNE_UNROLL
         for (int i = 0; i < 8; ++i) asm volatile("" : "+f"(a[j].r[i]));
-#endif
       }
     }
+#endif
   }
 
   SNE_MEMBER void load(const typename Op::Storage *from, int64_t width, int count) {
