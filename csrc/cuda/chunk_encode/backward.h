@@ -95,6 +95,19 @@ struct ProductRows {
   SNE_MEMBER T *of(int which) const { return at + which * plane; }
 };
 
+template <class T>
+SNE_DEVICE ProductRows<T> product_rows(const ChunkSpace &space, const WarpBin &bin, int64_t rows, int width) {
+  return {bin.there ? (T *)space.products + bin.row * width : nullptr, rows * width};
+}
+
+// Gradient of a warp's rows, zeros where it has no bin.
+template <int NT>
+SNE_DEVICE void load_grad(Tile (&grad)[NT], const ChunkSpace &space, const WarpBin &bin) {
+  const float *at = space.rows_grad + bin.row * (8 * NT);
+  SNE_UNROLL
+  for (int j = 0; j < NT; ++j) grad[j] = bin.there ? load_tile(at + 8 * j, 8 * NT) : Tile{};
+}
+
 // The feed-forward again, and back: grad of its result becomes that of o. o is what it saw, and comes back as units.
 // norm_sums: this warp's (4, h), of ln0.weight, ln0.bias, ln1.weight, ln1.bias.
 template <class Op, class Shape>

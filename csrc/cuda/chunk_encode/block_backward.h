@@ -214,33 +214,26 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1) chunk_block_backward(ChunkCall<typename Op::S
   sync_block();
 
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
-  const int64_t per_tile = num_warps() / set.warps, rows = call.count * call.cls.slots;
-  for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
-    const int64_t local = tile * per_tile + warp_id() / set.warps;
-    const bool there = local < call.count;
-    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local,
-                                      there ? call.blocks : 0);
-    load_slots<Shape>(memory, call, chunks, set.part);
-    set.sync();
-    const int64_t row = local * call.cls.slots + set.part * Shape::ROWS;
+  const int64_t per_step = num_warps() / set.warps, rows = call.count * call.cls.slots;
+  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+    const WarpBin bin = load_bin<Shape>(memory, call, set, step);
     Rows16<Op> x[1][Shape::KT];
     Tile o[1][NT], grad[1][NT];
-    const T *saved = (const T *)space.saved + ((block - 1) * rows + row) * W;
+    const T *saved = (const T *)space.saved + ((block - 1) * rows + bin.row) * W;
     SNE_UNROLL
-    for (int k = 0; k < Shape::KT; ++k) x[0][k] = there ? load_rows16<Op>(saved + 16 * k, W) : Rows16<Op>{};
+    for (int k = 0; k < Shape::KT; ++k) x[0][k] = bin.there ? load_rows16<Op>(saved + 16 * k, W) : Rows16<Op>{};
     attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
-    SNE_UNROLL
-    for (int j = 0; j < NT; ++j) grad[0][j] = there ? load_tile(space.rows_grad + row * W + 8 * j, W) : Tile{};
-    const ProductRows<T> products{there ? (T *)space.products + row * W : nullptr, rows * W};
+    load_grad(grad[0], space, bin);
+    const ProductRows<T> products = product_rows<T>(space, bin, rows, W);
     feed_forward_backward<Op, Shape>(grad, o, weights, layout.out(block), out_transposed, layout.out_transposed(block),
                                      vectors + at.out_bias(block), sums + warp_id() * kNormSums<W>, layer_norm,
                                      products);
     Tile dx[1][NT] = {};
     attention_backward<Op, Shape>(dx, grad, x, weights, transposed, block, vectors + at.qkv_bias(block), memory, set,
                                   products);
-    if (there) {
+    if (bin.there) {
       SNE_UNROLL
-      for (int j = 0; j < NT; ++j) store_tile(space.rows_grad + row * W + 8 * j, W, dx[0][j]);
+      for (int j = 0; j < NT; ++j) store_tile(space.rows_grad + bin.row * W + 8 * j, W, dx[0][j]);
     }
     set.sync();
   }

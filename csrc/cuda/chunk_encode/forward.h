@@ -28,6 +28,35 @@ SNE_DEVICE void load_slots(const Memory &memory, const ChunkCall<T> &call, const
   }
 }
 
+// The bin of slots that a warp works on, alone or with the other warps of its set, in one step of a kernel's loop.
+struct WarpBin {
+  int64_t local;  // number of the bin in the launch
+  bool there;     // the launch has so many
+  int64_t row;    // first row of this warp among those of the launch
+  Chunks chunks;
+};
+
+// All lanes of a warp call it; `rows` are those of a warp.
+template <class T>
+SNE_DEVICE WarpBin find_bin(const ChunkCall<T> &call, const SetOfWarps &set, int64_t step, int rows) {
+  WarpBin out;
+  out.local = step * (num_warps() / set.warps) + warp_id() / set.warps;
+  out.there = out.local < call.count;
+  out.row = out.local * call.cls.slots + set.part * rows;
+  out.chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + out.local,
+                           out.there ? call.blocks : 0);
+  return out;
+}
+
+// Finds the bin and loads its slots and values into shared memory, for all warps of the set.
+template <class Shape, class Memory, class T>
+SNE_DEVICE WarpBin load_bin(const Memory &memory, const ChunkCall<T> &call, const SetOfWarps &set, int64_t step) {
+  const WarpBin bin = find_bin(call, set, step, Shape::ROWS);
+  load_slots<Shape>(memory, call, bin.chunks, set.part);
+  set.sync();
+  return bin;
+}
+
 // The codes of a row's tensor and element, added to x as an operand.
 template <class Op, class Shape>
 SNE_DEVICE void add_codes(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, Shape> &memory,
@@ -164,31 +193,27 @@ SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool 
   sync_block();
 
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
-  const int64_t per_tile = num_warps() / set.warps;
+  const int64_t per_step = num_warps() / set.warps;
   const int64_t plane = call.count * call.cls.slots * Shape::W;
-  for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
-    const int64_t local = tile * per_tile + warp_id() / set.warps;
-    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local,
-                                      local < call.count ? call.blocks : 0);
-    load_slots<Shape>(memory, call, chunks, set.part);
-    set.sync();
+  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+    const WarpBin bin = load_bin<Shape>(memory, call, set, step);
     scalar_means<Shape>(memory, set, call.logit, Shape::HEADS);
     Tile o[MT][Shape::NT];
     scalar_rows<Shape>(o, memory, vectors, Shape::HEADS);
     feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
     Rows16<Op> x[MT][Shape::KT];
-    typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * Shape::W : nullptr;
+    typename Op::Storage *to = saved ? saved + bin.row * Shape::W : nullptr;
     for (int block = 1; block < 4; ++block) {
       if (block == 2) add_codes<Op, Shape>(o, memory, call);
       to_operands<Op>(x, o);
-      if (saved && local < call.count) save_rows<Op, Shape>(to + (block - 1) * plane, x);
+      if (saved && bin.there) save_rows<Op, Shape>(to + (block - 1) * plane, x);
       attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
       feed_forward<Op, Shape>(o, weights, layout.out(block), vectors + at.out_bias(block), layer_norm);
     }
     to_operands<Op>(x, o);
     if (!saved)
-      pool<Op, Shape>(o, x, weights, memory, set, call, chunks, out);
-    else if (local < call.count)
+      pool<Op, Shape>(o, x, weights, memory, set, call, bin.chunks, out);
+    else if (bin.there)
       save_rows<Op, Shape>(to + 3 * plane, x);
     set.sync();
   }

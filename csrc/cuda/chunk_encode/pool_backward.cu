@@ -40,16 +40,12 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
   sync_block();
   const SetOfWarps set = set_of_warps(call.cls, 32);
   const int lane = lane_id();
-  const int64_t per_tile = num_warps() / set.warps;
-  for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
-    const int64_t local = tile * per_tile + warp_id() / set.warps;
-    const bool there = local < call.count;
-    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local,
-                                      there ? call.blocks : 0);
-    const Slot slot = slot_of(chunks, call.order, set.part * 32 + lane);
+  const int64_t per_step = num_warps() / set.warps;
+  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+    const WarpBin bin = find_bin(call, set, step, 32);
+    const Slot slot = slot_of(bin.chunks, call.order, set.part * 32 + lane);
     own.slots[lane] = slot;
-    const int64_t row = local * call.cls.slots + set.part * 32;
-    const T *rows = x + row * width;
+    const T *rows = x + bin.row * width;
     const bool real = slot.chunk >= 0;
     for (int a = 0; a < heads; ++a)
       own.weight[lane * heads + a] = real ? dot(rows + lane * width, call.pool_query + a * width, width) : 0.0f;
@@ -79,7 +75,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
       own.slope[lane * heads + a] = real ? p * (own.slope[lane * heads + a] - mean) : 0.0f;
     }
     sync_warp();
-    for (int i = 0; i < 32 && there; ++i) {
+    for (int i = 0; i < 32 && bin.there; ++i) {
       const int64_t chunk = own.slots[i].chunk;
       for (int c = lane; c < width; c += 32) {
         float sum = 0;
@@ -92,7 +88,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
             query_sums[a * width + c] += d * value;
           }
         }
-        rows_grad[(row + i) * width + c] = sum;
+        rows_grad[(bin.row + i) * width + c] = sum;
       }
     }
     set.sync();

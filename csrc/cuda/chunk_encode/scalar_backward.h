@@ -112,21 +112,14 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   sync_block();
 
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
-  const int64_t per_tile = num_warps() / set.warps, rows = call.count * call.cls.slots;
-  for (int64_t tile = block_id(); tile * per_tile < call.count; tile += num_blocks()) {
-    const int64_t local = tile * per_tile + warp_id() / set.warps;
-    const bool there = local < call.count;
-    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local,
-                                      there ? call.blocks : 0);
-    load_slots<Shape>(memory, call, chunks, set.part);
-    set.sync();
+  const int64_t per_step = num_warps() / set.warps, rows = call.count * call.cls.slots;
+  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+    const WarpBin bin = load_bin<Shape>(memory, call, set, step);
     record_rows<Op, width>(memory, set, call.logit, heads);
-    const int64_t row = local * call.cls.slots + set.part * 16;
     Tile o[1][NT], grad[1][NT];
     scalar_rows<Shape>(o, memory, vectors, heads);
-    SNE_UNROLL
-    for (int j = 0; j < NT; ++j) grad[0][j] = there ? load_tile(space.rows_grad + row * W + 8 * j, W) : Tile{};
-    const ProductRows<T> products{there ? (T *)space.products + row * W : nullptr, rows * W};
+    load_grad(grad[0], space, bin);
+    const ProductRows<T> products = product_rows<T>(space, bin, rows, W);
     feed_forward_backward<Op, Shape>(grad, o, out, layout.out(0), transposed, layout.out_transposed(0),
                                      vectors + at.out_bias(0), norm_sums + warp_id() * 4 * W, layer_norm, products);
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/ptx/vectors.h"
+#include "cuda/tiles/warp_search.h"
 #include "sne_fast/cuda_abi.h"
 
 namespace sne {
@@ -39,18 +40,9 @@ struct Job {
   }
 };
 
-// The last tensor whose first tile is not after `tile`: every look of a warp narrows it down 32 times.
+// The last tensor whose first tile is not after `tile`.
 SNE_DEVICE int64_t tensor_of_tile(const Job &job, int64_t tile) {
-  int64_t low = 0, size = job.tensors;
-  while (size > 1) {
-    const int64_t step = (size + kWarp - 1) / kWarp, offset = lane_id() * step;
-    const bool before = offset < size && job.field(SNE_FAST_GATHER_FIRST_TILE, low + offset) <= tile;
-    int64_t below = -1;
-    for (uint32_t bits = ballot(before); bits; bits &= bits - 1) ++below;
-    low += below * step;
-    size = step < size - below * step ? step : size - below * step;
-  }
-  return low;
+  return last_at_most(job.tensors, tile, [&](int64_t t) { return job.field(SNE_FAST_GATHER_FIRST_TILE, t); });
 }
 
 // A tile of a matrix (rows, columns) on its way into the transpose (columns, rows).

@@ -9,7 +9,7 @@
 // the whole block a long one.
 #pragma once
 
-#include "cuda/ptx/simt.h"
+#include "cuda/tiles/warp_search.h"
 
 namespace sne {
 
@@ -20,18 +20,9 @@ struct Segments {
   SNE_MEMBER int64_t first_item(int64_t segment) const { return ptr[segment] + cost * segment; }
 };
 
-// The segment of an item, not before segment `low`. Every look of a warp narrows it down 32 times.
+// The segment of an item, not before segment `low`.
 SNE_DEVICE int64_t segment_of(const Segments &s, int64_t item, int64_t low) {
-  int64_t size = s.count - low;
-  while (size > 1) {
-    const int64_t step = (size + kWarp - 1) / kWarp, offset = lane_id() * step;
-    const bool before = offset < size && s.first_item(low + offset) <= item;
-    int64_t below = -1;
-    for (uint32_t bits = ballot(before); bits; bits &= bits - 1) ++below;
-    low += below * step;
-    size = step < size - below * step ? step : size - below * step;
-  }
-  return low;
+  return low + last_at_most(s.count - low, item, [&](int64_t i) { return s.first_item(low + i); });
 }
 
 // What this block has of a segment: `rows` rows from begin on; segment -1 is none.

@@ -3,6 +3,7 @@
 // A block takes a page (work_items.h) of inner rows and finds the set that starts in it and has more rows than
 // one: there is at most one, and it holds the page's last row. A thread computes one value.
 #include "cuda/set_attention/work_items.h"
+#include "cuda/tiles/warp_search.h"
 
 namespace sne::set_attention {
 namespace {

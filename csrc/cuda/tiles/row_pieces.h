@@ -4,23 +4,9 @@
 // pieces, at most one more, and at least one. There are (rows >> bits) + sets in all, which the host knows.
 #pragma once
 
-#include "cuda/ptx/simt.h"
+#include "cuda/tiles/warp_search.h"
 
 namespace sne {
-
-// The last i of 0 .. count - 1 with key(i) <= value, where key never falls and key(0) <= value. A warp looks at 32
-// places at a time, as every look waits for memory.
-template <class Key>
-SNE_DEVICE int64_t last_at_most(int64_t count, int64_t value, const Key &key) {
-  int64_t low = 0;
-  for (int64_t size = count; size > 1;) {
-    const int64_t step = (size + kWarp - 1) / kWarp, at = low + lane_id() * step, end = low + size;
-    const int below = count_bits(ballot(at < end && key(at) <= value)) - 1;
-    low += below * step;
-    size = end - low < step ? end - low : step;
-  }
-  return low;
-}
 
 struct SetSlot {
   int64_t set, index;  // of the slot among those of its set
