@@ -1,5 +1,4 @@
-// The kernel table of one instruction set, and the product on its own: what the machine's matrix throughput is measured
-// with.
+// The kernel table of one instruction set, and the product alone, to measure the throughput of the machine.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -9,7 +8,7 @@
 namespace sne::SNE_ISA {
 namespace {
 
-thread_local ThreadBlock block;
+thread_local ThreadBuffer buffer;
 
 template <class T>
 int rate(long rows, long inner, long columns, long repeats, int threads) {
@@ -20,7 +19,7 @@ int rate(long rows, long inner, long columns, long repeats, int threads) {
   {
     Scratch size;
     size.take<T>(2 * columns * inner + (inner + columns) * P);
-    T *w = (T *)block.reserve(size.size());
+    T *w = (T *)buffer.reserve(size.size());
     if (w) {
       T *packed = w + columns * inner, *in = packed + columns * inner, *out = in + inner * P;
       for (long i = 0; i < columns * inner; ++i) w[i] = T(i % 13) - 6;

@@ -1,5 +1,5 @@
-// set_attention, backward: two sweeps, each owning what it writes, so no result is ever added to by two threads.
-// Queries on lanes give dq, keys on lanes give dk and dv; both rebuild the softmax from the saved log-sum-exp.
+// set_attention, backward, in two sweeps: with queries on lanes for dq, and with keys on lanes for dk and dv. Each owns
+// what it writes, so that no two threads add to the same result. Both rebuild the softmax from the saved log-sum-exp.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -8,8 +8,8 @@
 namespace sne::SNE_ISA {
 namespace {
 
-thread_local ThreadBlock block, shared_block;
-constexpr long kOthers = 64;  // rows of the other side met at a time
+thread_local ThreadBuffer buffer, shared_buffer;
+constexpr long kOthers = 64;  // rows of a tile of the other side
 
 template <class T>
 struct Pointers {
@@ -51,7 +51,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
     }
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
   if (first == last) memset(w.g_one, 0, size_t(h * L) * sizeof(T));
-  for (int64_t k0 = first; k0 < last; k0 += kOthers)  // heads inside: rows are read whole
+  for (int64_t k0 = first; k0 < last; k0 += kOthers)  // heads in the inner loop: rows are read whole
     for (long head = 0; head < H; ++head) {
       const long n = min_of(kOthers, last - k0), from = k0 * h + head * d;
       product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
@@ -110,7 +110,7 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
   long queries = 0, keys = 0;
   RowItem *q_items = cut_rows(a.num_sets, a.q_ptr, P, &queries);
   RowItem *k_items = cut_rows(a.num_sets, a.k_ptr, P, &keys);
-  T *dot = (T *)shared_block.reserve(size_t(a.rows_q * H + 1) * sizeof(T));
+  T *dot = (T *)shared_buffer.reserve(size_t(a.rows_q * H + 1) * sizeof(T));
   if (!q_items || !k_items || !dot) {
     free(q_items);
     free(k_items);
@@ -126,7 +126,7 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
     Work<T> w;
     Scratch size;
     w.take(size, h, H);
-    char *base = block.reserve(size.size());
+    char *base = buffer.reserve(size.size());
     if (base) {
       Scratch scratch(base);
       w.take(scratch, h, H);
@@ -166,7 +166,7 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
   }
   free(q_items);
   free(k_items);
-  shared_block.trim();
+  shared_buffer.trim();
   return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
 }
 

@@ -179,7 +179,7 @@ struct PoolCase {
 };
 
 struct GatherCase {
-  std::vector<int64_t> plan = {7, 9, 130, 33, 5, 1, 300, 1};
+  std::vector<int64_t> shapes = {7, 9, 130, 33, 5, 1, 300, 1};
   template <class T>
   std::vector<Reals> run(int threads) const {
     std::vector<float> m0 = as<float>(random_reals(63, 1, 41)), m3 = as<float>(random_reals(300, 1, 42));
@@ -190,8 +190,8 @@ struct GatherCase {
     double scale[] = {1, 2, 1, 3}, scale_grad[4];
     const int64_t V = 63 + 130 * 33 + 5 + 300;
     std::vector<T> values(static_cast<size_t>(V)), g(static_cast<size_t>(V), T(1));
-    sne_fast_gather_chunks_args a = {4,        V,     threads,       plan.data(), dtypes,
-                                     matrices, scale, values.data(), g.data(),    scale_grad};
+    sne_fast_gather_chunks_args a = {4,        V,     threads,       shapes.data(), dtypes,
+                                     matrices, scale, values.data(), g.data(),      scale_grad};
     expect(sne_fast_cpu_gather_chunks(dtype_of<T>(), &a) == SNE_FAST_OK, "gather_chunks status");
     expect(sne_fast_cpu_gather_chunks_backward(dtype_of<T>(), &a) == SNE_FAST_BAD_DTYPE, "half gradients are refused");
     std::vector<float> m2f(5);
@@ -214,7 +214,7 @@ void exercise(const std::string &name, const Case &c, double tolerance, std::vec
       expect(false, which + ": not finite");
       break;
     }
-    if (!first->empty()) expect(error(truth[i], (*first)[i]) < 1e-11, which + ": differs from the portable flavour");
+    if (!first->empty()) expect(error(truth[i], (*first)[i]) < 1e-11, which + ": differs from the portable kernels");
   }
   if (first->empty()) *first = truth;
 }

@@ -1,4 +1,4 @@
-// Attention between the rows of each chunk, in the registers of the warps that hold its block of slots.
+// Attention between the rows of each chunk, in the registers of the warps that hold its bin of slots.
 #pragma once
 
 #include "cuda/chunk_encode/tile.h"
@@ -6,7 +6,7 @@
 namespace sne {
 
 template <int MT>
-struct KeyRanges {  // of a lane's rows: slots from begin to end, two to a register
+struct KeyRanges {  // for each row of a lane the slots from begin to end, both in one register
   uint32_t range[MT][2];
   SNE_MEMBER int begin(int i, int r) const { return range[i][r] & 0xffff; }
   SNE_MEMBER int end(int i, int r) const { return range[i][r] >> 16; }
@@ -25,11 +25,11 @@ SNE_DEVICE KeyRanges<Shape::MT> key_ranges(const Slot *slots) {
   return out;
 }
 
-// Largest magnitude that is finite as an operand.
+// Magnitudes below this are finite as operands.
 template <class Op>
 constexpr float kLimit = std::is_same_v<Op, OpHalf> ? 65519.0f : 3.38e38f;
 
-// Bits of the rows of k and v (or whatever else meets zeros in products) that are not finite.
+// Returns a bit for each row of k or v (or of other operands that are multiplied by zeros) that is not finite.
 template <class Op, int MT, int DT>
 SNE_DEVICE uint32_t bad_rows(const Tile (&k)[MT][DT], const Tile (&v)[MT][DT]) {
   uint32_t rows = 0;
@@ -65,14 +65,14 @@ SNE_DEVICE void clear_rows(Tile (&k)[MT][DT], uint32_t rows) {
   }
 }
 
-// Whether a key of the range, of the `rows` that stand from slot `first` on, is among the bits of `bad`.
+// Returns whether a key from `begin` to `end` is among the bits of `bad`, which stand for `rows` slots from `first` on.
 SNE_DEVICE bool touches(uint32_t bad, int begin, int end, int first, int rows) {
   begin = begin > first ? begin - first : 0;
   end = end < first + rows ? end - first : rows;
   return begin < end && (bad >> begin & (end - begin < 32 ? (1u << (end - begin)) - 1 : ~0u)) != 0;
 }
 
-// Operands of a head: 16 x 16 pieces, the last one filled with zeros where d = 8.
+// Makes the operands of a head: 16 x 16 pieces, the last one padded with zeros where d = 8.
 template <class Op, class Shape>
 SNE_DEVICE void head_operands(Rows16<Op> (&out)[Shape::MT][Shape::DK], const Tile (&c)[Shape::MT][Shape::DT]) {
   SNE_UNROLL
@@ -83,7 +83,7 @@ SNE_DEVICE void head_operands(Rows16<Op> (&out)[Shape::MT][Shape::DK], const Til
   }
 }
 
-// c += a b over the width of a head.
+// Adds the product a b over the width of a head to c.
 template <class Shape, class Op>
 SNE_DEVICE void head_product(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
   if constexpr (Shape::D == 8)
@@ -92,7 +92,7 @@ SNE_DEVICE void head_product(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
     product(c, a, b);
 }
 
-// Where a warp's 16 x 16 piece (i, k) of one of the exchanged matrices lies.
+// Returns the address of a warp's 16 x 16 piece (i, k) of one of the exchanged matrices.
 template <class Shape, class Memory>
 SNE_DEVICE unsigned char *exchanged(const Memory &memory, int warp, int which, int i, int k) {
   const int piece = (which * Shape::MT + i) * Shape::DK + k;
@@ -107,7 +107,7 @@ SNE_DEVICE void offer(const Memory &memory, int which, const Rows16<Op> (&rows)[
   }
 }
 
-// Logits of 16 own rows (a) with the 16 MT rows of warp `warp` of an exchanged matrix.
+// Computes the products of 16 own rows (a) with the 16 MT rows of warp `warp` of an exchanged matrix.
 template <class Shape, class Op, class Memory>
 SNE_DEVICE void products_with(Tile (&s)[2 * Shape::MT], const Rows16<Op> (&a)[Shape::DK], const Memory &memory,
                               int warp, int which) {
@@ -123,7 +123,7 @@ SNE_DEVICE void products_with(Tile (&s)[2 * Shape::MT], const Rows16<Op> (&a)[Sh
   }
 }
 
-// c += p times the 16 MT rows of warp `warp` of an exchanged matrix; p (16, 16 MT).
+// Adds p (16, 16 MT) times the 16 MT rows of warp `warp` of an exchanged matrix to c.
 template <class Op, class Shape, class Memory>
 SNE_DEVICE void add_weighted(Tile (&c)[Shape::DT], const Tile (&p)[2 * Shape::MT], const Memory &memory, int warp,
                              int which) {
@@ -140,7 +140,7 @@ SNE_DEVICE void add_weighted(Tile (&c)[Shape::DT], const Tile (&p)[2 * Shape::MT
   }
 }
 
-// q, k or v of a head before its bias: rows `which` d.. of the head's piece.
+// Computes q, k or v (which = 0, 1, 2) of a head.
 template <class Op, class Shape>
 SNE_DEVICE void project(Tile (&c)[Shape::MT][Shape::DT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
                         const WeightSource<Op> &weights, int64_t head_offset, int which, const float *bias) {
@@ -148,7 +148,7 @@ SNE_DEVICE void project(Tile (&c)[Shape::MT][Shape::DT], const Rows16<Op> (&x)[S
   multiply<Shape::kWarpgroup>(c, x, weights.piece(head_offset + which * Shape::D * Shape::W, Shape::D * Shape::W));
 }
 
-// All three of a head at once: wide products keep Hopper's matrix units busy.
+// Computes q, k and v of a head by one product: wide products keep Hopper's tensor cores busy.
 template <class Op, class Shape>
 SNE_DEVICE void project_together(Tile (&q)[Shape::MT][Shape::DT], Tile (&k)[Shape::MT][Shape::DT],
                                  Tile (&v)[Shape::MT][Shape::DT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
@@ -171,7 +171,7 @@ SNE_DEVICE void project_together(Tile (&q)[Shape::MT][Shape::DT], Tile (&k)[Shap
   }
 }
 
-// o = q + attention(q, k, v) of every head, from the rows' operands x.
+// Computes o = q + attention(q, k, v) of every head, from the rows x as operands.
 template <class Op, class Shape, class Memory>
 SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
                                 const WeightSource<Op> &weights, int block, const float *bias, const Memory &memory,
@@ -193,7 +193,7 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
         project<Op, Shape>(k, x, weights, offset, 1, bias + W + head * D);
         project<Op, Shape>(v, x, weights, offset, 2, bias + 2 * W + head * D);
       }
-      if (set.shared) {  // p v adds zero times other chunks' rows: those must be finite
+      if (set.multi_chunk) {  // p v adds zero times the rows of other chunks, which must be finite
         const uint32_t bad = bad_rows<Op>(k, v);
         if (lane_id() == 0) *memory.poison = bad;
         clear_rows(k, bad);
@@ -208,7 +208,7 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
     if constexpr (!Shape::kTogether) project<Op, Shape>(q, x, weights, offset, 0, bias + head * D);
     head_operands<Op, Shape>(q_rows, q);
     set.sync();
-    // One piece of 16 rows after the other: registers for two would spill.
+    // One piece of 16 rows after the other, as two at a time would spill registers.
     SNE_UNROLL
     for (int i = 0; i < MT; ++i) {
       Tile attended[DT] = {};
@@ -217,7 +217,7 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
         const int warp = part - set.part, first = part * ROWS;
         Tile s[2 * MT];
         products_with<Shape>(s, q_rows[i], memory, warp, kKeys);
-        const uint32_t bad = set.shared ? memory.poison[4 * warp] : 0;
+        const uint32_t bad = set.multi_chunk ? memory.poison[4 * warp] : 0;
         SNE_UNROLL
         for (int r = 0; r < 2; ++r) {
           const int begin = keys.begin(i, r), end = keys.end(i, r);

@@ -1,9 +1,9 @@
-// What the backward kernels of chunk_encode share: sums over rows, norms and the feed-forward run again and back.
+// Shared by the backward kernels of chunk_encode: sums over rows, norms, and the feed-forward half of a block.
 //
-// A warp holds 16 rows. Gradients of rows travel as floats between kernels, in the workspace `rows_grad`; the factors
-// of the matrices' gradients are left in `products (5, rows, h)`: gradients of q, k, v and of fc_o's result, and what
-// fc_o saw. Gradients of vectors are summed by each warp for itself, then over a block's warps in order, and added to
-// that block's row of a table: nobody else's, so two runs give the same bits.
+// A warp holds 16 rows. Gradients of rows are passed between kernels as floats, in the workspace `rows_grad`. The
+// factors of the matrices' gradients are stored in `products (5, rows, h)`: the gradients of q, k, v and of fc_o's
+// result, and fc_o's input. Gradients of vectors are summed by each warp, then over the warps of a thread block in
+// order, and added to that block's row of a table, which no other block writes: two runs give the same bits.
 #pragma once
 
 #include "cuda/chunk_encode/launch.h"
@@ -11,7 +11,7 @@
 namespace sne {
 
 struct ChunkSpace {
-  void *saved;       // real (4, rows, h): what blocks 1 to 3 and the pool saw
+  void *saved;       // real (4, rows, h): inputs of blocks 1 to 3 and of the pool
   float *rows_grad;  // (rows, h)
   void *products;    // real (5, rows, h)
 };
@@ -30,8 +30,8 @@ SNE_DEVICE void fold(float (&v)[N], int mask) {
 }
 }  // namespace detail
 
-// sums[column] += the tiles' values over 16 rows; v holds a lane's two rows added, v[2 j + e] of column 8 j + 2 t + e.
-// Every lane ends with N / 8 of the sums, which are always the same columns: no one else writes them.
+// Adds the sums over 16 rows to sums[column]. v holds the sums of a lane's two rows: v[2 j + e] is of column
+// 8 j + 2 t + e. Every lane adds N / 8 of the columns, always the same ones, which no other lane writes.
 template <int N>
 SNE_DEVICE void add_columns(float *sums, float (&v)[N]) {
   detail::fold<N / 2>(v, 16);
@@ -61,9 +61,10 @@ SNE_DEVICE void add_columns_of(float *sums, const Tile (&a)[NT], const Tile (&b)
   add_columns(sums, v);
 }
 
-// Gradient through a norm: of its result to that of its input. unit: rows of mean 0 and variance 1.
+// Turns the gradient of a norm's result into that of its input. normalized: rows of mean 0 and variance 1.
 template <int NT>
-SNE_DEVICE void norm_backward(Tile (&grad)[NT], const Tile (&unit)[NT], const float (&rstd)[2], const float *weight) {
+SNE_DEVICE void norm_backward(Tile (&grad)[NT], const Tile (&normalized)[NT], const float (&rstd)[2],
+                              const float *weight) {
   const int t = lane_id() % 4;
   float mean[2] = {0, 0}, slope[2] = {0, 0};
   SNE_UNROLL
@@ -72,7 +73,7 @@ SNE_DEVICE void norm_backward(Tile (&grad)[NT], const Tile (&unit)[NT], const fl
     for (int e = 0; e < 4; ++e) {
       grad[j].c[e] *= weight[8 * j + 2 * t + e % 2];
       mean[e / 2] += grad[j].c[e];
-      slope[e / 2] += grad[j].c[e] * unit[j].c[e];
+      slope[e / 2] += grad[j].c[e] * normalized[j].c[e];
     }
   }
   SNE_UNROLL
@@ -83,11 +84,12 @@ SNE_DEVICE void norm_backward(Tile (&grad)[NT], const Tile (&unit)[NT], const fl
   SNE_UNROLL
   for (int j = 0; j < NT; ++j) {
     SNE_UNROLL
-    for (int e = 0; e < 4; ++e) grad[j].c[e] = (grad[j].c[e] - mean[e / 2] - unit[j].c[e] * slope[e / 2]) * rstd[e / 2];
+    for (int e = 0; e < 4; ++e)
+      grad[j].c[e] = (grad[j].c[e] - mean[e / 2] - normalized[j].c[e] * slope[e / 2]) * rstd[e / 2];
   }
 }
 
-// Where a warp's rows of the products are; null: nowhere.
+// Address of a warp's rows of the products, null if it has none.
 template <class T>
 struct ProductRows {
   T *at;
@@ -100,7 +102,7 @@ SNE_DEVICE ProductRows<T> product_rows(const ChunkSpace &space, const WarpBin &b
   return {bin.there ? (T *)space.products + bin.row * width : nullptr, rows * width};
 }
 
-// Gradient of a warp's rows, zeros where it has no bin.
+// Loads the gradient of a warp's rows, zeros where the warp has no bin.
 template <int NT>
 SNE_DEVICE void load_grad(Tile (&grad)[NT], const ChunkSpace &space, const WarpBin &bin) {
   const float *at = space.rows_grad + bin.row * (8 * NT);
@@ -108,8 +110,9 @@ SNE_DEVICE void load_grad(Tile (&grad)[NT], const ChunkSpace &space, const WarpB
   for (int j = 0; j < NT; ++j) grad[j] = bin.there ? load_tile(at + 8 * j, 8 * NT) : Tile{};
 }
 
-// The feed-forward again, and back: grad of its result becomes that of o. o is what it saw, and comes back as units.
-// norm_sums: this warp's (4, h), of ln0.weight, ln0.bias, ln1.weight, ln1.bias.
+// Backward of the feed-forward half of a block, which it computes again: turns grad from the gradient of the result
+// into that of the input o, and normalizes o. norm_sums (4, h) of this warp: ln0.weight, ln0.bias, ln1.weight,
+// ln1.bias.
 template <class Op, class Shape>
 SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][Shape::NT], const WeightSource<Op> &out,
                                       int64_t out_offset, const WeightSource<Op> &out_transposed,
@@ -118,7 +121,7 @@ SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][S
   constexpr int W = Shape::W, NT = Shape::NT, N = Shape::kOutRows / 8;
   const float *norm = out_bias + W;
   float rstd0[1][2], rstd1[1][2];
-  if (layer_norm) to_units(o, rstd0);
+  if (layer_norm) normalize(o, rstd0);
   Tile y[1][NT];
   SNE_UNROLL
   for (int j = 0; j < NT; ++j) y[0][j] = o[0][j];
@@ -144,7 +147,7 @@ SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][S
     turn<N>(y);
   }
   if (layer_norm) {
-    to_units(y, rstd1);
+    normalize(y, rstd1);
     add_columns_of(norm_sums + 2 * W, grad[0], y[0]);
     add_columns_of(norm_sums + 3 * W, grad[0]);
     norm_backward(grad[0], y[0], rstd1[0], norm + 2 * W);
@@ -173,7 +176,7 @@ SNE_DEVICE void feed_forward_backward(Tile (&grad)[1][Shape::NT], Tile (&o)[1][S
   }
 }
 
-// to[i] += the warps' sums, in order; each warp has `size` of them, one behind the other.
+// Adds the sums of all warps, in order, to `to`; each warp has `size` of them, one behind the other.
 SNE_DEVICE void add_warp_sums(float *to, const float *sums, int size) {
   sync_block();
   for (int i = thread_id(); i < size; i += num_threads()) {

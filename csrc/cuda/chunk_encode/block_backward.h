@@ -1,5 +1,5 @@
-// Backward of one of the blocks 1 to 3 of chunk_encode: gradient of its rows to that of what it saw, with the factors
-// of its matrices' gradients and the sums of its norms'.
+// Backward of one of the blocks 1 to 3 of chunk_encode: turns the gradient of its output rows into that of its input,
+// and leaves the factors of its matrices' gradients and the sums of its norms'.
 #pragma once
 
 #include "cuda/chunk_encode/backward.h"
@@ -7,7 +7,7 @@
 namespace sne {
 namespace {
 
-// c += a times a head's slice of fc_q, fc_k or fc_v: the transpose (h, d) of that slice is the piece.
+// Adds a times a head's slice of fc_q, fc_k or fc_v to c. `piece` is the transpose (h, d) of that slice.
 template <class Op, class Shape>
 SNE_DEVICE void multiply_head(Tile (&c)[1][Shape::NT], const Rows16<Op> (&a)[1][Shape::DK],
                               const unsigned char *piece) {
@@ -28,8 +28,8 @@ SNE_DEVICE void multiply_head(Tile (&c)[1][Shape::NT], const Rows16<Op> (&a)[1][
   }
 }
 
-// The attention of all heads again, and back: grad (of o = q + attention) to the gradient of x, dx. Keys and queries of
-// a block of slots attend to each other or not at all, so one range per row says both.
+// Backward of the attention of all heads, which it computes again: turns grad, the gradient of o = q + attention, into
+// dx, the gradient of x. Two rows of a bin attend to each other or not at all, so one range per row serves for both.
 template <class Op, class Shape, class Memory>
 SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Shape::NT],
                                    const Rows16<Op> (&x)[1][Shape::KT], const WeightSource<Op> &weights,
@@ -52,7 +52,7 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Sha
       project<Op, Shape>(v, x, weights, offset, 2, bias + 2 * W + head * D);
       SNE_UNROLL
       for (int n = 0; n < DT; ++n) a[0][n] = grad[0][n];
-      if (set.shared) {  // all of them meet zeros of other chunks in products
+      if (set.multi_chunk) {  // all of them are multiplied by zeros of other chunks
         const uint32_t bad = bad_rows<Op>(k, v) | bad_rows<Op>(q, a);
         if (lane == 0) *memory.poison = bad;
         clear_rows(q, bad);
@@ -71,14 +71,14 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Sha
     offer<Shape>(memory, kGrads, g_rows);
     set.sync();
 
-    // Own rows as queries, once for the softmax and the mean of its gradient, once for dq.
+    // Own rows as queries: first the softmax and the mean of its gradient, then dq.
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, mean[2] = {0, 0};
     for (int part = 0; part < set.warps; ++part) {
       const int warp = part - set.part, first = part * ROWS;
       Tile s[2], dp[2];
       products_with<Shape>(s, q_rows[0], memory, warp, kKeys);
       products_with<Shape>(dp, g_rows[0], memory, warp, kValues);
-      const uint32_t bad = set.shared ? memory.poison[4 * warp] : 0;
+      const uint32_t bad = set.multi_chunk ? memory.poison[4 * warp] : 0;
       SNE_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int begin = keys.begin(0, r), end = keys.end(0, r);
@@ -131,7 +131,7 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Sha
       }
       add_weighted<Op, Shape>(dq, s, memory, warp, kKeys);
     }
-    // Own rows as keys: columns are queries, whose softmax the other warps have left.
+    // Own rows as keys: columns are queries, whose softmax the other warps have stored.
     for (int part = 0; part < set.warps; ++part) {
       const int warp = part - set.part, first = part * ROWS;
       Tile p[2], ds[2];
@@ -170,7 +170,7 @@ SNE_DEVICE void attention_backward(Tile (&dx)[1][Shape::NT], Tile (&grad)[1][Sha
   }
 }
 
-// Bytes of the weights that this kernel can hold: of one block, q, k, v and fc_o, and their transposes.
+// Bytes of the weights that this kernel uses: fc_q, fc_k, fc_v and fc_o of one block, and their transposes.
 template <class Op, class Shape>
 struct BlockWeights {
   static constexpr int64_t kSquare = int64_t(Shape::W) * Shape::W, kSize = sizeof(typename Op::Storage);
@@ -245,14 +245,14 @@ int run_block_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &spac
                        Stream stream) {
   using T = typename Op::Storage;
   using Shape = ChunkShape<Op, width, dim, 1>;
-  constexpr int kMost = 8;
+  constexpr int kMaxWarps = 8;
   const LaunchSize size =
       launch_size(a.shared_limit, VectorLayout{width}.size() * 4, BlockMemory<Op, Shape>::kBytes + kNormSums<width> * 4,
-                  BlockWeights<Op, Shape>::kAll, BlockWeights<Op, Shape>::kPiece, int(a.slots / 16), kMost, 8);
+                  BlockWeights<Op, Shape>::kAll, BlockWeights<Op, Shape>::kPiece, int(a.slots / 16), kMaxWarps, 8);
   if (!size.warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * (a.slots / 16) + size.warps - 1) / size.warps;
-  return launch(stream, tiles < a.programs ? tiles : a.programs, 1, 32 * size.warps, size.shared,
-                chunk_block_backward<Op, Shape, 32 * kMost>, call_of<T>(a), space, block, size.resident,
+  return launch(stream, tiles < a.multiprocessors ? tiles : a.multiprocessors, 1, 32 * size.warps, size.shared,
+                chunk_block_backward<Op, Shape, 32 * kMaxWarps>, call_of<T>(a), space, block, size.resident,
                 bool(a.layer_norm), norm_part);
 }
 

@@ -1,4 +1,4 @@
-// Entries of chunk_encode and its backward that depend on the type of operands.
+// Entry points of chunk_encode and of those parts of its backward that depend on the type of operands.
 #include "cuda/chunk_encode/launch.h"
 #include "cuda/chunk_encode/operands.h"
 

@@ -1,5 +1,5 @@
-// The forward kernel of chunk_encode: a block of slots per warp or few warps, from its values to its pooled rows, or to
-// what blocks 1 to 3 and the pool see, for the backward.
+// The forward kernel of chunk_encode: a warp or a few warps take a bin of slots from its values to its pooled rows or,
+// for the backward, to the inputs of blocks 1 to 3 and of the pool.
 #pragma once
 
 #include "cuda/chunk_encode/attention.h"
@@ -12,10 +12,10 @@ template <class T>
 struct ChunkCall {
   const int64_t *chunk_ptr, *order, *owner, *table;
   const T *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
-  SlotClass cls;
-  int64_t blocks;       // of slots, of this class
-  int64_t first_block;  // where this launch begins
-  int64_t count;        // blocks of slots of this launch, among them such as hold nothing
+  BinClass cls;
+  int64_t bins;       // of this class
+  int64_t first_bin;  // where this launch begins
+  int64_t count;      // bins of this launch; the last ones may be empty
 };
 
 template <class Shape, class Memory, class T>
@@ -36,15 +36,15 @@ struct WarpBin {
   Chunks chunks;
 };
 
-// All lanes of a warp call it; `rows` are those of a warp.
+// Finds the bin of a warp with `rows` rows. All lanes of the warp call it together.
 template <class T>
 SNE_DEVICE WarpBin find_bin(const ChunkCall<T> &call, const SetOfWarps &set, int64_t step, int rows) {
   WarpBin out;
   out.local = step * (num_warps() / set.warps) + warp_id() / set.warps;
   out.there = out.local < call.count;
   out.row = out.local * call.cls.slots + set.part * rows;
-  out.chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + out.local,
-                           out.there ? call.blocks : 0);
+  out.chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + out.local,
+                           out.there ? call.bins : 0);
   return out;
 }
 
@@ -57,7 +57,7 @@ SNE_DEVICE WarpBin load_bin(const Memory &memory, const ChunkCall<T> &call, cons
   return bin;
 }
 
-// The codes of a row's tensor and element, added to x as an operand.
+// Adds the codes of each row's tensor and element to x, after rounding x to the operand type.
 template <class Op, class Shape>
 SNE_DEVICE void add_codes(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, Shape> &memory,
                           const ChunkCall<typename Op::Storage> &call) {
@@ -76,7 +76,7 @@ SNE_DEVICE void add_codes(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, 
         SNE_UNROLL
         for (int e = 0; e < 2; ++e) {
           float &x = o[i][j].c[2 * r + e];
-          x = to_real(from_float<T>(x));  // as blocks hand it on
+          x = to_real(from_float<T>(x));  // as between other blocks
           if (there) x += to_real(row[8 * j + e]) + to_real(element[8 * j + e]);
         }
       }
@@ -104,7 +104,7 @@ SNE_DEVICE void save_rows(typename Op::Storage *to, const Rows16<Op> (&x)[Shape:
   }
 }
 
-// Softmax over the rows of each chunk of <query_a, x>, and the rows' sum by it: (H, h) of every chunk.
+// Pools every chunk to (H, h): the softmax of <query_a, x> over its rows, and the sum of its rows with these weights.
 template <class Op, class Shape>
 SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
                      const WeightSource<Op> &weights, const WarpMemory<Op, Shape> &memory, const SetOfWarps &set,
@@ -127,15 +127,15 @@ SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shap
     }
   }
   set.sync();
-  // From here on by slots of the set, whose warps' memory follows one another.
+  // From here on, slots of all warps of the set: their memory is contiguous.
   float *weight = memory.head_values - set.part * ROWS * H;
   constexpr int kPerRow = 32 / ROWS, kOwn = H < kPerRow ? 1 : H / kPerRow;
-  const int row = lane % ROWS, share = lane / ROWS;
+  const int row = lane % ROWS, first_head = lane / ROWS;
   const Slot slot = memory.slots[row];
   float own[kOwn];
   SNE_UNROLL
   for (int a = 0; a < kOwn; ++a) {
-    const int head = a * kPerRow + share;
+    const int head = a * kPerRow + first_head;
     if (head >= H) continue;
     float top = -INFINITY;
     for (int j = slot.key_begin; j < slot.key_end; ++j) top = max_of(top, weight[j * H + head]);
@@ -144,7 +144,7 @@ SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shap
   set.sync();
   SNE_UNROLL
   for (int a = 0; a < kOwn; ++a)
-    if (a * kPerRow + share < H) memory.head_values[row * H + a * kPerRow + share] = own[a];
+    if (a * kPerRow + first_head < H) memory.head_values[row * H + a * kPerRow + first_head] = own[a];
   float *slice = (float *)(memory.exchange);  // (ROWS, 16): 16 columns of x at a time
   SNE_LOOP
   for (int k = 0; k < Shape::KT; ++k) {
@@ -175,7 +175,7 @@ SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shap
   }
 }
 
-// out: (N, H, h), or null; then saved: (4, count * slots, h).
+// Writes out (N, H, h) or, if that is null, saved (4, count * slots, h).
 template <class Op, class Shape>
 SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool resident, bool layer_norm,
                               typename Op::Storage *out, typename Op::Storage *saved) {

@@ -1,4 +1,4 @@
-// Launch of the forward of chunk_encode: which kernel, how many warps.
+// Launches the forward of chunk_encode: chooses the kernel and the number of warps.
 #pragma once
 
 #include "cuda/chunk_encode/launch.h"
@@ -7,7 +7,7 @@
 namespace sne {
 namespace {
 
-template <class Op, class Shape, int kMost, class Kernel>
+template <class Op, class Shape, int kMaxWarps, class Kernel>
 int run_forward_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
   using T = typename Op::Storage;
   const WeightLayout layout(Shape::W, Shape::D);
@@ -16,20 +16,21 @@ int run_forward_kernel(Kernel kernel, const sne_fast_cuda_chunk_args &a, void *o
   const int of_set = int(a.slots / Shape::ROWS);
   const LaunchSize size = launch_size(a.shared_limit, VectorLayout{Shape::W}.size() * 4, WarpMemory<Op, Shape>::kBytes,
                                       layout.forward_size() * sizeof(T), rows * Shape::W * sizeof(T),
-                                      Shape::kWarpgroup && of_set < 4 ? 4 : of_set, kMost, 8);
+                                      Shape::kWarpgroup && of_set < 4 ? 4 : of_set, kMaxWarps, 8);
   if (!size.warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * of_set + size.warps - 1) / size.warps;
-  return launch(stream, tiles < a.programs ? tiles : a.programs, 1, 32 * size.warps, size.shared, kernel, call_of<T>(a),
-                size.resident, bool(a.layer_norm), (T *)out, (T *)saved);
+  return launch(stream, tiles < a.multiprocessors ? tiles : a.multiprocessors, 1, 32 * size.warps, size.shared, kernel,
+                call_of<T>(a), size.resident, bool(a.layer_norm), (T *)out, (T *)saved);
 }
 
 template <class Op, int width, int dim>
 int run_forward(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
-  constexpr int kMost = Op::kPacked && width <= 32 ? 12 : 8;  // 168 registers a thread, or 255
+  constexpr int kMaxWarps = Op::kPacked && width <= 32 ? 12 : 8;  // 168 registers a thread, or 255
   if constexpr (Op::kPacked && width == kWgmmaWidth)
     if (a.wgmma) return chunk_encode_by_wgmma<Op>(a, out, saved, stream);
   using Shape = ChunkShape<Op, width, dim>;
-  return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward<Op, Shape, 32 * kMost>, a, out, saved, stream);
+  return run_forward_kernel<Op, Shape, kMaxWarps>(chunk_encode_forward<Op, Shape, 32 * kMaxWarps>, a, out, saved,
+                                                  stream);
 }
 
 }  // namespace

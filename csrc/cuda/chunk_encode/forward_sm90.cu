@@ -1,4 +1,4 @@
-// The forward of chunk_encode by Hopper's wgmma: for sm_90a, nothing to launch elsewhere.
+// The forward of chunk_encode with Hopper's wgmma, compiled for sm_90a; on other GPUs it is never launched.
 #include "cuda/chunk_encode/forward_launch.h"
 
 namespace sne {
@@ -19,12 +19,12 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
 
 template <class Op>
 int chunk_encode_by_wgmma(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
-  constexpr int kMost = 8;
+  constexpr int kMaxWarps = 8;
   return with_head_width(a.hidden / a.heads, [&](auto dim) {
     if constexpr (kHasChunkVariant<Op, kWgmmaWidth, dim.value>) {
       using Shape = ChunkShape<Op, kWgmmaWidth, dim.value, kPieces<Op, kWgmmaWidth>, true>;
-      return run_forward_kernel<Op, Shape, kMost>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMost>, a, out, saved,
-                                                  stream);
+      return run_forward_kernel<Op, Shape, kMaxWarps>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMaxWarps>, a, out,
+                                                      saved, stream);
     } else {
       return int(SNE_FAST_CUDA_BAD_VARIANT);
     }

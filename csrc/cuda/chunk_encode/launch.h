@@ -1,4 +1,4 @@
-// How many warps a kernel of chunk_encode gets, and whether the weights stay in shared memory.
+// Chooses how many warps a kernel of chunk_encode gets, and whether its weights stay in shared memory.
 #pragma once
 
 #include "cuda/chunk_encode/forward.h"
@@ -22,15 +22,15 @@ ChunkCall<T> call_of(const sne_fast_cuda_chunk_args &a) {
           (const T *)a.norm,
           (const T *)a.pool_query,
           (const T *)a.prepared,
-          {int(a.slots), int(a.lowest), int(a.shared)},
-          a.blocks,
-          a.first_block,
+          {int(a.slots), int(a.min_length), int(a.multi_chunk)},
+          a.bins,
+          a.first_bin,
           a.count};
 }
 
 inline bool valid(const sne_fast_cuda_chunk_args &a) {
   const bool slots = a.slots == 32 || a.slots == 64 || a.slots == 128;
-  return slots && a.heads > 0 && a.hidden % a.heads == 0 && a.count >= 0 && a.first_block >= 0 && a.programs > 0;
+  return slots && a.heads > 0 && a.hidden % a.heads == 0 && a.count >= 0 && a.first_bin >= 0 && a.multiprocessors > 0;
 }
 
 struct LaunchSize {
@@ -39,16 +39,16 @@ struct LaunchSize {
   int64_t shared;
 };
 
-// The most warps, a multiple of those of one block of slots, that fit beside the vectors and the weights.
+// Returns as many warps as fit beside the vectors and the weights, a multiple of those of one bin.
 inline LaunchSize launch_size(int64_t limit, int64_t vectors, int64_t per_warp, int64_t all_weights, int64_t one_piece,
-                              int warps_of_set, int most, int enough) {
+                              int warps_of_set, int max_warps, int enough_warps) {
   for (const bool resident : {true, false}) {
     const int64_t weights = resident ? all_weights : one_piece;
     int64_t warps = (limit - vectors - weights) / per_warp;
-    if (warps > most) warps = most;
+    if (warps > max_warps) warps = max_warps;
     warps -= warps % warps_of_set;
-    // Weights that leave room for few warps only are better read again and again.
-    if (warps > 0 && (!resident || warps >= enough || warps == most))
+    // Weights that leave room for few warps are better read anew for every tile.
+    if (warps > 0 && (!resident || warps >= enough_warps || warps == max_warps))
       return {int(warps), resident, vectors + weights + warps * per_warp};
   }
   return {0, false, 0};

@@ -1,6 +1,6 @@
-// The kernels of chunk_encode by type of operands, each type in a translation unit of its own
-// (operands_{float,tf32,half,bfloat}.cu): together they would compile for minutes on one core. Forward kernels with
-// Hopper's instruction are in one more (forward_sm90.cu), compiled for that generation alone.
+// Kernels of chunk_encode by type of operands, each type in a translation unit of its own (operands_*.cu), as together
+// they would compile for minutes on one core. Forward kernels with Hopper's matrix instruction have another translation
+// unit (forward_sm90.cu), compiled for that architecture alone.
 #pragma once
 
 #include "cuda/ptx/simt.h"
@@ -8,7 +8,8 @@
 
 namespace sne {
 
-// Rows of 256 floats do not fit the registers. With SNE_REPRESENTATIVE (compile checks) one head width stands for all.
+// Rows of 256 floats do not fit into registers. With SNE_REPRESENTATIVE (for tests of compilation) one head width
+// stands for all.
 template <class Op, int width, int dim>
 constexpr bool kHasChunkVariant =
 #if defined(SNE_REPRESENTATIVE)

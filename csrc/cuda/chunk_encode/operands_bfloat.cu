@@ -1,4 +1,4 @@
-// The kernels of chunk_encode for operands of bfloat16.
+// Kernels of chunk_encode for operands of bfloat16.
 #include "cuda/chunk_encode/operands_impl.h"
 
 namespace sne {

@@ -1,4 +1,4 @@
-// The kernels of chunk_encode for operands of float32 in full precision.
+// Kernels of chunk_encode for float32 operands in full precision.
 #include "cuda/chunk_encode/operands_impl.h"
 
 namespace sne {

@@ -1,4 +1,4 @@
-// The kernels of chunk_encode for operands of float16.
+// Kernels of chunk_encode for operands of float16.
 #include "cuda/chunk_encode/operands_impl.h"
 
 namespace sne {

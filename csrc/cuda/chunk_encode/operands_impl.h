@@ -1,4 +1,4 @@
-// What operands.h declares, for a translation unit to instantiate.
+// Definitions of the templates in operands.h, for a translation unit to instantiate.
 #pragma once
 
 #include "cuda/chunk_encode/block_backward.h"

@@ -1,4 +1,4 @@
-// The kernels of chunk_encode for operands of float32 rounded to TF32.
+// Kernels of chunk_encode for float32 operands rounded to TF32.
 #include "cuda/chunk_encode/operands_impl.h"
 
 namespace sne {

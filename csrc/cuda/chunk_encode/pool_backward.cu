@@ -1,13 +1,12 @@
 // Backward of the pooling of chunk_encode, and the sums of its codes' gradients.
 //
-// Everything here is vectors times vectors: lanes are rows where softmax is, and columns where rows are read and
-// written.
+// All products are of vectors: lanes are rows for the softmax, and columns where rows are read and written.
 #include "cuda/chunk_encode/backward.h"
 
 namespace sne {
 namespace {
 
-// A warp has 32 slots. Per row and head in shared memory: the weight and the gradient of the logit.
+// Memory of a warp, which has 32 slots. Per row and head: the weight, and the gradient of the logit.
 struct PoolSlots {
   Slot *slots;
   float *weight, *slope;
@@ -21,7 +20,7 @@ struct PoolSlots {
   static SNE_HOST_DEVICE int64_t bytes(int64_t heads) { return 32 * (int64_t(sizeof(Slot)) + 8 * heads); }
 };
 
-// <row, v> of two rows of memory, both of `width` values.
+// Returns the dot product of two rows of `width` values.
 template <class T, class V>
 SNE_DEVICE float dot(const T *row, const V *v, int width) {
   float sum = 0;
@@ -29,7 +28,7 @@ SNE_DEVICE float dot(const T *row, const V *v, int width) {
   return sum;
 }
 
-// grad (N, H, h) -> rows_grad; query_part (programs, H, h).
+// grad (N, H, h) -> rows_grad; query_part (multiprocessors, H, h).
 template <class T>
 SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *grad, const T *x, float *rows_grad,
                                                   int width, int heads, float *query_part) {
@@ -51,7 +50,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
       own.weight[lane * heads + a] = real ? dot(rows + lane * width, call.pool_query + a * width, width) : 0.0f;
     set.sync();
     const float *weight = own.weight - set.part * 32 * heads, *slope = own.slope - set.part * 32 * heads;
-    // Softmax of own row, from all logits of its chunk; the weights replace them once everybody has read.
+    // The softmax of the own row needs all logits of its chunk; weights replace logits once all lanes have read them.
     for (int a = 0; a < heads; ++a) {
       float top = -INFINITY, total = 0;
       for (int j = slot.key_begin; j < slot.key_end; ++j) top = max_of(top, weight[j * heads + a]);
@@ -69,7 +68,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
     for (int a = 0; a < heads; ++a) {
       float mean = 0;
       for (int j = slot.key_begin; j < slot.key_end; ++j) mean += weight[j * heads + a] * slope[j * heads + a];
-      // Until here the others of the chunk read this lane's slope.
+      // Up to here other lanes of the chunk read this lane's slope.
       set.sync();
       const float p = own.weight[lane * heads + a];
       own.slope[lane * heads + a] = real ? p * (own.slope[lane * heads + a] - mean) : 0.0f;
@@ -96,13 +95,13 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
   add_warp_sums(query_part + block_id() * heads * width, sums, heads * width);
 }
 
-// chunk_grad (N, h): sums of rows_grad over each chunk. A warp has a block of slots, its lanes columns.
+// Sums rows_grad over each chunk to chunk_grad (N, h). A warp has a bin, and its lanes have columns.
 template <class T>
 SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_sums(ChunkCall<T> call, const float *rows_grad, int width, float *chunk_grad) {
   for (int64_t first = block_id() * num_warps(); first < call.count; first += num_blocks() * num_warps()) {
     const int64_t local = first + warp_id();
-    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local,
-                                      local < call.count ? call.blocks : 0);
+    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local,
+                                      local < call.count ? call.bins : 0);
     for (int group = 0; group < chunks.count; ++group) {
       const float *rows = rows_grad + (local * call.cls.slots + group * chunks.length) * width;
       float *to = chunk_grad + call.order[chunks.first + group] * width;
@@ -115,20 +114,20 @@ SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_sums(ChunkCall<T> call, const float *row
   }
 }
 
-// element_part (programs, codes, h): sums of rows_grad over element e of all chunks that have one. A block of threads
-// goes over its own blocks of slots once for every element that a warp is at.
+// Adds the sums of rows_grad over element e of all chunks to element_part (multiprocessors, codes, h). A thread block
+// walks its bins once for every element.
 template <class T>
 SNE_KERNEL SNE_BOUNDS(256, 4)
     chunk_element_sums(ChunkCall<T> call, const float *rows_grad, int width, int codes, float *element_part) {
-  const int most = call.cls.shared ? kLongestShared : call.cls.slots;
-  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < most;
+  const int max_length = call.cls.multi_chunk ? kMaxMultiLength : call.cls.slots;
+  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < max_length;
        element += int(num_blocks(1)) * num_warps())
     for (int c = lane_id(); c - lane_id() < width; c += 32) {
       float sum = 0;
       bool any = false;
       for (int64_t local = block_id(); local < call.count; local += num_blocks()) {
         const Chunks chunks =
-            find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_block + local, call.blocks);
+            find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local, call.bins);
         if (element >= chunks.length || !chunks.count) continue;
         any = true;
         for (int group = 0; group < chunks.count; ++group)
@@ -146,7 +145,7 @@ int run_pool(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const v
   if (!warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * sets + warps - 1) / warps;
   const T *x = (const T *)space.saved + 3 * a.count * a.slots * a.hidden;
-  const int64_t blocks = SNE_FAST_CUDA_POOL_BLOCKS * a.programs;
+  const int64_t blocks = SNE_FAST_CUDA_POOL_BLOCKS * a.multiprocessors;
   return launch(stream, tiles < blocks ? tiles : blocks, 1, int(32 * warps), warps * per_warp, chunk_pool_backward<T>,
                 call_of<T>(a), (const T *)grad, x, space.rows_grad, int(a.hidden), int(a.heads), part);
 }
@@ -155,11 +154,11 @@ template <class T>
 int run_codes(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int64_t codes, float *chunk_grad, float *part,
               Stream stream) {
   const int64_t tiles = (a.count + 7) / 8;
-  const int status = launch(stream, tiles < 8 * a.programs ? tiles : 8 * a.programs, 1, 256, 0, chunk_row_sums<T>,
-                            call_of<T>(a), space.rows_grad, int(a.hidden), chunk_grad);
+  const int status = launch(stream, tiles < 8 * a.multiprocessors ? tiles : 8 * a.multiprocessors, 1, 256, 0,
+                            chunk_row_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), chunk_grad);
   if (status) return status;
-  return launch(stream, a.count < a.programs ? a.count : a.programs, a.shared ? 2 : a.slots / 8, 256, 0,
-                chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), int(codes), part);
+  return launch(stream, a.count < a.multiprocessors ? a.count : a.multiprocessors, a.multi_chunk ? 2 : a.slots / 8, 256,
+                0, chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), int(codes), part);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Backward of block 0 of chunk_encode (SPEC 4.1): gradient of its rows to that of the values themselves.
+// Backward of block 0 of chunk_encode (docs/method.md 4.1): from the gradient of its rows to that of the values.
 #pragma once
 
 #include "cuda/chunk_encode/backward.h"
@@ -6,16 +6,16 @@
 namespace sne {
 namespace {
 
-// Per row and head, behind the means: what every key needs to know of the rows that attend to it.
+// Numbers of a row and head that its keys read, stored behind the means.
 enum Record { kSlope, kExtreme, kInverse, kMean, kGrad, kRecords };
 
-// Heads are a run-time number here; 8 columns a head gives the most there can be.
+// The number of heads is a run-time number here, at most a head for every 8 columns.
 template <class Op, int width>
 using ScalarShape = ChunkShape<Op, width, 8, 1>;
 template <class Op, int width>
 using ScalarMemory = WarpMemory<Op, ScalarShape<Op, width>, 0, 1 + kRecords>;
 template <int width>
-constexpr int kScalarSums = 4 * width + 3 * width + 2 * (width / 8);  // that a warp adds up: of norms, basis, logits
+constexpr int kScalarSums = 4 * width + 3 * width + 2 * (width / 8);  // of a warp: norms, basis, logits
 
 template <class Op, int width>
 struct Records {
@@ -26,7 +26,7 @@ struct Records {
   SNE_MEMBER float &operator()(int field, int head, int row) const { return at[(field * heads + head) * 16 + row]; }
 };
 
-// Softmax of each row and head: means as scalar_means leaves them, and the records but for the gradient.
+// Computes the softmax of each row and head: the means of scalar_means, and the records except the gradient.
 template <class Op, int width, class T>
 SNE_DEVICE void record_rows(const ScalarMemory<Op, width> &memory, const SetOfWarps &set, const T *logit, int heads) {
   const Records<Op, width> record(memory, 0, heads);
@@ -39,7 +39,8 @@ SNE_DEVICE void record_rows(const ScalarMemory<Op, width> &memory, const SetOfWa
                                        });
 }
 
-// Gradient of a row's value through the attention of all heads, as query and as key; adds to the logits' sums (2, H).
+// Returns the gradient of a row's value through the attention of all heads, as query and as key, and adds to the sums
+// of the logits' gradients (2, H).
 template <class Op, int width, class T>
 SNE_DEVICE float attention_grad(const ScalarMemory<Op, width> &memory, const SetOfWarps &set, const T *logit, int heads,
                                 float *logit_sums) {
@@ -177,15 +178,15 @@ template <class Op, int width>
 int run_scalar_backward(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space,
                         const sne_fast_cuda_chunk_scalar_grads &g, Stream stream) {
   using T = typename Op::Storage;
-  constexpr int kMost = 8;
+  constexpr int kMaxWarps = 8;
   constexpr int64_t kSize = sizeof(T), kPiece = width * ScalarShape<Op, width>::kOutRows * kSize;
   const LaunchSize size = launch_size(a.shared_limit, VectorLayout{width}.size() * 4,
                                       ScalarMemory<Op, width>::kBytes + kScalarSums<width> * 4,
-                                      2 * kSize * width * width, kPiece, int(a.slots / 16), kMost, 8);
+                                      2 * kSize * width * width, kPiece, int(a.slots / 16), kMaxWarps, 8);
   if (!size.warps) return SNE_FAST_CUDA_BAD_VARIANT;
   const int64_t tiles = (a.count * (a.slots / 16) + size.warps - 1) / size.warps;
-  return launch(stream, tiles < a.programs ? tiles : a.programs, 1, 32 * size.warps, size.shared,
-                chunk_scalar_backward<Op, width, 32 * kMost>, call_of<T>(a), space, int(a.heads), size.resident,
+  return launch(stream, tiles < a.multiprocessors ? tiles : a.multiprocessors, 1, 32 * size.warps, size.shared,
+                chunk_scalar_backward<Op, width, 32 * kMaxWarps>, call_of<T>(a), space, int(a.heads), size.resident,
                 bool(a.layer_norm), (T *)g.values, (float *)g.logit_part, (float *)g.basis_part, (float *)g.norm_part);
 }
 

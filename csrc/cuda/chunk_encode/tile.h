@@ -1,7 +1,8 @@
-// The rows of one warp in chunk_encode: what they share with other warps, norms, feed-forward, block 0.
+// The rows of one warp in chunk_encode: memory shared with other warps, norms, the feed-forward half of a block, block
+// 0.
 //
-// A warp holds 16 MT rows of width W as tiles o[i][j], rows 16 i.., columns 8 j... A block of slots (see slots.h)
-// is one warp's rows or those of several neighbours, which exchange keys and values through shared memory.
+// A warp holds 16 MT rows of width W as tiles o[i][j]: rows 16 i.., columns 8 j... A bin of slots (slots.h) is the rows
+// of one warp or of several neighbours, which exchange keys and values through shared memory.
 #pragma once
 
 #include <math.h>
@@ -11,7 +12,7 @@
 
 namespace sne {
 
-// Two pieces of 16 rows where they fit into registers, so that every weight read serves both.
+// Pieces of 16 rows of a warp: two where they fit into registers, so that every weight that is read serves both.
 template <class Op, int width>
 constexpr int kPieces = width <= (Op::kPacked ? 64 : 32) ? 2 : 1;
 
@@ -20,12 +21,12 @@ struct ChunkShape {
   static constexpr bool kWarpgroup = by_warpgroup;  // products with weights by wgmma
   static constexpr int W = width, D = dim, HEADS = W / D, MT = pieces, ROWS = 16 * MT;
   static constexpr int NT = W / 8, KT = W / 16, DT = D / 8, DK = (D + 15) / 16;
-  static constexpr int kOutRows = kWarpgroup ? 64 : 32;     // of fc_o in one piece
-  static constexpr bool kTogether = kWarpgroup && D <= 32;  // q, k, v of a head by one product
+  static constexpr int kOutRows = kWarpgroup ? 64 : 32;     // rows of fc_o in one piece of the weights
+  static constexpr bool kTogether = kWarpgroup && D <= 32;  // one product for q, k and v of a head
 };
 
-// Parameters that are vectors, as floats in shared memory: basis (3, h); of each block fc_o's bias and the norms (5,
-// h); of blocks 1 to 3 the biases of q, k, v (3, h).
+// Parameters that are vectors, as floats in shared memory: the basis (3, h), of each block fc_o's bias and the norms
+// (5, h), and of blocks 1 to 3 the biases of q, k and v (3, h).
 struct VectorLayout {
   int h;
   SNE_HOST_DEVICE int out_bias(int block) const { return (3 + 5 * block) * h; }
@@ -55,8 +56,8 @@ SNE_DEVICE void load_vectors(float *to, int h, const T *basis, const T *b_o, con
   }
 }
 
-// What the warps of a block of threads share, an array each with one part per warp. `matrices`: that warps exchange of
-// a head (k and v; in the backward also q and the gradient); `scalars`: per row and head.
+// Memory that the warps of a thread block share: several arrays, each with one part per warp. `matrices`: matrices of a
+// head that warps exchange (k and v; in the backward also q and the gradient); `scalars`: numbers per row and head.
 template <class Op, class Shape, int matrices = 2, int scalars = 1>
 struct WarpMemory {
   static constexpr int kMatrices = matrices;
@@ -71,7 +72,7 @@ struct WarpMemory {
   Slot *slots;         // (ROWS)
   float *values;       // (ROWS)
   float *head_values;  // (ROWS, HEADS, scalars)
-  uint32_t *poison;    // 1 of 4: rows whose keys or values are not finite
+  uint32_t *poison;    // 1 of 4 words: rows whose keys or values are not finite
   unsigned char *exchange;
 
   SNE_MEMBER WarpMemory(unsigned char *at, int warps, int warp) {
@@ -87,10 +88,10 @@ struct WarpMemory {
   }
 };
 
-// The warps that hold one block of slots.
+// The warps that hold one bin.
 struct SetOfWarps {
   int warps, part, barrier;
-  bool shared;  // several chunks in a block
+  bool multi_chunk;  // several chunks in a bin
   SNE_MEMBER void sync() const {
     if (warps == 1)
       sync_warp();
@@ -99,13 +100,13 @@ struct SetOfWarps {
   }
 };
 
-// rows: of a warp.
-SNE_DEVICE SetOfWarps set_of_warps(const SlotClass &cls, int rows) {
+// Returns the set of this warp, which has `rows` rows.
+SNE_DEVICE SetOfWarps set_of_warps(const BinClass &cls, int rows) {
   SetOfWarps set;
   set.warps = cls.slots / rows;
   set.part = warp_id() % set.warps;
   set.barrier = 1 + warp_id() / set.warps;
-  set.shared = cls.shared;
+  set.multi_chunk = cls.multi_chunk;
   return set;
 }
 
@@ -151,9 +152,9 @@ SNE_DEVICE void row_means(float (&mean)[MT][2], const Tile (&o)[MT][NT]) {
   }
 }
 
-// o -> (o - mean) / spread; returns 1 / spread.
+// Turns o into (o - mean) / deviation; rstd is 1 / deviation.
 template <int MT, int NT>
-SNE_DEVICE void to_units(Tile (&o)[MT][NT], float (&rstd)[MT][2]) {
+SNE_DEVICE void normalize(Tile (&o)[MT][NT], float (&rstd)[MT][2]) {
   float mean[MT][2];
   row_means(mean, o);
   SNE_UNROLL
@@ -176,7 +177,7 @@ SNE_DEVICE void to_units(Tile (&o)[MT][NT], float (&rstd)[MT][2]) {
   }
 }
 
-// o -> o w + b, both (h,) in shared memory.
+// Turns o into o w + b, both (h,) in shared memory.
 template <int MT, int NT>
 SNE_DEVICE void scale_and_shift(Tile (&o)[MT][NT], const float *w, const float *b) {
   const int t = lane_id() % 4;
@@ -203,7 +204,7 @@ SNE_DEVICE void to_operands(Rows16<Op> (&x)[MT][NT / 2], const Tile (&o)[MT][NT]
   }
 }
 
-// Every row of c becomes the vector v from its column 0 on.
+// Sets every row of c to the first columns of v.
 template <int MT, int N>
 SNE_DEVICE void fill_rows(Tile (&c)[MT][N], const float *v) {
   const int t = lane_id() % 4;
@@ -217,9 +218,9 @@ SNE_DEVICE void fill_rows(Tile (&c)[MT][N], const float *v) {
   }
 }
 
-SNE_DEVICE float relu(float z) { return z <= 0 ? 0.0f : z; }  // a NaN stays one
+SNE_DEVICE float relu(float z) { return z <= 0 ? 0.0f : z; }  // NaN stays NaN
 
-// o -> ln1(o' + relu(fc_o(o'))) with o' = ln0(o) (SPEC 2).
+// Feed-forward half of a block (docs/method.md 2): turns o into ln1(o' + relu(fc_o(o'))) with o' = ln0(o).
 template <class Op, class Shape>
 SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource<Op> &weights, int64_t offset,
                              const float *out_bias, bool layer_norm) {
@@ -227,7 +228,7 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
   const float *norm = out_bias + W;
   float rstd[MT][2];
   if (layer_norm) {
-    to_units(o, rstd);
+    normalize(o, rstd);
     scale_and_shift(o, norm, norm + W);
   }
   Rows16<Op> x[MT][Shape::KT];
@@ -248,16 +249,16 @@ SNE_DEVICE void feed_forward(Tile (&o)[Shape::MT][Shape::NT], const WeightSource
     turn<N>(o);
   }
   if (layer_norm) {
-    to_units(o, rstd);
+    normalize(o, rstd);
     scale_and_shift(o, norm + 2 * W, norm + 3 * W);
   }
 }
 
 // ------------------------------------------------------------------------------------------------ scalar attention
 
-// Block 0 (SPEC 4.1): means (ROWS, HEADS) of what each row attends to, softmax_j((a x_i + c) x_j) x_j, from the values
-// of its block of slots. The largest logit is at one end of the range of the values, so one pass does.
-// keep(head, row, slope of the logits, value of the largest one, sum of the exponentials, mean): for the backward.
+// Block 0 (docs/method.md 4.1): means (ROWS, HEADS) of what each row attends to, softmax_j((a x_i + c) x_j) x_j over
+// the values of its bin. The largest logit belongs to the smallest or the largest value, so one pass is enough. For the
+// backward, calls keep(head, row, slope of the logits, value of the largest one, sum of the exponentials, mean).
 template <class Shape, class Memory, class T, class Keep>
 SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const T *logit, int heads, Keep keep) {
   constexpr int kPerRow = 32 / Shape::ROWS;  // lanes that share a row, each with some heads
@@ -269,7 +270,7 @@ SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const 
   for (int j = slot.key_begin + 1; j < slot.key_end; ++j) low = min_of(low, values[j]), high = max_of(high, values[j]);
   for (int head = first; head < heads; head += kPerRow) {
     const float slope = to_real(logit[head]) * own + to_real(logit[heads + head]);
-    const float extreme = slope >= 0 ? high : low;  // subtracted from a value, not from its logit: exact where equal
+    const float extreme = slope >= 0 ? high : low;  // subtracted from values, not from logits: exact where equal
     float total = 0, sum = 0;
     for (int j = slot.key_begin; j < slot.key_end; ++j) {
       const float p = exp2_fast(slope * (values[j] - extreme) * kLog2e);
@@ -287,7 +288,7 @@ SNE_DEVICE void scalar_means(const Memory &memory, const SetOfWarps &set, const 
   scalar_means<Shape>(memory, set, logit, heads, [](int, int, float, float, float, float) {});
 }
 
-// Block 0 up to its residual: x_i basis_0 + mean basis_1 + basis_2.
+// Computes the attention output of block 0: x_i basis_0 + mean basis_1 + basis_2.
 template <class Shape, class Memory>
 SNE_DEVICE void scalar_rows(Tile (&o)[Shape::MT][Shape::NT], const Memory &memory, const float *basis, int heads) {
   const int g = lane_id() / 4, t = lane_id() % 4;

@@ -1,6 +1,7 @@
-// Gradients of a block's matrices and their biases: products of the factors that its backward has left, over rows.
+// Gradients of a block's matrices and biases: products over rows of the factors that its backward has stored.
 //
-// A block of threads owns a square of one matrix (fc_q, fc_k, fc_v, fc_o) and some of the rows, 32 at a time.
+// A thread block owns a square of one matrix (fc_q, fc_k, fc_v, fc_o) and some of the rows, which it takes 32 at a
+// time.
 #include "cuda/chunk_encode/backward.h"
 
 namespace sne {
@@ -11,7 +12,7 @@ constexpr int kRowsAtOnce = 32;
 template <class Op, int tile>
 struct GradTile {
   using T = typename Op::Storage;
-  // Rows are apart by what keeps the lanes of a fragment in different banks.
+  // The stride keeps the lanes of a fragment in different banks.
   static constexpr int kStride = tile + (Op::kPacked ? 8 : 4), kBytes = kRowsAtOnce * kStride * int(sizeof(T));
   // 4 warps, 2 x 2, each with M pieces of 16 by N of 8.
   static constexpr int M = tile / 32, N = tile / 16;
@@ -23,7 +24,7 @@ struct GradTile {
       copy_async(to + row * kStride + part, from + row * width + part);
     }
   }
-  // Columns m.. of rows k.. as the left operand of a product over rows: its transpose.
+  // Loads columns m.. of rows k.. as the left operand of a product over rows.
   static SNE_MEMBER Rows16<Op> left(const T *at, int k, int m) {
     Rows16<Op> out;
     const int lane = lane_id();
@@ -37,7 +38,7 @@ struct GradTile {
     }
     return out;
   }
-  // Columns n.. of rows k.. as the right operand.
+  // Loads columns n.. of rows k.. as the right operand.
   static SNE_MEMBER Cols8<Op> right(const T *at, int k, int n) {
     Cols8<Op> out;
     const int lane = lane_id();
@@ -52,7 +53,7 @@ struct GradTile {
   }
 };
 
-// blockIdx.y: which matrix of `matrices` from `first` on, and which square of it.
+// block_id(1) counts the squares of all matrices from `first` on.
 template <class Op, int tile>
 SNE_KERNEL SNE_BOUNDS(128, 4)
     chunk_weight_grad(const typename Op::Storage *saved, const typename Op::Storage *products, int64_t rows, int width,
@@ -110,7 +111,7 @@ int run(const sne_fast_cuda_chunk_weight_grad_args &a, Stream stream) {
   using T = typename Op::Storage;
   const int64_t first = a.block ? 0 : 3, per_side = a.hidden / tile, pieces = a.rows / kRowsAtOnce;
   const T *saved = (const T *)a.saved + (a.block ? a.block - 1 : 0) * a.rows * a.hidden;
-  return launch(stream, pieces < a.programs ? pieces : a.programs, (4 - first) * per_side * per_side, 128,
+  return launch(stream, pieces < a.multiprocessors ? pieces : a.multiprocessors, (4 - first) * per_side * per_side, 128,
                 2 * GradTile<Op, tile>::kBytes, chunk_weight_grad<Op, tile>, saved, (const T *)a.products, a.rows,
                 int(a.hidden), int(first), (float *)a.w_qkv_part, (float *)a.b_qkv_part, (float *)a.w_o_part,
                 (float *)a.b_o_part);
@@ -122,7 +123,7 @@ int run(const sne_fast_cuda_chunk_weight_grad_args &a, Stream stream) {
 extern "C" int sne_fast_cuda_chunk_weight_grad(int precision, const sne_fast_cuda_chunk_weight_grad_args *a,
                                                void *stream) {
   using namespace sne;
-  if (a->block < 0 || a->block > 3 || a->rows % kRowsAtOnce || a->hidden % 32 || a->programs < 1)
+  if (a->block < 0 || a->block > 3 || a->rows % kRowsAtOnce || a->hidden % 32 || a->multiprocessors < 1)
     return SNE_FAST_CUDA_BAD_ARGUMENT;
   return with_operands(precision, [&](auto op) {
     using Op = decltype(op);

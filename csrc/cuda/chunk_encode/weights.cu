@@ -1,4 +1,4 @@
-// Writes the matrices of chunk_encode as the kernels read them: rounded to the operand type, in core matrices.
+// Writes the matrices of chunk_encode as the kernels read them: rounded to the operand type, as core matrices.
 #include "cuda/chunk_encode/weights.h"
 
 #include "cuda/dispatch.h"

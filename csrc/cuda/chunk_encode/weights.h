@@ -1,5 +1,5 @@
-// The matrices of chunk_encode as the kernels' right operands: where each stands in one array of core matrices, made by
-// weights.cu before a pass, and how a block of threads gets hold of a piece of it.
+// The matrices of chunk_encode as right operands: their places in one array of core matrices, which weights.cu fills
+// before a pass, and how a thread block reads a piece of it.
 #pragma once
 
 #include "cuda/ptx/wgmma_sm90.h"
@@ -7,8 +7,9 @@
 
 namespace sne {
 
-// Offsets in elements. Forward: fc_o of block 0; of blocks 1 to 3 the rows of fc_q, fc_k, fc_v head by head, then fc_o;
-// the pool's queries, padded to 8. Backward: the transposes of all fc_o, then those of q, k, v, head by head.
+// Offsets in elements. For the forward: fc_o of block 0; of blocks 1 to 3 the rows of fc_q, fc_k, fc_v head by head,
+// then fc_o; the pool's queries, padded to 8. For the backward: the transposes of all fc_o, then those of q, k, v, head
+// by head.
 struct WeightLayout {
   int64_t h, d;
   SNE_HOST_DEVICE WeightLayout(int64_t width, int64_t dim) : h(width), d(dim) {}
@@ -29,17 +30,17 @@ struct WeightLayout {
   SNE_HOST_DEVICE int64_t size() const { return forward_size() + 13 * h * h; }
 };
 
-// Gives pieces of the prepared weights in shared memory. `resident`: all that a kernel uses were copied there before
-// its first tile. Otherwise each piece is copied when asked for, by all threads of the block together.
+// Gives pieces of the prepared weights in shared memory. With `resident` all weights of a kernel have been copied there
+// before its first bin. Otherwise each piece is copied when asked for, by all threads of the block together.
 template <class Op>
 struct WeightSource {
   using T = typename Op::Storage;
   const T *global;
   unsigned char *shared;
   bool resident;
-  int64_t first;  // of the resident ones
+  int64_t first;  // offset of the resident weights
 
-  // Elements `offset` .. `offset + count` of the prepared weights; the piece before is gone.
+  // Returns elements `offset` .. `offset + count` of the prepared weights. The previous piece may be overwritten.
   SNE_MEMBER const unsigned char *piece(int64_t offset, int64_t count) const {
     if (resident) return shared + (offset - first) * sizeof(T);
     sync_block();
@@ -55,8 +56,9 @@ struct WeightSource {
   }
 };
 
-// Moves the first N tiles of every row behind the others. Registers have no run-time index: a loop that is not unrolled
-// works on the first (or last) tiles and turns the row, until all have been there. Code stays small and compiles fast.
+// Moves the first N tiles of every row behind the others. Registers cannot be indexed at run time, so a loop that is
+// not unrolled works on the first (or last) tiles and turns the row, until all have had their turn. This keeps code
+// small.
 template <int N, int MT, int NT>
 SNE_DEVICE void turn(Tile (&o)[MT][NT]) {
   SNE_UNROLL
@@ -71,7 +73,8 @@ SNE_DEVICE void turn(Tile (&o)[MT][NT]) {
   }
 }
 
-// How many of N tiles a product with 16 KT columns takes per turn: unrolled as a whole, wide ones compile for minutes.
+// Returns how many of N tiles a product with 16 KT columns takes per turn. Fully unrolled, wide products would compile
+// for minutes.
 template <class Op, int KT, int N>
 SNE_HOST_DEVICE constexpr int tiles_per_turn() {
   int tiles = N;
@@ -114,7 +117,7 @@ SNE_DEVICE void settle_all(Tile (&c)[MT][N]) {
   }
 }
 
-// c[i] += a[i] (MT times 64 rows of the warpgroup, 16 KT columns) times a piece of the weights of 8 N rows.
+// Adds a[i] (64 rows of the warpgroup, 16 KT columns) times a piece of the weights of 8 N rows to c[i].
 template <class Op, int MT, int KT, int N>
 SNE_DEVICE void multiply_by_warpgroup(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
   settle_all(c);
@@ -129,7 +132,7 @@ SNE_DEVICE void multiply_by_warpgroup(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT
 }
 #endif
 
-// c[i][n] += a[i] (16 x 16 KT pieces) times rows 8 n.. of a piece of the weights, n < N, which has 16 KT columns.
+// Adds a[i] (16 x 16 KT) times rows 8 n.. of a piece of the weights, which has 16 KT columns, to c[i][n], n < N.
 template <bool by_warpgroup, class Op, int MT, int KT, int N>
 SNE_DEVICE void multiply(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
 #if defined(SNE_HAS_WGMMA)

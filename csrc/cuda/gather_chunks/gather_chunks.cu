@@ -1,9 +1,9 @@
-// gather_chunks: matrices of many types and sizes, transposed, divided, cast and laid one behind another in one launch.
+// gather_chunks: transposes, divides, casts and concatenates matrices of many types and sizes in one launch.
 //
-// A block moves one tile of one matrix through shared memory. The source is read in vectors of 16 bytes and scattered
-// into rows of the target; those rows stand in shared memory as far from a multiple of 16 bytes as they do in the
-// target, so that they leave in vectors of 16 bytes whatever the addresses are. Where a tile holds whole rows of the
-// source (or of the target), these are one run of memory. A matrix of one row or column is a column of one run each.
+// A thread block moves one tile of one matrix through shared memory. The source is read in vectors of 16 bytes and
+// scattered into rows of the target. Those rows have the same offset from a multiple of 16 bytes in shared memory as in
+// the target, so that they are written in vectors of 16 bytes whatever the addresses are. Where a tile holds whole rows
+// of the source (or of the target), these are one run of memory.
 #include <type_traits>
 
 #include "cuda/ptx/vectors.h"
@@ -13,10 +13,10 @@
 namespace sne {
 namespace {
 
-constexpr int kThreads = 256, kInFlight = 4;  // loads of 16 bytes that a thread starts before it uses one
+constexpr int kThreads = 256, kInFlight = 4;  // loads of 16 bytes that a thread starts before it uses the first
 template <class Acc>
-constexpr int kBlocks = sizeof(Acc) == 8 ? 2 : 3;  // of a multiprocessor
-// A tile of 4096 values in at most 64 rows that begin anywhere in 16 bytes and avoid each other's banks.
+constexpr int kBlocks = sizeof(Acc) == 8 ? 2 : 3;  // thread blocks on a multiprocessor
+// Room for a tile of 4096 values in at most 64 rows, with what their alignment and avoiding bank conflicts take.
 constexpr int kSharedValues = 64 * (64 + 22);
 
 struct Job {
@@ -40,7 +40,7 @@ struct Job {
   }
 };
 
-// The last tensor whose first tile is not after `tile`.
+// Returns the tensor that a tile belongs to.
 SNE_DEVICE int64_t tensor_of_tile(const Job &job, int64_t tile) {
   return last_at_most(job.tensors, tile, [&](int64_t t) { return job.field(SNE_FAST_GATHER_FIRST_TILE, t); });
 }
@@ -72,9 +72,9 @@ struct Layout {
     if (s.whole_columns) {
       pitch = s.height, step = 0, pad = 4;
     } else {
-      const int unit = vector < 4 ? 4 : vector;
-      pitch = (s.height + mask + unit - 1) / unit * unit;
-      pitch += pitch / unit % 2 ? 0 : unit;
+      const int align = vector < 4 ? 4 : vector;
+      pitch = (s.height + mask + align - 1) / align * align;
+      pitch += pitch / align % 2 ? 0 : align;
       step = int(s.rows) & mask, pad = 0;
     }
   }
@@ -83,7 +83,7 @@ struct Layout {
   SNE_MEMBER int index(int i, int j) const { return padded(j * pitch + skew(j) + i); }
 };
 
-// Quotients of many values by one divisor, rounded as IEEE says.
+// Divides many values by one divisor, with correctly rounded quotients.
 template <class Acc>
 struct Divisor {
   Acc value;
@@ -95,26 +95,27 @@ struct Divisor {
     for (int i = 0; i < n; ++i) values[i] = divide_exactly(values[i], value);
   }
 };
-// By the rounded reciprocal and two corrections: the second ends at the rounded quotient as the first comes within one
-// unit of its last place (Markstein), where nothing underflows and no sign of a zero is lost.
+// Multiplies by the rounded reciprocal and corrects twice. The first correction comes within one unit in the last
+// place, so the second gives the correctly rounded quotient (Markstein), where nothing underflows and no zero has a
+// sign.
 template <>
 struct Divisor<float> {
-  static constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+  static constexpr float kMin = 0x1p-60f, kMax = 0x1p60f;
   float value, reciprocal;
   bool usual;
 
   SNE_MEMBER explicit Divisor(float value) : value(value), reciprocal(divide_exactly(1.0f, value)) {
-    usual = value >= kLeast && value <= kMost;
+    usual = value >= kMin && value <= kMax;
   }
   template <int n>
   SNE_MEMBER void divide(float (&values)[n]) const {
-    float least = kMost, most = kLeast;
+    float smallest = kMax, largest = kMin;
     SNE_UNROLL
     for (int i = 0; i < n; ++i) {
       const float size = max_of(values[i], -values[i]);
-      least = min_of(least, size), most = max_of(most, size);
+      smallest = min_of(smallest, size), largest = max_of(largest, size);
     }
-    if (usual && least >= kLeast && most <= kMost) {
+    if (usual && smallest >= kMin && largest <= kMax) {
       SNE_UNROLL
       for (int i = 0; i < n; ++i) {
         float quotient = values[i] * reciprocal;
@@ -133,7 +134,7 @@ struct Divisor<float> {
 // a / b for 0 <= a < 2^20, 0 < b.
 SNE_DEVICE int quotient(int a, float reciprocal) { return int((float(a) + 0.5f) * reciprocal); }
 
-// The 16 bytes that hold values first.. of a run; those outside of it are not read, and 0.
+// Loads the 16 bytes that hold values first.. of a run. Values outside of the run are not read, and are 0.
 template <class T>
 SNE_DEVICE Words load_inside(const T *run, int first, int length) {
   constexpr int vector = kVector<T>;
@@ -144,7 +145,7 @@ SNE_DEVICE Words load_inside(const T *run, int first, int length) {
   return out;
 }
 
-// read_tile for 16 bytes of a column.
+// Writes 16 bytes of a column into shared memory.
 template <class Acc, int vector>
 SNE_DEVICE void copy_vector(const Acc (&values)[vector], const Layout &layout, int first, Acc *shared) {
   constexpr int part = kVector<Acc>;
@@ -162,8 +163,8 @@ SNE_DEVICE void copy_vector(const Acc (&values)[vector], const Layout &layout, i
   }
 }
 
-// Source values over the divisor into shared memory. With `products` also the sum of their products with `others`, laid
-// out as the source and as far from a multiple of 16 bytes.
+// Reads the source, divides and writes to shared memory. With `products` returns the sum of the quotients' products
+// with `others`, which has the layout of the source and the same offset from a multiple of 16 bytes.
 template <class In, class Acc, bool products>
 SNE_DEVICE Acc read_tile(const In *from, const In *others, const Divisor<Acc> &divisor, const Shape &s,
                          const Layout &layout, Acc *shared) {
@@ -198,7 +199,8 @@ SNE_DEVICE Acc read_tile(const In *from, const In *others, const Divisor<Acc> &d
         SNE_UNROLL
         for (int v = 0; v < vector; ++v) total += values[v] * Acc(to_real(value_of<In>(other[u], v)));
       }
-      if (s.width == 1 && first[u] >= 0 && first[u] + vector <= length) {  // all of it side by side
+      if (s.width == 1 && first[u] >= 0 &&
+          first[u] + vector <= length) {  // the values are consecutive in shared memory too
         copy_vector(values, layout, first[u], shared);
         continue;
       }
@@ -220,7 +222,7 @@ SNE_DEVICE Acc read_tile(const In *from, const In *others, const Divisor<Acc> &d
 template <class Out, class Acc>
 SNE_DEVICE Out cast(Acc value) {
   if constexpr (std::is_same_v<Out, double>) return double(value);
-  return from_float<Out>(float(value));  // halves of float64 are rounded twice, as torch does
+  return from_float<Out>(float(value));  // float64 to a half type is rounded twice, as torch does
 }
 
 template <class Out, class Acc>
@@ -273,7 +275,7 @@ SNE_DEVICE void with_type(int64_t code, F act) {
     act(BFloat{});
 }
 
-// A block's tile: of which tensor, and where in its matrix or (transposed) in the matrix of the result.
+// The tile of a thread block: its tensor, and its place in that matrix or (transposed) in the result.
 struct Place {
   int64_t tensor, start;
   Shape shape;
@@ -292,7 +294,7 @@ struct Place {
   }
 };
 
-// values = the transposes of the tensors over their scales.
+// Writes the transposes of the tensors, divided by their scales.
 template <class Acc>
 SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) gather(Job job, void *values, int type) {
   const Place place(job, block_id(), false);
@@ -312,7 +314,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) gather(Job job, void *values, int 
   });
 }
 
-// Over all threads of the block, in one order; in thread 0.
+// Returns the sum over all threads of the block, in a fixed order, in thread 0.
 template <class Acc>
 SNE_DEVICE Acc sum_over_block(Acc value, Acc *shared) {
   for (int mask = kWarp / 2; mask; mask >>= 1) value += shuffle_xor(value, mask);
@@ -322,7 +324,7 @@ SNE_DEVICE Acc sum_over_block(Acc value, Acc *shared) {
   return value;
 }
 
-// Gradients of the tensors, and for each tile the sum of gradient times value.
+// Writes the gradients of the tensors and, for each tile, the sum of gradient times value.
 template <class Acc>
 SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>)
     scatter(Job job, const void *grad, const void *values, Acc *parts, int type) {
@@ -346,7 +348,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>)
   if (thread_id() == 0) parts[block_id()] = total;
 }
 
-// Gradient of a tensor's scale: minus the sum of its tiles, in their order.
+// Writes the gradient of each tensor's scale: minus the sum over its tiles, in their order.
 template <class Acc>
 SNE_KERNEL SNE_BOUNDS(kThreads, kBlocks<Acc>) sum_tiles(Job job, const Acc *parts, Acc *grad_scale, int64_t tiles) {
   const int64_t t = block_id(), end = t + 1 < job.tensors ? job.field(SNE_FAST_GATHER_FIRST_TILE, t + 1) : tiles;

@@ -1,4 +1,4 @@
-// The matrix instructions mma.sync, ldmatrix and movmatrix, on a GPU and in the emulator; types of operands.
+// Operand types, and the matrix instructions mma.sync, ldmatrix and movmatrix, on a GPU and in the emulator.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +23,7 @@ struct OpTf32 {
   using Storage = float;
   static constexpr bool kPacked = false;
 };
-struct OpFloat {  // float32 products as three of TF32: the parts that TF32 leaves off are multiplied too
+struct OpFloat {  // float32 products as three TF32 products, which also multiply the bits that TF32 drops
   using Storage = float;
   static constexpr bool kPacked = false;
 };
@@ -114,7 +114,7 @@ SNE_DEVICE void mma_tf32(Tile &c, const float *a, const float *b) {
   detail::MatrixItem item{c.c, a, b};
   emulator::meet_warp("mma_tf32", &item, detail::multiply_tf32);
 }
-// Lane l gives the address of row l % 8 of matrix l / 8; 8 x 8 matrices of 16-bit numbers, rows of 16 bytes.
+// Loads 8 x 8 matrices of 16-bit numbers in rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8.
 template <int count>
 SNE_DEVICE void load_matrices(uint32_t *r, const void *row) {
   detail::LoadItem item{(const unsigned char *)row, r};

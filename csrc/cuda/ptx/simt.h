@@ -1,7 +1,8 @@
-// What kernels are written with: threads, barriers, shuffles, shared memory, asynchronous copies and launches.
+// Building blocks of kernels: threads, barriers, shuffles, shared memory, asynchronous copies and launches.
 //
-// nvcc compiles it to the instructions of that name. With SNE_EMULATED a host compiler turns the same kernels into
-// ordinary code: every CUDA thread is a fiber, which runs until it meets others of its warp or block (emulator.cpp).
+// nvcc compiles them to the instructions of that name. With SNE_EMULATED a host compiler turns the same kernels into
+// ordinary code: every CUDA thread is a fiber that runs until it meets the others of its warp or thread block
+// (emulator/emulator.cpp).
 #pragma once
 
 #include <stddef.h>
@@ -41,7 +42,7 @@ SNE_DEVICE void sync_block() { emulator::meet_block("sync_block"); }
 SNE_DEVICE void sync_warp() {
   emulator::meet_warp("sync_warp", nullptr, [](void **) {});
 }
-// Meets `threads` threads (a multiple of 32) at barrier 1..15 of the block.
+// Waits for `threads` threads (a multiple of 32) at barrier 1..15 of the thread block.
 SNE_DEVICE void sync_named(int barrier, int threads) { emulator::meet_named(barrier, threads); }
 
 template <class T>
@@ -82,7 +83,7 @@ SNE_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf
 SNE_DEVICE float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
 SNE_DEVICE float min_of(float a, float b) { return __builtin_fminf(a, b); }
 
-// 16 bytes from global to shared memory, both aligned; there once copies_done() has returned and the block has met.
+// Copies 16 bytes from global to shared memory, both aligned. They have arrived after copies_done() and a barrier.
 SNE_DEVICE void copy_async(void *shared, const void *global) { emulator::copy_async(shared, global); }
 SNE_DEVICE void copies_done() { emulator::copies_done(); }
 
@@ -150,7 +151,8 @@ SNE_DEVICE void copy_async(void *shared, const void *global) {
 SNE_DEVICE void copies_done() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads past the ordinary path
+  asm volatile("fence.proxy.async.shared::cta;" ::
+                   : "memory");  // wgmma reads shared memory through the asynchronous proxy
 #endif
 }
 
@@ -158,14 +160,14 @@ template <class... P, class... A>
 int launch(Stream stream, int64_t x, int64_t y, int threads, size_t shared, void (*kernel)(P...), A... args) {
   if (!x || !y) return 0;
   if (shared > 48 << 10) {
-    // Always all there is: another host thread may launch the same kernel with more.
-    int device = 0, most = 0;
+    // Allow all there is, as another host thread may launch the same kernel with more.
+    int device = 0, max_shared = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     const cudaError_t error =
-        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared);
     if (error != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would report it
+      cudaGetLastError();  // clears the error, which the next launch would report otherwise
       return int(error);
     }
   }

@@ -1,4 +1,4 @@
-// 16 bytes of memory at a time, as values of any type.
+// Loads and stores of 16 bytes, as values of any type.
 #pragma once
 
 #include "cuda/ptx/simt.h"
@@ -12,7 +12,7 @@ struct alignas(16) Words {
 template <class T>
 constexpr int kVector = int(16 / sizeof(T));  // values of 16 bytes
 
-// `at` is a multiple of 16 bytes.
+// `at` must be aligned to 16 bytes.
 SNE_DEVICE Words load_words(const void *at) {
 #if defined(SNE_EMULATED)
   if (uintptr_t(at) % 16) __builtin_trap();
@@ -32,7 +32,7 @@ SNE_DEVICE void store_words(void *at, const Words &words) {
   *(uint4 *)at = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
 #endif
 }
-// 8 bytes, a multiple of which `at` is; the other words are 0.
+// Loads 8 bytes; `at` must be aligned to 8 bytes. The other words are 0.
 SNE_DEVICE Words load_half_words(const void *at) {
   Words out{};
 #if defined(SNE_EMULATED)
@@ -45,7 +45,7 @@ SNE_DEVICE Words load_half_words(const void *at) {
   return out;
 }
 
-// Value i of 16 bytes; i is known when compiled.
+// Returns value i of 16 bytes; i must be a compile-time constant.
 template <class T>
 SNE_DEVICE T value_of(const Words &words, int i) {
   if constexpr (sizeof(T) == 2) {

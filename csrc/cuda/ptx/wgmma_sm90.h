@@ -1,6 +1,6 @@
-// Hopper's matrix instruction (wgmma, sm_90a): 64 rows of a warpgroup of 4 warps, left operand in registers, right
-// operand in shared memory as core matrices (tiles/fragments.h). A warp's registers are those of mma.sync for its 16 of
-// the 64 rows, so the two are exchangeable.
+// Hopper's matrix instruction wgmma (sm_90a): 64 rows of a warpgroup of 4 warps, with the left operand in registers and
+// the right operand in shared memory as core matrices (tiles/fragments.h). For its 16 of the 64 rows a warp has the
+// same registers as with mma.sync, so the two instructions are interchangeable.
 #pragma once
 
 #include "cuda/ptx/mma.h"
@@ -71,7 +71,7 @@ using MatrixDescriptor = uint64_t;
 SNE_DEVICE MatrixDescriptor describe(const unsigned char *at, int along_k, int along_n) {
   return uint64_t((shared_address(at) & 0x3ffff) >> 4) | uint64_t(along_k >> 4) << 16 | uint64_t(along_n >> 4) << 32;
 }
-// The compiler may not move what a register gets across this.
+// Keeps the compiler from moving writes of a register across this point.
 SNE_DEVICE void settle(float &v) { asm volatile("" : "+f"(v)::"memory"); }
 SNE_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 SNE_DEVICE void wgmma_end() {
@@ -85,7 +85,7 @@ SNE_DEVICE void wgmma(Tile (&c)[N], const uint32_t *a, MatrixDescriptor b);
 #define SNE_F2(n) SNE_F1(n), SNE_F1(n + 1)
 #define SNE_F4(n) SNE_F2(n), SNE_F2(n + 2)
 #define SNE_F8(n) SNE_F4(n), SNE_F4(n + 4)
-// tiles: how many of 8 columns; sums, left, right: the operands' places; outputs: SNE_F..
+// tiles: number of tiles of 8 columns; sums, left, right: numbers of the operands in the assembly; then the outputs.
 #define SNE_WGMMA(Op, type, tiles, columns, sums, left, right, ...)                                                  \
   template <>                                                                                                        \
   __device__ __forceinline__ void wgmma<Op, tiles>(Tile(&c)[tiles], const uint32_t *a, MatrixDescriptor b) {         \

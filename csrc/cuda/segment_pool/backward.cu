@@ -2,9 +2,9 @@
 // weight[i, a] (<x_i, grad_a> - mean over the segment's rows of that by weight). x is read once, its gradient written
 // once.
 //
-// A group of lanes walks rows as in the forward kernel and writes <x_i, grad_a>. Then who has the part sums the mean
-// and, of a whole segment, writes the gradient of the logits; of segments that are cut a second kernel does, from the
-// means of all parts in order.
+// A group of lanes walks rows as in the forward kernel and writes <x_i, grad_a>. Then the team that has the part sums
+// the mean and, for a whole segment, writes the gradient of the logits. For segments that are cut a second kernel
+// writes it, from the means of all parts in order.
 #include "cuda/segment_pool/pool.h"
 
 namespace sne {
@@ -19,12 +19,12 @@ struct GradJob {
   const void *grad, *x, *logits;
   const float *lse;
   void *grad_x, *grad_logits;
-  float *products, *part_mean;  // (rows, A) and (slots, A)
+  float *products, *part_mean;  // (rows, A) and (partials, A)
   int width, queries;
   int query_blocks, column_blocks, lanes;
 };
 
-// Some lanes of a team as rows x queries: `across` queries (a power of two) next to each other.
+// Lanes of a team arranged as rows x queries: `across` queries (a power of two) side by side.
 struct Grid {
   int across, row, query, rows;
 
@@ -36,7 +36,8 @@ struct Grid {
   }
 };
 
-// Sum over the rows of a grid, the same in all lanes that share a query; `exchange` (warps, lanes) of the block.
+// Returns the sum over the rows of a grid, the same in all lanes that share a query; `exchange` (warps, lanes) of the
+// block.
 SNE_DEVICE float sum_over_rows(float value, const Grid &grid, const Team &team, Level level, float *exchange) {
   for (int mask = grid.across; mask < (level == kGroup ? team.lanes : kWarp); mask <<= 1)
     value += shuffle_xor(value, mask);
@@ -54,7 +55,7 @@ SNE_DEVICE float weight_of(const GradJob &job, int64_t at, float log_sum) {
   return exp_from(to_real(((const T *)job.logits)[at]), log_sum);
 }
 
-// Mean of the products over a part's rows by weight, of the query of this lane.
+// Returns the weighted mean of the products over the rows of a part, for the query of this lane.
 template <class T>
 SNE_DEVICE float mean_of_part(const GradJob &job, const Part &p, const Grid &grid, int64_t query, float log_sum) {
   float mean = 0;
@@ -189,12 +190,12 @@ struct Lane {
 
 template <class T>
 SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
-  const Share &share = Share::make(job.segments);
+  const BlockItems &items = BlockItems::make(job.segments);
   const Team team{job.lanes, kPoolWarps, warp_id()};
-  int *longs = (int *)((Share *)shared_memory() + 1);
+  int *longs = (int *)((BlockItems *)shared_memory() + 1);
   float *exchange = (float *)(longs + kLongParts), *weights = exchange + kPoolThreads;
   const Lane<T> lane{job, team, weights + (warp_id() * team.groups() + team.group()) * kRows<T> * kQueries};
-  for_each_part(job.segments, share, team, longs, [&](const Part &part, Level level) {
+  for_each_part(job.segments, items, team, longs, [&](const Part &part, Level level) {
     lane.walk(part, Walk(team, level));
     if (level == kBlock)
       sync_block();  // products of a part are read by all who have it
@@ -211,33 +212,33 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, 2) pool_backward(GradJob job) {
       if (part.whole)
         write_logits<T>(job, part, grid, query, log_sum, mean);
       else if (grid.row == 0)
-        job.part_mean[part.slot() * job.queries + query] = mean;
+        job.part_mean[part.partial() * job.queries + query] = mean;
     }
   });
 }
 
-// Gradients of the logits of the parts of cut segments, of which a block has two at most.
+// Writes the gradients of the logits for the parts of cut segments; a block has at most two such parts.
 template <class T>
 SNE_KERNEL SNE_BOUNDS(kPoolThreads, 4) cut_logits(GradJob job) {
-  const Share &share = Share::make(job.segments);
+  const BlockItems &items = BlockItems::make(job.segments);
   const Team team{kWarp, kPoolWarps, warp_id()};
   const Grid grid(job, team, kBlock);
-  float *exchange = (float *)((Share *)shared_memory() + 1);
-  for (int64_t segment = share.first;; segment = share.last) {
-    const Part part = share.part(job.segments, segment);
+  float *exchange = (float *)((BlockItems *)shared_memory() + 1);
+  for (int64_t segment = items.first;; segment = items.last) {
+    const Part part = items.part(job.segments, segment);
     if (part.segment >= 0 && !part.whole) {
-      const Slots slots(job.segments, segment);
+      const Partials partials(job.segments, segment);
       for (int64_t first = 0; first < job.queries; first += grid.across) {
         const int64_t query = first + grid.query;
         float mean = 0;
         if (query < job.queries)
-          for (int64_t i = grid.row; i < slots.count; i += grid.rows)
-            mean += job.part_mean[slots.slot(i) * job.queries + query];
+          for (int64_t i = grid.row; i < partials.count; i += grid.rows)
+            mean += job.part_mean[partials.index(i) * job.queries + query];
         mean = sum_over_rows(mean, grid, team, kBlock, exchange);
         if (query < job.queries) write_logits<T>(job, part, grid, query, job.lse[segment * job.queries + query], mean);
       }
     }
-    if (segment == share.last) break;
+    if (segment == items.last) break;
   }
 }
 
@@ -251,10 +252,11 @@ int run_backward(const sne_fast_cuda_pool *a, Stream stream) {
       a->weights_grad, a->part_mean, int(a->width), int(a->queries), query_blocks, column_blocks, lanes};
   const int groups = kPoolWarps * (kWarp / lanes);
   const size_t shared =
-      sizeof(Share) + kLongParts * sizeof(int) + (kPoolThreads + groups * kRows<T> * kQueries) * sizeof(float);
+      sizeof(BlockItems) + kLongParts * sizeof(int) + (kPoolThreads + groups * kRows<T> * kQueries) * sizeof(float);
   const int status = launch(stream, a->blocks, 1, kPoolThreads, shared, pool_backward<T>, job);
   if (status || a->blocks == 1) return status;
-  return launch(stream, a->blocks, 1, kPoolThreads, sizeof(Share) + kPoolThreads * sizeof(float), cut_logits<T>, job);
+  return launch(stream, a->blocks, 1, kPoolThreads, sizeof(BlockItems) + kPoolThreads * sizeof(float), cut_logits<T>,
+                job);
 }
 
 }  // namespace

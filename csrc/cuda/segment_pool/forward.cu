@@ -1,10 +1,10 @@
 // segment_pool: out[s, a] = sum over the rows of segment s of softmax(logits[:, a]) x, reading x once.
 //
-// Who has a part of a segment takes the largest of its logits first, then its lanes sum rows of their own: weights are
-// worked out once, by as many lanes as there are rows, and read by the others from shared memory. Sums meet in the
-// warp, the block and, of segments that are cut, in a second kernel, each in one order. A warp pools kQueries queries
-// over one block of columns; where there are more, warps of one block walk the same rows together, so that memory is
-// read once.
+// The team that has a part of a segment first finds the largest of its logits; then each of its lanes sums rows.
+// Softmax weights are computed once, one row per lane, and read by the other lanes from shared memory. Sums are added
+// over the warp, over the thread block and, for segments that are cut, in a second kernel, always in the same order. A
+// warp pools kQueries queries over some of the columns. Where there are more queries or columns, several warps of a
+// thread block walk the same rows together, so that memory is read once.
 #include "cuda/segment_pool/pool.h"
 
 namespace sne {
@@ -14,7 +14,7 @@ struct PoolJob {
   Segments segments;
   const void *x, *logits;
   void *out;
-  float *lse, *part, *part_state;  // (slots, A, h) sums and (slots, A, 2) their shift and total
+  float *lse, *part, *part_state;  // sums (partials, A, h); their shift and total (partials, A, 2)
   int width, queries;
   int query_blocks, column_blocks, part_warps, lanes;
 };
@@ -150,7 +150,7 @@ struct Lane {
     for (int a = 0; a < kQueries; ++a) {
       const int64_t query = first_query + a;
       if (!inside || p.segment < 0 || query >= job.queries || (a & (of - 1)) != which) continue;
-      const int64_t row = (p.whole ? p.segment : p.slot()) * job.queries + query;
+      const int64_t row = (p.whole ? p.segment : p.partial()) * job.queries + query;
       const float total = sums.total[a];
       if (p.whole) {
         const float scale = total == 0 ? 0.0f : divide_exactly(1.0f, total);
@@ -171,12 +171,12 @@ struct Lane {
 template <class T, int kQueries>
 SNE_KERNEL SNE_BOUNDS(kPoolThreads, kQueries > 4 && sizeof(T) == 2 ? 1 : 2) pool(PoolJob job) {
   constexpr int fields = Sums<kQueries, kVector<T>>::kFields, own = Lane<T, kQueries>::kShared;
-  const Share &share = Share::make(job.segments);
+  const BlockItems &items = BlockItems::make(job.segments);
   const Team team{job.lanes, kPoolWarps / job.part_warps, warp_id() / job.part_warps};
-  int *longs = (int *)((Share *)shared_memory() + 1);
+  int *longs = (int *)((BlockItems *)shared_memory() + 1);
   float *weights = (float *)(longs + kLongParts), *exchange = weights + kPoolWarps * team.groups() * own;
   const Lane<T, kQueries> lane(job, team, weights + (warp_id() * team.groups() + team.group()) * own);
-  for_each_part(job.segments, share, team, longs, [&](const Part &part, Level level) {
+  for_each_part(job.segments, items, team, longs, [&](const Part &part, Level level) {
     lane.find_shift(part, level, exchange);
     auto sums = lane.walk(part, Walk(team, level));
     if (level != kGroup)
@@ -200,38 +200,38 @@ SNE_KERNEL SNE_BOUNDS(kPoolThreads, kQueries > 4 && sizeof(T) == 2 ? 1 : 2) pool
 
 constexpr int kCombineThreads = 512, kCombineColumns = 4 * kWarp;
 
-// Block b: the segment that begins in the share of block b of `pool` and ends in another's, all slots of it in order.
+// Block b adds up, in order, the partial results of the segment that begins in block b of `pool` and ends in another.
 template <class T>
 SNE_KERNEL SNE_BOUNDS(kCombineThreads, 2) combine(PoolJob job) {
   constexpr int flight = 4;
-  const Share &share = Share::make(job.segments);
-  const Part tail = share.part(job.segments, share.last);
+  const BlockItems &items = BlockItems::make(job.segments);
+  const Part tail = items.part(job.segments, items.last);
   if (tail.segment < 0 || tail.whole || !tail.first) return;
-  const Slots slots(job.segments, tail.segment);
+  const Partials partials(job.segments, tail.segment);
   const int64_t column = block_id(1) * kCombineColumns + lane_id() * 4, size = int64_t(job.queries) * job.width;
   const bool inside = column < size;
   const int64_t query = inside ? column / job.width : 0;  // one for all four, as the width is a multiple of 16
   float shift = -kInfinity, total = 0, sum[4] = {0, 0, 0, 0};
-  float *exchange = (float *)((Share *)shared_memory() + 1);  // (warps, 6, lanes)
-  for (int64_t i = warp_id(); i < slots.count; i += num_warps())
-    shift = max_of(shift, job.part_state[2 * (slots.slot(i) * job.queries + query)]);
+  float *exchange = (float *)((BlockItems *)shared_memory() + 1);  // (warps, 6, lanes)
+  for (int64_t i = warp_id(); i < partials.count; i += num_warps())
+    shift = max_of(shift, job.part_state[2 * (partials.index(i) * job.queries + query)]);
   exchange[thread_id()] = shift;
   sync_block();
   for (int warp = 0; warp < num_warps(); ++warp) shift = max_of(shift, exchange[warp * kWarp + lane_id()]);
   sync_block();
-  for (int64_t begin = warp_id(); inside && begin < slots.count; begin += int64_t(flight) * num_warps()) {
+  for (int64_t begin = warp_id(); inside && begin < partials.count; begin += int64_t(flight) * num_warps()) {
     Words sums[flight];
     float scale[flight], totals[flight];
     SNE_UNROLL
     for (int u = 0; u < flight; ++u) {
-      const int64_t i = begin + u * num_warps(), slot = slots.slot(i < slots.count ? i : begin);
-      sums[u] = load_words(job.part + slot * size + column);
-      const float *state = job.part_state + 2 * (slot * job.queries + query);
+      const int64_t i = begin + u * num_warps(), partial = partials.index(i < partials.count ? i : begin);
+      sums[u] = load_words(job.part + partial * size + column);
+      const float *state = job.part_state + 2 * (partial * job.queries + query);
       scale[u] = exp_from(state[0], shift), totals[u] = state[1];
     }
     SNE_UNROLL
     for (int u = 0; u < flight; ++u) {
-      if (begin + u * num_warps() >= slots.count) continue;
+      if (begin + u * num_warps() >= partials.count) continue;
       total += scale[u] * totals[u];
       SNE_UNROLL
       for (int v = 0; v < 4; ++v) sum[v] += scale[u] * value_of<float>(sums[u], v);
@@ -263,17 +263,17 @@ int run_pool(const sne_fast_cuda_pool *a, PoolJob job, Stream stream) {
   job.column_blocks = int(quotient_up(a->width, int64_t(job.lanes) * kVector<T>));
   const int64_t parts = int64_t(job.query_blocks) * job.column_blocks;
   job.part_warps = power_of_two(parts, kPoolWarps);
-  // The exchange of sums is the largest but where the team is one warp: then it is that of the largest logits.
-  const int64_t slots = kPoolWarps / job.part_warps / 2 * job.part_warps;
-  const int64_t sums = slots * Sums<kQueries, kVector<T>>::kFields * job.lanes, most = kPoolWarps * kQueries;
+  // The exchange of sums takes the most memory, except where the team is one warp: then that of the logits does.
+  const int64_t senders = kPoolWarps / job.part_warps / 2 * job.part_warps;
+  const int64_t sums = senders * Sums<kQueries, kVector<T>>::kFields * job.lanes, logits = kPoolWarps * kQueries;
   const int64_t weights = kPoolWarps * (kWarp / job.lanes) * Lane<T, kQueries>::kShared;
   const size_t shared =
-      sizeof(Share) + kLongParts * sizeof(int) + (weights + (sums > most ? sums : most)) * sizeof(float);
+      sizeof(BlockItems) + kLongParts * sizeof(int) + (weights + (sums > logits ? sums : logits)) * sizeof(float);
   const int status =
       launch(stream, a->blocks, quotient_up(parts, job.part_warps), kPoolThreads, shared, pool<T, kQueries>, job);
   if (status || a->blocks == 1) return status;
   return launch(stream, a->blocks - 1, quotient_up(a->queries * a->width, kCombineColumns), kCombineThreads,
-                sizeof(Share) + kCombineThreads * 5 * sizeof(float), combine<T>, job);
+                sizeof(BlockItems) + kCombineThreads * 5 * sizeof(float), combine<T>, job);
 }
 
 template <class T>

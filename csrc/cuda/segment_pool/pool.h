@@ -1,4 +1,4 @@
-// What both directions of segment_pool share: operands, and how a row lies over lanes.
+// Shared by both directions of segment_pool: sizes, loads of logits, and how a row lies over lanes.
 #pragma once
 
 #include "cuda/dispatch.h"
@@ -10,14 +10,14 @@ namespace sne {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kPoolThreads = 256, kPoolWarps = kPoolThreads / kWarp;
 
-SNE_HOST_DEVICE int64_t quotient_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
-SNE_HOST_DEVICE int power_of_two(int64_t n, int most) {  // the least not below n, or most
+SNE_HOST_DEVICE int64_t quotient_up(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+SNE_HOST_DEVICE int power_of_two(int64_t n, int max) {  // the smallest that is at least n, or max
   int p = 1;
-  while (p < n && p < most) p *= 2;
+  while (p < n && p < max) p *= 2;
   return p;
 }
 
-// Lanes that hold a row, or a block of its columns, with 16 bytes each.
+// Number of lanes that hold a row, or some of its columns, with 16 bytes each.
 template <class T>
 SNE_HOST_DEVICE int lanes_of(int64_t width) {
   return power_of_two(width / kVector<T>, kWarp);
@@ -25,18 +25,18 @@ SNE_HOST_DEVICE int lanes_of(int64_t width) {
 
 SNE_HOST_DEVICE bool pool_fits(const sne_fast_cuda_pool *a) {
   return a->width > 0 && a->width % 16 == 0 && a->width <= INT32_MAX && a->queries > 0 && a->queries <= INT32_MAX &&
-         a->sets > 0 && a->rows >= 0 && a->per_block > 0 && a->per_block <= kMostItems &&
+         a->sets > 0 && a->rows >= 0 && a->per_block > 0 && a->per_block <= kMaxItems &&
          a->blocks == quotient_up(a->rows + a->queries * a->sets, a->per_block) && a->blocks < int64_t(1) << 31;
 }
 inline Segments segments_of(const sne_fast_cuda_pool *a) { return {a->ptr, a->sets, a->queries, a->per_block}; }
 
-// exp(value - shift); a shift of -inf, of which all that it was taken from is, counts as 0.
+// exp(value - shift). A shift of -inf counts as 0: then all logits that it is the largest of are -inf.
 SNE_DEVICE float exp_from(float value, float shift) {
   return exp2_fast((value - (shift == -kInfinity ? 0.0f : shift)) * kLog2e);
 }
 
-// Logits of queries first.. of a row, -inf where there are none; with `vectors` all are there, and the address is a
-// multiple of their size.
+// Loads the logits of queries first, first + 1, ... of a row, -inf beyond the last query. With `vectors` no query is
+// beyond the last and the address is aligned to their size.
 template <class T, int n>
 SNE_DEVICE void load_logits(float (&out)[n], const T *row, int64_t first, int64_t queries, bool vectors) {
   if (!vectors) {

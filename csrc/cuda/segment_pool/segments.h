@@ -1,12 +1,13 @@
-// Ragged segments of rows, shared out evenly over blocks without a map.
+// Ragged segments of rows, distributed evenly over thread blocks without a table.
 //
-// A segment is as many items as it has rows and, behind them, `cost` more: what it takes to write its result. A block
-// has `per_block` items, whatever segments these are of. Segments that lie in one block are its own; of one that is
-// cut, every block with rows of it has a part, in slot 2 b of block b, or 2 b + 1 where the segment begins. So a block
-// has two slots, and the slots of a segment follow from where it begins and ends.
+// A segment counts as one item per row and, behind those, `cost` more items for writing its result. Every thread block
+// gets `per_block` consecutive items, whatever segments they belong to. A segment inside one block is finished there. A
+// segment that is cut has a part in each of several blocks, and every part leaves a partial result: number 2 b of block
+// b, or 2 b + 1 for the part with the first row. A block therefore has at most two partial results, and the numbers of
+// a segment's partial results follow from where it begins and ends.
 //
-// Within a block, rows are walked by groups of lanes: a group alone has a short segment, a warp one of middle length,
-// the whole block a long one.
+// Within a block, groups of lanes walk the rows: one group takes a short segment, a warp one of medium length, the
+// whole block a long one.
 #pragma once
 
 #include "cuda/tiles/warp_search.h"
@@ -20,27 +21,27 @@ struct Segments {
   SNE_MEMBER int64_t first_item(int64_t segment) const { return ptr[segment] + cost * segment; }
 };
 
-// The segment of an item, not before segment `low`.
+// Returns the segment of an item. It must not be before segment `low`.
 SNE_DEVICE int64_t segment_of(const Segments &s, int64_t item, int64_t low) {
   return low + last_at_most(s.count - low, item, [&](int64_t i) { return s.first_item(low + i); });
 }
 
-// What this block has of a segment: `rows` rows from begin on; segment -1 is none.
+// The rows of a segment that fall to this block: `rows` rows from `begin` on. Segment -1 means none.
 struct Part {
   int64_t segment = -1, begin = 0;
   int rows = 0;
-  bool whole = false, first = false;  // has all rows, the first row
+  bool whole = false, first = false;  // has all rows; has the first row
 
-  SNE_MEMBER int64_t slot() const { return 2 * block_id() + first; }
+  SNE_MEMBER int64_t partial() const { return 2 * block_id() + first; }
 };
 
-// The items of this block, and the segments that these are of. It lies in shared memory, where it begins.
-struct Share {
+// The items of this block and the segments that they belong to, at the start of shared memory.
+struct BlockItems {
   int64_t begin, end;
   int64_t first, last;
 
-  static SNE_MEMBER const Share &make(const Segments &s) {
-    Share *shared = (Share *)shared_memory();
+  static SNE_MEMBER const BlockItems &make(const Segments &s) {
+    BlockItems *shared = (BlockItems *)shared_memory();
     if (warp_id() == 0) {
       const int64_t begin = block_id() * s.per_block, items = s.first_item(s.count);
       const int64_t end = begin + s.per_block < items ? begin + s.per_block : items;
@@ -57,7 +58,7 @@ struct Share {
     const int64_t from = s.ptr[segment], to = s.ptr[segment + 1], items = s.cost * segment;
     const int64_t upper = to < end - items ? to : end - items;
     out.begin = from > begin - items ? from : begin - items;
-    // Of an empty segment the block with its first item has the whole; else rows decide.
+    // An empty segment belongs to the block with its first item, any other to the blocks with its rows.
     if (from < to ? out.begin >= upper : from + items < begin) return out;
     out.segment = segment;
     out.rows = int(upper - out.begin);
@@ -67,19 +68,20 @@ struct Share {
   }
 };
 
-// Slots of a segment that is cut.
-struct Slots {
+// Numbers of the partial results of a segment that is cut.
+struct Partials {
   int64_t first_block, count;
 
-  SNE_MEMBER Slots(const Segments &s, int64_t segment) {
+  SNE_MEMBER Partials(const Segments &s, int64_t segment) {
     const int64_t first = s.first_item(segment), rows = s.ptr[segment + 1] - s.ptr[segment];
     first_block = first / s.per_block;
     count = (first + rows - 1) / s.per_block - first_block + 1;
   }
-  SNE_MEMBER int64_t slot(int64_t i) const { return i ? 2 * (first_block + i) : 2 * first_block + 1; }
+  SNE_MEMBER int64_t index(int64_t i) const { return i ? 2 * (first_block + i) : 2 * first_block + 1; }
 };
 
-// Who walks: groups of `lanes` lanes (a power of two), `warps` warps of the block; this thread's place in them.
+// The threads that walk together: groups of `lanes` lanes (a power of two) in `warps` warps of the block, and the
+// number of this thread's warp among them.
 struct Team {
   int lanes, warps, warp;
 
@@ -90,7 +92,7 @@ struct Team {
 
 enum Level { kGroup, kWholeWarp, kBlock };
 
-// The rows of a part that fall to this thread's group: first, first + step, ...
+// The rows of a part that this thread's group walks: first, first + step, ...
 struct Walk {
   int first, step;
 
@@ -100,13 +102,13 @@ struct Walk {
   }
 };
 
-constexpr int kShortRows = 16;       // up to here a group keeps a segment for itself
-constexpr int kLongParts = 256;      // most long parts of a block
-constexpr int kFewestLongRows = 64;  // at least so many rows has a long part
-constexpr int64_t kMostItems = int64_t(kLongParts - 1) * kFewestLongRows;  // of a block
+constexpr int kShortRows = 16;    // up to so many rows a group takes a segment alone
+constexpr int kLongParts = 256;   // at most so many long parts in a block
+constexpr int kMinLongRows = 64;  // a long part has at least so many rows
+constexpr int64_t kMaxItems = int64_t(kLongParts - 1) * kMinLongRows;  // of a block
 
 SNE_HOST_DEVICE int long_rows(int groups, int warps) {
-  return 8 * groups * warps > kFewestLongRows ? 8 * groups * warps : kFewestLongRows;
+  return 8 * groups * warps > kMinLongRows ? 8 * groups * warps : kMinLongRows;
 }
 
 SNE_DEVICE int max_over_warp(int value) {
@@ -117,13 +119,13 @@ SNE_DEVICE int max_over_warp(int value) {
   return value;
 }
 
-// Calls act(part, level) in all lanes of a warp, of all warps of the block for kBlock, until every part of the block's
-// share has been had by the team. `longs` (kLongParts,) is shared memory of the block.
+// Calls act(part, level) for every part of the block's items that falls to this team, in all lanes of a warp, and in
+// all warps of the block for kBlock. `longs` (kLongParts,) is shared memory of the block.
 template <class Act>
-SNE_DEVICE void for_each_part(const Segments &s, const Share &share, const Team &team, int *longs, Act act) {
+SNE_DEVICE void for_each_part(const Segments &s, const BlockItems &items, const Team &team, int *longs, Act act) {
   for (int i = thread_id(); i < kLongParts; i += num_threads()) longs[i] = -1;
   sync_block();
-  const int segments = int(share.last - share.first) + 1, most = long_rows(team.groups(), team.warps);
+  const int segments = int(items.last - items.first) + 1, min_long_rows = long_rows(team.groups(), team.warps);
   const int bundle = segments >= team.groups() * team.warps ? team.groups() : 1;  // segments of a warp at a time
   int next = team.warp * bundle, pass = 0, window = 0;
   uint32_t found = 0;
@@ -140,7 +142,7 @@ SNE_DEVICE void for_each_part(const Segments &s, const Share &share, const Team 
       int bit = 0;
       while (!(found >> bit & 1)) ++bit;
       found &= found - 1;
-      part = share.part(s, share.first + longs[window - kWarp + bit]);
+      part = items.part(s, items.first + longs[window - kWarp + bit]);
       level = kBlock;
     } else if (next >= segments) {
       walking_longs = true;
@@ -148,18 +150,18 @@ SNE_DEVICE void for_each_part(const Segments &s, const Share &share, const Team 
       continue;
     } else {
       if (pass == 0 && bundle > 1) {
-        part = share.part(s, share.first + next + team.group());
+        part = items.part(s, items.first + next + team.group());
         alone = max_over_warp(part.rows) <= kShortRows;
       }
       if (alone)
         level = kGroup;
       else
-        part = share.part(s, share.first + next + pass++);
+        part = items.part(s, items.first + next + pass++);
       if (alone || pass == bundle) pass = 0, next += team.warps * bundle;
       if (!alone && part.segment < 0) continue;
-      if (!alone && part.rows >= most) {  // two long parts do not begin in the same window
-        const int64_t item = part.begin + s.cost * part.segment - share.begin;
-        if (lane_id() == 0) longs[item / most] = int(part.segment - share.first);
+      if (!alone && part.rows >= min_long_rows) {  // so two long parts never begin in the same window
+        const int64_t item = part.begin + s.cost * part.segment - items.begin;
+        if (lane_id() == 0) longs[item / min_long_rows] = int(part.segment - items.first);
         continue;
       }
     }

@@ -4,17 +4,17 @@
 namespace sne::set_attention {
 namespace {
 
-// Softmax on the way, of rows g and g + 8, in base 2.
+// Running softmax of rows g and g + 8, in base 2.
 template <int D>
 struct Softmax {
   float top[2];  // largest logit so far, -inf before the first
-  float sum[2];  // this lane's share of the sum of weights, as exp2(logit - top)
+  float sum[2];  // sum of weights exp2(logit - top) over this lane's columns
   Tile out[D / 8];
 
   SNE_MEMBER float shift(int half) const { return top[half] == -INFINITY ? 0.0f : top[half]; }
 };
 
-// Takes in 16 * groups keys, of which `left` exist where they may be fewer (masked).
+// Adds 16 * groups keys to the running softmax. With `masked` only the first `left` of them exist.
 template <class Op, int D, int groups, bool masked>
 SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage *keys,
                        const typename Op::Storage *values, int left, float scale) {
@@ -35,10 +35,10 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
   float higher[2];
   SNE_UNROLL
   for (int half = 0; half < 2; ++half) {
-    float most = max_of(p[0].c[2 * half], p[0].c[2 * half + 1]);
+    float highest = max_of(p[0].c[2 * half], p[0].c[2 * half + 1]);
     SNE_UNROLL
-    for (int n = 1; n < 2 * groups; ++n) most = max_of(most, max_of(p[n].c[2 * half], p[n].c[2 * half + 1]));
-    higher[half] = max_of(s.top[half], max_over_quad(most) * scale);
+    for (int n = 1; n < 2 * groups; ++n) highest = max_of(highest, max_of(p[n].c[2 * half], p[n].c[2 * half + 1]));
+    higher[half] = max_of(s.top[half], max_over_quad(highest) * scale);
   }
   if (ballot(higher[0] > s.top[0] || higher[1] > s.top[1])) {
     SNE_UNROLL
@@ -65,7 +65,7 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
     multiply<Op, D>(s.out, rows16<Op>(p[2 * i], p[2 * i + 1]), values + 16 * i * kStride);
 }
 
-// Blocks a multiprocessor has registers for, where the compiler would take a few more than it needs.
+// Thread blocks that a multiprocessor has registers for; the compiler alone would use a few registers more.
 template <class Op, int D>
 constexpr int kBlocks = Op::kPacked && D == 8    ? 7
                         : Op::kPacked && D == 16 ? 6
@@ -76,17 +76,17 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBlocks<Op, D>)) forward_kernel(Call call) {
   using T = typename Op::Storage;
   constexpr int kStride = Inner<Op, D>::kStride;
   const Team team(call);
-  const Unit unit = find_unit(call, team, call.q_ptr, call.k_ptr);
-  if (unit.none) return;
-  Tiles<Op, D> tiles(call, team, unit, call.k, call.v);
-  int64_t left = unit.end - unit.begin;  // inner rows
+  const WorkItem item = find_work_item(call, team, call.q_ptr, call.k_ptr);
+  if (item.none) return;
+  Tiles<Op, D> tiles(call, team, item, call.k, call.v);
+  int64_t left = item.end - item.begin;  // inner rows
   if (left > 0) tiles.start(0, left);
 
-  const int64_t own = 16 * team.warp, count = unit.row_end - unit.row - own;
+  const int64_t own = 16 * team.warp, count = item.row_end - item.row - own;
   const bool busy = count > 0;  // a warp without own rows helps to load
   Own<Op, D> q;
   if (busy) {
-    const int64_t from = (unit.row + own) * call.width + unit.head * D;
+    const int64_t from = (item.row + own) * call.width + item.head * D;
     q.load((const T *)call.q + from, call.width, count < 16 ? int(count) : 16);
   }
   Softmax<D> s{{-INFINITY, -INFINITY}, {}, {}};
@@ -114,13 +114,13 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBlocks<Op, D>)) forward_kernel(Call call) {
     const bool saw_nothing = s.top[half] == -INFINITY && sum == 0;
     factor[half] = saw_nothing ? 1.0f : divide_exactly(1.0f, sum);
     const int row = lane_id() / 4 + 8 * half;
-    float *lse = unit.partial ? call.partial_rows : call.lse;
+    float *lse = item.partial ? call.partial_rows : call.lse;
     if (lane_id() % 4 == 0 && row < count)
-      lse[(unit.place + own + row) * call.heads + unit.head] =
+      lse[(item.place + own + row) * call.heads + item.head] =
           saw_nothing ? -INFINITY : (s.top[half] + log2_fast(sum)) * kLn2;
   }
-  const int64_t to = (unit.place + own) * call.width + unit.head * D;
-  if (unit.partial)
+  const int64_t to = (item.place + own) * call.width + item.head * D;
+  if (item.partial)
     store_rows(call.partial + to, call.width, count, s.out, factor[0], factor[1]);
   else
     store_rows((T *)call.out + to, call.width, count, s.out, factor[0], factor[1]);

@@ -1,11 +1,11 @@
-// set_attention's gradients of k and v: keys are own rows, so that weights stand transposed, (keys, queries), as the
-// products over queries want them.
+// Gradients of k and v of set_attention. Keys are the own rows, so weights are transposed, (keys, queries), as the
+// products over queries need them.
 #include "cuda/set_attention/tiles.h"
 
 namespace sne::set_attention {
 namespace {
 
-// Of the queries of a tile: lse in base 2, as what logits are shifted by, and mean. Beside the tiles in shared memory.
+// Numbers of a query, in shared memory behind the tiles: lse in base 2, by which logits are shifted, and mean.
 struct QueryNumbers {
   float lse, mean;
 };
@@ -51,29 +51,29 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) key_grad_kernel(Call c
   using In = Inner<Op, D>;
   constexpr int kStride = In::kStride, kGroups = D < 64 && Op::kPacked ? 2 : 1;
   const Team team(call);
-  const Unit unit = find_unit(call, team, call.k_ptr, call.q_ptr);
-  if (unit.none) return;
-  Tiles<Op, D> tiles(call, team, unit, call.q, call.grad);
+  const WorkItem item = find_work_item(call, team, call.k_ptr, call.q_ptr);
+  if (item.none) return;
+  Tiles<Op, D> tiles(call, team, item, call.q, call.grad);
   QueryNumbers *numbers = (QueryNumbers *)((unsigned char *)shared_memory() + In::kShared) +
-                          team.index * team.warps * 2 * In::kRows;  // two tiles' behind each other
-  // A thread has a query's numbers on their way in registers; there are no more queries in a tile than threads. Where
-  // there is no query, its weights are exp2(0 - infinity) = 0.
+                          team.index * team.warps * 2 * In::kRows;  // two tiles, one behind the other
+  // A thread loads the numbers of one query of the next tile into registers: a tile has no more queries than the team
+  // has threads. Where there is no query, weights are exp2(0 - infinity) = 0.
   QueryNumbers mine;
-  int64_t next = (unit.begin + team.thread()) * call.heads + unit.head;
+  int64_t next = (item.begin + team.thread()) * call.heads + item.head;
   const auto start = [&](int stage, int64_t left) {
     tiles.start(stage, left);
     mine = {INFINITY, 0.0f};
     if (team.thread() < tiles.count(left)) mine = {base2_shift(call.lse[next]), call.mean[next]};
     next += tiles.rows * call.heads;
   };
-  int64_t left = unit.end - unit.begin;  // inner rows
+  int64_t left = item.end - item.begin;  // inner rows
   if (left > 0) start(0, left);
 
-  const int64_t own = 16 * team.warp, count = unit.row_end - unit.row - own;
+  const int64_t own = 16 * team.warp, count = item.row_end - item.row - own;
   const bool busy = count > 0;
   Own<Op, D> k, v;
   if (busy) {
-    const int64_t from = (unit.row + own) * call.width + unit.head * D;
+    const int64_t from = (item.row + own) * call.width + item.head * D;
     const int rows = count < 16 ? int(count) : 16;
     k.load((const T *)call.k + from, call.width, rows);
     v.load((const T *)call.v + from, call.width, rows);
@@ -98,8 +98,8 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) key_grad_kernel(Call c
   }
   if (!busy) return;
 
-  const int64_t to = (unit.place + own) * call.width + unit.head * D;
-  if (unit.partial) {
+  const int64_t to = (item.place + own) * call.width + item.head * D;
+  if (item.partial) {
     store_rows(call.partial + to, call.width, count, grad_k, call.scale, call.scale);
     store_rows(call.partial_second + to, call.width, count, grad_v, 1.0f, 1.0f);
   } else {

@@ -1,9 +1,9 @@
-// set_attention's gradient of q, and of each query the mean of its weights' gradient, which key_grad reads.
+// Gradient of q of set_attention and, for each query, the mean of its weights' gradient, which key_grad.cu reads.
 //
-// With weights p_j of keys and their gradient dp_j, dq = sum_j p_j (dp_j - mean) k_j / sqrt(h), mean = sum_j p_j dp_j.
-// <grad, out> is that mean, but for what rounded operands and a rounded out lose, which may outweigh the difference. So
-// one pass over the keys takes the sums with <grad, out> for the mean, and beside them what the mean lacks,
-// sum_j p_j (dp_j - <grad, out>), and what the lack is multiplied by, sum_j p_j k_j. Float needs no such correction.
+// With the weights p_j of keys and their gradients dp_j, dq = sum_j p_j (dp_j - mean) k_j / sqrt(h) and mean = sum_j
+// p_j dp_j. <grad, out> equals that mean except for the rounding of operands and of out, which may be larger than the
+// difference. So one pass over the keys sums with <grad, out> as a guess of the mean, and besides sums what the guess
+// lacks, sum_j p_j (dp_j - <grad, out>), and the factor of that, sum_j p_j k_j. float32 needs no such correction.
 #include "cuda/set_attention/tiles.h"
 
 namespace sne::set_attention {
@@ -16,8 +16,8 @@ constexpr bool kCorrected = !std::is_same_v<Op, OpFloat>;
 template <class Op, int D>
 struct Sums {
   float guess[2];  // of the mean
-  float lse[2];    // in base 2, as what logits are shifted by
-  float lack[2];   // this lane's share of sum p (dp - guess)
+  float lse[2];    // in base 2; logits are shifted by it
+  float lack[2];   // sum of p (dp - guess) over this lane's columns
   Tile grad[D / 8];
   Tile key[kCorrected<Op> ? D / 8 : 1];
 };
@@ -57,18 +57,18 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call
   using T = typename Op::Storage;
   constexpr int kStride = Inner<Op, D>::kStride, kGroups = D < 64 && Op::kPacked ? 2 : 1;
   const Team team(call);
-  const Unit unit = find_unit(call, team, call.q_ptr, call.k_ptr);
-  if (unit.none) return;
-  Tiles<Op, D> tiles(call, team, unit, call.k, call.v);
-  int64_t left = unit.end - unit.begin;  // inner rows
+  const WorkItem item = find_work_item(call, team, call.q_ptr, call.k_ptr);
+  if (item.none) return;
+  Tiles<Op, D> tiles(call, team, item, call.k, call.v);
+  int64_t left = item.end - item.begin;  // inner rows
   if (left > 0) tiles.start(0, left);
 
-  const int64_t own = 16 * team.warp, count = unit.row_end - unit.row - own;
+  const int64_t own = 16 * team.warp, count = item.row_end - item.row - own;
   const bool busy = count > 0;
   Own<Op, D> q, grad;
   Sums<Op, D> s{};
   if (busy) {
-    const int64_t from = (unit.row + own) * call.width + unit.head * D;
+    const int64_t from = (item.row + own) * call.width + item.head * D;
     const int rows = count < 16 ? int(count) : 16;
     Own<Op, D> out;
     q.load((const T *)call.q + from, call.width, rows);
@@ -78,7 +78,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call
     SNE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = lane_id() / 4 + 8 * half;
-      const int64_t at = (unit.row + own + (row < rows ? row : rows - 1)) * call.heads + unit.head;
+      const int64_t at = (item.row + own + (row < rows ? row : rows - 1)) * call.heads + item.head;
       s.lse[half] = base2_shift(call.lse[at]);
     }
   }
@@ -105,8 +105,8 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call
     const int row = lane_id() / 4 + 8 * half;
     const bool writes = lane_id() % 4 == 0 && row < count;
     if constexpr (kCorrected<Op>) {
-      if (unit.partial) {
-        if (writes) call.partial_rows[(unit.place + own + row) * call.heads + unit.head] = lack;
+      if (item.partial) {
+        if (writes) call.partial_rows[(item.place + own + row) * call.heads + item.head] = lack;
       } else {
         SNE_UNROLL
         for (int n = 0; n < D / 8; ++n) {
@@ -115,12 +115,12 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call
         }
       }
     }
-    // Where results are partial, the guess waits here for the sum of what it lacks.
-    if (writes && unit.first)
-      call.mean[(unit.row + own + row) * call.heads + unit.head] = s.guess[half] + (unit.partial ? 0.0f : lack);
+    // Where results are partial, combine.cu adds what the guess lacks.
+    if (writes && item.first)
+      call.mean[(item.row + own + row) * call.heads + item.head] = s.guess[half] + (item.partial ? 0.0f : lack);
   }
-  const int64_t to = (unit.place + own) * call.width + unit.head * D;
-  if (!unit.partial) {
+  const int64_t to = (item.place + own) * call.width + item.head * D;
+  if (!item.partial) {
     store_rows((T *)call.grad_q + to, call.width, count, s.grad, call.scale, call.scale);
   } else {
     store_rows(call.partial + to, call.width, count, s.grad, 1.0f, 1.0f);

@@ -30,21 +30,21 @@ struct Inner {
   static constexpr size_t kShared = kBlockWarps * 4 * kValues * sizeof(T);
 };
 
-// Blocks of the backward that a multiprocessor has registers for: the compiler alone would take a few more.
+// Thread blocks of the backward that a multiprocessor has registers for; the compiler alone would use more registers.
 template <class Op, int D>
 constexpr int kBackwardBlocks = std::is_same_v<Op, OpFloat> || D == 64 ? 2
                                 : D == 32                              ? 3
                                 : D == 16                              ? 4
                                                                        : 5;
 
-// Row, of 8 of the inner tile, that column 2t + i of a tile of logits belongs to.
+// Returns the row, of 8 of the inner tile, that column 2t + i of a tile of logits belongs to.
 template <class Op>
 SNE_DEVICE int inner_row(int i) {
   const int t = lane_id() % 4;
   return 2 * t + (Op::kPacked ? i : i ^ (t >> 1));
 }
 
-// Starts to copy `count` rows of a head, and writes zeros behind them up to a multiple of 16 rows.
+// Starts copying `count` rows of a head, and writes zeros behind them up to a multiple of 16 rows.
 template <class Op, int D>
 SNE_DEVICE void copy_rows(typename Op::Storage *tile, const typename Op::Storage *from, int64_t width, int count,
                           const Team &team) {
@@ -63,7 +63,7 @@ SNE_DEVICE void copy_rows(typename Op::Storage *tile, const typename Op::Storage
   }
 }
 
-// Tiles of inner rows of two matrices on their way through shared memory, two of each at a time.
+// Double-buffered tiles of the inner rows of two matrices in shared memory.
 template <class Op, int D>
 struct Tiles {
   using T = typename Op::Storage;
@@ -74,14 +74,14 @@ struct Tiles {
   int64_t width;
   int rows;  // of a tile
 
-  SNE_MEMBER Tiles(const Call &call, const Team &team, const Unit &unit, const void *first, const void *second)
+  SNE_MEMBER Tiles(const Call &call, const Team &team, const WorkItem &item, const void *first, const void *second)
       : team(team), memory((T *)shared_memory() + team.index * team.warps * (4 * In::kValues)),
-        first((const T *)first + unit.begin * call.width + unit.head * D),
-        second((const T *)second + unit.begin * call.width + unit.head * D), width(call.width),
+        first((const T *)first + item.begin * call.width + item.head * D),
+        second((const T *)second + item.begin * call.width + item.head * D), width(call.width),
         rows(team.warps * In::kRows) {}
   SNE_MEMBER int count(int64_t left) const { return left < rows ? int(left) : rows; }
   SNE_MEMBER T *tile(int stage, int matrix) const { return memory + (2 * stage + matrix) * rows * In::kStride; }
-  // Starts to copy the next tile, of `left` rows to come.
+  // Starts copying the next tile; `left` rows are still to come.
   SNE_MEMBER void start(int stage, int64_t left) {
     copy_rows<Op, D>(tile(stage, 0), first, width, count(left), team);
     copy_rows<Op, D>(tile(stage, 1), second, width, count(left), team);
@@ -171,14 +171,14 @@ SNE_DEVICE void multiply(Tile *c, const Rows16<Op> &a, const typename Op::Storag
   }
 }
 
-// 16 own rows of a head as left operand; those from `count` (at least 1) on repeat the last.
+// 16 own rows of a head as left operand. Rows from `count` (at least 1) on repeat the last one.
 template <class Op, int D>
 struct Own {
   static constexpr int kSteps = (D + 15) / 16;
   Rows16<Op> a[kSteps];
 
-  // Called inside a loop, keeps the compiler from making the TF32 parts of all floats ahead of it: they would take more
-  // registers than there are.
+  // Called inside a loop, keeps the compiler from computing the TF32 parts of all floats before the loop, which would
+  // take more registers than there are.
   SNE_MEMBER void keep() {
 #if !defined(SNE_EMULATED)
     if constexpr (std::is_same_v<Op, OpFloat> && D == 64) {

@@ -1,12 +1,16 @@
-// Which rows a team of warps computes in set_attention, and where its results go.
+// Work items of set_attention: the rows that a team of warps computes, and where its results go.
 //
-// A unit is a piece of a set and a head. Without split the piece is 16 * warps own rows, and the team loops over all
-// inner rows of the set. With split (few own rows, many inner ones) the piece is `split` inner rows and all own rows of
-// their set; sets of several such pieces get partial results, which a second kernel adds up in the order of the pieces.
+// A kernel's own rows are those its warps keep in registers, its inner rows those they loop over: queries and keys in
+// the forward and for the gradient of q, keys and queries for the gradients of k and v. A work item is a head and a
+// piece of a set. Without split_rows the piece is a tile of 16 * warps own rows, and the team loops over all inner rows
+// of the set. With split_rows (few own rows, many inner rows) the piece is a split of so many inner rows, with all own
+// rows of their set. A set of several splits gets partial results, which a second kernel adds up in the order of the
+// splits.
 //
-// Where partial results stand depends on rows alone, not on how many sets there are: a page is `split` inner rows of
-// the packed array, and of the pieces that start in it at most one is the first of a set of several, at most one is
-// another. So page p holds partial results 2p (another) and 2p + 1 (the first).
+// Where partial results stand depends on rows alone, not on the number of sets. Cut the packed array of inner rows at
+// every multiple of split_rows. Of the splits that start between two cuts, at most one is the first of a set with
+// several splits, and at most one is a later split of such a set. So cut p has partial results 2 p (later) and 2 p + 1
+// (first).
 #pragma once
 
 #include <math.h>
@@ -24,7 +28,7 @@ struct Call : sne_fast_cuda_set_attention_args {
   float scale;  // of logits
 };
 
-// Warps of a block that work on the same unit. Teams of a block never wait for each other.
+// The warps of a thread block that work on the same item. Teams of a block never wait for each other.
 struct Team {
   int warps, index, warp;
   SNE_MEMBER explicit Team(const Call &call)
@@ -38,52 +42,53 @@ struct Team {
   }
 };
 
-struct Unit {
+struct WorkItem {
   bool none;
   int head;
   int64_t row, row_end;  // own rows of the team, up to the end of the set
   int64_t begin, end;    // inner rows
   int64_t place;         // row of the results of own row `row`
-  bool partial;          // in the arrays of partial results
-  bool first;            // of the pieces that hold these own rows
+  bool partial;          // results go to the arrays of partial results
+  bool first;            // first of the pieces that hold these own rows
 };
 
 SNE_DEVICE int64_t partial_place(const Call &call, int64_t set_begin, int64_t index) {
-  return (2 * ((set_begin >> call.split_bits) + index) + (index == 0)) * call.most;
+  return (2 * ((set_begin >> call.split_bits) + index) + (index == 0)) * call.max_own_rows;
 }
 
-SNE_DEVICE Unit find_unit(const Call &call, const Team &team, const int64_t *own_ptr, const int64_t *inner_ptr) {
-  Unit unit{};
+SNE_DEVICE WorkItem find_work_item(const Call &call, const Team &team, const int64_t *own_ptr,
+                                   const int64_t *inner_ptr) {
+  WorkItem item{};
   const int64_t id = (block_id() << (2 - call.team_bits)) + team.index, piece = id >> call.head_bits;
-  unit.head = int(id & (call.heads - 1));
-  unit.none = piece >= call.pieces;
-  if (unit.none) return unit;
-  if (!call.split) {
+  item.head = int(id & (call.heads - 1));
+  item.none = piece >= call.pieces;
+  if (item.none) return item;
+  if (!call.split_rows) {
     int64_t set = piece;
-    if (call.single) {
-      unit.row = own_ptr[set], unit.row_end = own_ptr[set + 1];
+    if (call.one_tile_per_set) {
+      item.row = own_ptr[set], item.row_end = own_ptr[set + 1];
     } else {
-      const SetSlot slot = find_slot(own_ptr, call.sets, piece, kOwnBits + call.team_bits);
-      set = slot.set, unit.row = slot.begin, unit.row_end = slot.end;
+      const SetPiece found = find_piece(own_ptr, call.sets, piece, kOwnBits + call.team_bits);
+      set = found.set, item.row = found.begin, item.row_end = found.end;
     }
-    unit.begin = inner_ptr[set], unit.end = inner_ptr[set + 1];
-    unit.place = unit.row;
-    unit.first = true;
+    item.begin = inner_ptr[set], item.end = inner_ptr[set + 1];
+    item.place = item.row;
+    item.first = true;
   } else {
-    const SetSlot slot = find_slot(inner_ptr, call.sets, piece, call.split_bits);
-    const int64_t set_begin = slot.begin - (slot.index << call.split_bits), piece_end = slot.begin + call.split;
-    unit.none = slot.index && slot.begin >= slot.end;
-    unit.row = own_ptr[slot.set], unit.row_end = own_ptr[slot.set + 1];
-    unit.begin = slot.begin, unit.end = slot.end < piece_end ? slot.end : piece_end;
-    unit.first = slot.index == 0;
-    unit.partial = slot.end - set_begin > call.split;
-    unit.place = unit.partial ? partial_place(call, set_begin, slot.index) : unit.row;
+    const SetPiece found = find_piece(inner_ptr, call.sets, piece, call.split_bits);
+    const int64_t set_begin = found.begin - (found.index << call.split_bits), piece_end = found.begin + call.split_rows;
+    item.none = found.index && found.begin >= found.end;
+    item.row = own_ptr[found.set], item.row_end = own_ptr[found.set + 1];
+    item.begin = found.begin, item.end = found.end < piece_end ? found.end : piece_end;
+    item.first = found.index == 0;
+    item.partial = found.end - set_begin > call.split_rows;
+    item.place = item.partial ? partial_place(call, set_begin, found.index) : item.row;
   }
-  unit.none = unit.none || unit.row >= unit.row_end;
-  return unit;
+  item.none = item.none || item.row >= item.row_end;
+  return item;
 }
 
-// ------------------------------------------------------------------------------------------------- on the host's side
+// ------------------------------------------------------------------------------------------------------------ host
 
 int combine_forward(const Call &call, Stream stream);
 int combine_query_grad(const Call &call, Stream stream);
@@ -98,13 +103,15 @@ inline bool power_of_two(int64_t n) { return n > 0 && !(n & (n - 1)); }
 
 inline int prepare(Call &call, const sne_fast_cuda_set_attention_args *args) {
   static_cast<sne_fast_cuda_set_attention_args &>(call) = *args;
-  if (args->sets < 0 || args->pieces < 0 || args->pages < 0 || args->most < 0) return SNE_FAST_CUDA_BAD_ARGUMENT;
+  if (args->sets < 0 || args->pieces < 0 || args->aligned_splits < 0 || args->max_own_rows < 0)
+    return SNE_FAST_CUDA_BAD_ARGUMENT;
   if (!power_of_two(args->warps) || args->warps > kBlockWarps) return SNE_FAST_CUDA_BAD_ARGUMENT;
-  if (args->split && (!power_of_two(args->split) || args->most > 16 * args->warps)) return SNE_FAST_CUDA_BAD_ARGUMENT;
+  if (args->split_rows && (!power_of_two(args->split_rows) || args->max_own_rows > 16 * args->warps))
+    return SNE_FAST_CUDA_BAD_ARGUMENT;
   if (!power_of_two(args->heads) || args->width % args->heads) return SNE_FAST_CUDA_BAD_VARIANT;
   call.head_bits = bits_of(args->heads);
   call.team_bits = bits_of(args->warps);
-  call.split_bits = bits_of(args->split);
+  call.split_bits = bits_of(args->split_rows);
   call.scale = float(1 / sqrt(double(args->width)));
   return SNE_FAST_CUDA_OK;
 }
@@ -114,7 +121,7 @@ inline int64_t blocks_of(const Call &call) {
   return (call.pieces * call.heads + teams - 1) / teams;
 }
 
-// launch_kernel(Op, width of a head, call), then what adds up partial results, where there are some.
+// Calls launch_kernel(Op, width of a head, call), and then `combine` where there are partial results.
 template <class LaunchKernel>
 int run(const sne_fast_cuda_set_attention_args *args, Stream stream, int (*combine)(const Call &, Stream),
         LaunchKernel launch_kernel) {
@@ -123,7 +130,7 @@ int run(const sne_fast_cuda_set_attention_args *args, Stream stream, int (*combi
   const int status = with_operands(int(call.precision), [&](auto op) {
     return with_head_width(call.width / call.heads, [&](auto d) { return launch_kernel(op, d, call); });
   });
-  return status || !call.split ? status : combine(call, stream);
+  return status || !call.split_rows ? status : combine(call, stream);
 }
 
 }  // namespace sne::set_attention

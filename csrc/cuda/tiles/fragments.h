@@ -1,12 +1,12 @@
-// Matrices in the registers of a warp, and products of them by the matrix instructions (mma.h).
+// Matrices in the registers of a warp, and products of them by the matrix instructions (ptx/mma.h).
 //
-// Lane l stands at g = l / 4, t = l % 4. A Tile is 16 x 8 sums: rows g and g + 8, columns 2t and 2t + 1. Everything
-// else is made of tiles without moving data between lanes: two tiles side by side are 16 x 16 operand values (Rows16),
-// and the rows of those, eight at a time, are the other operand of a product with a transpose (Cols8). Only where a
-// product runs over rows do lanes exchange values (transposed).
+// Lane l stands at g = l / 4, t = l % 4. A Tile is 16 x 8 sums, of which a lane holds rows g and g + 8, columns 2t and
+// 2t + 1. Other layouts are made of tiles without moving data between lanes: two tiles side by side are 16 x 16 operand
+// values (Rows16), and 8 of their rows are the right operand of a product with the transpose (Cols8). Lanes exchange
+// values only for products over rows (transposed).
 //
-// Operands (Op) are 16-bit numbers, two to a register, or 32-bit floats whose products are rounded to TF32 or, as three
-// products, keep float32's precision. For floats the columns of 8 that an instruction takes are read in the order
+// Operands (Op) are 16-bit numbers, two to a register, or 32-bit floats. Products of floats are rounded to TF32 or, as
+// three products, keep the precision of float32. For floats the 8 columns of an instruction are read in the order
 // 0 2 4 6 1 3 5 7, so that a lane's columns are 2t and 2t + 1 there as well.
 #pragma once
 
@@ -48,7 +48,7 @@ SNE_DEVICE void transpose8(float &first, float &second) {
   second = g % 2 ? d : c;
 }
 
-// Columns 0..7 and 8..15 of 16 rows.
+// Makes an operand of 16 rows from their columns 0..7 and 8..15.
 template <class Op>
 SNE_DEVICE Rows16<Op> rows16(const Tile &left, const Tile &right) {
   Rows16<Op> out;
@@ -66,7 +66,7 @@ SNE_DEVICE Rows16<Op> rows16(const Tile &left, const Tile &right) {
   return out;
 }
 
-// Rows 0..7 (half 0) or 8..15 as the right operand of a product over columns.
+// Makes the right operand of a product over columns from rows 0..7 (half 0) or 8..15.
 template <class Op>
 SNE_DEVICE Cols8<Op> cols8(const Rows16<Op> &a, int half) {
   Cols8<Op> out;
@@ -79,7 +79,7 @@ SNE_DEVICE Cols8<Op> cols8(const Rows16<Op> &a, int half) {
   return out;
 }
 
-// Columns 0..7 (half 0) or 8..15 as the right operand of a product over rows.
+// Makes the right operand of a product over rows from columns 0..7 (half 0) or 8..15.
 template <class Op>
 SNE_DEVICE Cols8<Op> cols8_transposed(const Rows16<Op> &a, int half) {
   Cols8<Op> out;
@@ -113,7 +113,7 @@ SNE_DEVICE void multiply8(Tile &c, const float *a4, const float *b2) {
 }
 }  // namespace detail
 
-// c += a b over 16 columns of a.
+// Adds the product a b over 16 columns of a to c.
 template <class Op>
 SNE_DEVICE void product(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
   if constexpr (Op::kPacked) {
@@ -123,7 +123,7 @@ SNE_DEVICE void product(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
     detail::multiply8<Op>(c, a.r + 4, b.r + 2);
   }
 }
-// The same over the first 8 columns of a alone.
+// Adds the product over the first 8 columns of a alone.
 template <class Op>
 SNE_DEVICE void product_left(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
   if constexpr (Op::kPacked)
@@ -134,15 +134,16 @@ SNE_DEVICE void product_left(Tile &c, const Rows16<Op> &a, const Cols8<Op> &b) {
 
 // --------------------------------------------------------------------------------- matrices stored as core matrices
 //
-// An N x K matrix in shared memory, each 8 rows x 16 bytes of it one piece of 128 bytes (a "core matrix"), those of 8
-// rows one behind the other: what ldmatrix reads without bank conflicts and wgmma takes as it is.
+// An N x K matrix in shared memory as core matrices: pieces of 8 rows x 16 bytes, each in 128 consecutive bytes, and
+// the pieces of the same 8 rows one behind the other. ldmatrix reads them without bank conflicts, and wgmma as they
+// are.
 
 template <class Op>
 constexpr int kColumns = Op::kPacked ? 8 : 4;  // of a core matrix: 16 bytes
 template <class Op>
 constexpr int kSize = Op::kPacked ? 2 : 4;  // bytes of a value
 
-// Where element (n, k) stands, in elements.
+// Returns the place of element (n, k), in elements.
 template <class Op>
 SNE_HOST_DEVICE int64_t core_index(int64_t n, int64_t k, int64_t columns) {
   if (!Op::kPacked) k = k / 8 * 8 + (k % 2 * 4 + k % 8 / 2);
@@ -150,7 +151,7 @@ SNE_HOST_DEVICE int64_t core_index(int64_t n, int64_t k, int64_t columns) {
   return ((n / 8) * (columns / kWide) + k / kWide) * 8 * kWide + n % 8 * kWide + k % kWide;
 }
 
-// Rows 8 n8.. and columns 16 k16.. of a matrix of K columns, as right operand.
+// Loads rows 8 n8.. and columns 16 k16.. of a matrix as right operand.
 template <class Op>
 SNE_DEVICE Cols8<Op> load_cols8(const void *matrix, int n8, int k16, int columns) {
   constexpr int kWide = kColumns<Op>;
@@ -158,7 +159,7 @@ SNE_DEVICE Cols8<Op> load_cols8(const void *matrix, int n8, int k16, int columns
       (const unsigned char *)matrix + (n8 * (columns / kWide) + k16 * (16 / kWide)) * 128 + lane_id() * 16;
   Cols8<Op> out;
   if constexpr (Op::kPacked) {
-    load_matrices<2>(out.r, at - (lane_id() & 16) * 16);  // lanes 16.. give no address of their own
+    load_matrices<2>(out.r, at - (lane_id() & 16) * 16);  // the instruction ignores the addresses of lanes 16..
   } else {
     uint32_t r[4];
     load_matrices<4>(r, at);
@@ -167,7 +168,7 @@ SNE_DEVICE Cols8<Op> load_cols8(const void *matrix, int n8, int k16, int columns
   }
   return out;
 }
-// Of a matrix of 8 columns: what product_left takes.
+// Loads the right operand of product_left from a matrix of 8 columns.
 template <class Op>
 SNE_DEVICE Cols8<Op> load_cols8_left(const void *matrix, int n8) {
   const unsigned char *at = (const unsigned char *)matrix + n8 * 8 / kColumns<Op> * 128;
@@ -181,7 +182,7 @@ SNE_DEVICE Cols8<Op> load_cols8_left(const void *matrix, int n8) {
   }
   return out;
 }
-// Two such steps, columns 32 k32..: one instruction for 16-bit operands.
+// Loads two operands, columns 32 k32..: one instruction for 16-bit operands.
 template <class Op>
 SNE_DEVICE void load_cols8_pair(Cols8<Op> (&out)[2], const void *matrix, int n8, int k32, int columns) {
   if constexpr (Op::kPacked) {
@@ -196,7 +197,7 @@ SNE_DEVICE void load_cols8_pair(Cols8<Op> (&out)[2], const void *matrix, int n8,
 
 // -------------------------------------------------------------------------------------- rows of matrices in memory
 
-// Rows g and g + 8, columns 2t and 2t + 1 of a 16 x 8 piece at `at`, whose rows are `stride` apart.
+// Loads a 16 x 8 piece of a matrix whose rows are `stride` apart.
 template <class T>
 SNE_DEVICE Tile load_tile(const T *at, int64_t stride) {
   const int g = lane_id() / 4, t = lane_id() % 4;
@@ -213,7 +214,7 @@ SNE_DEVICE Tile load_tile(const T *at, int64_t stride) {
   }
   return out;
 }
-// 16 x 16 of them as operands; for 16-bit numbers nothing is converted.
+// Loads a 16 x 16 piece as left operand; 16-bit numbers are not converted.
 template <class Op>
 SNE_DEVICE Rows16<Op> load_rows16(const typename Op::Storage *at, int64_t stride) {
   if constexpr (Op::kPacked) {
