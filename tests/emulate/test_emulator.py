@@ -23,7 +23,9 @@ NAN = float("nan")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("emulator") / "kernels.so"
     sources = ["-x", "c++", str(SOURCE), str(emulate.CSRC / "cuda" / "emulator" / "emulator.cpp")]
-    subprocess.run([*native_build.host_compiler(), *emulate.FLAGS, "-Werror", "-shared", *sources, "-o", str(out)], check=True)
+    subprocess.run(
+        [*native_build.host_compiler(), *emulate.FLAGS, "-Werror", "-shared", *sources, "-o", str(out)], check=True
+    )
     return out
 
 

@@ -14,7 +14,7 @@ SNE_KERNEL SNE_BOUNDS(256, 4)
   const int64_t piece_id = block_id();
   const SetPiece piece = find_piece(ptr, segments, piece_id, kBits);
   const int64_t end = piece.begin + kPiece < piece.end ? piece.begin + kPiece : piece.end;
-  // Threads stand at a column each; where there are more threads than columns, they row_group out the rows.
+  // A thread has one column. Where there are more threads than columns, groups of threads take different rows.
   const int column = thread_id() % width, row_group = thread_id() / width, row_groups = num_threads() / width;
   float *sums = (float *)shared_memory(), sum = 0;
   for (int64_t row = piece.begin + row_group; row < end; row += row_groups) sum += rows[row * width + column];
