@@ -237,8 +237,8 @@ COMPUTE_RULES: dict[Rule, str] = {
     layer_norm: "native_layer_norm _fused_rms_norm",
     group_norm: "native_group_norm",
     weight_norm: "_weight_norm_interface",
-    reduction: "sum mean amax amin var std prod logsumexp any all linalg_vector_norm norm max min argmax argmin var_mean "
-    "std_mean nansum aminmax count_nonzero",
+    reduction: "sum mean amax amin var std prod logsumexp any all linalg_vector_norm norm max min argmax argmin "
+    "var_mean std_mean nansum aminmax count_nonzero",
     softmax: "_softmax _log_softmax _safe_softmax",
     embedding: "embedding",
     index: "index _unsafe_index",
