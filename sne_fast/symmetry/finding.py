@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
-from ..data.layers import _strip
+from ..data.layers import strip_wrappers
 from .core import Symmetry, SymmetryError
 from .rules import find_rule
 from .running import evaluation, split_inputs, tensors_in, uncompiled
@@ -67,7 +67,7 @@ def _weights_of(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if name.rpartition(".")[2] in _STATISTICS:
             names.append(name)
             tensors.append(b)
-    names = _strip(names)
+    names = strip_wrappers(names)
     first: dict[int, str] = {}
     found: dict[str, Tensor] = {}
     alias: dict[str, str] = {}
