@@ -1,18 +1,19 @@
 """Before torch is loaded: OpenMP's waiting threads sleep, so that tests are not slowed by whatever else runs."""
 
 import os
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Bodies of tests that two files share: a failure shows both sides of what it compared, as in a test's own file.
-pytest.register_assert_rewrite("chunk_checks", "gather_checks", "segment_pool_checks", "set_attention_checks")
+pytest.register_assert_rewrite("helpers")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Here, as pytest knows options of the folders named on its command line and of those above only.
-    parser.addoption("--all-variants", action="store_true", help="tests/aot: compile every variant, also for sm_120")
+    parser.addoption("--all-variants", action="store_true", help="compile every variant, also for sm_120")
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -40,3 +41,16 @@ def poisoned_outputs() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[types.ModuleType], None]:
+    """Put a made-up backend beside those of the package, for one test."""
+    from sne_fast.ops import dispatch
+
+    def put(module: types.ModuleType) -> None:
+        loaded, failed = dispatch._load()
+        monkeypatch.setattr(dispatch, "_load", lambda: ({**loaded, module.NAME: module}, failed))
+
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    return put
