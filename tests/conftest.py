@@ -16,6 +16,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-variants", action="store_true", help="compile every variant, also for sm_120")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise by ``@pytest.mark.variants(names, few, every)``: ``every`` with --all-variants, else ``few``."""
+    for marker in metafunc.definition.iter_markers("variants"):
+        names, few, every = marker.args
+        if metafunc.config.getoption("--all-variants"):
+            few = every() if callable(every) else every
+        metafunc.parametrize(names, few, ids=str)
+
+
 @pytest.fixture(params=["triton", "cuda"])
 def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend for a GPU in turn, skipped, visibly, where it does not run."""

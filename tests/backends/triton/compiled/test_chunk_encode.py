@@ -140,16 +140,10 @@ def every_variant() -> list[Variant]:
         for dtype in (torch.bfloat16, TF32):
             found.append(Variant("chunk_encode", arch, dtype, save=True))
             found += [Variant(f"chunk_encode_{part}", arch, dtype, slots) for part in PARTS for slots in FUSED_CLASSES]
-    return [variant for variant in dict.fromkeys(found) if variant not in REPRESENTATIVE]
+    return list(dict.fromkeys([*REPRESENTATIVE, *found]))
 
 
-@pytest.mark.parametrize("variant", REPRESENTATIVE, ids=str)
-def test_representative(variant: Variant) -> None:
-    check(variant)
-
-
-@pytest.mark.all_variants
-@pytest.mark.parametrize("variant", every_variant(), ids=str)
+@pytest.mark.variants("variant", REPRESENTATIVE, every_variant)
 def test_every_variant(variant: Variant) -> None:
     check(variant)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -81,11 +83,10 @@ def test_other_widths(h: int, arch: int) -> None:
         check(backward, arch, 256)
 
 
-@pytest.mark.all_variants
-@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("h", [32, 64, 128, 256])
-@pytest.mark.parametrize("kernel", list(KERNELS))
+EVERY = list(itertools.product(KERNELS, (32, 64, 128, 256), KINDS, ALL_ARCHITECTURES))
+
+
+@pytest.mark.variants("kernel, h, kind, arch", [("forward", 32, (BRAIN, "highest"), 90)], EVERY)
 def test_all_variants_fit(kernel: str, h: int, kind, arch: int) -> None:
     on_matrix_units = kind != (SINGLE, "highest")
     for layer_norm in (True, False):

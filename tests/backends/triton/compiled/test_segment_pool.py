@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -48,14 +50,14 @@ def test_pooling_of_float32(kernel: str) -> None:
     assert result.local_bytes == 0 and result.registers <= 255
 
 
-@pytest.mark.all_variants
-@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
-@pytest.mark.parametrize("dtype", list(TYPES), ids=str)
-@pytest.mark.parametrize(("h", "queries"), [(32, 4), (64, 1), (128, 8), (256, 4), (256, 32), (48, 3)])
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_all_pooling_variants(kernel: str, h: int, queries: int, dtype: torch.dtype, arch: int) -> None:
+SIZES = [(32, 4), (64, 1), (128, 8), (256, 4), (256, 32), (48, 3)]
+EVERY_POOLING = list(itertools.product(("forward", "backward"), SIZES, TYPES, ALL_ARCHITECTURES))
+
+
+@pytest.mark.variants("kernel, sizes, dtype, arch", [("forward", (48, 3), torch.float32, 80)], EVERY_POOLING)
+def test_all_pooling_variants(kernel: str, sizes: tuple[int, int], dtype: torch.dtype, arch: int) -> None:
     for lengths in LENGTHS:
-        result = pool(kernel, dtype, h, queries, lengths, arch)
+        result = pool(kernel, dtype, *sizes, lengths, arch)
         assert result.local_bytes <= 64 and result.shared_bytes <= SHARED_LIMIT[arch]
 
 
@@ -82,10 +84,12 @@ def test_gathering(arch: int) -> None:
         assert result.local_bytes == 0 and result.registers <= 128 and result.shared_bytes <= SHARED_LIMIT[arch]
 
 
-@pytest.mark.all_variants
-@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
-@pytest.mark.parametrize("values", ["*fp32", "*fp64", "*fp16", "*bf16"])
-@pytest.mark.parametrize("acc", [tl.float32, tl.float64], ids=str)
+EVERY_GATHERING = list(
+    itertools.product(ALL_ARCHITECTURES, ("*fp32", "*fp64", "*fp16", "*bf16"), (tl.float32, tl.float64))
+)
+
+
+@pytest.mark.variants("arch, values, acc", [(90, "*fp64", tl.float64)], EVERY_GATHERING)
 def test_all_gathering_variants(arch: int, values: str, acc: tl.dtype) -> None:
     for result in gather(arch, values, acc):
         assert result.local_bytes <= 64 and result.shared_bytes <= SHARED_LIMIT[arch]

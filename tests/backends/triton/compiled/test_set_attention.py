@@ -72,16 +72,16 @@ def test_float32_keeps_to_registers(kernel: str) -> None:
     check(compiled(kernel, torch.float32, 64, 4, 90), 90, (), 255)
 
 
-@pytest.mark.all_variants
-@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
-@pytest.mark.parametrize("dtype", list(TYPES), ids=str)
-@pytest.mark.parametrize(("h", "heads"), [(32, 4), (64, 1), (64, 8), (128, 4), (256, 4), (256, 32)])
-@pytest.mark.parametrize("kernel", list(KERNELS))
-def test_all_variants_fit(kernel: str, h: int, heads: int, dtype: torch.dtype, arch: int) -> None:
+SIZES = [(32, 4), (64, 1), (64, 8), (128, 4), (256, 4), (256, 32)]
+EVERY = list(itertools.product(KERNELS, SIZES, TYPES, ALL_ARCHITECTURES))
+
+
+@pytest.mark.variants("kernel, sizes, dtype, arch", [("mean", (32, 4), torch.bfloat16, 90)], EVERY)
+def test_all_variants_fit(kernel: str, sizes: tuple[int, int], dtype: torch.dtype, arch: int) -> None:
     short, middle = Lengths(8, 12, 12), Lengths(8, 40, 40)
     for own, inner in itertools.product((short, middle, LONG), (short, LONG)):
         if kernel != "mean" or inner is LONG:
-            result = compiled(kernel, dtype, h, heads, arch, own, inner)
+            result = compiled(kernel, dtype, *sizes, arch, own, inner)
             assert result.local_bytes <= 64 and result.shared_bytes <= SHARED_LIMIT[arch]
 
 
