@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..reports import reporting as report
+from .settings import Demo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,28 +28,6 @@ TARGET = "test_accuracy"
 SHARES = (0.75, 0.05, 0.20)  # training, watched while training, held out
 CODE_GAIN = 1.0
 SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", "layer statistics, boosted trees", "mean of the training networks"
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Settings of the demo; `max_steps` is the longest training of a network of the zoo."""
-
-    seed: int = 0
-    networks: int = 1440
-    max_steps: int = 600
-    hidden_dim: int = 32
-    epochs: int = 20
-    lr: float = 1e-3
-    batch_weights: int = 12_000
-
-    @classmethod
-    def quick(cls, seed: int = 0) -> Demo:
-        """A small run that shows the whole path rather than the quality."""
-        return cls(seed=seed, networks=180, max_steps=300, epochs=24, batch_weights=6_000)
-
-    def replace(self, **changes: Any) -> Demo:
-        """The same settings with some changed."""
-        return dataclasses.replace(self, **changes)
 
 
 def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Console | None = None) -> dict[str, Any]:

@@ -17,13 +17,15 @@ from ..data.batch import WeightBatch
 from ..reports.reporting import commit, machine, measures, write_json
 from ..symmetry import Symmetry
 from ..training import stratified_split
-from ..training.command import PARTS, SHARES, symmetries_of
 from ..training.threads import torch_threads
+from ..zoo.splits import PARTS, SHARES
+from ..zoo.symmetries import symmetries_of
 from . import report
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, Experiment, SneSettings, Task
 from .demo import check_extra
 from .runs import Run, slug
+from .settings import SEEDS
 from .sne_method import augmentation, in_form, train_sne
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
     from ..zoo import Zoo
 
-SEEDS = (0, 1, 2)
 WATCHED = 0.1  # of the networks to learn from, where the test networks are others
 
 
