@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
+from .names import network_name, tensor_name
 from .pointers import join_pointers, ragged_gather
 
 __all__ = ["CHUNKINGS", "WeightBatch"]
@@ -83,19 +84,25 @@ class WeightBatch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
         object.__setattr__(self, "shapes", tuple(tuple(tuple(s) for s in network) for network in self.shapes))
-        check_fields(self)
+        fields = self._fields()
+        check_fields(fields)
         object.__setattr__(self, "chunk_size", operator.index(self.chunk_size))
         for field in POINTERS:
             object.__setattr__(self, f"{field}_host", getattr(self, field).detach().cpu())
         if self.device.type == "cpu":  # one object per pointer, so that a kernel can tell by identity that they agree
             for field in POINTERS:
                 object.__setattr__(self, f"{field}_host", getattr(self, field))
-        check_contents(self)
+        check_contents(fields, self.pointers_host)
         self._derive()
 
     @classmethod
-    def _trusted(cls, hosts: dict[str, Tensor] | None = None, **fields: Any) -> WeightBatch:
-        """A batch from fields known to be right; `hosts` as in `{"chunk_ptr": ...}` where the device has others."""
+    def trusted(cls, hosts: dict[str, Tensor] | None = None, **fields: Any) -> WeightBatch:
+        """Make a batch from fields known to be right, unchecked; for code that derives one batch from another.
+
+        Args:
+            hosts: CPU copies of the pointers by name, as in `{"chunk_ptr": ...}`; the pointers themselves by default.
+            fields: all of the constructor's arguments.
+        """
         batch = object.__new__(cls)
         for name, value in fields.items():
             object.__setattr__(batch, name, value)
@@ -104,10 +111,9 @@ class WeightBatch:
         batch._derive()
         return batch
 
-    def _with(self, **changes: Tensor) -> WeightBatch:
-        """This batch with fields but pointers replaced, shape, dtype and device the same; nothing is checked."""
-        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
-        return WeightBatch._trusted(hosts, **{**self._fields(), **changes})
+    def with_fields(self, **changes: Tensor) -> WeightBatch:
+        """Replace fields other than pointers by tensors of the same shape, dtype and device; nothing is checked."""
+        return WeightBatch.trusted(self.pointers_host, **{**self._fields(), **changes})
 
     def _derive(self) -> None:
         lengths = self.tensor_ptr_host.diff()
@@ -169,17 +175,28 @@ class WeightBatch:
         """V."""
         return self.values.shape[0]
 
+    @property
+    def pointers_host(self) -> dict[str, Tensor]:
+        """The four pointers on the CPU, by name: `{"chunk_ptr": ..., ...}`."""
+        return {field: getattr(self, f"{field}_host") for field in POINTERS}
+
+    @property
+    def network_starts(self) -> Tensor:
+        """Place in `values` of each network's first weight, and of the end: `(B+1,)` int64 on the CPU."""
+        return self.chunk_ptr_host[self.tensor_ptr_host[self.layer_ptr_host[self.network_ptr_host]]]
+
+    @property
+    def network_sizes(self) -> Tensor:
+        """Number of weights of each network: `(B,)` int64 on the CPU."""
+        return self.network_starts.diff()
+
     def network_name(self, b: int) -> str:
-        """How messages call network b, e.g. `network 3 ('resnet18')`."""
-        return f"network {b} ({self.names[b][0]!r})" if self.names else f"network {b}"
+        """Name network b as messages do, e.g. `network 3 ('resnet18')`."""
+        return network_name(self.names, b)
 
     def tensor_name(self, s: int) -> str:
-        """How messages call tensor s (counted over the batch), e.g. `network 3 ('resnet18'), tensor 'fc.weight'`."""
-        layer = int(torch.searchsorted(self.layer_ptr_host, s, right=True)) - 1
-        b = int(torch.searchsorted(self.network_ptr_host, layer, right=True)) - 1
-        first = int(self.layer_ptr_host[self.network_ptr_host[b]])
-        tensor = repr(self.names[b][1][s - first]) if self.names else str(s - first)
-        return f"{self.network_name(b)}, tensor {tensor}"
+        """Name tensor s (counted over the batch) as messages do, e.g. `network 3 ('resnet18'), tensor 'fc.weight'`."""
+        return tensor_name(self.names, self.pointers_host, s)
 
     def __repr__(self) -> str:
         return (
@@ -210,7 +227,7 @@ class WeightBatch:
         target = self.device if device is None else torch.device(device)
         scale = self.tensor_scale.dtype if dtype == self.dtype else scale_dtype(dtype)
         fields = self._fields()
-        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
+        hosts = self.pointers_host
         if target.type == "cpu":
             fields.update(hosts)
         for field in TENSORS:
@@ -219,7 +236,7 @@ class WeightBatch:
         fields["tensor_scale"] = fields["tensor_scale"].to(scale)
         if all(fields[field] is getattr(self, field) for field in TENSORS):
             return self
-        return WeightBatch._trusted(hosts, **fields)
+        return WeightBatch.trusted(hosts, **fields)
 
     def detach(self) -> WeightBatch:
         """This batch cut off from the parameters it was packed from, for use in many steps of training.
@@ -229,7 +246,7 @@ class WeightBatch:
         """
         if not (self.values.requires_grad or self.tensor_scale.requires_grad):
             return self
-        return self._with(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
+        return self.with_fields(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
 
     def pin_memory(self, device: Any = None) -> WeightBatch:
         """This batch in page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
@@ -242,7 +259,7 @@ class WeightBatch:
         fields = self._fields()
         for field in TENSORS:
             fields[field] = fields[field].pin_memory()
-        return WeightBatch._trusted(**fields)
+        return WeightBatch.trusted(**fields)
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
@@ -336,7 +353,7 @@ class WeightBatch:
         a, b = bounds["layer_ptr"]
         fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
         fields.update(names=self.names[first:last], shapes=self.shapes[first:last])
-        return WeightBatch._trusted(hosts, **fields)
+        return WeightBatch.trusted(hosts, **fields)
 
     def _take(self, networks: np.ndarray) -> WeightBatch:
         """A gather: pointers by one ragged gather per level on the host, values by one copy of whole networks."""
@@ -364,7 +381,7 @@ class WeightBatch:
         for field in ("names", "shapes"):
             entries = fields[field]
             fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
-        return WeightBatch._trusted(hosts if self.device.type != "cpu" else None, **fields)
+        return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, **fields)
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
@@ -403,7 +420,7 @@ class WeightBatch:
         for field in ("names", "shapes"):
             known = all(getattr(b, field) or not len(b) for b in batches)
             fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
-        return cls._trusted(hosts if first.device.type != "cpu" else None, **fields)
+        return cls.trusted(hosts if first.device.type != "cpu" else None, **fields)
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:

@@ -133,7 +133,7 @@ def pack(
     ends = np.cumsum([sum(len(layer.tensors) for layer in network.layers) for network in found])[:-1].tolist()
     starts = [0, *ends]
     pieces = list(zip(starts, [*ends, len(tensors)], strict=True))
-    return WeightBatch._trusted(
+    return WeightBatch.trusted(
         hosts if target.type != "cpu" else None,
         values=values.to(target),
         **{field: host.to(target) for field, host in hosts.items()},

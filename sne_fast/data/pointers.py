@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .batch import WeightBatch
-
-
-def network_starts(batch: WeightBatch) -> Tensor:
-    """Place of each network's first weight, and of the end: `(B+1,)` int64 on the CPU."""
-    return batch.chunk_ptr_host[batch.tensor_ptr_host[batch.layer_ptr_host[batch.network_ptr_host]]]
 
 
 def ragged_gather(pointer: np.ndarray, rows: np.ndarray, with_rows: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from .batch import WeightBatch
-from .pointers import network_starts
 
 
 def network_sizes(batch: WeightBatch) -> Tensor:
-    """Weights of each network: `(B,)` int64 on the CPU."""
-    return network_starts(batch).diff()
+    """Return the number of weights of each network, `(B,)` int64 on the CPU."""
+    return batch.network_sizes
 
 
 def batches_by_weights(sizes: Tensor, budget: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..data.batch import WeightBatch
 from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
 from ..data.packing import SCALES, pack
-from ..data.pointers import network_starts
 from ..ops import functional
 from .blocks import ISAB, PMA, SAB
 from .bounded_memory import fits_at_once, joined, network_runs, row_runs
@@ -291,7 +290,7 @@ class SNE(PretrainedMixin, nn.Module):
         self._check_batch(batch)
         if fits_at_once(batch.num_weights, batch.device):
             return self._encode(batch)
-        return torch.cat([self._encode(batch[run]) for run in network_runs(network_starts(batch), batch.device)])
+        return torch.cat([self._encode(batch[run]) for run in network_runs(batch.network_starts, batch.device)])
 
     def _encode(self, batch: WeightBatch) -> Tensor:
         dtype = self.type_embedding.weight.dtype

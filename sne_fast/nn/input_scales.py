@@ -58,7 +58,7 @@ class InputNormaliser(nn.Module):
         """The batch with every value divided by its tensor's divisor."""
         places, sizes = self._places(batch)
         divisors = self.divisor.view(-1).to(batch.values.dtype).index_select(0, places)
-        return batch._with(
+        return batch.with_fields(
             values=batch.values / torch.repeat_interleave(divisors, sizes, output_size=batch.num_weights)
         )
 
@@ -112,7 +112,9 @@ class FanInScale(nn.Module):
         factor = torch.tensor(roots, dtype=batch.values.dtype, device=batch.device)
         factor = torch.where(self.scaled[batch.tensor_type], factor, 1.0)
         sizes = batch.chunk_ptr.index_select(0, batch.tensor_ptr).diff()
-        return batch._with(values=batch.values * torch.repeat_interleave(factor, sizes, output_size=batch.num_weights))
+        return batch.with_fields(
+            values=batch.values * torch.repeat_interleave(factor, sizes, output_size=batch.num_weights)
+        )
 
 
 @lru_cache(maxsize=256)

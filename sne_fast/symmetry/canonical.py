@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..data.batch import WeightBatch
-from ..data.pointers import network_starts
 from ..data.tensor_types import CONVOLUTION, LINEAR
 from .core import Axis, Block, Symmetry, SymmetryError
 from .permuting import _alike, _per_network, permute
@@ -76,7 +75,7 @@ def canonicalise(
     per_network = _per_network(symmetries, len(batch), "canonicalise")
     if not batch.names or not batch.shapes:
         raise SymmetryError("canonicalise: the batch must have names and shapes, as those that pack makes have")
-    firsts = network_starts(batch).tolist()
+    firsts = batch.network_starts.tolist()
     values = batch.values
     tables: list[Tensor] = [torch.empty(0)] * len(batch)
     turned = torch.ones_like(values) if odd else None
@@ -93,7 +92,7 @@ def canonicalise(
                 for b, row in zip(chosen, of_value, strict=True):
                     turned[firsts[b] : firsts[b] + size] = row
     if turned is not None:
-        batch = batch._with(values=values * turned)
+        batch = batch.with_fields(values=values * turned)
     return permute(batch, per_network, permutations=tables)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..data.batch import WeightBatch
-from ..data.pointers import network_starts
 from .core import Symmetry, SymmetryError
 from .plan import Plan
 
@@ -85,7 +84,7 @@ def permute(
         drawn = [(rows, symmetry.draw(generator, len(rows))) for symmetry, rows in _alike(per_network)]
     else:
         drawn = [(rows, torch.stack([permutations[b] for b in rows])) for _, rows in _alike(per_network)]
-    firsts = network_starts(batch)
+    firsts = batch.network_starts
     sources: list[Tensor] = [firsts] * count
     for rows, tables in drawn:
         tables = tables.to(batch.device)
@@ -99,7 +98,7 @@ def permute(
                 for b, row in zip(chosen, source, strict=True):
                     sources[b] = row
     source = sources[0] if len(sources) == 1 else torch.cat(sources)
-    return batch._with(values=batch.values.index_select(0, source))
+    return batch.with_fields(values=batch.values.index_select(0, source))
 
 
 def _plan(batch: WeightBatch, b: int, symmetry: Symmetry) -> Plan:
