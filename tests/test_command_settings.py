@@ -1,4 +1,4 @@
-"""Settings of the commands: choices are checked, and defaults are those of what they set, where nothing else is said."""
+"""Settings of the commands: choices are checked, and defaults agree with those of the classes that they set."""
 
 from __future__ import annotations
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..atomic_files import write_json
 from ..data.batch import WeightBatch
-from ..reports.reporting import commit, machine, measures, write_json
+from ..reports.machine import commit, machine
+from ..reports.measures import measures
 from ..symmetry import Symmetry
 from ..training import stratified_split
 from ..training.threads import torch_threads
@@ -23,7 +25,7 @@ from ..zoo.symmetries import symmetries_of
 from . import report
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, Experiment, SneSettings, Task
-from .demo import check_extra
+from .requirements import check_extra
 from .runs import Run, slug
 from .settings import SEEDS
 from .sne_method import augmentation, in_form, train_sne
@@ -119,7 +121,7 @@ def run_task(
         ValueError: an unknown task or method, or a folder that holds results of other settings.
         ModuleNotFoundError: scikit-learn, scipy, matplotlib or pyarrow is missing.
     """
-    check_extra()
+    check_extra("the task")
     if name not in TASKS:
         raise ValueError(f"task: name must be one of {', '.join(TASKS)}, got {name!r}")
     task = TASKS[name]

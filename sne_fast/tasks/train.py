@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..atomic_files import write_json
 from ..nn.encoder import SNE
 from ..nn.input_scales import INPUT_SCALES
 from ..nn.predictor import Predictor
-from ..reports.reporting import measures, write_csv, write_json
+from ..reports.files import write_csv
+from ..reports.measures import measures
 from ..symmetry import PermutationAugmentation
 from ..training.distributed import World, processes
 from ..training.loop import fit, predict
