@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sne_fast.reports import reporting
+from sne_fast.reports import machine
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -19,22 +19,22 @@ def test_the_commit_is_that_of_the_checkout_imported_from(tmp_path: Path, monkey
             ["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    file = tmp_path / "sne_fast" / "reports" / "reporting.py"
+    file = tmp_path / "sne_fast" / "reports" / "machine.py"
     file.parent.mkdir(parents=True)
     file.write_text("one")
-    monkeypatch.setattr(reporting, "__file__", str(file))
+    monkeypatch.setattr(machine, "__file__", str(file))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert reporting.commit() is None, "no checkout"
+    assert machine.commit() is None, "no checkout"
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "one")
     head = git("rev-parse", "HEAD")
-    assert reporting.commit() == head
+    assert machine.commit() == head
     file.write_text("two")
-    assert reporting.commit() == f"{head}-dirty"
-    monkeypatch.setattr(reporting, "__file__", str(tmp_path / "venv" / "sne_fast" / "reports" / "reporting.py"))
+    assert machine.commit() == f"{head}-dirty"
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "venv" / "sne_fast" / "reports" / "machine.py"))
     (tmp_path / "venv" / "sne_fast" / "reports").mkdir(parents=True)
-    assert reporting.commit() is None, "installed below another project's checkout"
-    monkeypatch.setattr(reporting, "__file__", str(file))
+    assert machine.commit() is None, "installed below another project's checkout"
+    monkeypatch.setattr(machine, "__file__", str(file))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert reporting.commit() is None, "no git"
+    assert machine.commit() is None, "no git"
