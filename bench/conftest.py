@@ -90,7 +90,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     threads = config.getoption("--threads")
     torch.set_num_threads(threads)
     # The suite's own results are not part of what was measured.
-    changes = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    changes = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md", ":!docs")
     machine_info["sne_fast"] = {
         "device": _processor(),
         "cores": os.cpu_count(),
