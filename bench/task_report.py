@@ -19,6 +19,8 @@ from report import README, RESULTS, ROOT, insert
 PAGE = ROOT / "docs" / "experiments.md"
 MARKERS = "<!-- tasks:begin -->", "<!-- tasks:end -->"
 RESULTS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
+DEMO_MARKERS = "<!-- demo:begin -->", "<!-- demo:end -->"
+DEMO_MEASURES = {"tau": "Kendall's tau", "r2": "R2", "mae": "MAE", "rmse": "RMSE"}
 SEEDS = 3
 # Columns of the README's table. The baselines of every method, ablations included, are in docs/experiments.md.
 SUMMARY = {
@@ -63,8 +65,23 @@ def summary(folder: Path) -> str:
     return "\n".join([*lines, ""])
 
 
+def demo(folder: Path) -> str:
+    """The table of the demo: held-out networks, seed 0, and tau of the other seeds of `demo*.json`."""
+    files = sorted(folder.glob("demo*.json"))
+    first, *others = (json.loads(file.read_text(encoding="utf-8"))["held_out"]["models"] for file in files)
+    seeds = ", ".join(file.stem.removeprefix("demo_seed") for file in files[1:])
+    header = [*DEMO_MEASURES.values(), f"tau, seeds {seeds}"]
+    lines = [f"| accuracy of held-out networks | {' | '.join(header)} |", f"|---|{'---:|' * len(header)}"]
+    for name, found in first.items():
+        cells = ["-" if found[key] is None else f"{found[key]:.3f}" for key in DEMO_MEASURES]
+        rest = ["-" if other[name]["tau"] is None else f"{other[name]['tau']:.3f}" for other in others]
+        lines.append(f"| {name} | {' | '.join([*cells, ', '.join(rest)])} |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     insert(PAGE, section(RESULTS), *MARKERS)
+    insert(PAGE, demo(RESULTS), *DEMO_MARKERS)
     insert(README, summary(RESULTS), *RESULTS_MARKERS)
     print(f"written to {PAGE} and {README}")
 
