@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from report import Results
 
 # Keys of `seconds` in the results, in the order of the bars.
-NAMES = {"engine": "sne_fast", "eager": "eager padded", "compile": "torch.compile", "loop": "eager, one by one"}
-COLOURS = {"engine": "#0072b2", "eager": "#d55e00", "compile": "#e69f00", "loop": "#999999"}
+NAMES = {"sne_fast": "sne_fast", "eager": "eager padded", "compile": "torch.compile", "loop": "eager, one by one"}
+COLOURS = {"sne_fast": "#0072b2", "eager": "#d55e00", "compile": "#e69f00", "loop": "#999999"}
 BAR = 0.2
 LARGE_NETWORK_CASES = ("gpt2",)
 
@@ -90,8 +90,8 @@ def _points(results: Results, info: dict[str, Any]) -> list[dict[str, Any]]:
                 points.append(
                     {
                         "weights": speed["weights"],
-                        "seconds": speed["seconds"]["engine"],
-                        "peak_bytes": memory["peak_bytes"]["engine"],
+                        "seconds": speed["seconds"]["sne_fast"],
+                        "peak_bytes": memory["peak_bytes"]["sne_fast"],
                     }
                 )
     return points

@@ -14,9 +14,9 @@ import pytest
 import torch
 from suite import Suite
 
-from sne_fast import _native
-from sne_fast._dispatch import use_backend
+from sne_fast.backends.cpu import library
 from sne_fast.benchmark import BASELINES, CASES, default_memory_limit, product_rate
+from sne_fast.ops.dispatch import use_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,8 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sne_fast benchmark")
     group.addoption("--rounds", type=int, default=5, help="repetitions of every measurement; reports need at least 5")
     group.addoption("--size", default="full", choices=["full", "check", "tiny"], help="smaller cases, to try the suite")
-    group.addoption("--backend", default="auto", help="engine under test, as sne_fast.use_backend takes it")
-    group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of torch and engine; all cores")
+    group.addoption("--backend", default="auto", help="backend under test, as sne_fast.use_backend takes it")
+    group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of torch and backend; all cores")
     group.addoption("--memory-limit", type=float, default=None, help="GiB a baseline may use; 80 %% of what is free")
     group.addoption("--baselines", default=",".join(BASELINES), help=f"which of {','.join(BASELINES)} to run")
     group.addoption("--all-training", action="store_true", help="also train torch.compile and the loop (takes longer)")
@@ -95,8 +95,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "device": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "instruction_set": None if _native.reasons() else _native.isa(),
-        "native_library": _native.reasons() or "loaded",
+        "instruction_set": None if library.reasons() else library.isa(),
+        "native_library": library.reasons() or "loaded",
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "backend": config.getoption("--backend"),
         "size": config.getoption("--size"),

@@ -2,8 +2,8 @@
 
     python bench/gpu_suite.py --out gpu.json
 
-The CUDA engine is built where there is nvcc. Environment; tests marked `gpu`; compute-sanitizer on small shapes; the
-device's ceilings; the ops against them, by every engine for a GPU that runs here; the cases of `bench/` and ResNet-50
+The CUDA backend is built where there is nvcc. Environment; tests marked `gpu`; compute-sanitizer on small shapes; the
+device's ceilings; the ops against them, by every backend for a GPU that runs here; the cases of `bench/` and ResNet-50
 by the same, against eager padded and torch.compile. After every part the JSON is written anew, so a run that is cut off
 loses one part. A part that fails is recorded with its error and does not stop the others; the exit status is 1 then.
 `--size tiny --device cpu` runs the same code on a CPU, to try it.
@@ -36,8 +36,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import sne_fast  # noqa: E402
-from sne_fast._cuda import library as cuda_library  # noqa: E402
-from sne_fast._schema import FUSIONS, REQUIRED_OPS  # noqa: E402
+from sne_fast.backends.cuda import library as cuda_library  # noqa: E402
 from sne_fast.benchmark import (  # noqa: E402
     GPU_CASES,
     Contender,
@@ -48,11 +47,12 @@ from sne_fast.benchmark import (  # noqa: E402
     gpu_ops,
     run_check,
 )
+from sne_fast.ops.schema import FUSIONS, REQUIRED_OPS  # noqa: E402
 
 Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 BASELINES = ("eager", "compile")
-ENGINES = ("cuda", "triton")  # those for a GPU; the first that runs is the one that baselines are compared with
+BACKENDS = ("cuda", "triton")  # those for a GPU; the first that runs is the one that baselines are compared with
 # What a missing barrier or a wrong one shows in: Triton places its own.
 SANITIZERS = {"cuda": ("memcheck", "racecheck", "synccheck"), "other": ("memcheck", "racecheck")}
 CASE_ORDER = ("zoo", "mixed", "resnet", "resnet50", "single", "inr", "gpt2")
@@ -125,7 +125,7 @@ class Suite:
                 self.results["skipped"][name] = f"out of time after {len(kept)} rows: {late}"
                 return kept
 
-    def engines(self, op: str = "") -> list[str]:
+    def backends(self, op: str = "") -> list[str]:
         """Those asked for, else those for a GPU that run this op here (all ops, for none), else what auto chooses."""
         if self.options.backend:
             having = {*FUSIONS[op], "auto"} if op in FUSIONS else self.options.backend
@@ -133,18 +133,18 @@ class Suite:
         reports = sne_fast.explain(self.device) if self.device.type == "cuda" else ()
         asked = (op,) if op else REQUIRED_OPS
         refused = {report.backend for report in reports if report.reasons and report.op in asked}
-        return [name for name in ENGINES if reports and name not in refused] or ["auto"]
+        return [name for name in BACKENDS if reports and name not in refused] or ["auto"]
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
     def build(self) -> Json:
-        """The CUDA engine, into the checkout."""
+        """The CUDA backend, into the checkout."""
         if self.device.type != "cuda" or cuda_library.EMULATED:
             return {"skipped": "not on a GPU"}
         if cuda_build.find_nvcc() is None:
             return {"skipped": f"there is no nvcc; a library was here before: {cuda_library.LIBRARY_FILE.exists()}"}
         begin = time.monotonic()
-        names = cuda_build.build(cuda_library.LIBRARY_FILE, ROOT / "build" / "cuda_engine")
+        names = cuda_build.build(cuda_library.LIBRARY_FILE, ROOT / "build" / "cuda_backend")
         return {"architectures": names, "seconds": time.monotonic() - begin}
 
     def environment(self) -> Json:
@@ -175,8 +175,8 @@ class Suite:
                 "device": properties.name, "multiprocessors": properties.multi_processor_count,
                 "memory": properties.total_memory, "capability": torch.cuda.get_device_capability(self.device),
             }  # fmt: skip
-        found["engines"] = str(sne_fast.explain(self.device))
-        found["cuda_engine"] = cuda_library.reasons() or cuda_library.architectures()
+        found["backends"] = str(sne_fast.explain(self.device))
+        found["cuda_backend"] = cuda_library.reasons() or cuda_library.architectures()
         return found
 
     def tests(self) -> Json:
@@ -190,14 +190,14 @@ class Suite:
             return {"skipped": "compute-sanitizer is not on the PATH"}
         found: Json = {}
         until = self.left() - 0.4 * self.options.seconds
-        for engine in self.engines():
-            for check in SANITIZERS.get(engine, SANITIZERS["other"]):
+        for backend in self.backends():
+            for check in SANITIZERS.get(backend, SANITIZERS["other"]):
                 self.need(60)
                 if (limit := min(self.left() - until, 0.15 * self.options.seconds)) < 15:
-                    raise OutOfTime(f"{check} of {engine} and what follows; --only sanitizer has more")
+                    raise OutOfTime(f"{check} of {backend} and what follows; --only sanitizer has more")
                 command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "--exercise",
-                           "--device", self.options.device, "--backend", engine]  # fmt: skip
-                name = f"{engine} {check}"
+                           "--device", self.options.device, "--backend", backend]  # fmt: skip
+                name = f"{backend} {check}"
                 self.results["parts"]["sanitizer"] = found
                 found[name] = _finished(command, limit)
                 if found[name]["status"]:
@@ -227,7 +227,7 @@ class Suite:
         failed: list[Exception] = []
 
         def attempt(seconds: float, measure: Callable[..., Iterator[Json]], *args: Any) -> Iterator[Json]:
-            """One engine's failure does not cost the others their rows."""
+            """One backend's failure does not cost the others their rows."""
             self.need(seconds)
             try:
                 yield from measure(self.device, *args)
@@ -241,25 +241,25 @@ class Suite:
                 kind = "tf32"
             rate = products[kind]
             size = self.size
-            for engine in self.engines("chunk_encode"):
-                yield from attempt(15, gpu_ops.chunk_encode, dtype, size["weights"], rate, engine)
+            for backend in self.backends("chunk_encode"):
+                yield from attempt(15, gpu_ops.chunk_encode, dtype, size["weights"], rate, backend)
             if name == "float16":
                 continue
             for longest in size["longest"]:
                 for heads in (4, 2, 1):  # d = 16, 32, 64
-                    for place, engine in enumerate(self.engines("set_attention")):
+                    for place, backend in enumerate(self.backends("set_attention")):
                         yield from attempt(
-                            20, gpu_ops.set_attention, dtype, size["rows"], longest, heads, rate, engine, place == 0
+                            20, gpu_ops.set_attention, dtype, size["rows"], longest, heads, rate, backend, place == 0
                         )
             for length in (32, 4096):
-                for engine in self.engines("segment_pool"):
-                    yield from attempt(10, gpu_ops.segment_pool, dtype, size["pool_rows"], length, bandwidth, engine)
-            for place, engine in enumerate(self.engines("feed_forward")):
+                for backend in self.backends("segment_pool"):
+                    yield from attempt(10, gpu_ops.segment_pool, dtype, size["pool_rows"], length, bandwidth, backend)
+            for place, backend in enumerate(self.backends("feed_forward")):
                 yield from attempt(
-                    15, gpu_ops.feed_forward, dtype, size["pool_rows"] // 4, bandwidth, engine, place == 0
+                    15, gpu_ops.feed_forward, dtype, size["pool_rows"] // 4, bandwidth, backend, place == 0
                 )
-            for engine in self.engines("gather_chunks"):
-                yield from attempt(10, gpu_ops.gather_chunks, dtype, size["copies"], bandwidth, engine)
+            for backend in self.backends("gather_chunks"):
+                yield from attempt(10, gpu_ops.gather_chunks, dtype, size["copies"], bandwidth, backend)
         if failed:
             texts = dict.fromkeys(f"{type(error).__name__}: {error}"[:400] for error in failed)
             raise RuntimeError("\n".join(texts)) from failed[0]
@@ -273,23 +273,23 @@ class Suite:
                 yield self._case(name, kind, autocast)
 
     def _case(self, name: str, kind: str, autocast: torch.dtype | None) -> Json:
-        case, engines = GPU_CASES[name], self.engines()
+        case, backends = GPU_CASES[name], self.backends()
         size = "tiny" if self.size["cases"] == "tiny" else "check"
-        # Every engine is checked before any is measured.
-        check, *others = [run_check(case, e, size, device=self.device, autocast=autocast) for e in engines]
+        # Every backend is checked before any is measured.
+        check, *others = [run_check(case, e, size, device=self.device, autocast=autocast) for e in backends]
         encoder = case.encoder().to(self.device)
         batch = case.batch(encoder, self.size["cases"]).to(self.device)
         row: Json = {"case": name, "dtype": kind, "weights": batch.num_weights, "networks": len(batch),
-                     "engine": engines[0], "check": vars(check), "skipped": {},
-                     "checks": {e: vars(c) for e, c in zip(engines[1:], others, strict=True)}}  # fmt: skip
+                     "backend": backends[0], "check": vars(check), "skipped": {},
+                     "checks": {e: vars(c) for e, c in zip(backends[1:], others, strict=True)}}  # fmt: skip
         z = None
-        for who in ("engine", *engines[1:], *self.options.baselines):
+        for who in ("sne_fast", *backends[1:], *self.options.baselines):
             for mode in ("forward", "training") if case.trains else ("forward",):
                 try:
                     self.need(15)
-                    backend = engines[0] if who == "engine" else who
+                    backend = backends[0] if who == "sne_fast" else who
                     entrant = contender(
-                        "engine" if who in engines else who, encoder, batch, backend=backend,
+                        "sne_fast" if who in backends else who, encoder, batch, backend=backend,
                         training=mode == "training", memory_limit=self._free_bytes(), autocast=autocast,
                     )  # fmt: skip
                     if z is None:
@@ -300,11 +300,11 @@ class Suite:
                 except (DoesNotFit, OutOfTime, torch.OutOfMemoryError) as reason:
                     row["skipped"][f"{who} {mode}"] = f"{type(reason).__name__}: {str(reason)[:200]}"
         for mode in ("forward", "training"):
-            if (engine := row.get(f"engine {mode}")) is None:
+            if (backend := row.get(f"sne_fast {mode}")) is None:
                 continue
             row[f"ratios {mode}"] = {
-                who: row[f"{who} {mode}"]["seconds"] / engine["seconds"]
-                for who in (*engines[1:], *self.options.baselines)
+                who: row[f"{who} {mode}"]["seconds"] / backend["seconds"]
+                for who in (*backends[1:], *self.options.baselines)
                 if f"{who} {mode}" in row
             }
         return row
@@ -366,7 +366,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu_suite.json", help="the JSON, written after every part")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", nargs="*", help="engines under test, as sne_fast.use_backend takes them",
+    parser.add_argument("--backend", nargs="*", help="backends under test, as sne_fast.use_backend takes them",
                         default=[])  # fmt: skip
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seconds", type=float, default=530, help="what all parts may take together")
@@ -380,13 +380,13 @@ def main() -> int:
         print("gpu_suite: torch sees no GPU here; --device cpu --size tiny tries the suite itself", file=sys.stderr)
         return 2
     if options.exercise:
-        for engine in options.backend or ["auto"]:
-            exercise(torch.device(options.device), engine)
+        for backend in options.backend or ["auto"]:
+            exercise(torch.device(options.device), backend)
         return 0
     suite = Suite(options)
     for name in ("build", "environment", "tests", "sanitizer", "ceilings", "ops", "cases"):
         suite.part(name, getattr(suite, name))
-    gpu_tables.show(suite.results, ENGINES, BASELINES, suite.console)
+    gpu_tables.show(suite.results, BACKENDS, BASELINES, suite.console)
     return 1 if suite.results["errors"] else 0
 
 

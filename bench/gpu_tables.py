@@ -16,10 +16,10 @@ SHAPES = {"chunk_encode": ("weights",), "gather_chunks": ("weights",), "segment_
           "set_attention": ("rows", "longest", "head_width")}  # fmt: skip
 
 
-def show(results: Json, engines: Sequence[str], baselines: Sequence[str], console: Console) -> None:
+def show(results: Json, backends: Sequence[str], baselines: Sequence[str], console: Console) -> None:
     """Ops and cases, as far as they were measured; then what was left out or failed, a line each."""
     console.print(_ops(results["parts"].get("ops", [])))
-    console.print(_cases(results["parts"].get("cases", []), engines, baselines))
+    console.print(_cases(results["parts"].get("cases", []), backends, baselines))
     for kind in ("skipped", "errors"):
         for name, text in results[kind].items():
             console.print(f"{kind}: {name}: {text.strip().splitlines()[-1][:300]}", highlight=False)
@@ -29,11 +29,11 @@ def _ops(rows: Sequence[Json]) -> Table:
     table = Table(title="ops", box=None)
     for heading in ("op", "dtype", "shape", "by", "forward", "step", "rate", "of the limit", "vs triton"):
         table.add_column(heading)
-    of_triton = {gpu_ops.shape_of(row): row for row in rows if row.get("engine") == "triton"}
+    of_triton = {gpu_ops.shape_of(row): row for row in rows if row.get("backend") == "triton"}
     for row in rows:
         shape = ", ".join(f"{key} {row[key]}" for key in SHAPES[row["op"]])
         what = (row["op"], row["dtype"].removeprefix("torch."), shape)
-        by = row.get("engine") or row["by"]
+        by = row.get("backend") or row["by"]
         if "skipped" in row:
             table.add_row(*what, by, row["skipped"][:60])
             continue
@@ -49,19 +49,19 @@ def _ops(rows: Sequence[Json]) -> Table:
     return table
 
 
-def _cases(rows: Sequence[Json], engines: Sequence[str], baselines: Sequence[str]) -> Table:
-    table = Table(title="cases (times those of the engine; ratios of the others' to it)", box=None)
-    others = [name for name in engines if any(f"{name} forward" in row for row in rows)]
-    for heading in ("case", "dtype", "mode", "by", "engine", *others, *baselines, "peak memory"):
+def _cases(rows: Sequence[Json], backends: Sequence[str], baselines: Sequence[str]) -> Table:
+    table = Table(title="cases (times of sne_fast; the others' as ratios to them)", box=None)
+    others = [name for name in backends if any(f"{name} forward" in row for row in rows)]
+    for heading in ("case", "dtype", "mode", "by", "sne_fast", *others, *baselines, "peak memory"):
         table.add_column(heading)
     for row in rows:
         for mode in ("forward", "training"):
-            if f"engine {mode}" not in row:
+            if f"sne_fast {mode}" not in row:
                 continue
-            engine, ratios = row[f"engine {mode}"], row[f"ratios {mode}"]
-            peak = f"{engine['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in engine else ""
+            own, ratios = row[f"sne_fast {mode}"], row[f"ratios {mode}"]
+            peak = f"{own['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in own else ""
             table.add_row(
-                row["case"], row["dtype"], mode, row["engine"], f"{1e3 * engine['seconds']:.2f} ms",
+                row["case"], row["dtype"], mode, row["backend"], f"{1e3 * own['seconds']:.2f} ms",
                 *(f"{ratios[who]:.2f}x" if who in ratios else "-" for who in (*others, *baselines)), peak,
             )  # fmt: skip
     return table

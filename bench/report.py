@@ -150,7 +150,7 @@ def speed_table(results: Results) -> list[str]:
                     [
                         f"`{case}` {mode}",
                         _count(info["weights"]),
-                        _rate(info["weights"], info["seconds"]["engine"]),
+                        _rate(info["weights"], info["seconds"]["sne_fast"]),
                         *(_ratio(info, baseline, notes) for baseline in ("eager", "compile", "loop")),
                         f"{100 * info['fraction_of_limit']:.0f} %",
                         str(info["rounds"]),
@@ -175,7 +175,7 @@ def memory_table(results: Results) -> list[str]:
     for (case, mode), info in results.entries.items():
         if mode.startswith("memory"):
             cells = []
-            for name in ("engine", "eager"):
+            for name in ("sne_fast", "eager"):
                 if name in info["peak_bytes"]:
                     cells.append(_bytes(info["peak_bytes"][name]))
                 else:
@@ -226,10 +226,10 @@ def summary_table(results: Results) -> list[str]:
             if info is None:
                 cells += ["-"] * (1 + len(baselines))
             else:
-                cells += [_rate(info["weights"], info["seconds"]["engine"])]
+                cells += [_rate(info["weights"], info["seconds"]["sne_fast"])]
                 cells += [f"{info['ratios'][name]:.3g}x" if name in info["ratios"] else "-" for name in baselines]
         peaks = memory["peak_bytes"] if memory else {}
-        cells.append(" / ".join(_bytes(peaks[name]) if name in peaks else "-" for name in ("engine", "eager")))
+        cells.append(" / ".join(_bytes(peaks[name]) if name in peaks else "-" for name in ("sne_fast", "eager")))
         rows.append(cells)
     header = [
         "case", "weights", "forward, M/s", "vs eager", "vs compile", "training, M/s", "vs eager",

@@ -35,7 +35,7 @@ class Loaded:
     encoder: SNE
     batch: WeightBatch
     check: Check
-    agreed: set[str] = field(default_factory=set)  # baselines whose output equalled the engine's
+    agreed: set[str] = field(default_factory=set)  # baselines whose output equalled the backend's
 
     @property
     def operations(self) -> float:
@@ -64,7 +64,7 @@ class Suite:
     _steps: dict[str, Steps] = field(default_factory=dict)
 
     def check(self, case: Case) -> Check:
-        """The correctness of a case's engine, found once; raises again what it raised."""
+        """The correctness of a case's backend, found once; raises again what it raised."""
         if case.name not in self._checks:
             try:
                 self._checks[case.name] = run_check(case, self.backend, "tiny" if self.size == "tiny" else "check")
@@ -93,7 +93,7 @@ class Suite:
     def contenders(
         self, loaded: Loaded, names: tuple[str, ...], training: bool
     ) -> tuple[Any, dict[str, Any], dict[str, str]]:
-        """The engine, the baselines that fit, and why the others do not; each has agreed with the engine once."""
+        """The backend, the baselines that fit, and why the others do not; each has agreed with the backend once."""
 
         def make(name: str) -> Contender:
             return contender(
@@ -101,17 +101,17 @@ class Suite:
                 backend=self.backend, training=training, memory_limit=self.memory_limit,
             )  # fmt: skip
 
-        engine, fitting, skipped = make("engine"), {}, {}
+        backend, fitting, skipped = make("sne_fast"), {}, {}
         for name in names:
             try:
                 fitting[name] = make(name)
             except DoesNotFit as refusal:
                 skipped[name] = str(refusal)
         if not fitting and loaded.case.rounds == 1:  # minutes long: no warm-up of its own
-            return engine, fitting, skipped
-        z = engine.output()
+            return backend, fitting, skipped
+        z = backend.output()
         if not torch.isfinite(z).all():
-            raise RuntimeError(f"{loaded.case.name}: the engine's output is not finite; nothing is reported")
+            raise RuntimeError(f"{loaded.case.name}: the backend's output is not finite; nothing is reported")
         for name, baseline in list(fitting.items()):
             try:  # also the warm-up; the padded training of a large case is too long to warm up more than this
                 z_baseline = z if name in loaded.agreed else baseline.output()
@@ -128,15 +128,15 @@ class Suite:
                     check_agreement(loaded.case, name, z, z_baseline)
                     loaded.agreed.add(name)
         if training and loaded.batch.num_weights < 1_000_000:
-            engine.step()
-        return engine, fitting, skipped
+            backend.step()
+        return backend, fitting, skipped
 
     def steps(self, case: Case) -> Steps:
         if case.name not in self._steps:
             loaded = self.load(case)
-            engine, fitting, skipped = self.contenders(loaded, self.training_baselines, training=True)
+            backend, fitting, skipped = self.contenders(loaded, self.training_baselines, training=True)
             pairs = Pairs(
-                engine.step, {name: b.step for name, b in fitting.items()}, FORWARDS_PER_STEP * loaded.operations
+                backend.step, {name: b.step for name, b in fitting.items()}, FORWARDS_PER_STEP * loaded.operations
             )
             self._steps[case.name] = Steps(pairs, skipped)
         return self._steps[case.name]
@@ -146,8 +146,8 @@ class Suite:
         return dataclasses.replace(self, size="full")
 
     def measure(self, benchmark: Any, pairs: Pairs, rounds: int) -> None:
-        """The rounds of `pairs`, the engine's run being the one that pytest-benchmark times."""
-        benchmark.pedantic(pairs.engine, setup=pairs.before, rounds=rounds)
+        """The rounds of `pairs`, the backend's run being the one that pytest-benchmark times."""
+        benchmark.pedantic(pairs.backend, setup=pairs.before, rounds=rounds)
 
     def probe(self, case: Case, mode: str, name: str) -> dict[str, Any]:
         return probe(

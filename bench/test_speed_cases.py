@@ -1,4 +1,4 @@
-"""Forward, training step, backward and peak memory of every case, engine against baselines in the same rounds."""
+"""Forward, training step, backward and peak memory of every case, backend against baselines in the same rounds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRAINED = [case for case in EVERY if case.trains]
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 def test_forward(case: Case, suite: Suite, benchmark: Any) -> None:
     loaded = suite.load(case)
-    engine, fitting, skipped = suite.contenders(loaded, suite.baselines, training=False)
-    pairs = Pairs(engine.forward, {name: b.forward for name, b in fitting.items()}, loaded.operations)
+    backend, fitting, skipped = suite.contenders(loaded, suite.baselines, training=False)
+    pairs = Pairs(backend.forward, {name: b.forward for name, b in fitting.items()}, loaded.operations)
     suite.measure(benchmark, pairs, suite.rounds_of(case))
     describe(benchmark, loaded, "forward", {**pairs.summary(), "skipped": skipped})
 
@@ -35,12 +35,14 @@ def test_training(case: Case, suite: Suite, benchmark: Any) -> None:
 
 @pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.name)
 def test_backward(case: Case, suite: Suite, benchmark: Any) -> None:
-    """The engine alone is timed again; ratios are those of the backward phases of the interleaved training steps."""
+    """The backend alone is timed again; ratios are those of the backward phases of the interleaved training steps."""
     loaded, steps = suite.load(case), suite.steps(case)
     if not steps.pairs.rounds:
         steps.pairs.run(suite.rounds_of(case))
-    engine = contender("engine", loaded.encoder, loaded.batch, backend=suite.backend, training=True, memory_limit=0)
-    benchmark.pedantic(lambda loss: loss.backward(), setup=lambda: ((engine.loss(),), {}), rounds=suite.rounds_of(case))
+    backend = contender("sne_fast", loaded.encoder, loaded.batch, backend=suite.backend, training=True, memory_limit=0)
+    benchmark.pedantic(
+        lambda loss: loss.backward(), setup=lambda: ((backend.loss(),), {}), rounds=suite.rounds_of(case)
+    )
     summary = steps.pairs.summary("backward")
     for share in ("fraction_of_limit", "fraction_of_best_product"):  # a backward is three of the step's four forwards
         summary[share] *= 3 / 4
@@ -52,11 +54,11 @@ def test_memory(case: Case, suite: Suite, benchmark: Any) -> None:
     """Highest resident memory above that of the loaded batch, each contender in a process of its own."""
     mode = "training" if case.trains else "forward"
     loaded = suite.load(case)
-    names = ("engine", *(name for name in suite.baselines if name == "eager"))
+    names = ("sne_fast", *(name for name in suite.baselines if name == "eager"))
     found: dict[str, dict[str, Any]] = {}
 
     def run() -> None:
-        found["engine"] = suite.probe(case, mode, "engine")
+        found["sne_fast"] = suite.probe(case, mode, "sne_fast")
 
     benchmark.pedantic(run, rounds=1)
     for name in names[1:]:
@@ -65,7 +67,7 @@ def test_memory(case: Case, suite: Suite, benchmark: Any) -> None:
         benchmark, loaded, f"memory of {mode}",
         {
             "peak_bytes": {name: f["peak_bytes"] for name, f in found.items() if "peak_bytes" in f},
-            "loaded_bytes": found["engine"]["loaded_bytes"],
+            "loaded_bytes": found["sne_fast"]["loaded_bytes"],
             "probe_seconds": {name: f["seconds"] for name, f in found.items() if "seconds" in f},
             "skipped": {name: f["skipped"] for name, f in found.items() if "skipped" in f},
         },

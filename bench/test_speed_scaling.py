@@ -35,9 +35,9 @@ def test_scaling(family: str, suite: Suite, benchmark: Any) -> None:
 
     def run() -> None:
         for weights, batch in batches.items():
-            engine = contender("engine", encoder, batch, backend=suite.backend, training=False, memory_limit=0)
+            backend = contender("sne_fast", encoder, batch, backend=suite.backend, training=False, memory_limit=0)
             repeats = max(1, min(LEAST_WEIGHTS, sizes[-1]) // weights)
-            seconds[weights].append(sum(engine.forward()["total"] for _ in range(repeats)) / repeats)
+            seconds[weights].append(sum(backend.forward()["total"] for _ in range(repeats)) / repeats)
 
     with torch.no_grad():
         encoder(batches[sizes[0]])
@@ -45,7 +45,7 @@ def test_scaling(family: str, suite: Suite, benchmark: Any) -> None:
     held = {weights: batch.num_weights for weights, batch in batches.items()}
     loaded = Loaded(cases[sizes[-1]], encoder, batches[sizes[-1]], suite.check(cases[sizes[0]]))
     batches.clear()
-    peaks = {w: suite.at_full_size().probe(case, "forward", "engine")["peak_bytes"] for w, case in cases.items()}
+    peaks = {w: suite.at_full_size().probe(case, "forward", "sne_fast")["peak_bytes"] for w, case in cases.items()}
     points = [
         {"weights": held[w], "seconds": median(seconds[w]), "peak_bytes": peaks[w], "runs": len(seconds[w])}
         for w in sizes

@@ -1,12 +1,12 @@
 """Set-based Neural Network Encoder (SNE): one vector for the weights of any network, with fused kernels."""
 
-from ._dispatch import BackendError, explain, use_backend
-from .batch import WeightBatch
-from .checkpoints import CheckpointError
-from .encoder import SNE
-from .nn import ISAB, MAB, PMA, SAB
-from .packing import pack
-from .predictor import Predictor, PredictorHead
+from .data.batch import WeightBatch
+from .data.checkpoints import CheckpointError
+from .data.packing import pack
+from .nn.blocks import ISAB, MAB, PMA, SAB
+from .nn.encoder import SNE
+from .nn.predictor import Predictor, PredictorHead
+from .ops.dispatch import BackendError, explain, use_backend
 
 __version__ = "0.1.0"
 

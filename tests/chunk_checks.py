@@ -1,4 +1,4 @@
-"""Arguments of ``chunk_encode`` and what holds of its results: for tests of both GPU engines, each given as a module.
+"""Arguments of ``chunk_encode`` and what holds of its results: for tests of both GPU backends, each given as a module.
 
 Exact results are the reference's in float64; PyTorch's own in half precision are what half types are measured by.
 """
@@ -12,7 +12,7 @@ import torch
 from op_cases import ChunkCase
 from torch import Tensor
 
-from sne_fast import reference
+from sne_fast.ops import reference
 
 NAMES = ("values", "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 MIXED = [[32, 32, 1], [31, 17], [2], [16, 16, 5, 1, 1]]
@@ -59,37 +59,37 @@ def half_by_torch(grad: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, tuple
     return out.detach(), torch.autograd.grad(out, [values, *rest], grad, allow_unused=True)
 
 
-def check(engine: ModuleType, args: tuple[Tensor, ...], forward: float, backward: float) -> None:
+def check(backend: ModuleType, args: tuple[Tensor, ...], forward: float, backward: float) -> None:
     grad, exact = upstream(args), in_float64(args)
-    out = engine.chunk_encode(*args)
+    out = backend.chunk_encode(*args)
     assert out.dtype == args[0].dtype
     assert error(out, reference.chunk_encode(*exact)) <= forward
-    got = engine.chunk_encode_backward(grad, *args)
+    got = backend.chunk_encode_backward(grad, *args)
     want = reference.chunk_encode_backward(grad.double(), *exact)
     for name, ours, theirs, argument in zip(NAMES, got, want, (args[0], *args[5:]), strict=True):
         assert ours.dtype == argument.dtype, name
         assert error(ours, theirs) <= backward, name
 
 
-def loses_at_most_twice_what_torch_loses(engine: ModuleType, args: tuple[Tensor, ...]) -> list[float]:
+def loses_at_most_twice_what_torch_loses(backend: ModuleType, args: tuple[Tensor, ...]) -> list[float]:
     """Of the result; how many times as much every gradient loses is returned."""
     grad, exact = upstream(args), in_float64(args)
     out, grads = half_by_torch(grad, args)
     want = reference.chunk_encode(*exact)
-    assert error(engine.chunk_encode(*args), want) <= 2 * error(out, want)
+    assert error(backend.chunk_encode(*args), want) <= 2 * error(out, want)
     wanted = reference.chunk_encode_backward(grad.double(), *exact)
-    got = engine.chunk_encode_backward(grad, *args)
+    got = backend.chunk_encode_backward(grad, *args)
     return [
         error(ours, true) / error(theirs, true) if true.numel() else error(ours, true)
         for ours, theirs, true in zip(got, grads, wanted, strict=True)
     ]
 
 
-def not_finite_stays_in_its_chunk(engine: ModuleType, width: int, heads: int, where: str, bad: float) -> None:
+def not_finite_stays_in_its_chunk(backend: ModuleType, width: int, heads: int, where: str, bad: float) -> None:
     lengths = [[5, 5, 5, 18], [19, 19], [1, 1, 1]]
     args = arguments(ChunkCase.make(lengths, width, heads, dtype=torch.float32))
     grad = upstream(args)
-    clean, clean_grads = engine.chunk_encode(*args), engine.chunk_encode_backward(grad, *args)
+    clean, clean_grads = backend.chunk_encode(*args), backend.chunk_encode_backward(grad, *args)
     chunks = [1, 4, 7]  # one among short chunks of its block, a full one, one of one element
     values = args[0].clone()
     for chunk in chunks:
@@ -97,8 +97,8 @@ def not_finite_stays_in_its_chunk(engine: ModuleType, width: int, heads: int, wh
             values[args[1][chunk]] = bad
         else:
             grad[chunk, 1, 3] = bad
-    out = engine.chunk_encode(values, *args[1:])
-    values_grad, row_grad, *_ = engine.chunk_encode_backward(grad, values, *args[1:])
+    out = backend.chunk_encode(values, *args[1:])
+    values_grad, row_grad, *_ = backend.chunk_encode_backward(grad, values, *args[1:])
     others = [chunk for chunk in range(9) if chunk not in chunks]
     assert torch.equal(out[others], clean[others])
     if where == "values":
@@ -110,30 +110,30 @@ def not_finite_stays_in_its_chunk(engine: ModuleType, width: int, heads: int, wh
     assert not row_grad.isfinite().any()  # each tensor has one of them
 
 
-def nothing_to_encode(engine: ModuleType, width: int) -> None:
+def nothing_to_encode(backend: ModuleType, width: int) -> None:
     for tensors in ([], [[], []]):
         args = arguments(ChunkCase.make(tensors, width, 4, dtype=torch.float32))
-        assert engine.chunk_encode(*args).shape == (0, 4, width)
-        grads = engine.chunk_encode_backward(upstream(args), *args)
+        assert backend.chunk_encode(*args).shape == (0, 4, width)
+        grads = backend.chunk_encode_backward(upstream(args), *args)
         assert [g.shape for g in grads] == [a.shape for a in (args[0], *args[5:])]
         assert all(not g.any() for g in grads)
 
 
-def slabs(engine: ModuleType, args: tuple[Tensor, ...], shrink: Callable[[], None], tolerance: float) -> None:
+def slabs(backend: ModuleType, args: tuple[Tensor, ...], shrink: Callable[[], None], tolerance: float) -> None:
     """The same bits twice, and within ``tolerance`` the same once ``shrink`` has cut the backward into slabs."""
     grad = upstream(args)
-    whole, again = (engine.chunk_encode_backward(grad, *args) for _ in range(2))
+    whole, again = (backend.chunk_encode_backward(grad, *args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     shrink()
-    for name, a, b in zip(NAMES, whole, engine.chunk_encode_backward(grad, *args), strict=True):
+    for name, a, b in zip(NAMES, whole, backend.chunk_encode_backward(grad, *args), strict=True):
         assert error(b, a.double()) <= tolerance, name
 
 
 REFUSED = [(48, 4, 32, "width must be one of"), (32, 8, 32, "num_heads must be"), (64, 64, 32, "num_heads must be")]
-"""Widths, heads and chunk sizes that no engine takes, and what it says."""
+"""Widths, heads and chunk sizes that no backend takes, and what it says."""
 
 
-def why_not(engine: ModuleType, width: int, heads: int, chunk_size: int, dtype: torch.dtype, says: str) -> None:
+def why_not(backend: ModuleType, width: int, heads: int, chunk_size: int, dtype: torch.dtype, says: str) -> None:
     args = arguments(ChunkCase.make([[3]], width, heads, chunk_size, dtype=dtype))
-    assert any(says in reason for reason in engine.why_not("chunk_encode", args))
-    assert engine.why_not("chunk_encode", args) == engine.why_not("chunk_encode_backward", (upstream(args), *args))
+    assert any(says in reason for reason in backend.why_not("chunk_encode", args))
+    assert backend.why_not("chunk_encode", args) == backend.why_not("chunk_encode_backward", (upstream(args), *args))

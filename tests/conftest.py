@@ -16,12 +16,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def gpu_engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each engine for a GPU in turn, skipped, visibly, where it does not run."""
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend for a GPU in turn, skipped, visibly, where it does not run."""
     import torch
 
     import sne_fast
-    from sne_fast._schema import REQUIRED_OPS
+    from sne_fast.ops.schema import REQUIRED_OPS
 
     said = (r for r in sne_fast.explain(torch.device("cuda")) if r.backend == request.param and r.op in REQUIRED_OPS)
     reports = [r for r in said if r.reasons]

@@ -1,4 +1,4 @@
-"""Inputs of the four ops for the tests of the CPU engine: random, ragged, float64 to be cast."""
+"""Inputs of the four ops for the tests of the CPU backend: random, ragged, float64 to be cast."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sne_fast import _native
+from sne_fast.backends.cpu import library as _native
 
-NEEDS_ENGINE = "needs the native library: " + "; ".join(_native.reasons())
+NEEDS_BACKEND = "needs the native library: " + "; ".join(_native.reasons())
 CHUNK_NAMES = (
     "values",
     "row_code",

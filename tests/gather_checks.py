@@ -1,4 +1,4 @@
-"""Cases of ``gather_chunks`` and what holds of its results: for tests of both GPU engines, each given as a module."""
+"""Cases of ``gather_chunks`` and what holds of its results: for tests of both GPU backends, each given as a module."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def case(
 
 
 def backward(
-    engine: ModuleType, dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor
+    backend: ModuleType, dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     values = reference.gather_chunks(tensors, scale, plan, dtype)
     grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return engine.gather_chunks_backward(grad, values, tensors, scale, plan)
+    return backend.gather_chunks_backward(grad, values, tensors, scale, plan)
 
 
 def values_are_the_references_to_the_bit(
     gather: Callable[..., Tensor], dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor
 ) -> None:
-    """``gather`` is the engine's ``gather_chunks`` or what leads to it."""
+    """``gather`` is the backend's ``gather_chunks`` or what leads to it."""
     tensors[2][0], tensors[2][1], tensors[2][2] = 3e-7, float("inf"), -0.0  # a subnormal half among them
     values = gather(tensors, scale, plan, dtype)
     assert values.dtype == dtype and torch.equal(values, reference.gather_chunks(tensors, scale, plan, dtype))
 
 
 def gradients(
-    engine: ModuleType, dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor
+    backend: ModuleType, dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Those of tensors to the bit; that of scale is a sum in another order."""
-    grads, grad_scale = backward(engine, dtype, tensors, scale, plan)
+    grads, grad_scale = backward(backend, dtype, tensors, scale, plan)
     want, want_scale = backward(reference, dtype, tensors, scale, plan)
     for a, b, tensor in zip(grads, want, tensors, strict=True):
         assert a.shape == tensor.shape and a.dtype == tensor.dtype and torch.equal(a, b)
@@ -55,26 +55,26 @@ def gradients(
     return grads, grad_scale
 
 
-def other_types_strides_and_no_tensors(engine: ModuleType, gather: Callable[..., Tensor]) -> None:
+def other_types_strides_and_no_tensors(backend: ModuleType, gather: Callable[..., Tensor]) -> None:
     tensors, scale, plan = case([torch.float32])
     tensors[0] = tensors[0].to(torch.float8_e4m3fn)
     tensors[1] = tensors[1].T.contiguous().T
     values = gather(tensors, scale, plan, torch.float32)
     assert torch.equal(values, reference.gather_chunks(tensors, scale, plan, torch.float32))
-    grads, _ = engine.gather_chunks_backward(values, values, tensors, scale, plan)
+    grads, _ = backend.gather_chunks_backward(values, values, tensors, scale, plan)
     assert grads[0].dtype == torch.float8_e4m3fn and all(g.is_contiguous() for g in grads)
-    nothing = engine.gather_chunks([], scale[:0], plan[:0], torch.float32)
+    nothing = backend.gather_chunks([], scale[:0], plan[:0], torch.float32)
     assert nothing.shape == (0,)
-    assert engine.gather_chunks_backward(nothing, nothing, [], scale[:0], plan[:0])[0] == []
+    assert backend.gather_chunks_backward(nothing, nothing, [], scale[:0], plan[:0])[0] == []
 
 
-def wrong_sizes_are_refused(engine: ModuleType) -> None:
+def wrong_sizes_are_refused(backend: ModuleType) -> None:
     tensors, scale, plan = case([torch.float32])
     with pytest.raises(ValueError, match="tensors.0. must have shape .7, 9. by plan.0."):
-        engine.gather_chunks([tensors[1], *tensors[1:]], scale, plan, torch.float32)
+        backend.gather_chunks([tensors[1], *tensors[1:]], scale, plan, torch.float32)
     with pytest.raises(ValueError, match="scale and plan must have shapes"):
-        engine.gather_chunks(tensors, scale[1:], plan, torch.float32)
+        backend.gather_chunks(tensors, scale[1:], plan, torch.float32)
     with pytest.raises(ValueError, match="grad and values must have the shape"):
-        engine.gather_chunks_backward(scale, scale, tensors, scale, plan)
-    assert engine.why_not("gather_chunks", (tensors, scale, plan, torch.float8_e5m2))
-    assert engine.why_not("gather_chunks_backward", (scale, scale, tensors, scale, plan)) == []
+        backend.gather_chunks_backward(scale, scale, tensors, scale, plan)
+    assert backend.why_not("gather_chunks", (tensors, scale, plan, torch.float8_e5m2))
+    assert backend.why_not("gather_chunks_backward", (scale, scale, tensors, scale, plan)) == []

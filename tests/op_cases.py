@@ -1,4 +1,4 @@
-"""Inputs of the ops, ragged and random, for the tests of every engine."""
+"""Inputs of the ops, ragged and random, for the tests of every backend."""
 
 from __future__ import annotations
 

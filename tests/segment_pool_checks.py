@@ -1,4 +1,4 @@
-"""Cases of ``segment_pool`` and what holds of its results: for tests of both GPU engines, each given as a module."""
+"""Cases of ``segment_pool`` and what holds of its results: for tests of both GPU backends, each given as a module."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ WIDTHS_AND_QUERIES = [(256, 7), (48, 3), (16, 1), (1008, 2), (64, 100), (512, 32
 WITH_NAN = [[5, 9, 3] + [1] * 60, [90, 80, 3], [400, 300, 20]]
 
 
-def run(engine: ModuleType, x: Tensor, logits: Tensor, ptr: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def run(backend: ModuleType, x: Tensor, logits: Tensor, ptr: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """out, lse, dx, dlogits."""
-    out, lse = engine.segment_pool(x, logits, ptr, ptr)
-    return out, lse, *engine.segment_pool_backward(grad, x, logits, out, lse, ptr, ptr)
+    out, lse = backend.segment_pool(x, logits, ptr, ptr)
+    return out, lse, *backend.segment_pool_backward(grad, x, logits, out, lse, ptr, ptr)
 
 
 def case(lengths: list[int], h: int, queries: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -55,18 +55,18 @@ def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], forward: float, b
         assert a.shape == b.shape and relative_error(a, b) < backward
 
 
-def check(engine: ModuleType, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def check(backend: ModuleType, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Results, within the tolerance of their type."""
-    got = run(engine, *inputs)
+    got = run(backend, *inputs)
     compare(got, exact(*inputs), *TOLERANCE[inputs[0].dtype])
     return got
 
 
 def loses_at_most_twice_what_pytorch_does(
-    engine: ModuleType, length: int, h: int, queries: int, dtype: torch.dtype
+    backend: ModuleType, length: int, h: int, queries: int, dtype: torch.dtype
 ) -> None:
     x, logits, ptr, grad = case([length], h, queries, dtype)
-    want, got = exact(x, logits, ptr, grad), run(engine, x, logits, ptr, grad)
+    want, got = exact(x, logits, ptr, grad), run(backend, x, logits, ptr, grad)
     leaves = [t.clone().requires_grad_() for t in (x, logits)]
     out = torch.softmax(leaves[1], dim=0).T @ leaves[0]
     out.backward(grad[0])
@@ -75,11 +75,11 @@ def loses_at_most_twice_what_pytorch_does(
         assert got[place].dtype == dtype and lost < 2 * allowed, (place, lost, allowed)
 
 
-def nan_stays_in_its_segment(engine: ModuleType, lengths: list[int], where: str) -> None:
+def nan_stays_in_its_segment(backend: ModuleType, lengths: list[int], where: str) -> None:
     inputs = case(lengths, 32, 2, SINGLE)
-    want = run(engine, *inputs)
+    want = run(backend, *inputs)
     (inputs[0] if where == "x" else inputs[1])[lengths[0] + 1] = math.nan
-    got = run(engine, *inputs)
+    got = run(backend, *inputs)
     for which, (a, b) in enumerate(zip(got, want, strict=True)):
         outside = torch.ones(a.shape[0], dtype=torch.bool)
         outside[slice(1, 2) if which < 2 else slice(lengths[0], lengths[0] + lengths[1])] = False
@@ -87,20 +87,20 @@ def nan_stays_in_its_segment(engine: ModuleType, lengths: list[int], where: str)
     assert got[0][1].isnan().any() and (where == "x" or got[1][1].isnan().all())
 
 
-def rows_masked_by_their_logit_have_no_weight(engine: ModuleType) -> None:
+def rows_masked_by_their_logit_have_no_weight(backend: ModuleType) -> None:
     x, logits, ptr, grad = case([10, 700], 32, 2, SINGLE)
     logits[4:9], logits[20:600] = -math.inf, -math.inf  # whole parts of the long segment among them
     kept = logits[:, 0].isfinite()
     x[~kept] = 1e32
     few = torch.tensor([0, 5, 5 + int(kept[10:].sum())])
-    got, want = run(engine, x, logits, ptr, grad), run(engine, x[kept], logits[kept], few, grad)
+    got, want = run(backend, x, logits, ptr, grad), run(backend, x[kept], logits[kept], few, grad)
     torch.testing.assert_close(got[:2], want[:2])
     torch.testing.assert_close(got[2][kept], want[2])
     assert all(t.isfinite().all() and torch.count_nonzero(t[~kept]) == 0 for t in got[2:])
 
 
-def why_not(engine: ModuleType) -> None:
+def why_not(backend: ModuleType) -> None:
     x, logits, ptr, _ = case([2], 8, 2, SINGLE)
-    assert engine.why_not("segment_pool", (x, logits, ptr, ptr)) == ["width must be a multiple of 16, got 8"]
+    assert backend.why_not("segment_pool", (x, logits, ptr, ptr)) == ["width must be a multiple of 16, got 8"]
     x, logits, ptr, grad = case([2], 48, 3, SINGLE)
-    assert engine.why_not("segment_pool_backward", (grad, x, logits, grad, grad, ptr, ptr)) == []
+    assert backend.why_not("segment_pool_backward", (grad, x, logits, grad, grad, ptr, ptr)) == []

@@ -1,4 +1,4 @@
-"""Cases of ``set_attention`` and what holds of its results: for tests of both GPU engines, each given as a module."""
+"""Cases of ``set_attention`` and what holds of its results: for tests of both GPU backends, each given as a module."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def inputs(q_lengths: list[int], k_lengths: list[int], h: int, dtype: torch.dtyp
     return (q, k, v), (pointer(q_lengths), pointer(k_lengths)) * 2, grad
 
 
-def run(engine: ModuleType, qkv, pointers, grad: Tensor, heads: int) -> tuple[Tensor, ...]:
+def run(backend: ModuleType, qkv, pointers, grad: Tensor, heads: int) -> tuple[Tensor, ...]:
     """out, lse, dq, dk, dv."""
-    out, lse = engine.set_attention(*qkv, *pointers, heads)
-    return out, lse, *engine.set_attention_backward(grad, *qkv, out, lse, *pointers, heads)
+    out, lse = backend.set_attention(*qkv, *pointers, heads)
+    return out, lse, *backend.set_attention_backward(grad, *qkv, out, lse, *pointers, heads)
 
 
 def exact(qkv, pointers, grad: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -60,9 +60,9 @@ def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], forward: float, b
         assert a.shape == b.shape and relative_error(a, b) < backward, (name, relative_error(a, b))
 
 
-def check(engine: ModuleType, case: Case, heads: int) -> tuple[Tensor, ...]:
+def check(backend: ModuleType, case: Case, heads: int) -> tuple[Tensor, ...]:
     """Results, within the tolerance of their type."""
-    got = run(engine, *case, heads)
+    got = run(backend, *case, heads)
     compare(got, exact(*case, heads), *TOLERANCE[case[2].dtype])
     return got
 
@@ -73,9 +73,9 @@ def eager(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return (torch.softmax(q @ k.mT / math.sqrt(heads * q.shape[-1]), dim=-1) @ v).transpose(0, 1).flatten(1)
 
 
-def loses_at_most_twice_what_pytorch_does(engine: ModuleType, lengths: tuple[int, int], dtype: torch.dtype) -> None:
+def loses_at_most_twice_what_pytorch_does(backend: ModuleType, lengths: tuple[int, int], dtype: torch.dtype) -> None:
     qkv, pointers, grad = inputs([lengths[0]], [lengths[1]], 32, dtype)
-    want, got = exact(qkv, pointers, grad, 2), run(engine, qkv, pointers, grad, 2)
+    want, got = exact(qkv, pointers, grad, 2), run(backend, qkv, pointers, grad, 2)
     leaves = [t.clone().requires_grad_() for t in qkv]
     out = eager(*leaves, 2)
     out.backward(grad)
@@ -86,21 +86,21 @@ def loses_at_most_twice_what_pytorch_does(engine: ModuleType, lengths: tuple[int
 
 
 def mean_of_the_gradient_does_not_come_from_a_rounded_result(
-    engine: ModuleType, lengths: tuple[int, int], dtype: torch.dtype, bound: float
+    backend: ModuleType, lengths: tuple[int, int], dtype: torch.dtype, bound: float
 ) -> None:
     """Values far from zero: the gradient of logits is a small difference, which <grad, out> of a rounded out misses."""
     (q, k, v), pointers, grad = inputs([lengths[0]], [lengths[1]], 32, dtype)
     v = (100 + 0.1 * v.float()).to(dtype)
-    want, got = exact((q, k, v), pointers, grad, 1), run(engine, (q, k, v), pointers, grad, 1)
+    want, got = exact((q, k, v), pointers, grad, 1), run(backend, (q, k, v), pointers, grad, 1)
     assert relative_error(got[2], want[2]) < bound and relative_error(got[3], want[3]) < bound
 
 
-def nan_stays_in_its_set(engine: ModuleType, lengths: Lengths, place: int, dtype: torch.dtype) -> None:
+def nan_stays_in_its_set(backend: ModuleType, lengths: Lengths, place: int, dtype: torch.dtype) -> None:
     qkv, pointers, grad = inputs(*lengths, 32, dtype)
-    want = run(engine, qkv, pointers, grad, 2)
+    want = run(backend, qkv, pointers, grad, 2)
     bad = [t.clone() for t in qkv]
     bad[place][int(pointers[min(place, 1)][1])] = math.nan  # first row of the middle set
-    got = run(engine, bad, pointers, grad, 2)
+    got = run(backend, bad, pointers, grad, 2)
     for which, (a, b) in enumerate(zip(got, want, strict=True)):
         ptr = pointers[0 if which < 3 else 1]
         outside = torch.ones(a.shape[0], dtype=torch.bool)
@@ -109,24 +109,24 @@ def nan_stays_in_its_set(engine: ModuleType, lengths: Lengths, place: int, dtype
     assert got[0][int(pointers[0][1])].isnan().any()
 
 
-def masked_rows_and_large_logits(engine: ModuleType) -> None:
+def masked_rows_and_large_logits(backend: ModuleType) -> None:
     """Logits of -1e32 have no weight, and logits of ten thousand do not overflow."""
     (q, k, v), pointers, grad = inputs([9], [70], 32, SINGLE)
     q[:, 0], k[:, 0] = 1.0, 0.0
     k[5:60, 0], v[5:60] = -1e32, 1e32
     kept = torch.cat([torch.arange(5), torch.arange(60, 70)])
     few = (pointers[0], pointer([15])) * 2
-    got, want = run(engine, (q, k, v), pointers, grad, 1), run(engine, (q, k[kept], v[kept]), few, grad, 1)
+    got, want = run(backend, (q, k, v), pointers, grad, 1), run(backend, (q, k[kept], v[kept]), few, grad, 1)
     torch.testing.assert_close(got[0], want[0])
     torch.testing.assert_close(got[4][kept], want[4])
     (q, k, v), pointers, grad = inputs([9], [70], 32, SINGLE)
-    assert all(t.isfinite().all() for t in run(engine, (100 * q, 100 * k, v), pointers, grad, 1))
+    assert all(t.isfinite().all() for t in run(backend, (100 * q, 100 * k, v), pointers, grad, 1))
 
 
-def why_not(engine: ModuleType) -> None:
+def why_not(backend: ModuleType) -> None:
     (q, k, v), pointers, _ = inputs([3], [3], 48, SINGLE)
-    assert "width must be one of 32, 64, 128, 256, got 48" in engine.why_not("set_attention", (q, k, v, *pointers, 4))
+    assert "width must be one of 32, 64, 128, 256, got 48" in backend.why_not("set_attention", (q, k, v, *pointers, 4))
     (q, k, v), pointers, _ = inputs([3], [3], 64, SINGLE)
     for heads in (3, 16):
-        assert "num_heads" in engine.why_not("set_attention", (q, k, v, *pointers, heads))[0]
-    assert engine.why_not("set_attention_backward", (q, q, k, v, q, q, *pointers, 4)) == []
+        assert "num_heads" in backend.why_not("set_attention", (q, k, v, *pointers, heads))[0]
+    assert backend.why_not("set_attention_backward", (q, q, k, v, q, q, *pointers, 4)) == []

@@ -97,7 +97,7 @@ def test_operations_are_those_of_the_specification() -> None:
 
 
 @pytest.mark.parametrize(("op", "place"), [("segment_pool", "output"), ("segment_pool_backward", "gradient")])
-def test_a_wrong_engine_is_not_measured(op: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_backend_is_not_measured(op: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference_backend.KERNELS[op]
 
     def wrong_in_float32(*args: Any) -> Any:
@@ -115,7 +115,7 @@ def test_disagreement_at_full_size_is_refused() -> None:
     z = torch.ones(2, 3)
     assert check_agreement(CASES["zoo"], "eager", z, z) == 0
     for other in (z + 1e-3, z * torch.nan):
-        with pytest.raises(CheckFailed, match="zoo: engine and eager differ by"):
+        with pytest.raises(CheckFailed, match="zoo: backend and eager differ by"):
             check_agreement(CASES["zoo"], "eager", other, z)
 
 
@@ -127,8 +127,8 @@ def test_a_baseline_that_does_not_fit_is_refused_before_it_runs() -> None:
     for name in ("eager", "compile", "loop"):
         with pytest.raises(DoesNotFit, match="does not fit: padded .* GiB, 24 GiB may be used"):
             contender(name, encoder, batch, training=False, memory_limit=24 * 2**30)
-    contender("engine", encoder, batch, training=True, memory_limit=0)
-    with pytest.raises(ValueError, match="contender: name must be engine or one of eager, compile, loop, got 'x'"):
+    contender("sne_fast", encoder, batch, training=True, memory_limit=0)
+    with pytest.raises(ValueError, match="contender: name must be backend or one of eager, compile, loop, got 'x'"):
         contender("x", encoder, batch, training=False, memory_limit=0)
 
 
@@ -148,24 +148,24 @@ def test_predicted_memory_is_near_the_measured(training: bool) -> None:
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux only")
 def test_probe_does_not_inherit_the_peak_of_its_parent() -> None:
     ballast = torch.ones(250_000_000)  # 1 GB, four times what a fresh process holds
-    found = probe("inr", "forward", "engine", size="tiny", threads=1, limit=0)
+    found = probe("inr", "forward", "sne_fast", size="tiny", threads=1, limit=0)
     assert found["loaded_bytes"] < 4 * ballast.numel() and found["weights"] == 2 * 1153
     assert 0 < found["peak_bytes"] < 2e8 and found["seconds"] > 0
     assert "does not fit" in probe("inr", "forward", "eager", size="check", threads=1, limit=1e8)["skipped"]
-    with pytest.raises(RuntimeError, match="memory probe of nothing forward engine failed"):
-        probe("nothing", "forward", "engine", threads=1, limit=0)
+    with pytest.raises(RuntimeError, match="memory probe of nothing forward backend failed"):
+        probe("nothing", "forward", "sne_fast", threads=1, limit=0)
 
 
 # -------------------------------------------------------------------------------------------------------------- pairs
 
 
 def test_ratios_are_medians_of_neighbours() -> None:
-    engine = iter([1.0, 10.0, 1.0])  # the machine was ten times slower in the second round
+    backend = iter([1.0, 10.0, 1.0])  # the machine was ten times slower in the second round
     eager = iter([4.0, 50.0, 6.0])
-    pairs = Pairs(lambda: {"total": next(engine)}, {"eager": lambda: {"total": next(eager)}}, 1e6)
+    pairs = Pairs(lambda: {"total": next(backend)}, {"eager": lambda: {"total": next(eager)}}, 1e6)
     pairs.run(3)
     assert pairs.ratios() == {"eager": 5.0}
-    assert pairs.seconds() == {"engine": 1.0, "eager": 6.0}
+    assert pairs.seconds() == {"sne_fast": 1.0, "eager": 6.0}
     assert pairs.rounds == 3 and len(pairs.rates) == 3
     slowest_round = 1e6 / 10 / pairs.rates[1]
     assert pairs.fraction() > slowest_round
@@ -201,7 +201,7 @@ def test_report_writes_table_and_plots_between_the_markers(readme: Path) -> None
     info = next(e["extra_info"] for e in content["benchmarks"] if e["name"] == "test_forward[zoo]")
     row = next(line for line in text.splitlines() if line.startswith("| `zoo` forward"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2] == f"{info['weights'] / info['seconds']['engine'] / 1e6:.3g}"
+    assert cells[2] == f"{info['weights'] / info['seconds']['backend'] / 1e6:.3g}"
     assert cells[3] == f"{info['ratios']['eager']:.3g}x" and cells[4] == f"{info['ratios']['compile']:.3g}x"
     assert cells[6] == f"{100 * info['fraction_of_limit']:.0f} %"
     assert "| `gpt2` forward | 4.0k | 0.129 | (1) | (1) | (1) |" in text and "(1) does not fit: padded" in text
@@ -337,7 +337,7 @@ def test_short_form_refuses_what_it_does_not_know() -> None:
 
 
 def test_command_line_has_the_short_form() -> None:
-    from sne_fast.cli import app
+    from sne_fast.cli.commands import app
 
     found = CliRunner().invoke(app, ["bench", "--case", "zebra"])
     assert found.exit_code == 2 and "unknown case 'zebra'" in found.output

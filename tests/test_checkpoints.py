@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sne_fast import CheckpointError, pack
-from sne_fast import checkpoints as module_under_test
-from sne_fast.checkpoints import ORDER_KEY, load_state_dict, natural_key, save_state_dict
+from sne_fast.data import checkpoints as module_under_test
+from sne_fast.data.checkpoints import ORDER_KEY, load_state_dict, natural_key, save_state_dict
 
 
 @pytest.fixture
@@ -359,6 +359,6 @@ def test_written_files_have_ordinary_permissions(tmp_path, state) -> None:
 
 
 def test_importing_it_does_not_import_safetensors() -> None:
-    code = "import sys, sne_fast.checkpoints; print('safetensors' in sys.modules)"
+    code = "import sys, sne_fast.data.checkpoints; print('safetensors' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "False", run.stderr

@@ -13,9 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import sne_fast
-from sne_fast import SNE, Predictor, _gpu_runs
-from sne_fast.checkpoints import save_state_dict
-from sne_fast.cli import app
+from sne_fast import SNE, Predictor
+from sne_fast.backends import gpu_runs
+from sne_fast.cli.commands import app
+from sne_fast.data.checkpoints import save_state_dict
 from sne_fast.zoo import ZooWriter
 
 runner = CliRunner()
@@ -108,7 +109,7 @@ def test_encode_with_a_saved_encoder(files, tmp_path):
 
 def test_batches_change_nothing(files, tmp_path, monkeypatch):
     call("encode", *files, "-o", tmp_path / "a.npz")
-    monkeypatch.setattr("sne_fast._command_line.BATCH_WEIGHTS", 1)
+    monkeypatch.setattr("sne_fast.cli.running.BATCH_WEIGHTS", 1)
     call("encode", *files, "-o", tmp_path / "b.npz")
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         np.testing.assert_allclose(a["vector"], b["vector"], rtol=1e-4, atol=1e-5)
@@ -151,9 +152,9 @@ def test_info():
     assert result.exit_code == 0
     for word in ("sne_fast", "python", "torch", "triton", "numpy", "cpu", "cuda", "reference", "chunk_encode"):
         assert word in result.stdout
-    for engine in ("triton", "cuda"):
-        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"engine {engine}")]
-        runs = [run for run in _gpu_runs.read() if run.engine == engine]
+    for backend in ("triton", "cuda"):
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"backend {backend}")]
+        runs = [run for run in gpu_runs.read() if run.backend == backend]
         assert all(run.device in line for run in runs)
         assert ("has not run on a GPU yet: checked in" in line) == (not runs)
 
@@ -243,7 +244,7 @@ def test_bugs_are_not_hidden(files, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sne_fast.cli.expand", broken)
+    monkeypatch.setattr("sne_fast.cli.commands.expand", broken)
     result = call("encode", files[0], "-o", tmp_path / "z.npz")
     assert isinstance(result.exception, RuntimeError)
 
@@ -266,12 +267,12 @@ def test_the_memory_probe_runs_what_is_installed(tmp_path, monkeypatch):
     (tmp_path / "sne_fast").mkdir()
     (tmp_path / "sne_fast" / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
     monkeypatch.chdir(tmp_path)
-    assert probe("single", "forward", "engine", size="tiny", threads=1, limit=1e12)["weights"] == 1153
+    assert probe("single", "forward", "sne_fast", size="tiny", threads=1, limit=1e12)["weights"] == 1153
 
 
 def test_as_a_program(files, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sne_fast.cli", "encode"]
+    command = [sys.executable, "-m", "sne_fast", "encode"]
     good = subprocess.run(
         [*command, files[0], "-o", tmp_path / "z.npz"], capture_output=True, text=True, env=environment
     )

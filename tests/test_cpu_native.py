@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_cases import NEEDS_ENGINE, chunk_encode_case
+from cpu_cases import NEEDS_BACKEND, chunk_encode_case
 
 import sne_fast
-from sne_fast import _native
-from sne_fast.backends import cpu
+from sne_fast.backends.cpu import backend as cpu
+from sne_fast.backends.cpu import library as _native
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_engine = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_ENGINE)
+needs_backend = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_BACKEND)
 
 
 @pytest.fixture
@@ -43,19 +43,19 @@ def test_a_foreign_library_is_refused(monkeypatch, tmp_path, fresh_load):
     assert "does not load" in cpu.unavailable()[0]
 
 
-@needs_engine
+@needs_backend
 def test_another_abi_is_refused(monkeypatch, fresh_load):
     monkeypatch.setattr(_native, "ABI", 999)
     assert "needs 999: reinstall" in cpu.unavailable()[0]
 
 
-@needs_engine
+@needs_backend
 def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
     monkeypatch.setitem(_native.SYMBOLS, "sne_fast_cpu_of_tomorrow", (_native._INT, []))
     assert "lacks sne_fast_cpu_of_tomorrow" in cpu.unavailable()[0]
 
 
-@needs_engine
+@needs_backend
 def test_the_environment_variable_chooses_the_instruction_set(tmp_path):
     def ask(name: str) -> str:
         code = "from sne_fast import _native; print(_native.reasons() or _native.isa())"
@@ -72,13 +72,13 @@ def test_the_environment_variable_chooses_the_instruction_set(tmp_path):
     assert "must be one that this machine can run: portable" in ask("mmx")
 
 
-@needs_engine
+@needs_backend
 def test_a_wrong_instruction_set_is_an_error():
     with pytest.raises(RuntimeError, match="instruction set unknown"), _native.use_isa("mmx"):
         pass
 
 
-@needs_engine
+@needs_backend
 def test_structs_have_the_size_of_the_header(tmp_path):
     """ctypes mirrors the header by hand: count the fields there."""
     header = (ROOT / "csrc" / "include" / "sne_fast" / "cpu_abi.h").read_text()
@@ -99,7 +99,7 @@ def test_structs_have_the_size_of_the_header(tmp_path):
         assert fields == [field for field, _ in struct._fields_], name
 
 
-@needs_engine
+@needs_backend
 def test_bad_pointers_are_refused_not_followed():
     args = list(chunk_encode_case(64, 4, [5, 6]))
     for place, wrong in ((1, [0, 5, 12]), (1, [0, 12, 11]), (1, [1, 5, 11]), (2, [0, 1, 3])):

@@ -1,4 +1,4 @@
-"""The C++ tests of the CPU engine under AddressSanitizer and UBSan: `python csrc/tests/sanitize.py`."""
+"""The C++ tests of the CPU backend under AddressSanitizer and UBSan: `python csrc/tests/sanitize.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_engine_is_clean_under_the_sanitizers():
+def test_the_backend_is_clean_under_the_sanitizers():
     command = [sys.executable, str(ROOT / "csrc" / "tests" / "sanitize.py")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The CPU engine gives the same bits for any number of threads, and may be called from several Python threads."""
+"""The CPU backend gives the same bits for any number of threads, and may be called from several Python threads."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import threading
 
 import pytest
 import torch
-from cpu_cases import NEEDS_ENGINE, cast, chunk_encode_case, pointers
+from cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case, pointers
 
-from sne_fast import _native
-from sne_fast._threads import torch_threads
-from sne_fast.backends import cpu
+from sne_fast.backends.cpu import backend as cpu
+from sne_fast.backends.cpu import library
+from sne_fast.training.threads import torch_threads
 
-pytestmark = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_ENGINE)
+pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
 
 
 def all_results(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:

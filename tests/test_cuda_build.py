@@ -1,4 +1,4 @@
-"""How the CUDA engine is built, with an nvcc and an nvidia-smi that only pretend; tests/cuda_build has the real one."""
+"""How the CUDA backend is built, with an nvcc and an nvidia-smi that only pretend; tests/cuda_build has real ones."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_every_source_is_compiled_and_linked(toolkit: Toolkit, tmp_path: Path, m
     monkeypatch.setattr(cuda_build, "find_ninja", lambda: found if ninja else None)
     monkeypatch.setenv("SNE_FAST_WERROR", "1")
     monkeypatch.setenv("CXX", "g++-11 -march=native")
-    target = tmp_path / "out" / "engine.so"
+    target = tmp_path / "out" / "backend.so"
     assert cuda_build.build(target, tmp_path / "with space", ["80", "90a"]) == ["80", "90a"]
     assert target.read_text() == "built\n" and list(target.parent.iterdir()) == [target]
     *compiled, linked = toolkit.commands()
@@ -144,11 +144,11 @@ def test_what_the_compiler_says_is_in_the_message(toolkit: Toolkit, tmp_path: Pa
     monkeypatch.setattr(cuda_build, "find_ninja", lambda: found if ninja else None)
     toolkit.nvcc(fail="echo 'abi.cu(3): error: no such thing' >&2; exit 2")
     with pytest.raises(RuntimeError, match="no such thing"):
-        cuda_build.build(tmp_path / "engine.so", tmp_path / "objects", ["80"])
+        cuda_build.build(tmp_path / "backend.so", tmp_path / "objects", ["80"])
     toolkit.nvcc(fail="echo '#error -- unsupported GNU version! gcc versions later than 15 are not supported!'; exit 1")
     with pytest.raises(RuntimeError, match="nvcc refuses the host compiler: set CXX to an older one.*later than 15"):
-        cuda_build.build(tmp_path / "engine.so", tmp_path / "objects", ["80"])
-    assert not (tmp_path / "engine.so").exists()
+        cuda_build.build(tmp_path / "backend.so", tmp_path / "objects", ["80"])
+    assert not (tmp_path / "backend.so").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ setup.py
@@ -182,7 +182,7 @@ def test_a_plain_installation_without_a_gpu_says_nothing_of_cuda(toolkit: Toolki
 def test_it_is_built_when_asked_for_or_where_there_is_a_gpu(toolkit: Toolkit, tmp_path: Path) -> None:
     toolkit.nvcc()
     done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
-    assert (package / "_cuda_engine.so").exists() and "CUDA engine was built for 80" in done.stderr
+    assert (package / "_cuda_engine.so").exists() and "CUDA backend was built for 80" in done.stderr
     done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cpu")
     assert not (package / "_cuda_engine.so").exists()
     toolkit.gpus("9.0")
@@ -193,7 +193,7 @@ def test_it_is_built_when_asked_for_or_where_there_is_a_gpu(toolkit: Toolkit, tm
 
 def test_a_failure_is_a_message(toolkit: Toolkit, tmp_path: Path) -> None:
     done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
-    assert "sne_fast: the CUDA engine was not built: there is no nvcc" in done.stderr
+    assert "sne_fast: the CUDA backend was not built: there is no nvcc" in done.stderr
     assert "there is no nvcc" in (package / "_cuda_engine_build_error.txt").read_text()
     toolkit.nvcc(fail="echo broken; exit 1")
     done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")

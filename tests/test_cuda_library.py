@@ -1,4 +1,4 @@
-"""Loading the CUDA engine's library and what is said where it cannot be used, with builds and devices made up here."""
+"""Loading the CUDA backend's library and what is said where it cannot be used, with builds and devices made up here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import sne_fast
-from sne_fast import _selftest
-from sne_fast._cuda import compatibility, library
-from sne_fast.backends import cuda
+from sne_fast.backends.cuda import backend as cuda
+from sne_fast.backends.cuda import compatibility, library
+from sne_fast.ops import selftest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (ROOT / "csrc" / "include" / "sne_fast" / "cuda_abi.h").read_text()
@@ -188,13 +188,13 @@ def test_the_header_says_the_same() -> None:
 
 
 def test_a_rebuilt_library_and_changed_sources_are_tested_again(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_selftest, "__file__", str(tmp_path / "_selftest.py"))
+    monkeypatch.setattr(selftest, "__file__", str(tmp_path / "_selftest.py"))
     (tmp_path / "_cuda").mkdir()
     (tmp_path / "backend.py").write_text("as it was")
     digests = []
     for file in ("_cuda/set_attention.py", "_cuda/winners.json", "_cuda_engine.so", "backend.py", "kernels.py"):
         (tmp_path / file).write_text(f"changed {file}")
-        _selftest._source_digest.cache_clear()
-        digests.append(_selftest._source_digest(str(tmp_path / "backend.py"), cuda.SOURCES))
-    assert len(set(digests)) == 4 and digests[-1] == digests[-2], "what is not the engine's does not matter"
-    _selftest._source_digest.cache_clear()
+        selftest._source_digest.cache_clear()
+        digests.append(selftest._source_digest(str(tmp_path / "backend.py"), cuda.SOURCES))
+    assert len(set(digests)) == 4 and digests[-1] == digests[-2], "what is not the backend's does not matter"
+    selftest._source_digest.cache_clear()

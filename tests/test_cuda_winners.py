@@ -1,4 +1,4 @@
-"""Which of two GPU engines ``auto`` asks first: Triton's, but for calls that a committed measurement names."""
+"""Which of two GPU backends ``auto`` asks first: Triton's, but for calls that a committed measurement names."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ import pytest
 import torch
 from cpu_cases import chunk_encode_case
 from op_cases import attention_case, feed_forward_case, pool_case
-from test_dispatch import engine, install, pooled  # noqa: F401  (a fixture among them)
+from test_dispatch import backend, install, pooled  # noqa: F401  (a fixture among them)
 
 import sne_fast
-from sne_fast import _dispatch
-from sne_fast._cuda import winners
-from sne_fast._cuda.winners import Call, Rule
+from sne_fast.backends.cuda import winners
+from sne_fast.backends.cuda.winners import Call, Rule
+from sne_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = Call("set_attention", "9.0", "bfloat16", "ieee", 64, 4, 16.0, 1 << 20)
 
 
-def test_a_preferred_engine_is_asked_before_one_of_higher_priority(install) -> None:  # noqa: F811
+def test_a_preferred_backend_is_asked_before_one_of_higher_priority(install) -> None:  # noqa: F811
     wanted: list[tuple[str, int]] = []
 
     def preferred(op: str, args: tuple[Any, ...]) -> bool:
         wanted.append((op, len(args)))
         return True
 
-    install(engine("triton", PRIORITY=2000, KERNELS={"segment_pool": lambda *args: 1 / 0}))
-    install(engine("cuda", PRIORITY=-5, preferred=preferred))
+    install(backend("triton", PRIORITY=2000, KERNELS={"segment_pool": lambda *args: 1 / 0}))
+    install(backend("cuda", PRIORITY=-5, preferred=preferred))
     assert pooled() == 7 and wanted == [("segment_pool", 4)]
-    install(engine("cuda", PRIORITY=-5, preferred=preferred, AUTO_DEVICES=("cuda",)))
+    install(backend("cuda", PRIORITY=-5, preferred=preferred, AUTO_DEVICES=("cuda",)))
     with pytest.raises(ZeroDivisionError):
         pooled()
     assert len(wanted) == 1, "on a device that it does not serve it is not even asked"
-    install(engine("cuda", PRIORITY=-5, preferred=lambda op, args: False))
+    install(backend("cuda", PRIORITY=-5, preferred=lambda op, args: False))
     with pytest.raises(ZeroDivisionError):
         pooled()
 
 
-def test_a_preferred_engine_that_cannot_run_is_passed_by(install) -> None:  # noqa: F811
-    install(engine("cuda", preferred=lambda op, args: True, why_not=lambda op, args: ["not this width"]))
+def test_a_preferred_backend_that_cannot_run_is_passed_by(install) -> None:  # noqa: F811
+    install(backend("cuda", preferred=lambda op, args: True, why_not=lambda op, args: ["not this width"]))
     assert pooled() != 7
 
 
 def test_without_triton_cuda_is_taken_before_the_reference(install, monkeypatch) -> None:  # noqa: F811
     """By priority alone, with no rule for the call."""
-    loaded, _ = _dispatch._load()
+    loaded, _ = dispatch._load()
     assert loaded["triton"].PRIORITY > loaded["cuda"].PRIORITY > loaded["reference"].PRIORITY
-    install(engine("triton", PRIORITY=loaded["triton"].PRIORITY, unavailable=lambda: ["Triton is not installed"]))
-    install(engine("cuda", PRIORITY=loaded["cuda"].PRIORITY, preferred=lambda op, args: False))
-    install(engine("cpu", unavailable=lambda: ["not on a GPU"]))
+    install(backend("triton", PRIORITY=loaded["triton"].PRIORITY, unavailable=lambda: ["Triton is not installed"]))
+    install(backend("cuda", PRIORITY=loaded["cuda"].PRIORITY, preferred=lambda op, args: False))
+    install(backend("cpu", unavailable=lambda: ["not on a GPU"]))
     assert pooled() == 7
 
 
@@ -116,10 +116,10 @@ def result(**changes: Any) -> dict[str, Any]:
     shape = {"op": "set_attention", "dtype": "torch.bfloat16", "products": "ieee", "width": 64, "heads": 4,
              "length": 16.0, "rows": 1 << 20, "error": 1e-3}  # fmt: skip
     rows = [
-        {**shape, "engine": "triton", "forward_seconds": 1.2e-3, "step_seconds": 3.0e-3},
-        {**shape, "engine": "cuda", "forward_seconds": 1.0e-3, "step_seconds": 3.5e-3},
+        {**shape, "backend": "triton", "forward_seconds": 1.2e-3, "step_seconds": 3.0e-3},
+        {**shape, "backend": "cuda", "forward_seconds": 1.0e-3, "step_seconds": 3.5e-3},
         {**shape, "by": "FlexAttention", "forward_seconds": 1e-6, "step_seconds": 2e-6},
-        {**shape, "op": "gather_chunks", "engine": "cuda", "forward_seconds": 1e-3},
+        {**shape, "op": "gather_chunks", "backend": "cuda", "forward_seconds": 1e-3},
     ]
     environment = {"capability": [9, 0], "dirty": False, **changes}
     return {"errors": {}, "parts": {"environment": environment, "ops": rows}}

@@ -14,8 +14,8 @@ pytest.importorskip("matplotlib")
 
 import sne_fast
 from sne_fast import Predictor
-from sne_fast.demo import Demo, check_extra, run
-from sne_fast.reporting import measures, statistics_regression, write_csv, write_json
+from sne_fast.reports.reporting import measures, statistics_regression, write_csv, write_json
+from sne_fast.tasks.demo import Demo, check_extra, run
 from sne_fast.zoo import Zoo, verify
 from sne_fast.zoo.statistics import STATISTICS, layer_statistics
 

@@ -1,4 +1,4 @@
-"""Choice of the engine: explicit choices never fall back, reasons are joined, a new engine is one file."""
+"""Choice of the backend: explicit choices never fall back, reasons are joined, a new backend is one file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from op_cases import pool_case
 
 import sne_fast
-from sne_fast import _dispatch, functional
+from sne_fast import functional
+from sne_fast.ops import dispatch
 
 
-def engine(name: str = "triton", **changes: object) -> types.ModuleType:
+def backend(name: str = "triton", **changes: object) -> types.ModuleType:
     """A backend module that pools by returning sevens."""
     module = types.ModuleType(name)
 
@@ -35,10 +36,10 @@ def engine(name: str = "triton", **changes: object) -> types.ModuleType:
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch):
     def put(module: types.ModuleType) -> None:
-        loaded, failed = _dispatch._load()
-        monkeypatch.setattr(_dispatch, "_load", lambda: ({**loaded, module.NAME: module}, failed))
+        loaded, failed = dispatch._load()
+        monkeypatch.setattr(dispatch, "_load", lambda: ({**loaded, module.NAME: module}, failed))
 
-    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     return put
 
 
@@ -48,26 +49,26 @@ def pooled() -> float:
 
 
 def test_auto_takes_the_highest_priority_and_falls_back(install) -> None:
-    install(engine())
+    install(backend())
     assert pooled() == 7
-    install(engine(PRIORITY=-1))
+    install(backend(PRIORITY=-1))
     assert pooled() != 7
-    install(engine(why_not=lambda op, args: ["not this width"]))
+    install(backend(why_not=lambda op, args: ["not this width"]))
     assert pooled() != 7
-    install(engine(unavailable=lambda: ["no driver"]))
+    install(backend(unavailable=lambda: ["no driver"]))
     assert pooled() != 7
-    install(engine(DEVICES=("cuda",)))
+    install(backend(DEVICES=("cuda",)))
     assert pooled() != 7
 
 
 def test_an_explicit_choice_never_falls_back(install) -> None:
-    install(engine(unavailable=lambda: ["no driver"], DEVICES=("cuda",)))
+    install(backend(unavailable=lambda: ["no driver"], DEVICES=("cuda",)))
     with sne_fast.use_backend("triton"):
         with pytest.raises(
             sne_fast.BackendError, match="segment_pool: backend 'triton' cannot run it: no driver; runs"
         ):
             pooled()
-    install(engine(why_not=lambda op, args: ["width 8 is not one of 32, 64"]))
+    install(backend(why_not=lambda op, args: ["width 8 is not one of 32, 64"]))
     with sne_fast.use_backend("triton"), pytest.raises(sne_fast.BackendError, match="width 8 is not one of"):
         pooled()
     x = torch.randn(2, 8)
@@ -77,14 +78,14 @@ def test_an_explicit_choice_never_falls_back(install) -> None:
 
 
 def test_the_environment_chooses_where_no_block_does(install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(engine())
-    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "reference")
+    install(backend())
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
     assert pooled() != 7
     with sne_fast.use_backend("triton"):
         assert pooled() == 7
     with sne_fast.use_backend("auto"):
         assert pooled() == 7
-    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "fastest")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(ValueError, match="SNE_FAST_BACKEND: backend must be one of auto, reference"):
         pooled()
 
@@ -92,11 +93,11 @@ def test_the_environment_chooses_where_no_block_does(install, monkeypatch: pytes
 def test_blocks_nest_and_restore(install) -> None:
     with sne_fast.use_backend("reference"):
         with sne_fast.use_backend("auto"):
-            assert _dispatch.current_backend() == "auto"
-        assert _dispatch.current_backend() == "reference"
+            assert dispatch.current_backend() == "auto"
+        assert dispatch.current_backend() == "reference"
         with pytest.raises(ZeroDivisionError), sne_fast.use_backend("cpu"):
             raise ZeroDivisionError
-        assert _dispatch.current_backend() == "reference"
+        assert dispatch.current_backend() == "reference"
     with pytest.raises(ValueError, match="use_backend: backend must be one of"):
         with sne_fast.use_backend("numpy"):
             pass
@@ -108,14 +109,14 @@ def test_backward_in_another_thread_sees_the_choice(install) -> None:
 
     seen = []
     with sne_fast.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(_dispatch.current_backend()))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.current_backend()))
         thread.start()
         thread.join()
     assert seen == ["reference"]
 
 
 def test_explain_names_every_op_backend_and_reason(install) -> None:
-    install(engine(unavailable=lambda: ["no driver here"]))
+    install(backend(unavailable=lambda: ["no driver here"]))
     report = sne_fast.explain()
     assert {r.op for r in report} == {"gather_chunks", "chunk_encode", "set_attention", "segment_pool", "feed_forward"}
     assert {r.backend for r in report} == {"reference", "cpu", "triton", "cuda"}
@@ -127,8 +128,8 @@ def test_explain_names_every_op_backend_and_reason(install) -> None:
 
 
 def test_a_backend_that_cannot_be_imported_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, _ = _dispatch._load()
-    monkeypatch.setattr(_dispatch, "_load", lambda: (loaded, {"cuda": "import failed: no libcuda"}))
+    loaded, _ = dispatch._load()
+    monkeypatch.setattr(dispatch, "_load", lambda: (loaded, {"cuda": "import failed: no libcuda"}))
     assert any("no libcuda" in str(r.reasons) for r in sne_fast.explain() if r.backend == "cuda")
 
 
@@ -141,27 +142,27 @@ def test_import_prints_nothing_probes_nothing_and_stays_light(tmp_path) -> None:
         "heavy = {'triton', 'sklearn', 'matplotlib', 'scipy', 'huggingface_hub', 'typer', 'rich', 'torch._dynamo'}\n"
         "assert not heavy & new, heavy & new\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert not [m for m in new if m.startswith('sne_fast.backends.')], 'engines are loaded on first use'\n"
+        "assert not [m for m in new if m.startswith('sne_fast.backends.')], 'backends are loaded on first use'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
 
 
-def test_auto_leaves_devices_that_an_engine_serves_by_name_only(install) -> None:
-    install(engine(AUTO_DEVICES=("cuda",)))
+def test_auto_leaves_devices_that_a_backend_serves_by_name_only(install) -> None:
+    install(backend(AUTO_DEVICES=("cuda",)))
     assert pooled() != 7
     with sne_fast.use_backend("triton"):
         assert pooled() == 7
 
 
-def test_the_triton_engine_explains_itself_and_imports_triton_late(tmp_path) -> None:
+def test_the_triton_backend_explains_itself_and_imports_triton_late(tmp_path) -> None:
     code = (
         "import sys, torch, sne_fast\n"
         "x, ptr = torch.randn(4, 16), torch.tensor([0, 4])\n"
         "sne_fast.functional.segment_pool(x, x, ptr)\n"
         "report = sne_fast.explain('cuda')\n"
-        "assert 'sne_fast.backends.triton' in sys.modules\n"
+        "assert 'sne_fast.backends.triton.backend' in sys.modules\n"
         "print([r.reasons for r in report if r.backend == 'triton'])\n"
         "assert torch.cuda.is_available() or 'triton' not in sys.modules\n"
     )

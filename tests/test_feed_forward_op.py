@@ -1,4 +1,4 @@
-"""feed_forward on the reference engine, and when a MAB calls it rather than ordinary torch operations."""
+"""feed_forward on the reference backend, and when a MAB calls it rather than ordinary torch operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sne_fast
-from sne_fast import MAB, PMA, _dispatch, functional, reference
+from sne_fast import MAB, PMA, functional
+from sne_fast.ops import dispatch, reference
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 NAMES = ("q", "attended", "w_o", "b_o", "norm")
@@ -20,7 +21,7 @@ NAMES = ("q", "attended", "w_o", "b_o", "norm")
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
 
 
 def with_gradients(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -118,21 +119,21 @@ def test_errors(change: dict[str, Tensor], message: str) -> None:
 # --------------------------------------------------------------------------------------------- when a block calls it
 
 
-def test_which_engines_fuse() -> None:
+def test_which_backends_fuse() -> None:
     said = {}
-    for name in ("auto", *_dispatch.BACKEND_NAMES):
+    for name in ("auto", *dispatch.BACKEND_NAMES):
         with sne_fast.use_backend(name):
-            said[name] = [_dispatch.fuses("feed_forward", torch.device(kind)) for kind in ("cpu", "cuda")]
+            said[name] = [dispatch.fuses("feed_forward", torch.device(kind)) for kind in ("cpu", "cuda")]
     no = [False, False]
     # Triton by name on a CPU is its interpreter: without it, the attention before has refused already.
     assert said == {"auto": [False, True], "reference": no, "cpu": no, "cuda": no, "triton": [True, True]}
 
 
-@pytest.mark.parametrize("engine", ["cpu", "cuda"])
-def test_an_engine_without_it_says_so(engine: str) -> None:
-    reasons = {r.op: r.reasons for r in sne_fast.explain() if r.backend == engine}
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_backend_without_it_says_so(backend: str) -> None:
+    reasons = {r.op: r.reasons for r in sne_fast.explain() if r.backend == backend}
     assert "does not implement feed_forward; modules do it by ordinary torch operations" in reasons["feed_forward"]
-    with sne_fast.use_backend(engine), pytest.raises(sne_fast.BackendError, match="does not implement feed_forward"):
+    with sne_fast.use_backend(backend), pytest.raises(sne_fast.BackendError, match="does not implement feed_forward"):
         functional.feed_forward(*feed_forward_case(3, 32))
 
 
@@ -181,8 +182,8 @@ def test_on_a_gpu_the_op_is_for_what_kernels_take() -> None:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks call the op as they do there; the reference runs it."""
-    fuses = _dispatch.fuses
-    monkeypatch.setattr(_dispatch, "fuses", lambda op, device: fuses(op, torch.device("cuda")))
+    fuses = dispatch.fuses
+    monkeypatch.setattr(dispatch, "fuses", lambda op, device: fuses(op, torch.device("cuda")))
 
 
 def encoded(encoder: torch.nn.Module, batch: sne_fast.WeightBatch, run=None) -> list[Tensor]:
@@ -212,7 +213,7 @@ def test_the_whole_encoder_with_it(calls, as_on_a_gpu, config: dict[str, object]
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.abs().max()) + 1e-12)
 
 
-def test_compiled_into_one_graph_that_follows_the_choice_of_engine(calls, as_on_a_gpu) -> None:
+def test_compiled_into_one_graph_that_follows_the_choice_of_backend(calls, as_on_a_gpu) -> None:
     mab = MAB(8, 8, 32, num_heads=4, layer_norm=True).double()
     x, ptr = torch.randn(7, 8, dtype=DOUBLE), torch.tensor([0, 3, 7])
     compiled = torch.compile(mab, fullgraph=True, backend="aot_eager")
@@ -255,8 +256,8 @@ def test_sets_of_several_seeds(calls, as_on_a_gpu) -> None:
     assert pool(x[:0], ptr[:1]).shape == (0, 3, 32)
 
 
-def test_a_backward_under_another_engine_is_the_references() -> None:
-    """What forward saved is the same for all engines, and an engine without the op has no backward of it."""
+def test_a_backward_under_another_backend_is_the_references() -> None:
+    """What forward saved is the same for all backends, and a backend without the op has no backward of it."""
     generator = torch.Generator().manual_seed(0)
     args = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
             for shape in ((5, 32), (5, 32), (32, 32), (32,), (4, 32))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The engines for a GPU on tensors of more than 2^31 values: offsets that do not fit 32 bits."""
+"""The backends for a GPU on tensors of more than 2^31 values: offsets that do not fit 32 bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPU, HALF, BRAIN = torch.device("cuda"), torch.float16, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def every_engine(gpu_engine: str) -> None:
+def every_backend(gpu_backend: str) -> None:
     """Each test with each of them."""
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from sne_fast import _gpu_runs, _info
-from sne_fast._gpu_runs import Run
+from sne_fast.backends import gpu_runs
+from sne_fast.backends.gpu_runs import Run
+from sne_fast.cli import info
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,46 +19,46 @@ ROOT = Path(__file__).resolve().parents[1]
 def result(**changes: Any) -> dict[str, Any]:
     environment = {"device": "NVIDIA H200", "capability": [9, 0], "commit": "0123456789abcdef"}
     rows = [
-        {"op": "chunk_encode", "engine": "cuda", "forward_seconds": 1.0},
-        {"op": "chunk_encode", "engine": "cuda", "forward_seconds": 2.0},
-        {"op": "segment_pool", "engine": "cuda", "forward_seconds": 1.0},
-        {"op": "segment_pool", "engine": "triton", "forward_seconds": 1.0},
+        {"op": "chunk_encode", "backend": "cuda", "forward_seconds": 1.0},
+        {"op": "chunk_encode", "backend": "cuda", "forward_seconds": 2.0},
+        {"op": "segment_pool", "backend": "cuda", "forward_seconds": 1.0},
+        {"op": "segment_pool", "backend": "triton", "forward_seconds": 1.0},
         {"op": "set_attention", "by": "FlexAttention", "forward_seconds": 1.0},
-        {"op": "set_attention", "engine": "triton", "skipped": "..."},
+        {"op": "set_attention", "backend": "triton", "skipped": "..."},
     ]
     return {"errors": {}, "parts": {"environment": environment, "ops": rows}, "part_seconds": {}, **changes}
 
 
 def test_runs_of_a_result() -> None:
     shape = ("NVIDIA H200", "9.0")
-    assert _gpu_runs.runs_of(result(), "gpu.json") == [
+    assert gpu_runs.runs_of(result(), "gpu.json") == [
         Run("cuda", *shape, ("chunk_encode", "segment_pool"), (), "0123456789", "gpu.json"),
         Run("triton", *shape, ("segment_pool",), (), "0123456789", "gpu.json"),
     ]
-    assert not _gpu_runs.runs_of({"parts": {"environment": {}}}, "cpu.json"), "tried on a CPU"
+    assert not gpu_runs.runs_of({"parts": {"environment": {}}}, "cpu.json"), "tried on a CPU"
 
 
 def test_what_failed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "gpu_runs.json"
-    _gpu_runs.write(_gpu_runs.runs_of(result(errors={"tests": "..."}), "gpu.json")[:1], file)
-    monkeypatch.setattr(_gpu_runs, "read", lambda read=_gpu_runs.read: read(file))
-    said = _gpu_runs.sentence("cuda")
+    gpu_runs.write(gpu_runs.runs_of(result(errors={"tests": "..."}), "gpu.json")[:1], file)
+    monkeypatch.setattr(gpu_runs, "read", lambda read=gpu_runs.read: read(file))
+    said = gpu_runs.sentence("cuda")
     assert said == ("has run chunk_encode, segment_pool on NVIDIA H200 (compute 9.0, gpu.json), where failed: tests")
-    assert _info._on_gpus("cuda") == said and "has not run on a GPU yet" in _info._on_gpus("triton")
+    assert info._on_gpus("cuda") == said and "has not run on a GPU yet" in info._on_gpus("triton")
 
 
 def test_the_package_says_what_the_committed_results_say() -> None:
     contents = {file.name: json.loads(file.read_text()) for file in sorted((ROOT / "bench" / "results").glob("*.json"))}
     runs = [
-        run for name, found in contents.items() if _gpu_runs.is_result(found) for run in _gpu_runs.runs_of(found, name)
+        run for name, found in contents.items() if gpu_runs.is_result(found) for run in gpu_runs.runs_of(found, name)
     ]
-    assert list(_gpu_runs.read()) == runs, "python -m sne_fast._gpu_runs bench/results/*.json"
+    assert list(gpu_runs.read()) == runs, "python -m sne_fast.backends.gpu_runs bench/results/*.json"
 
 
-@pytest.mark.parametrize("engine", ["triton", "cuda"])
-def test_the_readme_says_the_same(engine: str) -> None:
-    row = re.search(rf"^\| `{engine}` \|.*$", (ROOT / "README.md").read_text(), re.M)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_readme_says_the_same(backend: str) -> None:
+    row = re.search(rf"^\| `{backend}` \|.*$", (ROOT / "README.md").read_text(), re.M)
     assert row is not None
-    devices = {run.device for run in _gpu_runs.read() if run.engine == engine}
+    devices = {run.device for run in gpu_runs.read() if run.backend == backend}
     assert all(device in row[0] for device in devices)
     assert ("**Has not run on a GPU yet**" in row[0]) == (not devices)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from sne_fast._cuda import winners
-from sne_fast._schema import FORWARD_OPS
+from sne_fast.backends.cuda import winners
 from sne_fast.benchmark.gpu_ops import shape_of
+from sne_fast.ops.schema import FORWARD_OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,22 +34,22 @@ def test_every_part_but_the_tests_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(found["parts"]) == set(parts) and not found["errors"]
     environment = found["parts"]["environment"]
-    assert environment["torch"] == torch.__version__ and "chunk_encode" in environment["engines"]
+    assert environment["torch"] == torch.__version__ and "chunk_encode" in environment["backends"]
     ops = found["parts"]["ops"]
     assert {row["op"] for row in ops} == set(FORWARD_OPS)
-    assert all(row["forward_seconds"] > 0 and row["error"] < 2e-2 and row["engine"] == "auto" for row in ops)
+    assert all(row["forward_seconds"] > 0 and row["error"] < 2e-2 and row["backend"] == "auto" for row in ops)
     cases = {(row["case"], row["dtype"]): row for row in found["parts"]["cases"]}
     assert set(cases) == {(c, d) for c in ("zoo", "resnet50") for d in ("bfloat16", "float32")}
     for row in cases.values():
         assert row["check"]["output_error"] <= row["check"]["output_allowed"]
         for mode in ("forward", "training"):
-            ratio = row[f"eager {mode}"]["seconds"] / row[f"engine {mode}"]["seconds"]
+            ratio = row[f"eager {mode}"]["seconds"] / row[f"backend {mode}"]["seconds"]
             assert row[f"ratios {mode}"] == {"eager": pytest.approx(ratio)}
     assert "resnet50" in done.stdout and "segment_pool" in done.stdout  # the tables at the end
 
 
 @pytest.mark.slow
-def test_two_engines_are_measured_on_the_same_work(tmp_path: Path) -> None:
+def test_two_backends_are_measured_on_the_same_work(tmp_path: Path) -> None:
     """As they are on a GPU, where one is cuda and the other triton."""
     done, found = run_suite(
         tmp_path / "gpu.json", "--device", "cpu", "--size", "tiny", "--backend", "cpu", "reference",
@@ -57,17 +57,17 @@ def test_two_engines_are_measured_on_the_same_work(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = found["parts"]["ops"]
-    shapes = {e: [shape_of(row) for row in rows if row["engine"] == e] for e in ("cpu", "reference")}
+    shapes = {e: [shape_of(row) for row in rows if row["backend"] == e] for e in ("cpu", "reference")}
     assert shapes["cpu"] == shapes["reference"] and len(set(shapes["cpu"])) == len(shapes["cpu"]) >= 10
     for case in found["parts"]["cases"]:
-        assert case["engine"] == "cpu" and set(case["checks"]) == {"reference"}
-        ratio = case["reference forward"]["seconds"] / case["engine forward"]["seconds"]
+        assert case["backend"] == "cpu" and set(case["checks"]) == {"reference"}
+        ratio = case["reference forward"]["seconds"] / case["backend forward"]["seconds"]
         assert case["ratios forward"] == {"reference": pytest.approx(ratio)}
     # What was measured is what the dispatcher's table is made of. Who won here is left to chance: times are set.
     for row in rows:
-        row["engine"] = {"cpu": "cuda", "reference": "triton"}[row["engine"]]
+        row["backend"] = {"cpu": "cuda", "reference": "triton"}[row["backend"]]
         for key in row.keys() & {"forward_seconds", "step_seconds"}:
-            row[key] = (1.0 if row["engine"] == "cuda" else 2.0) * (3 if key == "step_seconds" else 1)
+            row[key] = (1.0 if row["backend"] == "cuda" else 2.0) * (3 if key == "step_seconds" else 1)
     found["parts"]["environment"] |= {"capability": [9, 0], "dirty": False}
     named = {rule.when.op for rule in winners.rules_from(found, "gpu.json")}
     assert {"chunk_encode", "set_attention_backward"} <= named
@@ -88,7 +88,7 @@ def test_a_part_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Pa
     assert "backend 'cuda' cannot run it" in found["errors"]["ops"] and "environment" in found["parts"]
     tried = [op for op in ("chunk_encode", "set_attention", "segment_pool", "gather_chunks")
              if f"{op}: backend 'cuda' cannot run it" in found["errors"]["ops"]]  # fmt: skip
-    assert len(tried) == 4, "one engine's failure does not stop the other ops"
+    assert len(tried) == 4, "one backend's failure does not stop the other ops"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

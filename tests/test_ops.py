@@ -1,4 +1,4 @@
-"""The ops on the reference engine: loops, gradients, opcheck, autocast, error messages."""
+"""The ops on the reference backend: loops, gradients, opcheck, autocast, error messages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 import sne_fast
 from sne_fast import functional as F
-from sne_fast import reference
-from sne_fast._schema import SCHEMAS
+from sne_fast.ops import reference
+from sne_fast.ops.schema import SCHEMAS
 
 TENSORS = [[5, 5, 3], [1], [2, 1], [5]]
 
@@ -219,7 +219,7 @@ def test_autocast_casts_once_and_grads_return_in_the_inputs_dtype() -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
-def test_the_engine_computes_outside_autocast() -> None:
+def test_the_backend_computes_outside_autocast() -> None:
     q, k, v, q_ptr, k_ptr = attention_case([5], [5], 32, torch.float32)
     plain = torch.ops.sne_fast.set_attention(q, k, v, q_ptr, k_ptr, q_ptr, k_ptr, 4)[0]
     with torch.autocast("cpu", torch.bfloat16):

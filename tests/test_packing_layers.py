@@ -8,7 +8,7 @@ from networks import make
 from torch import nn
 
 from sne_fast import pack
-from sne_fast.tensor_types import KINDS, infer_kind, kind_id, role_of
+from sne_fast.data.tensor_types import KINDS, infer_kind, kind_id, role_of
 
 LINEAR, CONVOLUTION, TRANSPOSED, NORM, EMBEDDING, RECURRENT, ATTENTION, OTHER = range(8)
 

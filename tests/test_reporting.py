@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sne_fast import reporting
+from sne_fast.reports import reporting
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

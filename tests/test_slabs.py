@@ -7,8 +7,9 @@ import torch
 from networks import make
 
 import sne_fast
-from sne_fast import SNE, _slabs
+from sne_fast import SNE
 from sne_fast.benchmark.networks import randomise_, zoo_cnn
+from sne_fast.nn import bounded_memory
 
 NETWORKS = ("mlp", "cnn", "oddities")
 
@@ -28,8 +29,8 @@ def test_runs_change_nothing(
     randomise_(encoder, seed=1)
     batch = encoder.pack(networks(), dtype=torch.float64).detach()
     expected = encoder(batch).detach()  # with gradients: all at once
-    monkeypatch.setattr(_slabs, "ROWS", {"cpu": rows})
-    monkeypatch.setattr(_slabs, "WEIGHTS", {"cpu": weights})
+    monkeypatch.setattr(bounded_memory, "ROWS", {"cpu": rows})
+    monkeypatch.setattr(bounded_memory, "WEIGHTS", {"cpu": weights})
     values = batch.values.clone()
     with torch.no_grad():
         torch.testing.assert_close(encoder(batch), expected, rtol=1e-11, atol=1e-12)
@@ -37,17 +38,17 @@ def test_runs_change_nothing(
 
 
 def test_runs_of_networks_hold_the_budget_and_every_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_slabs, "WEIGHTS", {"cpu": 10})
+    monkeypatch.setattr(bounded_memory, "WEIGHTS", {"cpu": 10})
     starts = torch.tensor([0, 4, 9, 30, 31, 41, 41, 45])
     with torch.no_grad():
-        runs = _slabs.network_runs(starts, torch.device("cpu"))
+        runs = bounded_memory.network_runs(starts, torch.device("cpu"))
     assert [(r.start, r.stop) for r in runs] == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]
-    assert _slabs.network_runs(starts, torch.device("cpu")) == [slice(0, 7)]  # gradients are on here
+    assert bounded_memory.network_runs(starts, torch.device("cpu")) == [slice(0, 7)]  # gradients are on here
 
 
 def test_only_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_slabs, "ROWS", {"cpu": 7})
-    monkeypatch.setattr(_slabs, "WEIGHTS", {"cpu": 10})
+    monkeypatch.setattr(bounded_memory, "ROWS", {"cpu": 7})
+    monkeypatch.setattr(bounded_memory, "WEIGHTS", {"cpu": 10})
     encoder = SNE(hidden_dim=32)
     batch = encoder.pack(networks())
     calls: list[int] = []
@@ -66,7 +67,7 @@ def test_dtype_under_autocast_is_that_of_a_single_run(layer_norm: bool, monkeypa
     block = sne_fast.SAB(32, 32, 4, layer_norm)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = block(x, ptr)
-        monkeypatch.setattr(_slabs, "ROWS", {"cpu": 16})
+        monkeypatch.setattr(bounded_memory, "ROWS", {"cpu": 16})
         found = block(x, ptr)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

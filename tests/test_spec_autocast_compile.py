@@ -145,7 +145,7 @@ def test_autocast_keeps_the_parameters_dtype(dtype: torch.dtype) -> None:
 # torch.compile
 
 
-# Compiled once: the engine is chosen inside the opaque ops, at run time.
+# Compiled once: the backend is chosen inside the opaque ops, at run time.
 once = pytest.mark.parametrize("backend", ["auto"], indirect=True)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import sne_fast
 from sne_fast import symmetry as sym
-from sne_fast._batch_checks import TENSORS
+from sne_fast.data.batch_checks import TENSORS
 from sne_fast.symmetry.checking import random_weights
 from sne_fast.zoo import Zoo
 from sne_fast.zoo.architectures import ARCHITECTURES

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import sne_fast
-from sne_fast.cli import app
+from sne_fast.cli.commands import app
 from sne_fast.zoo import Zoo, make_sine_zoo
 
 # gloo looks the machine's own name up, which a closed-off one may not know.
@@ -105,7 +105,7 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str, zoo: Path
 def test_torchrun_gives_what_one_process_gives(zoo: Path, tmp_path: Path) -> None:
     arguments = ["train", str(zoo), "--target", "a", "--permute", *SMALL]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "sne_fast.cli", *arguments, "-o", str(tmp_path / "two")]  # fmt: skip
+               "-m", "sne_fast", *arguments, "-o", str(tmp_path / "two")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

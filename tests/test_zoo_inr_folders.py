@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sne_fast
-from sne_fast.checkpoints import CheckpointError
+from sne_fast.data.checkpoints import CheckpointError
 from sne_fast.zoo import VerifyError, load_dwsnets, load_nfn, verify
 from sne_fast.zoo.inrs import Siren
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sne_fast
-from sne_fast.checkpoints import CheckpointError, save_state_dict
+from sne_fast.data.checkpoints import CheckpointError, save_state_dict
 from sne_fast.zoo import VerifyError, Zoo, load_checkpoints, load_schuerholt, load_unterthiner, verify
 from sne_fast.zoo.architectures import unterthiner_cnn
 from sne_fast.zoo.csv_table import read_csv

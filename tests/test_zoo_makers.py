@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from sne_fast._threads import torch_threads
+from sne_fast.training.threads import torch_threads
 from sne_fast.zoo import VerifyError, Zoo, make_classifier_zoo, make_sine_zoo, verify
 from sne_fast.zoo.architectures import FAMILIES, unterthiner_cnn
 from sne_fast.zoo.images import DATASETS, load_images

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sne_fast
-from sne_fast.checkpoints import CheckpointError, load_state_dict
+from sne_fast.data.checkpoints import CheckpointError, load_state_dict
 from sne_fast.training import network_sizes
 from sne_fast.zoo import WeightBudgetSampler, Zoo, ZooDataset, ZooWriter, networks_at, pack_options, zoo_loader
 

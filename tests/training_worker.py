@@ -8,7 +8,7 @@ import sys
 import torch
 
 from sne_fast import SNE, Predictor
-from sne_fast.batch import WeightBatch
+from sne_fast.data.batch import WeightBatch
 from sne_fast.training import FitSettings, fit
 from sne_fast.training.distributed import processes
 

@@ -1,1 +1,1 @@
-"""Engines, one module each, found by :mod:`sne_fast._dispatch`; adding an engine adds a file here and touches none."""
+"""Backends, found here by :mod:`sne_fast.ops.dispatch`: adding one adds files and touches none."""

@@ -1,11 +1,11 @@
-"""The plain PyTorch engine: every op, any device and dtype, in tiles."""
+"""The plain PyTorch backend: every op, any device and dtype, in tiles."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .. import reference
-from .._schema import SCHEMAS
+from ..ops import reference
+from ..ops.schema import SCHEMAS
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()

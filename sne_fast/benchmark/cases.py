@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batch import WeightBatch
-from ..encoder import SNE
+from ..data.batch import WeightBatch
+from ..nn.encoder import SNE
 from .networks import (
     BottleneckResNet,
     ResNet,

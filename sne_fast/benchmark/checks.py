@@ -1,4 +1,4 @@
-"""The check that precedes every measurement: an engine's output and gradients against the float64 reference."""
+"""The check that precedes every measurement: a backend's output and gradients against the float64 reference."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._dispatch import use_backend
-from ..batch import WeightBatch
-from ..encoder import SNE
-from ..reference import PaddedSNE
+from ..data.batch import WeightBatch
+from ..nn.encoder import SNE
+from ..nn.padded import PaddedSNE
+from ..ops.dispatch import use_backend
 from .cases import Case
 
 OUTPUT_TOLERANCE = 2e-5
@@ -21,12 +21,12 @@ GRADIENT_TOLERANCE = 1e-4
 AGREEMENT_TOLERANCE = 1e-4
 # A gradient that is zero in exact arithmetic (keys' biases) is judged by the size of the largest one.
 GRADIENT_FLOOR = 1e-3
-# In half types and tf32 an engine may lose this many times what PyTorch's own padded form loses in the same type.
+# In half types and tf32 a backend may lose this many times what PyTorch's own padded form loses in the same type.
 LOSS_RATIO = 2.0
 
 
 class CheckFailed(RuntimeError):
-    """The engine's numbers are wrong, so its speed is not reported."""
+    """The backend's numbers are wrong, so its speed is not reported."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def run_check(
     """Encode a version of the case of at most 1e5 weights on `backend` and, in float64, on the reference.
 
     Under `autocast`, and where torch's float32 products on a GPU are tf32, the padded form in plain PyTorch says how
-    much precision the type costs, and the engine may lose `LOSS_RATIO` times that.
+    much precision the type costs, and the backend may lose `LOSS_RATIO` times that.
 
     Raises:
         CheckFailed: z is off by more than 2e-5 or a gradient by more than 1e-4 (or what is said above).
@@ -135,5 +135,7 @@ def check_agreement(
     """
     error = relative_error(z, expected)
     if not error <= tolerance:
-        raise CheckFailed(f"{case.name}: engine and {name} differ by {error:.1e} on the full case; nothing is reported")
+        raise CheckFailed(
+            f"{case.name}: backend and {name} differ by {error:.1e} on the full case; nothing is reported"
+        )
     return error

@@ -1,4 +1,4 @@
-"""Who competes: the engine, and what a user would write without it, on the same parameters and the same batch."""
+"""Who competes: the backend, and what a user would write without it, on the same parameters and the same batch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._dispatch import use_backend
-from ..batch import WeightBatch
-from ..encoder import SNE
-from ..reference import PaddedSNE
+from ..data.batch import WeightBatch
+from ..nn.encoder import SNE
+from ..nn.padded import PaddedSNE
+from ..ops.dispatch import use_backend
 from .memory import padded_bytes
 
 Phases = dict[str, float]
@@ -99,7 +99,7 @@ def contender(
     memory_limit: float,
     autocast: torch.dtype | None = None,
 ) -> Contender:
-    """One of "engine", "eager" (padded), "compile" (torch.compile of it), "loop" (eager, one network at a time).
+    """One of "sne_fast", "eager" (padded), "compile" (torch.compile of it), "loop" (eager, one network at a time).
 
     Args:
         memory_limit: bytes that a baseline may use.
@@ -109,10 +109,10 @@ def contender(
         DoesNotFit: the padded form is predicted to need more than that.
         ValueError: no such contender.
     """
-    if name == "engine":
+    if name == "sne_fast":
         return Contender(name, encoder, [batch], lambda: encoder(batch), autocast, backend)
     if name not in BASELINES:
-        raise ValueError(f"contender: name must be engine or one of {', '.join(BASELINES)}, got {name!r}")
+        raise ValueError(f"contender: name must be sne_fast or one of {', '.join(BASELINES)}, got {name!r}")
     batches = [batch[b : b + 1] for b in range(len(batch))] if name == "loop" else [batch]
     needed = max(padded_bytes(encoder, part, training) for part in batches)
     if name == "loop" and training:  # one graph holds all networks until backward

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional
-from .._dispatch import use_backend
-from .._precision import product_precision
-from ..batch import WeightBatch
-from ..nn import MAB
+from ..data.batch import WeightBatch
+from ..nn.blocks import MAB
+from ..ops import functional
+from ..ops.dispatch import use_backend
+from ..ops.precision import product_precision
 from .cases import CASES
 from .checks import LOSS_RATIO, CheckFailed, relative_error
 from .gpu_limits import median_seconds
@@ -29,14 +29,14 @@ WIDTH = 64
 HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # float32 products may be tf32
 
 
-def _shape(engine: str, dtype: torch.dtype, width: int, heads: int, length: float, rows: int) -> Row:
-    """Who was measured on what, as :mod:`sne_fast._cuda.winners` reads it: ``length`` is the mean of a set."""
-    return {"engine": engine, "dtype": str(dtype), "products": product_precision(dtype), "width": width,
+def _shape(backend: str, dtype: torch.dtype, width: int, heads: int, length: float, rows: int) -> Row:
+    """Who was measured on what, as :mod:`sne_fast.backends.cuda.winners` reads it: ``length`` is the mean of a set."""
+    return {"backend": backend, "dtype": str(dtype), "products": product_precision(dtype), "width": width,
             "heads": heads, "length": length, "rows": rows}  # fmt: skip
 
 
 def shape_of(row: Row) -> tuple[Any, ...]:
-    """What two engines' rows of the same work have in common."""
+    """What two backends' rows of the same work have in common."""
     return tuple(row.get(key) for key in ("op", "dtype", "products", "width", "heads", "length", "rows"))
 
 

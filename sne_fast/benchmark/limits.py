@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from .. import _native
-from ..batch import WeightBatch
+from ..backends.cpu import library
+from ..data.batch import WeightBatch
 
 ROWS, INNER, COLUMNS = 8192, 64, 192
 """The product of a full block's projections: 8192 x 64 by 64 x 192."""
@@ -45,13 +45,13 @@ def _products() -> dict[str, Callable[[], float]]:
             return timed(lambda: torch.matmul(a, b, out=out), 1)
 
     bursts = {"torch": with_torch}
-    if not _native.reasons():
-        rate = _native.library().sne_fast_cpu_product_rate
+    if not library.reasons():
+        rate = library.library().sne_fast_cpu_product_rate
 
         def own() -> float:
             status: list[int] = []
             found = timed(lambda: status.append(rate(0, ROWS, INNER, COLUMNS, 4, torch.get_num_threads())), 4)
-            _native.check(status[0], "product_rate")
+            library.check(status[0], "product_rate")
             return found
 
         bursts["own"] = own
@@ -59,7 +59,7 @@ def _products() -> dict[str, Callable[[], float]]:
 
 
 def product_rate(seconds: float = 0.06) -> float:
-    """The best rate seen in about `seconds` of products, torch's and the engine's own, all threads: operations per s.
+    """The best rate seen in about `seconds` of products, torch's and the backend's own, all threads: operations per s.
 
     It falls with whatever else the machine does, so take it right beside the measurement that it limits.
     """

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
-from ..batch import WeightBatch
-from ..encoder import SNE
+from ..data.batch import WeightBatch
+from ..nn.encoder import SNE
 
 RESERVE = 0.8
 """The share of the memory now available that a baseline may use by default."""
@@ -85,7 +85,7 @@ def probe(
     Raises:
         RuntimeError: the process failed.
     """
-    # Not `-m`: from a checkout's own folder that would import the checkout, which has no C++ engine.
+    # Not `-m`: from a checkout's own folder that would import the checkout, which has no C++ backend.
     start = f"import sys; sys.path[:] = [p for p in sys.path if p]; from {__name__} import main; main()"
     command = [
         sys.executable, "-c", start, case, mode, contender,

@@ -11,53 +11,53 @@ from .limits import product_rate
 
 
 class Pairs:
-    """Rounds of the baselines, the machine's product rate, then the engine, in this order.
+    """Rounds of the baselines, the machine's product rate, then the backend, in this order.
 
-    `operations` are those of the engine's run that the limit counts. Call :meth:`before` and :meth:`engine` in turn
+    `operations` are those of the backend's run that the limit counts. Call :meth:`before` and :meth:`backend` in turn
     (as the setup and the target of pytest-benchmark's `pedantic`), or :meth:`run`.
     """
 
     def __init__(
-        self, engine: Callable[[], Phases], baselines: Mapping[str, Callable[[], Phases]], operations: float
+        self, backend: Callable[[], Phases], baselines: Mapping[str, Callable[[], Phases]], operations: float
     ) -> None:
-        self._engine, self._baselines, self.operations = engine, dict(baselines), operations
-        self.runs: dict[str, list[Phases]] = {name: [] for name in ("engine", *self._baselines)}
+        self._backend, self._baselines, self.operations = backend, dict(baselines), operations
+        self.runs: dict[str, list[Phases]] = {name: [] for name in ("sne_fast", *self._baselines)}
         self.rates: list[float] = []
 
     @property
     def rounds(self) -> int:
-        return len(self.runs["engine"])
+        return len(self.runs["sne_fast"])
 
     def before(self) -> None:
         for name, run in self._baselines.items():
             self.runs[name].append(run())
         self.rates.append(product_rate())
 
-    def engine(self) -> None:
-        self.runs["engine"].append(self._engine())
+    def backend(self) -> None:
+        self.runs["sne_fast"].append(self._backend())
 
     def run(self, rounds: int) -> None:
         for _ in range(rounds):
             self.before()
-            self.engine()
+            self.backend()
 
     def seconds(self, phase: str = "total") -> dict[str, float]:
         """Median seconds of every contender."""
         return {name: median(run[phase] for run in runs) for name, runs in self.runs.items()}
 
     def ratios(self, phase: str = "total") -> dict[str, float]:
-        """Median over the rounds of how many times longer each baseline took than the engine beside it."""
-        engine = self.runs["engine"]
+        """Median over the rounds of how many times longer each baseline took than the backend beside it."""
+        backend = self.runs["sne_fast"]
         return {
-            name: median(slow[phase] / fast[phase] for slow, fast in zip(runs, engine, strict=True))
+            name: median(slow[phase] / fast[phase] for slow, fast in zip(runs, backend, strict=True))
             for name, runs in self.runs.items()
-            if name != "engine"
+            if name != "sne_fast"
         }
 
     def fraction(self, phase: str = "total") -> float:
-        """Median over the rounds of the share of the product rate, measured just before, that the engine reached."""
+        """Median over the rounds of the share of the product rate, measured just before, that the backend reached."""
         return median(
-            self.operations / run[phase] / rate for run, rate in zip(self.runs["engine"], self.rates, strict=True)
+            self.operations / run[phase] / rate for run, rate in zip(self.runs["sne_fast"], self.rates, strict=True)
         )
 
     def summary(self, phase: str = "total") -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Pairs:
             "seconds": self.seconds(phase),
             "ratios": self.ratios(phase),
             "fraction_of_limit": self.fraction(phase),
-            "fraction_of_best_product": self.operations / self.seconds(phase)["engine"] / max(self.rates),
+            "fraction_of_best_product": self.operations / self.seconds(phase)["sne_fast"] / max(self.rates),
             "product_rate_median": median(self.rates),
             "product_rate_best": max(self.rates),
         }

@@ -1,4 +1,4 @@
-"""The short form behind `sne-fast bench`: small versions of three cases, engine against eager padded, one table."""
+"""The short form behind `sne-fast bench`: small versions of three cases, backend against eager padded, one table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import _native
-from .._dispatch import use_backend
-from .._threads import torch_threads
+from ..backends.cpu import library
+from ..ops.dispatch import use_backend
+from ..training.threads import torch_threads
 from .cases import CASES
 from .checks import check_agreement, run_check
 from .contenders import DoesNotFit, contender
@@ -41,8 +41,8 @@ def run_short(
     Args:
         cases: names from :data:`sne_fast.benchmark.CASES`.
         rounds: interleaved rounds at most; each measurement ends early after 7 s. Medians are printed.
-        backend: engine under test, as :func:`sne_fast.use_backend` takes it.
-        threads: of torch and the engine; all cores by default.
+        backend: backend under test, as :func:`sne_fast.use_backend` takes it.
+        threads: of torch and the backend; all cores by default.
         size: of the cases, see :data:`sne_fast.benchmark.cases.SIZES`.
         console: where the table goes.
 
@@ -52,7 +52,7 @@ def run_short(
 
     Raises:
         ValueError: an unknown case, or rounds below 1.
-        CheckFailed: the engine's numbers are wrong; nothing is printed then.
+        CheckFailed: the backend's numbers are wrong; nothing is printed then.
         BackendError: the backend cannot run here.
     """
     for name in cases:
@@ -71,9 +71,9 @@ def run_short(
                     rows.append(row)
         rate = product_rate(0.2)
         console.print(_table(rows))
-        isa = "not built" if _native.reasons() else _native.isa()
+        isa = "not built" if library.reasons() else library.isa()
         console.print(
-            f"{torch.get_num_threads()} threads, native engine {isa}, backend {backend}; best product "
+            f"{torch.get_num_threads()} threads, C++ library {isa}, backend {backend}; best product "
             f"{rate / 1e9:.0f} GFLOP/s; medians of interleaved rounds; {time.perf_counter() - start:.0f} s in all.\n"
             "The full suite: pytest bench (in the repository).",
             highlight=False,
@@ -92,8 +92,8 @@ def _measure(name: str, rounds: int, backend: str, size: str, say: object) -> It
         say(f"{name}: {mode}")  # type: ignore[operator]
         training = mode == "training"
         limit = default_memory_limit()
-        engine = contender("engine", encoder, batch, backend=backend, training=training, memory_limit=limit)
-        z, others = engine.output(), {}
+        own = contender("sne_fast", encoder, batch, backend=backend, training=training, memory_limit=limit)
+        z, others = own.output(), {}
         try:
             eager = contender("eager", encoder, batch, training=training, memory_limit=limit)
         except DoesNotFit:
@@ -102,9 +102,9 @@ def _measure(name: str, rounds: int, backend: str, size: str, say: object) -> It
             check_agreement(case, "eager", z, eager.output())
             others["eager"] = eager.step if training else eager.forward
         if training:
-            engine.step()
+            own.step()
         counted = operations * (FORWARDS_PER_STEP if training else 1)
-        pairs = Pairs(engine.step if training else engine.forward, others, counted)
+        pairs = Pairs(own.step if training else own.forward, others, counted)
         end = time.perf_counter() + BUDGET
         while pairs.rounds < rounds and (not pairs.rounds or time.perf_counter() < end):
             pairs.run(1)
@@ -113,7 +113,7 @@ def _measure(name: str, rounds: int, backend: str, size: str, say: object) -> It
             "mode": mode,
             "weights": batch.num_weights,
             "rounds": pairs.rounds,
-            "weights_per_second": batch.num_weights / pairs.seconds()["engine"],
+            "weights_per_second": batch.num_weights / pairs.seconds()["sne_fast"],
             "fraction_of_limit": pairs.fraction(),
             **{f"vs_{other}": ratio for other, ratio in pairs.ratios().items()},
         }

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ragged import network_starts
-from ..batch import WeightBatch
-from ..tensor_types import CONVOLUTION, LINEAR
+from ..data.batch import WeightBatch
+from ..data.pointers import network_starts
+from ..data.tensor_types import CONVOLUTION, LINEAR
 from .core import Axis, Block, Symmetry, SymmetryError
 from .permuting import _alike, _per_network, permute
 from .plan import layout

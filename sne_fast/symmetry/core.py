@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._collect import _strip
+from ..data.layers import _strip
 from .plan import STORED, Plan, build_plan
 
 

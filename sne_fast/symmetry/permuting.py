@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ragged import network_starts
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
+from ..data.pointers import network_starts
 from .core import Symmetry, SymmetryError
 from .plan import Plan
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._collect import _strip
-from ..checkpoints import find_state_dict
+from ..data.checkpoints import find_state_dict
+from ..data.layers import _strip
 from .core import Symmetry, SymmetryError
 from .structure import assemble
 from .terms import Atom, Cat, Term, freeze, fresh, product, resolve, size, split

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from .._collect import _strip
+from ..data.layers import _strip
 from .core import Symmetry, SymmetryError
 from .rules_compute import RULES, pointwise
 from .structure import assemble

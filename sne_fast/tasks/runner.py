@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .._threads import torch_threads
-from ..batch import WeightBatch
-from ..demo import check_extra
-from ..reporting import commit, machine, measures, write_json
+from ..data.batch import WeightBatch
+from ..reports.reporting import commit, machine, measures, write_json
 from ..symmetry import Symmetry
 from ..training import stratified_split
 from ..training.command import PARTS, SHARES, symmetries_of
+from ..training.threads import torch_threads
 from . import report
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, Experiment, SneSettings, Task
+from .demo import check_extra
 from .runs import Run, slug
 from .sne_method import augmentation, in_form, train_sne
 

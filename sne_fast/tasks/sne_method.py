@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..batch import WeightBatch
-from ..encoder import SNE
-from ..input_normaliser import INPUT_SCALES
-from ..predictor import Predictor
+from ..data.batch import WeightBatch
+from ..data.tensor_types import CONVOLUTION, KINDS, LINEAR
+from ..nn.encoder import SNE
+from ..nn.input_scales import INPUT_SCALES
+from ..nn.predictor import Predictor
 from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
-from ..tensor_types import CONVOLUTION, KINDS, LINEAR
 from ..training import FitSettings, History, fit, predict
 from ..training.loop import Augment
 from .baselines import Problem

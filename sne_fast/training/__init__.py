@@ -1,6 +1,6 @@
 """Training a predictor on packed networks: `fit`, on one process or several, and what prepares its data."""
 
-from .batching import batches_by_weights, network_sizes, shards_by_weights, stratified_split
+from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
 from .loop import Augment, fit, predict
 from .progress import CsvLog, TensorBoardLog
 from .settings import FitSettings, History

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import input_normaliser
-from ..encoder import SNE
-from ..predictor import Predictor
-from ..reporting import measures, write_csv, write_json
+from ..data.weight_budgets import stratified_split
+from ..nn import input_scales as input_normaliser
+from ..nn.encoder import SNE
+from ..nn.predictor import Predictor
+from ..reports.reporting import measures, write_csv, write_json
 from ..symmetry import PermutationAugmentation, Symmetry, chain_symmetry, zoo_symmetries
 from ..zoo import Zoo
-from .batching import stratified_split
 from .distributed import World, processes
 from .loop import fit, predict
 from .progress import CsvLog, Log, TensorBoardLog
@@ -42,8 +42,8 @@ class TrainCommand:
     values, as classes. `split`: a column that says train, validation or test; without it networks are shared out 80, 10
     and 10 % within each architecture. `permute`: draw fresh permutations of hidden units for every batch.
     `input_scale`: what weights are divided by: "tensor", each tensor's own root mean square; "zoo", that of its like in
-    the training networks (:class:`sne_fast.input_normaliser.InputNormaliser`); "fan_in", one over the root of their
-    layer's fan-in (:class:`sne_fast.input_normaliser.FanInScale`); "none". `code_gain`: as in
+    the training networks (:class:`sne_fast.nn.input_scales.InputNormaliser`); "fan_in", one over the root of their
+    layer's fan-in (:class:`sne_fast.nn.input_scales.FanInScale`); "none". `code_gain`: as in
     :meth:`sne_fast.SNE.fill_code_gains`.
     """
 

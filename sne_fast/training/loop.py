@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..batch import WeightBatch
-from ..predictor import Predictor
-from .batching import batches_by_weights, network_sizes, shards_by_weights
+from ..data.batch import WeightBatch
+from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights
+from ..nn.predictor import Predictor
 from .distributed import World, part_of
 from .progress import Log, Progress
 from .settings import SEED_STRIDE, FitSettings, History

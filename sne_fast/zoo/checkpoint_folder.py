@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..checkpoints import CheckpointError
+from ..data.checkpoints import CheckpointError
 from .csv_table import read_csv
 from .table import FileSource, Zoo
 
@@ -22,7 +22,7 @@ def load_checkpoints(
 ) -> Zoo:
     """A folder of checkpoints with a CSV table, one row per network, as a zoo.
 
-    Checkpoints are anything that `sne_fast.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`, `.pth`, `.bin`,
+    A checkpoint is whatever `sne_fast.data.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`, `.pth`, `.bin`,
     `.ckpt`, or a folder holding one. Pickled ones are read with `weights_only=True`; what holds more than tensors and
     plain values is refused when it is read.
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..batch import WeightBatch
-from ..packing import pack
+from ..data.batch import WeightBatch
+from ..data.packing import pack
 from .table import Zoo
 
 Item = tuple[WeightBatch, Tensor]

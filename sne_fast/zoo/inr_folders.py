@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import load_state_dict, natural_key
+from ..data.checkpoints import load_state_dict, natural_key
 from .csv_table import one_type
 from .inrs import siren_of
 from .table import FileSource, Zoo

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._threads import torch_threads
+from ..training.threads import torch_threads
 from .shards import ZooWriter
 from .table import Zoo
 

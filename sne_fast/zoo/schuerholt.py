@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import _load_pickled
+from ..data.checkpoints import _load_pickled
 from .architectures import ACTIVATIONS
 from .checkpoint_folder import refuse_dataset
 from .csv_table import one_type

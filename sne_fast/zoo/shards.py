@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import ORDER_KEY, CheckpointError, save_state_dict
+from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
 
 INDEX = "index.parquet"
 ABOUT = "zoo.json"

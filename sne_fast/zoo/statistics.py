@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..batch import WeightBatch
+from ..data.batch import WeightBatch
 
 if TYPE_CHECKING:
     import numpy as np

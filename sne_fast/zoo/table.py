@@ -35,7 +35,7 @@ class FileSource:
         """The checkpoint's tensors by name."""
         if self.reader is not None:
             return self.reader(self.files[i])
-        from ..checkpoints import load_state_dict
+        from ..data.checkpoints import load_state_dict
 
         return {name: tensor.clone() for name, tensor in load_state_dict(self.files[i]).items()}
 
@@ -245,7 +245,7 @@ class Zoo:
 
     def export(self, i: int, path: str | PathLike[str]) -> None:
         """Write network `i` alone, as a safetensors checkpoint that `load_state_dict` and `pack` read."""
-        from ..checkpoints import save_state_dict
+        from ..data.checkpoints import save_state_dict
 
         save_state_dict(self.state_dict(i), path)
 

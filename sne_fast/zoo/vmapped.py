@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from .._threads import torch_threads
+from ..training.threads import torch_threads
 
 _GLOBAL_GENERATOR = threading.Lock()  # modules draw their initial weights from it; groups may train in threads
 

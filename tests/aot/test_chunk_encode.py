@@ -9,10 +9,10 @@ import torch
 import triton.language as tl
 from compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 
-from sne_fast._plans.chunks import SlotClass
-from sne_fast.kernels import _chunk_backward, _chunk_forward, _chunk_rows
-from sne_fast.kernels._launch import launch
-from sne_fast.kernels.chunk_encode_backward import FUSED_CLASSES, class_constants, length_class, padded_heads
+from sne_fast.backends.gpu_plans.chunks import SlotClass
+from sne_fast.backends.triton import _chunk_backward, _chunk_forward, _chunk_rows
+from sne_fast.backends.triton._launch import launch
+from sne_fast.backends.triton.chunk_encode_backward import FUSED_CLASSES, class_constants, length_class, padded_heads
 
 SHARED, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -7,8 +7,8 @@ import torch
 from compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 from op_cases import products
 
-from sne_fast.kernels import _feed_forward as device
-from sne_fast.kernels.feed_forward import Plan
+from sne_fast.backends.triton import _feed_forward as device
+from sne_fast.backends.triton.feed_forward import Plan
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {

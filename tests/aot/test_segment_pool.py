@@ -8,9 +8,9 @@ import torch
 import triton.language as tl
 from compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 
-from sne_fast.kernels import _gather_chunks, _segment_pool, _slots
-from sne_fast.kernels._launch import launch
-from sne_fast.kernels.segment_pool import Plan
+from sne_fast.backends.triton import _gather_chunks, _segment_pool, _slots
+from sne_fast.backends.triton._launch import launch
+from sne_fast.backends.triton.segment_pool import Plan
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 LENGTHS = {"short": [20] * 1000, "middle": [100] * 1000, "long": [1 << 20]}

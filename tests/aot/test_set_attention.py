@@ -9,8 +9,8 @@ import torch
 import triton.language as tl
 from compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 
-from sne_fast.kernels import _set_attention as device
-from sne_fast.kernels.set_attention import Lengths, Plan
+from sne_fast.backends.triton import _set_attention as device
+from sne_fast.backends.triton.set_attention import Lengths, Plan
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {

@@ -81,7 +81,7 @@ def test_the_library_links_and_loads_without_a_gpu(tmp_path: Path) -> None:
     objects = [str(made.path) for made in all_compiled().values()]
     subprocess.run(cuda_build.linker(nvcc, ARCHITECTURES, objects, out), check=True)
     code = (
-        "import sys; from pathlib import Path; from sne_fast._cuda import library\n"
+        "import sys; from pathlib import Path; from sne_fast.backends.cuda import library\n"
         "lib = library.open_library(Path(sys.argv[1]))\n"
         "print(lib.sne_fast_cuda_architectures().decode(), *library.SYMBOLS, sep='\\n')\n"
     )

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "csrc" / "tests")]  # op_cases; emulate
 EMULATED = bool(os.environ.get("SNE_FAST_CUDA_EMULATED"))
-# The engine reads its switch when it is imported.
+# The backend reads its switch when it is imported.
 collect_ignore_glob = [] if EMULATED else ["test_*.py"]
 
 
@@ -26,7 +26,7 @@ def always_poisoned_outputs(poisoned_outputs: None) -> None:
 @pytest.fixture(autouse=True)
 def numbered_order() -> Iterator[None]:
     """Threads run as numbered unless a test says otherwise; what it says ends with it."""
-    from sne_fast._cuda import library
+    from sne_fast.backends.cuda import library
 
     yield
     if not library.reasons():

@@ -12,9 +12,9 @@ from op_cases import ChunkCase
 from torch import Tensor
 
 from sne_fast import reference
-from sne_fast._cuda import chunk_encode as module
-from sne_fast._cuda import library
-from sne_fast._cuda.chunk_encode import chunk_encode, chunk_encode_backward, segment_sum, why_not
+from sne_fast.backends.cuda import chunk_encode as module
+from sne_fast.backends.cuda import library
+from sne_fast.backends.cuda.chunk_encode import chunk_encode, chunk_encode_backward, segment_sum, why_not
 
 SMALL = [[32, 3], [20], [5, 5, 1]]
 

@@ -1,4 +1,4 @@
-"""gather_chunks of the CUDA engine in the emulator, against the reference: bit for bit, but for the sums of scale."""
+"""gather_chunks of the CUDA backend in the emulator, against the reference: bit for bit, but for the sums of scale."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 import sne_fast
 from sne_fast import functional, reference
-from sne_fast._cuda import gather_chunks as kernels
-from sne_fast._cuda.library import library
+from sne_fast.backends.cuda import gather_chunks as kernels
+from sne_fast.backends.cuda.library import library
 
 # Of every way to lay tiles: whole rows, whole columns, neither; edges of 1 and of nearly a tile.
 MORE_SHAPES = [(460, 9), (64, 100), (66, 130), (70, 65), (65, 64), (2, 2), (513, 8), (17, 512), (8200, 2), (1000, 49)]

@@ -1,4 +1,4 @@
-"""segment_pool of the CUDA engine in the emulator: forward and gradients against the float64 reference."""
+"""segment_pool of the CUDA backend in the emulator: forward and gradients against the float64 reference."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 import sne_fast
 from sne_fast import functional, reference
-from sne_fast._cuda import segment_pool as kernels
-from sne_fast._cuda.library import library
+from sne_fast.backends.cuda import segment_pool as kernels
+from sne_fast.backends.cuda.library import library
 
 LENGTHS = {
     **checks.LENGTHS,

@@ -10,9 +10,9 @@ from op_cases import pointer
 from set_attention_checks import BRAIN, HALF, SINGLE, check, compare, exact, inputs, run
 
 import sne_fast
-from sne_fast._cuda import library
-from sne_fast._cuda import set_attention as engine
-from sne_fast._plans.lengths import Lengths
+from sne_fast.backends.cuda import library
+from sne_fast.backends.cuda import set_attention as backend
+from sne_fast.backends.gpu_plans.lengths import Lengths
 
 CASES = {**checks.CASES, "long": ([1, 70, 2, 130], [1, 70, 2, 130]), "many seeds": ([33, 40], [150, 200])}
 
@@ -20,8 +20,8 @@ CASES = {**checks.CASES, "long": ([1, 70, 2, 130], [1, 70, 2, 130]), "many seeds
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of a hundred rows count as long ones."""
-    monkeypatch.setattr(engine, "LONGEST_SPLIT", 64)
-    monkeypatch.setattr(engine, "SHORTEST_SPLIT", 64)
+    monkeypatch.setattr(backend, "LONGEST_SPLIT", 64)
+    monkeypatch.setattr(backend, "SHORTEST_SPLIT", 64)
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def tf32():
 
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
 def test_float32(lengths) -> None:
-    check(engine, inputs(*lengths, 32, SINGLE), 2)
+    check(backend, inputs(*lengths, 32, SINGLE), 2)
 
 
 @pytest.mark.parametrize("lengths", checks.RAGGED_OR_FEW, ids=str)
 def test_tf32(lengths, tf32) -> None:
     case = inputs(*lengths, 32, SINGLE)
-    got, want = run(engine, *case, 2), exact(*case, 2)
+    got, want = run(backend, *case, 2), exact(*case, 2)
     compare(got, want, 2e-3, 3e-3)
     assert relative_error(got[0], want[0]) > 1e-5, "products were rounded"
 
@@ -51,7 +51,7 @@ def test_tf32(lengths, tf32) -> None:
 )
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN], ids=str)
 def test_widths_and_heads(h: int, heads: int, dtype: torch.dtype) -> None:
-    check(engine, inputs([5, 1, 18], [20, 2, 1], h, dtype), heads)
+    check(backend, inputs([5, 1, 18], [20, 2, 1], h, dtype), heads)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
@@ -60,13 +60,13 @@ def test_widths_and_heads(h: int, heads: int, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("heads", [1, 2])
 def test_half_types_ragged(lengths, heads: int, dtype: torch.dtype) -> None:
-    check(engine, inputs(*lengths, 32, dtype), heads)
+    check(backend, inputs(*lengths, 32, dtype), heads)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize("lengths", checks.ONE_SET)
 def test_half_types_lose_at_most_twice_what_pytorch_does(lengths: tuple[int, int], dtype: torch.dtype) -> None:
-    checks.loses_at_most_twice_what_pytorch_does(engine, lengths, dtype)
+    checks.loses_at_most_twice_what_pytorch_does(backend, lengths, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(HALF, 0.02), (BRAIN, 0.04)], ids=str)
@@ -74,45 +74,45 @@ def test_half_types_lose_at_most_twice_what_pytorch_does(lengths: tuple[int, int
 def test_the_mean_of_the_gradient_does_not_come_from_a_rounded_result(
     lengths: tuple[int, int], dtype: torch.dtype, bound: float
 ) -> None:
-    checks.mean_of_the_gradient_does_not_come_from_a_rounded_result(engine, lengths, dtype, bound)
+    checks.mean_of_the_gradient_does_not_come_from_a_rounded_result(backend, lengths, dtype, bound)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 @pytest.mark.parametrize("lengths", checks.WITH_NAN.values(), ids=checks.WITH_NAN.keys())
 def test_nan_stays_in_its_set(lengths, place: int, dtype: torch.dtype) -> None:
-    checks.nan_stays_in_its_set(engine, lengths, place, dtype)
+    checks.nan_stays_in_its_set(backend, lengths, place, dtype)
 
 
 def test_masked_rows_and_large_logits() -> None:
-    checks.masked_rows_and_large_logits(engine)
+    checks.masked_rows_and_large_logits(backend)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 @pytest.mark.parametrize("lengths", [CASES["long"], *checks.RAGGED_OR_FEW], ids=str)
 def test_the_same_bits_in_every_order_of_threads(lengths, dtype: torch.dtype) -> None:
     case = inputs(*lengths, 32, dtype)
-    want = run(engine, *case, 2)
+    want = run(backend, *case, 2)
     for seed in (1, 2, 3):
         library.library().sne_fast_cuda_emulated_schedule(seed)
-        assert all(torch.equal(a, b) for a, b in zip(run(engine, *case, 2), want, strict=True)), seed
+        assert all(torch.equal(a, b) for a, b in zip(run(backend, *case, 2), want, strict=True)), seed
 
 
 @pytest.mark.parametrize("warps", [1, 2, 4])
 @pytest.mark.parametrize(("heads", "dtype"), [(4, BRAIN), (1, BRAIN), (2, SINGLE), (1, SINGLE)])
 def test_teams_of_any_size(monkeypatch, warps: int, heads: int, dtype: torch.dtype) -> None:
     """Every size of team on sets shorter and longer than it, found by search and by number."""
-    monkeypatch.setattr(engine, "MOST_WARPS", warps)
+    monkeypatch.setattr(backend, "MOST_WARPS", warps)
     for lengths in ([9, 0, 33, 2], [1, 5, 16, 3]):
-        check(engine, inputs(lengths, lengths, 64 if heads == 1 else 32, dtype), heads)
+        check(backend, inputs(lengths, lengths, 64 if heads == 1 else 32, dtype), heads)
 
 
 def test_plans(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "LONGEST_SPLIT", 1024)
-    monkeypatch.setattr(engine, "SHORTEST_SPLIT", 256)
+    monkeypatch.setattr(backend, "LONGEST_SPLIT", 1024)
+    monkeypatch.setattr(backend, "SHORTEST_SPLIT", 256)
 
     def plan(own: list[int], inner: list[int], heads: int = 4) -> tuple[int, ...]:
-        p = engine.Plan.make(*(Lengths.of(pointer(x)) for x in (own, inner)), sum(own), sum(inner), heads, 132)
+        p = backend.Plan.make(*(Lengths.of(pointer(x)) for x in (own, inner)), sum(own), sum(inner), heads, 132)
         return p.warps, p.single, p.split, p.pieces, p.pages, p.most
 
     assert plan([3, 16, 2], [3, 16, 2]) == (1, True, 0, 3, 0, 16)
@@ -127,15 +127,15 @@ def test_plans(monkeypatch) -> None:
 
 def test_more_than_2_to_31_values(monkeypatch) -> None:
     """Of keys and values: pages of memory that nothing touches, but for the last set's."""
-    monkeypatch.setattr(engine, "LONGEST_SPLIT", 1 << 20)
+    monkeypatch.setattr(backend, "LONGEST_SPLIT", 1 << 20)
     torch.use_deterministic_algorithms(False)
     (q, few, _), _, _ = inputs([3], [5], 32, HALF)
     rows = (1 << 26) + 100
     keys = torch.empty(rows + 5, 32, dtype=HALF)
     keys[rows:] = few
     pointers = (torch.tensor([0, 0, 3]), torch.tensor([0, rows, rows + 5])) * 2
-    want, want_lse = engine.set_attention(q, few, few, *(pointer([3]), pointer([5])) * 2, 2)
-    got, lse = engine.set_attention(q, keys, keys, *pointers, 2)
+    want, want_lse = backend.set_attention(q, few, few, *(pointer([3]), pointer([5])) * 2, 2)
+    got, lse = backend.set_attention(q, keys, keys, *pointers, 2)
     assert torch.equal(got, want) and torch.equal(lse, want_lse)
 
 
@@ -144,7 +144,7 @@ def test_sets_found_among_many() -> None:
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 3, (2100,), generator=g).tolist()
     lengths[1500] = 40
-    check(engine, inputs(lengths, lengths, 32, BRAIN), 1)
+    check(backend, inputs(lengths, lengths, 32, BRAIN), 1)
 
 
 def test_through_the_backend_with_views() -> None:
@@ -157,10 +157,10 @@ def test_through_the_backend_with_views() -> None:
         leaves = [t.detach().requires_grad_() for t in (q_view, k_view, v)]
         out = sne_fast.functional.set_attention(*leaves, pointers[0], pointers[1], 2)
         out.backward(grad)
-    want = run(engine, (q, k, v), pointers, grad, 2)
+    want = run(backend, (q, k, v), pointers, grad, 2)
     assert torch.equal(out, want[0])
     assert all(torch.equal(a.grad, b) for a, b in zip(leaves, want[2:], strict=True))
 
 
 def test_why_not() -> None:
-    checks.why_not(engine)
+    checks.why_not(backend)

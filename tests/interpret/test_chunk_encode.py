@@ -8,18 +8,18 @@ import mmap
 import chunk_checks as checks
 import numpy as np
 import pytest
+import sne_fast.kernels._chunk_staged as staged_module
+import sne_fast.kernels.chunk_encode as module
+import sne_fast.kernels.chunk_encode_backward as backward_module
 import torch
 from chunk_checks import MIXED, NAMES, arguments, check, error, gentle, half_by_torch, in_float64, upstream
 from op_cases import GRADED, ChunkCase, pointer
 from torch import Tensor
 
-import sne_fast.kernels._chunk_staged as staged_module
-import sne_fast.kernels.chunk_encode as module
-import sne_fast.kernels.chunk_encode_backward as backward_module
 from sne_fast import reference
-from sne_fast._plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan_chunks
-from sne_fast.kernels.chunk_encode import chunk_encode, chunk_encode_backward, why_not
-from sne_fast.kernels.chunk_encode_backward import fits_a_tile
+from sne_fast.backends.gpu_plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan_chunks
+from sne_fast.backends.triton.chunk_encode import chunk_encode, chunk_encode_backward, why_not
+from sne_fast.backends.triton.chunk_encode_backward import fits_a_tile
 
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-10)}
 

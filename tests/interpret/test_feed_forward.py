@@ -13,7 +13,7 @@ from op_cases import feed_forward_case
 from torch import Tensor
 
 from sne_fast import reference
-from sne_fast.kernels import feed_forward as kernels
+from sne_fast.backends.triton import feed_forward as kernels
 
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
 Inputs = tuple[tuple[Tensor, ...], Tensor]
@@ -40,9 +40,9 @@ def case(rows: int, h: int, dtype: torch.dtype, layer_norm: bool = True, one_que
     return feed_forward_case(rows, h, layer_norm, dtype, one_query), grad
 
 
-def run(engine, args: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+def run(backend, args: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
     """out, the gradient of q + attended, dw_o, db_o, dnorm."""
-    return engine.feed_forward(*args), *engine.feed_forward_backward(grad, *args)
+    return backend.feed_forward(*args), *backend.feed_forward_backward(grad, *args)
 
 
 def exact(args: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
@@ -100,7 +100,7 @@ def test_arguments_that_are_not_contiguous(form) -> None:
 
 
 def eager(q: Tensor, attended: Tensor, w: Tensor, b: Tensor, norm: Tensor) -> Tensor:
-    """What MAB does on other engines."""
+    """What MAB does on other backends."""
     h, o = (q.shape[1],), q + attended
     o = nnf.layer_norm(o, h, norm[0], norm[1]) if len(norm) else o
     o = o + nnf.relu(nnf.linear(o, w, b))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gather_checks import backward, case
 
-from sne_fast.kernels import gather_chunks as kernels
+from sne_fast.backends.triton import gather_chunks as kernels
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.float32]
 

@@ -7,7 +7,7 @@ import segment_pool_checks as checks
 import torch
 from segment_pool_checks import DOUBLE, HALF, SINGLE, case, check, run
 
-from sne_fast.kernels import segment_pool as kernels
+from sne_fast.backends.triton import segment_pool as kernels
 
 
 @pytest.mark.parametrize("lengths", checks.LENGTHS.values(), ids=checks.LENGTHS.keys())

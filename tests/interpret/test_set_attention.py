@@ -9,7 +9,7 @@ import set_attention_checks as checks
 import torch
 from set_attention_checks import DOUBLE, HALF, SINGLE, check, inputs, run
 
-from sne_fast.kernels import set_attention as kernels
+from sne_fast.backends.triton import set_attention as kernels
 
 CASES = {**checks.CASES, "one long": ([130], [130])}
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...batch import WeightBatch
-from ...predictor import PredictorHead
-from ...tensor_types import KINDS, ROLES
-from ...training.batching import network_sizes
+from ...data.batch import WeightBatch
+from ...data.tensor_types import KINDS, ROLES
+from ...data.weight_budgets import network_sizes
+from ...nn.predictor import PredictorHead
 from .neural import Neural, raw_weights, tensor_sizes
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...batch import WeightBatch
-from ...predictor import PredictorHead
+from ...data.batch import WeightBatch
+from ...nn.predictor import PredictorHead
 from .neural import Neural, raw_weights
 from .problem import Problem, differing_shapes, problems
 

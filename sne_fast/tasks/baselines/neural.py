@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...batch import WeightBatch
-from ...predictor import LOGIT_MARGIN
+from ...data.batch import WeightBatch
+from ...nn.predictor import LOGIT_MARGIN
 from ...training.loop import decay_groups, warm_cosine
 from ...training.settings import SEED_STRIDE
 from .problem import Problem, check, problems

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ...batch import WeightBatch
+from ...data.batch import WeightBatch
 from ...training.loop import Augment
 
 if TYPE_CHECKING:

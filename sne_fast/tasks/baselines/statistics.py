@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...input_normaliser import FanInScale
+from ...nn.input_scales import FanInScale
 from .problem import Problem, check, missing, problems
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Statistics:
         return problems(problem) + missing("sklearn", "scikit-learn")
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
-        from ...reporting import statistics_regression
+        from ...reports.reporting import statistics_regression
 
         check(self, problem)
         known = [*problem.train, *problem.validation]

@@ -1,0 +1,5 @@
+"""Run the command line: ``python -m sne_fast``."""
+
+from .cli.commands import main
+
+main()

@@ -1,1 +1,0 @@
-"""What launches of the GPU engines need besides the inputs, made without waiting for the device."""

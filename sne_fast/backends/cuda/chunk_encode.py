@@ -1,0 +1,248 @@
+"""``chunk_encode`` on the CUDA backend: workspaces and launches; kernels in csrc/cuda/chunk_*."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.supported_widths import width_reasons
+from ..gpu_plans.chunks import CLASSES as ALL_CLASSES
+from ..gpu_plans.chunks import ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
+from . import library
+
+NAMES = ("row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
+BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
+"""Parameters whose first axis is the block."""
+CLASSES = ALL_CLASSES[:4]
+"""Longer blocks of slots than 128 would need more warps than the registers of a multiprocessor allow."""
+SLAB_ROWS_TIMES_WIDTH = 1 << 22
+"""Rows of a slab of the backward times the width: 92 MB of workspace with half-precision operands, 168 MB else."""
+SUM_PIECE, POOL_BLOCKS = 256, 4
+"""As in csrc/cuda/segment_sum.cu and cuda_abi.h."""
+EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
+"""What the emulator has of a GPU: an H100's shared memory, and wgmma where a test says so."""
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block of threads may have."""
+    if device.type != "cuda":
+        return EMULATED_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the device has Hopper's matrix instruction, which no other generation has, and the build uses it."""
+    if device.type != "cuda":
+        return EMULATED_WGMMA
+    built = any(name.removeprefix("compute_").startswith("90a") for name in library.architectures())
+    return built and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@dataclass
+class ChunkCall:
+    """What all launches of one call share. ``weights``: the op's parameters by name, contiguous."""
+
+    values: Tensor
+    chunk_ptr: Tensor
+    owner: Tensor
+    plan: ChunkPlan
+    weights: dict[str, Tensor]
+    prepared: Tensor
+    programs: int
+    shared_limit: int
+    wgmma: bool
+
+    @classmethod
+    def make(
+        cls, values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor,
+        parameters: Sequence[Tensor], backward: bool,
+    ) -> ChunkCall:  # fmt: skip
+        weights = {name: t.contiguous() for name, t in zip(NAMES, parameters, strict=True)}
+        heads, h = weights["pool_query"].shape
+        plan = plan_chunks(chunk_ptr, count_lengths(chunk_ptr_host))
+        size = library.library().sne_fast_cuda_chunk_weights_size(h, heads)
+        prepared = values.new_empty(size)
+        args = library.ChunkWeightsArgs(
+            h, heads, backward, *library.pointers(weights["w_qkv"], weights["w_o"], weights["pool_query"], prepared)
+        )
+        library.run("chunk_weights", values.device, library.precision(values.dtype), ctypes.byref(args))
+        device = values.device
+        return cls(
+            values, chunk_ptr, owners(tensor_ptr, chunk_ptr.shape[0] - 1), plan, weights, prepared,
+            library.multiprocessors(device), shared_limit(device), has_wgmma(device),
+        )  # fmt: skip
+
+    @property
+    def heads(self) -> int:
+        return self.weights["pool_query"].shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.weights["pool_query"].shape[1]
+
+    def args(self, slot_class: SlotClass, blocks: int, first_block: int, count: int) -> Any:
+        """The struct of a launch on blocks ``first_block .. first_block + count`` of a class of ``blocks``."""
+        w = self.weights
+        return library.ChunkArgs(
+            self.width, self.heads, w["norm"].shape[0] > 0, slot_class.slots, slot_class.lowest, slot_class.shared,
+            blocks, first_block, count, self.programs, self.shared_limit, self.wgmma,
+            *library.pointers(
+                self.chunk_ptr, self.plan.order, self.owner, self.plan.table, self.values, w["row_code"],
+                w["element_code"], w["logit"], w["basis"], w["b_qkv"], w["b_o"], w["norm"], w["pool_query"],
+                self.prepared,
+            ),
+        )  # fmt: skip
+
+    def run(self, name: str, *args: Any) -> None:
+        library.run(name, self.values.device, library.precision(self.values.dtype), *args)
+
+
+def chunk_encode(
+    values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor, tensor_ptr_host: Tensor,
+    *parameters: Tensor,
+) -> Tensor:  # fmt: skip
+    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast.ops.schema`."""
+    values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (values, chunk_ptr, tensor_ptr))
+    chunks = chunk_ptr.shape[0] - 1
+    out = values.new_empty((chunks, *parameters[-1].shape))
+    if not chunks:
+        return out
+    call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=False)
+    for slot_class, blocks in call.plan.classes(CLASSES):
+        args = call.args(slot_class, blocks, 0, blocks)
+        call.run("chunk_encode", ctypes.byref(args), out.data_ptr(), None)
+    return out
+
+
+@dataclass
+class _Slab:
+    """Workspace for ``rows`` rows, whose stages run one after the other."""
+
+    saved: Tensor
+    rows_grad: Tensor
+    products: Tensor
+
+    @classmethod
+    def empty(cls, call: ChunkCall, rows: int) -> _Slab:
+        shape = (rows, call.width)
+        return cls(
+            call.values.new_empty((4, *shape)),
+            call.values.new_empty(shape, dtype=torch.float32),
+            call.values.new_empty((5, *shape)),
+        )
+
+
+def _slab_backward(
+    call: ChunkCall, slab: _Slab, args: Any, grad: Tensor, parts: dict[str, Tensor], values_grad: Tensor,
+    chunk_grad: Tensor,
+) -> None:  # fmt: skip
+    """All stages of one launch: recompute, then pool, blocks 3 to 1, codes in between, block 0."""
+    rows = args.count * args.slots
+    space = library.ChunkSpace(*library.pointers(slab.saved, slab.rows_grad, slab.products))
+    ref, there = ctypes.byref(args), ctypes.byref(space)
+
+    def weight_grad(block: int) -> None:
+        w_o, b_o = (parts[name][block].data_ptr() for name in ("w_o", "b_o"))
+        w_qkv, b_qkv = (parts[name][max(0, block - 1)].data_ptr() for name in ("w_qkv", "b_qkv"))
+        of = library.ChunkWeightGradArgs(
+            call.width, rows, block, parts["w_o"].shape[1], slab.saved.data_ptr(), slab.products.data_ptr(),
+            w_qkv, b_qkv, w_o, b_o,
+        )  # fmt: skip
+        call.run("chunk_weight_grad", ctypes.byref(of))
+
+    def norm_part(block: int) -> int | None:
+        return parts["norm"][block].data_ptr() if parts["norm"].shape[0] else None
+
+    call.run("chunk_encode", ref, None, slab.saved.data_ptr())
+    call.run("chunk_pool_backward", ref, there, grad.data_ptr(), parts["pool_query"].data_ptr())
+    for block in (3, 2, 1):
+        call.run("chunk_block_backward", ref, there, block, norm_part(block))
+        weight_grad(block)
+        if block == 2:
+            codes = parts["element_code"].shape[1]
+            call.run("chunk_codes_backward", ref, there, codes, chunk_grad.data_ptr(), parts["element_code"].data_ptr())
+    grads = library.ChunkScalarGrads(*library.pointers(values_grad, parts["logit"], parts["basis"]), norm_part(0))
+    call.run("chunk_scalar_backward", ref, there, ctypes.byref(grads))
+    weight_grad(0)
+
+
+def segment_sum(x: Tensor, ptr: Tensor) -> Tensor:
+    """Sums ``(S, h)`` of the float32 rows ``(R, h)`` of each segment, in a fixed order."""
+    (rows, width), segments = x.shape, ptr.shape[0] - 1
+    out, partial = x.new_empty((segments, width)), x.new_empty((rows // SUM_PIECE + segments, width))
+    args = library.SegmentSumArgs(rows, segments, width, *library.pointers(ptr, x, partial, out))
+    library.run("segment_sum", x.device, ctypes.byref(args))
+    return out
+
+
+def chunk_encode_backward(
+    grad: Tensor, values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor,
+    tensor_ptr_host: Tensor, *parameters: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op ``chunk_encode_backward``: arguments and results as in :mod:`sne_fast.ops.schema`."""
+    grad, values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (grad, values, chunk_ptr, tensor_ptr))
+    chunks, width = chunk_ptr.shape[0] - 1, parameters[-1].shape[1]
+    values_grad = torch.empty_like(values)
+    if not chunks:
+        return (values_grad, *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in parameters))
+    call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=True)
+    parts = {}
+    for name in NAMES[1:]:
+        shape = tuple(call.weights[name].shape)
+        many = POOL_BLOCKS * call.programs if name == "pool_query" else call.programs
+        shape = (shape[0], many, *shape[1:]) if name in BY_BLOCK else (many, *shape)
+        parts[name] = values.new_zeros(shape, dtype=torch.float32)
+    chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
+    classes = list(call.plan.classes(CLASSES))
+    most_blocks = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]
+    rows = max(min(most, blocks) * c.slots for (c, blocks), most in zip(classes, most_blocks, strict=True))
+    slab = _Slab.empty(call, rows)
+    for (slot_class, blocks), most in zip(classes, most_blocks, strict=True):
+        for first in range(0, blocks, most):
+            args = call.args(slot_class, blocks, first, min(most, blocks - first))
+            _slab_backward(call, slab, args, grad, parts, values_grad, chunk_grad)
+    shared = {name: part.sum(1 if name in BY_BLOCK else 0) for name, part in parts.items()}
+    grads = [segment_sum(chunk_grad, tensor_ptr), *(shared[name] for name in NAMES[1:])]
+    return (values_grad, *(g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)))
+
+
+@functools.cache
+def _fits(kind: int, width: int, heads: int, slots: int, limit: int, wgmma: bool) -> bool:
+    """Whether every kernel of forward and backward can be launched, asked of their launchers with nothing to do."""
+    args = library.ChunkArgs(width, heads, 1, slots, 1, 0, 0, 0, 0, 1, limit, wgmma)
+    ref, space, grads = ctypes.byref(args), ctypes.byref(library.ChunkSpace()), ctypes.byref(library.ChunkScalarGrads())
+    lib, somewhere = library.library(), 16  # a pointer that is not null and not followed
+    return not any((
+        lib.sne_fast_cuda_chunk_encode(kind, ref, somewhere, None, None),
+        lib.sne_fast_cuda_chunk_encode(kind, ref, None, somewhere, None),
+        lib.sne_fast_cuda_chunk_pool_backward(kind, ref, space, somewhere, somewhere, None),
+        lib.sne_fast_cuda_chunk_block_backward(kind, ref, space, 1, somewhere, None),
+        lib.sne_fast_cuda_chunk_scalar_backward(kind, ref, space, grads, None),
+    ))  # fmt: skip
+
+
+def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
+    """Why these kernels cannot run ``op`` ("chunk_encode" or its backward) on its arguments; empty if they can."""
+    if op.endswith("_backward"):
+        args = args[1:]
+    (heads, h), codes = args[14].shape, args[6].shape[0]
+    reasons = width_reasons(h, heads)
+    if not reasons and args[0].dtype == torch.float32 and h > 128:
+        reasons.append(f"rows of float32 fit the registers up to width 128, got {h}")
+    if codes > CLASSES[-1].slots:
+        reasons.append(f"chunk size must be at most {CLASSES[-1].slots}, got {codes}")
+    if not reasons:
+        device, kind = args[0].device, library.precision(args[0].dtype)
+        slots = max(c.slots for c in CLASSES if c.lowest <= max(1, codes))
+        limit = shared_limit(device)
+        if not _fits(kind, h, heads, slots, limit, has_wgmma(device)):
+            reasons.append(
+                f"chunks of {codes} at width {h}, {heads} heads, do not fit the {limit >> 10} KB of shared memory here"
+            )
+    return reasons

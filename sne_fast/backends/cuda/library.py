@@ -1,0 +1,167 @@
+"""The CUDA backend's native library: found, loaded and checked once, and its structs in ctypes.
+
+``sne_fast/_cuda_engine.so`` is built by ``SNE_FAST_BUILD=cuda pip install .``. With ``SNE_FAST_CUDA_EMULATED`` naming a
+host build of the same kernels (``python csrc/tests/emulate.py OUT``), calls run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.precision import product_precision
+from ..cpu.library import Symbols, open_with, struct
+from . import compatibility
+
+ABI = 1
+EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
+EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
+LIBRARY_FILE = Path(__file__).parents[2] / "_cuda_engine.so"
+ERROR_FILE = Path(__file__).parents[2] / "_cuda_engine_build_error.txt"
+
+
+# Field by field the structs of csrc/include/sne_fast/cuda_abi.h.
+ChunkWeightsArgs = struct("ChunkWeightsArgs", "hidden heads backward", "w_qkv w_o pool_query prepared")
+ChunkArgs = struct(
+    "ChunkArgs",
+    "hidden heads layer_norm slots lowest shared blocks first_block count programs shared_limit wgmma",
+    "chunk_ptr order owner table values row_code element_code logit basis b_qkv b_o norm pool_query prepared",
+)
+ChunkSpace = struct("ChunkSpace", "", "saved rows_grad products")
+ChunkScalarGrads = struct("ChunkScalarGrads", "", "values logit_part basis_part norm_part")
+ChunkWeightGradArgs = struct(
+    "ChunkWeightGradArgs",
+    "hidden rows block programs",
+    "saved products w_qkv_part b_qkv_part w_o_part b_o_part",
+)
+SegmentSumArgs = struct("SegmentSumArgs", "rows segments width", "ptr x partial out")
+SetAttention = struct(
+    "SetAttention",
+    "sets width heads precision warps single split pieces pages most",
+    "q k v q_ptr k_ptr out lse grad mean grad_q grad_k grad_v partial partial_second partial_rows",
+)
+GatherChunks = struct(
+    "GatherChunks", "type wide_scale tensors stride tiles", "table scale values grad parts grad_scale"
+)
+SegmentPool = struct(
+    "SegmentPool",
+    "rows sets width queries precision per_block blocks",
+    "x logits ptr out lse part part_state grad grad_x grad_logits weights_grad part_mean",
+)
+
+_INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
+SYMBOLS: Symbols = {
+    "sne_fast_cuda_abi": (_INT, []),
+    "sne_fast_cuda_status": (_TEXT, [_INT]),
+    "sne_fast_cuda_architectures": (_TEXT, []),
+    "sne_fast_cuda_runtime_version": (_INT, []),
+    "sne_fast_cuda_driver_version": (_INT, []),
+    "sne_fast_cuda_emulated_schedule": (None, [ctypes.c_uint64]),
+    "sne_fast_cuda_chunk_weights_size": (_I64, [_I64, _I64]),
+    "sne_fast_cuda_chunk_weights": (_INT, [_INT, _REF, _REF]),
+    "sne_fast_cuda_chunk_encode": (_INT, [_INT, _REF, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_pool_backward": (_INT, [_INT, _REF, _REF, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_block_backward": (_INT, [_INT, _REF, _REF, _I64, _REF, _REF]),
+    "sne_fast_cuda_chunk_codes_backward": (_INT, [_INT, _REF, _REF, _I64, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_scalar_backward": (_INT, [_INT, _REF, _REF, _REF, _REF]),
+    "sne_fast_cuda_chunk_weight_grad": (_INT, [_INT, _REF, _REF]),
+    "sne_fast_cuda_segment_sum": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_set_attention": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_set_attention_query_grad": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_set_attention_key_grad": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_gather_chunks": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_gather_chunks_backward": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_segment_pool": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_segment_pool_backward": (_INT, [_REF, _REF]),
+}
+"""Every exported function: result and arguments."""
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a build of the backend and check its ABI number and symbols; OSError says what is wrong with it."""
+    lib = open_with(path, SYMBOLS, "sne_fast_cuda_abi", ABI)
+    if (lib.sne_fast_cuda_architectures() == b"emulated") != EMULATED:
+        raise OSError(f"{path} is {'no' if EMULATED else 'an'} emulated build, see {EMULATED_ENVIRONMENT_VARIABLE}")
+    return lib
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    file = Path(os.environ[EMULATED_ENVIRONMENT_VARIABLE]) if EMULATED else LIBRARY_FILE
+    if not file.exists():
+        if EMULATED:
+            return None, f"{EMULATED_ENVIRONMENT_VARIABLE} names {file}, which does not exist"
+        why = ERROR_FILE.read_text(encoding="utf-8").strip() if ERROR_FILE.exists() else ""
+        return None, why or "this installation has no CUDA backend: reinstall with SNE_FAST_BUILD=cuda (needs nvcc)"
+    try:
+        return open_library(file), ""
+    except OSError as error:
+        return None, f"the CUDA library does not load: {error}"
+
+
+def reasons() -> list[str]:
+    """Why the library cannot be used; empty if it can."""
+    _, why = _load()
+    return [why] if why else []
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: saying why there is none.
+    """
+    lib, why = _load()
+    if lib is None:
+        raise RuntimeError(why)
+    return lib
+
+
+def architectures() -> list[str]:
+    """What the library was compiled for, such as ``["80+ptx", "90a", "100"]``."""
+    return library().sne_fast_cuda_architectures().decode().split()
+
+
+def device_reasons(index: int) -> list[str]:
+    """Why the loaded library cannot run on ``cuda:index``; empty if it can."""
+    lib = library()
+    return compatibility.device_reasons(
+        f"cuda:{index}", torch.cuda.get_device_capability(index), architectures(),
+        lib.sne_fast_cuda_driver_version(), lib.sne_fast_cuda_runtime_version(),
+    )  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> int:
+    """``sne_fast_precision`` of operands of ``dtype``, by torch's setting of float32 products."""
+    if dtype == torch.float32:
+        return 1 if product_precision(dtype) == "tf32" else 0
+    return {torch.float16: 2, torch.bfloat16: 3}[dtype]
+
+
+def run(name: str, device: torch.device, *args: Any) -> None:
+    """Call ``sne_fast_cuda_NAME(*args, stream)`` on the current stream of ``device``; raise what its status says."""
+    call = getattr(library(), f"sne_fast_cuda_{name}")
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            status = call(*args, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        status = call(*args, None)
+    if status:
+        raise RuntimeError(f"{name}: {library().sne_fast_cuda_status(status).decode()}")
+
+
+def pointers(*tensors: Tensor) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 in the emulator, so that several blocks share out the work."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count

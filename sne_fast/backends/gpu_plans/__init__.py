@@ -1,0 +1,1 @@
+"""Launch plans shared by the GPU backends."""

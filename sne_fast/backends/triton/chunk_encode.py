@@ -1,0 +1,69 @@
+"""``chunk_encode`` in Triton: plan, launches, and what the kernels cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...ops.supported_widths import width_reasons
+from ..gpu_plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
+from ._chunk_forward import chunk_encode_kernel
+from ._chunk_staged import staged_forward
+from ._launch import on_device
+from .chunk_encode_backward import (
+    FUSED_CLASSES,
+    chunk_encode_backward,
+    class_constants,
+    constants,
+    fits_a_tile,
+    padded_heads,
+    sizes_for,
+    staged_call,
+)
+
+__all__ = ["chunk_encode", "chunk_encode_backward", "why_not"]
+
+
+def chunk_encode(
+    values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor, tensor_ptr_host: Tensor,
+    *parameters: Tensor,
+) -> Tensor:  # fmt: skip
+    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast.ops.schema`."""
+    values, chunk_ptr, tensor_ptr, *weights = (t.contiguous() for t in (values, chunk_ptr, tensor_ptr, *parameters))
+    norm, pool_query = weights[-2:]
+    chunks = chunk_ptr.shape[0] - 1
+    out = values.new_empty((chunks, *pool_query.shape))
+    if not chunks:
+        return out
+    counts = count_lengths(chunk_ptr_host)
+    with on_device(values):
+        owner = owners(tensor_ptr, chunks)
+        if not fits_a_tile(pool_query.shape[1], counts, values.dtype):
+            staged_forward(staged_call(values, chunk_ptr, chunk_ptr_host, owner, weights), out)
+            return out
+        plan = plan_chunks(chunk_ptr, counts)
+        for slot_class, blocks in plan.classes(FUSED_CLASSES):
+            sizes = sizes_for("chunk_encode", pool_query, slot_class)
+            chunk_encode_kernel[(triton.cdiv(blocks, sizes["BLOCKS"]),)](
+                values, chunk_ptr, plan.order, owner, plan.table, *weights, out, out, 0, 0,
+                PADDED_HEADS=padded_heads(pool_query.shape[0]), SAVE=False,
+                **constants(pool_query, norm), **class_constants(slot_class), **sizes.blocks, **sizes.options,
+            )  # fmt: skip
+    return out
+
+
+def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
+    """Why these kernels cannot run ``op`` ("chunk_encode" or its backward) on its arguments; empty if they can."""
+    if op.endswith("_backward"):
+        args = args[1:]
+    values, pool_query, element_code = args[0], args[14], args[6]
+    heads, h = pool_query.shape
+    reasons = width_reasons(h, heads)
+    if element_code.shape[0] > LONGEST_CHUNK:
+        reasons.append(f"chunk size must be at most {LONGEST_CHUNK}, got {element_code.shape[0]}")
+    if values.dtype == torch.float64 and values.device.type == "cuda":
+        reasons.append("float64 runs in Triton's interpreter only; on a GPU use the reference")
+    return reasons

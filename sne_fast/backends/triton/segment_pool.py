@@ -1,0 +1,121 @@
+"""Softmax pooling of ragged segments (SPEC 4.2): sizes, allocation and launches; device code in _segment_pool.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from ...ops.schema import accumulate_dtype
+from . import _segment_pool as device
+from ._launch import Launch, architecture, launch, next_power_of_2, on_device, sum_dtype
+from ._slots import slot_count, sum_slots
+
+# Programs that a launch on long segments should have: several for each multiprocessor of the largest chips.
+PROGRAMS = 1024
+SHORTEST_SPLIT, LONGEST_SPLIT = 128, 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    sizes: Launch
+    programs: int
+    slots: int  # of partial results, 0 for none
+    constants: dict[str, Any]
+
+    @classmethod
+    def make(
+        cls, kernel: str, x: Tensor, queries: int, lengths: np.ndarray, arch: int | None = None, rows: int | None = None
+    ) -> Plan:
+        """Sizes for segments of ``lengths``; a program holds about ELEMENTS sums in its registers."""
+        rows, h = x.shape if rows is None else (rows, x.shape[1])
+        sets, longest = len(lengths), int(lengths.max(initial=0))
+        sizes = launch(
+            "segment_pool", kernel=kernel, h=h, heads=queries, dtype=x.dtype,
+            arch=architecture(x.device) if arch is None else arch,
+        )  # fmt: skip
+        elements, columns = sizes["ELEMENTS"], next_power_of_2(h)
+        if kernel == "forward":
+            columns = min(columns, 256)
+        a_block = min(next_power_of_2(queries), max(1, elements // columns))
+        lanes = max(1, min(32, elements // (a_block * columns)))
+        one = longest > sizes["SHORT"]
+        split = min(LONGEST_SPLIT, max(SHORTEST_SPLIT, next_power_of_2(rows // PROGRAMS)))
+        split = split if one and longest >= 2 * split else 0
+        slots = slot_count(rows, sets, split) if split else 0
+        programs = slots if split else sets if one else triton.cdiv(sets, lanes)
+        constants = {
+            "WIDTH": h, "A": queries, "COLUMNS": columns, "A_BLOCK": a_block, "LANES": lanes, "ONE": one,
+            "SPLIT": split, "STAGES": sizes.num_stages, "ACC": sum_dtype(x.dtype),
+        }  # fmt: skip
+        return cls(sizes, programs, slots, constants)
+
+    def chosen(self, *names: str) -> dict[str, Any]:
+        return {**{name: self.constants[name] for name in names}, **self.sizes.options}
+
+
+def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
+    x, logits, ptr = (t.contiguous() for t in (x, logits, ptr))
+    (_, h), queries, sets, acc = x.shape, logits.shape[1], ptr.shape[0] - 1, accumulate_dtype(x.dtype)
+    out = torch.empty((sets, queries, h), dtype=x.dtype, device=x.device)
+    lse = torch.empty((sets, queries), dtype=acc, device=x.device)
+    if not out.numel():
+        return out, lse
+    plan = Plan.make("forward", x, queries, np.diff(ptr_host.numpy()))
+    part, part_lse = out, lse
+    if plan.slots:
+        part = torch.empty((plan.slots, queries, h), dtype=acc, device=x.device)
+        part_lse = torch.empty((plan.slots, queries), dtype=acc, device=x.device)
+    constants = plan.constants
+    grid = (plan.programs, triton.cdiv(queries, constants["A_BLOCK"]), triton.cdiv(h, constants["COLUMNS"]))
+    with on_device(x):
+        device.forward_kernel[grid](
+            x, logits, out, lse, part, part_lse, ptr, sets, **constants, **plan.sizes.options
+        )  # fmt: skip
+        if plan.slots:
+            columns = min(1024, next_power_of_2(queries * h))
+            device.combine_kernel[(sets, triton.cdiv(queries * h, columns))](
+                part, part_lse, out, lse, ptr,
+                WIDTH=h, A=queries, COLUMNS=columns, SPLIT=constants["SPLIT"], ACC=constants["ACC"],
+                num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out, lse
+
+
+def segment_pool_backward(
+    grad: Tensor, x: Tensor, logits: Tensor, out: Tensor, lse: Tensor, ptr: Tensor, ptr_host: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad, x, logits, lse, ptr = (t.contiguous() for t in (grad, x, logits, lse, ptr))
+    queries, sets, acc = logits.shape[1], ptr.shape[0] - 1, accumulate_dtype(x.dtype)
+    grad_logits = torch.empty_like(logits)
+    if not x.numel() or not queries or not sets:
+        return torch.zeros_like(x), grad_logits
+    plan = Plan.make("backward", x, queries, np.diff(ptr_host.numpy()))
+    constants, a_block = plan.constants, plan.constants["A_BLOCK"]
+    passes = range(0, queries, a_block)
+    grad_x = torch.empty_like(x, dtype=x.dtype if len(passes) == 1 else acc)
+    weights_grad = torch.empty_like(logits, dtype=acc)
+    mean = torch.empty_like(lse)
+    part = torch.empty((plan.slots, 1, queries), dtype=acc, device=x.device) if plan.slots else mean
+    with on_device(x):
+        for first in passes:
+            device.backward_kernel[(plan.programs,)](
+                grad, x, logits, lse, grad_x, weights_grad, part, ptr, sets, first,
+                ADD=first > 0, **constants, **plan.sizes.options,
+            )  # fmt: skip
+        if plan.slots:
+            sum_slots(part, mean, ptr, None, constants["SPLIT"])
+        device.logits_grad_kernel[(plan.programs, len(passes))](
+            logits, lse, weights_grad, mean, grad_logits, ptr, sets,
+            **plan.chosen("A", "A_BLOCK", "LANES", "ONE", "SPLIT", "ACC"),
+        )  # fmt: skip
+    return grad_x.to(x.dtype), grad_logits
+
+
+def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
+    h = args[1 if op.endswith("_backward") else 0].shape[1]
+    return [f"width must be a multiple of 16, got {h}"] if h % 16 or not h else []

@@ -1,0 +1,259 @@
+"""Measure launch sizes on this GPU and write them into the tables: ``python -m sne_fast.backends.triton.tune``.
+
+For every case it checks the table's own choice against the reference, then each candidate against that choice, and
+times those that agree; the fastest becomes a rule for this architecture, in front of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import selftest, selftest_cases
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode", "feed_forward")
+Rule = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rule to be found: ``table``, what it is for, the call to time, and the candidates' sizes."""
+
+    table: str
+    when: Mapping[str, Any]
+    run: Callable[[], tuple[Tensor, ...]]
+    candidates: tuple[Rule, ...]
+
+
+def sizes(warps: tuple[int, ...], stages: tuple[int, ...], **blocks: tuple[int, ...]) -> tuple[Rule, ...]:
+    """Every combination."""
+    return tuple(
+        {"num_warps": w, "num_stages": s, "blocks": dict(zip(blocks, values, strict=True))}
+        for w, s, *values in itertools.product(warps, stages, *blocks.values())
+    )
+
+
+def _pointer(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def _normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def _flat(result: Any) -> tuple[Tensor, ...]:
+    if isinstance(result, Tensor):
+        return (result,)
+    return tuple(t for part in result for t in _flat(part))
+
+
+def attention_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    from . import set_attention as op
+
+    for length, sets in ((12, 20000), (28, 8000), (60, 3000), (1000, 60)):
+        ptr = _pointer([length] * sets)
+        q, k, v, grad = (_normal(length * sets, h, dtype=dtype) for _ in range(4))
+        pointers = (ptr.cuda(), ptr.cuda(), ptr, ptr)
+        out, lse = op.set_attention(q, k, v, *pointers, heads)
+        block = op.own_block(op.Lengths.of(ptr))
+        forward = functools.partial(op.set_attention, q, k, v, *pointers, heads)
+        backward = functools.partial(op.set_attention_backward, grad, q, k, v, out, lse, *pointers, heads)
+        for kernel, run in (("forward", forward), ("query_grad", backward), ("key_grad", backward)):
+            when = {"kernel": kernel, "h": h, "heads": heads, "length": block}
+            blocks = (16, 32, 64, 128) if block == 128 else tuple({16, block})
+            inner = (32, 64) if block < 128 else (32, 64, 128)
+            yield Case(
+                "set_attention", when, run, sizes((1, 2, 4, 8), (1, 2, 3), BLOCK=blocks, INNER=inner, SPLIT=(1024,))
+            )
+
+
+def pooling_cases(h: int, queries: int, dtype: torch.dtype) -> Iterator[Case]:
+    from . import segment_pool as op
+
+    lengths = [1 << 20, *[3000] * 300, *[20] * 20000]
+    ptr = _pointer(lengths)
+    x, logits = _normal(sum(lengths), h, dtype=dtype), _normal(sum(lengths), queries, dtype=dtype)
+    out, lse = op.segment_pool(x, logits, ptr.cuda(), ptr)
+    on_gpu = ptr.cuda()
+
+    def forward() -> tuple[Tensor, ...]:
+        return op.segment_pool(x, logits, on_gpu, ptr)
+
+    def backward() -> tuple[Tensor, ...]:
+        return op.segment_pool_backward(out, x, logits, out, lse, on_gpu, ptr)
+
+    for kernel, run in (("forward", forward), ("backward", backward)):
+        elements = (2048, 4096, 8192, 16384)
+        yield Case(
+            "segment_pool", {"kernel": kernel, "h": h, "heads": queries}, run,
+            sizes((2, 4, 8), (1, 2, 3, 4), ELEMENTS=elements, SHORT=(64,)),
+        )  # fmt: skip
+
+
+def gather_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from . import gather_chunks as op
+
+    plan = torch.tensor([[512 * 512, 9], [1000 * 2048, 1], [64 * 3, 49], *[[256 * 64, 1]] * 200])
+    tensors = [_normal(r, k, dtype=torch.float32) for r, k in plan.tolist()]
+    scale = torch.rand(len(tensors), device="cuda") + 0.5
+
+    def run() -> tuple[Tensor, ...]:
+        values = op.gather_chunks(tensors, scale, plan, dtype)
+        return _flat((values, op.gather_chunks_backward(values, values, tensors, scale, plan)))
+
+    yield Case("gather_chunks", {}, run, sizes((4, 8), (1,), TILE=(1024, 2048, 4096), TILE_K=(8, 16, 32)))
+
+
+def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Warps and stages around the rules that the tables hold for this width; their blocks stay."""
+    from . import chunk_encode as op
+    from ._launch import TABLES, table
+
+    count = 20000
+    calls = selftest_cases.Variant("chunk_encode", dtype, h, heads, True)
+    args = list(selftest_cases.example(calls, torch.device("cuda")))
+    ptr, tensor_ptr = _pointer([32] * count), _pointer([count // 2, 0, count - count // 2])
+    args[:5] = [_normal(32 * count, dtype=dtype), ptr.cuda(), tensor_ptr.cuda(), ptr, tensor_ptr]
+    grad = _normal(count, heads, h, dtype=dtype)
+    for path in sorted(TABLES.glob("chunk_encode*.json")):
+        for rule in table(path.stem):
+            widths = rule["when"].get("h", h)
+            if h not in (widths if isinstance(widths, list) else [widths]) or "32" not in str(rule["when"]):
+                continue
+            backward = path.stem != "chunk_encode"
+
+            def run(backward=backward) -> tuple[Tensor, ...]:
+                return _flat(op.chunk_encode_backward(grad, *args) if backward else op.chunk_encode(*args))
+
+            blocks = {name: (value,) for name, value in rule["blocks"].items()}
+            yield Case(path.stem, {**rule["when"], "h": h, "heads": heads}, run, sizes((4, 8, 16), (1, 2), **blocks))
+
+
+def feed_forward_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    """``heads`` plays no part."""
+    from . import feed_forward as op
+    from ._launch import product_precision
+
+    rows = (1 << 26) // h
+    q, attended, grad = (_normal(rows, h, dtype=dtype) for _ in range(3))
+    args = (q, attended, _normal(h, h, dtype=dtype) * h**-0.5, _normal(h, dtype=dtype), _normal(4, h, dtype=dtype))
+
+    def forward() -> tuple[Tensor, ...]:
+        return (op.feed_forward(*args),)
+
+    def backward() -> tuple[Tensor, ...]:
+        return op.feed_forward_backward(grad, *args)
+
+    staged = sizes((4,), (1,), ROWS=(0,), INNER=(0,), PROGRAMS=(0,))
+    for kernel, run, inner in (("forward", forward, tuple({32, 64, h})), ("backward", backward, (h,))):
+        when = {"kernel": kernel, "h": h, "length": op.precision_class(dtype, product_precision(dtype))}
+        tiles = sizes((4, 8), (1, 2, 3), ROWS=(16, 32, 64, 128), INNER=inner, PROGRAMS=(1, 2, 3, 4))
+        yield Case("feed_forward", when, run, (*staged, *tiles))
+
+
+def all_cases(op: str, widths: list[int], heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    if op == "gather_chunks":
+        yield from gather_cases(dtype)
+        return
+    makers = {"set_attention": attention_cases, "segment_pool": pooling_cases, "chunk_encode": chunk_cases,
+              "feed_forward": feed_forward_cases}  # fmt: skip
+    for h in widths:
+        yield from makers[op](h, heads, dtype)
+
+
+def _agrees(got: tuple[Tensor, ...], want: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    tolerance = 4 * max(selftest.TOLERANCES[dtype], selftest.TF32_TOLERANCE if dtype == torch.float32 else 0)
+    pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True)]
+    return all(float((a - b).nan_to_num().norm()) <= tolerance * float(b.nan_to_num().norm()) + 1e-6 for a, b in pairs)
+
+
+def tune(case: Case, dtype: torch.dtype, arch: int) -> Rule | None:
+    """The fastest candidate as a rule, or None where the table's own choice is not beaten by two per cent."""
+    from triton.testing import do_bench
+
+    from ._launch import trial
+
+    want = case.run()
+    usual = best = do_bench(case.run, return_mode="median")
+    found = None
+    when = {**case.when, "dtype": str(dtype).removeprefix("torch."), "arch": arch}
+    for candidate in case.candidates:
+        rule = {"when": when, **candidate}
+        with trial(case.table, rule):
+            try:
+                if not _agrees(case.run(), want, dtype):
+                    print(f"  wrong results, passed by: {candidate}")
+                    continue
+                time = do_bench(case.run, return_mode="median")
+            except Exception as error:  # too much shared memory, a shape the compiler refuses
+                print(f"  {type(error).__name__}, passed by: {candidate}")
+                continue
+        if time < 0.98 * usual and time < best:
+            best, found = time, rule
+    print(f"{case.table} {when}: {usual:.3f} ms -> {best:.3f} ms", flush=True)
+    return found
+
+
+def merged(rules: list[Rule], new: list[Rule]) -> list[Rule]:
+    """``new`` in front, in place of older rules for the same case."""
+    replaced = [rule["when"] for rule in new]
+    return [*new, *(rule for rule in rules if rule.get("when", {}) not in replaced)]
+
+
+def write(path: Path, rules: list[Rule]) -> None:
+    """One rule a line."""
+    path.write_text("[\n" + ",\n".join("  " + json.dumps(rule) for rule in rules) + "\n]\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sne_fast.backends.triton.tune", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--op", choices=OPS, action="append", help="one op (may be repeated); all by default")
+    parser.add_argument("--width", type=int, action="append", help="h; 64 by default")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="bfloat16 and float32 by default")
+    parser.add_argument("--out", type=Path, help="folder of the tables; those of the package by default")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("sne_fast.backends.triton.tune: needs a CUDA GPU, and torch finds none here", file=sys.stderr)
+        return 2
+    from . import backend
+    from ._launch import TABLES, architecture, table
+
+    device, out = torch.device("cuda"), options.out or TABLES
+    out.mkdir(parents=True, exist_ok=True)
+    for op, dtype_name in itertools.product(options.op or OPS, options.dtype or ["bfloat16", "float32"]):
+        dtype = DTYPES[dtype_name]
+        new: dict[str, list[Rule]] = {}
+        for h in options.width or [64]:
+            variant = selftest_cases.Variant(op, dtype, h, options.heads, True)
+            wrong = selftest.check(backend, variant, device)
+            if wrong:
+                print(f"{op} {dtype_name} h={h} is not tuned, its results are wrong: {'; '.join(wrong)}")
+                continue
+            for case in all_cases(op, [h], options.heads, dtype):
+                rule = tune(case, dtype, architecture(device))
+                if rule:
+                    new.setdefault(case.table, []).append(rule)
+        for name, rules in new.items():
+            path = out / f"{name}.json"
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else list(table(name))
+            write(path, merged(before, rules))
+            print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""WeightBatch: the weights of many networks as one flat array and four levels of pointers (SPEC 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
+from .pointers import join_pointers, ragged_gather
+
+__all__ = ["CHUNKINGS", "WeightBatch"]
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of `tensor_scale` beside values of `dtype`: the same for float32 and float64, else float32."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class WeightBatch:
+    """The weights of B networks, ragged at every level and padded at none; `sne_fast.pack` makes one.
+
+    Chunk t holds `values[chunk_ptr[t]:chunk_ptr[t+1]]`, tensor s the chunks `tensor_ptr[s]:tensor_ptr[s+1]`, layer l
+    the tensors `layer_ptr[l]:layer_ptr[l+1]`, network b the layers `network_ptr[b]:network_ptr[b+1]`.
+
+    Args:
+        values: (V,) floating; all weights in chunk order, each divided by its tensor's `tensor_scale`.
+        chunk_ptr: (N+1,) int64; chunks hold 1..chunk_size values.
+        tensor_ptr: (T+1,) int64; tensors hold at least one chunk.
+        layer_ptr: (L+1,) int64; layers hold at least one tensor.
+        network_ptr: (B+1,) int64; networks hold at least one layer. B may be 0.
+        tensor_type: (T,) int64 in 0..63, `8 * kind + role`.
+        layer_level: (L,) int64, at least 0: depth of the layer in its network.
+        tensor_scale: (T,) floating: what the values of the tensor were divided by, 1 if by nothing.
+        chunk_size: the longest a chunk may be, at least 1.
+        chunking: "flat", "neuron" or "kernel".
+        names: per network `(network name, (tensor names...))`, or () if unknown. For messages only.
+        shapes: per network the tuple of its tensors' shapes, or () if unknown.
+
+    Attributes:
+        chunk_ptr_host, tensor_ptr_host, layer_ptr_host, network_ptr_host: int64 copies of the pointers on the CPU
+            (the same objects where the batch is there), so that a forward pass never waits for the device.
+        chunk_positions: (longest,) int64, 0, 1, ...: as many as the tensor of most chunks has. A tensor, not an
+            int, because torch.compile makes a new graph for every new int.
+
+    Raises:
+        TypeError, ValueError: a field that does not fit; the message names it, and the network and tensor where it can.
+
+    Indexing gives batches: `batch[i]` of one network, `batch[a:b]`, `batch[[2, 0]]`, `batch[mask]`. Contiguous slices
+    share the memory of `values`, others copy; both keep the autograd graph. Pickling and `copy.deepcopy` drop it.
+
+    Example:
+        >>> batch = sne_fast.pack([torch.nn.Linear(4, 3), torch.nn.Linear(2, 2)])
+        >>> len(batch), batch.num_weights, len(batch[1:])
+        (2, 21, 1)
+    """
+
+    values: Tensor
+    chunk_ptr: Tensor
+    tensor_ptr: Tensor
+    layer_ptr: Tensor
+    network_ptr: Tensor
+    tensor_type: Tensor
+    layer_level: Tensor
+    tensor_scale: Tensor
+    chunk_size: int
+    chunking: str
+    names: tuple = ()
+    shapes: tuple = ()
+    chunk_ptr_host: Tensor = dataclasses.field(init=False)
+    tensor_ptr_host: Tensor = dataclasses.field(init=False)
+    layer_ptr_host: Tensor = dataclasses.field(init=False)
+    network_ptr_host: Tensor = dataclasses.field(init=False)
+    chunk_positions: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
+        object.__setattr__(self, "shapes", tuple(tuple(tuple(s) for s in network) for network in self.shapes))
+        check_fields(self)
+        object.__setattr__(self, "chunk_size", operator.index(self.chunk_size))
+        for field in POINTERS:
+            object.__setattr__(self, f"{field}_host", getattr(self, field).detach().cpu())
+        if self.device.type == "cpu":  # one object per pointer, so that a kernel can tell by identity that they agree
+            for field in POINTERS:
+                object.__setattr__(self, f"{field}_host", getattr(self, field))
+        check_contents(self)
+        self._derive()
+
+    @classmethod
+    def _trusted(cls, hosts: dict[str, Tensor] | None = None, **fields: Any) -> WeightBatch:
+        """A batch from fields known to be right; `hosts` as in `{"chunk_ptr": ...}` where the device has others."""
+        batch = object.__new__(cls)
+        for name, value in fields.items():
+            object.__setattr__(batch, name, value)
+        for field in POINTERS:
+            object.__setattr__(batch, f"{field}_host", hosts[field] if hosts else fields[field])
+        batch._derive()
+        return batch
+
+    def _with(self, **changes: Tensor) -> WeightBatch:
+        """This batch with fields but pointers replaced, shape, dtype and device the same; nothing is checked."""
+        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
+        return WeightBatch._trusted(hosts, **{**self._fields(), **changes})
+
+    def _derive(self) -> None:
+        lengths = self.tensor_ptr_host.diff()
+        longest = int(lengths.max()) if lengths.numel() else 0
+        object.__setattr__(self, "chunk_positions", torch.arange(longest, device=self.device))
+        self._mark_dynamic()
+
+    def _mark_dynamic(self) -> None:
+        # Batches differ in every size: without the marks torch.compile specialises on the first and compiles twice.
+        # Importing torch._dynamo costs a second, so only if somebody has; pickling drops the marks.
+        dynamo = sys.modules.get("torch._dynamo")
+        mark = getattr(dynamo, "maybe_mark_dynamic", None)
+        if mark is None or torch.compiler.is_compiling():
+            return
+        for field in (*TENSORS, "chunk_positions"):
+            mark(getattr(self, field), 0)
+        if self.chunk_ptr_host is not self.chunk_ptr:
+            for field in POINTERS:
+                mark(getattr(self, f"{field}_host"), 0)
+
+    # Sizes and names
+
+    def __len__(self) -> int:
+        """Number of networks B."""
+        return self.network_ptr.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors but the host copies are."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `values`."""
+        return self.values.dtype
+
+    @property
+    def num_networks(self) -> int:
+        """B."""
+        return self.network_ptr.shape[0] - 1
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.layer_ptr.shape[0] - 1
+
+    @property
+    def num_tensors(self) -> int:
+        """T."""
+        return self.tensor_ptr.shape[0] - 1
+
+    @property
+    def num_chunks(self) -> int:
+        """N."""
+        return self.chunk_ptr.shape[0] - 1
+
+    @property
+    def num_weights(self) -> int:
+        """V."""
+        return self.values.shape[0]
+
+    def network_name(self, b: int) -> str:
+        """How messages call network b, e.g. `network 3 ('resnet18')`."""
+        return f"network {b} ({self.names[b][0]!r})" if self.names else f"network {b}"
+
+    def tensor_name(self, s: int) -> str:
+        """How messages call tensor s (counted over the batch), e.g. `network 3 ('resnet18'), tensor 'fc.weight'`."""
+        layer = int(torch.searchsorted(self.layer_ptr_host, s, right=True)) - 1
+        b = int(torch.searchsorted(self.network_ptr_host, layer, right=True)) - 1
+        first = int(self.layer_ptr_host[self.network_ptr_host[b]])
+        tensor = repr(self.names[b][1][s - first]) if self.names else str(s - first)
+        return f"{self.network_name(b)}, tensor {tensor}"
+
+    def __repr__(self) -> str:
+        return (
+            f"WeightBatch({self.num_networks} networks, {self.num_layers} layers, {self.num_tensors} tensors, "
+            f"{self.num_chunks} chunks, {self.num_weights} weights, chunk_size={self.chunk_size}, "
+            f"chunking={self.chunking!r}, dtype={self.dtype}, device={str(self.device)!r})"
+        )
+
+    # Moving
+
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> WeightBatch:
+        """This batch on another device or with values of another floating dtype (itself where nothing changes).
+
+        `tensor_scale` follows the values, but is never smaller than float32. `to(dtype)` is accepted as for tensors.
+        """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"WeightBatch.to: dtype given twice, {device} and {dtype}; use to(device, dtype)")
+            device, dtype = None, device
+        dtype = self.dtype if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"WeightBatch.to: dtype must be floating, got {dtype}")
+        target = self.device if device is None else torch.device(device)
+        scale = self.tensor_scale.dtype if dtype == self.dtype else scale_dtype(dtype)
+        fields = self._fields()
+        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
+        if target.type == "cpu":
+            fields.update(hosts)
+        for field in TENSORS:
+            fields[field] = fields[field].to(target, non_blocking=non_blocking)
+        fields["values"] = fields["values"].to(dtype)
+        fields["tensor_scale"] = fields["tensor_scale"].to(scale)
+        if all(fields[field] is getattr(self, field) for field in TENSORS):
+            return self
+        return WeightBatch._trusted(hosts, **fields)
+
+    def detach(self) -> WeightBatch:
+        """This batch cut off from the parameters it was packed from, for use in many steps of training.
+
+        `pack` is differentiable: a batch of modules whose parameters require gradients carries their graph, which one
+        backward pass frees. (Under `torch.inference_mode` pack makes tensors that no training can use; use `no_grad`.)
+        """
+        if not (self.values.requires_grad or self.tensor_scale.requires_grad):
+            return self
+        return self._with(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
+
+    def pin_memory(self, device: Any = None) -> WeightBatch:
+        """This batch in page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
+
+        Itself on a machine without an accelerator (where torch cannot pin), as in a `DataLoader(pin_memory=True)`;
+        `device` is accepted for old DataLoaders and not used. A batch that is not on the CPU is refused by torch.
+        """
+        if not torch.accelerator.is_available():
+            return self
+        fields = self._fields()
+        for field in TENSORS:
+            fields[field] = fields[field].pin_memory()
+        return WeightBatch._trusted(**fields)
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Slices are views: without the copy a worker process would send the storage of the whole batch along.
+        state = self._fields()
+        for field in TENSORS:
+            tensor = state[field]
+            if not (tensor.requires_grad and tensor.is_leaf):  # a graph cannot leave the process
+                tensor = tensor.detach()
+                whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+                state[field] = tensor if whole else tensor.clone()
+        return state
+
+    def __copy__(self) -> WeightBatch:
+        return self  # nothing in it changes, and the general way would take __getstate__ and lose the graph
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        for field in POINTERS:
+            object.__setattr__(self, f"{field}_host", state[field].cpu())
+        self._derive()
+
+    # Choosing and joining networks
+
+    def __iter__(self) -> Iterator[WeightBatch]:
+        return (self[b] for b in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray) -> WeightBatch:
+        """The chosen networks as a batch: an index (a batch of one), a slice, indices, or a mask of B booleans.
+
+        Raises:
+            IndexError: an index outside -B..B-1, or a mask of another length than B.
+            TypeError: anything else.
+        """
+        count = len(self)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(count)
+            if step == 1:
+                return self._slice(start, max(start, stop))
+            return self._take(np.arange(start, stop, step, dtype=np.int64))
+        if isinstance(index, (Tensor, np.ndarray)) and index.ndim == 0 or not hasattr(index, "__len__"):
+            if isinstance(index, (bool, np.bool_)) or getattr(index, "dtype", None) in (torch.bool, np.bool_):
+                raise TypeError("WeightBatch: a single boolean is no index; use a mask of one boolean per network")
+            try:
+                b = operator.index(index)  # type: ignore[arg-type]
+            except TypeError:
+                raise TypeError(
+                    "WeightBatch: index must be an int, a slice, a sequence of ints or a mask, "
+                    f"got {type(index).__name__}"
+                ) from None
+            if not -count <= b < count:
+                raise IndexError(f"WeightBatch: index {b} is outside a batch of {count} networks")
+            return self._slice(b % count, b % count + 1)
+        indices = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iub"):
+            raise TypeError(
+                "WeightBatch: index must be ints or booleans in one dimension, "
+                f"got {indices.dtype} of shape {indices.shape}"
+            )
+        if indices.dtype.kind == "b":
+            if indices.size != count:
+                raise IndexError(f"WeightBatch: mask must have one entry per network, got {indices.size} for {count}")
+            return self._take(np.flatnonzero(indices))
+        indices = indices.astype(np.int64)
+        wrong = (indices < -count) | (indices >= count)
+        if wrong.any():
+            raise IndexError(f"WeightBatch: index {indices[wrong][0]} is outside a batch of {count} networks")
+        return self._take(np.where(indices < 0, indices + count, indices))
+
+    def _slice(self, first: int, last: int) -> WeightBatch:
+        if first == 0 and last == len(self):
+            return self
+        bounds = {}
+        start, stop = first, last
+        for field in reversed(POINTERS):
+            bounds[field] = (start, stop)
+            host = getattr(self, f"{field}_host")
+            start, stop = int(host[start]), int(host[stop])
+        fields = self._fields()
+        hosts = {}
+        for field, (a, b) in bounds.items():
+            pointer, host = fields[field], getattr(self, f"{field}_host")
+            offset = int(host[a])
+            hosts[field] = host[a : b + 1] - offset
+            fields[field] = hosts[field] if pointer is host else pointer[a : b + 1] - offset
+        a, b = bounds["tensor_ptr"]
+        fields.update(tensor_type=self.tensor_type[a:b], tensor_scale=self.tensor_scale[a:b])
+        a, b = bounds["layer_ptr"]
+        fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
+        fields.update(names=self.names[first:last], shapes=self.shapes[first:last])
+        return WeightBatch._trusted(hosts, **fields)
+
+    def _take(self, networks: np.ndarray) -> WeightBatch:
+        """A gather: pointers by one ragged gather per level on the host, values by one copy of whole networks."""
+        fields = self._fields()
+        hosts = {}
+        chosen = networks
+        rows = {}
+        starts, stops = networks, networks + 1  # after the loop: the run of values of each chosen network
+        for field in reversed(POINTERS):
+            host = getattr(self, f"{field}_host").numpy()
+            starts, stops = host[starts], host[stops]
+            rows[field] = chosen
+            pointer, chosen = ragged_gather(host, chosen, with_rows=field != "chunk_ptr")
+            hosts[field] = torch.from_numpy(pointer)
+        if len(networks):  # neighbouring runs are copied as one
+            joint = starts[1:] == stops[:-1]
+            starts, stops = starts[np.append(True, ~joint)], stops[np.append(~joint, True)]
+        pieces = [self.values[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+        fields["values"] = torch.cat(pieces) if pieces else self.values[:0]
+        fields.update({field: host.to(self.device) for field, host in hosts.items()})
+        tensors = torch.from_numpy(rows["tensor_ptr"]).to(self.device)
+        layers = torch.from_numpy(rows["layer_ptr"]).to(self.device)
+        fields.update(tensor_type=self.tensor_type[tensors], tensor_scale=self.tensor_scale[tensors])
+        fields["layer_level"] = self.layer_level[layers]
+        for field in ("names", "shapes"):
+            entries = fields[field]
+            fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
+        return WeightBatch._trusted(hosts if self.device.type != "cpu" else None, **fields)
+
+    @classmethod
+    def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
+        """One batch of the networks of all `batches`, in order; names and shapes are kept where every batch has them.
+
+        Raises:
+            ValueError: no batches, or batches that differ in chunk size, chunking, dtype or device.
+        """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("WeightBatch.cat: batches must be at least one WeightBatch, got none")
+        for i, batch in enumerate(batches):
+            if not isinstance(batch, WeightBatch):
+                raise TypeError(f"WeightBatch.cat: item {i} must be a WeightBatch, got {type(batch).__name__}")
+            for field in ("chunk_size", "chunking", "dtype", "device"):
+                one, other = getattr(batches[0], field), getattr(batch, field)
+                if one != other:
+                    raise ValueError(
+                        f"WeightBatch.cat: {field} must agree, batch 0 has {one} and batch {i} has {other}; "
+                        f"pack alike, or convert with .to()"
+                    )
+        if len(batches) == 1:
+            return batches[0]
+        first = batches[0]
+        scale = max((b.tensor_scale.dtype for b in batches), key=lambda d: d.itemsize)
+        fields: dict[str, Any] = {
+            "values": torch.cat([b.values for b in batches]),
+            "tensor_type": torch.cat([b.tensor_type for b in batches]),
+            "layer_level": torch.cat([b.layer_level for b in batches]),
+            "tensor_scale": torch.cat([b.tensor_scale.to(scale) for b in batches]),
+            "chunk_size": first.chunk_size,
+            "chunking": first.chunking,
+        }
+        hosts = {field: join_pointers([getattr(b, f"{field}_host") for b in batches]) for field in POINTERS}
+        fields.update({field: host.to(first.device) for field, host in hosts.items()})
+        for field in ("names", "shapes"):
+            known = all(getattr(b, field) or not len(b) for b in batches)
+            fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
+        return cls._trusted(hosts if first.device.type != "cpu" else None, **fields)
+
+    @classmethod
+    def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
+        """`cat` by the name a loader wants: `DataLoader(list_of_batches, 16, collate_fn=WeightBatch.collate)`."""
+        return cls.cat(batches)

@@ -1,0 +1,111 @@
+"""What users say about layers when packing: `kinds=` and `layer_level=`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .layers import Network
+from .tensor_types import kind_id
+
+
+def resolve_kinds(networks: list[Network], kinds: Any) -> list[int]:
+    """`8 * kind + role` of every tensor."""
+    if kinds is not None and not isinstance(kinds, Mapping) and not hasattr(kinds, "__len__"):
+        raise TypeError(
+            f"pack: kinds must be a mapping, or one mapping or None per network, got {type(kinds).__name__}"
+        )
+    rules = [kinds] * len(networks) if kinds is None or isinstance(kinds, Mapping) else list(kinds)
+    if isinstance(kinds, str) or any(rule is not None and not isinstance(rule, Mapping) for rule in rules):
+        raise TypeError(f"pack: kinds must be a mapping, or one mapping or None per network, got {kinds!r}")
+    if len(rules) != len(networks):
+        raise ValueError(f"pack: kinds must have one entry per network, got {len(rules)} for {len(networks)}")
+    for rule in rules:
+        for kind in (rule or {}).values():
+            kind_id(kind)
+    chosen = _apply(networks, rules, "kinds")
+    types: list[int] = []
+    for network, given in zip(networks, chosen, strict=True):
+        for i, layer in enumerate(network.layers):
+            kind = kind_id(given[i]) if i in given else layer.resolved_kind()
+            types.extend(8 * kind + role for role in layer.roles())
+    return types
+
+
+def resolve_levels(networks: list[Network], layer_level: Any) -> list[int]:
+    """The level of every layer: its place in its network, or what the user says."""
+    counts = [len(network.layers) for network in networks]
+    levels = [list(range(count)) for count in counts]
+    if layer_level is None:
+        return sum(levels, [])
+    if isinstance(layer_level, Mapping):
+        layer_level = [layer_level] * len(networks)
+    elif isinstance(layer_level, (Tensor, np.ndarray)) and layer_level.ndim == 1:
+        layer_level = layer_level.tolist()
+    if isinstance(layer_level, str) or not hasattr(layer_level, "__iter__"):
+        raise TypeError(f"pack: layer_level must be a sequence or a mapping, got {type(layer_level).__name__}")
+    given = list(layer_level)
+    if given and all(not isinstance(entry, Mapping) and not hasattr(entry, "__len__") for entry in given):
+        if not all(entry is None for entry in given):  # plain numbers: (L,), one per layer of the batch
+            if len(given) != sum(counts):
+                raise ValueError(
+                    f"pack: layer_level must have one entry per layer ({sum(counts)}) or be nested with one entry per "
+                    f"network ({len(networks)}), got {len(given)} numbers"
+                )
+            ends = np.cumsum([0, *counts]).tolist()
+            given = [given[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    if len(given) != len(networks):
+        raise ValueError(f"pack: layer_level must have one entry per network, got {len(given)} for {len(networks)}")
+    chosen = _apply(networks, [entry if isinstance(entry, Mapping) else None for entry in given], "layer_level")
+    for network, entry, level, named in zip(networks, given, levels, chosen, strict=True):
+        if entry is None:
+            continue
+        if not isinstance(entry, Mapping):
+            if len(entry) != len(level):
+                raise ValueError(
+                    f"pack: layer_level must have one entry per layer, got {len(entry)} for the {len(level)} layers "
+                    f"of {network.label}"
+                )
+            named = dict(enumerate(entry.tolist() if isinstance(entry, (Tensor, np.ndarray)) else entry))
+        for i, value in named.items():
+            level[i] = _level(value, network, network.layers[i].name)
+    return sum(levels, [])
+
+
+def _level(value: Any, network: Network, layer: str) -> int:
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= 0:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"pack: layer_level must be integers of at least 0, got {value!r} for {network.label}, layer {layer!r}"
+    )
+
+
+def _apply(networks: list[Network], rules: list[Mapping | None], option: str) -> list[dict[int, Any]]:
+    """Per network what its mapping says of its layers: the exact name wins, then the first pattern that fits."""
+    chosen: list[dict[int, Any]] = []
+    unused = {key for rule in rules if rule is not None for key in rule}
+    for key in unused:
+        if not isinstance(key, str):
+            raise TypeError(f"pack: {option} must map layer names or patterns, got the key {key!r}")
+    for network, rule in zip(networks, rules, strict=True):
+        found: dict[int, Any] = {}
+        for i, layer in enumerate(network.layers if rule else ()):
+            fits = [key for key in rule or () if key == layer.name or fnmatchcase(layer.name, key)]
+            unused.difference_update(fits)
+            if fits:
+                found[i] = (rule or {})[layer.name if layer.name in fits else fits[0]]
+        chosen.append(found)
+    if unused:
+        names = ", ".join(repr(layer.name) for layer in networks[0].layers[:8])
+        raise ValueError(
+            f"pack: {option} has {sorted(unused)[0]!r}, which fits no layer; {networks[0].label} has the layers {names}"
+        )
+    return chosen

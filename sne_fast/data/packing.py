@@ -1,0 +1,223 @@
+"""Cutting networks into chunks: `pack` (SPEC 1)."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..ops.functional import gather_chunks
+from .batch import WeightBatch, scale_dtype
+from .batch_checks import CHUNKINGS
+from .layer_overrides import resolve_kinds, resolve_levels
+from .layers import Network, collect
+from .tensor_scales import tensor_scales
+
+__all__ = ["pack"]
+
+SCALES = ("tensor", "none")
+NONFINITE = ("raise", "zero", "keep")
+VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def pack(
+    networks: Sequence[nn.Module | Mapping[str, Tensor] | str | os.PathLike],
+    chunk_size: int = 32,
+    chunking: str = "flat",
+    *,
+    scale: str = "tensor",
+    nonfinite: str = "raise",
+    layer_level: Any = None,
+    kinds: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+) -> WeightBatch:
+    """Cut the weights of networks into chunks, as one ragged `WeightBatch` (SPEC 1; section 3.2 of the paper).
+
+    A layer is a module that owns tensors itself; layers stand in definition order. From a module come all floating
+    parameters, tied ones once at their first place, and the running mean and variance of normalisation layers. Complex
+    and integer tensors are left out everywhere. Prefixes `module.` (on all names) and `_orig_mod.` are dropped. Tensors
+    are cut as they are stored: fused projections and gates are not split, nothing is transposed.
+
+    Args:
+        networks: a sequence of modules, state_dicts (also nested under "state_dict", "model" or "model_state_dict") or
+            paths: `.safetensors`, a sharded `.safetensors.index.json`, a folder holding one, `.pt/.pth/.bin/.ckpt`.
+            One network alone is taken as a sequence of one.
+        chunk_size: c, the longest a chunk may be; the last piece of a row may be shorter.
+        chunking: how `W[out, in, *k]` is cut. "flat": for every kernel position the row-major `out x in` vector, every
+            c elements; "neuron": as flat, but cut also at every output neuron; "kernel": one row per kernel,
+            `(out, in)` outermost, and as "neuron" without kernel dimensions. A 1-D tensor is one vector, a 0-d one a
+            chunk of one.
+        scale: "tensor" divides each tensor by its root mean square (computed in float64; by 1 where that is 0 or
+            not finite) and keeps it in `tensor_scale`; "none" divides by nothing, as the paper.
+        nonfinite: what NaN and infinities do: "raise" a ValueError, "zero" replaces them by 0 before scaling, "keep"
+            leaves them.
+        layer_level: depth of each layer instead of its place in the network: a sequence with, per network, None, one
+            int per layer, or a mapping of layer names or patterns to ints; or a mapping for all networks; or (L,) ints.
+        kinds: kind of layers instead of what module or names say: a mapping of layer (module) names or `fnmatch`
+            patterns to "linear", "convolution", "transposed convolution", "normalisation", "embedding", "recurrent",
+            "attention projection", "other" or their ids 0..7; or a sequence with one mapping or None per network. The
+            exact name wins, then the first pattern that fits.
+        dtype: of the values: float16, bfloat16, float32 or float64; None is `torch.get_default_dtype()`. Sources may
+            have any floating dtype, fp8 included.
+        device: of the batch; None is the one that the tensors are on.
+
+    Returns:
+        A `WeightBatch`; `values (V,)` and `tensor_scale (T,)` carry gradients to the tensors that require them, if grad
+        mode is on.
+
+    A state_dict knows no modules: kinds are inferred by names and shapes. What may differ from packing the module:
+
+    - a transposed convolution is taken for a convolution, and so is any other weight of 3 to 5 dimensions (`Bilinear`);
+    - a matrix is an embedding only if it is alone in a layer named so (`embed_tokens`, `wte`), else linear; a 1-D
+      weight always belongs to a normalisation (`PReLU`); a parametrised weight has no kind but "other";
+    - tied tensors appear once per name, and floating buffers (attention masks, position tables) count as weights.
+
+    `kinds=` overrides the first two. Modules of classes from outside torch.nn are typed by the same inference.
+
+    Raises:
+        ValueError: no networks, a network without floating parameters, an empty, sparse, quantised, uninitialised or
+            meta tensor, NaN or infinity (names network and tensor), values too large for `dtype`, tensors on different
+            devices without `device=`, an unknown option, `kinds` or `layer_level` that fit nothing.
+        TypeError: a network or a state_dict entry of a type that cannot be packed.
+        CheckpointError: a file that cannot be read (a ValueError).
+
+    Example:
+        >>> batch = sne_fast.pack([torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(4, 3)], chunk_size=16)
+        >>> batch.tensor_type.tolist(), batch.chunk_ptr_host.diff()[:3].tolist()
+        ([8, 9, 0, 1], [16, 8, 16])
+    """
+    chunk_size = _check_options(chunk_size, chunking, scale, nonfinite)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if dtype not in VALUE_DTYPES:
+        raise ValueError(f"pack: dtype must be one of {', '.join(map(str, VALUE_DTYPES))}, got {dtype}")
+    if isinstance(networks, (nn.Module, Mapping, str, os.PathLike)):
+        networks = [networks]
+    elif isinstance(networks, Tensor) or not hasattr(networks, "__iter__"):
+        raise TypeError(
+            f"pack: networks must be a sequence of modules, state_dicts or paths, got {type(networks).__name__}"
+        )
+    found = [collect(i, network) for i, network in enumerate(networks)]
+    if not found:
+        raise ValueError("pack: networks must hold at least one network, got an empty sequence")
+    types = resolve_kinds(found, kinds)
+    levels = resolve_levels(found, layer_level)
+
+    where = [(network, name) for network in found for layer in network.layers for name, _ in layer.tensors]
+    tensors = [tensor for network in found for layer in network.layers for _, tensor in layer.tensors]
+    tensors = _on_one_device(tensors, where, device)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not differentiable:
+        tensors = [t.detach() for t in tensors]
+
+    shapes = [tuple(t.shape) for t in tensors]
+    plan, rows, lengths = _cuts(shapes, chunking)
+    divisors, tensors = tensor_scales(tensors, where, scale, nonfinite, dtype, scale_dtype(dtype))
+    values = gather_chunks(tensors, divisors, plan, dtype)
+    chunk_ptr, tensor_ptr = _chunk_pointers(rows, lengths, chunk_size)
+
+    layers_of = [len(network.layers) for network in found]
+    tensors_of = [len(layer.tensors) for network in found for layer in network.layers]
+    hosts = {
+        "chunk_ptr": torch.from_numpy(chunk_ptr),
+        "tensor_ptr": torch.from_numpy(tensor_ptr),
+        "layer_ptr": _pointer(tensors_of),
+        "network_ptr": _pointer(layers_of),
+    }
+    target = values.device if device is None else torch.device(device)
+    ends = np.cumsum([sum(len(layer.tensors) for layer in network.layers) for network in found])[:-1].tolist()
+    starts = [0, *ends]
+    pieces = list(zip(starts, [*ends, len(tensors)], strict=True))
+    return WeightBatch._trusted(
+        hosts if target.type != "cpu" else None,
+        values=values.to(target),
+        **{field: host.to(target) for field, host in hosts.items()},
+        tensor_type=torch.tensor(types, device="cpu").to(target),
+        layer_level=torch.tensor(levels, device="cpu").to(target),
+        tensor_scale=divisors.to(target),
+        chunk_size=chunk_size,
+        chunking=chunking,
+        names=tuple(
+            (network.name, tuple(name for _, name in where[a:b])) for network, (a, b) in zip(found, pieces, strict=True)
+        ),
+        shapes=tuple(tuple(shapes[a:b]) for a, b in pieces),
+    )
+
+
+def _check_options(chunk_size: Any, chunking: str, scale: str, nonfinite: str) -> int:
+    try:
+        if isinstance(chunk_size, bool) or operator.index(chunk_size) < 1:
+            raise TypeError
+    except TypeError:
+        raise ValueError(f"pack: chunk_size must be an integer of at least 1, got {chunk_size!r}") from None
+    for name, value, allowed in (
+        ("chunking", chunking, CHUNKINGS),
+        ("scale", scale, SCALES),
+        ("nonfinite", nonfinite, NONFINITE),
+    ):
+        if value not in allowed:
+            raise ValueError(f"pack: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return operator.index(chunk_size)
+
+
+def _on_one_device(tensors: list[Tensor], where: list[tuple[Network, str]], device: Any) -> list[Tensor]:
+    devices = {tensor.device: i for i, tensor in reversed(list(enumerate(tensors)))}
+    if len(devices) == 1:
+        return tensors
+    if device is None:
+        found = "; ".join(f"{where[i][0].label}, tensor {where[i][1]!r} on {d}" for d, i in devices.items())
+        raise ValueError(f"pack: all tensors must be on one device, got {found}; pass device= to gather them")
+    return [tensor.to(device) for tensor in tensors]
+
+
+def _cuts(shapes: list[tuple[int, ...]], chunking: str) -> tuple[Tensor, list[int], list[int]]:
+    """Per tensor the matrix `(R, K)` whose transpose is written, and how many rows of what length are cut from that."""
+    plan, rows, lengths = [], [], []
+    for shape in shapes:
+        size, pairs = 1, 1
+        for dim, extent in enumerate(shape):
+            size *= extent
+            pairs *= extent if dim < 2 else 1
+        positions = size // pairs
+        if len(shape) < 2:
+            plan.append((size, 1))
+            rows.append(1)
+        elif chunking == "kernel" and len(shape) > 2:
+            plan.append((size, 1))  # kernels stand as they are stored
+            rows.append(pairs)
+        else:
+            plan.append((pairs, positions))
+            rows.append(positions if chunking == "flat" else positions * shape[0])
+        lengths.append(size // rows[-1])
+    return torch.tensor(plan, device="cpu"), rows, lengths
+
+
+def _chunk_pointers(rows: list[int], lengths: list[int], chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chunk and tensor pointers: each row of each tensor is cut every `chunk_size`, its last piece may be shorter."""
+    row, length = np.array(rows, np.int64), np.array(lengths, np.int64)
+    per_row = -(-length // chunk_size)
+    tensor_ptr = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(row * per_row, out=tensor_ptr[1:])
+    firsts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(row * length, out=firsts[1:])
+    # The pointers of a large network are a sixteenth of its size: written in place, with nothing of size N besides.
+    chunk_ptr = np.empty(tensor_ptr[-1] + 1, np.int64)
+    chunk_ptr[-1] = firsts[-1]
+    ends = tensor_ptr.tolist()
+    for s, (r, n, m, first) in enumerate(zip(rows, lengths, per_row.tolist(), firsts.tolist(), strict=False)):
+        out = chunk_ptr[ends[s] : ends[s + 1]]
+        if r == 1:
+            out[:] = np.arange(first, first + n, chunk_size)
+        else:
+            starts, steps = np.arange(first, first + r * n, n), np.arange(0, n, chunk_size)
+            np.add(starts[:, None], steps, out=out.reshape(r, m))
+    return chunk_ptr, tensor_ptr
+
+
+def _pointer(counts: list[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int64))

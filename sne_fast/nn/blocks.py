@@ -1,0 +1,219 @@
+"""The set blocks of the Set Transformer on packed sets (SPEC 2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import functional
+from .bounded_memory import joined, row_runs
+
+
+class MAB(nn.Module):
+    """Multihead attention block of the Set Transformer (Lee et al. 2019) on packed sets.
+
+    ``o_a = q_a + softmax(q_a k_a^T / sqrt(h)) v_a`` per head a, ``o = ln0(concat_a o_a)``,
+    ``out = ln1(o + relu(fc_o(o)))``, with ``q = fc_q(q_in)``, ``k = fc_k(k_in)``, ``v = fc_v(k_in)`` and the norms only
+    if ``layer_norm``. Parameters are named as in the authors' code, whose ``state_dict`` loads unchanged.
+
+    Args:
+        dim_q: width of the queries' rows.
+        dim_k: width of the keys' rows.
+        dim_v: width h of the block.
+        num_heads: H, a divisor of h.
+        layer_norm: whether ``ln0`` and ``ln1`` are there.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim_v``.
+
+    Example::
+
+        >>> ptr = torch.tensor([0, 3, 4])
+        >>> MAB(8, 8, 16, num_heads=4)(torch.randn(4, 8), torch.randn(4, 8), ptr, ptr).shape
+        torch.Size([4, 16])
+    """
+
+    def __init__(self, dim_q: int, dim_k: int, dim_v: int, num_heads: int, layer_norm: bool = False) -> None:
+        super().__init__()
+        if num_heads < 1 or dim_v % num_heads:
+            raise ValueError(f"MAB: num_heads must divide the width {dim_v}, got {num_heads}")
+        self.dim_v, self.num_heads = dim_v, num_heads
+        self.fc_q = nn.Linear(dim_q, dim_v)
+        self.fc_k = nn.Linear(dim_k, dim_v)
+        self.fc_v = nn.Linear(dim_k, dim_v)
+        self.ln0 = nn.LayerNorm(dim_v) if layer_norm else None
+        self.ln1 = nn.LayerNorm(dim_v) if layer_norm else None
+        self.fc_o = nn.Linear(dim_v, dim_v)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_ptr: Tensor,
+        k_ptr: Tensor,
+        q_ptr_host: Tensor | None = None,
+        k_ptr_host: Tensor | None = None,
+    ) -> Tensor:
+        """Rows ``q (rows_q, dim_q)`` attend to ``k (rows_k, dim_k)`` of the same set: ``(rows_q, dim_v)``."""
+        key, value = self.fc_k(k), self.fc_v(k)
+
+        def attend(q: Tensor, ptr: Tensor, host: Tensor | None) -> Tensor:
+            query = self.fc_q(q)
+            attended = functional.set_attention(
+                query, key, value, ptr, k_ptr, self.num_heads, q_ptr_host=host, k_ptr_host=k_ptr_host
+            )
+            return self.residual(query, attended)
+
+        runs = list(row_runs(q.shape[0], q.device))
+        if len(runs) == 1:
+            return attend(q, q_ptr, q_ptr_host)
+
+        def attend_run(run: slice) -> Tensor:  # sets outside a run have no queries in it
+            host = None if q_ptr_host is None else q_ptr_host.clamp(run.start, run.stop) - run.start
+            return attend(q[run], q_ptr.clamp(run.start, run.stop) - run.start, host)
+
+        return joined(attend_run, runs)
+
+    def residual(self, q: Tensor, attended: Tensor) -> Tensor:
+        """The block's output from its queries and what they attended to, ``(..., h)``, in one go where a backend can.
+
+        ``q`` may also be ``(1, ..., h)``, the same for all sets. In one go and under autocast it has the autocast
+        dtype, as all ops have, where ordinary layer norm on a GPU would give float32.
+        """
+        if not functional.fuses_feed_forward(attended):
+            return self.feed_forward(q + attended)
+        norm = self.norm_parameters()
+        if norm is None:
+            norm = self.fc_o.weight.new_empty((0, self.dim_v))
+        queries, rows = (t.reshape(-1, self.dim_v) for t in (q.expand_as(attended), attended))
+        return functional.feed_forward(queries, rows, self.fc_o.weight, self.fc_o.bias, norm).view_as(attended)
+
+    def feed_forward(self, o: Tensor) -> Tensor:
+        """What follows the attention's residual: ``ln1(o' + relu(fc_o(o')))`` with ``o' = ln0(o)``, row by row."""
+        if self.ln0 is not None:
+            o = self.ln0(o)
+        o = o + F.relu(self.fc_o(o))
+        return o if self.ln1 is None else self.ln1(o)
+
+    def norm_parameters(self) -> Tensor | None:
+        """``(4, h)``: ln0.weight, ln0.bias, ln1.weight, ln1.bias; None without layer norm."""
+        if self.ln0 is None or self.ln1 is None:
+            return None
+        return torch.stack([self.ln0.weight, self.ln0.bias, self.ln1.weight, self.ln1.bias])
+
+
+class SAB(nn.Module):
+    """Set attention block, ``MAB(X, X)`` (Lee et al. 2019, eq. 8).
+
+    Args:
+        dim_in: width of the rows.
+        dim_out: width of the block.
+        num_heads: a divisor of ``dim_out``.
+        layer_norm: as in :class:`MAB`.
+
+    Example::
+
+        >>> SAB(8, 16, num_heads=4)(torch.randn(4, 8), torch.tensor([0, 3, 4])).shape
+        torch.Size([4, 16])
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, num_heads: int, layer_norm: bool = False) -> None:
+        super().__init__()
+        self.mab = MAB(dim_in, dim_in, dim_out, num_heads, layer_norm)
+
+    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
+        """Rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64: ``(rows, dim_out)``."""
+        return self.mab(x, x, ptr, ptr, ptr_host, ptr_host)
+
+
+class ISAB(nn.Module):
+    """Induced set attention block, ``MAB(X, MAB(I, X))`` with m learned points I (Lee et al. 2019, eq. 9-10).
+
+    Linear in the size of a set where :class:`SAB` is quadratic.
+
+    Args:
+        dim_in: width of the rows.
+        dim_out: width of the block.
+        num_heads: a divisor of ``dim_out``.
+        num_inducing: m.
+        layer_norm: as in :class:`MAB`.
+
+    Example::
+
+        >>> ISAB(8, 16, num_heads=4, num_inducing=2)(torch.randn(4, 8), torch.tensor([0, 3, 4])).shape
+        torch.Size([4, 16])
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, num_heads: int, num_inducing: int, layer_norm: bool = False) -> None:
+        super().__init__()
+        if num_inducing < 1:
+            raise ValueError(f"ISAB: num_inducing must be at least 1, got {num_inducing}")
+        self.I = nn.Parameter(torch.empty(1, num_inducing, dim_out))
+        nn.init.xavier_uniform_(self.I)
+        self.mab0 = MAB(dim_out, dim_in, dim_out, num_heads, layer_norm)
+        self.mab1 = MAB(dim_in, dim_out, dim_out, num_heads, layer_norm)
+
+    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
+        """Rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64: ``(rows, dim_out)``."""
+        sets, points = ptr.shape[0] - 1, self.I.shape[1]
+        induced_ptr = torch.arange(sets + 1, device=ptr.device) * points
+        induced_host = induced_ptr if ptr.device.type == "cpu" else torch.arange(sets + 1, device="cpu") * points
+        query = self.I.expand(sets, -1, -1).flatten(0, 1)
+        induced = self.mab0(query, x, induced_ptr, ptr, induced_host, ptr_host)
+        return self.mab1(x, induced, ptr, induced_ptr, ptr_host, induced_host)
+
+
+class PMA(nn.Module):
+    """Pooling by multihead attention, ``MAB(S, X)`` with k learned seeds S (Lee et al. 2019, eq. 11).
+
+    Computed by pooling the rows before they are projected (SPEC 4.2): the logits are ``X (fc_k^T q)``, one vector per
+    seed and head, and ``fc_v`` acts on the pooled rows only.
+
+    Args:
+        dim: width of rows and block.
+        num_heads: a divisor of ``dim``.
+        num_seeds: k.
+        layer_norm: as in :class:`MAB`.
+
+    Example::
+
+        >>> PMA(16, num_heads=4, num_seeds=1)(torch.randn(4, 16), torch.tensor([0, 3, 4])).shape
+        torch.Size([2, 1, 16])
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_seeds: int, layer_norm: bool = False) -> None:
+        super().__init__()
+        if num_seeds < 1:
+            raise ValueError(f"PMA: num_seeds must be at least 1, got {num_seeds}")
+        self.S = nn.Parameter(torch.empty(1, num_seeds, dim))
+        nn.init.xavier_uniform_(self.S)
+        self.mab = MAB(dim, dim, dim, num_heads, layer_norm)
+
+    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
+        """Rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64: ``(S, num_seeds, dim)``."""
+        pooled = functional.segment_pool(x, F.linear(x, self.folded_query()), ptr, ptr_host=ptr_host)
+        return self.project(pooled, (ptr.diff() > 0).to(pooled.dtype))
+
+    def folded_query(self) -> Tensor:
+        """``(k H, h)``, ``(fc_k^T q)_a / sqrt(h)`` per seed and head; ``fc_k.bias`` is constant in the softmax."""
+        with torch.autocast(self.S.device.type, enabled=False):
+            mab = self.mab
+            query = mab.fc_q(self.S[0]).unflatten(-1, (mab.num_heads, -1))  # [k, H, d]
+            # The bias is constant in the softmax: it enters times 0, because DDP wants a gradient for every parameter.
+            key = (mab.fc_k.weight + 0 * mab.fc_k.bias[:, None]).unflatten(0, (mab.num_heads, -1))  # [H, d, h]
+            return torch.einsum("kad,adh->kah", query, key).flatten(0, 1) / math.sqrt(mab.dim_v)
+
+    def project(self, pooled: Tensor, nonempty: Tensor | None = None) -> Tensor:
+        """Rows pooled per seed and head ``(S, k H, h)`` to the block's output ``(S, k, h)``.
+
+        ``nonempty (S,)``, 1 or 0, keeps the bias of ``fc_v`` out of sets that attend to nothing; None: all do.
+        """
+        mab = self.mab
+        rows = pooled.unflatten(1, (-1, mab.num_heads))  # [S, k, H, h]
+        value = mab.fc_v.weight.unflatten(0, (mab.num_heads, -1))  # [H, d, h]
+        bias = mab.fc_v.bias if nonempty is None else mab.fc_v.bias * nonempty[:, None, None]
+        attended = torch.einsum("skah,adh->skad", rows, value).flatten(2) + bias
+        return mab.residual(mab.fc_q(self.S), attended)

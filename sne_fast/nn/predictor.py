@@ -1,0 +1,232 @@
+"""From weights to properties: a set encoder with a head that predicts numbers about each network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batch import WeightBatch
+from .input_scales import INPUT_SCALES
+from .pretrained import PretrainedMixin, about, arguments, check_config
+
+if TYPE_CHECKING:
+    from .encoder import SNE
+
+TRANSFORMS = ("identity", "logit")
+LOSSES = ("mse", "bce", "cross_entropy")
+LOGIT_MARGIN = 0.01
+"""Targets in [0, 1] are kept this far from the ends before the logit."""
+
+
+class PredictorHead(nn.Sequential):
+    """The paper's predictor head (section 3.8): an MLP with ReLU between its layers.
+
+    Args:
+        in_features: width of the encoding.
+        out_features: number of predicted values.
+        hidden_features: widths of the hidden layers; `()` gives a linear map.
+
+    Shapes: `(B, in_features)` to `(B, out_features)`.
+
+    Raises:
+        ValueError: a width below 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int = 1, hidden_features: Sequence[int] = (512, 512)) -> None:
+        widths = [in_features, *hidden_features, out_features]
+        if min(widths) < 1:
+            raise ValueError(f"PredictorHead: every width must be at least 1, got {widths}")
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+class Predictor(PretrainedMixin, nn.Module):
+    """Predicts properties of networks from their weights: `t^-1(mean + std * head(encoder(batch)))`.
+
+    `t` is the transform the targets go through before they are normalised, so that outputs are in the targets' own
+    units: "identity", or "logit" for targets in [0, 1] such as accuracies. `target_mean` and `target_std`
+    `(out_features,)` are buffers, set by `set_targets`; at first 0 and 1.
+
+    With `loss="bce"` the head gives logits of targets in [0, 1], trained by binary cross-entropy, and outputs are their
+    sigmoids; with `loss="cross_entropy"` it gives logits of classes, and outputs are probabilities. Neither normalises.
+
+    Args:
+        encoder: an `sne_fast.SNE`.
+        out_features: number of predicted values, or of classes.
+        hidden_features: widths of the head's hidden layers.
+        target_names: what the outputs are called, one name each.
+        target_transform: "identity" or "logit"; "logit" with "mse" only.
+        loss: "mse", "bce" or "cross_entropy".
+        normalise_inputs: "zoo", or True, divides weights by what their like measured in the training networks
+            (`InputNormaliser`, set by `set_inputs`) in place of each tensor by its own size; "fan_in" multiplies them
+            by the root of their layer's fan-in (`FanInScale`). For an encoder with `scale="none"`.
+
+    Raises:
+        ValueError: a transform or loss that does not exist or does not fit, not one name per output, or
+            `normalise_inputs` with an encoder that divides by itself.
+
+    Example::
+
+        predictor = Predictor(sne_fast.SNE(hidden_dim=32), target_names=["accuracy"], target_transform="logit")
+        predictor([model, "other.safetensors"])         # (2, 1)
+    """
+
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(
+        self,
+        encoder: SNE,
+        out_features: int = 1,
+        hidden_features: Sequence[int] = (512, 512),
+        target_names: Sequence[str] | None = None,
+        target_transform: str = "identity",
+        loss: str = "mse",
+        normalise_inputs: bool | str = False,
+    ) -> None:
+        super().__init__()
+        if normalise_inputs and encoder.config["scale"] != "none":
+            raise ValueError(
+                f"Predictor: normalise_inputs needs an encoder with scale='none', got {encoder.config['scale']!r}"
+            )
+        scale = "zoo" if normalise_inputs is True else normalise_inputs
+        if scale and scale not in INPUT_SCALES:
+            raise ValueError(
+                f"Predictor: normalise_inputs must be a bool or one of {', '.join(INPUT_SCALES)}, got {scale!r}"
+            )
+        if target_transform not in TRANSFORMS:
+            raise ValueError(f"Predictor: target_transform must be one of {TRANSFORMS}, got {target_transform!r}")
+        if loss not in LOSSES:
+            raise ValueError(f"Predictor: loss must be one of {LOSSES}, got {loss!r}")
+        if loss != "mse" and target_transform != "identity":
+            raise ValueError(f"Predictor: loss {loss!r} takes target_transform 'identity', got {target_transform!r}")
+        names = tuple(target_names) if target_names is not None else tuple(f"target_{i}" for i in range(out_features))
+        if len(names) != out_features or isinstance(target_names, str):
+            raise ValueError(f"Predictor: target_names must hold {out_features} name(s), got {target_names!r}")
+        self.encoder = encoder
+        self.head = PredictorHead(encoder.config["hidden_dim"], out_features, hidden_features)
+        self.out_features = out_features
+        self.hidden_features = tuple(hidden_features)
+        self.target_names = names
+        self.target_transform = target_transform
+        self.loss = loss
+        self.input_scale = scale or None
+        self.input_normaliser = INPUT_SCALES[scale]() if scale else None
+        self.register_buffer("target_mean", torch.zeros(out_features))
+        self.register_buffer("target_std", torch.ones(out_features))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments; the encoder as its own configuration."""
+        return {
+            "encoder": {**about(type(self.encoder)), **self.encoder.config},
+            "out_features": self.out_features,
+            "hidden_features": list(self.hidden_features),
+            "target_names": list(self.target_names),
+            "target_transform": self.target_transform,
+            "loss": self.loss,
+            "normalise_inputs": self.input_scale or False,
+        }
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any]) -> Predictor:
+        from .encoder import SNE
+
+        encoder = config["encoder"]
+        if not isinstance(encoder, dict):
+            raise ValueError(f"Predictor: encoder in config.json must be an object, got {type(encoder).__name__}")
+        check_config(SNE, encoder, "encoder")
+        return cls(SNE._from_config(arguments(encoder)), **{k: v for k, v in config.items() if k != "encoder"})
+
+    def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
+        """A `WeightBatch`, or networks to be packed, to predictions `(B, out_features)` in the targets' units."""
+        return self.denormalise(self.head(self.encode(networks)))
+
+    def encode(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
+        """What the head sees: a `WeightBatch`, or networks to be packed, to `(B, hidden_dim)`."""
+        if self.input_normaliser is None:
+            return self.encoder(networks)
+        batch = networks if isinstance(networks, WeightBatch) else self.encoder.pack(networks)
+        return self.encoder(self.input_normaliser(batch))
+
+    def set_inputs(self, batch: WeightBatch) -> None:
+        """Set what `normalise_inputs` divides by from the training networks; without it nothing is done."""
+        if self.input_normaliser is not None:
+            self.input_normaliser.fit(batch)
+
+    def set_targets(self, targets: Tensor) -> None:
+        """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.
+
+        Raises:
+            ValueError: another shape, values that are not finite, or targets outside what the loss takes.
+        """
+        transformed = self._transformed(targets).double()
+        if self.loss != "mse":
+            return
+        self.target_mean.copy_(transformed.mean(0))
+        std = transformed.std(0, correction=0)
+        self.target_std.copy_(std.where(std > 0, torch.ones_like(std)))
+
+    def normalise(self, targets: Tensor) -> Tensor:
+        """Targets `(n, out_features)` in their own units to what the head is trained on; errors as `set_targets`.
+
+        Classes, `(n,)` integers for the loss "cross_entropy", stay as they are.
+        """
+        transformed = self._transformed(targets)
+        if self.loss == "cross_entropy":
+            return transformed.to(self.target_mean.device)
+        return (transformed.to(self.target_mean) - self.target_mean) / self.target_std
+
+    def losses(self, outputs: Tensor, goals: Tensor) -> Tensor:
+        """Loss of each network `(n,)`: what the head gives `(n, out_features)` against `normalise(targets)`."""
+        if self.loss == "cross_entropy":
+            return F.cross_entropy(outputs, goals, reduction="none")
+        measure = F.mse_loss if self.loss == "mse" else F.binary_cross_entropy_with_logits
+        return measure(outputs, goals, reduction="none").mean(1)
+
+    def denormalise(self, outputs: Tensor) -> Tensor:
+        """What the head gives `(n, out_features)` to the targets' units."""
+        if self.loss == "cross_entropy":
+            return outputs.softmax(1)
+        values = outputs * self.target_std + self.target_mean
+        if self.loss == "bce":
+            return values.sigmoid()
+        return values.sigmoid() if self.target_transform == "logit" else values
+
+    def _transformed(self, targets: Tensor) -> Tensor:
+        if self.loss == "cross_entropy":
+            return self._classes(targets)
+        if targets.ndim != 2 or targets.shape[1] != self.out_features or targets.shape[0] == 0:
+            raise ValueError(f"Predictor: targets must have shape (n, {self.out_features}), got {tuple(targets.shape)}")
+        if not bool(targets.isfinite().all()):
+            raise ValueError("Predictor: targets must be finite; leave out networks without one")
+        if self.target_transform == "identity" and self.loss == "mse":
+            return targets
+        if bool((targets < 0).any()) or bool((targets > 1).any()):
+            what = "the logit transform" if self.loss == "mse" else "the loss 'bce'"
+            raise ValueError(
+                f"Predictor: targets of {what} must lie in [0, 1], got {targets.min().item():g} to "
+                f"{targets.max().item():g}"
+            )
+        if self.loss == "bce":
+            return targets
+        return targets.clamp(LOGIT_MARGIN, 1 - LOGIT_MARGIN).logit()
+
+    def _classes(self, targets: Tensor) -> Tensor:
+        if targets.ndim != 1 or targets.shape[0] == 0 or targets.dtype.is_floating_point or targets.dtype == torch.bool:
+            raise ValueError(
+                f"Predictor: targets of the loss 'cross_entropy' must be integers of shape (n,), got {targets.dtype} "
+                f"{tuple(targets.shape)}"
+            )
+        if int(targets.min()) < 0 or int(targets.max()) >= self.out_features:
+            raise ValueError(
+                f"Predictor: classes must lie in 0..{self.out_features - 1}, got {int(targets.min())} to "
+                f"{int(targets.max())}"
+            )
+        return targets.long()

@@ -1,0 +1,259 @@
+"""Saving and loading models in the Hugging Face Hub's layout: `model.safetensors` beside `config.json`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shutil
+import uuid
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+ABOUT = ("architectures", "library_name", "sne_fast_version")
+"""Keys of `config.json` that are not constructor arguments."""
+
+T = TypeVar("T", bound="PretrainedMixin")
+
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class PretrainedMixin:
+    """Saving and loading for an `nn.Module` whose `config` is a dict of its constructor's arguments.
+
+    `config.json` holds those arguments beside `architectures` (the class's name in a list, as transformers writes it),
+    `library_name` and `sne_fast_version`.
+
+        encoder.save_pretrained("encoder")
+        encoder = sne_fast.SNE.from_pretrained("encoder")          # or "user/name" on the Hub
+    """
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as values that JSON can hold."""
+        raise NotImplementedError(f"{type(self).__name__} must define config")
+
+    @classmethod
+    def _from_config(cls: type[T], config: dict[str, Any]) -> T:
+        """Build the module from the constructor's arguments as they stood in `config.json`."""
+        return cls(**config)
+
+    def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json` into a folder, made if missing.
+
+        Both files are written elsewhere first and then moved, so that a failure leaves what was there before.
+
+        Raises:
+            ValueError: the configuration cannot be held by JSON.
+            OSError: the folder cannot be written.
+        """
+        from ..data.checkpoints import save_state_dict
+
+        assert isinstance(self, nn.Module)
+        try:
+            config = json.dumps({**about(type(self)), **self.config}, indent=2)
+        except TypeError as error:
+            raise ValueError(f"save_pretrained: the config of {type(self).__name__} is not JSON: {error}") from error
+        target = Path(save_directory).resolve()
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(f"save_pretrained: {target} is a file; give a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = (target if target.exists() else target.parent) / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+        stage.mkdir()
+        try:
+            save_state_dict(self.state_dict(), stage / WEIGHTS_NAME, metadata={"format": "pt"})
+            (stage / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
+            if target.exists():
+                for name in (WEIGHTS_NAME, CONFIG_NAME):
+                    os.replace(stage / name, target / name)
+            else:
+                os.rename(stage, target)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> T:
+        """Load a model that `save_pretrained` wrote, in evaluation mode and in the dtype it was saved in.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository id `user/name` of the Hub, which needs
+                `huggingface_hub`. A folder of that name comes first.
+            device: where the parameters go.
+            revision: branch, tag or commit of the repository; as the rest, ignored for a folder.
+            cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file is missing in it.
+            ValueError: another class's model, unknown or missing arguments, tensors that do not fit, a broken file.
+            ModuleNotFoundError: a repository id was given and `huggingface_hub` is missing.
+            OSError: the repository could not be read.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        config = read_config(name, **hub)
+        check_config(cls, config, name)
+        try:
+            module = cls._from_config(arguments(config))
+        except TypeError as error:
+            raise ValueError(
+                f"from_pretrained: {CONFIG_NAME} of {name!r} does not fit {cls.__name__}: {error}"
+            ) from error
+        assert isinstance(module, nn.Module)
+        _load_weights(module, _find(name, WEIGHTS_NAME, hub), name)
+        return module.to(device).eval()
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str = ""
+    ) -> str:
+        """Upload the model to the Hub, making the repository if needed; returns the address of the commit.
+
+        Raises:
+            ModuleNotFoundError: `huggingface_hub` is missing.
+        """
+        import tempfile
+
+        api = _hub(f"push_to_hub: uploading to {repo_id!r}").HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            message = commit_message or f"Push {type(self).__name__} using sne_fast"
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+
+
+def about(cls: type) -> dict[str, Any]:
+    """What `config.json` says beside the constructor's arguments."""
+    from .. import __version__
+
+    return {"architectures": [cls.__name__], "library_name": "sne_fast", "sne_fast_version": __version__}
+
+
+def arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in the contents of a `config.json`."""
+    return {key: value for key, value in config.items() if key not in ABOUT}
+
+
+def saved_class(config: dict[str, Any]) -> str | None:
+    """The name of the class that wrote this `config.json`, None if it does not say."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and len(names) == 1 else None
+
+
+def read_config(pretrained_model_name_or_path: str | PathLike[str], **hub: Any) -> dict[str, Any]:
+    """`config.json` of a folder or a repository of the Hub; `hub` as in `PretrainedMixin.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, OSError: as `PretrainedMixin.from_pretrained`.
+        ValueError: the file is not a JSON object.
+    """
+    path = _find(os.fspath(pretrained_model_name_or_path), CONFIG_NAME, hub)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also covers bytes that are not UTF-8
+        raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"from_pretrained: {path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def check_config(cls: type, config: dict[str, Any], name: str) -> None:
+    """The configuration was written by `cls` and holds exactly its constructor's arguments.
+
+    Raises:
+        ValueError: it does not; the message says what is unknown or missing.
+    """
+    writer = saved_class(config)
+    if writer != cls.__name__:
+        holds = f"{CONFIG_NAME} names no class" if writer is None else f"holds a {writer}"
+        raise ValueError(f"from_pretrained: {name!r}: {holds}, expected {cls.__name__}")
+    expected = set(inspect.signature(cls).parameters)
+    given = set(arguments(config))
+    # An argument left out would silently become today's default, which need not be what was trained.
+    problems = [
+        f"{what} {', '.join(sorted(keys))}"
+        for what, keys in (("unknown", given - expected), ("missing", expected - given))
+        if keys
+    ]
+    if problems:
+        version = config.get("sne_fast_version", "unknown")
+        raise ValueError(
+            f"from_pretrained: {CONFIG_NAME} of {name!r} (written by sne_fast {version}) does not fit {cls.__name__}: "
+            f"{'; '.join(problems)}"
+        )
+
+
+def _load_weights(module: nn.Module, path: Path, name: str) -> None:
+    from ..data.checkpoints import load_state_dict
+
+    found = load_state_dict(path)
+    wanted = module.state_dict()
+    problems = [
+        *(f"missing {key}" for key in wanted if key not in found),
+        *(f"unknown {key}" for key in found if key not in wanted),
+        *(
+            f"{key} must be {tuple(wanted[key].shape)}, got {tuple(found[key].shape)}"
+            for key in wanted
+            if key in found and wanted[key].shape != found[key].shape
+        ),
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"from_pretrained: {WEIGHTS_NAME} of {name!r} does not fit {type(module).__name__}: "
+            f"{'; '.join(problems[:5])}{more}"
+        )
+    dtypes = {t.dtype for t in found.values() if t.is_floating_point()}
+    if len(dtypes) == 1:
+        module.to(dtypes.pop())
+    module.load_state_dict(found)
+
+
+def _find(name: str, filename: str, hub: dict[str, Any]) -> Path:
+    """The file in the folder `name`, else downloaded from the repository of that name."""
+    if os.path.isdir(name):
+        path = Path(name) / filename
+        if not path.is_file():
+            raise FileNotFoundError(f"from_pretrained: folder {name!r} holds no {filename}")
+        return path
+    if not _REPO_ID.fullmatch(name) or os.path.exists(name):
+        raise FileNotFoundError(f"from_pretrained: {name!r} is neither a folder nor a repository id of the Hub")
+    hub_module = _hub(f"from_pretrained: {name!r} is not a folder here, and reading it from the Hub")
+    try:
+        return Path(hub_module.hf_hub_download(name, filename, **hub))
+    except Exception as error:  # the client's errors differ between its versions and HTTP libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"from_pretrained: {name!r} is not a folder here, and {filename} could not be read from the Hub: {reason}"
+        ) from error
+
+
+def _hub(why: str) -> Any:
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{why} needs huggingface_hub: pip install "sne_fast[hub]"', name=error.name
+        ) from error
+    return huggingface_hub

@@ -1,0 +1,1 @@
+"""The ops: schemas, public functions, gradients, reference implementation, and the choice of a backend at run time."""

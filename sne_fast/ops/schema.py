@@ -1,0 +1,131 @@
+"""The schema of every op and its shape-only ("fake") version: the one place where names and arity stand.
+
+Each op is opaque to the compiler and has a forward and a backward. ``*_host`` arguments are CPU int64 copies of the
+pointers beside them, so that a backend can plan its launches without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("sne_fast", "DEF")
+
+_POINTERS = "Tensor chunk_ptr, Tensor tensor_ptr, Tensor chunk_ptr_host, Tensor tensor_ptr_host"
+_CHUNK_PARAMETERS = (
+    "Tensor row_code, Tensor element_code, Tensor logit, Tensor basis, "
+    "Tensor w_qkv, Tensor b_qkv, Tensor w_o, Tensor b_o, Tensor norm, Tensor pool_query"
+)
+_FEED_FORWARD = "Tensor q, Tensor attended, Tensor w_o, Tensor b_o, Tensor norm"
+
+SCHEMAS: dict[str, str] = {
+    "gather_chunks": "(Tensor[] tensors, Tensor scale, Tensor plan, ScalarType dtype) -> Tensor",
+    "gather_chunks_backward": (
+        "(Tensor grad, Tensor values, Tensor[] tensors, Tensor scale, Tensor plan) -> (Tensor[], Tensor)"
+    ),
+    "chunk_encode": f"(Tensor values, {_POINTERS}, {_CHUNK_PARAMETERS}) -> Tensor",
+    "chunk_encode_backward": (
+        f"(Tensor grad, Tensor values, {_POINTERS}, {_CHUNK_PARAMETERS}) -> ({', '.join(['Tensor'] * 11)})"
+    ),
+    "set_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, "
+        "int num_heads) -> (Tensor, Tensor)"
+    ),
+    "set_attention_backward": (
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor q_ptr, Tensor k_ptr, "
+        "Tensor q_ptr_host, Tensor k_ptr_host, int num_heads) -> (Tensor, Tensor, Tensor)"
+    ),
+    "segment_pool": "(Tensor x, Tensor logits, Tensor ptr, Tensor ptr_host) -> (Tensor, Tensor)",
+    "segment_pool_backward": (
+        "(Tensor grad, Tensor x, Tensor logits, Tensor out, Tensor lse, Tensor ptr, Tensor ptr_host) "
+        "-> (Tensor, Tensor)"
+    ),
+    "feed_forward": f"({_FEED_FORWARD}) -> Tensor",
+    "feed_forward_backward": f"(Tensor grad, {_FEED_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+"""Op name -> arguments and results."""
+
+FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
+FUSIONS = {"feed_forward": ("triton",)}
+"""Ops that the modules do without: which backends have them. On others, ordinary torch operations do the work."""
+REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in FUSIONS)
+"""What a backend has to have."""
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of softmax, norms and sums for operands of ``dtype``: float32 for half types, else ``dtype`` itself."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _fake_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _gather_chunks(tensors: list[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
+    total = sum(t.numel() for t in tensors)
+    return scale.new_empty((total,), dtype=dtype)
+
+
+def _gather_chunks_backward(
+    grad: Tensor, values: Tensor, tensors: list[Tensor], scale: Tensor, plan: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    return list(_fake_like(*tensors)), torch.empty_like(scale)
+
+
+def _chunk_encode(values: Tensor, chunk_ptr: Tensor, *args: Tensor) -> Tensor:
+    num_heads, width = args[-1].shape  # pool_query
+    return values.new_empty((chunk_ptr.shape[0] - 1, num_heads, width))
+
+
+def _chunk_encode_backward(grad: Tensor, values: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(values, *args[4:])
+
+
+def _set_attention(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    num_heads = args[-1]
+    lse = q.new_empty((q.shape[0], num_heads), dtype=accumulate_dtype(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _set_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_like(q, k, v)
+
+
+def _segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
+    segments, queries = ptr.shape[0] - 1, logits.shape[1]
+    lse = x.new_empty((segments, queries), dtype=accumulate_dtype(x.dtype))
+    return x.new_empty((segments, queries, x.shape[1])), lse
+
+
+def _segment_pool_backward(grad: Tensor, x: Tensor, logits: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(x, logits)
+
+
+def _feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
+    return torch.empty_like(attended, memory_format=torch.contiguous_format)
+
+
+def _feed_forward_backward(grad: Tensor, q: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(*args)  # attended, whose gradient is also q's, and the parameters
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "gather_chunks": _gather_chunks,
+    "gather_chunks_backward": _gather_chunks_backward,
+    "chunk_encode": _chunk_encode,
+    "chunk_encode_backward": _chunk_encode_backward,
+    "set_attention": _set_attention,
+    "set_attention_backward": _set_attention_backward,
+    "segment_pool": _segment_pool,
+    "segment_pool_backward": _segment_pool_backward,
+    "feed_forward": _feed_forward,
+    "feed_forward_backward": _feed_forward_backward,
+}
+"""Op name -> function from inputs to empty outputs of the right shapes and dtypes."""
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+    torch.library.register_fake(f"sne_fast::{_name}", FAKES[_name], lib=LIBRARY)

@@ -1,0 +1,196 @@
+"""Inputs of the backends' self-test, and their results beside those of the reference in float64 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of a call decides which code runs: tested once for each."""
+
+    op: str
+    dtype: torch.dtype
+    width: int = 0
+    heads: int = 0
+    layer_norm: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        norm = " norm" if self.layer_norm else ""
+        heads = f" H={self.heads}" if self.heads else ""
+        return f"{self.op} {dtype}" + (f" h={self.width}{heads}{norm}" if self.width else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    name: str
+    got: Tensor
+    want: Tensor
+    is_gradient: bool
+
+
+def variant(op: str, args: tuple[Any, ...]) -> Variant:
+    """The variant of a call by the schema's arguments."""
+    forward = op.removesuffix("_backward")
+    if forward == "gather_chunks":
+        return Variant(forward, args[3] if op == forward else args[1].dtype)
+    if op != forward:
+        args = args[1:]
+    if forward == "chunk_encode":
+        heads, width = args[-1].shape
+        return Variant(forward, args[0].dtype, width, heads, args[-2].shape[0] > 0)
+    if forward == "set_attention":
+        return Variant(forward, args[0].dtype, args[0].shape[1], args[-1])
+    if forward == "feed_forward":
+        return Variant(forward, args[0].dtype, args[0].shape[1], 0, args[-1].shape[0] > 0)
+    return Variant(forward, args[0].dtype, args[0].shape[1], args[1].shape[1])
+
+
+class _Draw:
+    """Random inputs rounded to the variant's dtype, kept in float64 on the CPU."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def __call__(self, *shape: int, size: float = 1.0, offset: float = 0.0) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        return (size * drawn + offset).to(self.dtype).double()
+
+
+def _pointer(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments in schema order, ``host`` naming those that stay on the CPU."""
+
+    args: tuple[Any, ...]
+    host: tuple[int, ...]
+
+
+def _chunk_encode(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    # Small inputs and weights: where softmax saturates, half types lose all of a gradient without being wrong.
+    # Chunks of up to 64 beside the usual ones, as several backends have code of its own for them.
+    h, heads = case.width, case.heads
+    for lengths, of_tensors, codes in (((32, 7, 32, 1, 2, 20, 32, 32, 32), (4, 0, 5), 32), ((64, 40, 5), (1, 2), 64)):
+        chunks, tensors = _pointer(*lengths), _pointer(*of_tensors)
+        norm = draw(4 if case.layer_norm else 0, 4, h, size=0.2)
+        norm[:, ::2] += 1
+        yield _Call(
+            (
+                draw(sum(lengths), size=0.5), chunks, tensors, chunks, tensors, draw(len(of_tensors), h, size=0.3),
+                draw(codes, h, size=0.3), draw(2, heads), draw(3, h, size=0.5),
+                draw(3, 3 * h, h, size=0.5 * h**-0.5), draw(3, 3 * h, size=0.1), draw(4, h, h, size=0.5 * h**-0.5),
+                draw(4, h, size=0.1), norm.to(case.dtype).double(), draw(heads, h, size=h**-0.5),
+            ),
+            (3, 4),
+        )  # fmt: skip
+
+
+def _set_attention(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h = case.width
+    for queries, keys in (((1, 17, 0, 140), (1, 17, 3, 140)), ((3, 2, 4), (2100, 0, 5))):
+        q_ptr, k_ptr = _pointer(*queries), _pointer(*keys)
+        rows = (draw(sum(queries), h), draw(sum(keys), h), draw(sum(keys), h))
+        yield _Call((*rows, q_ptr, k_ptr, q_ptr, k_ptr, case.heads), (5, 6))
+
+
+def _segment_pool(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    for lengths in ((3, 0, 1, 40), (700, 5, 300)):
+        ptr = _pointer(*lengths)
+        yield _Call((draw(sum(lengths), case.width), draw(sum(lengths), case.heads), ptr, ptr), (3,))
+
+
+def _gather_chunks(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    plan = torch.tensor([[7, 9], [33, 1], [0, 3], [130, 20], [1, 5]], device="cpu")
+    tensors = [draw(rows, positions) for rows, positions in plan.tolist()]
+    scale = torch.linspace(0.5, 2, len(tensors), dtype=torch.float32, device="cpu")
+    yield _Call((tensors, scale, plan, case.dtype), (2,))
+
+
+def _feed_forward(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h = case.width
+    norm = draw(4 if case.layer_norm else 0, h, size=0.2)
+    norm[::2] += 1
+    parameters = (draw(h, h, size=h**-0.5), draw(h, size=0.1), norm.to(case.dtype).double())
+    # Several tiles a program, also on the largest chips; then one query for all rows.
+    many = (3 << 20 if torch.cuda.is_available() else 1 << 16) // h + 5
+    for rows, queries in ((many, many), (70, 1)):
+        yield _Call((draw(queries, h).expand(rows, h), draw(rows, h), *parameters), ())
+
+
+_CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
+    "gather_chunks": _gather_chunks,
+    "chunk_encode": _chunk_encode,
+    "set_attention": _set_attention,
+    "segment_pool": _segment_pool,
+    "feed_forward": _feed_forward,
+}
+
+
+def _on(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """``value`` on the device, float64 as the variant's dtype."""
+    if isinstance(value, list):
+        return [_on(v, dtype, device) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 2 and value.shape[0] > 1 and value.stride(0) == 0:  # one row for many stays one
+        return _on(value[:1], dtype, device).expand_as(value)
+    return value.to(device, dtype if value.dtype == torch.float64 else value.dtype)
+
+
+def _as_tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the backward op takes after the gradient."""
+    if op == "gather_chunks":
+        return (results[0], *args[:3])
+    if op in ("chunk_encode", "feed_forward"):
+        return args
+    rows = 3 if op == "set_attention" else 2
+    return (*args[:rows], *results, *args[rows:])
+
+
+def _placed(call: _Call, case: Variant, device: torch.device) -> tuple[Any, ...]:
+    return tuple(
+        value if place in call.host else _on(value, case.dtype, device) for place, value in enumerate(call.args)
+    )
+
+
+def example(case: Variant, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of one call of the op, on the device."""
+    return _placed(next(_CALLS[case.op](case, _Draw(case.dtype))), case, device)
+
+
+def comparisons(case: Variant, kernels: Mapping[str, Callable[..., Any]], device: torch.device) -> Iterator[Comparison]:
+    """Every result and gradient of the op, by ``kernels`` on ``device`` and by the reference."""
+    draw, op = _Draw(case.dtype), case.op
+    for call in _CALLS[op](case, draw):
+        args = _placed(call, case, device)
+        exact = call.args
+        if op == "gather_chunks":
+            exact = (*call.args[:3], torch.float64)
+        got, want = _as_tuple(kernels[op](*args)), _as_tuple(getattr(reference, op)(*exact))
+        for which, pair in enumerate(zip(got, want, strict=True)):
+            yield Comparison(f"result {which}", *pair, is_gradient=False)
+        if f"{op}_backward" not in kernels:
+            continue
+        grad = draw(*want[0].shape)
+        got = kernels[f"{op}_backward"](_on(grad, case.dtype, device), *_saved(op, args, got))
+        want = getattr(reference, f"{op}_backward")(grad, *_saved(op, exact, want))
+        if op == "gather_chunks":
+            got, want = (*got[0], got[1]), (*want[0], want[1])
+        for which, pair in enumerate(zip(got, want, strict=True)):
+            yield Comparison(f"gradient {which}", *pair, is_gradient=True)

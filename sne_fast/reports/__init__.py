@@ -1,0 +1,1 @@
+"""Measures, plots and files that experiments report with."""
