@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sne_fast.checkpoints import save_state_dict
+from sne_fast.data.checkpoints import save_state_dict
 from sne_fast.zoo.architectures import unterthiner_cnn
 from sne_fast.zoo.inrs import Siren
 from sne_fast.zoo.schuerholt import SchuerholtCNN
