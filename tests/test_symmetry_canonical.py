@@ -55,7 +55,7 @@ def test_it_is_a_permutation_and_its_own_form(name, chunking):
     batch = sne_fast.pack([weights(net, seed) for seed in range(2)], chunk_size=5, chunking=chunking)
     formed = canonicalise(batch, symmetry)
     assert torch.equal(formed.values.sort().values, batch.values.sort().values)
-    if not any(info.within for info in symmetry.atoms):
+    if not any(info.within for info in symmetry.axes):
         assert_same(canonicalise(formed, symmetry), formed)
         assert_same(canonicalise(permute(batch, symmetry, generator(1)), symmetry), formed)
 

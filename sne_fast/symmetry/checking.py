@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from .core import Symmetry, SymmetryError
+from .boxes import SymmetryError
+from .core import Symmetry
 from .finding import find_symmetry
 from .running import evaluation, split_inputs, tensors_in, uncompiled
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .terms import (
     ONE,
-    Atom,
-    Cat,
+    Axis,
+    Concat,
     Label,
-    Prod,
+    Product,
     Term,
     at,
     cut,
@@ -46,7 +46,7 @@ def reshaped(label: Label, shape: Sequence[int]) -> Label | None:
                 taken.append(outer)
                 stack.append(inner)
                 have = n
-            elif isinstance(term, Prod):
+            elif isinstance(term, Product):
                 stack.extend(reversed(term.factors))
             else:
                 stack.append(term)
@@ -136,7 +136,7 @@ def _select(tracer: Tracer, label: Label, dim: int, index: int) -> Label:
     rest = [t for d, t in enumerate(label) if d != dim % len(label)]
     if size(term) == 1:
         return tuple(rest)
-    if isinstance(term, Atom) and (term.frozen is None or term.selector):
+    if isinstance(term, Axis) and (term.frozen is None or term.selector):
         term.selector = True
         freeze(term, tracer.because("its positions are picked by index"))
         return tuple(at(t, term, index % term.size) for t in rest)
@@ -194,7 +194,7 @@ def cat(tracer: Tracer, call: Call) -> list[Label] | None:
             if i != d:
                 unify(labels[0][i], term, tracer.because("joined with tensors cut otherwise"))
     out = list(labels[0])
-    out[d] = resolve(Cat([label[d] for label, t in zip(labels, tensors, strict=True) if t.shape[d]]))
+    out[d] = resolve(Concat([label[d] for label, t in zip(labels, tensors, strict=True) if t.shape[d]]))
     return [tuple(out)]
 
 
@@ -206,9 +206,9 @@ def stack(tracer: Tracer, call: Call) -> list[Label] | None:
     out: list[Term] = []
     for terms in zip(*labels, strict=True):
         free = all(leaf.frozen is None for term in terms for leaf in leaves(term))
-        if free and isinstance(selector, Atom) and any(resolve(t) is not resolve(terms[0]) for t in terms):
+        if free and isinstance(selector, Axis) and any(resolve(t) is not resolve(terms[0]) for t in terms):
             selector.selector = True
-            whole = Atom(size(terms[0]))
+            whole = Axis(size(terms[0]))
             whole.family = (selector, tuple(terms))
             out.append(whole)
         else:
@@ -231,7 +231,7 @@ def pad(tracer: Tracer, call: Call) -> list[Label] | None:
             label[d] = fresh(call.out[0].shape[d], "cropped")
         elif left or right:
             ends = [fresh(n) if n else None for n in (left, right)]
-            label[d] = resolve(Cat([t for t in (ends[0], label[d], ends[1]) if t is not None]))
+            label[d] = resolve(Concat([t for t in (ends[0], label[d], ends[1]) if t is not None]))
     return [tuple(label)]
 
 
