@@ -53,6 +53,8 @@ def box_coordinates(
     """Return the coordinates of a box along each of its axes, and the positions of its elements in memory.
 
     Args:
+        box: a part of the tensor.
+        axes: all axes of the symmetry.
         strides: of the tensor, as `gather.packed_strides` gives them.
         offset: position of the tensor's first element.
 
