@@ -111,6 +111,16 @@ class CanonicalAugmentation:
         symmetries: one for all networks of the training batch, or one per network.
         odd: as for `canonicalise`.
         jitter: as for `canonicalise`.
+
+    Example:
+        >>> import torch
+        >>> import sne_fast
+        >>> from sne_fast.symmetry import CanonicalAugmentation, chain_symmetry
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> batch = sne_fast.pack([net, net]).detach()
+        >>> augment = CanonicalAugmentation(chain_symmetry(net.state_dict()), odd=True)
+        >>> len(augment(batch[[1]], [1], torch.Generator().manual_seed(0)))
+        1
     """
 
     def __init__(self, symmetries: Symmetry | Sequence[Symmetry], *, odd: bool = False, jitter: float = 0.1) -> None:
