@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..extras import require
 from ..reports import reporting as report
 
 if TYPE_CHECKING:
@@ -128,11 +129,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
 
 def check_extra() -> None:
     """Everything the demo imports is there, said before any work is done."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("sklearn", "scipy", "matplotlib", "pyarrow") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f'the demo needs {", ".join(missing)}: pip install "sne_fast[demo]"', name=missing[0])
+    require("sklearn", "scipy", "matplotlib", "pyarrow", extra="demo", why="the demo")
 
 
 def _check(settings: Demo) -> None:
