@@ -68,6 +68,43 @@ def test_help_names_the_commands_and_is_quiet():
     assert call("--version").stdout == f"sne_fast {sne_fast.__version__}\n"
 
 
+def program(*arguments, **environment):
+    """Runs the console script's function in a Python of its own."""
+    started = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", "from sne_fast.cli.commands import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**started, **environment})
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; from sne_fast.cli.commands import app\n"
+        "for command in sys.argv[1:]:\n"
+        "    assert app([*command.split(), '--help'], prog_name='sne-fast', standalone_mode=False) in (None, 0)\n"
+        "app(['--version'], standalone_mode=False)\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    commands = ["", "demo", "train", "task", "encode", "predict", "bench", "info"]
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: sne-fast") == len(commands)
+    assert done.stdout.endswith(f"sne_fast {sne_fast.__version__}\n")
+
+
+def test_openmp_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    done = program("info", OMP_DISPLAY_ENV="TRUE")
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this torch brings an OpenMP that does not show its settings")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in program("info", OMP_DISPLAY_ENV="TRUE", OMP_WAIT_POLICY="active").stderr
+
+
+def test_the_shell_completes_commands():
+    script = program(_SNE_FAST_COMPLETE="source_bash")
+    assert script.returncode == 0 and "complete -o default -F" in script.stdout and "sne-fast" in script.stdout
+    words = {"_SNE_FAST_COMPLETE": "complete_bash", "COMP_WORDS": "sne-fast en", "COMP_CWORD": "1"}
+    assert program(**words).stdout.split() == ["encode"]
+
+
 def test_encode_npz(files, tmp_path):
     out = tmp_path / "z.npz"
     result = call("encode", *files, "-o", out, "--seed", 5)
@@ -255,8 +292,7 @@ def test_the_program_runs_what_is_installed_whatever_the_folder(tmp_path):
         pytest.skip(f"{program} is not there")
     (tmp_path / "sne_fast").mkdir()
     (tmp_path / "sne_fast" / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # so that it starts anew
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"sne_fast {sne_fast.__version__}\n"
 

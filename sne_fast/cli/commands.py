@@ -49,7 +49,6 @@ def _own_errors() -> tuple[type[BaseException], ...]:
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
@@ -325,16 +324,12 @@ def info() -> None:
 
 
 def main() -> None:
-    """The console script: starts Python anew with OpenMP's waiting threads asleep, then runs the command.
+    """Run the command line with OpenMP's waiting threads asleep.
 
-    OpenMP reads the policy when torch is loaded, which importing this package did. With one other process on a machine
-    of two cores, a training step took 6 to 16 times longer with threads that spin while they wait.
+    OpenMP reads the policy when torch is loaded, which no command has done yet. With one other process on a machine of
+    two cores, a training step took 6 to 16 times longer with threads that spin while they wait.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        # As it was started: with `-m`, a folder sne_fast in the working directory would take the place of what is
-        # installed, and a checkout has no C++ backend.
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="sne-fast")
 
 
