@@ -98,11 +98,12 @@ def test_openmp_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in program("info", OMP_DISPLAY_ENV="TRUE", OMP_WAIT_POLICY="active").stderr
 
 
-def test_the_shell_completes_commands():
+def test_the_shell_completes_commands_and_choices():
     script = program(_SNE_FAST_COMPLETE="source_bash")
     assert script.returncode == 0 and "complete -o default -F" in script.stdout and "sne-fast" in script.stdout
-    words = {"_SNE_FAST_COMPLETE": "complete_bash", "COMP_WORDS": "sne-fast en", "COMP_CWORD": "1"}
-    assert program(**words).stdout.split() == ["encode"]
+    for words, position, found in [("en", 1, ["encode"]), ("train --log ", 3, ["csv", "tensorboard"])]:
+        asked = {"COMP_WORDS": f"sne-fast {words}", "COMP_CWORD": str(position)}
+        assert program(_SNE_FAST_COMPLETE="complete_bash", **asked).stdout.split() == found
 
 
 def test_encode_npz(files, tmp_path):
@@ -217,7 +218,7 @@ def test_a_bad_checkpoint_among_good_ones(files, tmp_path):
     message = fails("encode", *files, "-o", tmp_path / "z.npz")
     assert "net1" in message and "'w'" in message
     assert not (tmp_path / "z.npz").exists()
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
 def test_a_failed_write_leaves_the_old_file(files, tmp_path, monkeypatch):
@@ -231,7 +232,7 @@ def test_a_failed_write_leaves_the_old_file(files, tmp_path, monkeypatch):
     monkeypatch.setattr("numpy.savez", full)
     assert "No space left on device" in fails("encode", *files, "-o", out)
     assert out.read_bytes() == b"old"
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
 def test_an_encoder_cannot_predict(files, tmp_path):
@@ -281,7 +282,7 @@ def test_bugs_are_not_hidden(files, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sne_fast.cli.commands.expand", broken)
+    monkeypatch.setattr("sne_fast.cli.encode.expand", broken)
     result = call("encode", files[0], "-o", tmp_path / "z.npz")
     assert isinstance(result.exception, RuntimeError)
 
