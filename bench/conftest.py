@@ -68,7 +68,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     threads = config.getoption("--threads")
     torch.set_num_threads(threads)
     # The suite's own results are not part of what was measured.
-    measured = revision(ROOT, excluding=("bench/results", "README.md"), untracked=True)
+    measured = revision(ROOT, excluding=("bench/results", "README.md", "docs"), untracked=True)
     machine_info["sne_fast"] = {
         "device": processor(),
         "cores": os.cpu_count(),

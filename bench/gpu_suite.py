@@ -46,7 +46,8 @@ from sne_fast.benchmark import (  # noqa: E402
     gpu_ops,
     run_check,
 )
-from sne_fast.ops.schema import FUSIONS, REQUIRED_OPS  # noqa: E402
+from sne_fast.ops.found_backends import FUSIONS  # noqa: E402
+from sne_fast.ops.schema import OPTIONAL_OPS, REQUIRED_OPS  # noqa: E402
 from sne_fast.reports.machine import gpu, nvidia_smi, revision, versions  # noqa: E402
 
 Json = dict[str, Any]
@@ -128,8 +129,8 @@ class Suite:
     def backends(self, op: str = "") -> list[str]:
         """Those asked for, else those for a GPU that run this op here (all ops, for none), else what auto chooses."""
         if self.options.backend:
-            having = {*FUSIONS[op], "auto"} if op in FUSIONS else self.options.backend
-            return [name for name in self.options.backend if name in having]
+            without = {name for name, ops in FUSIONS.items() if op in OPTIONAL_OPS and op not in ops}
+            return [name for name in self.options.backend if name not in without]
         reports = sne_fast.explain(self.device) if self.device.type == "cuda" else ()
         asked = (op,) if op else REQUIRED_OPS
         refused = {report.backend for report in reports if report.reasons and report.op in asked}
@@ -144,7 +145,7 @@ class Suite:
         if cuda_build.find_nvcc() is None:
             return {"skipped": f"there is no nvcc; a library was here before: {cuda_library.LIBRARY_FILE.exists()}"}
         begin = time.monotonic()
-        names = cuda_build.build(cuda_library.LIBRARY_FILE, ROOT / "build" / "cuda_backend")
+        names = cuda_build.build(cuda_library.LIBRARY_FILE)
         return {"architectures": names, "seconds": time.monotonic() - begin}
 
     def environment(self) -> Json:
