@@ -67,7 +67,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if not tensors:
             raise CheckpointError(f"{file}: holds no tensors")
         return _in_order(tensors, metadata.get(ORDER_KEY), file)
-    return _load_pickled(file)
+    return load_pickled(file)
 
 
 def save_state_dict(
@@ -207,7 +207,7 @@ def _load_sharded(index: Path) -> dict[str, Tensor]:
     return _in_order(tensors, metadata.get(ORDER_KEY), index)
 
 
-def _load_pickled(file: Path) -> dict[str, Tensor]:
+def load_pickled(file: Path) -> dict[str, Tensor]:
     try:
         with open(file, "rb") as opened:
             zipped = opened.read(4) == b"PK\x03\x04"
