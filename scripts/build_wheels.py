@@ -83,6 +83,7 @@ def main() -> None:
     sdist = source_distribution(out)
     wheel = wheel_here(sdist, out) if options.here else wheel_manylinux(sdist, out)
     check(wheel)
+    # It cannot leave libgomp out, and so says linux_x86_64; the tag in the name of the wheel is without libgomp.
     run(sys.executable, "-m", "auditwheel", "show", wheel)
     print(f"{sdist}\n{wheel}")
 
