@@ -1,4 +1,4 @@
-"""``chunk_encode`` on the CUDA backend: workspaces and launches; kernels in csrc/cuda/chunk_*."""
+"""``chunk_encode`` on the CUDA backend: workspaces and launches; kernels in csrc/cuda/chunk_encode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES = ALL_CLASSES[:4]
 SLAB_ROWS_TIMES_WIDTH = 1 << 22
 """Rows of a slab of the backward times the width: 92 MB of workspace with half-precision operands, 168 MB else."""
 SUM_PIECE, POOL_BLOCKS = 256, 4
-"""As in csrc/cuda/segment_sum.cu and cuda_abi.h."""
+"""As in csrc/cuda/chunk_encode/segment_sum.cu and cuda_abi.h."""
 EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
 """What the emulator has of a GPU: an H100's shared memory, and wgmma where a test says so."""
 

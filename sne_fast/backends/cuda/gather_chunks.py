@@ -1,4 +1,4 @@
-"""Parameters cut, transposed, scaled and cast in one launch (SPEC 1): the host side of csrc/cuda/gather_chunks.cu."""
+"""Parameters cut, transposed, scaled and cast in one launch (SPEC 1): the host side of csrc/cuda/gather_chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..gpu_plans import gather_tables
 from ..gpu_plans.device_tables import on_device_without_waiting
 from . import library
 
-TILE = 4096  # values; as csrc/cuda/gather_chunks.cu
+TILE = 4096  # values; as csrc/cuda/gather_chunks/gather_chunks.cu
 SIDE = 64  # most rows in shared memory
 FLAT = SIDE  # up to here all of a side is taken, so that what is read (or written) is one run of memory
 

@@ -1,4 +1,4 @@
-"""Softmax pooling of ragged segments (SPEC 4.2): shares of the blocks, allocation, csrc/cuda/segment_pool*.cu."""
+"""Softmax pooling of ragged segments (SPEC 4.2): shares of the blocks, allocation, csrc/cuda/segment_pool."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import library
 
-# Items (see csrc/cuda/segments.h) of a block: at least so many, as every block looks for its segments first; at most
-# what the kernels have room for. In between, BLOCKS for each multiprocessor.
+# Items (see csrc/cuda/segment_pool/segments.h) of a thread block: at least so many, as every block searches for its
+# segments first; at most what the kernels have room for. In between, BLOCKS for each multiprocessor.
 FEWEST, MOST = 128, 16320
 BLOCKS = 8
 

@@ -1,4 +1,4 @@
-"""Ragged attention between packed sets (SPEC 2): sizes, workspaces and launches of csrc/cuda/set_attention_*.cu."""
+"""Ragged attention between packed sets (SPEC 2): sizes, workspaces and launches of csrc/cuda/set_attention."""
 
 from __future__ import annotations
 
