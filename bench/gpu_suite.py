@@ -145,7 +145,7 @@ class Suite:
         if cuda_build.find_nvcc() is None:
             return {"skipped": f"there is no nvcc; a library was here before: {cuda_library.LIBRARY_FILE.exists()}"}
         begin = time.monotonic()
-        names = cuda_build.build(cuda_library.LIBRARY_FILE, ROOT / "build" / "cuda_backend")
+        names = cuda_build.build(cuda_library.LIBRARY_FILE)
         return {"architectures": names, "seconds": time.monotonic() - begin}
 
     def environment(self) -> Json:

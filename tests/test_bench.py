@@ -128,7 +128,7 @@ def test_a_baseline_that_does_not_fit_is_refused_before_it_runs() -> None:
         with pytest.raises(DoesNotFit, match="does not fit: padded .* GiB, 24 GiB may be used"):
             contender(name, encoder, batch, training=False, memory_limit=24 * 2**30)
     contender("sne_fast", encoder, batch, training=True, memory_limit=0)
-    with pytest.raises(ValueError, match="contender: name must be backend or one of eager, compile, loop, got 'x'"):
+    with pytest.raises(ValueError, match="contender: name must be sne_fast or one of eager, compile, loop, got 'x'"):
         contender("x", encoder, batch, training=False, memory_limit=0)
 
 
@@ -152,7 +152,7 @@ def test_probe_does_not_inherit_the_peak_of_its_parent() -> None:
     assert found["loaded_bytes"] < 4 * ballast.numel() and found["weights"] == 2 * 1153
     assert 0 < found["peak_bytes"] < 2e8 and found["seconds"] > 0
     assert "does not fit" in probe("inr", "forward", "eager", size="check", threads=1, limit=1e8)["skipped"]
-    with pytest.raises(RuntimeError, match="memory probe of nothing forward backend failed"):
+    with pytest.raises(RuntimeError, match="memory probe of nothing forward sne_fast failed"):
         probe("nothing", "forward", "sne_fast", threads=1, limit=0)
 
 

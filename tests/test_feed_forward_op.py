@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sne_fast
-from sne_fast import MAB, PMA, functional
-from sne_fast.ops import dispatch, reference
+from sne_fast import MAB, PMA
+from sne_fast.ops import dispatch, functional, reference
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 NAMES = ("q", "attended", "w_o", "b_o", "norm")

@@ -19,8 +19,8 @@ def test_the_commit_is_that_of_the_checkout_imported_from(tmp_path: Path, monkey
             ["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    file = tmp_path / "sne_fast" / "reporting.py"
-    file.parent.mkdir()
+    file = tmp_path / "sne_fast" / "reports" / "reporting.py"
+    file.parent.mkdir(parents=True)
     file.write_text("one")
     monkeypatch.setattr(reporting, "__file__", str(file))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -32,8 +32,8 @@ def test_the_commit_is_that_of_the_checkout_imported_from(tmp_path: Path, monkey
     assert reporting.commit() == head
     file.write_text("two")
     assert reporting.commit() == f"{head}-dirty"
-    monkeypatch.setattr(reporting, "__file__", str(tmp_path / "venv" / "sne_fast" / "reporting.py"))
-    (tmp_path / "venv" / "sne_fast").mkdir(parents=True)
+    monkeypatch.setattr(reporting, "__file__", str(tmp_path / "venv" / "sne_fast" / "reports" / "reporting.py"))
+    (tmp_path / "venv" / "sne_fast" / "reports").mkdir(parents=True)
     assert reporting.commit() is None, "installed below another project's checkout"
     monkeypatch.setattr(reporting, "__file__", str(file))
     monkeypatch.setenv("PATH", str(tmp_path))
