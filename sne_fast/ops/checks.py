@@ -46,9 +46,11 @@ def shape(op: str, name: str, tensor: Tensor, contract: str, expected: tuple[int
         raise ValueError(f"{op}: {name} must have shape {contract}, got {described(tensor)}")
 
 
-def saved(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Check the shape of what a backward op takes besides the inputs of its forward: gradient and saved results."""
+def saved(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
+    """Check what a backward op takes besides the inputs of its forward: the gradient and saved results."""
     shape(op, name, tensor, str(expected), expected)
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} beside the inputs, got {described(tensor)}")
 
 
 def pointer(op: str, name: str, ptr: Tensor, host: Tensor, device: torch.device) -> None:
@@ -102,8 +104,8 @@ def gather_chunks_backward(
     """Check the inputs of ``gather_chunks_backward``."""
     gather_chunks(op, tensors, scale, plan)
     total = sum(t.numel() for t in tensors)
-    saved(op, "grad", grad, (total,))
-    saved(op, "values", values, (total,))
+    saved(op, "grad", grad, (total,), scale.device)
+    saved(op, "values", values, (total,), scale.device)
 
 
 def chunk_encode(

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..atomic_files import write_json
+from . import devices
 from . import selftest_cases as cases
 from .backend import Backend
 from .precision import product_precision
@@ -156,7 +157,7 @@ def device_key(device: torch.device) -> str:
     """Return name and capability of a device, so that two equal GPUs of one machine are tested once."""
     if device.type != "cuda":
         return device.type
-    return _gpu_key(torch.cuda.current_device() if device.index is None else device.index)
+    return _gpu_key(devices.index(device))
 
 
 @functools.cache
