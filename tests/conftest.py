@@ -1,18 +1,33 @@
 """Before torch is loaded: OpenMP's waiting threads sleep, so that tests are not slowed by whatever else runs."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from sne_fast.ops.backend import Backend
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Bodies of tests that two files share: a failure shows both sides of what it compared, as in a test's own file.
-pytest.register_assert_rewrite("chunk_checks", "gather_checks", "segment_pool_checks", "set_attention_checks")
+pytest.register_assert_rewrite("helpers")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Here, as pytest knows options of the folders named on its command line and of those above only.
-    parser.addoption("--all-variants", action="store_true", help="tests/aot: compile every variant, also for sm_120")
+    parser.addoption("--all-variants", action="store_true", help="compile every variant, also for sm_120")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise by ``@pytest.mark.variants(names, few, every)``: ``every`` with --all-variants, else ``few``."""
+    for marker in metafunc.definition.iter_markers("variants"):
+        names, few, every = marker.args
+        if metafunc.config.getoption("--all-variants"):
+            few = every() if callable(every) else every
+        metafunc.parametrize(names, few, ids=str)
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -40,3 +55,15 @@ def poisoned_outputs() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backend], None]:
+    """Put a made-up backend beside those of the package, for one test."""
+    from sne_fast.ops import dispatch, found_backends
+
+    def put(backend: Backend) -> None:
+        monkeypatch.setitem(found_backends.BACKENDS, backend.name, backend)
+
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    return put

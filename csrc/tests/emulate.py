@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the host, every CUDA thread a fiber: python csrc/tests/emulate.py OUT.so
 
-``SNE_FAST_CUDA_EMULATED=OUT.so python -m pytest tests/emulate`` runs the kernels' tests on it.
+``SNE_FAST_CUDA_EMULATED=OUT.so python -m pytest tests/backends/cuda/emulated`` runs the kernels' tests on it.
 """
 
 from __future__ import annotations
