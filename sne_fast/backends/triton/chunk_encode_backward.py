@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops.schema import CHUNK_PARAMETERS, accumulate_dtype
 from ..gpu_plans.chunks import CLASSES, SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
-from ._chunk_backward import (
+from .chunk_encode_backward_kernels import (
     block_backward_kernel,
     codes_backward_kernel,
     pool_backward_kernel,
@@ -20,10 +20,10 @@ from ._chunk_backward import (
     sum_rows_kernel,
     weight_grad_kernel,
 )
-from ._chunk_forward import chunk_encode_kernel
-from ._chunk_staged import Staged, staged_backward
-from ._launch import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype, triton_dtype
-from ._slots import slot_count, sum_slots
+from .chunk_encode_kernels import chunk_encode_kernel
+from .chunk_encode_staged import Staged, staged_backward
+from .launches import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype, triton_dtype
+from .pieces import slot_count, sum_slots
 
 FUSED_CLASSES, FUSED_WIDTHS = CLASSES[:3], (32, 64)
 """What the fused kernels take; longer chunks and wider tiles are staged."""

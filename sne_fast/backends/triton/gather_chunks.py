@@ -12,8 +12,8 @@ from ...ops import checks
 from ...ops.schema import accumulate_dtype
 from ..gpu_plans import gather_tables
 from ..gpu_plans.device_tables import on_device_without_waiting
-from . import _gather_chunks as device
-from ._launch import Launch, architecture, launch, on_device, sum_dtype, triton_dtype
+from . import gather_chunks_kernels as device
+from .launches import Launch, architecture, launch, on_device, sum_dtype, triton_dtype
 
 
 def _sizes(scale: Tensor, dtype: torch.dtype) -> Launch:

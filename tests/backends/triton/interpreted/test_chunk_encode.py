@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import sne_fast.backends.triton._chunk_staged as staged_module
 import sne_fast.backends.triton.chunk_encode as module
 import sne_fast.backends.triton.chunk_encode_backward as backward_module
+import sne_fast.backends.triton.chunk_encode_staged as staged_module
 from helpers import chunk_checks as checks
 from helpers.chunk_checks import MIXED, NAMES, arguments, check, error, gentle, half_by_torch, in_float64, upstream
 from helpers.op_cases import GRADED, ChunkCase, pointer
