@@ -1,11 +1,11 @@
-"""Write the README's benchmark section and the plots from committed JSON.
+"""Write the tables and charts of docs/benchmarks.md, and the README's table of speed, from committed JSON.
 
     python bench/report.py [bench/results/NAME.json ...]      # the newest of bench/results/ by default
 
-Of several files the first is the report's own; what the others measured again (`pytest bench -k ...`) takes the place
-of its entries, and the text says so. Refuses results that are not committed, were not taken at full size with at least
-5 rounds, or whose correctness check is missing. `--preview DIR` lifts that, writes everything into DIR instead, and
-says on top that it is a preview.
+The first file is the main run. Entries that a later file measured again (`pytest bench -k ...`) replace those of the
+main run, and the text says so. Results are refused if they are not committed, were taken at less than full size or
+with fewer than 5 rounds, or have no passed correctness check. `--preview DIR` accepts any results, writes into DIR
+instead, and marks the page as a preview.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from charts import plot_scaling, plot_throughput
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
+FIGURES = ROOT / "docs" / "figures"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-LEAST_ROUNDS = 5
+SPEED_MARKERS = "<!-- speed:begin -->", "<!-- speed:end -->"
+MIN_ROUNDS = 5
 MODES = ("forward", "training", "backward")
-NAMES = {"sne_fast": "sne_fast", "eager": "eager padded", "compile": "torch.compile", "loop": "eager, one by one"}
-COLOURS = {"sne_fast": "#0072b2", "eager": "#d55e00", "compile": "#e69f00", "loop": "#999999"}
 
 
 class Refused(SystemExit):
@@ -50,7 +55,7 @@ class Results:
         self.all_info: list[dict[str, Any]] = [e["extra_info"] for e in content["benchmarks"]]
 
     def replaced_by(self, later: Results) -> None:
-        """Take the entries of a later, partial run in place of one's own."""
+        """Replace entries by those of a later, partial run on the same machine."""
         for mine, theirs in ((self.machine[k], later.machine[k]) for k in ("device", "threads", "instruction_set")):
             if mine != theirs:
                 raise Refused(f"{later.path}: taken on another machine than {self.path}: {theirs!r}, not {mine!r}")
@@ -66,10 +71,10 @@ class Results:
                 )
 
     def require_full(self) -> None:
-        if self.machine["size"] != "full" or self.machine["rounds"] < LEAST_ROUNDS:
+        if self.machine["size"] != "full" or self.machine["rounds"] < MIN_ROUNDS:
             raise Refused(
                 f"{self.path}: size {self.machine['size']!r} with {self.machine['rounds']} rounds; reports need size "
-                f"'full' with at least {LEAST_ROUNDS}, or --preview"
+                f"'full' with at least {MIN_ROUNDS}, or --preview"
             )
 
     def require_committed(self) -> None:
@@ -84,6 +89,24 @@ class Results:
     def cases(self) -> list[str]:
         """Cases with a speed, in the order of the file."""
         return list(dict.fromkeys(case for case, mode in self.entries if mode in MODES))
+
+    @property
+    def scaling(self) -> list[dict[str, Any]]:
+        """Entries of the scaling measurements."""
+        return [info for (_, mode), info in self.entries.items() if mode.startswith("scaling")]
+
+
+def load(paths: Sequence[Path], preview: bool = False) -> Results:
+    """Read results, refuse what may not be reported, and replace entries of the first file by those of later ones."""
+    results, *later = (Results(path) for path in paths)
+    for part in (results, *later):
+        part.require_check()
+        if not preview:
+            part.require_full()
+            part.require_committed()
+    for part in later:
+        results.replaced_by(part)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -179,7 +202,7 @@ def op_table(results: Results) -> list[str]:
 
 def scaling_text(results: Results) -> list[str]:
     lines = []
-    for info in _scaling(results):
+    for info in results.scaling:
         worst = max(info["time_per_weight_over_first"].values(), key=lambda g: abs(g - 1))
         first = _count(float(next(iter(info["time_per_weight_over_first"]))))
         last = _count(info["points"][-1]["weights"])
@@ -190,8 +213,29 @@ def scaling_text(results: Results) -> list[str]:
     return lines
 
 
-def _scaling(results: Results) -> list[dict[str, Any]]:
-    return [info for (_, mode), info in results.entries.items() if mode.startswith("scaling")]
+def summary_table(results: Results) -> list[str]:
+    """The README's table: forward and training speed, and peak memory, against eager padded PyTorch."""
+    rows = []
+    for case in results.cases:
+        forward, training = (results.entries.get((case, mode)) for mode in ("forward", "training"))
+        memory = results.entries.get((case, "memory of training")) or results.entries.get((case, "memory of forward"))
+        if forward is None:
+            continue
+        cells = [f"`{case}`", _count(forward["weights"])]
+        for info, baselines in ((forward, ("eager", "compile")), (training, ("eager",))):
+            if info is None:
+                cells += ["-"] * (1 + len(baselines))
+            else:
+                cells += [_rate(info["weights"], info["seconds"]["sne_fast"])]
+                cells += [f"{info['ratios'][name]:.3g}x" if name in info["ratios"] else "-" for name in baselines]
+        peaks = memory["peak_bytes"] if memory else {}
+        cells.append(" / ".join(_bytes(peaks[name]) if name in peaks else "-" for name in ("sne_fast", "eager")))
+        rows.append(cells)
+    header = [
+        "case", "weights", "forward, M/s", "vs eager", "vs compile", "training, M/s", "vs eager",
+        "peak memory, ours / eager",
+    ]  # fmt: skip
+    return _table(header, rows)
 
 
 def section(results: Results, plots: Sequence[Path], base: Path, preview: bool) -> str:
@@ -202,10 +246,9 @@ def section(results: Results, plots: Sequence[Path], base: Path, preview: bool) 
         *(["**Preview: not a committed full run.**", ""] if preview else []),
         f"{m['device']}, {m['threads']} threads ({m['instruction_set']}), {versions}, float32, width 64, 4 heads, "
         f"chunks of 32, layer norm; commit {(m['commit'] or 'unknown')[:10]}{dirty}, {results.when[:10]}"
-        f"{''.join(f' ({part})' for part in results.later)}. Medians of "
-        "interleaved rounds, code and baselines in turn on the same weights. The limit is this machine's best matrix "
-        "product, measured in every round, over the operations of the chunk stage alone; a training step counts as "
-        "four forwards.",
+        f"{''.join(f' ({part})' for part in results.later)}. Medians of interleaved rounds: sne_fast and the baselines "
+        "run in turn on the same weights. The limit is the rate of this machine's best matrix product, measured in "
+        "every round, divided by the operations of the chunk stage alone; a training step counts as four forwards.",
         "",
         *speed_table(results),
         "",
@@ -223,110 +266,31 @@ def section(results: Results, plots: Sequence[Path], base: Path, preview: bool) 
     return text.strip() + "\n"
 
 
-def insert(readme: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Replace what stands between two markers of `readme`."""
-    old = readme.read_text(encoding="utf-8")
+def insert(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace the text between two markers of `page`."""
+    old = page.read_text(encoding="utf-8")
     if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
-        raise Refused(f"{readme}: must hold the lines {begin} and {end} once each, in this order")
+        raise Refused(f"{page}: must hold the lines {begin} and {end} once each, in this order")
     head, tail = old[: old.index(begin) + len(begin)], old[old.index(end) :]
-    readme.write_text(f"{head}\n{text}{tail}", encoding="utf-8")
-
-
-# -------------------------------------------------------------------------------------------------------------- plots
-
-
-def plot_throughput(results: Results, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    modes = [mode for mode in ("forward", "training") if any(m == mode for _, m in results.entries)]
-    figure, axes = plt.subplots(1, len(modes), figsize=(5 * len(modes), 3.6), squeeze=False, layout="constrained")
-    for axis, mode in zip(axes[0], modes, strict=True):
-        cases = [case for case in results.cases if (case, mode) in results.entries]
-        for n, name in enumerate(NAMES):
-            at, height = [], []
-            for k, case in enumerate(cases):
-                info = results.entries[case, mode]
-                if name in info["seconds"]:
-                    at.append(k + 0.2 * (n - 1.5))
-                    height.append(info["weights"] / info["seconds"][name])
-            if at:
-                axis.bar(at, height, 0.19, color=COLOURS[name], label=NAMES[name])
-        axis.set(yscale="log", title=mode, ylabel="weights per second" if mode == modes[0] else "")
-        axis.set_xticks(range(len(cases)), cases)
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _points(results: Results, info: dict[str, Any]) -> list[dict[str, Any]]:
-    """The measured sizes; the large single networks of the cases continue the line of one growing network."""
-    points = list(info["points"])
-    if info["family"] == "network":
-        for case in ("gpt2",):
-            speed, memory = (results.entries.get((case, mode)) for mode in ("forward", "memory of forward"))
-            if speed and memory and speed["weights"] > points[-1]["weights"]:
-                points.append(
-                    {
-                        "weights": speed["weights"],
-                        "seconds": speed["seconds"]["sne_fast"],
-                        "peak_bytes": memory["peak_bytes"]["sne_fast"],
-                    }
-                )
-    return points
-
-
-def plot_scaling(results: Results, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    labels = {"networks": "more networks (SAB)", "network": "one larger network (ISAB)"}
-    for info, colour in zip(_scaling(results), ("#0072b2", "#009e73"), strict=False):
-        points = _points(results, info)
-        weights = [p["weights"] for p in points]
-        style = {"marker": "o", "color": colour, "label": labels[info["family"]]}
-        axes[0].plot(weights, [p["seconds"] for p in points], **style)
-        axes[1].plot(weights, [p["peak_bytes"] / 2**20 for p in points], **style)
-    for axis, label in zip(axes, ("seconds of a forward pass", "peak memory above the batch, MiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="weights in the batch", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    page.write_text(f"{head}\n{text}{tail}", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def write(path: Path, readme: Path, plots: Path, preview: bool = False, later: Sequence[Path] = ()) -> str:
-    """Check the results, draw the plots into `plots` and put the section into `readme`; returns the section."""
-    results, *others = (Results(p) for p in (path, *later))
-    for part in (results, *others):
-        part.require_check()
-        if not preview:
-            part.require_full()
-            part.require_committed()
-    for part in others:
-        results.replaced_by(part)
+def write(path: Path, page: Path, plots: Path, preview: bool = False, later: Sequence[Path] = ()) -> str:
+    """Check the results, draw the charts into `plots` and write the section of `page`; return the section."""
+    results = load((path, *later), preview)
     plots.mkdir(parents=True, exist_ok=True)
     made = []
     if results.cases:
         made.append(plots / f"{path.stem}-throughput.png")
         plot_throughput(results, made[-1])
-    if _scaling(results):
+    if results.scaling:
         made.append(plots / f"{path.stem}-scaling.png")
         plot_scaling(results, made[-1])
-    text = section(results, made, readme.parent, preview)
-    insert(readme, text)
+    text = section(results, made, page.parent, preview)
+    insert(page, text)
     return text
 
 
@@ -344,12 +308,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path, *later = options.json or [newest(RESULTS)]
     if options.preview is None:
-        write(path, README, RESULTS, later=later)
+        write(path, PAGE, FIGURES, later=later)
+        insert(README, "\n".join([*summary_table(load((path, *later))), ""]), *SPEED_MARKERS)
         return
     options.preview.mkdir(parents=True, exist_ok=True)
-    readme = options.preview / "README.md"
-    readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
-    sys.stdout.write(write(path, readme, options.preview, preview=True, later=later))
+    page = options.preview / "benchmarks.md"
+    page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    sys.stdout.write(write(path, page, options.preview, preview=True, later=later))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the README's tables of experiments from committed JSON.
+"""Write the tables of experiments of docs/experiments.md and the README from committed JSON.
 
 .venv/bin/python bench/task_report.py    # from every bench/results/task_*.json, the results.json of `sne-fast task`
 """
@@ -8,21 +8,39 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from sne_fast.tasks.report import cells
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from report import README, RESULTS, insert
+from report import README, RESULTS, ROOT, insert
 
+PAGE = ROOT / "docs" / "experiments.md"
 MARKERS = "<!-- tasks:begin -->", "<!-- tasks:end -->"
+RESULTS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
+DEMO_MARKERS = "<!-- demo:begin -->", "<!-- demo:end -->"
+DEMO_MEASURES = {"tau": "Kendall's tau", "r2": "R2", "mae": "MAE", "rmse": "RMSE"}
+SEEDS = 3
+# Columns of the README's table. The baselines of every method, ablations included, are in docs/experiments.md.
+SUMMARY = {
+    "SNE": "SNE",
+    "layer statistics, boosted trees": "layer statistics",
+    "layer statistics by fan-in, boosted trees": "statistics by fan-in",
+    "DeepSets": "DeepSets",
+    "NFN": "NFN",
+}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Contents of every `task_*.json` in `folder`, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("task_*.json"))]
 
 
 def section(folder: Path) -> str:
     """One table of all tasks: experiment, method, tau, R2, MSE, seeds."""
     lines = ["| experiment | method | Kendall's tau | R2 | MSE | seeds |", "|---|---|---|---|---|---|"]
-    for path in sorted(folder.glob("task_*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
+    for results in read(folder):
         for experiment in results["experiments"].values():
             for name, method in experiment["methods"].items():
                 if "why_not" in method:
@@ -33,6 +51,40 @@ def section(folder: Path) -> str:
     return "\n".join(["", *lines, "", ""])
 
 
+def summary(folder: Path) -> str:
+    """The README's table: mean Kendall's tau over three seeds, fewer where it says so, a row per experiment."""
+    lines = [f"| Kendall's tau | {' | '.join(SUMMARY.values())} |", f"|---|{'---:|' * len(SUMMARY)}"]
+    for results in read(folder):
+        for experiment in results["experiments"].values():
+            shown = []
+            for name in SUMMARY:
+                method = experiment["methods"].get(name, {})
+                fewer = f" ({method['runs']} of 3 seeds)" if method.get("runs", SEEDS) < SEEDS else ""
+                shown.append(f"{method['tau']['mean']:.3f}{fewer}" if "tau" in method else "-")
+            lines.append(f"| `{results['task']}`: {experiment['name']} | {' | '.join(shown)} |")
+    return "\n".join([*lines, ""])
+
+
+def demo(folder: Path) -> str:
+    """The table of the demo: held-out networks, seed 0, and tau of the other seeds of `demo*.json`."""
+    files = sorted(folder.glob("demo*.json"))
+    first, *others = (json.loads(file.read_text(encoding="utf-8"))["held_out"]["models"] for file in files)
+    seeds = ", ".join(file.stem.removeprefix("demo_seed") for file in files[1:])
+    header = [*DEMO_MEASURES.values(), f"tau, seeds {seeds}"]
+    lines = [f"| accuracy of held-out networks | {' | '.join(header)} |", f"|---|{'---:|' * len(header)}"]
+    for name, found in first.items():
+        cells = ["-" if found[key] is None else f"{found[key]:.3f}" for key in DEMO_MEASURES]
+        rest = ["-" if other[name]["tau"] is None else f"{other[name]['tau']:.3f}" for other in others]
+        lines.append(f"| {name} | {' | '.join([*cells, ', '.join(rest)])} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    insert(PAGE, section(RESULTS), *MARKERS)
+    insert(PAGE, demo(RESULTS), *DEMO_MARKERS)
+    insert(README, summary(RESULTS), *RESULTS_MARKERS)
+    print(f"written to {PAGE} and {README}")
+
+
 if __name__ == "__main__":
-    insert(README, section(RESULTS), *MARKERS)
-    print(f"written to {README}")
+    main()

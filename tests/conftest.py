@@ -3,12 +3,17 @@
 ``pytest`` on a folder is run by one process for each processor, ``-n 0`` by this one, as a chosen file always is.
 """
 
+from __future__ import annotations
+
 import os
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from sne_fast.ops.backend import Backend
 
 # Before torch is loaded: OpenMP's waiting threads sleep, so that tests are not slowed by whatever else runs, and the
 # processes share the processors.
@@ -88,13 +93,12 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[types.ModuleType], None]:
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backend], None]:
     """Put a made-up backend beside those of the package, for one test."""
-    from sne_fast.ops import dispatch
+    from sne_fast.ops import dispatch, found_backends
 
-    def put(module: types.ModuleType) -> None:
-        loaded, failed = dispatch._load()
-        monkeypatch.setattr(dispatch, "_load", lambda: ({**loaded, module.NAME: module}, failed))
+    def put(backend: Backend) -> None:
+        monkeypatch.setitem(found_backends.BACKENDS, backend.name, backend)
 
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     return put

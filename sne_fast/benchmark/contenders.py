@@ -12,7 +12,7 @@ from ..data.batch import WeightBatch
 from ..nn.encoder import SNE
 from ..nn.padded import PaddedSNE
 from ..ops.dispatch import use_backend
-from .memory import padded_bytes
+from .padded_memory import padded_bytes
 
 Phases = dict[str, float]
 """Seconds of one run: "total", and "forward", "backward", "optimizer" of a training step."""

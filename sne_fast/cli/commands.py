@@ -156,22 +156,19 @@ def train(
     """Train a predictor of a zoo's columns from the networks' weights; run by torchrun it uses several processes."""
     from rich.console import Console
 
-    from ..training import FitSettings
-    from ..training.command import TrainCommand
-    from ..training.command import train as run
+    from ..tasks.settings import TrainSettings
+    from ..tasks.train import train as run
 
     usable_device(device)
-    fit = FitSettings(
-        epochs=epochs, lr=lr, batch_weights=batch_weights, weight_decay=weight_decay, patience=patience, amp=amp,
-        invariance=invariance, seed=seed,
-    )  # fmt: skip
-    encoder = {"hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
-               "set_attention": set_attention}  # fmt: skip
-    command = TrainCommand(
-        zoo, out, tuple(target or ()), loss, transform, split=split, permute=permute, input_scale=input_scale,
-        code_gain=code_gain, log=log, device=device, encoder=encoder, fit=fit,
-    )  # fmt: skip
-    test = run(command, Console())["test"]
+    chosen: dict[str, Any] = {
+        "loss": loss, "transform": transform, "split": split, "permute": permute, "invariance": invariance,
+        "hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
+        "set_attention": set_attention, "input_scale": input_scale, "code_gain": code_gain, "epochs": epochs, "lr": lr,
+        "batch_weights": batch_weights, "weight_decay": weight_decay, "patience": patience, "amp": amp, "log": log,
+        "seed": seed, "device": device,
+    }  # fmt: skip
+    settings = TrainSettings(zoo, out, tuple(target or ()), **chosen)
+    test = run(settings, Console())["test"]
     if int(os.environ.get("RANK", "0")):
         return
     if "accuracy" in test and not isinstance(test["accuracy"], dict):
@@ -211,7 +208,7 @@ def task(
     from rich.console import Console
 
     from ..tasks import run_task
-    from ..tasks.runner import SEEDS
+    from ..tasks.settings import SEEDS
 
     run_task(name, out, Console(), seeds=seed or SEEDS, methods=method or (), networks=networks, epochs=epochs)
     typer.echo(f"Written to {out}: results.json, results.md, plots, runs/ (predictions and predictors), zoos/")

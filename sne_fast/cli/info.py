@@ -9,15 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import __version__, explain
-from ..backends import gpu_runs
-from ..backends.cpu import library
-from ..backends.cuda import library as cuda_library
-
-# What a backend that has not run on a GPU rests on.
-ONLY = {
-    "triton": "checked in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100",
-    "cuda": "checked in an emulator on the host, and compiled for sm_80, sm_90a and sm_100",
-}
+from ..ops.found_backends import BACKENDS
 
 
 def _version(package: str) -> str:
@@ -43,21 +35,8 @@ def machine() -> list[tuple[str, str]]:
 
 def backends() -> list[tuple[str, str]]:
     """For each backend: whether and for what it was built, and which GPUs it has run on."""
-    cpu = library.reasons() or [f"built for {', '.join(library.supported_isas())}; runs {library.isa()}"]
-    if reasons := cuda_library.reasons():
-        cuda = f"not here: {reasons[0].splitlines()[0]}"
-    else:
-        cuda = f"built for {' '.join(cuda_library.architectures())}"
-    return [
-        ("backend cpu", cpu[0]),
-        ("backend triton", f"compiles at the first call; {_on_gpus('triton')}"),
-        ("backend cuda", f"{cuda}; {_on_gpus('cuda')}"),
-    ]
-
-
-def _on_gpus(backend: str) -> str:
-    said = gpu_runs.sentence(backend)
-    return f"{said}: {ONLY[backend]} only" if said == gpu_runs.NOT_YET else said
+    described = {name: backend.describe() for name, backend in BACKENDS.items()}
+    return [(f"backend {name}", line) for name, line in described.items() if line]
 
 
 def text() -> str:

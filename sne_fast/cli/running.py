@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..extras import require
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -28,12 +30,7 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of the output {str(out)!r} does not exist")
     if out.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'writing .parquet needs pyarrow: pip install "sne_fast[parquet]", or write .npz', name=error.name
-            ) from error
+        require("pyarrow.parquet", extra="parquet", why="writing .parquet", otherwise=", or write .npz")
 
 
 @contextmanager

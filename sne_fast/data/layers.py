@@ -118,7 +118,7 @@ def _from_module(network: nn.Module) -> list[Layer]:
                     layer.add(own, buffer)
         if layer.tensors:
             layers.append(layer)
-    stripped = _strip([layer.name + "." for layer in layers])
+    stripped = strip_wrappers([layer.name + "." for layer in layers])
     return [_renamed(layer, name[:-1]) for layer, name in zip(layers, stripped, strict=True)]
 
 
@@ -131,8 +131,8 @@ def _renamed(layer: Layer, name: str) -> Layer:
     return renamed
 
 
-def _strip(names: list[str]) -> list[str]:
-    """Names without what DistributedDataParallel and torch.compile put before them."""
+def strip_wrappers(names: list[str]) -> list[str]:
+    """Return names without the prefixes of DistributedDataParallel and `torch.compile`."""
     if any("_orig_mod." in name for name in names):
         names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in names]
     while names and all(name.startswith("module.") for name in names):
@@ -161,7 +161,7 @@ def _from_state_dict(state_dict: Mapping, label: str) -> list[Layer]:
                 f"pack: {label}, {key!r} must be a tensor, got {type(value).__name__}; convert or remove it"
             )
     layers: dict[str, Layer] = {}
-    for key, tensor in zip(_strip(keys), tensors, strict=True):
+    for key, tensor in zip(strip_wrappers(keys), tensors, strict=True):
         _refuse_quantised(label, key, tensor)
         if not tensor.is_floating_point():
             continue

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..extras import require
+
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 ABOUT = ("architectures", "library_name", "sne_fast_version")
@@ -250,10 +252,7 @@ def _find(name: str, filename: str, hub: dict[str, Any]) -> Path:
 
 
 def _hub(why: str) -> Any:
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{why} needs huggingface_hub: pip install "sne_fast[hub]"', name=error.name
-        ) from error
+    require("huggingface_hub", extra="hub", why=why)
+    import huggingface_hub
+
     return huggingface_hub

@@ -49,10 +49,10 @@ SCHEMAS: dict[str, str] = {
 """Op name -> arguments and results."""
 
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
-FUSIONS = {"feed_forward": ("triton",)}
-"""Ops that the modules do without: which backends have them. On others, ordinary torch operations do the work."""
-REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in FUSIONS)
-"""What a backend has to have."""
+OPTIONAL_OPS = ("feed_forward",)
+"""Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
+REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in OPTIONAL_OPS)
+"""Ops that a backend should have."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,14 +17,15 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..atomic_files import write_json
 from . import selftest_cases as cases
+from .backend import Backend
 from .precision import product_precision
 
 CACHE_ENVIRONMENT_VARIABLE = "SNE_FAST_CACHE"
@@ -38,11 +39,11 @@ _lock = threading.RLock()
 _results: dict[tuple[str, str], list[str]] = {}  # (device key, variant) -> why it failed
 
 
-def reasons(backend: ModuleType, op: str, args: tuple[Any, ...], device: torch.device) -> list[str]:
+def reasons(backend: Backend, op: str, args: tuple[Any, ...], device: torch.device) -> list[str]:
     """Why ``auto`` should not take ``backend`` for this call: empty once it has passed on this device."""
     case = cases.variant(op, args)
     precision = product_precision(case.dtype)
-    variant = f"{backend.NAME} {case} {precision}"
+    variant = f"{backend.name} {case} {precision}"
     where = device_key(device)
     known = _results.get((where, variant))
     if known is not None:
@@ -61,7 +62,7 @@ def reasons(backend: ModuleType, op: str, args: tuple[Any, ...], device: torch.d
         _results[where, variant] = failures
     if failures:
         warnings.warn(
-            f"sne_fast: backend {backend.NAME!r} failed its self-test on {where} and is not used: "
+            f"sne_fast: backend {backend.name!r} failed its self-test on {where} and is not used: "
             + "; ".join(failures),
             RuntimeWarning,
             stacklevel=2,
@@ -114,17 +115,17 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def check(backend: ModuleType, case: cases.Variant, device: torch.device) -> list[str]:
+def check(backend: Backend, case: cases.Variant, device: torch.device) -> list[str]:
     """Run the test now, remember nothing: what is wrong with one variant on one device."""
     return _run(backend, case, product_precision(case.dtype), device)
 
 
-def _run(backend: ModuleType, case: cases.Variant, precision: str, device: torch.device) -> list[str]:
+def _run(backend: Backend, case: cases.Variant, precision: str, device: torch.device) -> list[str]:
     tolerance = TF32_TOLERANCE if precision == "tf32" else TOLERANCES.get(case.dtype, 0.1)
     failures = []
     try:
         with _plain_calls(device):
-            for pair in cases.comparisons(case, backend.KERNELS, device):
+            for pair in cases.comparisons(case, backend.kernels, device):
                 error = _relative_error(pair.got, pair.want)
                 if error > tolerance * (4 if pair.is_gradient else 1):
                     failures.append(f"{case}: {pair.name} is off by {error:.1e} of its size")
@@ -158,30 +159,26 @@ def device_key(device: torch.device) -> str:
 
 
 @functools.cache
-def _source_digest(backend_file: str, sources: tuple[str, ...]) -> str:
-    """Of the backend's module, its kernels and its library: who changes one tests it again."""
+def _source_digest(sources: tuple[Path, ...]) -> str:
+    """Return a digest of a backend's code, tables and library: whoever changes one tests the backend again."""
     digest = hashlib.sha256()
-    here = Path(__file__).parents[1]
-    files = {Path(backend_file)}
-    for source in sources:
-        files |= {here / source, *(here / source).glob("**/*")}
+    files = {file for source in sources for file in (source, *source.glob("**/*"))}
     for path in sorted(files):
         if path.suffix in (".py", ".json", ".so") and path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _environment_key(where: str, backend: ModuleType) -> str:
+def _environment_key(where: str, backend: Backend) -> str:
     def version(package: str) -> str:
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return "none"
 
-    file = getattr(backend, "__file__", None)
-    source = _source_digest(file, tuple(getattr(backend, "SOURCES", ()))) if file else "none"
-    return f"{where} | {_driver()} | torch {torch.__version__} | triton {version('triton')} | " + (
-        f"sne_fast {version('sne_fast')} {source}"
+    return (
+        f"{where} | {_driver()} | torch {torch.__version__} | triton {version('triton')} | "
+        f"sne_fast {version('sne_fast')} {_source_digest(backend.sources)}"
     )
 
 
@@ -204,13 +201,9 @@ def _passed_before(key: str) -> list[str]:
 
 
 def _remember(key: str, variant: str) -> None:
-    """Only what passed: a failure may be the moment's. A folder that cannot be written costs a test per process."""
-    file, passed = cache_file(), _read()
+    """Store a pass on disk; failures are not stored, since one may be transient."""
+    passed = _read()
     passed[key] = sorted({*passed.get(key, []), variant})
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
-        new.write_text(json.dumps(passed, indent=1), encoding="utf-8")
-        os.replace(new, file)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs a test per process
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache_file(), passed)

@@ -12,6 +12,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from .core import Symmetry, SymmetryError
+from .finding import find_symmetry
+from .running import evaluation, split_inputs, tensors_in, uncompiled
 
 TOLERANCE = 1e-5
 ATTEMPTS = 5
@@ -80,11 +82,9 @@ def verify(
     Example:
         >>> error = sne_fast.symmetry.verify(net, torch.randn(2, 1, 8, 8))
     """
-    from .tracing import _tensors, evaluation, plain, split_inputs, trace
-
     if symmetry is None:
-        symmetry = trace(net, example_inputs, check=False)
-    net = plain(net)
+        symmetry = find_symmetry(net, example_inputs)
+    net = uncompiled(net)
     args, kwargs = tree_map(_wide, split_inputs(example_inputs))
     generator = generator or torch.Generator().manual_seed(0)
     named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
@@ -92,7 +92,7 @@ def verify(
 
     def run(weights: dict[str, Tensor]) -> list[Tensor]:
         out = functional_call(net, weights, args, kwargs, tie_weights=False)
-        return [t.detach().clone() for t in _tensors(out)]
+        return [t.detach().clone() for t in tensors_in(out)]
 
     worst = 0.0
     with evaluation(net):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.layers import _strip
+from ..data.layers import strip_wrappers
 from .plan import STORED, Plan, build_plan
 
 
@@ -214,7 +214,7 @@ class Symmetry:
             SymmetryError: a tensor is missing or has another shape.
         """
         keys = list(state_dict)
-        names = dict(zip(_strip(keys), keys, strict=True))
+        names = dict(zip(strip_wrappers(keys), keys, strict=True))
         chosen = [n for n in names if n in self.alias and isinstance(state_dict[names[n]], Tensor)]
         shapes = tuple(tuple(state_dict[names[n]].shape) for n in chosen)
         plan = self.plan(tuple(chosen), shapes, STORED, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""How the operations that compute treat axes of units (see `tracing`).
+"""How the operations that compute treat axes of units (see `tracer`).
 
 Each rule says which axes of the arguments must be permuted alike, and what the dimensions of the result are. Where
 axes are summed over, `tracer.record` says what must still be there for one axis to be permuted depending on another:
@@ -7,16 +7,13 @@ heads and the units inside a head may be permuted head by head only where both a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rules_views import RULES as VIEWS
 from .terms import ONE, Label, Term, cut, freeze, fresh, product, size, split, unify
-
-if TYPE_CHECKING:
-    from .tracing import Call, Tracer
+from .tracer import Call, Rule, Tracer
 
 CLASH = "meets an axis that is cut otherwise"
 
@@ -222,10 +219,6 @@ def glu(tracer: Tracer, call: Call) -> list[Label] | None:
     return [tuple(label)]
 
 
-def _table(rule: Any, names: str) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), rule)
-
-
 _IMAGES = " ".join(
     [f"{kind}{n}d" for n in "123" for kind in (
         "max_pool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "reflection_pad",
@@ -236,31 +229,21 @@ _IMAGES = " ".join(
     + ["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
 )  # fmt: skip
 
-RULES = {
-    **VIEWS,
-    **_table(matmul, "mm bmm mv dot vdot addmm baddbmm addmv"),
-    **_table(convolution, "convolution _convolution convolution_overrideable"),
-    **_table(
-        channel_norm,
-        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-        "miopen_batch_norm _batch_norm_no_update _batch_norm_with_update",
-    ),
-    **_table(layer_norm, "native_layer_norm _fused_rms_norm"),
-    **_table(group_norm, "native_group_norm"),
-    **_table(weight_norm, "_weight_norm_interface"),
-    **_table(
-        reduction,
-        "sum mean amax amin var std prod logsumexp any all linalg_vector_norm norm max min argmax argmin var_mean "
-        "std_mean nansum aminmax count_nonzero",
-    ),
-    **_table(softmax, "_softmax _log_softmax _safe_softmax"),
-    **_table(embedding, "embedding"),
-    **_table(index, "index _unsafe_index"),
-    **_table(index_select, "index_select"),
-    **_table(glu, "glu"),
-    **_table(spatial, _IMAGES),
-    **_table(
-        pointwise,
-        "masked_fill masked_fill_ _prelu_kernel where copy_ copy fill_ fill zero_",
-    ),
+COMPUTE_RULES: dict[Rule, str] = {
+    matmul: "mm bmm mv dot vdot addmm baddbmm addmv",
+    convolution: "convolution _convolution convolution_overrideable",
+    channel_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm _batch_norm_no_update _batch_norm_with_update",
+    layer_norm: "native_layer_norm _fused_rms_norm",
+    group_norm: "native_group_norm",
+    weight_norm: "_weight_norm_interface",
+    reduction: "sum mean amax amin var std prod logsumexp any all linalg_vector_norm norm max min argmax argmin "
+    "var_mean std_mean nansum aminmax count_nonzero",
+    softmax: "_softmax _log_softmax _safe_softmax",
+    embedding: "embedding",
+    index: "index _unsafe_index",
+    index_select: "index_select",
+    glu: "glu",
+    spatial: _IMAGES,
+    pointwise: "masked_fill masked_fill_ _prelu_kernel where copy_ copy fill_ fill zero_",
 }

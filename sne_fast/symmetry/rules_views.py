@@ -1,10 +1,9 @@
-"""How the operations that move, cut and join tensors treat axes of units (see `tracing`)."""
+"""How the operations that move, cut and join tensors treat axes of units (see `tracer`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,9 +25,7 @@ from .terms import (
     split,
     unify,
 )
-
-if TYPE_CHECKING:
-    from .tracing import Call, Tracer
+from .tracer import Call, Rule, Tracer
 
 
 def reshaped(label: Label, shape: Sequence[int]) -> Label | None:
@@ -279,28 +276,24 @@ def triangle(tracer: Tracer, call: Call) -> list[Label] | None:
     return [label]
 
 
-def _table(rule: Any, names: str) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), rule)
-
-
-RULES = {
-    **_table(view, "view _unsafe_view reshape _reshape_alias"),
-    **_table(same, "alias detach detach_ clone contiguous _to_copy lift_fresh"),
-    **_table(permute, "permute"),
-    **_table(transpose, "t t_ transpose transpose_"),
-    **_table(unsqueeze, "unsqueeze unsqueeze_"),
-    **_table(squeeze, "squeeze squeeze_"),
-    **_table(expand, "expand"),
-    **_table(repeat, "repeat"),
-    **_table(select, "select"),
-    **_table(unbind, "unbind"),
-    **_table(slice_, "slice"),
-    **_table(narrow_all, "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split"),
-    **_table(cat, "cat"),
-    **_table(stack, "stack"),
-    **_table(pad, "constant_pad_nd"),
-    **_table(pixel_shuffle, "pixel_shuffle"),
-    **_table(factory, "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor"),
-    **_table(positions, "cumsum cumprod logcumsumexp cummax cummin flip roll sort topk argsort"),
-    **_table(triangle, "tril triu"),
+VIEW_RULES: dict[Rule, str] = {
+    view: "view _unsafe_view reshape _reshape_alias",
+    same: "alias detach detach_ clone contiguous _to_copy lift_fresh",
+    permute: "permute",
+    transpose: "t t_ transpose transpose_",
+    unsqueeze: "unsqueeze unsqueeze_",
+    squeeze: "squeeze squeeze_",
+    expand: "expand",
+    repeat: "repeat",
+    select: "select",
+    unbind: "unbind",
+    slice_: "slice",
+    narrow_all: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split",
+    cat: "cat",
+    stack: "stack",
+    pad: "constant_pad_nd",
+    pixel_shuffle: "pixel_shuffle",
+    factory: "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor",
+    positions: "cumsum cumprod logcumsumexp cummax cummin flip roll sort topk argsort",
+    triangle: "tril triu",
 }

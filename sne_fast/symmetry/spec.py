@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.checkpoints import find_state_dict
-from ..data.layers import _strip
+from ..data.layers import strip_wrappers
 from .core import Symmetry, SymmetryError
 from .structure import assemble
 from .terms import Atom, Cat, Term, freeze, fresh, product, resolve, size, split
@@ -18,7 +18,7 @@ NOT_NAMED = "in no group"
 
 def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     found = {k: t for k, t in find_state_dict(state_dict).items() if isinstance(t, Tensor) and t.is_floating_point()}
-    return dict(zip(_strip(list(found)), found.values(), strict=True))
+    return dict(zip(strip_wrappers(list(found)), found.values(), strict=True))
 
 
 def from_spec(

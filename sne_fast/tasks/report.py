@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..reports.reporting import embedding_map, new_figure, save_figure
+from ..reports.plots import embedding_map, new_figure, save_figure
 from .baselines import BASELINES
 from .definitions import Experiment, Task
 from .runs import Run, slug

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..atomic_files import write_json
 from ..data.batch import WeightBatch
-from ..reports.reporting import commit, machine, measures, write_json
+from ..reports.machine import commit, machine
+from ..reports.measures import measures
 from ..symmetry import Symmetry
 from ..training import stratified_split
-from ..training.command import PARTS, SHARES, symmetries_of
 from ..training.threads import torch_threads
+from ..zoo.splits import PARTS, SHARES
+from ..zoo.symmetries import symmetries_of
 from . import report
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, Experiment, SneSettings, Task
-from .demo import check_extra
+from .requirements import check_extra
 from .runs import Run, slug
+from .settings import SEEDS
 from .sne_method import augmentation, in_form, train_sne
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
     from ..zoo import Zoo
 
-SEEDS = (0, 1, 2)
 WATCHED = 0.1  # of the networks to learn from, where the test networks are others
 
 
@@ -118,7 +121,7 @@ def run_task(
         ValueError: an unknown task or method, or a folder that holds results of other settings.
         ModuleNotFoundError: scikit-learn, scipy, matplotlib or pyarrow is missing.
     """
-    check_extra()
+    check_extra("the task")
     if name not in TASKS:
         raise ValueError(f"task: name must be one of {', '.join(TASKS)}, got {name!r}")
     task = TASKS[name]

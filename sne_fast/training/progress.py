@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..extras import require
 from .settings import FitSettings, History
 
 FORMAT = 1
@@ -59,7 +60,7 @@ class CsvLog:
 
 
 class TensorBoardLog:
-    """The same rows for TensorBoard (`pip install tensorboard`).
+    """The same rows for TensorBoard, which the extra `tensorboard` installs.
 
     Args:
         folder: where `tensorboard --logdir` looks.
@@ -69,6 +70,7 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
+        require("tensorboard", extra="tensorboard", why="TensorBoardLog")
         from torch.utils.tensorboard import SummaryWriter
 
         self._make = lambda purge: SummaryWriter(str(folder), purge_step=purge)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
+from ..extras import require
 
 INDEX = "index.parquet"
 ABOUT = "zoo.json"
@@ -289,12 +290,9 @@ def _write_whole(file: Path, text: str) -> None:
 
 
 def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'zoos are indexed in parquet and need pyarrow: pip install "sne_fast[parquet]"', name=error.name
-        ) from error
+    require("pyarrow.parquet", extra="parquet", why="the index of a zoo, a parquet file,")
+    import pyarrow.parquet
+
     return pyarrow
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .architectures import ARCHITECTURES
 from .shards import ABOUT, INDEX, PLACE, SHARD_BYTES, ShardSource, ZooWriter, check_places, network_weights, read_index
 
 if TYPE_CHECKING:
@@ -158,6 +159,11 @@ class Zoo:
     def targets(self) -> list[str]:
         """Columns worth predicting, as the maker or loader said."""
         return [name for name in self.about.get("targets", []) if name in self._columns]
+
+    @property
+    def constructors(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Constructors of a fresh module, by the names that the column `architecture` may hold."""
+        return ARCHITECTURES
 
     @property
     def sizes(self) -> Tensor:

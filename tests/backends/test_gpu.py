@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from torch import Tensor
 import sne_fast
 from helpers.cpu_cases import relative_error
 from helpers.op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pool_case, products
-from sne_fast.ops import dispatch, functional, selftest
-from sne_fast.ops.schema import FUSIONS
+from sne_fast.ops import dispatch, found_backends, functional, selftest
+from sne_fast.ops.schema import OPTIONAL_OPS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +126,7 @@ CALLS = {
 
 
 def call_of(backend: str, name: str, dtype: torch.dtype) -> Call:
-    if backend not in FUSIONS.get(name, (backend,)):
+    if name in OPTIONAL_OPS and name not in found_backends.FUSIONS[backend]:
         pytest.skip(f"{backend} does not fuse {name}")
     return CALLS[name](dtype)
 
@@ -350,15 +351,16 @@ def test_auto_tests_the_backend_and_takes_it(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv(selftest.CACHE_ENVIRONMENT_VARIABLE, str(tmp_path))
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(selftest, "_results", {})
-    loaded, _ = dispatch._load()
+    loaded = dict(found_backends.BACKENDS)
     taken: list[tuple[str, str]] = []
 
     def counted(name: str, op: str) -> Callable[..., object]:
-        kernel = loaded[name].KERNELS[op]
+        kernel = loaded[name].kernels[op]
         return lambda *args: (taken.append((name, op)), kernel(*args))[1]
 
     for name in ("triton", "cuda"):
-        monkeypatch.setattr(loaded[name], "KERNELS", {op: counted(name, op) for op in loaded[name].KERNELS})
+        kernels = {op: counted(name, op) for op in loaded[name].kernels}
+        monkeypatch.setitem(found_backends.BACKENDS, name, dataclasses.replace(loaded[name], kernels=kernels))
     with sne_fast.use_backend("auto"):
         for make in CALLS.values():
             make(BRAIN).results()

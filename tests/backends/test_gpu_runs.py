@@ -41,9 +41,11 @@ def test_what_failed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file = tmp_path / "gpu_runs.json"
     gpu_runs.write(gpu_runs.runs_of(result(errors={"tests": "..."}), "gpu.json")[:1], file)
     monkeypatch.setattr(gpu_runs, "read", lambda read=gpu_runs.read: read(file))
-    said = gpu_runs.sentence("cuda")
+    said = gpu_runs.sentence("cuda", "emulated")
     assert said == ("has run chunk_encode, segment_pool on NVIDIA H200 (compute 9.0, gpu.json), where failed: tests")
-    assert info._on_gpus("cuda") == said and "has not run on a GPU yet" in info._on_gpus("triton")
+    assert gpu_runs.sentence("triton", "emulated") == "has not run on a GPU yet: emulated only"
+    lines = dict(info.backends())
+    assert lines["backend cuda"].endswith(f"; {said}") and "has not run on a GPU yet" in lines["backend triton"]
 
 
 def test_the_package_says_what_the_committed_results_say() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from helpers.paths import ROOT
-from sne_fast.backends import reference as reference_backend
+from sne_fast.backends.reference.backend import BACKEND as REFERENCE
 from sne_fast.benchmark import (
     CASES,
     CheckFailed,
@@ -98,14 +98,14 @@ def test_operations_are_those_of_the_specification() -> None:
 
 @pytest.mark.parametrize(("op", "place"), [("segment_pool", "output"), ("segment_pool_backward", "gradient")])
 def test_a_wrong_backend_is_not_measured(op: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference_backend.KERNELS[op]
+    right = REFERENCE.kernels[op]
 
     def wrong_in_float32(*args: Any) -> Any:
         first, *rest = right(*args)
         return (first * 1.001 if first.dtype == torch.float32 else first, *rest)
 
     run_check(CASES["inr"], "reference", "tiny")
-    monkeypatch.setitem(reference_backend.KERNELS, op, wrong_in_float32)
+    monkeypatch.setitem(REFERENCE.kernels, op, wrong_in_float32)
     with pytest.raises(CheckFailed, match=f"{place} .*speed is not reported") as caught:
         run_check(CASES["inr"], "reference", "tiny")
     assert "inr: backend 'reference' is off" in str(caught.value)
@@ -128,7 +128,7 @@ def test_a_baseline_that_does_not_fit_is_refused_before_it_runs() -> None:
         with pytest.raises(DoesNotFit, match="does not fit: padded .* GiB, 24 GiB may be used"):
             contender(name, encoder, batch, training=False, memory_limit=24 * 2**30)
     contender("sne_fast", encoder, batch, training=True, memory_limit=0)
-    with pytest.raises(ValueError, match="contender: name must be backend or one of eager, compile, loop, got 'x'"):
+    with pytest.raises(ValueError, match="contender: name must be sne_fast or one of eager, compile, loop, got 'x'"):
         contender("x", encoder, batch, training=False, memory_limit=0)
 
 
@@ -152,7 +152,7 @@ def test_probe_does_not_inherit_the_peak_of_its_parent() -> None:
     assert found["loaded_bytes"] < 4 * ballast.numel() and found["weights"] == 2 * 1153
     assert 0 < found["peak_bytes"] < 2e8 and found["seconds"] > 0
     assert "does not fit" in probe("inr", "forward", "eager", size="check", threads=1, limit=1e8)["skipped"]
-    with pytest.raises(RuntimeError, match="memory probe of nothing forward backend failed"):
+    with pytest.raises(RuntimeError, match="memory probe of nothing forward sne_fast failed"):
         probe("nothing", "forward", "sne_fast", threads=1, limit=0)
 
 

@@ -4,7 +4,7 @@
 
     @needs_nvcc
     def test_forward_spills_nothing() -> None:
-        for kernel in kernels("set_attention", "forward<.*, 64", arch="90a"):
+        for kernel in kernels("set_attention/forward", "forward<.*, 64", arch="90a"):
             assert kernel.spilled_bytes == 0 and kernel.count("HMMA")
 
 A file is compiled once per session, for all of ARCHITECTURES; files that tests have as parameter ``file`` several at a
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cuda_build
+import native_build
 import pytest
 
 ARCHITECTURES = cuda_build.CUBINS
@@ -99,7 +100,7 @@ def compiled(file: str) -> Object:
 
 
 def all_compiled() -> dict[str, Object]:
-    files = [source.stem for source in cuda_build.sources()]
+    files = [cuda_build.name_of(source) for source in cuda_build.sources()]
     start(files)
     return {file: compiled(file) for file in files}
 
@@ -112,23 +113,24 @@ def start(files: Collection[str]) -> None:
     """Begin to compile several at a time, each once per session."""
     pool, folder = _workers()
     for source in cuda_build.sources():
-        if source.stem in files and source.stem not in _futures:
-            _futures[source.stem] = pool.submit(compile_file, source, Path(folder.name))
+        file = cuda_build.name_of(source)
+        if file in files and file not in _futures:
+            _futures[file] = pool.submit(compile_file, source, Path(folder.name))
 
 
 @functools.cache
 def _workers() -> tuple[ThreadPoolExecutor, tempfile.TemporaryDirectory[str]]:
-    return ThreadPoolExecutor(cuda_build.jobs()), tempfile.TemporaryDirectory(prefix="sne_fast_cuda")
+    return ThreadPoolExecutor(native_build.jobs()), tempfile.TemporaryDirectory(prefix="sne_fast_cuda")
 
 
 def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> Object:
     """Compile any .cu file as the library's are, warnings being errors, into ``folder``."""
     nvcc = cuda_build.find_nvcc()
     assert nvcc is not None
-    out, begin = folder / f"{source.stem}.o", time.monotonic()
+    out, begin = folder / f"{source.parent.name}_{source.stem}.o", time.monotonic()
     strict = ["-Xptxas=-v", "-Werror", "all-warnings", *([] if all_variants else ["-DSNE_REPRESENTATIVE"])]
-    command = cuda_build.compiler(nvcc, architectures, source, out, strict)
-    done = subprocess.run(command, capture_output=True, text=True)
+    unit = native_build.Unit(source, out.name, cuda_build.compiler(nvcc, architectures, source, strict))
+    done = subprocess.run(unit.line(folder), capture_output=True, text=True)
     assert done.returncode == 0, f"{source.name}:\n{(done.stdout + done.stderr)[:8000]}"
     # What ptxas calls information: registers of a running wgmma are touched, and it has to wait.
     assert not re.search(r"\(C75\d\d\)", done.stdout + done.stderr), f"{source.name}: {done.stdout + done.stderr}"

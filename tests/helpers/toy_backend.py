@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import types
+import dataclasses
+from typing import Any
 
 import torch
 
 from helpers.op_cases import pool_case
 from sne_fast import functional
+from sne_fast.ops.backend import Backend
 
 
-def backend(name: str = "triton", **changes: object) -> types.ModuleType:
-    """A backend module that pools by returning sevens."""
-    module = types.ModuleType(name)
+def backend(name: str = "triton", **changes: Any) -> Backend:
+    """A backend that pools by returning sevens."""
 
     def segment_pool(x, logits, ptr, ptr_host):
         segments, queries = ptr.shape[0] - 1, logits.shape[1]
         return x.new_full((segments, queries, x.shape[1]), 7), x.new_zeros((segments, queries))
 
-    module.NAME, module.DEVICES, module.PRIORITY = name, ("cpu",), 1000  # type: ignore[attr-defined]
-    module.KERNELS = {"segment_pool": segment_pool}  # type: ignore[attr-defined]
-    module.unavailable = lambda: []  # type: ignore[attr-defined]
-    module.why_not = lambda op, args: []  # type: ignore[attr-defined]
-    for key, value in changes.items():
-        setattr(module, key, value)
-    return module
+    sevens = Backend(name=name, kernels={"segment_pool": segment_pool}, devices=("cpu",), priority=1000)
+    return dataclasses.replace(sevens, **changes)
 
 
 def pooled() -> float:

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sne_fast
 from helpers.op_cases import feed_forward_case
-from sne_fast import MAB, PMA, functional
-from sne_fast.ops import dispatch, reference
+from sne_fast import MAB, PMA
+from sne_fast.ops import dispatch, functional, reference
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 NAMES = ("q", "attended", "w_o", "b_o", "norm")
@@ -121,7 +121,7 @@ def test_errors(change: dict[str, Tensor], message: str) -> None:
 
 def test_which_backends_fuse() -> None:
     said = {}
-    for name in ("auto", *dispatch.BACKEND_NAMES):
+    for name in ("auto", *dispatch.backend_names()):
         with sne_fast.use_backend(name):
             said[name] = [dispatch.fuses("feed_forward", torch.device(kind)) for kind in ("cpu", "cuda")]
     no = [False, False]

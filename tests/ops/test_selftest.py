@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import types
 
 import pytest
 import torch
@@ -11,14 +11,15 @@ import torch
 import sne_fast
 from helpers.op_cases import attention_case, feed_forward_case, pool_case
 from sne_fast import functional
-from sne_fast.backends import reference as honest
-from sne_fast.ops import dispatch, selftest, selftest_cases
+from sne_fast.ops import dispatch, found_backends, selftest, selftest_cases
+from sne_fast.ops.backend import Backend
 from sne_fast.ops.schema import FORWARD_OPS, SCHEMAS
 
 CALLS: list[str] = []
+HONEST = found_backends.BACKENDS["reference"].kernels
 
 
-def backend(spoil: str = "", fail: bool = False) -> types.ModuleType:
+def backend(spoil: str = "", fail: bool = False) -> Backend:
     """The reference's kernels under the name of a GPU backend; ``spoil`` names the op that gives twice its results."""
 
     def kernel(op: str):
@@ -26,19 +27,15 @@ def backend(spoil: str = "", fail: bool = False) -> types.ModuleType:
             CALLS.append(op)
             if fail:
                 raise RuntimeError("no kernel image is available")
-            results = honest.KERNELS[op](*args)
+            results = HONEST[op](*args)
             if op != spoil:
                 return results
             return (2 * results[0], *results[1:]) if isinstance(results, tuple) else 2 * results
 
         return run
 
-    module = types.ModuleType("fake")
-    module.NAME, module.DEVICES, module.PRIORITY, module.SELF_TEST = "triton", ("cpu",), 1000, True
-    module.KERNELS = {op: kernel(op) for op in honest.KERNELS}
-    module.unavailable = list
-    module.why_not = lambda op, args: []
-    return module
+    kernels = {op: kernel(op) for op in HONEST}
+    return Backend(name="triton", kernels=kernels, devices=("cpu",), priority=1000, self_test=True)
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +49,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path):
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch):
-    loaded, failed = dispatch._load()
-
-    def put(module: types.ModuleType) -> None:
-        monkeypatch.setattr(dispatch, "_load", lambda: ({**loaded, module.NAME: module}, failed))
+    def put(backend: Backend) -> None:
+        monkeypatch.setitem(found_backends.BACKENDS, backend.name, backend)
 
     return put
 
@@ -174,8 +169,9 @@ def test_other_ops_are_caught_too(op: str) -> None:
     case = selftest_cases.Variant(op.removesuffix("_backward"), torch.float32, 32, 4)
     spoilt = backend(op)
     if op == "gather_chunks_backward":
-        right = spoilt.KERNELS[op]
-        spoilt.KERNELS[op] = lambda *args: ([2 * g for g in honest.KERNELS[op](*args)[0]], right(*args)[1])
+        right = spoilt.kernels[op]
+        wrong = {op: lambda *args: ([2 * g for g in HONEST[op](*args)[0]], right(*args)[1])}
+        spoilt = dataclasses.replace(spoilt, kernels={**spoilt.kernels, **wrong})
     assert selftest.check(spoilt, case, torch.device("cpu"))
 
 
@@ -198,7 +194,7 @@ def test_variants_of_calls() -> None:
 def test_one_query_for_all_rows_reaches_the_backend_as_such() -> None:
     case = selftest_cases.Variant("feed_forward", torch.float32, 32, 0, True)
     strides: list[int] = []
-    spied = backend()
-    right = spied.KERNELS["feed_forward"]
-    spied.KERNELS["feed_forward"] = lambda *args: (strides.append(args[0].stride(0)), right(*args))[1]
+    right = HONEST["feed_forward"]
+    kernels = {**HONEST, "feed_forward": lambda *args: (strides.append(args[0].stride(0)), right(*args))[1]}
+    spied = dataclasses.replace(backend(), kernels=kernels)
     assert selftest.check(spied, case, torch.device("cpu")) == [] and strides == [32, 0]

@@ -14,8 +14,12 @@ pytest.importorskip("matplotlib")
 
 import sne_fast
 from sne_fast import Predictor
-from sne_fast.reports.reporting import measures, statistics_regression, write_csv, write_json
-from sne_fast.tasks.demo import Demo, check_extra, run
+from sne_fast.atomic_files import write_json
+from sne_fast.reports.files import write_csv
+from sne_fast.reports.measures import measures
+from sne_fast.tasks.baselines.statistics import statistics_regression
+from sne_fast.tasks.demo import Demo, run
+from sne_fast.tasks.requirements import check_extra
 from sne_fast.zoo import Zoo, verify
 from sne_fast.zoo.statistics import STATISTICS, layer_statistics
 
@@ -92,7 +96,7 @@ def test_refuses_a_folder_with_something_in_it(result, tmp_path):
 def test_missing_extra_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else object())
     with pytest.raises(ModuleNotFoundError, match=r'the demo needs scipy: pip install "sne_fast\[demo\]"$'):
-        check_extra()
+        check_extra("the demo")
 
 
 def test_measures_by_hand():

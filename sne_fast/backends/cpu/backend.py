@@ -9,19 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.backend import Backend
 from ...ops.schema import REQUIRED_OPS, accumulate_dtype
 from ...ops.supported_widths import width_reasons
 from . import library
 
-NAME = "cpu"
-DEVICES: tuple[str, ...] = ("cpu",)
-PRIORITY = 100
-
 LONGEST_CHUNK = 256
-
-
-def unavailable() -> list[str]:
-    return library.reasons()
 
 
 def _dtype_reasons(name: str, tensor: Tensor) -> list[str]:
@@ -312,4 +305,18 @@ def gather_chunks_backward(
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], scale_grad.to(scale.dtype)
 
 
-KERNELS = {op: globals()[op] for name in REQUIRED_OPS for op in (name, f"{name}_backward")}
+def describe() -> str:
+    """Return what the native library was built for and runs, or why there is none."""
+    reasons = library.reasons()
+    return reasons[0] if reasons else f"built for {', '.join(library.supported_isas())}; runs {library.isa()}"
+
+
+BACKEND = Backend(
+    name="cpu",
+    kernels={op: globals()[op] for name in REQUIRED_OPS for op in (name, f"{name}_backward")},
+    devices=("cpu",),
+    priority=100,
+    unavailable=library.reasons,
+    why_not=why_not,
+    describe=describe,
+)

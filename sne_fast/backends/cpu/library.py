@@ -47,7 +47,7 @@ SegmentPoolGrads = struct("SegmentPoolGrads", "", "grad x logits")
 GatherChunksArgs = struct(
     "GatherChunksArgs",
     "num_matrices num_values num_threads",
-    "plan dtypes matrices scale values grad scale_grad",
+    "shapes dtypes matrices scale values grad scale_grad",
 )
 
 _INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p

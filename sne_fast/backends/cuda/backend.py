@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...ops.backend import Backend
 from ...ops.schema import REQUIRED_OPS
+from .. import gpu_runs
 from . import library, winners
-
-NAME = "cuda"
-DEVICES: tuple[str, ...] = ("cpu",) if library.EMULATED else ("cuda",)
-AUTO_DEVICES: tuple[str, ...] = ("cuda",)
-PRIORITY = 100  # below Triton, but for calls that a committed measurement names: preferred()
-SELF_TEST = True
-SOURCES = ("backends/cuda", "backends/gpu_plans", library.LIBRARY_FILE.name)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,13 +61,30 @@ def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
     return reasons or _module(forward).why_not(op, args)
 
 
-def preferred(op: str, args: tuple[Any, ...]) -> bool:
-    """Where a committed measurement on such a GPU says that this backend was faster than Triton's."""
-    return winners.preferred(op, args)
-
-
 def _kernel(op: str, *args: Any) -> Any:
     return getattr(_module(op.removesuffix("_backward")), op)(*args)
 
 
-KERNELS = {op: functools.partial(_kernel, op) for name in REQUIRED_OPS for op in (name, f"{name}_backward")}
+def describe() -> str:
+    """Return what the library was built for, or why there is none, and which GPUs have run it."""
+    reasons = library.reasons()
+    built = f"not here: {reasons[0].splitlines()[0]}" if reasons else f"built for {' '.join(library.architectures())}"
+    return f"{built}; {gpu_runs.sentence('cuda', VERIFIED_WITHOUT_A_GPU)}"
+
+
+FOLDER = Path(__file__).parent
+VERIFIED_WITHOUT_A_GPU = "checked in an emulator on the host, and compiled for sm_80, sm_90a and sm_100"
+
+BACKEND = Backend(
+    name="cuda",
+    kernels={op: functools.partial(_kernel, op) for name in REQUIRED_OPS for op in (name, f"{name}_backward")},
+    devices=("cpu",) if library.EMULATED else ("cuda",),
+    priority=100,  # below Triton, except for calls that a committed measurement names
+    unavailable=unavailable,
+    why_not=why_not,
+    auto_devices=("cuda",),
+    self_test=True,
+    sources=(FOLDER, FOLDER.parent / "gpu_plans", library.LIBRARY_FILE),
+    preferred=winners.preferred,
+    describe=describe,
+)

@@ -30,20 +30,20 @@ ERROR_FILE = Path(__file__).parents[2] / "_cuda_engine_build_error.txt"
 ChunkWeightsArgs = struct("ChunkWeightsArgs", "hidden heads backward", "w_qkv w_o pool_query prepared")
 ChunkArgs = struct(
     "ChunkArgs",
-    "hidden heads layer_norm slots lowest shared blocks first_block count programs shared_limit wgmma",
+    "hidden heads layer_norm slots min_length multi_chunk bins first_bin count multiprocessors shared_limit wgmma",
     "chunk_ptr order owner table values row_code element_code logit basis b_qkv b_o norm pool_query prepared",
 )
 ChunkSpace = struct("ChunkSpace", "", "saved rows_grad products")
 ChunkScalarGrads = struct("ChunkScalarGrads", "", "values logit_part basis_part norm_part")
 ChunkWeightGradArgs = struct(
     "ChunkWeightGradArgs",
-    "hidden rows block programs",
+    "hidden rows block multiprocessors",
     "saved products w_qkv_part b_qkv_part w_o_part b_o_part",
 )
 SegmentSumArgs = struct("SegmentSumArgs", "rows segments width", "ptr x partial out")
 SetAttention = struct(
     "SetAttention",
-    "sets width heads precision warps single split pieces pages most",
+    "sets width heads precision warps one_tile_per_set split_rows pieces aligned_splits max_own_rows",
     "q k v q_ptr k_ptr out lse grad mean grad_q grad_k grad_v partial partial_second partial_rows",
 )
 GatherChunks = struct(

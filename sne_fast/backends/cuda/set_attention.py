@@ -63,7 +63,8 @@ def _aligned(t: Tensor) -> Tensor:
 def _run(name: str, plan: Plan, q: Tensor, q_ptr: Tensor, num_heads: int, **tensors: Tensor) -> None:
     args = library.SetAttention(
         sets=q_ptr.shape[0] - 1, width=q.shape[1], heads=num_heads, precision=library.precision(q.dtype),
-        warps=plan.warps, single=plan.single, split=plan.split, pieces=plan.pieces, pages=plan.pages, most=plan.most,
+        warps=plan.warps, one_tile_per_set=plan.single, split_rows=plan.split, pieces=plan.pieces,
+        aligned_splits=plan.pages, max_own_rows=plan.most,
         q=q.data_ptr(), q_ptr=q_ptr.data_ptr(), **{field: t.data_ptr() for field, t in tensors.items()},
     )  # fmt: skip
     library.run(name, q.device, ctypes.byref(args))

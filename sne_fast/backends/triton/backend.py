@@ -10,20 +10,16 @@ import functools
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...ops.schema import FORWARD_OPS, SCHEMAS
+from ...ops.backend import Backend
+from ...ops.schema import SCHEMAS
+from .. import gpu_runs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NAME = "triton"
-DEVICES: tuple[str, ...] = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-AUTO_DEVICES: tuple[str, ...] = ("cuda",)
-PRIORITY = 200
-SELF_TEST = True
-SOURCES = ("backends/triton", "backends/gpu_plans")
-
 CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -78,4 +74,20 @@ def _kernel(op: str, *args: Any) -> Any:
     return getattr(_module(op.removesuffix("_backward")), op)(*args)
 
 
-KERNELS = {op: functools.partial(_kernel, op) for op in SCHEMAS if op.removesuffix("_backward") in FORWARD_OPS}
+FOLDER = Path(__file__).parent
+VERIFIED_WITHOUT_A_GPU = "checked in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100"
+
+BACKEND = Backend(
+    name="triton",
+    kernels={op: functools.partial(_kernel, op) for op in SCHEMAS},
+    devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+    priority=200,
+    unavailable=unavailable,
+    why_not=why_not,
+    auto_devices=("cuda",),
+    self_test=True,
+    sources=(FOLDER, FOLDER.parent / "gpu_plans"),
+    fusions=("feed_forward",),
+    packages=("triton",),
+    describe=lambda: f"compiles at the first call; {gpu_runs.sentence('triton', VERIFIED_WITHOUT_A_GPU)}",
+)

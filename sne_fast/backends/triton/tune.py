@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...ops import selftest, selftest_cases
+from .backend import BACKEND
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode", "feed_forward")
@@ -229,7 +230,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("sne_fast.backends.triton.tune: needs a CUDA GPU, and torch finds none here", file=sys.stderr)
         return 2
-    from . import backend
     from ._launch import TABLES, architecture, table
 
     device, out = torch.device("cuda"), options.out or TABLES
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         new: dict[str, list[Rule]] = {}
         for h in options.width or [64]:
             variant = selftest_cases.Variant(op, dtype, h, options.heads, True)
-            wrong = selftest.check(backend, variant, device)
+            wrong = selftest.check(BACKEND, variant, device)
             if wrong:
                 print(f"{op} {dtype_name} h={h} is not tuned, its results are wrong: {'; '.join(wrong)}")
                 continue

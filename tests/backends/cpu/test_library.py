@@ -29,7 +29,7 @@ def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
     monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "_cpu_engine.so")
     monkeypatch.setattr(_native, "ERROR_FILE", tmp_path / "error.txt")
     (tmp_path / "error.txt").write_text("there is no C++ compiler\n")
-    (reason,) = cpu.unavailable()
+    (reason,) = cpu.BACKEND.unavailable()
     assert reason == "the native library was not built: there is no C++ compiler; reinstall with g++"
     with sne_fast.use_backend("cpu"), pytest.raises(sne_fast.BackendError, match="reinstall with g\\+\\+"):
         sne_fast.SNE()([torch.nn.Linear(2, 2)])
@@ -39,19 +39,19 @@ def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
 def test_a_foreign_library_is_refused(monkeypatch, tmp_path, fresh_load):
     monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "_cpu_engine.so")
     (tmp_path / "_cpu_engine.so").write_bytes(b"not a library")
-    assert "does not load" in cpu.unavailable()[0]
+    assert "does not load" in cpu.BACKEND.unavailable()[0]
 
 
 @needs_backend
 def test_another_abi_is_refused(monkeypatch, fresh_load):
     monkeypatch.setattr(_native, "ABI", 999)
-    assert "needs 999: reinstall" in cpu.unavailable()[0]
+    assert "needs 999: reinstall" in cpu.BACKEND.unavailable()[0]
 
 
 @needs_backend
 def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
     monkeypatch.setitem(_native.SYMBOLS, "sne_fast_cpu_of_tomorrow", (_native._INT, []))
-    assert "lacks sne_fast_cpu_of_tomorrow" in cpu.unavailable()[0]
+    assert "lacks sne_fast_cpu_of_tomorrow" in cpu.BACKEND.unavailable()[0]
 
 
 @needs_backend

@@ -187,14 +187,17 @@ def test_the_header_says_the_same() -> None:
     assert declared == {tuple(field for field, _ in s._fields_) for s in structs}
 
 
-def test_a_rebuilt_library_and_changed_sources_are_tested_again(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(selftest, "__file__", str(tmp_path / "_selftest.py"))
-    (tmp_path / "_cuda").mkdir()
-    (tmp_path / "backend.py").write_text("as it was")
+def test_a_rebuilt_library_and_changed_sources_are_tested_again(tmp_path: Path) -> None:
+    package = Path(library.__file__).parents[2]
+    sources = tuple(tmp_path / source.relative_to(package) for source in cuda.BACKEND.sources)
     digests = []
-    for file in ("_cuda/set_attention.py", "_cuda/winners.json", "_cuda_engine.so", "backend.py", "kernels.py"):
+    for file in (
+        "backends/cuda/set_attention.py", "backends/cuda/winners.json", "backends/gpu_plans/chunks.py",
+        library.LIBRARY_FILE.name, "backends/cuda/backend.py", "kernels.py",
+    ):  # fmt: skip
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f"changed {file}")
         selftest._source_digest.cache_clear()
-        digests.append(selftest._source_digest(str(tmp_path / "backend.py"), cuda.SOURCES))
-    assert len(set(digests)) == 4 and digests[-1] == digests[-2], "what is not the backend's does not matter"
+        digests.append(selftest._source_digest(sources))
+    assert len(set(digests)) == 5 and digests[-1] == digests[-2], "what is not the backend's does not matter"
     selftest._source_digest.cache_clear()

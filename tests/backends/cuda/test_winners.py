@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 from helpers.toy_backend import backend, pooled
 from sne_fast.backends.cuda import winners
 from sne_fast.backends.cuda.winners import Call, Rule
-from sne_fast.ops import dispatch
+from sne_fast.ops import found_backends
 
 MEASURED = Call("set_attention", "9.0", "bfloat16", "ieee", 64, 4, 16.0, 1 << 20)
 
@@ -29,14 +29,14 @@ def test_a_preferred_backend_is_asked_before_one_of_higher_priority(install) -> 
         wanted.append((op, len(args)))
         return True
 
-    install(backend("triton", PRIORITY=2000, KERNELS={"segment_pool": lambda *args: 1 / 0}))
-    install(backend("cuda", PRIORITY=-5, preferred=preferred))
+    install(backend("triton", priority=2000, kernels={"segment_pool": lambda *args: 1 / 0}))
+    install(backend("cuda", priority=-5, preferred=preferred))
     assert pooled() == 7 and wanted == [("segment_pool", 4)]
-    install(backend("cuda", PRIORITY=-5, preferred=preferred, AUTO_DEVICES=("cuda",)))
+    install(backend("cuda", priority=-5, preferred=preferred, auto_devices=("cuda",)))
     with pytest.raises(ZeroDivisionError):
         pooled()
     assert len(wanted) == 1, "on a device that it does not serve it is not even asked"
-    install(backend("cuda", PRIORITY=-5, preferred=lambda op, args: False))
+    install(backend("cuda", priority=-5, preferred=lambda op, args: False))
     with pytest.raises(ZeroDivisionError):
         pooled()
 
@@ -48,10 +48,10 @@ def test_a_preferred_backend_that_cannot_run_is_passed_by(install) -> None:  # n
 
 def test_without_triton_cuda_is_taken_before_the_reference(install, monkeypatch) -> None:  # noqa: F811
     """By priority alone, with no rule for the call."""
-    loaded, _ = dispatch._load()
-    assert loaded["triton"].PRIORITY > loaded["cuda"].PRIORITY > loaded["reference"].PRIORITY
-    install(backend("triton", PRIORITY=loaded["triton"].PRIORITY, unavailable=lambda: ["Triton is not installed"]))
-    install(backend("cuda", PRIORITY=loaded["cuda"].PRIORITY, preferred=lambda op, args: False))
+    loaded = dict(found_backends.BACKENDS)
+    assert loaded["triton"].priority > loaded["cuda"].priority > loaded["reference"].priority
+    install(backend("triton", priority=loaded["triton"].priority, unavailable=lambda: ["Triton is not installed"]))
+    install(backend("cuda", priority=loaded["cuda"].priority, preferred=lambda op, args: False))
     install(backend("cpu", unavailable=lambda: ["not on a GPU"]))
     assert pooled() == 7
 

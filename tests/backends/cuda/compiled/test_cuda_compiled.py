@@ -24,7 +24,7 @@ from helpers.cuda_compiled import (
 )
 from helpers.paths import ROOT
 
-FILES = sorted(source.stem for source in cuda_build.sources())
+FILES = sorted(cuda_build.name_of(source) for source in cuda_build.sources())
 pytestmark = needs_nvcc
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump, which comes with Triton")
 
@@ -80,7 +80,7 @@ def test_the_library_links_and_loads_without_a_gpu(tmp_path: Path) -> None:
     assert nvcc is not None
     out = tmp_path / "_cuda_engine.so"
     objects = [str(made.path) for made in all_compiled().values()]
-    subprocess.run(cuda_build.linker(nvcc, ARCHITECTURES, objects, out), check=True)
+    subprocess.run([*cuda_build.linker(nvcc, ARCHITECTURES), *objects, "-o", str(out)], check=True)
     code = (
         "import sys; from pathlib import Path; from sne_fast.backends.cuda import library\n"
         "lib = library.open_library(Path(sys.argv[1]))\n"

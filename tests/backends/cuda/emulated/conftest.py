@@ -1,4 +1,4 @@
-"""Tests of the CUDA kernels on a host, every CUDA thread a fiber (csrc/cuda/emulator.h).
+"""Tests of the CUDA kernels on a host, every CUDA thread a fiber (csrc/cuda/emulator/emulator.h).
 
 Plain ``pytest`` builds the library and runs each file in a process of its own, by ../test_emulated.py:
 ``python csrc/tests/emulate.py OUT.so; SNE_FAST_CUDA_EMULATED=OUT.so python -m pytest tests/backends/cuda/emulated``.

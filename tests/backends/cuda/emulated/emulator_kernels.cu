@@ -1,6 +1,6 @@
-// Small kernels that show what the emulator notices, and products of fragments to compare with exact ones. nvcc compiles
-// them as well (tests/backends/cuda/compiled).
-#include "cuda/fragments.h"
+// Small kernels that show what the emulator notices, and products of fragments to compare with exact ones. nvcc
+// compiles them as well (tests/backends/cuda/compiled).
+#include "cuda/tiles/fragments.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -75,8 +75,8 @@ EXPORT int exchanges(float *summed, uint32_t *odd, float *from_three, int thread
 // x (16, K), w (N, K): y = x w^T (16, N), the same from pairs of steps, over the first 8 columns of x alone, and
 // z = x x^T x (16, K).
 template <class Op>
-SNE_KERNEL multiply(const float *x, const typename Op::Storage *w, float *y, float *paired, float *left, float *z, int K,
-                    int N) {
+SNE_KERNEL multiply(const float *x, const typename Op::Storage *w, float *y, float *paired, float *left, float *z,
+                    int K, int N) {
   auto *shared = (typename Op::Storage *)shared_memory();
   for (int i = thread_id(); i < N * K; i += kWarp) shared[core_index<Op>(i / K, i % K, K)] = w[i];
   sync_block();

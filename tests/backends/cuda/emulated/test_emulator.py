@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import emulate
+import native_build
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ NAN = float("nan")
 @pytest.fixture(scope="session")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("emulator") / "kernels.so"
-    sources = ["-x", "c++", str(SOURCE), str(emulate.CSRC / "cuda" / "emulator.cpp")]
-    subprocess.run([*emulate.compiler(), *emulate.FLAGS, "-Werror", "-shared", *sources, "-o", str(out)], check=True)
+    sources = ["-x", "c++", str(SOURCE), str(emulate.CSRC / "cuda" / "emulator" / "emulator.cpp")]
+    subprocess.run(
+        [*native_build.host_compiler(), *emulate.FLAGS, "-Werror", "-shared", *sources, "-o", str(out)], check=True
+    )
     return out
 
 

@@ -9,7 +9,7 @@ import sne_fast
 from helpers.cpu_cases import relative_error
 from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pool_case
 from sne_fast import functional
-from sne_fast.backends.triton import backend
+from sne_fast.backends.triton.backend import BACKEND
 from sne_fast.ops import selftest, selftest_cases
 from sne_fast.ops.schema import FORWARD_OPS
 
@@ -93,7 +93,8 @@ def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     def taken(*args):
         raise AssertionError("auto took the interpreter")
 
-    monkeypatch.setattr(backend, "KERNELS", dict.fromkeys(backend.KERNELS, taken))
+    for op in BACKEND.kernels:
+        monkeypatch.setitem(BACKEND.kernels, op, taken)
     with sne_fast.use_backend("auto"):
         results("segment_pool")
 
@@ -110,7 +111,7 @@ def test_why_not() -> None:
 @pytest.mark.parametrize("op", FORWARD_OPS)
 def test_the_backend_passes_its_self_test(op: str) -> None:
     case = selftest_cases.Variant(op, SINGLE, 32, 4, layer_norm=True)
-    assert selftest.check(backend, case, torch.device("cpu")) == []
+    assert selftest.check(BACKEND, case, torch.device("cpu")) == []
 
 
 @pytest.fixture
@@ -118,9 +119,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Calls of the kernels of feed_forward."""
     calls: list[str] = []
     for op in ("feed_forward", "feed_forward_backward"):
-        kernel = backend.KERNELS[op]
+        kernel = BACKEND.kernels[op]
         monkeypatch.setitem(
-            backend.KERNELS, op, lambda *args, op=op, kernel=kernel: (calls.append(op), kernel(*args))[1]
+            BACKEND.kernels, op, lambda *args, op=op, kernel=kernel: (calls.append(op), kernel(*args))[1]
         )
     return calls
 
