@@ -14,6 +14,8 @@ from sne_fast.backends.triton import _chunk_backward, _chunk_forward, _chunk_row
 from sne_fast.backends.triton._launch import launch
 from sne_fast.backends.triton.chunk_encode_backward import FUSED_CLASSES, class_constants, length_class, padded_heads
 
+pytestmark = pytest.mark.build
+
 SHARED, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDICES = {"chunk_ptr", "order", "owner", "table", "ptr"}
