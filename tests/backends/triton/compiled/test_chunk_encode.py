@@ -14,6 +14,8 @@ from sne_fast.backends.triton import chunk_encode_backward_kernels, chunk_encode
 from sne_fast.backends.triton.chunk_encode_backward import FUSED_CLASSES, class_constants, length_class, padded_heads
 from sne_fast.backends.triton.launches import launch
 
+pytestmark = pytest.mark.build
+
 SHARED, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDICES = {"chunk_ptr", "order", "owner", "table", "ptr"}
