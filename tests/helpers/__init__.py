@@ -1,0 +1,1 @@
+"""Cases, oracles and tools that several test files share."""
