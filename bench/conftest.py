@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from suite import Suite
 from sne_fast.backends.cpu import library
 from sne_fast.benchmark import BASELINES, CASES, default_memory_limit, product_rate
 from sne_fast.ops.dispatch import use_backend
+from sne_fast.reports.machine import processor, revision, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,33 +64,13 @@ def suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
         )
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     threads = config.getoption("--threads")
     torch.set_num_threads(threads)
     # The suite's own results are not part of what was measured.
-    changes = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md", ":!docs")
+    measured = revision(ROOT, excluding=("bench/results", "README.md", "docs"), untracked=True)
     machine_info["sne_fast"] = {
-        "device": _processor(),
+        "device": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_set": None if library.reasons() else library.isa(),
@@ -103,11 +81,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "rounds": config.getoption("--rounds"),
         "load_average_at_end": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "product_rate_at_end": product_rate(0.5),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "changed_files": (changes or "").splitlines()[:20],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _installed(name) for name in ("sne_fast", "torch", "triton", "numpy", "pytest-benchmark")},
-        },
+        "commit": None if measured is None else measured.commit,
+        "dirty": None if measured is None else bool(measured.changes),
+        "changed_files": [] if measured is None else list(measured.changes[:20]),
+        "versions": versions("torch", "triton", "numpy", "pytest-benchmark"),
     }

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -47,7 +46,9 @@ from sne_fast.benchmark import (  # noqa: E402
     gpu_ops,
     run_check,
 )
-from sne_fast.ops.schema import FUSIONS, REQUIRED_OPS  # noqa: E402
+from sne_fast.ops.found_backends import FUSIONS  # noqa: E402
+from sne_fast.ops.schema import OPTIONAL_OPS, REQUIRED_OPS  # noqa: E402
+from sne_fast.reports.machine import gpu, nvidia_smi, revision, versions  # noqa: E402
 
 Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
@@ -128,8 +129,8 @@ class Suite:
     def backends(self, op: str = "") -> list[str]:
         """Those asked for, else those for a GPU that run this op here (all ops, for none), else what auto chooses."""
         if self.options.backend:
-            having = {*FUSIONS[op], "auto"} if op in FUSIONS else self.options.backend
-            return [name for name in self.options.backend if name in having]
+            without = {name for name, ops in FUSIONS.items() if op in OPTIONAL_OPS and op not in ops}
+            return [name for name in self.options.backend if name not in without]
         reports = sne_fast.explain(self.device) if self.device.type == "cuda" else ()
         asked = (op,) if op else REQUIRED_OPS
         refused = {report.backend for report in reports if report.reasons and report.op in asked}
@@ -144,37 +145,19 @@ class Suite:
         if cuda_build.find_nvcc() is None:
             return {"skipped": f"there is no nvcc; a library was here before: {cuda_library.LIBRARY_FILE.exists()}"}
         begin = time.monotonic()
-        names = cuda_build.build(cuda_library.LIBRARY_FILE, ROOT / "build" / "cuda_backend")
+        names = cuda_build.build(cuda_library.LIBRARY_FILE)
         return {"architectures": names, "seconds": time.monotonic() - begin}
 
     def environment(self) -> Json:
-        def output(*command: str) -> str | None:
-            if shutil.which(command[0]) is None:
-                return None
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
+        measured = revision(ROOT, excluding=("bench/results",), untracked=True)
         found: Json = {
-            "commit": self.options.commit or output("git", "rev-parse", "HEAD"),
-            "dirty": bool(output("git", "status", "--porcelain", "--", ".", ":!bench/results")),
-            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "sne_fast": sne_fast.__version__, "float32_products": torch.get_float32_matmul_precision(),
-            "nvidia_smi": output(
-                "nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit",
-                "--format=csv,noheader",
-            ),
+            **versions("torch", "triton"), "cuda": torch.version.cuda,
+            "commit": self.options.commit or (measured and measured.commit),
+            "dirty": bool(measured and measured.changes),
+            "float32_products": torch.get_float32_matmul_precision(), "nvidia_smi": nvidia_smi(),
         }  # fmt: skip
-        try:
-            import triton
-
-            found["triton"] = triton.__version__
-        except ImportError:
-            found["triton"] = None
         if self.device.type == "cuda":
-            properties = torch.cuda.get_device_properties(self.device)
-            found |= {
-                "device": properties.name, "multiprocessors": properties.multi_processor_count,
-                "memory": properties.total_memory, "capability": torch.cuda.get_device_capability(self.device),
-            }  # fmt: skip
+            found |= gpu(self.device)
         found["backends"] = str(sne_fast.explain(self.device))
         found["cuda_backend"] = cuda_library.reasons() or cuda_library.architectures()
         return found

@@ -1,4 +1,4 @@
-"""Builds the CUDA engine from csrc/cuda with nvcc: for setup.py, or alone: python csrc/cuda_build.py [OUT.so]
+"""Builds the CUDA library from csrc/cuda with nvcc: for setup.py, or alone: python csrc/cuda_build.py [OUT.so]
 
 Environment:
 
@@ -7,32 +7,25 @@ Environment:
   sm_80, sm_90a, sm_100, and of sm_80 the PTX for all the rest.
 - ``CUDA_HOME`` (or nvcc on the PATH), ``CXX`` (nvcc's host compiler), ``MAX_JOBS``.
 - ``SNE_FAST_WERROR=1`` (developers): warnings are errors.
-
-ninja is used where it is found, and then compiles only what has changed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent
-LIBRARY = "_cuda_engine.so"
+import native_build
+from native_build import CSRC, INCLUDES, Unit
+
 # An sm_100 cubin runs on 10.0 and 10.3, an sm_90a one on 9.0 alone: the PTX is for all that has none. No sm_103.
 CUBINS, PTX = ("80", "90a", "100"), "80"
-OF_ONE_GENERATION = {"chunk_encode_wgmma": "90a"}
-"""Files that use instructions which one architecture alone has."""
-FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}",
-         f"-I{CSRC / 'include'}"]  # fmt: skip
+FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *INCLUDES]
 
 
 def find_nvcc() -> str | None:
@@ -97,13 +90,19 @@ def _best(capability: tuple[int, int], known: Sequence[int]) -> str:
     return "90a" if number == 90 else str(number)
 
 
-def code_flags(names: Sequence[str], of_one_generation: str = "") -> list[str]:
-    """nvcc's -gencode for ``names``, or for a file with instructions of one generation, of them that one alone.
+def only_architecture(source: Path) -> str:
+    """Return "90a" for a file named ``*_sm90.cu``, which has instructions of that architecture alone, else ""."""
+    match = re.search(r"_sm(\d+)$", source.stem)
+    return f"{match[1]}a" if match else ""
+
+
+def code_flags(names: Sequence[str], only: str = "") -> list[str]:
+    """Return nvcc's -gencode flags for ``names``, or for ``only`` if that is one of them.
 
     All cubins come from one pass of the compiler's front end, which is most of the time, for the lowest architecture.
     """
-    if of_one_generation in [name.removesuffix("+ptx") for name in names]:
-        return [f"-gencode=arch=compute_{of_one_generation},code=[sm_{of_one_generation}]"]
+    if only in [name.removesuffix("+ptx") for name in names]:
+        return [f"-gencode=arch=compute_{only},code=[sm_{only}]"]
     cubins, ptx = [], []
     for name in names:
         match = re.fullmatch(r"(compute_)?(\d{2,3})([af]?)(\+ptx)?", name)
@@ -128,47 +127,41 @@ def code_flags(names: Sequence[str], of_one_generation: str = "") -> list[str]:
 
 def sources() -> list[Path]:
     """The longest compilations first, so that they do not run alone at the end."""
-    units = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
-    # Small files that instantiate large templates; products of float32 as three take the longest.
-    return sorted(units, key=lambda path: (path.stem != "chunk_operands_float", "chunk_operands" not in path.stem))
+    files = sorted((CSRC / "cuda").rglob("*.cu"), key=lambda path: -path.stat().st_size)
+    # Small files that instantiate large templates; float32 products, each of three TF32 ones, take the longest.
+    return sorted(files, key=lambda path: (path.stem != "operands_float", "operands" not in path.stem))
 
 
-def compiler(nvcc: str, names: Sequence[str], source: Path, out: Path, extra: Sequence[str] = ()) -> list[str]:
-    """The command that compiles ``source`` into the object ``out``."""
-    command = [nvcc, *FLAGS, *code_flags(names, OF_ONE_GENERATION.get(source.stem, "")),
-               f"-DSNE_CUDA_ARCHS={' '.join(names)}", *extra]  # fmt: skip
-    host = shlex.split(os.environ.get("CXX", ""))
-    if host:
-        command += ["-ccbin", host[0]]
-    if os.environ.get("SNE_FAST_WERROR"):
-        command += ["-Werror", "all-warnings"]
-    return [*command, "-c", str(source), "-o", str(out)]
+def name_of(source: Path) -> str:
+    """Return the path of a source below csrc/cuda without its suffix, such as "chunk_encode/weights"."""
+    return source.relative_to(CSRC / "cuda").with_suffix("").as_posix()
 
 
-def linker(nvcc: str, names: Sequence[str], objects: Sequence[str], target: Path) -> list[str]:
-    host = shlex.split(os.environ.get("CXX", ""))
+def host_compiler_flags() -> list[str]:
+    return ["-ccbin", native_build.host_compiler()[0]] if os.environ.get("CXX") else []
+
+
+def compiler(nvcc: str, names: Sequence[str], source: Path, extra: Sequence[str] = ()) -> list[str]:
+    """Return nvcc with all flags for ``source``."""
+    strict = ["-Werror", "all-warnings"] if os.environ.get("SNE_FAST_WERROR") else []
+    return [nvcc, *FLAGS, *code_flags(names, only_architecture(source)),
+            f"-DSNE_CUDA_ARCHS={' '.join(names)}", *extra, *host_compiler_flags(), *strict]  # fmt: skip
+
+
+def units(nvcc: str, names: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
+    """Return the files to compile, each with its command; ``extra`` flags are added to all."""
+    return [Unit(source, f"{name_of(source)}.o", compiler(nvcc, names, source, extra)) for source in sources()]
+
+
+def linker(nvcc: str, names: Sequence[str]) -> list[str]:
     return [nvcc, "-shared", "-cudart=static", *code_flags(names), "-Xlinker=--exclude-libs=ALL",
-            *(["-ccbin", host[0]] if host else []), *objects, "-o", str(target)]  # fmt: skip
+            *host_compiler_flags()]  # fmt: skip
 
 
-def jobs() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("MAX_JOBS", available))
-
-
-def find_ninja() -> str | None:
-    """On the PATH, beside this Python, or in the Python package of that name."""
-    found = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
-    if found:
-        return found
-    try:
-        return shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
-    except (ImportError, AttributeError):
-        return None
-
-
-def build(target: Path, folder: Path, names: Sequence[str] | None = None) -> list[str]:
-    """Compile csrc/cuda into ``target``, with objects in ``folder``: the architectures it was built for.
+def build(
+    target: Path, folder: Path = native_build.BUILD_FOLDER / "cuda", names: Sequence[str] | None = None
+) -> list[str]:
+    """Compile csrc/cuda into ``target``, with objects in ``folder``, and return the architectures it is built for.
 
     Raises:
         RuntimeError: saying what is missing, or what the compiler said.
@@ -177,54 +170,13 @@ def build(target: Path, folder: Path, names: Sequence[str] | None = None) -> lis
     if nvcc is None:
         raise RuntimeError("there is no nvcc: put it on the PATH or set CUDA_HOME")
     names = list(names or architectures(nvcc))
-    folder, target = folder.resolve(), target.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    objects = [folder / f"{source.stem}.o" for source in sources()]
-    commands = {str(out): compiler(nvcc, names, source, out) for source, out in zip(sources(), objects, strict=True)}
-    new = target.with_name(f"{target.name}.{os.getpid()}")  # whoever has the old one loaded keeps it
-    try:
-        if ninja := find_ninja():
-            _write_ninja(folder / "build.ninja", commands)
-            _run([ninja, "-C", str(folder), "-j", str(jobs())])
-        else:
-            with ThreadPoolExecutor(jobs()) as pool:
-                list(pool.map(_run, commands.values()))
-        _run(linker(nvcc, names, [str(path) for path in objects], new))
-        os.replace(new, target)
-    finally:
-        new.unlink(missing_ok=True)
+    native_build.build(target, folder, units(nvcc, names), linker(nvcc, names))
     return names
 
 
-def _write_ninja(file: Path, commands: Mapping[str, Sequence[str]]) -> None:
-    def escaped(text: str) -> str:
-        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-    lines = ["ninja_required_version = 1.5", "rule nvcc", "  depfile = $out.d", "  deps = gcc",
-             "  command = $nvcc -MD -MF $out.d", "  description = $out"]  # fmt: skip
-    for out, command in commands.items():
-        source = command[command.index("-c") + 1]
-        lines += [f"build {escaped(out)}: nvcc {escaped(source)}", f"  nvcc = {shlex.join(command).replace('$', '$$')}"]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if not done.returncode:
-        return
-    said = (done.stdout + done.stderr).strip()
-    if "unsupported GNU version" in said or "unsupported clang version" in said:
-        raise RuntimeError(
-            "nvcc refuses the host compiler: set CXX to an older one, as its message says: "
-            + next(line for line in said.splitlines() if "unsupported" in line)
-        )
-    raise RuntimeError(f"{shlex.join(command)} failed:\n" + "\n".join(said.splitlines()[:30]))
-
-
 if __name__ == "__main__":
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else CSRC.parent / "sne_fast" / LIBRARY)
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else native_build.ROOT / native_build.CUDA_LIBRARY
     try:
-        print(f"{out}: {' '.join(build(out, CSRC.parent / 'build' / 'cuda_engine'))}")
+        print(f"{out}: {' '.join(build(out))}")
     except RuntimeError as error:
         sys.exit(f"cuda_build: {error}")

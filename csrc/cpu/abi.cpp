@@ -61,7 +61,7 @@ bool pointers(int64_t n, const int64_t *ptr, int64_t rows) {
   return true;
 }
 
-// Plans the tiles, then runs body(kernels, plan).
+// Makes the tile plan, then runs body(kernels, plan).
 template <class Body>
 int with_plan(int dtype, const sne_fast_chunk_encode_args *a, Body body) {
   if (!real(dtype)) return SNE_FAST_BAD_DTYPE;

@@ -1,11 +1,11 @@
-// Attention among the rows of each chunk of a tile: scalar (block 0, SPEC 4.1) and full (blocks 1 to 3).
+// Attention among the rows of each chunk of a tile: scalar (block 0, docs/method.md 4.1) and full (blocks 1 to 3).
 #pragma once
 
 #include "cpu/chunk_tile.h"
 
 namespace sne::SNE_ISA {
 
-// What block 0 knows of each row and head, all (H, R); s, ext and inv are what its backward rebuilds the softmax from.
+// Results of block 0 per head and row, all (H, R). The backward rebuilds the softmax from s, ext and inv.
 template <class T>
 struct ScalarAttention {
   T *m;    // sum_j softmax_j(s x_j) x_j
@@ -24,24 +24,24 @@ struct ScalarAttention {
   }
 };
 
-// x, low, high (R): the values, and the least and largest value of the chunk each row is in.
+// x, low, high (R): the values, and the smallest and largest value of the chunk that each row is in.
 template <class T, bool TRAIN>
 void scalar_attention(const Tile<T> &tile, long H, const T *logit, const T *x, const T *low, const T *high,
                       const ScalarAttention<T> &out) {
   constexpr int W = kLanes<T>;
   const long R = tile.slots;
   for (long a = 0; a < H; ++a)
-    for (int i = 0; i < tile.num_blocks; ++i) {
-      const RowBlock &block = tile.blocks[i];
-      for (int v = 0; v < block.vectors; ++v) {
-        const long slot = block.slot + v * W;
+    for (int i = 0; i < tile.num_groups; ++i) {
+      const RowGroup &group = tile.groups[i];
+      for (int v = 0; v < group.vectors; ++v) {
+        const long slot = group.slot + v * W;
         const Vec<T> xi = load(x + slot);
         const Vec<T> s = (xi * logit[a] + logit[H + a]) * kLog2e<T>;
         const Vec<T> ext = s >= T(0) ? load(high + slot) : load(low + slot);
         const Mask<T> own = load_int<T>(tile.chunk_of + slot);
         Vec<T> sum = zero<T>(), first = zero<T>(), second = zero<T>();
-        // Everything about ext, whose weight is the largest: no exponent is positive, however it is rounded, and among n
-        // values the variance is at least 1/n of the squared mean subtracted from it.
+        // Everything is relative to ext, whose weight is the largest: then no exponent is positive, however it is
+        // rounded, and among n values the variance is at least 1/n of the squared mean subtracted from it.
         auto add = [&](long j, auto masked) {
           const Vec<T> d = x[j] - ext;
           Vec<T> e = vexp2(s * d);
@@ -51,10 +51,10 @@ void scalar_attention(const Tile<T> &tile, long H, const T *logit, const T *x, c
           first += ed;
           if constexpr (TRAIN) second += ed * d;
         };
-        if (block.masked)
-          for (long j = block.lo; j < block.hi; ++j) add(j, Constant<1>{});
+        if (group.masked)
+          for (long j = group.lo; j < group.hi; ++j) add(j, Constant<1>{});
         else
-          for (long j = block.lo; j < block.hi; ++j) add(j, Constant<0>{});
+          for (long j = group.lo; j < group.hi; ++j) add(j, Constant<0>{});
         const Vec<T> inv = sum > T(0) ? T(1) / sum : zero<T>();
         const Vec<T> off = first * inv;
         const long at = a * R + slot;
@@ -70,9 +70,10 @@ void scalar_attention(const Tile<T> &tile, long H, const T *logit, const T *x, c
     }
 }
 
-// dm (H, R) -> dx (R) grows by the gradient through queries and keys; dlogit (2, H) vectors of lanes grow.
-// With p the softmax: dm/ds_i = var_i, and dm_i/dx_j = p_ij (1 + s_i (x_j - m_i)), where x_j and m_i are taken about
-// ext_i: s_i m_i itself may be so large that its rounding error is of the size of the 1.
+// From dm (H, R), adds the gradient through queries and keys to dx (R), and the gradients of the logits' parameters to
+// dlogit, (2, H) vectors of lanes. With p the softmax: dm/ds_i = var_i, and dm_i/dx_j = p_ij (1 + s_i (x_j - m_i)).
+// There x_j and m_i are taken relative to ext_i, as s_i m_i may be so large that its rounding error is as large as
+// the 1.
 template <class T>
 void scalar_attention_backward(const Tile<T> &tile, long H, const T *logit, const T *x, const ScalarAttention<T> &f,
                                const T *dm, T *dx, T *dlogit, T *a_of, T *b_of) {
@@ -92,17 +93,18 @@ void scalar_attention_backward(const Tile<T> &tile, long H, const T *logit, cons
     }
     store(dlogit + a * W, da);
     store(dlogit + (H + a) * W, dc);
-    for (int k = 0; k < tile.num_blocks; ++k) {
-      const RowBlock &block = tile.blocks[k];
-      for (int v = 0; v < block.vectors; ++v) {
-        const long slot = block.slot + v * W;
+    for (int k = 0; k < tile.num_groups; ++k) {
+      const RowGroup &group = tile.groups[k];
+      for (int v = 0; v < group.vectors; ++v) {
+        const long slot = group.slot + v * W;
         const Vec<T> xj = load(x + slot);
         const Mask<T> own = load_int<T>(tile.chunk_of + slot);
         Vec<T> sum = zero<T>();
-        for (long i = block.lo; i < block.hi; ++i) {
+        for (long i = group.lo; i < group.hi; ++i) {
           const Vec<T> from_ext = xj - f.ext[a * R + i];
           Vec<T> e = vexp2(from_ext * f.s[a * R + i]);
-          if (block.masked) e = keep<T>(own == tile.chunk_of[i], e);  // whatever the exponential made of other chunks
+          if (group.masked)
+            e = keep<T>(own == tile.chunk_of[i], e);  // drops other chunks, even where the exponential overflowed
           sum += e * (from_ext * b_of[i] + a_of[i]);
         }
         store(dx + slot, load(dx + slot) + sum);
@@ -111,23 +113,23 @@ void scalar_attention_backward(const Tile<T> &tile, long H, const T *logit, cons
   }
 }
 
-// One head of the full attention. qkv (3h, R); o (h, R) gets q + softmax(q k^T / sqrt(h)) v.
-// e (R, lde): row j, lane of query i, holds exp(logit_ij - largest); inv (R) 1 / its sums. With keep_all, e has a
-// column per slot (lde = R), else only the columns of the block at hand.
+// One head of the full attention: from qkv (3h, R), writes q + softmax(q k^T / sqrt(h)) v to o (h, R).
+// e (R, lde): row j, lane of query i, holds exp(logit_ij - largest); inv (R): 1 / its sums. With keep_all, e has a
+// column per slot (lde = R), else only the columns of the current group.
 template <class T>
 void attention_head(const Tile<T> &tile, long h, long d, long head, const T *qkv, T *o, T *e, T *inv, bool keep_all) {
   constexpr int W = kLanes<T>;
   constexpr int P = int(kPanel<T>);
   const T scale = kLog2e<T> / T(__builtin_sqrt(double(h)));
-  for (int i = 0; i < tile.num_blocks; ++i) {
-    const RowBlock &block = tile.blocks[i];
+  for (int i = 0; i < tile.num_groups; ++i) {
+    const RowGroup &group = tile.groups[i];
     const long lde = keep_all ? tile.slots : 2 * W;
-    T *eb = keep_all ? e + block.slot : e;
-    const T *q = at(qkv, 3 * h, block.slot) + head * d * P;
-    T *ob = at(o, h, block.slot) + head * d * P;
+    T *eb = keep_all ? e + group.slot : e;
+    const T *q = at(qkv, 3 * h, group.slot) + head * d * P;
+    T *ob = at(o, h, group.slot) + head * d * P;
     auto run = [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      for_each_panel<T>(block.lo, block.hi, [&](long j0, long j1) {
+      for_each_panel<T>(group.lo, group.hi, [&](long j0, long j1) {
         product<T, NV, 1, P>(j1 - j0, at(qkv, 3 * h, j0) + (h + head * d) * P, 0, 0, q, P, d, eb + j0 * lde, lde);
       });
       Vec<T> top[NV], sum[NV];
@@ -135,16 +137,16 @@ void attention_head(const Tile<T> &tile, long h, long d, long head, const T *qkv
       for (int v = 0; v < NV; ++v) {
         top[v] = splat(T(-1e30));
         sum[v] = zero<T>();
-        own[v] = load_int<T>(tile.chunk_of + block.slot + v * W);
+        own[v] = load_int<T>(tile.chunk_of + group.slot + v * W);
       }
-      if (block.masked) {
-        for (long j = block.lo; j < block.hi; ++j)
+      if (group.masked) {
+        for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) {
             const Vec<T> s = load(eb + j * lde + v * W);
             top[v] = vmax(top[v], own[v] == tile.chunk_of[j] ? s : splat(T(-1e30)));
           }
         for (int v = 0; v < NV; ++v) top[v] *= scale;
-        for (long j = block.lo; j < block.hi; ++j)
+        for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) {
             const Mask<T> mine = own[v] == tile.chunk_of[j];
             const Vec<T> s = mine ? load(eb + j * lde + v * W) * scale - top[v] : splat(T(-1000));
@@ -153,10 +155,10 @@ void attention_head(const Tile<T> &tile, long h, long d, long head, const T *qkv
             store(eb + j * lde + v * W, ev);
           }
       } else {
-        for (long j = block.lo; j < block.hi; ++j)
+        for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) top[v] = vmax(top[v], load(eb + j * lde + v * W));
         for (int v = 0; v < NV; ++v) top[v] *= scale;
-        for (long j = block.lo; j < block.hi; ++j)
+        for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) {
             const Vec<T> ev = vexp2(load(eb + j * lde + v * W) * scale - top[v]);
             sum[v] += ev;
@@ -165,11 +167,11 @@ void attention_head(const Tile<T> &tile, long h, long d, long head, const T *qkv
       }
       if (keep_all)  // the backward reads whole vectors of keys
         for (int v = 0; v < NV; ++v) {
-          for (long j = block.lo / W * W; j < block.lo; ++j) store(eb + j * lde + v * W, zero<T>());
-          for (long j = block.hi; j < (block.hi + W - 1) / W * W; ++j) store(eb + j * lde + v * W, zero<T>());
+          for (long j = group.lo / W * W; j < group.lo; ++j) store(eb + j * lde + v * W, zero<T>());
+          for (long j = group.hi; j < (group.hi + W - 1) / W * W; ++j) store(eb + j * lde + v * W, zero<T>());
         }
       unsigned flags = kStore;
-      for_each_panel<T>(block.lo, block.hi, [&](long j0, long j1) {
+      for_each_panel<T>(group.lo, group.hi, [&](long j0, long j1) {
         product<T, NV, P, 1>(d, at(qkv, 3 * h, j0) + (2 * h + head * d) * P, 0, 0, eb + j0 * lde, lde, j1 - j0, ob, P,
                              nullptr, flags);
         flags = kAccumulate;
@@ -177,22 +179,22 @@ void attention_head(const Tile<T> &tile, long h, long d, long head, const T *qkv
       const bool alone = flags == kStore;  // padding: nothing to attend to
       for (int v = 0; v < NV; ++v) {
         sum[v] = sum[v] > T(0) ? T(1) / sum[v] : zero<T>();
-        store(inv + block.slot + v * W, sum[v]);
+        store(inv + group.slot + v * W, sum[v]);
         for (long f = 0; f < d; ++f) {
           const Vec<T> qv = load(q + f * P + v * W);
           store(ob + f * P + v * W, alone ? qv : load(ob + f * P + v * W) * sum[v] + qv);
         }
       }
     };
-    if (block.vectors == 2)
+    if (group.vectors == 2)
       run(Constant<2>{});
     else
       run(Constant<1>{});
   }
 }
 
-// Gradients of one head: g (h, R) that of o, gqkv (3h, R) that of qkv. e and inv from attention_head with keep_all; e
-// becomes the softmax itself. z (R, R), et and zt (R, 2 vectors) are scratch.
+// Backward of one head: from g (h, R), the gradient of o, to gqkv (3h, R), that of qkv. e and inv are those of
+// attention_head with keep_all; e becomes the softmax itself. z (R, R), et and zt (R, 2 vectors) are scratch.
 template <class T>
 void attention_head_backward(const Tile<T> &tile, long h, long d, long head, const T *qkv, T *e, const T *inv,
                              const T *g, T *gqkv, T *z, T *et, T *zt) {
@@ -200,62 +202,62 @@ void attention_head_backward(const Tile<T> &tile, long h, long d, long head, con
   constexpr int P = int(kPanel<T>);
   const long R = tile.slots;
   const T scale = T(1) / T(__builtin_sqrt(double(h)));
-  // Queries on lanes: softmax and logit gradients, dq.
-  for (int i = 0; i < tile.num_blocks; ++i) {
-    const RowBlock &block = tile.blocks[i];
+  // With queries on lanes: the softmax, the gradients of logits, and dq.
+  for (int i = 0; i < tile.num_groups; ++i) {
+    const RowGroup &group = tile.groups[i];
     auto run = [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      const T *gb = at(g, h, block.slot) + head * d * P;
-      T *gq = at(gqkv, 3 * h, block.slot) + head * d * P;
-      T *eb = e + block.slot, *zb = z + block.slot;
-      for_each_panel<T>(block.lo, block.hi, [&](long j0, long j1) {
+      const T *gb = at(g, h, group.slot) + head * d * P;
+      T *gq = at(gqkv, 3 * h, group.slot) + head * d * P;
+      T *eb = e + group.slot, *zb = z + group.slot;
+      for_each_panel<T>(group.lo, group.hi, [&](long j0, long j1) {
         product<T, NV, 1, P>(j1 - j0, at(qkv, 3 * h, j0) + (2 * h + head * d) * P, 0, 0, gb, P, d, zb + j0 * R, R);
       });
       Vec<T> dot[NV], iv[NV];
       for (int v = 0; v < NV; ++v) {
         dot[v] = zero<T>();
-        iv[v] = load(inv + block.slot + v * W);
+        iv[v] = load(inv + group.slot + v * W);
       }
-      for (long j = block.lo; j < block.hi; ++j)
+      for (long j = group.lo; j < group.hi; ++j)
         for (int v = 0; v < NV; ++v) {
           const Vec<T> p = load(eb + j * R + v * W) * iv[v];
           store(eb + j * R + v * W, p);
           dot[v] += p * load(zb + j * R + v * W);
         }
-      for (long j = block.lo; j < block.hi; ++j)
+      for (long j = group.lo; j < group.hi; ++j)
         for (int v = 0; v < NV; ++v)
           store(zb + j * R + v * W, load(eb + j * R + v * W) * (load(zb + j * R + v * W) - dot[v]) * scale);
       for (int v = 0; v < NV; ++v) {
-        for (long j = block.lo / W * W; j < block.lo; ++j) store(zb + j * R + v * W, zero<T>());
-        for (long j = block.hi; j < (block.hi + W - 1) / W * W; ++j) store(zb + j * R + v * W, zero<T>());
+        for (long j = group.lo / W * W; j < group.lo; ++j) store(zb + j * R + v * W, zero<T>());
+        for (long j = group.hi; j < (group.hi + W - 1) / W * W; ++j) store(zb + j * R + v * W, zero<T>());
         for (long f = 0; f < d; ++f) store(gq + f * P + v * W, load(gb + f * P + v * W));
       }
-      for_each_panel<T>(block.lo, block.hi, [&](long j0, long j1) {
+      for_each_panel<T>(group.lo, group.hi, [&](long j0, long j1) {
         product<T, NV, P, 1>(d, at(qkv, 3 * h, j0) + (h + head * d) * P, 0, 0, zb + j0 * R, R, j1 - j0, gq, P, nullptr,
                              kAccumulate);
       });
     };
-    if (block.vectors == 2)
+    if (group.vectors == 2)
       run(Constant<2>{});
     else
       run(Constant<1>{});
   }
-  // Keys on lanes: dk, dv. The queries that see a vector of keys are the slots its own block names.
-  for (int i = 0; i < tile.num_blocks; ++i) {
-    const RowBlock &block = tile.blocks[i];
+  // With keys on lanes: dk and dv. The queries that see a vector of keys are the slots that its own group names.
+  for (int i = 0; i < tile.num_groups; ++i) {
+    const RowGroup &group = tile.groups[i];
     auto run = [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
       constexpr long ld = NV * W;
-      T *gk = at(gqkv, 3 * h, block.slot) + (h + head * d) * P;
-      T *gv = at(gqkv, 3 * h, block.slot) + (2 * h + head * d) * P;
-      const long from = block.lo / W * W;
-      for (long q = from; q < block.hi; q += W)
+      T *gk = at(gqkv, 3 * h, group.slot) + (h + head * d) * P;
+      T *gv = at(gqkv, 3 * h, group.slot) + (2 * h + head * d) * P;
+      const long from = group.lo / W * W;
+      for (long q = from; q < group.hi; q += W)
         for (int v = 0; v < NV; ++v) {
-          transpose_block(e + (block.slot + v * W) * R + q, R, et + (q - from) * ld + v * W, ld);
-          transpose_block(z + (block.slot + v * W) * R + q, R, zt + (q - from) * ld + v * W, ld);
+          transpose_square(e + (group.slot + v * W) * R + q, R, et + (q - from) * ld + v * W, ld);
+          transpose_square(z + (group.slot + v * W) * R + q, R, zt + (q - from) * ld + v * W, ld);
         }
       unsigned flags = kStore;
-      for_each_panel<T>(block.lo, block.hi, [&](long i0, long i1) {
+      for_each_panel<T>(group.lo, group.hi, [&](long i0, long i1) {
         product<T, NV, P, 1>(d, at(qkv, 3 * h, i0) + head * d * P, 0, 0, zt + (i0 - from) * ld, ld, i1 - i0, gk, P,
                              nullptr, flags);
         product<T, NV, P, 1>(d, at(g, h, i0) + head * d * P, 0, 0, et + (i0 - from) * ld, ld, i1 - i0, gv, P, nullptr,
@@ -269,7 +271,7 @@ void attention_head_backward(const Tile<T> &tile, long h, long d, long head, con
             store(gv + f * P + v * W, zero<T>());
           }
     };
-    if (block.vectors == 2)
+    if (group.vectors == 2)
       run(Constant<2>{});
     else
       run(Constant<1>{});

@@ -1,7 +1,7 @@
 // chunk_encode, backward: every tile is computed again with its activations kept in cache, then walked back.
 //
-// Values and per-chunk sums are owned by their tile. Parameter gradients are summed per slice, a fixed run of tiles, and
-// the slices are added in order: the bits depend on the input alone, never on how many threads took part.
+// Every tile owns the gradients of its values and its sums per chunk. Parameter gradients are summed per slice, a fixed
+// run of tiles, and slices are added in order, so that the bits do not depend on the number of threads.
 #include <omp.h>
 
 #include "cpu/chunk_encode_tile.h"
@@ -10,12 +10,12 @@
 namespace sne::SNE_ISA {
 namespace {
 
-thread_local ThreadBlock shared_block, slice_block, tile_block;
+thread_local ThreadBuffer shared_buffer, slice_buffer, tile_buffer;
 
-// Parameter gradients of one slice. Those named *_lanes keep a vector of lanes per entry, added up at the very end.
+// Parameter gradients of one slice. Those named *_lanes keep a vector of lanes per entry, which is added up at the end.
 template <class T>
 struct SliceSums {
-  T *w_qkv, *w_o, *table, *pool_query, *element_code;  // (3,3h,h) (3,h,h) (H+2,h) (H,h) (longest,h)
+  T *w_qkv, *w_o, *table, *pool_query, *element_code;                   // (3,3h,h) (3,h,h) (H+2,h) (H,h) (longest,h)
   T *b_qkv_lanes, *b_o_lanes, *norm_lanes, *basis_lanes, *logit_lanes;  // (9h) (4h) (16h) (3h) (2H), W lanes each
   T *begin;
   long count;
@@ -42,15 +42,15 @@ struct SliceSums {
   }
 };
 
-// Buffers of the way back.
+// Buffers of the backward.
 template <class T>
 struct BackWork {
-  T *g;       // (h, R) gradient of whatever the walk is at
-  T *gr;      // (h, R) that of fc_o's output
-  T *gqkv;    // (3h, R)
-  T *z;       // (R, R)
-  T *et, *zt; // (R, 2 vectors)
-  T *dl;      // (H, R) gradient of pooling logits, then of the means m of block 0
+  T *g;                 // (h, R) gradient of the current activations
+  T *gr;                // (h, R) that of fc_o's output
+  T *gqkv;              // (3h, R)
+  T *z;                 // (R, R)
+  T *et, *zt;           // (R, 2 vectors)
+  T *dl;                // (H, R) gradient of pooling logits, then of the means m of block 0
   T *dx, *a_of, *b_of;  // (R)
   void take(Scratch &s, long R, long h, long H) {
     g = s.take<T>(h * R);
@@ -86,14 +86,15 @@ void bias_gradient(const Tile<T> &tile, long M, const T *g, T *db_lanes) {
     }
 }
 
-// From the pooled rows back to the final rows: writes back.g, adds to pool_query.
+// Backward of the pooling: writes back.g, the gradient of the final rows, and adds to that of pool_query.
 template <class T>
-void pool_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums, const T *grad) {
+void pool_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
+                   const T *grad) {
   constexpr int W = kLanes<T>, P = int(kPanel<T>);
   const Tile<T> &tile = work.tile;
   const long h = enc.h, H = enc.H, R = tile.slots, slots = tile.panels * P;
-  // dl first holds dweight[a, i] = <grad[chunk, a], x_i>. A vector of rows may belong to several chunks: the lanes of
-  // each are selected as they come.
+  // dl first holds dweight[a, i] = <grad[chunk, a], x_i>. A vector of rows may belong to several chunks: each of them
+  // computes the whole vector and keeps its own lanes.
   T part[64 * W];
   for (long s = 0; s < slots; s += W) {
     for (long a = 0; a < H; ++a) store(back.dl + a * R + s, zero<T>());
@@ -133,9 +134,10 @@ void pool_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &b
   }
 }
 
-// back.g: gradient of a block's output -> gradient of its attention output o.
+// Turns back.g from the gradient of a block's output into that of its attention output o.
 template <class T>
-void finish_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums, int b) {
+void finish_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
+                           int b) {
   constexpr int W = kLanes<T>;
   constexpr long P = kPanel<T>;
   const long h = enc.h;
@@ -167,7 +169,7 @@ void finish_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWo
                              norm + h * W);
 }
 
-// back.g: gradient of a full block's output -> that of its input.
+// Turns back.g from the gradient of the output of one of the blocks 1 to 3 into that of its input.
 template <class T>
 void attention_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
                               int b) {
@@ -186,9 +188,10 @@ void attention_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, Bac
     packed_product<T>(h, enc.qkv_back[b], back.gqkv + p * 3 * h * P, 3 * h, back.g + p * h * P);
 }
 
-// Gradients of the codes: per place in the chunk into the slice, per chunk into chunk_sum (N, h).
+// Adds the gradients of the element codes to the slice, and writes those summed per chunk to chunk_sum (N, h).
 template <class T>
-void codes_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums, T *chunk_sum) {
+void codes_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
+                    T *chunk_sum) {
   constexpr int W = kLanes<T>;
   const long h = enc.h;
   rows_of<T>(back.g, h, work.tile.panels, work.rows);
@@ -266,12 +269,12 @@ void tile_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &b
   scalar_block_backward(enc, work, back, sums, grad_values);
 }
 
-// Slices: enough to keep many cores busy, few enough that their sums stay below about 64 MB, and of five tiles or more, or
-// clearing and adding them would show.
+// Returns the number of slices: enough to keep many cores busy, few enough that their sums stay below about 64 MB, and
+// of five tiles or more, as clearing and adding them would take noticeable time otherwise.
 template <class T>
 long number_of_slices(long tiles, long floats) {
-  const long most = max_of(8, min_of(64, (64L << 20) / (floats * long(sizeof(T)))));
-  return max_of(1, min_of(most, (tiles + 4) / 5));
+  const long max_slices = max_of(8, min_of(64, (64L << 20) / (floats * long(sizeof(T)))));
+  return max_of(1, min_of(max_slices, (tiles + 4) / 5));
 }
 
 template <class T>
@@ -285,8 +288,8 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
   Scratch size;
   enc.take(size, true);
   size.take<T>(N * h);
-  char *shared = shared_block.reserve(size.size());
-  char *sums_at = slice_block.reserve(size_t(slices * count) * sizeof(T));
+  char *shared = shared_buffer.reserve(size.size());
+  char *sums_at = slice_buffer.reserve(size_t(slices * count) * sizeof(T));
   if (!shared || !sums_at) return SNE_FAST_NO_MEMORY;
   Scratch shared_scratch(shared);
   enc.take(shared_scratch, true);
@@ -304,7 +307,7 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
     Scratch tile_size;
     work.take(tile_size, plan.slots, h, H, true);
     back.take(tile_size, plan.slots, h, H);
-    char *base = tile_block.reserve(tile_size.size());
+    char *base = tile_buffer.reserve(tile_size.size());
     if (base) {
       Scratch scratch(base);
       work.take(scratch, plan.slots, h, H, true);
@@ -325,9 +328,9 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
         tile_backward(enc, work, back, sums, plan.tensor_of, (const T *)grads.grad, (T *)grads.values, chunk_sum);
       }
     }
-    tile_block.trim();
+    tile_buffer.trim();
     if (!failed) {
-      // Slices into slice 0, in order.
+      // Add all slices to slice 0, in order.
       const long step = 4096;
 #pragma omp for schedule(static)
       for (long from = 0; from < count; from += step) {
@@ -358,7 +361,7 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
   };
   add_lanes(sums.b_qkv_lanes, 9 * h, grads.b_qkv);
   add_lanes(sums.b_o_lanes, 4 * h, grads.b_o);
-  for (long row = 0; row < h; ++row)  // W_o of block 0 met the generators and ln0's bias
+  for (long row = 0; row < h; ++row)  // W_o of block 0 was applied to the generators and to ln0's bias
     for (long f = 0; f < h; f += W) {
       Vec<T> sum = enc.norms ? load(enc.norm_of(0, 1) + f) * ((const T *)grads.b_o)[row] : zero<T>();
       for (long k = 0; k < H + 2; ++k) sum += load(enc.generators + k * h + f) * sums.table[k * h + row];
@@ -367,8 +370,8 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
   if (enc.norms) add_lanes(sums.norm_lanes, 16 * h, grads.norm);
   add_lanes(sums.basis_lanes, 3 * h, grads.basis);
   add_lanes(sums.logit_lanes, 2 * H, grads.logit);
-  shared_block.trim();
-  slice_block.trim();
+  shared_buffer.trim();
+  slice_buffer.trim();
   return SNE_FAST_OK;
 }
 

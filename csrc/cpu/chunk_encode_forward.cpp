@@ -1,4 +1,4 @@
-// chunk_encode, forward: tiles are independent and each writes the pooled rows of its own chunks.
+// chunk_encode, forward: tiles are independent, and each writes the pooled rows of its own chunks.
 #include <omp.h>
 
 #include "cpu/chunk_encode_tile.h"
@@ -7,7 +7,7 @@
 namespace sne::SNE_ISA {
 namespace {
 
-thread_local ThreadBlock shared_block, tile_block;
+thread_local ThreadBuffer shared_buffer, tile_buffer;
 
 template <class T>
 int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out) {
@@ -15,7 +15,7 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out
   const long h = enc.h, H = enc.H;
   Scratch size;
   enc.take(size, false);
-  char *shared = shared_block.reserve(size.size());
+  char *shared = shared_buffer.reserve(size.size());
   if (!shared) return SNE_FAST_NO_MEMORY;
   Scratch shared_scratch(shared);
   enc.take(shared_scratch, false);
@@ -30,7 +30,7 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out
     TileWork<T> work;
     Scratch tile_size;
     work.take(tile_size, plan.slots, h, H, false);
-    char *base = tile_block.reserve(tile_size.size());
+    char *base = tile_buffer.reserve(tile_size.size());
     if (base) {
       Scratch scratch(base);
       work.take(scratch, plan.slots, h, H, false);
@@ -49,7 +49,7 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out
                               out + chunk.id * H * h, h, h);
       }
     }
-    tile_block.trim();
+    tile_buffer.trim();
   }
   return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
 }

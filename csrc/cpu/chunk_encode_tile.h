@@ -1,5 +1,5 @@
-// The forward of the chunk stage on one tile. Inference and backward run the same code; the backward gives every block
-// buffers of its own, inference lets all blocks share one set.
+// Forward of chunk_encode on one tile. Inference and backward run the same code: in the backward every block has
+// buffers of its own, in inference all blocks share one set.
 #pragma once
 
 #include "cpu/chunk_attention.h"
@@ -14,10 +14,11 @@ struct ChunkEncoder {
   bool norms;
   const int64_t *chunk_ptr;
   const T *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query;
-  const T *w_qkv, *w_o;                 // as given
-  T *qkv[4], *out[4];                   // packed for the forward; index = block, 0 unused
-  T *qkv_back[4], *out_back[4];         // packed transposed, backward only
-  // SPEC 4.1: after ln0 the rows of block 0 are sums of H + 2 fixed vectors, so fc_o is applied to those once per call.
+  const T *w_qkv, *w_o;          // as given
+  T *qkv[4], *out[4];            // packed for the forward; index = block, 0 unused
+  T *qkv_back[4], *out_back[4];  // packed transposed, backward only
+  // After ln0 the rows of block 0 are sums of H + 2 fixed vectors, so fc_o is applied to those once per call
+  // (docs/method.md 4.1).
   T *generators;          // (H+2, h): the centred basis times ln0's weight
   T *table, *table_bias;  // packed W_o generators^T (h, H+2); W_o ln0.bias + b_o (h)
 
@@ -25,8 +26,8 @@ struct ChunkEncoder {
       : h(a.hidden), H(a.heads), d(a.hidden / a.heads), norms(a.layer_norm != 0), chunk_ptr(a.chunk_ptr),
         values((const T *)a.values), row_code((const T *)a.row_code), element_code((const T *)a.element_code),
         logit((const T *)a.logit), basis((const T *)a.basis), b_qkv((const T *)a.b_qkv), b_o((const T *)a.b_o),
-        norm((const T *)a.norm), pool_query((const T *)a.pool_query), w_qkv((const T *)a.w_qkv),
-        w_o((const T *)a.w_o) {}
+        norm((const T *)a.norm), pool_query((const T *)a.pool_query), w_qkv((const T *)a.w_qkv), w_o((const T *)a.w_o) {
+  }
 
   const T *norm_of(int block, int which) const { return norm + (block * 4 + which) * h; }
   const T *bias_qkv(int block) const { return b_qkv + (block - 1) * 3 * h; }
@@ -53,7 +54,7 @@ struct ChunkEncoder {
     }
     make_table();
   }
-  // Coefficients of the generators: x, the H means m, and 1, all times ln0's 1/deviation.
+  // The coefficients of the generators are x, the H means m, and 1, all divided by ln0's standard deviation.
   void make_table() {
     for (long k = 0; k < H + 2; ++k) {
       const T *from = basis + (k == 0 ? 0 : k <= H ? 1 : 2) * h;
@@ -81,7 +82,7 @@ struct ChunkEncoder {
   }
 };
 
-// What the backward of one block reads. (F, R) buffers are feature-major panels.
+// Activations of one block that its backward reads. (F, R) buffers are feature-major panels.
 template <class T>
 struct BlockActivations {
   T *in;            // (h, R) input of blocks 1..3, codes included
@@ -95,14 +96,14 @@ struct BlockActivations {
 template <class T>
 struct TileWork {
   Tile<T> tile;
-  T *x, *low, *high;          // (R) values, chunk extremes
+  T *x, *low, *high;  // (R) values, chunk extremes
   ScalarAttention<T> scalar;
-  T *coefficients;            // (H+2, R) of the generators, feature-major
+  T *coefficients;  // (H+2, R) of the generators, feature-major
   BlockActivations<T> block[4];
-  T *o;                       // (h, R) the attention output, then its norm
-  T *final_x;                 // (h, R) output of block 3
-  T *rows;                    // (R, h) some (h, R) buffer with its rows in memory order
-  T *weight;                  // (H, R) pooling softmax
+  T *o;        // (h, R) the attention output, then its norm
+  T *final_x;  // (h, R) output of block 3
+  T *rows;     // (R, h) some (h, R) buffer with its rows in memory order
+  T *weight;   // (H, R) pooling softmax
   bool backward;
 
   void take(Scratch &scratch, long R, long h, long H, bool for_backward) {
@@ -136,7 +137,7 @@ struct TileWork {
   }
 };
 
-// Block 0's coefficients on panel p.
+// Writes block 0's coefficients of panel p, and returns them.
 template <class T>
 T *coefficients_of(const ChunkEncoder<T> &enc, TileWork<T> &work, long p) {
   constexpr int W = kLanes<T>;
@@ -199,7 +200,7 @@ void load_values(const ChunkEncoder<T> &enc, TileWork<T> &work) {
   for (long s = tile.used; s < tile.panels * kPanel<T>; ++s) work.x[s] = work.low[s] = work.high[s] = 0;
 }
 
-// Block 0: SPEC 4.1, o = x basis0 + m basis1 + basis2.
+// Block 0 (docs/method.md 4.1): o = x basis0 + m basis1 + basis2.
 template <class T>
 void scalar_block(const ChunkEncoder<T> &enc, TileWork<T> &work, T *to) {
   constexpr int W = kLanes<T>;
@@ -219,13 +220,13 @@ void scalar_block(const ChunkEncoder<T> &enc, TileWork<T> &work, T *to) {
   finish_block(enc, work, 0, to);
 }
 
-// Adds to every row the code of its tensor and that of its place in the chunk.
+// Adds the codes in work.rows to x.
 template <class T>
 void add_codes(const ChunkEncoder<T> &enc, TileWork<T> &work, T *x) {
   constexpr int W = kLanes<T>;
   constexpr long P = kPanel<T>;
   const long h = enc.h, panels = work.tile.panels;
-  // work.rows holds the codes of all rows, and is transposed onto x block by block.
+  // work.rows is transposed onto x, one square of vectors at a time.
   for (long p = 0; p < panels; ++p)
     for (long l = 0; l < P; l += W)
       for (long f = 0; f < h; f += W) {
@@ -254,7 +255,7 @@ void code_rows(const ChunkEncoder<T> &enc, TileWork<T> &work, const int64_t *ten
   memset(work.rows + tile.used * h, 0, size_t((tile.panels * kPanel<T> - tile.used) * h) * sizeof(T));
 }
 
-// A full set-attention block on k.in.
+// One of the blocks 1 to 3, from its input k.in.
 template <class T>
 void attention_block(const ChunkEncoder<T> &enc, TileWork<T> &work, int b, T *to) {
   constexpr long P = kPanel<T>;
@@ -268,7 +269,7 @@ void attention_block(const ChunkEncoder<T> &enc, TileWork<T> &work, int b, T *to
   finish_block(enc, work, b, to);
 }
 
-// work.weight = softmax over the rows of each chunk of x pool_query^T; zero in unused slots.
+// Writes to work.weight the softmax of x pool_query^T over the rows of each chunk, zero in unused slots.
 template <class T>
 void pool_weights(const ChunkEncoder<T> &enc, TileWork<T> &work) {
   constexpr int W = kLanes<T>;
@@ -298,7 +299,7 @@ void pool_weights(const ChunkEncoder<T> &enc, TileWork<T> &work) {
   }
 }
 
-// The whole chunk stage on the tile laid out in work.tile, up to work.weight and work.rows (the final rows).
+// Runs all blocks on the tile in work.tile, up to work.weight and work.rows (the final rows).
 template <class T>
 void encode_tile(const ChunkEncoder<T> &enc, TileWork<T> &work, const int64_t *tensor_of) {
   load_values(enc, work);

@@ -5,7 +5,7 @@
 
 namespace sne::SNE_ISA {
 
-// out = (y - mean) rstd w + b with y = in (+ add). hat, the normalised rows, and rstd are kept where not null.
+// out = (y - mean) rstd w + b with y = in (+ add). Writes hat, the normalised rows, and rstd where they are not null.
 template <class T>
 __attribute__((noinline)) void norm_panel(long h, const T *in, const T *add, const T *w, const T *b, T *out, T *hat,
                                           T *rstd_out) {
@@ -31,7 +31,7 @@ __attribute__((noinline)) void norm_panel(long h, const T *in, const T *add, con
     }
   for (int v = 0; v < NV; ++v) {
     const Vec<T> var = rstd[v] * (T(1) / T(h)) + T(1e-5);
-    rstd[v] = T(1) / vsqrt<T>(var) + (var - var);  // NaN where the variance overflowed: 0 would pass for a result
+    rstd[v] = T(1) / vsqrt<T>(var) + (var - var);  // NaN where the variance overflowed: 0 would look like a result
   }
   for (long f = 0; f < h; ++f)
     for (int v = 0; v < NV; ++v) {
@@ -43,7 +43,7 @@ __attribute__((noinline)) void norm_panel(long h, const T *in, const T *add, con
     for (int v = 0; v < NV; ++v) store(rstd_out + v * W, rstd[v]);
 }
 
-// g, the gradient of the output, becomes that of the input; dw and db (h vectors of lanes) grow by the panel's part.
+// Turns g from the gradient of the output into that of the input, and adds to dw and db (h vectors of lanes).
 template <class T>
 __attribute__((noinline)) void norm_panel_backward(long h, T *g, const T *hat, const T *rstd_in, const T *w, T *dw,
                                                    T *db) {

@@ -1,8 +1,8 @@
-// A tile: a few whole chunks side by side in the row slots of feature-major panels.
+// A tile: several whole chunks, one behind the other in the row slots of feature-major panels.
 //
 // Activations are stored feature-major: element (feature f, slot s) of an (F, slots) buffer lies at
-// (s / P) * F * P + f * P + s % P, P = kPanel. Rows (the scalars of the chunks) are on vector lanes, so norms, softmax
-// and residuals need no horizontal sums, heads of any width cost the same, and nothing is transposed on the way.
+// (s / P) * F * P + f * P + s % P, where P = kPanel. Rows (the scalars of the chunks) are on vector lanes, so that
+// norms, softmax and residuals need no horizontal sums, heads of any width cost the same, and nothing is transposed.
 #pragma once
 
 #include <stdint.h>
@@ -14,9 +14,9 @@
 
 namespace sne::SNE_ISA {
 
-// `vectors` (1 or 2) vectors of rows from `slot` that attend to the slots lo..hi-1. `masked` where those belong to
-// more than one chunk or lanes are unused; then `chunk_of` tells which pairs count.
-struct RowBlock {
+// A group of `vectors` (1 or 2) vectors of rows from `slot`, which attend to the slots lo..hi-1. It is `masked` where
+// those belong to several chunks or lanes are unused; then `chunk_of` tells which pairs count.
+struct RowGroup {
   int slot, vectors, lo, hi, masked;
 };
 
@@ -27,18 +27,18 @@ struct TileChunk {
 
 template <class T>
 struct Tile {
-  long slots = 0;        // R
-  long used = 0;         // slots with a row in them
-  long panels = 0;       // panels with a row in them
-  int num_chunks = 0, num_blocks = 0;
-  TileChunk *chunks;     // (R)
-  RowBlock *blocks;      // (R / W)
-  Int<T> *chunk_of;      // (R) number of the chunk within the tile, -1 in unused slots
+  long slots = 0;   // R
+  long used = 0;    // slots with a row in them
+  long panels = 0;  // panels with a row in them
+  int num_chunks = 0, num_groups = 0;
+  TileChunk *chunks;  // (R)
+  RowGroup *groups;   // (R / W)
+  Int<T> *chunk_of;   // (R) number of the chunk within the tile, -1 in unused slots
 
   void take(Scratch &scratch, long R) {
     slots = R;
     chunks = scratch.take<TileChunk>(R);
-    blocks = scratch.take<RowBlock>(R / kLanes<T> + 1);
+    groups = scratch.take<RowGroup>(R / kLanes<T> + 1);
     chunk_of = scratch.take<Int<T>>(R);
   }
 
@@ -56,10 +56,10 @@ struct Tile {
     used = slot;
     panels = (used + kPanel<T> - 1) / kPanel<T>;
     for (long s = used; s < panels * kPanel<T>; ++s) chunk_of[s] = -1;
-    num_blocks = 0;
+    num_groups = 0;
     for (int s = 0; s < panels * kPanel<T>;) {
       if (s >= used) {  // padding only: attends to nothing
-        blocks[num_blocks++] = {s, 1, 0, 0, 1};
+        groups[num_groups++] = {s, 1, 0, 0, 1};
         s += W;
         continue;
       }
@@ -67,18 +67,18 @@ struct Tile {
       const int end = first.slot + first.n;
       if (s + W <= end) {
         const bool pair = s + 2 * W <= end && s % (2 * W) == 0;
-        blocks[num_blocks++] = {s, pair ? 2 : 1, first.slot, end, 0};
+        groups[num_groups++] = {s, pair ? 2 : 1, first.slot, end, 0};
         s += pair ? 2 * W : W;
         continue;
       }
       const TileChunk &last = chunks[chunk_of[min_of(s + W, used) - 1]];
-      blocks[num_blocks++] = {s, 1, first.slot, last.slot + last.n, 1};
+      groups[num_groups++] = {s, 1, first.slot, last.slot + last.n, 1};
       s += W;
     }
   }
 };
 
-// Address of slot s in a feature-major buffer of F features.
+// Returns the address of slot s in a feature-major buffer of F features.
 template <class T>
 SNE_INLINE T *at(T *buffer, long F, long s) {
   constexpr long P = kPanel<T>;
@@ -89,7 +89,7 @@ SNE_INLINE const T *at(const T *buffer, long F, long s) {
   return at(const_cast<T *>(buffer), F, s);
 }
 
-// Calls body(j0, j1) for the pieces of the slots lo..hi-1 that lie within one panel each.
+// Calls body(j0, j1) for the parts of the slots lo..hi-1 that lie within one panel each.
 template <class T, class Body>
 SNE_INLINE void for_each_panel(long lo, long hi, Body body) {
   constexpr long P = kPanel<T>;

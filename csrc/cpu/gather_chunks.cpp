@@ -1,4 +1,5 @@
-// gather_chunks: transposes, casts and scales many matrices into one array. Memory-bound, so one flavour serves all.
+// gather_chunks: transposes, casts and scales many matrices into one array. It is bound by memory, so it is compiled
+// once for all instruction sets.
 #include "cpu/gather_chunks.h"
 
 #include <omp.h>
@@ -13,8 +14,8 @@
 namespace sne {
 namespace {
 
-// A piece of one matrix: its columns k0..k1-1, or the rows r0..r1-1 of a single column. offset is where the matrix
-// starts in the output.
+// A piece of one matrix: its columns k0..k1-1, or the rows r0..r1-1 of a single column. The matrix starts at `offset`
+// in the output.
 struct Piece {
   int64_t matrix, k0, k1, r0, r1, offset;
 };
@@ -23,7 +24,7 @@ constexpr int64_t kPiece = 1 << 16;  // elements
 bool cut(const sne_fast_gather_chunks_args &a, std::vector<Piece> &pieces) {
   int64_t offset = 0;
   for (int64_t t = 0; t < a.num_matrices; ++t) {
-    const int64_t R = a.plan[2 * t], K = a.plan[2 * t + 1];
+    const int64_t R = a.shapes[2 * t], K = a.shapes[2 * t + 1];
     if (R < 0 || K < 0) return false;
     if (K == 1) {
       for (int64_t r = 0; r < R; r += kPiece) pieces.push_back({t, 0, 1, r, std::min(R, r + kPiece), offset});
@@ -36,7 +37,7 @@ bool cut(const sne_fast_gather_chunks_args &a, std::vector<Piece> &pieces) {
   return offset == a.num_values;
 }
 
-// Calls visit(matrix index, value index) over a piece, in blocks that keep both sides in cache.
+// Calls visit(matrix index, value index) over a piece, in an order that keeps both sides in cache.
 template <class Visit>
 inline void walk(const Piece &p, int64_t R, int64_t K, Visit visit) {
   if (K == 1) {
@@ -53,7 +54,7 @@ inline void walk(const Piece &p, int64_t R, int64_t K, Visit visit) {
 
 template <class T, class M>
 void gather_piece(const sne_fast_gather_chunks_args &a, const Piece &p) {
-  const int64_t R = a.plan[2 * p.matrix], K = a.plan[2 * p.matrix + 1];
+  const int64_t R = a.shapes[2 * p.matrix], K = a.shapes[2 * p.matrix + 1];
   const M *from = (const M *)a.matrices[p.matrix];
   T *to = (T *)a.values;
   const T scale = T(a.scale[p.matrix]);
@@ -65,7 +66,7 @@ void gather_piece(const sne_fast_gather_chunks_args &a, const Piece &p) {
 
 template <class T, class M>
 void spread_piece(const sne_fast_gather_chunks_args &a, const Piece &p, double *sum) {
-  const int64_t R = a.plan[2 * p.matrix], K = a.plan[2 * p.matrix + 1];
+  const int64_t R = a.shapes[2 * p.matrix], K = a.shapes[2 * p.matrix + 1];
   M *to = (M *)a.matrices[p.matrix];
   const T *grad = (const T *)a.grad, *values = (const T *)a.values;
   const T scale = T(a.scale[p.matrix]);

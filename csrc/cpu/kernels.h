@@ -1,4 +1,4 @@
-// The table of kernels that each flavour (portable, avx2, avx512) offers to abi.cpp.
+// The table of kernels that each instruction set (portable, avx2, avx512) offers to abi.cpp.
 #pragma once
 
 #include "cpu/tile_plan.h"
@@ -8,7 +8,7 @@ namespace sne {
 
 struct Kernels {
   const char *name;
-  int lanes[2], panel[2];  // of float and double: what the tile plan must know
+  int lanes[2], panel[2];  // of float and double, for the tile plan
   int (*chunk_encode)(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &, void *out);
   int (*chunk_encode_backward)(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &,
                                const sne_fast_chunk_encode_grads &);

@@ -1,20 +1,20 @@
-// The matrix product everything runs on: C (M x NV vectors) = A (M x K) B (K x NV vectors), sums held in registers.
+// The one matrix product: C (M x NV vectors) = A (M x K) B (K x NV vectors), with the sums in registers.
 //
-// B and C have their columns on vector lanes; A is read one scalar at a time, so any strides do: packed weights, a
-// panel of activations read along features or along rows, or plain row-major input all serve as A without a copy.
+// B and C have their columns on vector lanes. A is read one scalar at a time, so it can have any strides: packed
+// weights, a panel of activations read along features or along rows, or row-major input all serve without a copy.
 #pragma once
 
 #include "sne_fast/vec.h"
 
 namespace sne::SNE_ISA {
 
-// Lanes of one panel: the columns that a register tile covers.
+// Lanes of a panel: the columns that a register tile covers.
 template <class T>
 constexpr int kPanel = kLanes<T> * SNE_VECTORS_PER_PANEL;
 
 enum : unsigned { kStore = 0, kAccumulate = 1, kRelu = 2 };
 
-// Rows of the next register tile: six if that leaves no sliver behind (8 is 4 + 4, 9 is 5 + 4, not 6 + 3).
+// Returns the rows of the next register tile: six unless few would remain (8 is 4 + 4, 9 is 5 + 4, not 6 + 3).
 SNE_INLINE int next_rows(long left) {
   if (left >= 11 || left == 6 || left == 10) return 6;
   if (left == 9) return 5;
@@ -22,7 +22,7 @@ SNE_INLINE int next_rows(long left) {
   return int(left);
 }
 
-// RS, CS: strides of A between rows and along K where the compiler should know them, 0 for the run-time ones.
+// RS, CS: strides of A between rows and along K where they are compile-time constants, 0 where rs and cs give them.
 template <class T, int MR, int NV, int RS, int CS>
 SNE_INLINE void product_tile(const T *a, long rs, long cs, const T *b, long ldb, long K, T *c, long ldc, const T *bias,
                              unsigned flags) {
@@ -42,7 +42,7 @@ SNE_INLINE void product_tile(const T *a, long rs, long cs, const T *b, long ldb,
       for (int v = 0; v < NV; ++v) sum[m][v] = start;
     }
   }
-  const T *rows[MR];  // one pointer each: no multiplication inside the loop where the stride is a run-time one
+  const T *rows[MR];  // one pointer per row, so that the loop multiplies no run-time stride
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) rows[m] = a + m * row;
   for (long k = 0; k < K; ++k) {
@@ -90,7 +90,7 @@ __attribute__((noinline)) void product(long M, const T *a, long rs, long cs, con
   }
 }
 
-// Any number of vectors of columns: N lanes, a multiple of kLanes.
+// The product for any number of columns N, a multiple of kLanes.
 template <class T, int RS, int CS>
 SNE_INLINE void product_wide(long M, const T *a, long rs, long cs, const T *b, long ldb, long K, T *c, long ldc, long N,
                              const T *bias = nullptr, unsigned flags = kStore) {
@@ -102,8 +102,8 @@ SNE_INLINE void product_wide(long M, const T *a, long rs, long cs, const T *b, l
   for (; n < N; n += W) product<T, 1, RS, CS>(M, a, rs, cs, b + n, ldb, K, c + n, ldc, bias, flags);
 }
 
-// Weights packed for packed_product: blocks of next_rows() rows, each k-major, so that A is read front to back.
-// element (m, k) = from[m * rs + k * cs].
+// Packs weights for packed_product: runs of next_rows() rows, each k-major, so that A is read front to back. Element
+// (m, k) is from[m * rs + k * cs].
 template <class T>
 void pack(long M, long K, const T *from, long rs, long cs, T *to) {
   for (long m = 0; m < M;) {
@@ -114,7 +114,7 @@ void pack(long M, long K, const T *from, long rs, long cs, T *to) {
   }
 }
 
-// One panel: c (M x kPanel, stride kPanel) = packed (M x K) b (K x kPanel, stride kPanel) (+ bias, relu, c).
+// Product for one panel: c (M x kPanel) = packed (M x K) b (K x kPanel) (+ bias, relu, c), both with stride kPanel.
 template <class T>
 __attribute__((noinline)) void packed_product(long M, const T *packed, const T *b, long K, T *c,
                                               const T *bias = nullptr, unsigned flags = kStore) {

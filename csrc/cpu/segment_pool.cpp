@@ -1,5 +1,5 @@
-// segment_pool, forward and backward. Long segments are cut into pieces whose partial sums are joined in order, so one
-// huge segment uses all threads and the bits do not depend on how many there are.
+// segment_pool, forward and backward. Long segments are cut into pieces, whose partial sums are added in order: one
+// huge segment uses all threads, and the bits do not depend on their number.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -8,11 +8,11 @@
 namespace sne::SNE_ISA {
 namespace {
 
-thread_local ThreadBlock block, shared_block;
-constexpr long kRows = 64;      // rows weighted at a time
-constexpr long kPiece = 2048;   // rows of a piece
+thread_local ThreadBuffer buffer, shared_buffer;
+constexpr long kRows = 64;     // rows weighted at a time
+constexpr long kPiece = 2048;  // rows of a piece
 
-// exp(logits - top) of up to kRows rows, to w (A, kRows), and their sums added to sum (A).
+// Writes exp(logits - top) of up to kRows rows to w (A, kRows), and adds their sums to sum (A).
 template <class T>
 void exponentials(const T *logits, long A, long n, const T *top, T *w, T *sum) {
   constexpr int W = kLanes<T>;
@@ -25,7 +25,7 @@ void exponentials(const T *logits, long A, long n, const T *top, T *w, T *sum) {
   }
 }
 
-// One piece: top, sum (A) and the weighted sums acc (A, h), not yet divided.
+// Computes top, sum (A) and the undivided weighted sums acc (A, h) of one piece.
 template <class T>
 void pool_piece(const sne_fast_segment_pool_args &g, const RowItem &item, T *top, T *sum, T *acc, T *w) {
   const long h = g.hidden, A = g.heads;
@@ -53,12 +53,12 @@ int forward(const sne_fast_segment_pool_args &g) {
   RowItem *items = cut_rows(S, g.ptr, kPiece, &count);
   if (!items) return SNE_FAST_NO_MEMORY;
   T *out = (T *)g.out, *lse = (T *)g.lse;
-  // Pieces beyond the first of a segment need a place for their sums; so does the first one then.
+  // All pieces of a segment that is cut need a place for their sums.
   long cut = 0;
   for (long i = 0; i < count; ++i)
     cut += items[i].end - items[i].begin != g.ptr[items[i].set + 1] - g.ptr[items[i].set];
   const long size = A * h + 2 * A;
-  T *parts = (T *)shared_block.reserve(size_t(cut * size + 1) * sizeof(T));
+  T *parts = (T *)shared_buffer.reserve(size_t(cut * size + 1) * sizeof(T));
   int failed = parts == nullptr;
   // Index of the part of item i, -1 if the item is a whole segment.
   int64_t *part_of = static_cast<int64_t *>(malloc(size_t(count + 1) * sizeof(int64_t)));
@@ -75,7 +75,7 @@ int forward(const sne_fast_segment_pool_args &g) {
     const int threads = int(max_of(1, min_of(g.num_threads, count))), grab = items_per_grab(count, threads);
 #pragma omp parallel num_threads(threads)
     {
-      T *base = (T *)block.reserve(size_t(A * kRows + 2 * A) * sizeof(T));
+      T *base = (T *)buffer.reserve(size_t(A * kRows + 2 * A) * sizeof(T));
       if (!base) {
 #pragma omp atomic write
         failed = 1;
@@ -123,7 +123,7 @@ int forward(const sne_fast_segment_pool_args &g) {
   }
   free(items);
   free(part_of);
-  shared_block.trim();
+  shared_buffer.trim();
   return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
 }
 
@@ -141,7 +141,7 @@ int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_gr
   const int threads = int(max_of(1, min_of(g.num_threads, count))), grab = items_per_grab(count, threads);
 #pragma omp parallel num_threads(threads)
   {
-    T *base = (T *)block.reserve(size_t(h * W + A * W + (W * A + W) + A) * sizeof(T));
+    T *base = (T *)buffer.reserve(size_t(h * W + A * W + (W * A + W) + A) * sizeof(T));
     if (!base) {
 #pragma omp atomic write
       failed = 1;

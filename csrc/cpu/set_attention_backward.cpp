@@ -1,5 +1,5 @@
-// set_attention, backward: two sweeps, each owning what it writes, so no result is ever added to by two threads.
-// Queries on lanes give dq, keys on lanes give dk and dv; both rebuild the softmax from the saved log-sum-exp.
+// set_attention, backward, in two sweeps: with queries on lanes for dq, and with keys on lanes for dk and dv. Each owns
+// what it writes, so that no two threads add to the same result. Both rebuild the softmax from the saved log-sum-exp.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -8,8 +8,8 @@
 namespace sne::SNE_ISA {
 namespace {
 
-thread_local ThreadBlock block, shared_block;
-constexpr long kOthers = 64;  // rows of the other side met at a time
+thread_local ThreadBuffer buffer, shared_buffer;
+constexpr long kOthers = 64;  // rows of a tile of the other side
 
 template <class T>
 struct Pointers {
@@ -51,7 +51,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
     }
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
   if (first == last) memset(w.g_one, 0, size_t(h * L) * sizeof(T));
-  for (int64_t k0 = first; k0 < last; k0 += kOthers)  // heads inside: rows are read whole
+  for (int64_t k0 = first; k0 < last; k0 += kOthers)  // heads in the inner loop: rows are read whole
     for (long head = 0; head < H; ++head) {
       const long n = min_of(kOthers, last - k0), from = k0 * h + head * d;
       product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
@@ -59,7 +59,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
       for (int i = 0; i < NV; ++i) {
         const Vec<T> lse = load(w.lse + head * L + i * W), dot = load(w.dot + head * L + i * W);
         for (long j = 0; j < n; ++j) {
-          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (scale * kLog2e<T>) - lse);
+          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (kLog2e<T> * scale) - lse);
           store(w.s + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
         }
       }
@@ -91,7 +91,7 @@ void key_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at, c
       for (long j = 0; j < n; ++j) {
         const T lse = at.lse[(q0 + j) * H + head] * kLog2e<T>, dot = at.dot[(q0 + j) * H + head];
         for (int i = 0; i < NV; ++i) {
-          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (scale * kLog2e<T>) - lse);
+          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (kLog2e<T> * scale) - lse);
           store(w.s + j * L + i * W, e);
           store(w.p + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
         }
@@ -110,14 +110,14 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
   long queries = 0, keys = 0;
   RowItem *q_items = cut_rows(a.num_sets, a.q_ptr, P, &queries);
   RowItem *k_items = cut_rows(a.num_sets, a.k_ptr, P, &keys);
-  T *dot = (T *)shared_block.reserve(size_t(a.rows_q * H + 1) * sizeof(T));
+  T *dot = (T *)shared_buffer.reserve(size_t(a.rows_q * H + 1) * sizeof(T));
   if (!q_items || !k_items || !dot) {
     free(q_items);
     free(k_items);
     return SNE_FAST_NO_MEMORY;
   }
-  const Pointers<T> at = {(const T *)a.q,   (const T *)a.k,   (const T *)a.v, (const T *)a.out, (const T *)a.lse,
-                          (const T *)g.grad, (T *)g.q, (T *)g.k, (T *)g.v, dot};
+  const Pointers<T> at = {(const T *)a.q,    (const T *)a.k, (const T *)a.v, (const T *)a.out, (const T *)a.lse,
+                          (const T *)g.grad, (T *)g.q,       (T *)g.k,       (T *)g.v,         dot};
   int failed = 0;
   const int threads = int(max_of(1, min_of(a.num_threads, queries > keys ? queries : keys)));
   const int q_grab = items_per_grab(queries, threads), k_grab = items_per_grab(keys, threads);
@@ -126,7 +126,7 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
     Work<T> w;
     Scratch size;
     w.take(size, h, H);
-    char *base = block.reserve(size.size());
+    char *base = buffer.reserve(size.size());
     if (base) {
       Scratch scratch(base);
       w.take(scratch, h, H);
@@ -166,7 +166,7 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
   }
   free(q_items);
   free(k_items);
-  shared_block.trim();
+  shared_buffer.trim();
   return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
 }
 

@@ -1,5 +1,5 @@
-// set_attention, forward: a block of query rows on vector lanes meets the keys of its set, 64 at a time, with a running
-// maximum and sum (flash attention). Memory does not grow with the set; blocks are independent.
+// set_attention, forward: a tile of queries on vector lanes attends to the keys of its set, 64 at a time, with a
+// running maximum and sum (flash attention). Memory does not grow with the set, and tiles are independent.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -8,17 +8,17 @@
 namespace sne::SNE_ISA {
 namespace {
 
-thread_local ThreadBlock block;
-constexpr long kKeys = 64;  // keys met at a time
+thread_local ThreadBuffer buffer;
+constexpr long kKeys = 64;  // keys of a tile
 
 float logarithm(float x) { return logf(x); }
 double logarithm(double x) { return log(x); }
 
 template <class T>
 struct Work {
-  T *q, *o;         // (h, P) queries and outputs on lanes
-  T *s;             // (kKeys, P)
-  T *top, *sum;     // (H, P)
+  T *q, *o;      // (h, P) queries and outputs on lanes
+  T *s;          // (kKeys, P)
+  T *top, *sum;  // (H, P)
   void take(Scratch &scratch, long h, long H) {
     constexpr long P = kPanel<T>;
     q = scratch.take<T>(h * P);
@@ -39,7 +39,7 @@ void attend(const sne_fast_set_attention_args &a, const RowItem &item, const Wor
   T *lse = (T *)a.lse, *s = work.s;
   to_lanes((const T *)a.q + item.begin * h, h, count, h, work.q, L);
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
-  // Heads inside, so that the rows of a long set are read whole and once per block of queries.
+  // The loop over heads is the inner one, so that the rows of a long set are read whole and once per query tile.
   for (int64_t k0 = first; k0 < last; k0 += kKeys) {
     const long n = min_of(kKeys, last - k0);
     for (long head = 0; head < H; ++head) {
@@ -101,7 +101,7 @@ int forward(const sne_fast_set_attention_args &a) {
     Work<T> work;
     Scratch size;
     work.take(size, a.hidden, a.heads);
-    char *base = block.reserve(size.size());
+    char *base = buffer.reserve(size.size());
     if (base) {
       Scratch scratch(base);
       work.take(scratch, a.hidden, a.heads);

@@ -10,19 +10,21 @@ namespace {
 
 long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-// Slots per tile: 64 rows, or 128 for the widths whose weight gradients do not stay in the second cache (every tile
-// reads and writes them once), and of the sizes that hold a longest chunk the smallest whose unused rest is near the best.
+// Returns the slots of a tile: 64, or 128 for widths whose weight gradients do not stay in the second-level cache
+// (every tile reads and writes them once), or more for longer chunks; among those the smallest that leaves few slots
+// unused.
 long choose_slots(long longest, long panel, long hidden) {
-  const long least = round_up(std::max(longest, hidden > 64 ? 128L : 64L), panel), most = std::max(least, 256L);
+  const long min_slots = round_up(std::max(longest, hidden > 64 ? 128L : 64L), panel);
+  const long max_slots = std::max(min_slots, 256L);
   double best = 1.0;
   auto waste = [&](long slots) { return 1.0 - double(slots / longest * longest) / double(slots); };
-  for (long slots = least; slots <= most; slots += panel) best = std::min(best, waste(slots));
-  for (long slots = least; slots <= most; slots += panel)
+  for (long slots = min_slots; slots <= max_slots; slots += panel) best = std::min(best, waste(slots));
+  for (long slots = min_slots; slots <= max_slots; slots += panel)
     if (waste(slots) <= best + 0.05) return slots;
-  return least;
+  return min_slots;
 }
 
-// First fit among the last few open tiles: short tails of tensors fill what longer chunks left.
+// Packs first fit among the last few open tiles: short tails of tensors fill what longer chunks have left.
 class Packer {
  public:
   explicit Packer(long slots) : slots_(slots) {}
@@ -52,8 +54,9 @@ class Packer {
   std::vector<int64_t> open_;
 };
 
-// Chunks with values that are not finite, or so large that something may overflow, get a tile of their own: rows that
-// share a vector meet in masked products, where zero times infinity would carry one network's NaN into another.
+// Returns false for values that are not finite, or so large that something may overflow. Their chunk gets a tile of its
+// own: rows that share a vector meet in masked products, where zero times infinity would carry a NaN from one network
+// into another.
 template <class T>
 bool tame(const T *values, int64_t n) {
   bool all = true;
@@ -81,7 +84,7 @@ int make_tile_plan(int dtype, const sne_fast_chunk_encode_args &args, long lanes
   try {
     plan->longest = longest;
     plan->slots = choose_slots(longest, panel, args.hidden);
-    // Chunks that fill whole vectors keep to themselves: no lane of their attention is ever masked.
+    // Chunks that fill whole vectors have tiles of their own, where no lane of the attention is masked.
     std::vector<int32_t> used;
     std::vector<int64_t> tile_of(num_chunks);
     Packer whole(plan->slots), ragged(plan->slots);

@@ -1,4 +1,4 @@
-// Which chunks share a tile of rows. Pure index work, the same for every instruction set but for its vector width.
+// The tile plan: which chunks share a tile of rows. It depends on the instruction set only by the vector width.
 #pragma once
 
 #include <stdint.h>
@@ -10,14 +10,14 @@ namespace sne {
 // Chunks of tile i: order[first[i]] .. order[first[i+1]-1], placed one behind the other in `slots` row slots.
 struct TilePlan {
   long num_tiles = 0;
-  long slots = 0;             // row slots of a tile, a multiple of the panel width
-  long longest = 0;           // longest chunk
-  int64_t *first = nullptr;   // (num_tiles + 1)
-  int64_t *order = nullptr;   // (num_chunks), a permutation of the non-empty chunks
+  long slots = 0;                // row slots of a tile, a multiple of the panel width
+  long longest = 0;              // longest chunk
+  int64_t *first = nullptr;      // (num_tiles + 1)
+  int64_t *order = nullptr;      // (num_chunks), a permutation of the non-empty chunks
   int64_t *tensor_of = nullptr;  // (num_chunks) tensor a chunk belongs to
 };
 
-// Returns a sne_fast_status. Depends on the inputs alone, never on the number of threads.
+// Makes the plan and returns a sne_fast_status. The plan does not depend on the number of threads.
 int make_tile_plan(int dtype, const sne_fast_chunk_encode_args &args, long lanes, long panel, TilePlan *plan);
 void free_tile_plan(TilePlan *plan);
 

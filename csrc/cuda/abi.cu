@@ -1,5 +1,5 @@
 // What the library is: its ABI number, the architectures in it, its status codes in words.
-#include "cuda/simt.h"
+#include "cuda/ptx/simt.h"
 #include "sne_fast/cuda_abi.h"
 
 extern "C" {
@@ -10,7 +10,8 @@ const char *sne_fast_cuda_status(int status) {
   switch (status) {
     case SNE_FAST_CUDA_OK: return "ok";
     case SNE_FAST_CUDA_BAD_ARGUMENT: return "sizes or pointers that do not fit together";
-    case SNE_FAST_CUDA_BAD_VARIANT: return "no kernel for this width, number of heads or type, or too little shared memory for it";
+    case SNE_FAST_CUDA_BAD_VARIANT:
+      return "no kernel for this width, number of heads or type, or too little shared memory for it";
   }
 #if defined(SNE_EMULATED)
   return sne::emulator::error();

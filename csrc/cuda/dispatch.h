@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/fragments.h"
+#include "cuda/tiles/fragments.h"
 #include "sne_fast/cuda_abi.h"
 
 namespace sne {

@@ -1,8 +1,10 @@
-"""What has run on a GPU: a summary, in this package, of the committed results of ``bench/gpu_suite.py``.
+"""Which backends have run on which GPUs: a summary of the committed results of ``bench/gpu_suite.py``.
+
+The command that writes it::
 
     python -m sne_fast.backends.gpu_runs bench/results/gpu_*.json
 
-writes it. A backend that no result names has only been emulated and compiled, and ``sne-fast info`` says so.
+A backend that no result names has only been emulated and compiled, and ``sne-fast info`` says so.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import write_json
+
 FILE = Path(__file__).with_name("gpu_runs.json")
-NOT_YET = "has not run on a GPU yet"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One backend on one GPU. ``ops``: those that agreed with the reference there; ``failed``: what else went wrong."""
+    """One backend on one GPU: the ops that agreed with the reference there, and what else ``failed`` in that result."""
 
     backend: str
     device: str
@@ -36,7 +39,7 @@ class Run:
 
 
 def runs_of(result: Mapping[str, Any], name: str) -> list[Run]:
-    """What a result of ``bench/gpu_suite.py`` on a GPU says of each backend."""
+    """Return one run per backend from a result of ``bench/gpu_suite.py``; none if it was not made on a GPU."""
     environment = result["parts"]["environment"]
     if "capability" not in environment:
         return []
@@ -55,7 +58,7 @@ def runs_of(result: Mapping[str, Any], name: str) -> list[Run]:
 
 
 def is_result(content: Any) -> bool:
-    """Whether a JSON file is one of ``bench/gpu_suite.py``."""
+    """Return whether the content of a JSON file is a result of ``bench/gpu_suite.py``."""
     return isinstance(content, dict) and "environment" in content.get("parts", {}) and "part_seconds" in content
 
 
@@ -65,14 +68,13 @@ def read(file: Path = FILE) -> tuple[Run, ...]:
 
 
 def write(runs: Sequence[Run], file: Path = FILE) -> None:
-    file.write_text(json.dumps({"runs": [asdict(run) for run in runs]}, indent=1) + "\n", encoding="utf-8")
+    write_json(file, {"runs": [asdict(run) for run in runs]})
 
 
-def sentence(backend: str) -> str:
-    """Where a backend has run; for ``sne-fast info``."""
-    return (
-        "has run " + "; ".join(map(str, found)) if (found := [r for r in read() if r.backend == backend]) else NOT_YET
-    )
+def sentence(backend: str, otherwise: str) -> str:
+    """Return which ops of a backend have run on which GPUs, or what it has been verified by ``otherwise``."""
+    found = [run for run in read() if run.backend == backend]
+    return f"has run {'; '.join(map(str, found))}" if found else f"has not run on a GPU yet: {otherwise} only"
 
 
 if __name__ == "__main__":

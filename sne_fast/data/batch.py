@@ -1,4 +1,4 @@
-"""WeightBatch: the weights of many networks as one flat array and four levels of pointers (SPEC 1)."""
+"""`WeightBatch`: the weights of many networks as one flat array and four levels of pointers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
+from .names import Names, network_name, tensor_name
 from .pointers import join_pointers, ragged_gather
 
 __all__ = ["CHUNKINGS", "WeightBatch"]
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of `tensor_scale` beside values of `dtype`: the same for float32 and float64, else float32."""
+    """Return the dtype of `tensor_scale` beside values of `dtype`: the same for float32 and float64, else float32."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -72,8 +73,8 @@ class WeightBatch:
     tensor_scale: Tensor
     chunk_size: int
     chunking: str
-    names: tuple = ()
-    shapes: tuple = ()
+    names: Names = ()
+    shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     chunk_ptr_host: Tensor = dataclasses.field(init=False)
     tensor_ptr_host: Tensor = dataclasses.field(init=False)
     layer_ptr_host: Tensor = dataclasses.field(init=False)
@@ -83,19 +84,25 @@ class WeightBatch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
         object.__setattr__(self, "shapes", tuple(tuple(tuple(s) for s in network) for network in self.shapes))
-        check_fields(self)
+        fields = self._fields()
+        check_fields(fields)
         object.__setattr__(self, "chunk_size", operator.index(self.chunk_size))
         for field in POINTERS:
             object.__setattr__(self, f"{field}_host", getattr(self, field).detach().cpu())
         if self.device.type == "cpu":  # one object per pointer, so that a kernel can tell by identity that they agree
             for field in POINTERS:
                 object.__setattr__(self, f"{field}_host", getattr(self, field))
-        check_contents(self)
+        check_contents(fields, self.pointers_host)
         self._derive()
 
     @classmethod
-    def _trusted(cls, hosts: dict[str, Tensor] | None = None, **fields: Any) -> WeightBatch:
-        """A batch from fields known to be right; `hosts` as in `{"chunk_ptr": ...}` where the device has others."""
+    def trusted(cls, hosts: dict[str, Tensor] | None = None, **fields: Any) -> WeightBatch:
+        """Make a batch from fields known to be right, unchecked; for code that derives one batch from another.
+
+        Args:
+            hosts: CPU copies of the pointers by name, as in `{"chunk_ptr": ...}`; the pointers themselves by default.
+            fields: all of the constructor's arguments.
+        """
         batch = object.__new__(cls)
         for name, value in fields.items():
             object.__setattr__(batch, name, value)
@@ -104,10 +111,9 @@ class WeightBatch:
         batch._derive()
         return batch
 
-    def _with(self, **changes: Tensor) -> WeightBatch:
-        """This batch with fields but pointers replaced, shape, dtype and device the same; nothing is checked."""
-        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
-        return WeightBatch._trusted(hosts, **{**self._fields(), **changes})
+    def with_fields(self, **changes: Tensor) -> WeightBatch:
+        """Replace fields other than pointers by tensors of the same shape, dtype and device; nothing is checked."""
+        return WeightBatch.trusted(self.pointers_host, **{**self._fields(), **changes})
 
     def _derive(self) -> None:
         lengths = self.tensor_ptr_host.diff()
@@ -131,55 +137,66 @@ class WeightBatch:
     # Sizes and names
 
     def __len__(self) -> int:
-        """Number of networks B."""
+        """Return the number of networks B."""
         return self.network_ptr.shape[0] - 1
 
     @property
     def device(self) -> torch.device:
-        """Where all tensors but the host copies are."""
+        """Device of all tensors but the host copies."""
         return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of `values`."""
+        """Floating dtype of `values`."""
         return self.values.dtype
 
     @property
     def num_networks(self) -> int:
-        """B."""
+        """Number of networks B."""
         return self.network_ptr.shape[0] - 1
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers L."""
         return self.layer_ptr.shape[0] - 1
 
     @property
     def num_tensors(self) -> int:
-        """T."""
+        """Number of tensors T."""
         return self.tensor_ptr.shape[0] - 1
 
     @property
     def num_chunks(self) -> int:
-        """N."""
+        """Number of chunks N."""
         return self.chunk_ptr.shape[0] - 1
 
     @property
     def num_weights(self) -> int:
-        """V."""
+        """Number of weights V."""
         return self.values.shape[0]
 
+    @property
+    def pointers_host(self) -> dict[str, Tensor]:
+        """The four pointers on the CPU, by name: `{"chunk_ptr": ..., ...}`."""
+        return {field: getattr(self, f"{field}_host") for field in POINTERS}
+
+    @property
+    def network_starts(self) -> Tensor:
+        """Place in `values` of each network's first weight, and of the end: `(B+1,)` int64 on the CPU."""
+        return self.chunk_ptr_host[self.tensor_ptr_host[self.layer_ptr_host[self.network_ptr_host]]]
+
+    @property
+    def network_sizes(self) -> Tensor:
+        """Number of weights of each network: `(B,)` int64 on the CPU."""
+        return self.network_starts.diff()
+
     def network_name(self, b: int) -> str:
-        """How messages call network b, e.g. `network 3 ('resnet18')`."""
-        return f"network {b} ({self.names[b][0]!r})" if self.names else f"network {b}"
+        """Name network b as messages do, e.g. `network 3 ('resnet18')`."""
+        return network_name(self.names, b)
 
     def tensor_name(self, s: int) -> str:
-        """How messages call tensor s (counted over the batch), e.g. `network 3 ('resnet18'), tensor 'fc.weight'`."""
-        layer = int(torch.searchsorted(self.layer_ptr_host, s, right=True)) - 1
-        b = int(torch.searchsorted(self.network_ptr_host, layer, right=True)) - 1
-        first = int(self.layer_ptr_host[self.network_ptr_host[b]])
-        tensor = repr(self.names[b][1][s - first]) if self.names else str(s - first)
-        return f"{self.network_name(b)}, tensor {tensor}"
+        """Name tensor s (counted over the batch) as messages do, e.g. `network 3 ('resnet18'), tensor 'fc.weight'`."""
+        return tensor_name(self.names, self.pointers_host, s)
 
     def __repr__(self) -> str:
         return (
@@ -196,7 +213,7 @@ class WeightBatch:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> WeightBatch:
-        """This batch on another device or with values of another floating dtype (itself where nothing changes).
+        """Move the batch to a device or convert its values to a floating dtype; return itself where nothing changes.
 
         `tensor_scale` follows the values, but is never smaller than float32. `to(dtype)` is accepted as for tensors.
         """
@@ -210,7 +227,7 @@ class WeightBatch:
         target = self.device if device is None else torch.device(device)
         scale = self.tensor_scale.dtype if dtype == self.dtype else scale_dtype(dtype)
         fields = self._fields()
-        hosts = {field: getattr(self, f"{field}_host") for field in POINTERS}
+        hosts = self.pointers_host
         if target.type == "cpu":
             fields.update(hosts)
         for field in TENSORS:
@@ -219,30 +236,30 @@ class WeightBatch:
         fields["tensor_scale"] = fields["tensor_scale"].to(scale)
         if all(fields[field] is getattr(self, field) for field in TENSORS):
             return self
-        return WeightBatch._trusted(hosts, **fields)
+        return WeightBatch.trusted(hosts, **fields)
 
     def detach(self) -> WeightBatch:
-        """This batch cut off from the parameters it was packed from, for use in many steps of training.
+        """Detach the batch from the parameters it was packed from, for use in many training steps.
 
         `pack` is differentiable: a batch of modules whose parameters require gradients carries their graph, which one
         backward pass frees. (Under `torch.inference_mode` pack makes tensors that no training can use; use `no_grad`.)
         """
         if not (self.values.requires_grad or self.tensor_scale.requires_grad):
             return self
-        return self._with(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
+        return self.with_fields(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
 
     def pin_memory(self, device: Any = None) -> WeightBatch:
-        """This batch in page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
+        """Copy the batch to page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
 
-        Itself on a machine without an accelerator (where torch cannot pin), as in a `DataLoader(pin_memory=True)`;
-        `device` is accepted for old DataLoaders and not used. A batch that is not on the CPU is refused by torch.
+        Without an accelerator torch cannot pin, and the batch itself is returned, as `DataLoader(pin_memory=True)`
+        expects. `device` is accepted for old DataLoaders and ignored. torch refuses a batch that is not on the CPU.
         """
         if not torch.accelerator.is_available():
             return self
         fields = self._fields()
         for field in TENSORS:
             fields[field] = fields[field].pin_memory()
-        return WeightBatch._trusted(**fields)
+        return WeightBatch.trusted(**fields)
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
@@ -274,7 +291,7 @@ class WeightBatch:
         return (self[b] for b in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray) -> WeightBatch:
-        """The chosen networks as a batch: an index (a batch of one), a slice, indices, or a mask of B booleans.
+        """Select networks: by an index (a batch of one), a slice, a sequence of indices, or a mask of B booleans.
 
         Raises:
             IndexError: an index outside -B..B-1, or a mask of another length than B.
@@ -286,11 +303,11 @@ class WeightBatch:
             if step == 1:
                 return self._slice(start, max(start, stop))
             return self._take(np.arange(start, stop, step, dtype=np.int64))
-        if isinstance(index, (Tensor, np.ndarray)) and index.ndim == 0 or not hasattr(index, "__len__"):
+        if (isinstance(index, (Tensor, np.ndarray)) and index.ndim == 0) or not hasattr(index, "__len__"):
             if isinstance(index, (bool, np.bool_)) or getattr(index, "dtype", None) in (torch.bool, np.bool_):
                 raise TypeError("WeightBatch: a single boolean is no index; use a mask of one boolean per network")
             try:
-                b = operator.index(index)  # type: ignore[arg-type]
+                b = operator.index(index)
             except TypeError:
                 raise TypeError(
                     "WeightBatch: index must be an int, a slice, a sequence of ints or a mask, "
@@ -336,10 +353,10 @@ class WeightBatch:
         a, b = bounds["layer_ptr"]
         fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
         fields.update(names=self.names[first:last], shapes=self.shapes[first:last])
-        return WeightBatch._trusted(hosts, **fields)
+        return WeightBatch.trusted(hosts, **fields)
 
     def _take(self, networks: np.ndarray) -> WeightBatch:
-        """A gather: pointers by one ragged gather per level on the host, values by one copy of whole networks."""
+        """Gather networks: pointers by one ragged gather per level on the host, values by copies of whole networks."""
         fields = self._fields()
         hosts = {}
         chosen = networks
@@ -364,11 +381,11 @@ class WeightBatch:
         for field in ("names", "shapes"):
             entries = fields[field]
             fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
-        return WeightBatch._trusted(hosts if self.device.type != "cpu" else None, **fields)
+        return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, **fields)
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
-        """One batch of the networks of all `batches`, in order; names and shapes are kept where every batch has them.
+        """Concatenate batches in order; names and shapes are kept where every batch has them.
 
         Raises:
             ValueError: no batches, or batches that differ in chunk size, chunking, dtype or device.
@@ -403,7 +420,7 @@ class WeightBatch:
         for field in ("names", "shapes"):
             known = all(getattr(b, field) or not len(b) for b in batches)
             fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
-        return cls._trusted(hosts if first.device.type != "cpu" else None, **fields)
+        return cls.trusted(hosts if first.device.type != "cpu" else None, **fields)
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:

@@ -1,16 +1,16 @@
-"""What a WeightBatch must satisfy, checked wherever a user makes one."""
+"""Checks of the fields of a `WeightBatch`, run wherever a user makes one."""
 
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .batch import WeightBatch
+from .names import network_name, tensor_name
 
 CHUNKINGS = ("flat", "neuron", "kernel")
 NUM_TENSOR_TYPES = 64
@@ -22,14 +22,15 @@ _PART = {"chunk_ptr": "chunk", "tensor_ptr": "tensor", "layer_ptr": "layer", "ne
 _INSIDE = {"chunk_ptr": "values", "tensor_ptr": "chunks", "layer_ptr": "tensors", "network_ptr": "layers"}
 
 
-def check_fields(batch: WeightBatch) -> None:
-    """Types, dtypes, shapes and devices."""
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Check types, dtypes, shapes and devices of the constructor's arguments."""
+    values = fields["values"]
     for field in TENSORS:
-        tensor = getattr(batch, field)
+        tensor = fields[field]
         if not isinstance(tensor, Tensor):
             raise TypeError(f"WeightBatch: {field} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device != batch.values.device:
-            raise ValueError(f"WeightBatch: {field} must be on {batch.values.device} like values, got {tensor.device}")
+        if tensor.device != values.device:
+            raise ValueError(f"WeightBatch: {field} must be on {values.device} like values, got {tensor.device}")
         floating = field in ("values", "tensor_scale")
         if (not tensor.dtype.is_floating_point) if floating else tensor.dtype != torch.int64:
             size = f"{_LETTER[field]}+1" if field in POINTERS else {"values": "V", "layer_level": "L"}.get(field, "T")
@@ -38,34 +39,41 @@ def check_fields(batch: WeightBatch) -> None:
                 f"WeightBatch: {field} must be {wanted} of shape ({size},), got {tensor.dtype} {tuple(tensor.shape)}"
             )
     for field in ("values", *POINTERS):
-        tensor = getattr(batch, field)
+        tensor = fields[field]
         if tensor.ndim != 1 or (field != "values" and tensor.shape[0] == 0):
             size = "V" if field == "values" else f"{_LETTER[field]}+1"
             raise ValueError(f"WeightBatch: {field} must have shape ({size},), got {tuple(tensor.shape)}")
     for field, pointer in (("tensor_type", "tensor_ptr"), ("tensor_scale", "tensor_ptr"), ("layer_level", "layer_ptr")):
-        shape, count = tuple(getattr(batch, field).shape), getattr(batch, pointer).shape[0] - 1
+        shape, count = tuple(fields[field].shape), fields[pointer].shape[0] - 1
         if shape != (count,):
             raise ValueError(
                 f"WeightBatch: {field} must have one entry per {_PART[pointer]}, "
                 f"shape ({count},) by {pointer}, got {shape}"
             )
     try:
-        if isinstance(batch.chunk_size, bool) or operator.index(batch.chunk_size) < 1:
+        if isinstance(fields["chunk_size"], bool) or operator.index(fields["chunk_size"]) < 1:
             raise TypeError
     except TypeError:
-        got = repr(batch.chunk_size)
+        got = repr(fields["chunk_size"])
         raise ValueError(f"WeightBatch: chunk_size must be an integer of at least 1, got {got}") from None
-    if batch.chunking not in CHUNKINGS:
-        raise ValueError(f"WeightBatch: chunking must be one of {', '.join(CHUNKINGS)}, got {batch.chunking!r}")
+    if fields["chunking"] not in CHUNKINGS:
+        raise ValueError(f"WeightBatch: chunking must be one of {', '.join(CHUNKINGS)}, got {fields['chunking']!r}")
 
 
-def check_contents(batch: WeightBatch) -> None:
-    """Pointers that fit each other, ids and levels in range, names and shapes for every tensor."""
-    ends = {"network_ptr": batch.num_layers, "layer_ptr": batch.num_tensors, "tensor_ptr": batch.num_chunks}
-    ends["chunk_ptr"] = batch.num_weights
+def check_contents(fields: Mapping[str, Any], hosts: Mapping[str, Tensor]) -> None:
+    """Check that pointers fit each other, that ids and levels are in range, and that every tensor has name and shape.
+
+    Args:
+        fields: the constructor's arguments, as :func:`check_fields` has passed them.
+        hosts: CPU copies of the pointers, by name.
+    """
+    names, chunk_size = fields["names"], fields["chunk_size"]
+    counts = {field: host.shape[0] - 1 for field, host in hosts.items()}
+    ends = {"network_ptr": counts["layer_ptr"], "layer_ptr": counts["tensor_ptr"], "tensor_ptr": counts["chunk_ptr"]}
+    ends["chunk_ptr"] = fields["values"].shape[0]
     lengths = {}
     for field in reversed(POINTERS):
-        host = getattr(batch, f"{field}_host")
+        host = hosts[field]
         if int(host[0]) != 0:
             raise ValueError(f"WeightBatch: {field} must start at 0, got {int(host[0])}")
         lengths[field] = host.diff()
@@ -79,52 +87,53 @@ def check_contents(batch: WeightBatch) -> None:
         if int(host[-1]) != ends[field]:
             end = f"the {ends[field]} {_INSIDE[field]}"
             raise ValueError(f"WeightBatch: {field} must end at {end}, got {int(host[-1])}")
-    _check_names(batch)
-    if batch.num_chunks and int(lengths["chunk_ptr"].max()) > batch.chunk_size:
+    _check_names(fields, hosts)
+    if counts["chunk_ptr"] and int(lengths["chunk_ptr"].max()) > chunk_size:
         chunk = int(lengths["chunk_ptr"].argmax())
-        tensor = int(torch.searchsorted(batch.tensor_ptr_host, chunk, right=True)) - 1
+        tensor = int(torch.searchsorted(hosts["tensor_ptr"], chunk, right=True)) - 1
         raise ValueError(
-            f"WeightBatch: chunk_ptr must cut chunks of 1..{batch.chunk_size} values, "
-            f"got {int(lengths['chunk_ptr'][chunk])} in chunk {chunk} of {batch.tensor_name(tensor)}"
+            f"WeightBatch: chunk_ptr must cut chunks of 1..{chunk_size} values, "
+            f"got {int(lengths['chunk_ptr'][chunk])} in chunk {chunk} of {tensor_name(names, hosts, tensor)}"
         )
-    wrong = ((batch.tensor_type < 0) | (batch.tensor_type >= NUM_TENSOR_TYPES)).nonzero()
+    wrong = ((fields["tensor_type"] < 0) | (fields["tensor_type"] >= NUM_TENSOR_TYPES)).nonzero()
     if len(wrong):
         s = int(wrong[0])
-        got = f"{int(batch.tensor_type[s])} for {batch.tensor_name(s)}"
+        got = f"{int(fields['tensor_type'][s])} for {tensor_name(names, hosts, s)}"
         raise ValueError(f"WeightBatch: tensor_type must be 8 * kind + role in 0..{NUM_TENSOR_TYPES - 1}, got {got}")
-    wrong = (~(batch.tensor_scale > 0) | batch.tensor_scale.isinf()).nonzero()
+    wrong = (~(fields["tensor_scale"] > 0) | fields["tensor_scale"].isinf()).nonzero()
     if len(wrong):
         s = int(wrong[0])
-        got = f"{float(batch.tensor_scale[s])} for {batch.tensor_name(s)}"
+        got = f"{float(fields['tensor_scale'][s])} for {tensor_name(names, hosts, s)}"
         raise ValueError(f"WeightBatch: tensor_scale must be finite and above 0 (1 if nothing was divided), got {got}")
-    wrong = (batch.layer_level < 0).nonzero()
+    wrong = (fields["layer_level"] < 0).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        b = int(torch.searchsorted(batch.network_ptr_host, row, right=True)) - 1
-        got = f"{int(batch.layer_level[row])} for layer {row} in {batch.network_name(b)}"
+        b = int(torch.searchsorted(hosts["network_ptr"], row, right=True)) - 1
+        got = f"{int(fields['layer_level'][row])} for layer {row} in {network_name(names, b)}"
         raise ValueError(f"WeightBatch: layer_level must be at least 0, got {got}")
 
 
-def _check_names(batch: WeightBatch) -> None:
-    firsts = batch.layer_ptr_host[batch.network_ptr_host].tolist()
-    weights = batch.chunk_ptr_host[batch.tensor_ptr_host].tolist()
+def _check_names(fields: Mapping[str, Any], hosts: Mapping[str, Tensor]) -> None:
+    names, networks = fields["names"], hosts["network_ptr"].shape[0] - 1
+    firsts = hosts["layer_ptr"][hosts["network_ptr"]].tolist()
+    weights = hosts["chunk_ptr"][hosts["tensor_ptr"]].tolist()
     for field in ("names", "shapes"):
-        entries = getattr(batch, field)
+        entries = fields[field]
         if not entries:
             continue
-        if len(entries) != len(batch):
-            got = f"{len(entries)} for {len(batch)}"
+        if len(entries) != networks:
+            got = f"{len(entries)} for {networks}"
             raise ValueError(f"WeightBatch: {field} must have one entry per network, got {got}")
         for b, entry in enumerate(entries):
             count, given = firsts[b + 1] - firsts[b], len(entry[1] if field == "names" else entry)
             if given != count:
                 raise ValueError(
-                    f"WeightBatch: {field} must list the {count} tensors of {batch.network_name(b)}, got {given}"
+                    f"WeightBatch: {field} must list the {count} tensors of {network_name(names, b)}, got {given}"
                 )
             if field == "shapes":
                 for i, shape in enumerate(entry):
                     s = firsts[b] + i
                     held = weights[s + 1] - weights[s]
                     if int(np.prod(shape, dtype=np.int64)) != held:
-                        got = f"{shape} for the {held} of {batch.tensor_name(s)}"
+                        got = f"{shape} for the {held} of {tensor_name(names, hosts, s)}"
                         raise ValueError(f"WeightBatch: shapes must fit the values, got {got}")

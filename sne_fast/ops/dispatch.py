@@ -1,50 +1,47 @@
-"""Choice of the backend ("backend") that runs an op, made inside the opaque op at run time.
+"""Choice of the backend that runs an op, made inside the opaque op at run time.
 
-A backend is a module under :mod:`sne_fast.backends` with
-
-- ``NAME``, ``DEVICES`` (torch device types; empty for all) and ``PRIORITY`` (``auto`` takes the highest);
-- ``unavailable() -> list[str]``: why it cannot run on this machine at all;
-- ``why_not(op, args) -> list[str]``: why it cannot take this call;
-- ``KERNELS``: op name -> function with the schema's arguments and results;
-- optional ``AUTO_DEVICES``, where ``auto`` may take it, if not all of ``DEVICES``;
-- optional ``SELF_TEST = True``: ``auto`` takes it only once it has passed :mod:`sne_fast.ops.selftest` here, and
-  again when one of ``SOURCES`` has changed, files and folders of this package;
-- optional ``preferred(op, args) -> bool``: whether ``auto`` asks it before those of higher priority for this call.
+A backend is declared by a :class:`sne_fast.ops.backend.Backend` in a folder of :mod:`sne_fast.backends`.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import selftest
-from .schema import FORWARD_OPS, FUSIONS, LIBRARY, SCHEMAS
+from .backend import Arguments, Backend, Kernel
+from .schema import FORWARD_OPS, LIBRARY, OPTIONAL_OPS, SCHEMAS
 
-BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # the backend of FUSIONS; found, not imported
+REFERENCE = "reference"
 
 # One choice for the whole process, as torch's own backend flags: autograd runs backward in threads of its own, and
 # a choice kept per thread would be lost there.
 _choice: str | None = None
+
+# Functions import found_backends late, because that imports all backends, which `import sne_fast` must not do.
 
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run an op; the message joins all its reasons."""
 
 
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all backends that were found, by ascending priority."""
+    from .found_backends import NAMES
+
+    return NAMES
+
+
 def _check_name(name: str, where: str) -> str:
-    if name != "auto" and name not in BACKEND_NAMES:
-        raise ValueError(f"{where}: backend must be one of {', '.join(('auto', *BACKEND_NAMES))}, got {name!r}")
+    if name != "auto" and name not in backend_names():
+        raise ValueError(f"{where}: backend must be one of {', '.join(('auto', *backend_names()))}, got {name!r}")
     return name
 
 
@@ -57,15 +54,20 @@ def use_backend(name: str) -> Iterator[None]:
     ``SNE_FAST_BACKEND`` makes the same choice where no ``with`` block is active.
 
     Args:
-        name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or ``"auto"``, the fastest that can run.
+        name: ``"auto"`` for the fastest that can run, or a backend: ``"reference"``, ``"cpu"``, ``"cuda"``,
+            ``"triton"``.
 
     Raises:
         ValueError: for any other name.
 
     Example::
 
-        with sne_fast.use_backend("reference"):
-            z = encoder(batch)
+        >>> import torch
+        >>> encoder = sne_fast.SNE(hidden_dim=32)
+        >>> with sne_fast.use_backend("reference"):
+        ...     z = encoder([torch.nn.Linear(3, 2)])
+        >>> z.shape
+        torch.Size([1, 32])
     """
     global _choice
     _check_name(name, "use_backend")
@@ -77,64 +79,44 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND``, else ``"auto"``."""
+    """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND``, else ``"auto"``."""
     if _choice is not None:
         return _choice
     return _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
 def fuses(op: str, device: torch.device) -> bool:
-    """Whether a module should call ``op``, one of ``FUSIONS``, for tensors on ``device``, or do without.
+    """Return whether a module should call ``op``, one of ``OPTIONAL_OPS``, for tensors on ``device``.
 
-    No backend is asked, so that this can be traced: where the one of ``auto`` refuses, the reference takes the call.
+    No backend is asked about the call, so that ``torch.compile`` can trace this function. Where the backend that
+    ``auto`` expects refuses the call, the reference takes it.
     """
+    from .found_backends import AUTO_FUSIONS, FUSIONS
+
     name = current_backend()
-    return device.type == "cuda" and HAS_TRITON if name == "auto" else name in FUSIONS[op]
+    return op in (AUTO_FUSIONS.get(device.type, ()) if name == "auto" else FUSIONS.get(name, ()))
 
 
-@functools.cache
-def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    from .. import backends
+def _reasons(name: str, op: str, device: torch.device | None, args: Arguments | None) -> list[str]:
+    """Return why backend ``name`` cannot run ``op`` on ``device``; None for either asks in general."""
+    from .found_backends import BACKENDS, FAILED
 
-    loaded: dict[str, ModuleType] = {}
-    failed: dict[str, str] = {}
-    for info in pkgutil.iter_modules(backends.__path__):
-        name = f"{backends.__name__}.{info.name}"
-        if info.ispkg:
-            name = f"{name}.backend"
-            if importlib.util.find_spec(name) is None:
-                continue
-        elif info.name != "reference":
-            continue
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:  # e.g. Triton is not installed: remembered, and explained on first use
-            failed[info.name] = f"import failed: {error}"
-        else:
-            loaded[module.NAME] = module
-    return loaded, failed
-
-
-def _reasons(name: str, op: str, device: torch.device | None, args: tuple[Any, ...] | None) -> list[str]:
-    """Why backend ``name`` cannot run ``op`` on ``device``; empty if it can. ``args`` None asks in general."""
-    loaded, failed = _load()
-    if name in failed:
-        return [failed[name]]
-    if name not in loaded:
-        return ["this build of sne_fast has no such backend"]
-    backend = loaded[name]
+    if name in FAILED:
+        return [FAILED[name]]
+    backend = BACKENDS[name]
     reasons = list(backend.unavailable())
-    if op not in backend.KERNELS:
-        without = "; modules do it by ordinary torch operations" if op.removesuffix("_backward") in FUSIONS else ""
+    if op not in backend.kernels:
+        optional = op.removesuffix("_backward") in OPTIONAL_OPS
+        without = "; modules do it by ordinary torch operations" if optional else ""
         reasons.append(f"does not implement {op}{without}")
-    if device is not None and backend.DEVICES and device.type not in backend.DEVICES:
-        reasons.append(f"runs on {' or '.join(backend.DEVICES)}, the inputs are on {device.type}")
+    if device is not None and not backend.computes_on(device.type):
+        reasons.append(f"runs on {' or '.join(backend.devices)}, the inputs are on {device.type}")
     if not reasons and args is not None:
         reasons.extend(backend.why_not(op, args))
     return reasons
 
 
-def _device_of(args: tuple[Any, ...]) -> torch.device:
+def _device_of(args: Arguments) -> torch.device:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             return arg.device
@@ -143,45 +125,45 @@ def _device_of(args: tuple[Any, ...]) -> torch.device:
     return torch.device("cpu")
 
 
-def _auto_reasons(backend: ModuleType, op: str, device: torch.device, args: tuple[Any, ...]) -> list[str]:
-    """Why ``auto`` passes ``backend`` by, which an explicit choice of it would not ask about all of."""
-    if device.type not in getattr(backend, "AUTO_DEVICES", (device.type,)):
+def _auto_reasons(backend: Backend, op: str, device: torch.device, args: Arguments) -> list[str]:
+    """Return the reasons for ``auto`` to skip ``backend``; an explicit choice skips some of these checks."""
+    if not backend.serves_auto_on(device.type):
         return [f"is chosen by name only on {device.type}"]
-    reasons = _reasons(backend.NAME, op, device, args)
-    if not reasons and getattr(backend, "SELF_TEST", False):
+    reasons = _reasons(backend.name, op, device, args)
+    if not reasons and backend.self_test:
         reasons = selftest.reasons(backend, op, args, device)
     return reasons
 
 
-def _in_turn(loaded: dict[str, ModuleType], op: str, device: torch.device, args: tuple[Any, ...]) -> list[ModuleType]:
-    """The backends as ``auto`` asks them: those that prefer this call, then by priority."""
+def _in_turn(op: str, device: torch.device, args: Arguments) -> list[Backend]:
+    """Return the backends as ``auto`` asks them: those that prefer this call first, then by descending priority."""
+    from .found_backends import BACKENDS
 
-    def place(backend: ModuleType) -> tuple[bool, int]:
-        prefers = getattr(backend, "preferred", None)
-        here = device.type in getattr(backend, "AUTO_DEVICES", (device.type,))
-        return not (prefers is not None and here and prefers(op, args)), -backend.PRIORITY
+    def place(backend: Backend) -> tuple[bool, int]:
+        return not (backend.serves_auto_on(device.type) and backend.preferred(op, args)), -backend.priority
 
-    return sorted(loaded.values(), key=place)
+    return sorted(BACKENDS.values(), key=place)
 
 
-def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    loaded, _ = _load()
+def _choose(op: str, args: Arguments) -> Kernel:
+    from .found_backends import BACKENDS, FUSIONS
+
     device = _device_of(args)
     name = current_backend()
     forward = op.removesuffix("_backward")
-    if name != "auto" and op != forward and name not in FUSIONS.get(forward, (name,)):
-        name = "reference"  # modules called the fusion by the backend of the forward; this one has no backward of it
+    if name != "auto" and op != forward and forward in OPTIONAL_OPS and forward not in FUSIONS.get(name, ()):
+        name = REFERENCE  # the forward ran on the backend of that moment; the one chosen now has no backward of it
     if name != "auto":
         reasons = _reasons(name, op, device, args)
         if reasons:
             raise BackendError(f"{op}: backend {name!r} cannot run it: " + "; ".join(reasons))
-        return loaded[name].KERNELS[op]
+        return BACKENDS[name].kernels[op]
     refusals = []
-    for backend in _in_turn(loaded, op, device, args):
+    for backend in _in_turn(op, device, args):
         reasons = _auto_reasons(backend, op, device, args)
         if not reasons:
-            return backend.KERNELS[op]
-        refusals.append(f"{backend.NAME}: {'; '.join(reasons)}")
+            return backend.kernels[op]
+        refusals.append(f"{backend.name}: {'; '.join(reasons)}")
     raise BackendError(f"{op}: no backend can run it: " + " | ".join(refusals))
 
 
@@ -202,7 +184,7 @@ for _name in SCHEMAS:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What one backend says of one op: ``reasons`` is empty where it can run."""
+    """Whether one backend can run one op: ``reasons`` says why not, and is empty where it can."""
 
     op: str
     backend: str
@@ -210,7 +192,7 @@ class BackendReport:
 
 
 class Explanation(tuple[BackendReport, ...]):
-    """Reports for every op and backend; ``print`` shows them as a table."""
+    """Reports on every op and backend; ``print`` shows them as a table."""
 
     def __str__(self) -> str:
         lines = []
@@ -225,17 +207,19 @@ class Explanation(tuple[BackendReport, ...]):
 
 
 def explain(device: torch.device | str | None = None) -> Explanation:
-    """Say for every op which backends can run it here and, of the others, why not.
+    """Report for every op which backends can run it on this machine and why the others cannot.
 
     Args:
-        device: ask for inputs on this device; None asks about the machine only.
+        device: also ask about inputs on this device; None asks about the machine only.
 
     Returns:
         A tuple of :class:`BackendReport`, printed as a table.
 
     Example::
 
-        print(sne_fast.explain("cpu"))
+        >>> report = sne_fast.explain("cpu")
+        >>> [entry.backend for entry in report if entry.op == "feed_forward" and not entry.reasons]
+        ['reference']
     """
     where = None if device is None else torch.device(device)
 
@@ -245,4 +229,4 @@ def explain(device: torch.device | str | None = None) -> Explanation:
         reasons = (*forward, *(backward if not forward else ()))
         return reasons or tuple(f"self-test: {text}" for text in selftest.failures(name, op))
 
-    return Explanation(BackendReport(op, name, reasons(name, op)) for op in FORWARD_OPS for name in BACKEND_NAMES)
+    return Explanation(BackendReport(op, name, reasons(name, op)) for op in FORWARD_OPS for name in backend_names())

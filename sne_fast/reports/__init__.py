@@ -1,1 +1,1 @@
-"""Measures, plots and files that experiments report with."""
+"""What experiments report with: measures, plots, CSV files, and a description of the machine they ran on."""

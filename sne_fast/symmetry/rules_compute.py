@@ -1,28 +1,26 @@
-"""How the operations that compute treat axes of units (see `tracing`).
+"""Rules for the operations that compute.
 
-Each rule says which axes of the arguments must be permuted alike, and what the dimensions of the result are. Where
-axes are summed over, `tracer.record` says what must still be there for one axis to be permuted depending on another:
-heads and the units inside a head may be permuted head by head only where both are always at hand.
+Each rule unifies the axes of the arguments that must be permuted alike, and returns the labels of the results, see
+`tracer.Rule`. Where axes are summed over, `Tracer.record` says which must still stand together for the permutation of
+one to depend on another: heads, and the units inside a head, may be permuted head by head only where both always stand
+together.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rules_views import RULES as VIEWS
 from .terms import ONE, Label, Term, cut, freeze, fresh, product, size, split, unify
-
-if TYPE_CHECKING:
-    from .tracing import Call, Tracer
+from .tracer import Call, Rule, Tracer
 
 CLASH = "meets an axis that is cut otherwise"
 
 
 def broadcast(tracer: Tracer, tensors: list[Tensor], shape: Any) -> Label:
-    """Axes that meet under broadcasting are one; the label of the result."""
+    """Unify the axes that meet under broadcasting, and return the label of the result."""
     out: list[Term] = [ONE] * len(shape)
     for x in tensors:
         label = tracer.label(x)
@@ -37,12 +35,13 @@ def broadcast(tracer: Tracer, tensors: list[Tensor], shape: Any) -> Label:
 
 
 def pointwise(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label an element-wise operation with broadcasting."""
     shape = max((t.shape for t in call.out), key=len)
     return [broadcast(tracer, call.tensors, shape)] * len(call.out)
 
 
 def matmul(tracer: Tracer, call: Call) -> list[Label] | None:
-    """mm, bmm and their forms that add: `(*b, m, k) (*b, k, n) -> (*b, m, n)`, vectors likewise."""
+    """Label `(*b, m, k) (*b, k, n) -> (*b, m, n)`, also of vectors, and with a tensor added."""
     if call.name in ("mm", "bmm", "mv", "dot", "vdot"):
         a, b = call.tensors[:2]
         added = []
@@ -66,6 +65,7 @@ def matmul(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def convolution(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify channels with those of the weight, group by group; freeze positions in image and kernel."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     groups = call["groups"]
     batch, channels, *space = tracer.label(x)
@@ -95,7 +95,7 @@ def convolution(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def channel_norm(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Batch normalisation: everything that belongs to a channel goes along, running statistics too."""
+    """Unify channels with weight, bias and running statistics, for batch normalisation."""
     x = call["input"]
     label = tracer.label(x)
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -107,6 +107,7 @@ def channel_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def layer_norm(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify the normalised dimensions with weight and bias."""
     x = call["input"]
     label = tracer.label(x)
     normalised = len(call["normalized_shape"])
@@ -119,6 +120,7 @@ def layer_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def group_norm(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Split channels into groups, and unify them with weight and bias."""
     x, groups = call["input"], call["group"]
     label = list(tracer.label(x))
     group, member = split(label[1], groups, size(label[1]) // groups)
@@ -130,6 +132,7 @@ def group_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def weight_norm(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify the dimension that has a gain with the gain."""
     label, gain = tracer.label(call["v"]), tracer.label(call["g"])
     d = call["dim"]
     unify(label[d], gain[d], tracer.because(CLASH))
@@ -137,7 +140,7 @@ def weight_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def reduction(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Sums, means, extremes over whole dimensions; results that name a position freeze those dimensions."""
+    """Drop the dimensions of a sum, mean or extreme; freeze them where the result is a position."""
     x: Tensor = call.first
     if len(call.tensors) != 1:
         return None
@@ -155,6 +158,7 @@ def reduction(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def softmax(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label a softmax, whose denominators stand without the dimension."""
     label = tracer.label(call["self"])
     d = call["dim"] % max(1, len(label))
     tracer.record(*label[:d], *label[d + 1 :])
@@ -162,6 +166,7 @@ def softmax(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def embedding(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Freeze the rows of the weight and the indices, and pass the columns."""
     rows, columns = tracer.label(call["weight"])
     freeze(rows, tracer.because("rows are looked up by index"))
     indices = tracer.label(call["indices"])
@@ -171,7 +176,7 @@ def embedding(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def index(tracer: Tracer, call: Call) -> list[Label] | None:
-    """`x[:, i, j]` with tensors as indices."""
+    """Freeze the dimensions that tensors index, as in `x[:, i, j]`, and these tensors."""
     label = tracer.label(call["self"])
     indices = call["indices"]
     taken = [d for d, i in enumerate(indices) if i is not None]
@@ -191,6 +196,7 @@ def index(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def index_select(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Freeze the indexed dimension and the index."""
     label = list(tracer.label(call["self"]))
     why = tracer.because("picked by index")
     for term in (label[call["dim"]], *tracer.label(call["index"])):
@@ -200,7 +206,7 @@ def index_select(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def spatial(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Pooling, resizing and padding of images: channel by channel, places in the image keep theirs."""
+    """Freeze positions in the image and pass channels, for pooling, resizing and padding."""
     x: Tensor = call.first
     label = list(tracer.label(x))
     count = next((int(c) for c, d in zip(call.name, call.name[1:], strict=False) if c in "123" and d == "d"), 0)
@@ -214,16 +220,13 @@ def spatial(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def glu(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify the two halves of a gated linear unit."""
     x, d = call["self"], call["dim"]
     label = list(tracer.label(x))
     one, other = cut(label[d], x.shape[d] // 2)
     unify(one, other, tracer.because(CLASH))
     label[d] = one
     return [tuple(label)]
-
-
-def _table(rule: Any, names: str) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), rule)
 
 
 _IMAGES = " ".join(
@@ -236,31 +239,22 @@ _IMAGES = " ".join(
     + ["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
 )  # fmt: skip
 
-RULES = {
-    **VIEWS,
-    **_table(matmul, "mm bmm mv dot vdot addmm baddbmm addmv"),
-    **_table(convolution, "convolution _convolution convolution_overrideable"),
-    **_table(
-        channel_norm,
-        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-        "miopen_batch_norm _batch_norm_no_update _batch_norm_with_update",
-    ),
-    **_table(layer_norm, "native_layer_norm _fused_rms_norm"),
-    **_table(group_norm, "native_group_norm"),
-    **_table(weight_norm, "_weight_norm_interface"),
-    **_table(
-        reduction,
-        "sum mean amax amin var std prod logsumexp any all linalg_vector_norm norm max min argmax argmin var_mean "
-        "std_mean nansum aminmax count_nonzero",
-    ),
-    **_table(softmax, "_softmax _log_softmax _safe_softmax"),
-    **_table(embedding, "embedding"),
-    **_table(index, "index _unsafe_index"),
-    **_table(index_select, "index_select"),
-    **_table(glu, "glu"),
-    **_table(spatial, _IMAGES),
-    **_table(
-        pointwise,
-        "masked_fill masked_fill_ _prelu_kernel where copy_ copy fill_ fill zero_",
-    ),
+COMPUTE_RULES: dict[Rule, str] = {
+    matmul: "mm bmm mv dot vdot addmm baddbmm addmv",
+    convolution: "convolution _convolution convolution_overrideable",
+    channel_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm _batch_norm_no_update _batch_norm_with_update",
+    layer_norm: "native_layer_norm _fused_rms_norm",
+    group_norm: "native_group_norm",
+    weight_norm: "_weight_norm_interface",
+    reduction: "sum mean amax amin var std prod logsumexp any all linalg_vector_norm norm max min argmax argmin "
+    "var_mean std_mean nansum aminmax count_nonzero",
+    softmax: "_softmax _log_softmax _safe_softmax",
+    embedding: "embedding",
+    index: "index _unsafe_index",
+    index_select: "index_select",
+    glu: "glu",
+    spatial: _IMAGES,
+    pointwise: "masked_fill masked_fill_ _prelu_kernel where copy_ copy fill_ fill zero_",
 }
+"""Names of ATen operations by rule."""

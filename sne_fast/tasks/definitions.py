@@ -28,7 +28,7 @@ class SneSettings:
     draws and the networks as they are; 0 leaves it out. `order`: codes of elements and chunks; False is the paper's
     ablation. `relative`: see `sne_method.relative_places`. `keep_best`: the epoch that
     validation likes best, else the last one. `input_scale`: "tensor", "zoo", "fan_in" or "none", as in
-    `TrainCommand`. The other names are those of `SNE`, `FitSettings` and `TrainCommand`.
+    `TrainSettings`. The other names are those of `SNE`, `FitSettings` and `TrainSettings`.
     """
 
     epochs: int = 60

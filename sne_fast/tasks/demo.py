@@ -7,49 +7,40 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..reports import reporting as report
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from ..data.batch import WeightBatch
-    from ..nn.predictor import Predictor
-    from ..training import FitSettings, History
-    from ..zoo import Zoo
+from ..atomic_files import write_json
+from ..backends.cpu import library
+from ..data.batch import WeightBatch
+from ..data.weight_budgets import stratified_split
+from ..nn.encoder import SNE
+from ..nn.predictor import Predictor
+from ..reports.files import write_csv
+from ..reports.machine import machine
+from ..reports.measures import measures, measures_table
+from ..reports.plots import embedding_map, scatter
+from ..training.loop import fit, predict
+from ..training.settings import FitSettings, History
+from ..training.threads import torch_threads
+from ..zoo.digits import ARCHITECTURES, make_digits_zoo
+from ..zoo.splits import PARTS
+from ..zoo.table import Zoo
+from .baselines.statistics import Statistics, statistics_regression
+from .requirements import check_extra
+from .run_folder import RunFolder
+from .settings import Demo
 
 TARGET = "test_accuracy"
-SHARES = (0.75, 0.05, 0.20)  # training, watched while training, held out
+SHARES = (0.75, 0.05, 0.20)
+"""Shares of the networks that train the predictor, that choose its epoch, and that are held out."""
 CODE_GAIN = 1.0
-SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", "layer statistics, boosted trees", "mean of the training networks"
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Settings of the demo; `max_steps` is the longest training of a network of the zoo."""
-
-    seed: int = 0
-    networks: int = 1440
-    max_steps: int = 600
-    hidden_dim: int = 32
-    epochs: int = 20
-    lr: float = 1e-3
-    batch_weights: int = 12_000
-
-    @classmethod
-    def quick(cls, seed: int = 0) -> Demo:
-        """A small run that shows the whole path rather than the quality."""
-        return cls(seed=seed, networks=180, max_steps=300, epochs=24, batch_weights=6_000)
-
-    def replace(self, **changes: Any) -> Demo:
-        """The same settings with some changed."""
-        return dataclasses.replace(self, **changes)
+SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", Statistics.name, "mean of the training networks"
 
 
 def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -62,45 +53,37 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         out: a folder that does not exist yet or is empty.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
 
     Raises:
-        FileExistsError: the folder holds something.
-        ModuleNotFoundError: scikit-learn, scipy or matplotlib is missing.
-        ValueError: settings that do not work.
+        FileExistsError: the folder is not empty.
+        ModuleNotFoundError: scikit-learn, scipy, matplotlib or pyarrow is missing.
+        ValueError: invalid settings.
     """
-    check_extra()
-    from rich.console import Console
-
-    from ..backends.cpu import library
-    from ..training import stratified_split
-    from ..training.threads import torch_threads
-
+    check_extra("the demo")
     settings = settings or Demo()
     console = console or Console()
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"demo: {str(out)!r} exists and is not an empty folder; choose another or remove it")
+    folder = RunFolder(out)
+    if folder.in_use():
+        raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
     _check(settings)
     predictor = _predictor(settings)
     clock = Clock()
 
     with clock("zoo"):
-        zoo = _make_zoo(out / "zoo", settings, console)
+        zoo = _make_zoo(folder.zoo, settings, console)
     accuracy = zoo.column(TARGET)
     architectures = [str(name) for name in zoo.column("architecture")]
-    parts = dict(
-        zip(("train", "validation", "test"), stratified_split(architectures, SHARES, settings.seed), strict=True)
-    )
+    parts = dict(zip(PARTS, stratified_split(architectures, SHARES, settings.seed), strict=True))
     with clock("packing"):
         batch = predictor.encoder.pack(zoo)
-    # Batches are small, and most of a step's thousand operations too small to share: two threads that sleep while they
-    # wait (see cli.main) met 330 times a step and trained at 287k weights/s, one at 431k.
+    # Batches are small, and most of the thousand operations of a step are too small to share: two threads, which sleep
+    # while they wait, meet 330 times in a step and train at 287k weights/s, one thread at 431k.
     with clock("training"), torch_threads(1):
         history = _train(predictor, batch, accuracy, parts, settings, console)
-        predictor.save_pretrained(out / "predictor")
+        predictor.save_pretrained(folder.predictor())
     with clock("report"):
-        results = _report(out, predictor, batch, zoo, parts, settings, console)
+        results = _report(folder, predictor, batch, zoo, parts, settings, console)
 
     metrics = {
         "settings": dataclasses.asdict(settings),
@@ -111,34 +94,27 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "validation_loss": history.validation_loss,
         "weights_per_second": history.weights_per_second,
         "seconds": clock.seconds(),
-        "machine": report.machine(),
+        "machine": machine(),
     }
-    report.write_json(out / "metrics.json", metrics)
+    write_json(folder.result(), metrics)
     if library.reasons():
         console.print(f"\nWithout the C++ backend all this took several times longer: {'; '.join(library.reasons())}")
     console.print(
         f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
-        f"Written to {out}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
-        f"Try: sne-fast predict --model {out / 'predictor'} {zoo[parts['test'][0]]}",
+        f"Written to {folder}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
+        f"Try: sne-fast predict --model {folder.predictor()} {zoo[parts['test'][0]]}",
         highlight=False,
         soft_wrap=True,
     )
     return metrics
 
 
-def check_extra() -> None:
-    """Everything the demo imports is there, said before any work is done."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("sklearn", "scipy", "matplotlib", "pyarrow") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f'the demo needs {", ".join(missing)}: pip install "sne_fast[demo]"', name=missing[0])
-
-
 def _check(settings: Demo) -> None:
-    """Settings are checked before the zoo is trained, not after."""
-    from ..zoo.digits import ARCHITECTURES
+    """Check the settings before any work is done.
 
+    Raises:
+        ValueError: too few networks, or settings that `FitSettings` refuses.
+    """
     least = 4 * len(ARCHITECTURES)
     if settings.networks < least:
         raise ValueError(f"demo: networks must be at least {least}, four per architecture, got {settings.networks}")
@@ -146,13 +122,11 @@ def _check(settings: Demo) -> None:
 
 
 def _fit_settings(settings: Demo) -> FitSettings:
-    from ..training import FitSettings
-
     return FitSettings(epochs=settings.epochs, lr=settings.lr, batch_weights=settings.batch_weights, seed=settings.seed)
 
 
 class Clock:
-    """Wall time of the demo's stages: `with clock("zoo"): ...`."""
+    """Wall time of the stages of the demo: `with clock("zoo"): ...`."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -160,39 +134,33 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Measure the time that the `with` block takes as that of a stage."""
         begin = time.perf_counter()
         yield
         self._stages[stage] = time.perf_counter() - begin
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage and of everything so far."""
+        """Return the seconds of each stage, and as "all" those since the clock was made."""
         return {**self._stages, "all": time.perf_counter() - self._start}
 
     def line(self) -> str:
-        """The same in words."""
+        """Return the seconds as a line of text."""
         seconds = self.seconds()
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if name != "all")
         return f"{seconds['all']:.1f} s in all ({parts})"
 
 
 def _predictor(settings: Demo) -> Predictor:
-    import torch
-
-    from ..nn.encoder import SNE
-    from ..nn.predictor import Predictor
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         encoder = SNE(hidden_dim=settings.hidden_dim)
-        # Accuracy shows in how large the weights of which layer are, which SNE learns from its codes. At the gains it
-        # starts with, 0.1, tau was lower by 0.05 on both zoos tried.
+        # Accuracy shows in how large the weights of which layer are, and SNE learns which layer from its codes. With
+        # their initial gains of 0.1, tau was lower by 0.05 on both zoos tried.
         encoder.fill_code_gains(CODE_GAIN)
         return Predictor(encoder, 1, (128, 128), target_names=["accuracy"], target_transform="logit")
 
 
 def _make_zoo(folder: Path, settings: Demo, console: Console) -> Zoo:
-    from ..zoo import make_digits_zoo
-
     with _bar(console) as bar:
         task = bar.add_task(f"1. Training {settings.networks} digit classifiers", total=1.0, note="")
         zoo = make_digits_zoo(
@@ -219,11 +187,9 @@ def _train(
     settings: Demo,
     console: Console,
 ) -> History:
-    from ..training import fit, network_sizes
-
-    targets = _targets(accuracy)
+    targets = torch.tensor(accuracy, dtype=torch.get_default_dtype())[:, None]
     train, validation = parts["train"], parts["validation"]
-    per_epoch = int(network_sizes(batch)[train].sum())
+    per_epoch = int(batch.network_sizes[train].sum())
     with _bar(console) as bar:
         task = bar.add_task(f"2. Training SNE on {len(train)} of them", total=settings.epochs * per_epoch, note="")
         epochs_done = 0
@@ -248,7 +214,7 @@ def _train(
 
 
 def _report(
-    out: Path,
+    folder: RunFolder,
     predictor: Predictor,
     batch: WeightBatch,
     zoo: Zoo,
@@ -256,38 +222,28 @@ def _report(
     settings: Demo,
     console: Console,
 ) -> dict[str, Any]:
-    import numpy as np
-
-    from ..training import predict
-
     accuracy, architectures = zoo.column(TARGET), [str(name) for name in zoo.column("architecture")]
     test, known = parts["test"], parts["train"] + parts["validation"]
     with console.status("3. Evaluating on held-out networks"):
         values, z = predict(predictor, batch)
-        # The baseline may fit the validation networks too, which the predictor used to choose its epoch.
+        # The baselines may fit the validation networks too, since the predictor used them to choose its epoch.
         everything = {
             SNE_NAME: values[:, 0].double().cpu().numpy(),
-            STATISTICS_NAME: report.statistics_regression(batch, accuracy, known, settings.seed),
+            STATISTICS_NAME: statistics_regression(batch, accuracy, known, settings.seed),
             MEAN_NAME: np.full(len(accuracy), accuracy[known].mean()),
         }
         held_out = {name: predicted[test] for name, predicted in everything.items()}
-        results: dict[str, Any] = {name: report.measures(p, accuracy[test]) for name, p in held_out.items()}
+        results: dict[str, Any] = {name: measures(p, accuracy[test]) for name, p in held_out.items()}
         groups = [architectures[i] for i in test]
-        report.scatter(
-            out / "scatter.png",
-            accuracy[test],
-            {name: held_out[name] for name in (SNE_NAME, STATISTICS_NAME)},
-            groups,
-            results,
-        )
-        report.embedding_map(
-            out / "embedding.png", z.double().cpu().numpy(), accuracy, architectures, test, settings.seed
-        )
+        shown = {name: held_out[name] for name in (SNE_NAME, STATISTICS_NAME)}
+        scatter(folder.plot("scatter"), accuracy[test], shown, groups, results)
+        encodings = z.double().cpu().numpy()
+        embedding_map(folder.plot("embedding"), encodings, accuracy, architectures, test, settings.seed)
     console.print("3. Evaluated on held-out networks\n")
-    console.print(report.table(results, len(test)))
+    console.print(measures_table(f"Accuracy of {len(test)} held-out networks", results))
     names = [zoo.rows[i]["name"] for i in test]
-    report.write_csv(
-        out / "predictions.csv",
+    write_csv(
+        folder.predictions,
         ["name", "architecture", "accuracy", "predicted", "layer_statistics"],
         list(zip(names, groups, accuracy[test], held_out[SNE_NAME], held_out[STATISTICS_NAME], strict=True)),
     )
@@ -301,23 +257,8 @@ def _report(
     return {"models": results, "sne_by_architecture": by_architecture}
 
 
-def _targets(accuracy: np.ndarray) -> torch.Tensor:
-    import torch
-
-    return torch.tensor(accuracy, dtype=torch.get_default_dtype())[:, None]
-
-
 @contextmanager
 def _bar(console: Console) -> Iterator[Progress]:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

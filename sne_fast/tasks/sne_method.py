@@ -55,7 +55,7 @@ def relative_places(batch: WeightBatch) -> WeightBatch:
     level[batch.network_ptr[1:] - 1] = 2
     kind, role = batch.tensor_type // len(KINDS), batch.tensor_type % len(KINDS)
     kind = torch.where(kind == CONVOLUTION, LINEAR, kind)
-    return batch._with(layer_level=level, tensor_type=len(KINDS) * kind + role)
+    return batch.with_fields(layer_level=level, tensor_type=len(KINDS) * kind + role)
 
 
 def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings) -> Augment | None:

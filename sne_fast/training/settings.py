@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 SEED_STRIDE = 1_000_003  # so that neighbouring seeds do not share the draws of their steps or epochs
-AMP_DTYPES = ("bfloat16", "float16")
+AmpDtype = Literal["bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class FitSettings:
     clip: float = 1.0
     patience: int | None = None
     keep_best: bool = True
-    amp: str | None = None
+    amp: AmpDtype | None = None
     invariance: float = 0.0
     seed: int = 0
 
@@ -42,8 +43,10 @@ class FitSettings:
             raise ValueError(f"FitSettings: warmup must lie in [0, 1), got {self.warmup}")
         if not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"FitSettings: lr and clip must be above 0, got {self.lr} and {self.clip}")
-        if self.amp is not None and self.amp not in AMP_DTYPES:
-            raise ValueError(f"FitSettings: amp must be None or one of {', '.join(AMP_DTYPES)}, got {self.amp!r}")
+        if self.amp is not None and self.amp not in get_args(AmpDtype):
+            raise ValueError(
+                f"FitSettings: amp must be None or one of {', '.join(get_args(AmpDtype))}, got {self.amp!r}"
+            )
         if not self.invariance >= 0:
             raise ValueError(f"FitSettings: invariance must be at least 0, got {self.invariance}")
 

@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..extras import require
+
 SIDE = 8
 CLASSES = 10
 TEST_IMAGES = 600
@@ -30,12 +32,9 @@ def load_digits() -> tuple[Split, Split]:
     Raises:
         ModuleNotFoundError: scikit-learn is missing.
     """
-    try:
-        from sklearn.datasets import load_digits as bundled
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'the digits zoo needs scikit-learn: pip install "sne_fast[demo]"', name=error.name
-        ) from error
+    require("sklearn", extra="demo", why="the digits zoo")
+    from sklearn.datasets import load_digits as bundled
+
     raw, target = bundled(return_X_y=True)
     images = torch.tensor(raw, dtype=torch.float32).view(-1, 1, SIDE, SIDE) / 16
     labels = torch.tensor(target, dtype=torch.int64)

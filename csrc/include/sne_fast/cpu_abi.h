@@ -1,8 +1,8 @@
-/* The C interface of the CPU engine: plain pointers and sizes in, a status code out, no torch and no Python.
+/* The C interface of the CPU library: plain pointers and sizes in, a status code out, no torch and no Python.
  *
- * sne_fast/_native.py mirrors these structs with ctypes field by field; change one and you change the other and raise
- * SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major; "real" is float or double as
- * `dtype` says. Every call is reentrant, and its results do not depend on `num_threads`. */
+ * sne_fast/backends/cpu/library.py mirrors these structs with ctypes, field by field. Whoever changes one changes the
+ * other and raises SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major; "real" is float
+ * or double as `dtype` says. Every call is reentrant, and its results do not depend on `num_threads`. */
 #ifndef SNE_FAST_CPU_ABI_H
 #define SNE_FAST_CPU_ABI_H
 
@@ -30,7 +30,7 @@ enum sne_fast_status {
   SNE_FAST_BAD_ISA = 4 /* instruction set unknown, not compiled in, or not supported by this processor */
 };
 
-/* chunk_encode (SPEC 3 step 1 up to the pooled rows). h = hidden, H = heads, N chunks, T tensors, V values. */
+/* chunk_encode (docs/method.md 3.1): h = hidden, H = heads, N chunks, T tensors, V values. */
 typedef struct {
   int64_t num_chunks, num_tensors, num_values, hidden, heads, element_rows, layer_norm, num_threads;
   const int64_t *chunk_ptr;  /* (N+1) */
@@ -48,7 +48,7 @@ typedef struct {
   const void *pool_query;    /* (H, h) */
 } sne_fast_chunk_encode_args;
 
-/* Gradients, shaped like the inputs; all are written in full. */
+/* Gradients of the shapes of the inputs. All are written in full. */
 typedef struct {
   const void *grad; /* (N, H, h) */
   void *values, *row_code, *element_code, *logit, *basis, *w_qkv, *b_qkv, *w_o, *b_o, *norm, *pool_query;
@@ -63,8 +63,8 @@ typedef struct {
 } sne_fast_set_attention_args;
 
 typedef struct {
-  const void *grad;   /* (rows_q, h) */
-  void *q, *k, *v;    /* like the inputs */
+  const void *grad; /* (rows_q, h) */
+  void *q, *k, *v;  /* like the inputs */
 } sne_fast_set_attention_grads;
 
 /* segment_pool: out[s, a] = sum over rows i of segment s of softmax_i(logits[i, a]) x[i]. */
@@ -80,25 +80,26 @@ typedef struct {
   void *x, *logits;
 } sne_fast_segment_pool_grads;
 
-/* gather_chunks: matrix t, (plan[2t], plan[2t+1]) row-major of its own dtype, is written transposed, divided by
- * scale[t]. The backward writes the matrices' gradients (`matrices` in their dtypes) and scale_grad from grad. */
+/* gather_chunks: matrix t, of shape (shapes[2t], shapes[2t+1]) row-major of its own dtype, is written transposed,
+ * divided by scale[t]. The backward writes the matrices' gradients (`matrices` in their dtypes) and scale_grad from
+ * grad. */
 typedef struct {
   int64_t num_matrices, num_values, num_threads;
-  const int64_t *plan;        /* (T, 2) */
-  const int32_t *dtypes;      /* (T) sne_fast_dtype of every matrix */
-  void *const *matrices;      /* (T) read by the forward, written by the backward */
-  const double *scale;        /* (T) */
-  void *values;               /* (V) written by the forward, read by the backward */
-  const void *grad;           /* (V) backward only */
-  double *scale_grad;         /* (T) backward only */
+  const int64_t *shapes; /* (T, 2) */
+  const int32_t *dtypes; /* (T) sne_fast_dtype of every matrix */
+  void *const *matrices; /* (T) read by the forward, written by the backward */
+  const double *scale;   /* (T) */
+  void *values;          /* (V) written by the forward, read by the backward */
+  const void *grad;      /* (V) backward only */
+  double *scale_grad;    /* (T) backward only */
 } sne_fast_gather_chunks_args;
 
 SNE_FAST_API int sne_fast_cpu_abi(void);
 SNE_FAST_API const char *sne_fast_cpu_status(int status);
-/* The flavour in use: "portable", "avx2" or "avx512"; null or "" in select picks the best one this processor runs. */
+/* Instruction set in use: "portable", "avx2" or "avx512". Null or "" selects the best that this processor runs. */
 SNE_FAST_API const char *sne_fast_cpu_isa(void);
 SNE_FAST_API int sne_fast_cpu_select_isa(const char *name);
-/* 1 if this processor and this build can run the flavour. */
+/* Returns 1 if this processor and this build can run the instruction set. */
 SNE_FAST_API int sne_fast_cpu_has_isa(const char *name);
 
 SNE_FAST_API int sne_fast_cpu_chunk_encode(int dtype, const sne_fast_chunk_encode_args *args, void *out);

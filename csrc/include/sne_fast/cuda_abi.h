@@ -1,9 +1,9 @@
-/* The C interface of the CUDA engine: device pointers and sizes in, a status code out, no torch and no Python.
+/* The C interface of the CUDA library: device pointers and sizes in, a status code out, no torch and no Python.
  *
- * The structs are mirrored with ctypes in sne_fast/_cuda/library.py, field by field: change one and you change the other
- * and raise SNE_FAST_CUDA_ABI, which is checked at load. All arrays are contiguous and row-major. "real" is float or a
- * half type, as `precision` says; sums and softmax are float throughout. Nothing here waits for the device, allocates,
- * or keeps state: what a call needs besides its results is a workspace of the caller's. */
+ * sne_fast/backends/cuda/library.py mirrors these structs with ctypes, field by field. Whoever changes one changes the
+ * other and raises SNE_FAST_CUDA_ABI, which is checked at load. All arrays are contiguous and row-major. "real" is
+ * float or a half type, as `precision` says; sums and softmax are float throughout. No function waits for the device,
+ * allocates, or keeps state: the caller passes workspaces. */
 #ifndef SNE_FAST_CUDA_ABI_H
 #define SNE_FAST_CUDA_ABI_H
 
@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-/* Type of arrays, and how exact products of float are. */
+/* Type of arrays, and precision of float products. */
 enum sne_fast_precision {
   SNE_FAST_PRECISION_FLOAT = 0, /* float32, three TF32 products for one */
   SNE_FAST_PRECISION_TF32 = 1,  /* float32, products rounded to TF32 */
@@ -24,7 +24,7 @@ enum sne_fast_precision {
   SNE_FAST_PRECISION_BFLOAT = 3
 };
 
-/* 0: done; above: a cudaError_t, or 999 from the emulator. */
+/* 0 for success; positive numbers are a cudaError_t, or 999 from the emulator. */
 enum sne_fast_cuda_status {
   SNE_FAST_CUDA_OK = 0,
   SNE_FAST_CUDA_BAD_ARGUMENT = -1, /* sizes that do not fit together */
@@ -33,21 +33,21 @@ enum sne_fast_cuda_status {
 
 SNE_FAST_CUDA_API int sne_fast_cuda_abi(void);
 SNE_FAST_CUDA_API const char *sne_fast_cuda_status(int status);
-/* What it was compiled for, such as "80+ptx 90a compute_120": a cubin each, PTX besides, PTX alone; "emulated" for
- * the host build. */
+/* Architectures of the build, such as "80+ptx 90a compute_120": a cubin and PTX for 80, a cubin for 90a, PTX alone for
+ * 120. "emulated" for the host build. */
 SNE_FAST_CUDA_API const char *sne_fast_cuda_architectures(void);
-/* CUDA that it was built with, and the newest that the driver here knows, as 13000 for 13.0; 0 for none. */
+/* CUDA version of the build, and the newest that the driver here supports: 13000 for 13.0, 0 for none. */
 SNE_FAST_CUDA_API int sne_fast_cuda_runtime_version(void);
 SNE_FAST_CUDA_API int sne_fast_cuda_driver_version(void);
-/* Order in which emulated threads run: 0 as numbered, else drawn by this seed. Nothing on a GPU. */
+/* Sets the order in which emulated threads run: 0 as numbered, else drawn with this seed. Does nothing on a GPU. */
 SNE_FAST_CUDA_API void sne_fast_cuda_emulated_schedule(uint64_t seed);
 
-/* chunk_encode: SPEC 3 step 1 up to the pooled rows. First the weights are prepared, then each class of chunk lengths
- * has launches of its own. h = hidden, H = heads. */
+/* chunk_encode (docs/method.md 3.1). First the weights are prepared, then each class of chunk lengths has launches of
+ * its own. h = hidden, H = heads, N chunks. */
 typedef struct {
-  int64_t hidden, heads, backward; /* backward: with the transposes too */
+  int64_t hidden, heads, backward;      /* backward: 1 to prepare the transposes too */
   const void *w_qkv, *w_o, *pool_query; /* (3, 3h, h), (4, h, h), (H, h) */
-  void *prepared; /* real, as many as sne_fast_cuda_chunk_weights_size says */
+  void *prepared;                       /* real, as many as sne_fast_cuda_chunk_weights_size says */
 } sne_fast_chunk_weights_args;
 
 SNE_FAST_CUDA_API int64_t sne_fast_cuda_chunk_weights_size(int64_t hidden, int64_t heads);
@@ -55,66 +55,72 @@ SNE_FAST_CUDA_API int sne_fast_cuda_chunk_weights(int precision, const sne_fast_
 
 typedef struct {
   int64_t hidden, heads, layer_norm;
-  int64_t slots, lowest, shared;      /* the class: see csrc/cuda/chunk_slots.h */
-  int64_t blocks, first_block, count; /* blocks of slots: all of the class, and those of this launch */
-  int64_t programs, shared_limit;     /* multiprocessors, bytes of shared memory that a block may have */
-  int64_t wgmma;                      /* 1 on compute capability 9.0: that path where there is one */
+  int64_t slots, min_length, multi_chunk; /* the class: see csrc/cuda/chunk_encode/slots.h */
+  int64_t bins, first_bin, count;         /* bins of the class; the first and how many of this launch */
+  int64_t multiprocessors, shared_limit;  /* bytes of shared memory that a thread block may have */
+  int64_t wgmma;                          /* 1 to use wgmma where there is such a kernel (compute capability 9.0) */
   const int64_t *chunk_ptr, *order, *owner, *table; /* (N+1), (N), (N), (274) */
   const void *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
 } sne_fast_cuda_chunk_args;
 
-/* With count 0 this and the kernels of the backward only say whether they could run, and follow no pointer.
- * out (N, H, h); or null, then saved (4, count * slots, h): what blocks 1 to 3 and the pool see. */
+/* Writes out (N, H, h) or, if that is null, saved (4, count * slots, h): the inputs of blocks 1 to 3 and of the pool.
+ * With count 0 this and the kernels of the backward only return whether they could run, and follow no pointer. */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *args, void *out,
                                                  void *saved, void *stream);
 
-/* Workspace of the backward, for the rows (count * slots) of one launch. Its kernels run one after the other: the pool,
- * then for blocks 3, 2, 1 the block and its matrices (the codes after block 2), then block 0 and its matrix. What they
- * sum over chunks they add to tables with a row for each of `programs` blocks of threads. */
+/* Workspace of the backward for the rows (count * slots) of one launch. Its kernels run in this order: the pool, then
+ * for blocks 3, 2, 1 the block and its matrices (the codes after block 2), then block 0 and its matrix. Sums over
+ * chunks are added to tables (*_part) with a row for each thread block, of which there are at most `multiprocessors`.
+ */
 typedef struct {
   void *saved;     /* real (4, rows, h), from sne_fast_cuda_chunk_encode */
   void *rows_grad; /* float (rows, h), in and out */
   void *products;  /* real (5, rows, h) */
 } sne_fast_cuda_chunk_space;
 
-/* norm_part: float (programs, 4, h). */
+/* norm_part: float (multiprocessors, 4, h). */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_block_backward(int precision, const sne_fast_cuda_chunk_args *args,
                                                          const sne_fast_cuda_chunk_space *space, int64_t block,
                                                          float *norm_part, void *stream);
 
-/* Reads and writes more than it computes: several blocks of threads a multiprocessor. */
+/* Thread blocks per multiprocessor of the pool's backward, which is bound by memory. */
 #define SNE_FAST_CUDA_POOL_BLOCKS 4
-/* grad (N, H, h), real; query_part: float (SNE_FAST_CUDA_POOL_BLOCKS * programs, H, h). */
+/* grad (N, H, h), real; query_part: float (SNE_FAST_CUDA_POOL_BLOCKS * multiprocessors, H, h). */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_pool_backward(int precision, const sne_fast_cuda_chunk_args *args,
                                                         const sne_fast_cuda_chunk_space *space, const void *grad,
                                                         float *query_part, void *stream);
 
-/* Sums of rows_grad: chunk_grad float (N, h), written; element_part float (programs, codes, h). */
+/* Sums rows_grad: writes chunk_grad, float (N, h), and adds to element_part, float (multiprocessors, codes, h). */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_codes_backward(int precision, const sne_fast_cuda_chunk_args *args,
                                                          const sne_fast_cuda_chunk_space *space, int64_t codes,
                                                          float *chunk_grad, float *element_part, void *stream);
 
 typedef struct {
-  void *values;                                /* real (V), written */
-  void *logit_part, *basis_part, *norm_part;   /* float (programs, 2, H), (programs, 3, h), (programs, 4, h) */
+  void *values;     /* real (V), written */
+  void *logit_part; /* float (multiprocessors, 2, H), like the next two */
+  void *basis_part; /* (multiprocessors, 3, h) */
+  void *norm_part;  /* (multiprocessors, 4, h) */
 } sne_fast_cuda_chunk_scalar_grads;
 
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_scalar_backward(int precision, const sne_fast_cuda_chunk_args *args,
                                                           const sne_fast_cuda_chunk_space *space,
                                                           const sne_fast_cuda_chunk_scalar_grads *grads, void *stream);
 
-/* Of the block whose backward has just run; of block 0 fc_o alone. */
+/* Gradients of the matrices of the block whose backward has just run; of block 0 of fc_o alone. */
 typedef struct {
-  int64_t hidden, rows, block, programs;
+  int64_t hidden, rows, block, multiprocessors;
   const void *saved, *products;
-  void *w_qkv_part, *b_qkv_part, *w_o_part, *b_o_part; /* float (programs, 3, h, h), (programs, 3, h), (programs, h, h),
-                                                          (programs, h) */
+  void *w_qkv_part; /* float (multiprocessors, 3, h, h), like the next three */
+  void *b_qkv_part; /* (multiprocessors, 3, h) */
+  void *w_o_part;   /* (multiprocessors, h, h) */
+  void *b_o_part;   /* (multiprocessors, h) */
 } sne_fast_cuda_chunk_weight_grad_args;
 
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_weight_grad(int precision, const sne_fast_cuda_chunk_weight_grad_args *args,
                                                       void *stream);
 
-/* out[s] = sum of the rows of x of segment s, all float; partial: (rows / 256 + segments, width). width divides 256. */
+/* out[s] = sum of the rows of x in segment s, all float. partial: workspace (rows / 256 + segments, width). width must
+ * divide 256. */
 typedef struct {
   int64_t rows, segments, width;
   const int64_t *ptr; /* (segments + 1) */
@@ -124,24 +130,26 @@ typedef struct {
 
 SNE_FAST_CUDA_API int sne_fast_cuda_segment_sum(const sne_fast_segment_sum_args *args, void *stream);
 
-/* Attention between packed sets. A kernel's "own" rows are those its warps keep in registers, "inner" rows those they
- * loop over: queries and keys in the forward and for the gradient of q, keys and queries for those of k and v. */
+/* Attention between packed sets. A kernel's own rows are those its warps keep in registers, its inner rows those they
+ * loop over: queries and keys in the forward and for the gradient of q, keys and queries for the gradients of k and v.
+ */
 struct sne_fast_cuda_set_attention_args {
   int64_t sets, width, heads, precision;
-  int64_t warps;  /* 1, 2 or 4 that work on 16 * warps own rows of a set and head together */
-  int64_t single; /* 1: no set has more own rows than those, so that pieces are sets */
-  int64_t split;  /* 0, or a power of two: so many inner rows a piece, and all own rows of a set are in one */
-  int64_t pieces; /* sets if single, else rows / size + sets, where size is 16 * warps own or `split` inner rows */
-  int64_t pages;  /* with split: inner rows / split, rounded down */
-  int64_t most;   /* own rows of the largest set */
-  const void *q, *k, *v; /* real (queries, width) and (keys, width), aligned to 16 bytes like all below */
+  int64_t warps;            /* 1, 2 or 4 warps that work on a tile of 16 * warps own rows of a set and head together */
+  int64_t one_tile_per_set; /* 1: no set has more own rows than a tile, so that pieces are sets */
+  int64_t split_rows;       /* 0, or a power of two: pieces are splits of so many inner rows, with all own rows */
+  int64_t pieces; /* sets if one_tile_per_set, else rows / size + sets: own rows by tile, or inner rows by split */
+  int64_t aligned_splits;       /* with split_rows: inner rows / split_rows, rounded down */
+  int64_t max_own_rows;         /* own rows of the largest set */
+  const void *q, *k, *v;        /* real (queries, width) and (keys, width), aligned to 16 bytes like all below */
   const int64_t *q_ptr, *k_ptr; /* (sets + 1) */
   void *out;                    /* real (queries, width): written by the forward */
   float *lse;                   /* (queries, heads): likewise */
   const void *grad;             /* real (queries, width), of out */
-  float *mean;                  /* (queries, heads): what dq subtracts from the gradient of weights; dk, dv read it */
+  float *mean; /* (queries, heads): subtracted from the gradient of weights; written with dq, read for dk, dv */
   void *grad_q, *grad_k, *grad_v; /* real */
-  /* With split: (2 (pages + 1), most, width), the same (not in the forward), and (2 (pages + 1), most, heads). */
+  /* With split_rows: (2 (aligned_splits + 1), max_own_rows, width), the same (not in the forward), and
+   * (2 (aligned_splits + 1), max_own_rows, heads). */
   float *partial, *partial_second, *partial_rows;
 };
 
@@ -153,11 +161,11 @@ SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_query_grad(const struct sne_fa
 SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_key_grad(const struct sne_fast_cuda_set_attention_args *args,
                                                            void *stream);
 
-/* gather_chunks: matrices (R, K), each written as its transpose (K, R) over its scale, one behind another.
+/* gather_chunks: writes matrices (R, K), each as its transpose (K, R) divided by its scale, one behind another.
  *
- * `table` (fields, stride) int64 on the device describes T matrices that are not empty, a row for each field below. A
- * tile is a block of tile_rows x tile_columns of a matrix, at most 4096 values, at most 64 of them side by side in one
- * direction, or all of one direction; tiles are counted row by row of tiles, matrix after matrix. */
+ * `table` (fields, stride), int64 on the device, describes T matrices that are not empty, with a row for each field
+ * below. A tile is tile_rows x tile_columns of a matrix: at most 4096 values, at most 64 in one direction or all of it.
+ * Tiles are counted row by row of tiles, matrix after matrix. */
 enum sne_fast_gather_field {
   SNE_FAST_GATHER_FIRST_TILE = 0,
   SNE_FAST_GATHER_ADDRESS = 1, /* of the matrix (backward: of its gradient), a multiple of its type's size */
@@ -180,23 +188,22 @@ typedef struct {
   int64_t wide_scale; /* 1: scale, parts and grad_scale are double, and backward computes in double */
   int64_t tensors, stride, tiles;
   const void *table, *scale;
-  void *values;       /* result of the forward call, input of the backward call */
-  const void *grad;   /* backward, like the rest; as far from a multiple of 16 bytes as values */
-  void *parts;        /* (tiles,) workspace */
-  void *grad_scale;   /* (T,), by place */
+  void *values;     /* result of the forward call, input of the backward call */
+  const void *grad; /* backward, like the rest; as far from a multiple of 16 bytes as values */
+  void *parts;      /* (tiles,) workspace */
+  void *grad_scale; /* (T,), by place */
 } sne_fast_cuda_gather;
 SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks(const sne_fast_cuda_gather *, void *stream);
 SNE_FAST_CUDA_API int sne_fast_cuda_gather_chunks_backward(const sne_fast_cuda_gather *, void *stream);
 
 /* segment_pool: softmax over the rows of each segment, and weighted sums of them.
  *
- * A segment counts as its rows and `queries` more; a block has per_block such items (at most 16320), so that
- * blocks = ceil((rows + queries sets) / per_block). x (rows, width) real, width a multiple of 16, logits (rows,
- * queries) real, ptr (sets + 1,) int64, out (sets, queries, width) real, lse (sets, queries) float. Arrays begin at
- * multiples of 16 bytes. part (2 blocks, queries, width) and part_state (2 blocks, queries, 2) float: workspace of the
- * forward call.
- * Backward: grad as out, grad_x and grad_logits as x and logits, weights_grad (rows, queries) and part_mean
- * (2 blocks, queries) float workspace. */
+ * A segment counts as one item per row and `queries` more. A thread block has per_block items (at most 16320), so
+ * blocks = ceil((rows + queries sets) / per_block). x (rows, width) real, width a multiple of 16; logits (rows,
+ * queries) real; ptr (sets + 1,) int64; out (sets, queries, width) real; lse (sets, queries) float. Arrays are aligned
+ * to 16 bytes. Workspace of the forward: part (2 blocks, queries, width) and part_state (2 blocks, queries, 2), float.
+ * Backward: grad like out, grad_x and grad_logits like x and logits; workspace weights_grad (rows, queries) and
+ * part_mean (2 blocks, queries), float. */
 typedef struct {
   int64_t rows, sets, width, queries, precision, per_block, blocks;
   const void *x, *logits;

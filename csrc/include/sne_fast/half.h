@@ -1,4 +1,4 @@
-// Half types as two bytes, and their conversions: native instructions on a GPU, integer arithmetic on a host.
+// The half types as two bytes, and their conversions: native instructions on a GPU, integer arithmetic on a host.
 #pragma once
 
 #include <stdint.h>

@@ -1,8 +1,8 @@
-// One source, three instruction sets: every flavoured translation unit is compiled with -DSNE_ISA_portable,
-// -DSNE_ISA_avx2 or -DSNE_ISA_avx512 and puts everything into a namespace of that name.
+// One source for three instruction sets: such a source is compiled with -DSNE_ISA_portable, -DSNE_ISA_avx2 or
+// -DSNE_ISA_avx512, and puts everything into a namespace of that name.
 //
-// Flavoured code must not instantiate templates or inline functions of the standard library: the linker keeps one copy
-// of those for the whole program, and it might be the one that holds AVX-512 instructions. C functions are fine.
+// It must not instantiate templates or inline functions of the standard library: the linker keeps one copy of those for
+// the whole program, which might be the one with AVX-512 instructions. C functions are fine.
 #pragma once
 
 #if defined(SNE_ISA_avx512)

@@ -1,4 +1,4 @@
-// Scratch memory: one block, handed out front to back, every piece aligned to a cache line.
+// Scratch memory: one buffer, handed out front to back, with every piece aligned to a cache line.
 #pragma once
 
 #include <stddef.h>
@@ -9,7 +9,7 @@
 
 namespace sne::SNE_ISA {
 
-// Run the same sequence of take() calls twice: with no memory to learn the size, then with memory to get the pieces.
+// Run the same sequence of take() calls twice: without memory to learn the size, then with memory to get the pieces.
 class Scratch {
  public:
   Scratch() = default;
@@ -17,7 +17,7 @@ class Scratch {
   template <class T>
   T *take(long count) {
     const size_t at = size_;
-    // One more line between pieces: buffers of 4 KiB multiples would otherwise all start in the same cache set.
+    // One more line between pieces, as pieces of multiples of 4 KiB would all start in the same cache set otherwise.
     size_ += (size_t(count) * sizeof(T) + 63) / 64 * 64 + 64;
     return base_ ? reinterpret_cast<T *>(base_ + at) : nullptr;
   }
@@ -28,12 +28,12 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// A block that lives as long as its thread: small calls would otherwise spend their time in page faults.
-struct ThreadBlock {
+// A buffer that lives as long as its thread, as small calls would spend their time in page faults otherwise.
+struct ThreadBuffer {
   char *data = nullptr;
   size_t size = 0;
-  ~ThreadBlock() { free(data); }
-  // Null if there is no memory. Contents are undefined.
+  ~ThreadBuffer() { free(data); }
+  // Returns null if there is no memory. The contents are undefined.
   char *reserve(size_t bytes) {
     if (bytes > size) {
       free(data);
@@ -43,7 +43,7 @@ struct ThreadBlock {
     }
     return data;
   }
-  // Large blocks go back to the system after the call.
+  // Gives a large buffer back to the system.
   void trim() {
     if (size > (size_t(32) << 20)) {
       free(data);

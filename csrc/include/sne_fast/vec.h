@@ -1,4 +1,4 @@
-// Vectors of reals by gcc's vector types: loads, broadcasts, maxima, exponentials, transposes.
+// Vectors of reals, from gcc's vector types: loads, broadcasts, maxima, exponentials, transposes.
 #pragma once
 
 #include <math.h>
@@ -30,7 +30,7 @@ struct VecOf<double> {
   typedef int64_t unaligned_mask __attribute__((vector_size(SNE_VECTOR_BYTES), aligned(8), may_alias));
 };
 
-// A number as an argument that the compiler knows, for generic lambdas.
+// A compile-time number as an argument of generic lambdas.
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -72,7 +72,7 @@ SNE_INLINE Vec<T> zero() {
   return Vec<T>{};
 }
 
-// The larger of two; b where either is NaN (the rule of the x86 instruction).
+// Returns the larger of two, or b where either is NaN (as the x86 instruction does).
 SNE_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
 #if defined(SNE_ISA_avx512)
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
@@ -92,7 +92,7 @@ SNE_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// v where the mask is set, 0 elsewhere.
+// Returns v where the mask is set, 0 elsewhere.
 template <class T>
 SNE_INLINE Vec<T> keep(Mask<T> m, Vec<T> v) {
   return (Vec<T>)((Mask<T>)v & m);
@@ -105,14 +105,22 @@ SNE_INLINE Vec<T> vsqrt(Vec<T> v) {
 }
 #if defined(SNE_ISA_avx512)
 template <>
-SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
+SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) {
+  return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+}
 template <>
-SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) {
+  return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
+}
 #elif defined(SNE_ISA_avx2)
 template <>
-SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
+SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) {
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+}
 template <>
-SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+SNE_INLINE Vec<double> vsqrt<double>(Vec<double> v) {
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+}
 #endif
 
 template <class T>
@@ -124,8 +132,8 @@ constexpr T kLowest = T(-3.40282346638528859812e38);
 template <>
 inline constexpr double kLowest<double> = -1.79769313486231570815e308;
 
-// 2^x for x <= 0 or moderately positive, and 0 below 2^-100 (2^-1000), far from the slow denormal numbers: every caller
-// adds it to a sum of at least one. Relative error 1e-7 (2e-16). NaN stays NaN.
+// Returns 2^x for x <= 0 or moderately positive, with a relative error of 1e-7 (2e-16), and 0 for x below -100 (-1000):
+// every caller adds it to a sum of at least one, and denormal numbers would be slow. NaN stays NaN.
 SNE_INLINE Vec<float> vexp2(Vec<float> x) {
   const Mask<float> seen = ~(x < -100.0f);
   x = vmax(splat(-100.0f), x);
@@ -178,7 +186,7 @@ SNE_INLINE T horizontal_max(Vec<T> v) {
   return m;
 }
 
-// Lanes 0..count-1 set.
+// Returns a mask with lanes 0..count-1 set.
 template <class T>
 SNE_INLINE Mask<T> first_lanes(int count) {
   Mask<T> iota;
@@ -186,7 +194,7 @@ SNE_INLINE Mask<T> first_lanes(int count) {
   return iota < Int<T>(count);
 }
 
-// One stage of the butterfly that transposes a kLanes x kLanes block: lane l of the new pair comes from a or b.
+// One stage of the butterfly that transposes kLanes x kLanes values: lane l of the new pair comes from a or b.
 template <int STEP, int... L>
 struct Exchange {
   template <class V>
@@ -223,7 +231,7 @@ SNE_INLINE void transpose_registers(Vec<T> *r) {
 
 // to[c * to_stride + r] = from[r * from_stride + c] for r, c < kLanes.
 template <class T>
-SNE_INLINE void transpose_block(const T *from, long from_stride, T *to, long to_stride) {
+SNE_INLINE void transpose_square(const T *from, long from_stride, T *to, long to_stride) {
   Vec<T> r[kLanes<T>];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<T>; ++i) r[i] = load(from + i * from_stride);

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ...data.batch import WeightBatch
+from ...extras import install_command
 from ...training.loop import Augment
 
 if TYPE_CHECKING:
     import numpy as np
-
-INSTALL = 'pip install "sne_fast[tasks]"'
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def missing(module: str, name: str) -> list[str]:
     try:
         importlib.import_module(module)
     except ImportError:
-        return [f"{name} is not installed: {INSTALL}"]
+        return [f"{name} is not installed: {install_command('tasks')}"]
     return []
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ...data.batch import WeightBatch
 from ...nn.input_scales import FanInScale
+from ...nn.predictor import LOGIT_MARGIN
+from ...zoo.statistics import layer_statistics
 from .problem import Problem, check, missing, problems
 
-if TYPE_CHECKING:
-    import numpy as np
+ABSENT = -1e3
+"""Value of the statistics that a network lacks; far from all others, so that a tree can split it off."""
 
 
 class Mean:
@@ -18,11 +23,11 @@ class Mean:
     name = "mean of the training networks"
 
     def why_not(self, problem: Problem) -> list[str]:
+        """Return the reasons against this problem, see :class:`Baseline`."""
         return problems(problem)
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
-        import numpy as np
-
+        """Return predictions for all networks, see :class:`Baseline`."""
         check(self, problem)
         known = np.asarray(problem.targets, np.float64)[[*problem.train, *problem.validation]]
         return np.full(len(problem.batch), known.mean())
@@ -34,21 +39,52 @@ class Statistics:
     name = "layer statistics, boosted trees"
 
     def why_not(self, problem: Problem) -> list[str]:
+        """Return the reasons against this problem, see :class:`Baseline`."""
         return problems(problem) + missing("sklearn", "scikit-learn")
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
-        from ...reports.reporting import statistics_regression
-
+        """Return predictions for all networks, see :class:`Baseline`."""
         check(self, problem)
         known = [*problem.train, *problem.validation]
         return statistics_regression(problem.batch, problem.targets, known, problem.seed, problem.logit)
 
 
 class StatisticsByFanIn(Statistics):
-    """Layer statistics of weights times the root of their layer's fan-in, as SNE sees them across architectures."""
+    """Gradient boosting on statistics of weights times the root of their layer's fan-in, as SNE gets them."""
 
     name = "layer statistics by fan-in, boosted trees"
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
+        """Return predictions for all networks, see :class:`Baseline`."""
         check(self, problem)
         return Statistics().fit_predict(replace(problem, batch=FanInScale()(problem.batch)))
+
+
+def statistics_regression(
+    batch: WeightBatch, target: np.ndarray, train: Sequence[int], seed: int, logit: bool = True
+) -> np.ndarray:
+    """Predict a target from layer statistics by gradient boosting.
+
+    Args:
+        batch: n networks.
+        target: `(n,)`; only the values of `train` are used.
+        train: positions of the networks to fit.
+        seed: of the boosting.
+        logit: the target lies in [0, 1] and is modelled as its logit, with the margin that the predictor has too.
+
+    Returns:
+        Predictions `(n,)` float64.
+    """
+    from sklearn.ensemble import GradientBoostingRegressor
+
+    features = layer_statistics(batch)
+    features = np.where(np.isnan(features), ABSENT, features)
+    goals = np.asarray(target)[list(train)]
+    if logit:
+        goals = np.clip(goals, LOGIT_MARGIN, 1 - LOGIT_MARGIN)
+        goals = np.log(goals / (1 - goals))
+    model = GradientBoostingRegressor(
+        n_estimators=400, learning_rate=0.03, max_depth=4, subsample=0.5, max_features=0.3, random_state=seed
+    )
+    predicted = model.fit(features[list(train)], goals).predict(features)
+    return 1 / (1 + np.exp(-predicted)) if logit else predicted

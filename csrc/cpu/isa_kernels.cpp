@@ -1,0 +1,61 @@
+// The kernel table of one instruction set, and the product alone, to measure the throughput of the machine.
+#include <omp.h>
+
+#include "cpu/kernels.h"
+#include "cpu/product.h"
+#include "sne_fast/scratch.h"
+
+namespace sne::SNE_ISA {
+namespace {
+
+thread_local ThreadBuffer buffer;
+
+template <class T>
+int rate(long rows, long inner, long columns, long repeats, int threads) {
+  constexpr long P = kPanel<T>;
+  const long panels = (rows + P - 1) / P;
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch size;
+    size.take<T>(2 * columns * inner + (inner + columns) * P);
+    T *w = (T *)buffer.reserve(size.size());
+    if (w) {
+      T *packed = w + columns * inner, *in = packed + columns * inner, *out = in + inner * P;
+      for (long i = 0; i < columns * inner; ++i) w[i] = T(i % 13) - 6;
+      for (long i = 0; i < inner * P; ++i) in[i] = T(i % 7) - 3;
+      pack(columns, inner, w, inner, 1, packed);
+#pragma omp for schedule(static)
+      for (long i = 0; i < panels * repeats; ++i) packed_product<T>(columns, packed, in, inner, out);
+    } else {
+#pragma omp atomic write
+      failed = 1;
+    }
+  }
+  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+}
+
+}  // namespace
+
+int product_rate(int dtype, long rows, long inner, long columns, long repeats, int threads) {
+  return dtype == SNE_FAST_F64 ? rate<double>(rows, inner, columns, repeats, threads)
+                               : rate<float>(rows, inner, columns, repeats, threads);
+}
+
+#define SNE_TEXT_(x) #x
+#define SNE_TEXT(x) SNE_TEXT_(x)
+
+extern const Kernels kernels = {
+    SNE_TEXT(SNE_ISA),
+    {kLanes<float>, kLanes<double>},
+    {kPanel<float>, kPanel<double>},
+    chunk_encode_forward,
+    chunk_encode_backward,
+    set_attention_forward,
+    set_attention_backward,
+    segment_pool_forward,
+    segment_pool_backward,
+    product_rate,
+};
+
+}  // namespace sne::SNE_ISA

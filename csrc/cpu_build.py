@@ -1,0 +1,80 @@
+"""Builds the CPU library from csrc/cpu with g++: for setup.py, or alone: python csrc/cpu_build.py [OUT.so]
+
+Environment:
+
+- ``CXX``: the compiler, by default g++; ``MAX_JOBS``.
+- ``SNE_FAST_WERROR=1`` (developers): warnings are errors.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import native_build
+from native_build import CSRC, INCLUDES, Unit
+
+# One source per op, compiled once per instruction set; the rest is compiled once.
+PER_ISA = ["isa_kernels", "chunk_encode_forward", "chunk_encode_backward", "set_attention_forward",
+           "set_attention_backward", "segment_pool"]  # fmt: skip
+ONCE = ["abi", "tile_plan", "gather_chunks"]
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl",
+               "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # gcc 12: PR105593
+}  # fmt: skip
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", *INCLUDES]  # fmt: skip
+
+
+def instruction_sets() -> list[str]:
+    return list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+
+
+def compiler(extra: Sequence[str] = ()) -> list[str]:
+    """Return the C++ compiler with all flags that do not depend on the file.
+
+    Raises:
+        RuntimeError: if there is no compiler.
+    """
+    cxx = native_build.host_compiler()
+    if shutil.which(cxx[0]) is None:
+        raise RuntimeError(f"there is no C++ compiler: {cxx[0]} was not found (install g++, or set CXX)")
+    strict = ["-Werror"] if os.environ.get("SNE_FAST_WERROR") else []
+    return [*cxx, *FLAGS, *extra, *strict]
+
+
+def units(extra: Sequence[str] = ()) -> list[Unit]:
+    """Return the files to compile, each with its command; ``extra`` flags are added to all."""
+    command, folder = compiler(extra), CSRC / "cpu"
+    per_isa = [
+        Unit(folder / f"{name}.cpp", f"{name}_{isa}.o", [*command, f"-DSNE_ISA_{isa}", *ISA_FLAGS[isa]])
+        for isa in instruction_sets()
+        for name in PER_ISA
+    ]
+    once = [Unit(folder / f"{name}.cpp", f"{name}.o", command) for name in ONCE]
+    # The longest compilations first, so that they do not run alone at the end.
+    return sorted(per_isa, key=lambda unit: "chunk_encode" not in unit.object) + once
+
+
+def build(target: Path, folder: Path = native_build.BUILD_FOLDER / "cpu") -> None:
+    """Compile csrc/cpu into ``target``, with objects in ``folder``.
+
+    Raises:
+        RuntimeError: saying what is missing, or what the compiler said.
+    """
+    native_build.build(target, folder, units(), [*native_build.host_compiler(), "-shared", "-fopenmp"])
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else native_build.ROOT / native_build.CPU_LIBRARY
+    try:
+        build(out)
+    except RuntimeError as error:
+        sys.exit(f"cpu_build: {error}")
+    print(f"{out}: {' '.join(instruction_sets())}")

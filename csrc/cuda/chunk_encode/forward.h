@@ -1,0 +1,229 @@
+// The forward kernel of chunk_encode: a warp or a few warps take a bin of slots from its values to its pooled rows or,
+// for the backward, to the inputs of blocks 1 to 3 and of the pool.
+#pragma once
+
+#include "cuda/chunk_encode/attention.h"
+#include "sne_fast/cuda_abi.h"
+
+namespace sne {
+
+// Arguments of all kernels of chunk_encode, as device pointers of the right type.
+template <class T>
+struct ChunkCall {
+  const int64_t *chunk_ptr, *order, *owner, *table;
+  const T *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
+  BinClass cls;
+  int64_t bins;       // of this class
+  int64_t first_bin;  // where this launch begins
+  int64_t count;      // bins of this launch; the last ones may be empty
+};
+
+template <class Shape, class Memory, class T>
+SNE_DEVICE void load_slots(const Memory &memory, const ChunkCall<T> &call, const Chunks &chunks, int part) {
+  const int row = lane_id();
+  if (row < Shape::ROWS) {
+    const Slot slot = slot_of(chunks, call.order, part * Shape::ROWS + row);
+    memory.slots[row] = slot;
+    memory.values[row] = slot.chunk < 0 ? 0.0f : to_real(call.values[call.chunk_ptr[slot.chunk] + slot.element]);
+  }
+}
+
+// The bin of slots that a warp works on, alone or with the other warps of its set, in one step of a kernel's loop.
+struct WarpBin {
+  int64_t local;  // number of the bin in the launch
+  bool there;     // the launch has so many
+  int64_t row;    // first row of this warp among those of the launch
+  Chunks chunks;
+};
+
+// Finds the bin of a warp with `rows` rows. All lanes of the warp call it together.
+template <class T>
+SNE_DEVICE WarpBin find_bin(const ChunkCall<T> &call, const SetOfWarps &set, int64_t step, int rows) {
+  WarpBin out;
+  out.local = step * (num_warps() / set.warps) + warp_id() / set.warps;
+  out.there = out.local < call.count;
+  out.row = out.local * call.cls.slots + set.part * rows;
+  out.chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + out.local,
+                           out.there ? call.bins : 0);
+  return out;
+}
+
+// Finds the bin and loads its slots and values into shared memory, for all warps of the set.
+template <class Shape, class Memory, class T>
+SNE_DEVICE WarpBin load_bin(const Memory &memory, const ChunkCall<T> &call, const SetOfWarps &set, int64_t step) {
+  const WarpBin bin = find_bin(call, set, step, Shape::ROWS);
+  load_slots<Shape>(memory, call, bin.chunks, set.part);
+  set.sync();
+  return bin;
+}
+
+// Adds the codes of each row's tensor and element to x, after rounding x to the operand type.
+template <class Op, class Shape>
+SNE_DEVICE void add_codes(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, Shape> &memory,
+                          const ChunkCall<typename Op::Storage> &call) {
+  using T = typename Op::Storage;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i) {
+    SNE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const Slot slot = memory.slots[16 * i + 8 * r + g];
+      const bool there = slot.chunk >= 0;
+      const T *row = call.row_code + (there ? call.owner[slot.chunk] : 0) * Shape::W + 2 * t;
+      const T *element = call.element_code + int64_t(slot.element) * Shape::W + 2 * t;
+      SNE_UNROLL
+      for (int j = 0; j < Shape::NT; ++j) {
+        SNE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float &x = o[i][j].c[2 * r + e];
+          x = to_real(from_float<T>(x));  // as between other blocks
+          if (there) x += to_real(row[8 * j + e]) + to_real(element[8 * j + e]);
+        }
+      }
+    }
+  }
+}
+
+template <class Op, class Shape>
+SNE_DEVICE void save_rows(typename Op::Storage *to, const Rows16<Op> (&x)[Shape::MT][Shape::KT]) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i) {
+    SNE_UNROLL
+    for (int k = 0; k < Shape::KT; ++k) {
+      SNE_UNROLL
+      for (int part = 0; part < 4; ++part) {  // of the 16 x 16 piece: columns 8 (part / 2).., rows 8 (part % 2)..
+        typename Op::Storage *at =
+            to + int64_t(16 * i + 8 * (part % 2) + g) * Shape::W + 16 * k + 8 * (part / 2) + 2 * t;
+        if constexpr (Op::kPacked)
+          *(uint32_t *)at = x[i][k].r[part];
+        else
+          at[0] = x[i][k].r[4 * (part / 2) + 2 * (part % 2)], at[1] = x[i][k].r[4 * (part / 2) + 2 * (part % 2) + 1];
+      }
+    }
+  }
+}
+
+// Pools every chunk to (H, h): the softmax of <query_a, x> over its rows, and the sum of its rows with these weights.
+template <class Op, class Shape>
+SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shape::MT][Shape::KT],
+                     const WeightSource<Op> &weights, const WarpMemory<Op, Shape> &memory, const SetOfWarps &set,
+                     const ChunkCall<typename Op::Storage> &call, const Chunks &chunks, typename Op::Storage *out) {
+  using T = typename Op::Storage;
+  constexpr int MT = Shape::MT, H = Shape::HEADS, HT = H < 8 ? 1 : H / 8, ROWS = Shape::ROWS;
+  const WeightLayout layout(Shape::W, Shape::D);
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+  Tile logits[MT][HT] = {};
+  multiply<Shape::kWarpgroup>(logits, x, weights.piece(layout.queries(), layout.query_rows() * Shape::W));
+  SNE_UNROLL
+  for (int i = 0; i < MT; ++i) {
+    SNE_UNROLL
+    for (int n = 0; n < HT; ++n) {
+      SNE_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int head = 8 * n + 2 * t + e % 2;
+        if (head < H) memory.head_values[(16 * i + 8 * (e / 2) + g) * H + head] = logits[i][n].c[e];
+      }
+    }
+  }
+  set.sync();
+  // From here on, slots of all warps of the set: their memory is contiguous.
+  float *weight = memory.head_values - set.part * ROWS * H;
+  constexpr int kPerRow = 32 / ROWS, kOwn = H < kPerRow ? 1 : H / kPerRow;
+  const int row = lane % ROWS, first_head = lane / ROWS;
+  const Slot slot = memory.slots[row];
+  float own[kOwn];
+  SNE_UNROLL
+  for (int a = 0; a < kOwn; ++a) {
+    const int head = a * kPerRow + first_head;
+    if (head >= H) continue;
+    float top = -INFINITY;
+    for (int j = slot.key_begin; j < slot.key_end; ++j) top = max_of(top, weight[j * H + head]);
+    own[a] = exp2_fast((memory.head_values[row * H + head] - (top == -INFINITY ? 0.0f : top)) * kLog2e);
+  }
+  set.sync();
+  SNE_UNROLL
+  for (int a = 0; a < kOwn; ++a)
+    if (a * kPerRow + first_head < H) memory.head_values[row * H + a * kPerRow + first_head] = own[a];
+  float *slice = (float *)(memory.exchange);  // (ROWS, 16): 16 columns of x at a time
+  SNE_LOOP
+  for (int k = 0; k < Shape::KT; ++k) {
+    SNE_UNROLL
+    for (int i = 0; i < MT; ++i) {
+      SNE_UNROLL
+      for (int e = 0; e < 8; ++e)
+        slice[(16 * i + 8 * (e / 2 % 2) + g) * 16 + 8 * (e / 4) + 2 * t + e % 2] =
+            to_real(from_float<T>(o[i][e / 4].c[e % 4]));
+    }
+    turn<2>(o);
+    set.sync();
+    for (int item = set.part * 32 + lane; item < 16 * H; item += 32 * set.warps) {
+      const int column = item % 16, head = item / 16;
+      for (int group = 0; group < chunks.count; ++group) {
+        float total = 0, sum = 0;
+        for (int j = group * chunks.length; j < (group + 1) * chunks.length; ++j) {
+          const float *at = (const float *)(memory.exchange + (j / ROWS - set.part) * WarpMemory<Op, Shape>::kExchange);
+          const float p = weight[j * H + head];
+          total += p;
+          sum += p * at[j % ROWS * 16 + column];
+        }
+        const int64_t chunk = call.order[chunks.first + group];
+        out[(chunk * H + head) * Shape::W + 16 * k + column] = from_float<T>(sum / total);
+      }
+    }
+    set.sync();
+  }
+}
+
+// Writes out (N, H, h) or, if that is null, saved (4, count * slots, h).
+template <class Op, class Shape>
+SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool resident, bool layer_norm,
+                              typename Op::Storage *out, typename Op::Storage *saved) {
+  constexpr int MT = Shape::MT;
+  const WeightLayout layout(Shape::W, Shape::D);
+  const VectorLayout at{Shape::W};
+  unsigned char *memory_at = (unsigned char *)shared_memory();
+  float *vectors = (float *)memory_at;
+  memory_at += at.size() * 4;
+  const WarpMemory<Op, Shape> memory(memory_at, num_warps(), warp_id());
+  memory_at += num_warps() * WarpMemory<Op, Shape>::kBytes;
+  const WeightSource<Op> weights{call.prepared, memory_at, resident, 0};
+  load_vectors(vectors, Shape::W, call.basis, call.b_o, layer_norm ? call.norm : nullptr, call.b_qkv);
+  if (resident) weights.copy(0, layout.forward_size());
+  sync_block();
+
+  const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
+  const int64_t per_step = num_warps() / set.warps;
+  const int64_t plane = call.count * call.cls.slots * Shape::W;
+  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+    const WarpBin bin = load_bin<Shape>(memory, call, set, step);
+    scalar_means<Shape>(memory, set, call.logit, Shape::HEADS);
+    Tile o[MT][Shape::NT];
+    scalar_rows<Shape>(o, memory, vectors, Shape::HEADS);
+    feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
+    Rows16<Op> x[MT][Shape::KT];
+    typename Op::Storage *to = saved ? saved + bin.row * Shape::W : nullptr;
+    for (int block = 1; block < 4; ++block) {
+      if (block == 2) add_codes<Op, Shape>(o, memory, call);
+      to_operands<Op>(x, o);
+      if (saved && bin.there) save_rows<Op, Shape>(to + (block - 1) * plane, x);
+      attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
+      feed_forward<Op, Shape>(o, weights, layout.out(block), vectors + at.out_bias(block), layer_norm);
+    }
+    to_operands<Op>(x, o);
+    if (!saved)
+      pool<Op, Shape>(o, x, weights, memory, set, call, bin.chunks, out);
+    else if (bin.there)
+      save_rows<Op, Shape>(to + 3 * plane, x);
+    set.sync();
+  }
+}
+
+template <class Op, class Shape, int kThreads>
+SNE_KERNEL SNE_BOUNDS(kThreads, 1)
+    chunk_encode_forward(ChunkCall<typename Op::Storage> call, bool resident, bool layer_norm,
+                         typename Op::Storage *out, typename Op::Storage *saved) {
+  encode_chunks<Op, Shape>(call, resident, layer_norm, out, saved);
+}
+
+}  // namespace sne

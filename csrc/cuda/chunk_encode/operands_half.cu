@@ -1,0 +1,6 @@
+// Kernels of chunk_encode for operands of float16.
+#include "cuda/chunk_encode/operands_impl.h"
+
+namespace sne {
+SNE_CHUNK_OPERANDS(OpHalf)
+}

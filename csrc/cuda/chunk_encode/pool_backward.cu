@@ -1,0 +1,185 @@
+// Backward of the pooling of chunk_encode, and the sums of its codes' gradients.
+//
+// All products are of vectors: lanes are rows for the softmax, and columns where rows are read and written.
+#include "cuda/chunk_encode/backward.h"
+
+namespace sne {
+namespace {
+
+// Memory of a warp, which has 32 slots. Per row and head: the weight, and the gradient of the logit.
+struct PoolSlots {
+  Slot *slots;
+  float *weight, *slope;
+  SNE_MEMBER PoolSlots(unsigned char *at, int warps, int warp, int heads) {
+    slots = (Slot *)at + warp * 32;
+    at += warps * 32 * int(sizeof(Slot));
+    weight = (float *)at + warp * 32 * heads;
+    at += warps * 32 * heads * 4;
+    slope = (float *)at + warp * 32 * heads;
+  }
+  static SNE_HOST_DEVICE int64_t bytes(int64_t heads) { return 32 * (int64_t(sizeof(Slot)) + 8 * heads); }
+};
+
+// Returns the dot product of two rows of `width` values.
+template <class T, class V>
+SNE_DEVICE float dot(const T *row, const V *v, int width) {
+  float sum = 0;
+  for (int c = 0; c < width; ++c) sum += to_real(row[c]) * to_real(v[c]);
+  return sum;
+}
+
+// grad (N, H, h) -> rows_grad; query_part (multiprocessors, H, h).
+template <class T>
+SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *grad, const T *x, float *rows_grad,
+                                                  int width, int heads, float *query_part) {
+  float *sums = (float *)shared_memory();  // of each warp, (H, h)
+  const PoolSlots own((unsigned char *)(sums + num_warps() * heads * width), num_warps(), warp_id(), heads);
+  float *query_sums = sums + warp_id() * heads * width;
+  clear(sums, num_warps() * heads * width);
+  sync_block();
+  const SetOfWarps set = set_of_warps(call.cls, 32);
+  const int lane = lane_id();
+  const int64_t per_step = num_warps() / set.warps;
+  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+    const WarpBin bin = find_bin(call, set, step, 32);
+    const Slot slot = slot_of(bin.chunks, call.order, set.part * 32 + lane);
+    own.slots[lane] = slot;
+    const T *rows = x + bin.row * width;
+    const bool real = slot.chunk >= 0;
+    for (int a = 0; a < heads; ++a)
+      own.weight[lane * heads + a] = real ? dot(rows + lane * width, call.pool_query + a * width, width) : 0.0f;
+    set.sync();
+    const float *weight = own.weight - set.part * 32 * heads, *slope = own.slope - set.part * 32 * heads;
+    // The softmax of the own row needs all logits of its chunk; weights replace logits once all lanes have read them.
+    for (int a = 0; a < heads; ++a) {
+      float top = -INFINITY, total = 0;
+      for (int j = slot.key_begin; j < slot.key_end; ++j) top = max_of(top, weight[j * heads + a]);
+      if (top == -INFINITY) top = 0;
+      for (int j = slot.key_begin; j < slot.key_end; ++j) total += exp2_fast((weight[j * heads + a] - top) * kLog2e);
+      own.slope[lane * heads + a] = real ? exp2_fast((own.weight[lane * heads + a] - top) * kLog2e) / total : 0.0f;
+    }
+    set.sync();
+    for (int a = 0; a < heads; ++a) own.weight[lane * heads + a] = own.slope[lane * heads + a];
+    set.sync();
+    for (int a = 0; a < heads; ++a)
+      own.slope[lane * heads + a] =
+          real ? dot(rows + lane * width, grad + (slot.chunk * heads + a) * width, width) : 0.0f;
+    set.sync();
+    for (int a = 0; a < heads; ++a) {
+      float mean = 0;
+      for (int j = slot.key_begin; j < slot.key_end; ++j) mean += weight[j * heads + a] * slope[j * heads + a];
+      // Up to here other lanes of the chunk read this lane's slope.
+      set.sync();
+      const float p = own.weight[lane * heads + a];
+      own.slope[lane * heads + a] = real ? p * (own.slope[lane * heads + a] - mean) : 0.0f;
+    }
+    sync_warp();
+    for (int i = 0; i < 32 && bin.there; ++i) {
+      const int64_t chunk = own.slots[i].chunk;
+      for (int c = lane; c < width; c += 32) {
+        float sum = 0;
+        if (chunk >= 0) {
+          const float value = to_real(rows[i * width + c]);
+          for (int a = 0; a < heads; ++a) {
+            const float d = own.slope[i * heads + a];
+            sum += own.weight[i * heads + a] * to_real(grad[(chunk * heads + a) * width + c]) +
+                   d * to_real(call.pool_query[a * width + c]);
+            query_sums[a * width + c] += d * value;
+          }
+        }
+        rows_grad[(bin.row + i) * width + c] = sum;
+      }
+    }
+    set.sync();
+  }
+  add_warp_sums(query_part + block_id() * heads * width, sums, heads * width);
+}
+
+// Sums rows_grad over each chunk to chunk_grad (N, h). A warp has a bin, and its lanes have columns.
+template <class T>
+SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_sums(ChunkCall<T> call, const float *rows_grad, int width, float *chunk_grad) {
+  for (int64_t first = block_id() * num_warps(); first < call.count; first += num_blocks() * num_warps()) {
+    const int64_t local = first + warp_id();
+    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local,
+                                      local < call.count ? call.bins : 0);
+    for (int group = 0; group < chunks.count; ++group) {
+      const float *rows = rows_grad + (local * call.cls.slots + group * chunks.length) * width;
+      float *to = chunk_grad + call.order[chunks.first + group] * width;
+      for (int c = lane_id(); c < width; c += 32) {
+        float sum = 0;
+        for (int i = 0; i < chunks.length; ++i) sum += rows[int64_t(i) * width + c];
+        to[c] = sum;
+      }
+    }
+  }
+}
+
+// Adds the sums of rows_grad over element e of all chunks to element_part (multiprocessors, codes, h). A thread block
+// walks its bins once for every element.
+template <class T>
+SNE_KERNEL SNE_BOUNDS(256, 4)
+    chunk_element_sums(ChunkCall<T> call, const float *rows_grad, int width, int codes, float *element_part) {
+  const int max_length = call.cls.multi_chunk ? kMaxMultiLength : call.cls.slots;
+  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < max_length;
+       element += int(num_blocks(1)) * num_warps())
+    for (int c = lane_id(); c - lane_id() < width; c += 32) {
+      float sum = 0;
+      bool any = false;
+      for (int64_t local = block_id(); local < call.count; local += num_blocks()) {
+        const Chunks chunks =
+            find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local, call.bins);
+        if (element >= chunks.length || !chunks.count) continue;
+        any = true;
+        for (int group = 0; group < chunks.count; ++group)
+          sum += rows_grad[(local * call.cls.slots + group * chunks.length + element) * width + c];
+      }
+      if (any) element_part[(block_id() * codes + element) * width + c] += sum;
+    }
+}
+
+template <class T>
+int run_pool(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, const void *grad, float *part, Stream stream) {
+  const int64_t sets = a.slots / 32, per_warp = PoolSlots::bytes(a.heads) + a.heads * a.hidden * 4;
+  int64_t warps = a.shared_limit / per_warp;
+  warps = warps > 8 ? 8 : warps / sets * sets;
+  if (!warps) return SNE_FAST_CUDA_BAD_VARIANT;
+  const int64_t tiles = (a.count * sets + warps - 1) / warps;
+  const T *x = (const T *)space.saved + 3 * a.count * a.slots * a.hidden;
+  const int64_t blocks = SNE_FAST_CUDA_POOL_BLOCKS * a.multiprocessors;
+  return launch(stream, tiles < blocks ? tiles : blocks, 1, int(32 * warps), warps * per_warp, chunk_pool_backward<T>,
+                call_of<T>(a), (const T *)grad, x, space.rows_grad, int(a.hidden), int(a.heads), part);
+}
+
+template <class T>
+int run_codes(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int64_t codes, float *chunk_grad, float *part,
+              Stream stream) {
+  const int64_t tiles = (a.count + 7) / 8;
+  const int status = launch(stream, tiles < 8 * a.multiprocessors ? tiles : 8 * a.multiprocessors, 1, 256, 0,
+                            chunk_row_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), chunk_grad);
+  if (status) return status;
+  return launch(stream, a.count < a.multiprocessors ? a.count : a.multiprocessors, a.multi_chunk ? 2 : a.slots / 8, 256,
+                0, chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), int(codes), part);
+}
+
+}  // namespace
+}  // namespace sne
+
+extern "C" int sne_fast_cuda_chunk_pool_backward(int precision, const sne_fast_cuda_chunk_args *a,
+                                                 const sne_fast_cuda_chunk_space *space, const void *grad,
+                                                 float *query_part, void *stream) {
+  using namespace sne;
+  if (!valid(*a)) return SNE_FAST_CUDA_BAD_ARGUMENT;
+  return with_storage(precision, [&](auto value) {
+    return run_pool<decltype(value)>(*a, space_of(*space), grad, query_part, (Stream)stream);
+  });
+}
+
+extern "C" int sne_fast_cuda_chunk_codes_backward(int precision, const sne_fast_cuda_chunk_args *a,
+                                                  const sne_fast_cuda_chunk_space *space, int64_t codes,
+                                                  float *chunk_grad, float *element_part, void *stream) {
+  using namespace sne;
+  if (!valid(*a)) return SNE_FAST_CUDA_BAD_ARGUMENT;
+  return with_storage(precision, [&](auto value) {
+    return run_codes<decltype(value)>(*a, space_of(*space), codes, chunk_grad, element_part, (Stream)stream);
+  });
+}

@@ -1,6 +1,0 @@
-// The kernels of chunk_encode for operands of bfloat16.
-#include "cuda/chunk_operands_impl.h"
-
-namespace sne {
-SNE_CHUNK_OPERANDS(OpBfloat)
-}

@@ -1,0 +1,186 @@
+"""Settings of `sne-fast demo`, `train` and `task`: one frozen dataclass per command, the source of its options.
+
+The command line makes an option of every field that has `help` in its metadata; its type, choices and default are the
+field's. Further metadata, all optional:
+
+- `argument`: the field is a positional argument;
+- `flags`: the option's names, where they are not the field's;
+- `shown`: the text that stands for the default in the help;
+- `min`, `max`: bounds of a number.
+
+This module imports neither torch nor any other heavy library, so that the help of a command appears at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Loss = Literal["mse", "bce", "cross_entropy"]
+Transform = Literal["identity", "logit"]
+Chunking = Literal["flat", "neuron", "kernel"]
+SetAttention = Literal["sab", "isab"]
+InputScale = Literal["tensor", "zoo", "fan_in", "none"]
+AmpDtype = Literal["bfloat16", "float16"]
+LogFormat = Literal["csv", "tensorboard"]
+TaskName = Literal["inr", "accuracy", "cross-dataset", "cross-architecture", "transformers"]
+
+SEEDS = (0, 1, 2)
+"""Seeds of a task unless others are asked for."""
+
+
+def option(default: Any = MISSING, *, help: str, **metadata: Any) -> Any:
+    """Return a dataclass field that the command line turns into an option (see the module's docstring)."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def check_choices(settings: Any, command: str) -> None:
+    """Check every field of a `Literal` type.
+
+    Raises:
+        ValueError: a value that is not among the field's choices; the message begins with `command`.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+        choices = [choice for literal in literals for choice in get_args(literal)]
+        value = getattr(settings, name)
+        if choices and value not in choices and not (value is None and get_origin(hint) is not Literal):
+            raise ValueError(f"{command}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Settings of the demo's run; `max_steps` bounds the training of each network of the zoo."""
+
+    seed: int = 0
+    networks: int = 1440
+    max_steps: int = 600
+    hidden_dim: int = 32
+    epochs: int = 20
+    lr: float = 1e-3
+    batch_weights: int = 12_000
+
+    @classmethod
+    def quick(cls, seed: int = 0) -> Demo:
+        """Return the settings of a small run, which shows the whole path rather than the quality."""
+        return cls(seed=seed, networks=180, max_steps=300, epochs=24, batch_weights=6_000)
+
+    def replace(self, **changes: Any) -> Demo:
+        """Return the same settings with some of them changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Options of `sne-fast demo`; `demo` gives the settings of the run that they ask for."""
+
+    out: Path = option(
+        Path("sne-demo"), help="Folder for everything it makes; must be new or empty.", flags=("--out", "-o")
+    )
+    seed: int = option(0, help="Seed of the zoo, the split and the training.", min=0, max=2**32 - 1)
+    quick: bool = option(False, help="Make a small run, to see it work in under a minute.")
+    networks: int | None = option(
+        None, help="Number of networks to train.", shown=f"{Demo.networks}, quick {Demo.quick().networks}"
+    )
+    epochs: int | None = option(
+        None, help="Epochs of the predictor.", shown=f"{Demo.epochs}, quick {Demo.quick().epochs}"
+    )
+    hidden_dim: int | None = option(None, help="Width of the encoder.", shown=str(Demo.hidden_dim))
+
+    @property
+    def demo(self) -> Demo:
+        """Settings of the run."""
+        chosen = {"networks": self.networks, "epochs": self.epochs, "hidden_dim": self.hidden_dim}
+        settings = Demo.quick(self.seed) if self.quick else Demo(seed=self.seed)
+        return settings.replace(**{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Options of `sne-fast train`: the zoo, what to predict of its networks, the encoder and the training loop.
+
+    `targets` are columns of the zoo; "cross_entropy" takes one column, of any values, as classes. Without `split`, a
+    column that says train, validation or test, the networks are split 80/10/10 within each architecture.
+    `permute` draws fresh permutations of hidden units for every batch. `input_scale` names what weights are divided by:
+    "tensor", the root mean square (RMS) of their own tensor; "zoo", the RMS that tensors of their kind have in the
+    training networks (:class:`sne_fast.nn.input_scales.InputNormaliser`); "fan_in", one over the root of their layer's
+    fan-in (:class:`sne_fast.nn.input_scales.FanInScale`); "none", nothing. `code_gain`: see
+    :meth:`sne_fast.SNE.fill_code_gains`. The other names are those of :class:`sne_fast.SNE`,
+    :class:`sne_fast.Predictor` and :class:`sne_fast.training.FitSettings`.
+
+    Raises:
+        ValueError: a value that is not among a field's choices, or the invariance loss without `permute`.
+    """
+
+    zoo: Path = option(help="Folder of a zoo (see sne_fast.zoo).", argument=True)
+    out: Path = option(help="Folder for the predictor; the same command resumes.", flags=("--out", "-o"))
+    targets: tuple[str, ...] = option((), help="Column to predict; repeat for several.", flags=("--target",))
+    loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
+    transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
+    head: tuple[int, ...] = (512, 512)
+    split: str | None = option(
+        None, help="Column that says train, validation or test.", shown="80/10/10 by architecture"
+    )
+    permute: bool = option(False, help="Permute hidden units anew for every batch; needs known symmetries.")
+    invariance: float = option(0.0, help="Weight of the logit-invariance loss; needs --permute.")
+    hidden_dim: int = option(64, help="Width of the encoder.")
+    num_heads: int = option(4, help="Attention heads of the encoder.")
+    chunk_size: int = option(32, help="Largest number of weights in a chunk.")
+    chunking: Chunking = option("flat", help="Rule that cuts tensors into chunks.")
+    set_attention: SetAttention = option(
+        "sab", help="Set attention; isab is for tensors of a million weights and more."
+    )
+    input_scale: InputScale = option(
+        "tensor",
+        help="Divide weights by the RMS of their tensor (tensor), by that of such tensors in the training networks "
+        "(zoo), by one over the root of the fan-in (fan_in), or not (none).",
+    )
+    code_gain: float | None = option(None, help="Initial gain of the position codes.", shown="0.1")
+    epochs: int = option(40, help="Passes over the training networks.")
+    lr: float = option(1e-3, help="Peak learning rate.")
+    batch_weights: int = option(20_000, help="Largest number of weights in a batch.")
+    weight_decay: float = option(1e-2, help="Weight decay of matrices.")
+    patience: int | None = option(None, help="Epochs without improvement after which training ends.")
+    amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
+    log: LogFormat = option("csv", help="Format of the log.")
+    seed: int = option(0, help="Seed of the initial parameters, the split, the order and the permutations.")
+    device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+
+    def __post_init__(self) -> None:
+        check_choices(self, "train")
+        if self.invariance and not self.permute:
+            raise ValueError("train: the invariance loss compares permuted copies; it needs --permute")
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """Arguments of :class:`sne_fast.SNE`, besides its scale."""
+        names = ("hidden_dim", "num_heads", "chunk_size", "chunking", "set_attention")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """Arguments of :class:`sne_fast.training.FitSettings`."""
+        names = ("epochs", "lr", "batch_weights", "weight_decay", "patience", "amp", "invariance", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Options of `sne-fast task`; see :func:`sne_fast.tasks.run_task`."""
+
+    name: TaskName = option(help="Experiment to run.", argument=True)
+    out: Path = option(help="Folder for zoos, runs and report; resumes.", flags=("--out", "-o"))
+    seeds: tuple[int, ...] = option(
+        SEEDS, help="Seed of a run; repeat for several.", flags=("--seed",), shown="0, 1 and 2"
+    )
+    methods: tuple[str, ...] = option(
+        (),
+        help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, or "
+        "across architectures statistics_fan_in; repeat for several.",
+        flags=("--method",),
+        shown="all",
+    )
+    networks: int | None = option(None, help="Number of networks of all zoos.", shown="the task's")
+    epochs: int | None = option(None, help="Epochs of SNE.", shown="the task's")

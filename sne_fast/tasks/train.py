@@ -1,0 +1,144 @@
+"""The job of `sne-fast train`: train a predictor on columns of a zoo, evaluate it, write everything to one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..atomic_files import write_json
+from ..nn.encoder import SNE
+from ..nn.input_scales import INPUT_SCALES
+from ..nn.predictor import Predictor
+from ..reports.files import write_csv
+from ..reports.measures import measures
+from ..symmetry import PermutationAugmentation
+from ..training.distributed import World, processes
+from ..training.loop import fit, predict
+from ..training.progress import CsvLog, Log, TensorBoardLog
+from ..training.settings import FitSettings, History
+from ..zoo.splits import read_targets, split_zoo
+from ..zoo.symmetries import symmetries_of
+from ..zoo.table import Zoo
+from .run_folder import RunFolder
+from .settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
+    """Train, evaluate on the test networks, and write `predictor/`, `metrics.json`, `predictions.csv` and the log.
+
+    After an interruption the same settings resume from `fit.pt` in `settings.out`. Under `torchrun` the processes
+    share each batch.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        KeyError: a column that the zoo does not have.
+        ValueError: columns that do not fit the loss, a split without networks to train or test, or a folder that holds
+            a training with other settings.
+    """
+    with processes() as world:
+        return _train(settings, FitSettings(**settings.fit), console, world)
+
+
+def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console, world: World) -> dict[str, Any]:
+    zoo, folder = Zoo.open(settings.zoo), RunFolder(settings.out)
+    parts = split_zoo(zoo, settings.split, settings.seed)
+    targets, classes = read_targets(zoo, settings.targets, settings.loss)
+    names = classes if classes is not None else list(settings.targets)
+    predictor = _predictor(settings, names)
+    with console.status("packing"):
+        batch = predictor.encoder.pack(zoo, device="cpu")
+    augment = None
+    if settings.permute:
+        with console.status("finding symmetries"):
+            augment = PermutationAugmentation(symmetries_of(zoo[parts["train"]]))
+    log: Log = TensorBoardLog(folder.tensorboard) if settings.log == "tensorboard" else CsvLog(folder.log)
+
+    def on_epoch(epoch: int, history: History) -> None:
+        if world.first:
+            unseen = f", unseen {history.validation_loss[-1]:.4g}" if history.validation_loss else ""
+            console.print(
+                f"epoch {epoch + 1}/{settings.epochs}: loss {history.train_loss[-1]:.4g}{unseen}, "
+                f"{history.weights_per_second / 1e3:.0f}k weights/s",
+                highlight=False,
+            )
+
+    rows, watched = parts["train"], parts["validation"]
+    history = fit(
+        predictor, batch[rows], targets[rows], fit_settings,
+        validation=(batch[watched], targets[watched]) if watched else None,
+        augment=augment, checkpoint=folder.checkpoint(), log=log, on_epoch=on_epoch,
+    )  # fmt: skip
+    test = parts["test"]
+    values = predict(predictor, batch[test])[0].cpu()
+    metrics: dict[str, Any] = {
+        "command": _record(settings, fit_settings),
+        "networks": {name: len(part) for name, part in parts.items()},
+        "weights": batch.num_weights,
+        "processes": world.size,
+        "history": dataclasses.asdict(history),
+        "test": evaluate(values, targets[test], names, classes is not None),
+    }
+    if world.first:
+        predictor.save_pretrained(folder.predictor())
+        write_json(folder.result(), metrics)
+        held_out = zoo[test]
+        write_csv(
+            folder.predictions,
+            ["name", *settings.targets, *(f"predicted {name}" for name in names)],
+            [
+                (name, *(held_out.rows[i][t] for t in settings.targets), *values[i].tolist())
+                for i, name in enumerate(held_out.column("name"))
+            ],
+        )
+    return metrics
+
+
+def _predictor(settings: TrainSettings, names: Sequence[str]) -> Predictor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        encoder = SNE(**settings.encoder, scale="tensor" if settings.input_scale == "tensor" else "none")
+        if settings.code_gain is not None:
+            encoder.fill_code_gains(settings.code_gain)
+        return Predictor(
+            encoder,
+            len(names),
+            settings.head,
+            names,
+            settings.transform,
+            settings.loss,
+            settings.input_scale in INPUT_SCALES and settings.input_scale,
+        ).to(_device(settings.device))
+
+
+def _record(settings: TrainSettings, fit_settings: FitSettings) -> dict[str, Any]:
+    """Return the settings as `metrics.json` records them, those of the encoder and of the loop in groups."""
+    groups = {"encoder": settings.encoder, "fit": dataclasses.asdict(fit_settings)}
+    grouped = {name for group in groups.values() for name in group}
+    own = {name: value for name, value in vars(settings).items() if name not in grouped}
+    return {**{k: str(v) if isinstance(v, Path) else v for k, v in own.items()}, **groups}
+
+
+def evaluate(values: Tensor, targets: Tensor, names: Sequence[str], classes: bool) -> dict[str, Any]:
+    """Return the accuracy of class predictions, or by target Kendall's tau, R2, MAE and RMSE."""
+    if classes:
+        return {"accuracy": (values.argmax(1) == targets).double().mean().item()}
+    return {name: measures(values[:, i].numpy(), targets[:, i].numpy()) for i, name in enumerate(names)}
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of that name; under `torchrun` "cuda" is each process's own GPU."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device

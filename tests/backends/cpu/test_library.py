@@ -1,0 +1,123 @@
+"""Loading the native library, choosing its instruction set, and what is said where it cannot be used."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sne_fast
+from helpers.cpu_cases import NEEDS_BACKEND, chunk_encode_case
+from helpers.paths import ROOT
+from sne_fast.backends.cpu import backend as cpu
+from sne_fast.backends.cpu import library as _native
+
+needs_backend = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_BACKEND)
+
+
+@pytest.fixture
+def fresh_load():
+    _native.NATIVE.forget()
+    yield
+    _native.NATIVE.forget()
+
+
+def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
+    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "_cpu_engine.so")
+    monkeypatch.setattr(_native, "ERROR_FILE", tmp_path / "error.txt")
+    (tmp_path / "error.txt").write_text("there is no C++ compiler\n")
+    (reason,) = cpu.BACKEND.unavailable()
+    assert reason == "the native library was not built: there is no C++ compiler; reinstall with g++"
+    with sne_fast.use_backend("cpu"), pytest.raises(sne_fast.BackendError, match="reinstall with g\\+\\+"):
+        sne_fast.SNE()([torch.nn.Linear(2, 2)])
+    assert sne_fast.SNE()([torch.nn.Linear(2, 2)]).shape == (1, 64)  # auto takes the reference
+
+
+def test_a_foreign_library_is_refused(monkeypatch, tmp_path, fresh_load):
+    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "_cpu_engine.so")
+    (tmp_path / "_cpu_engine.so").write_bytes(b"not a library")
+    assert "does not load" in cpu.BACKEND.unavailable()[0]
+
+
+@needs_backend
+def test_another_abi_is_refused(monkeypatch, fresh_load):
+    monkeypatch.setattr(_native, "ABI", 999)
+    assert "needs 999: reinstall" in cpu.BACKEND.unavailable()[0]
+
+
+@needs_backend
+def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
+    monkeypatch.setitem(_native.SYMBOLS, "sne_fast_cpu_of_tomorrow", (ctypes.c_int, []))
+    assert "lacks sne_fast_cpu_of_tomorrow" in cpu.BACKEND.unavailable()[0]
+
+
+@needs_backend
+def test_the_environment_variable_chooses_the_instruction_set(tmp_path):
+    def ask(name: str) -> str:
+        code = "from sne_fast.backends.cpu import library as _native; print(_native.reasons() or _native.isa())"
+        environment = {**os.environ, _native.ISA_ENVIRONMENT_VARIABLE: name, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    for name in _native.supported_isas():
+        assert ask(name) == name
+    assert ask("") == _native.supported_isas()[-1]
+    assert "must be one that this machine can run: portable" in ask("mmx")
+
+
+@needs_backend
+def test_a_wrong_instruction_set_is_an_error():
+    with pytest.raises(RuntimeError, match="instruction set unknown"), _native.use_isa("mmx"):
+        pass
+
+
+@needs_backend
+def test_structs_have_the_size_of_the_header(tmp_path):
+    """ctypes mirrors the header by hand: count the fields there."""
+    header = (ROOT / "csrc" / "include" / "sne_fast" / "cpu_abi.h").read_text()
+    assert f"#define SNE_FAST_CPU_ABI {_native.ABI}\n" in header
+    for name, struct in {
+        "chunk_encode_args": _native.ChunkEncodeArgs, "chunk_encode_grads": _native.ChunkEncodeGrads,
+        "set_attention_args": _native.SetAttentionArgs, "set_attention_grads": _native.SetAttentionGrads,
+        "segment_pool_args": _native.SegmentPoolArgs, "segment_pool_grads": _native.SegmentPoolGrads,
+        "gather_chunks_args": _native.GatherChunksArgs,
+    }.items():  # fmt: skip
+        body = header[: header.index("} sne_fast_" + name + ";")].rpartition("typedef struct {")[2]
+        fields: list[str] = []
+        for line in body.splitlines():
+            code = line.split("/*")[0].strip()
+            for piece in code.split(";"):
+                words = piece.replace("*", " ").replace(",", " ").split()
+                fields += [w for w in words if w not in ("const", "void", "double", "int64_t", "int32_t")]
+        assert fields == [field for field, _ in struct._fields_], name
+
+
+@needs_backend
+def test_bad_pointers_are_refused_not_followed():
+    args = list(chunk_encode_case(64, 4, [5, 6]))
+    for place, wrong in ((1, [0, 5, 12]), (1, [0, 12, 11]), (1, [1, 5, 11]), (2, [0, 1, 3])):
+        broken = list(args)
+        broken[place] = broken[place + 2] = torch.tensor(wrong)
+        with pytest.raises(RuntimeError, match="chunk_encode: sizes or pointers do not fit"):
+            cpu.chunk_encode(*broken)
+
+
+def test_why_not_names_what_does_not_fit():
+    args = chunk_encode_case(64, 4, [5, 6])
+    assert cpu.why_not("chunk_encode", args) == []
+    assert cpu.why_not("chunk_encode_backward", (torch.zeros(2, 4, 64), *args)) == []
+    wide = (*args[:14], torch.zeros(4, 48))
+    assert "width must be one of 32, 64, 128, 256, got 48" in cpu.why_not("chunk_encode", wide)[0]
+    assert "got 3" in cpu.why_not("chunk_encode", (*args[:14], torch.zeros(3, 64)))[0]
+    assert "got 16" in cpu.why_not("chunk_encode", (*args[:14], torch.zeros(16, 64)))[0]  # d = 4
+    long = chunk_encode_case(64, 4, [300])
+    assert "at most 256 long, got 300" in cpu.why_not("chunk_encode", long)[0]
+    assert "got torch.int64" in cpu.why_not("set_attention", (torch.zeros(2, 64, dtype=torch.int64), 4))[0]
+    assert "multiple of 16, got 20" in cpu.why_not("segment_pool", (torch.zeros(2, 20),))[0]

@@ -1,0 +1,80 @@
+"""Settings of the commands: choices are checked, and defaults agree with those of the classes that they set."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from sne_fast import SNE, Predictor
+from sne_fast.data.batch_checks import CHUNKINGS
+from sne_fast.nn.input_scales import INPUT_SCALES
+from sne_fast.nn.predictor import LOSSES, TRANSFORMS
+from sne_fast.tasks import TASKS, run_task, settings
+from sne_fast.tasks.settings import Demo, DemoSettings, TaskSettings, TrainSettings
+from sne_fast.training import FitSettings
+from sne_fast.training import settings as training_settings
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def test_choices_are_those_of_the_package() -> None:
+    assert get_args(settings.Loss) == LOSSES and get_args(settings.Transform) == TRANSFORMS
+    assert get_args(settings.Chunking) == tuple(CHUNKINGS) and get_args(settings.TaskName) == tuple(TASKS)
+    assert get_args(settings.AmpDtype) == get_args(training_settings.AmpDtype)
+    assert get_args(settings.InputScale) == ("tensor", *INPUT_SCALES, "none")
+
+
+def test_defaults_are_those_of_what_is_set_but_for_the_learning_rate() -> None:
+    given = TrainSettings(Path("zoo"), Path("out"))
+    assert dataclasses.asdict(FitSettings(**given.fit)) == {**dataclasses.asdict(FitSettings()), "lr": 1e-3}
+    of_sne, of_predictor = defaults_of(SNE), defaults_of(Predictor)
+    assert given.encoder == {name: of_sne[name] for name in given.encoder}
+    assert (given.loss, given.transform) == (of_predictor["loss"], of_predictor["target_transform"])
+    of_task = {field.name: field.default for field in dataclasses.fields(TaskSettings)}
+    by_function = defaults_of(run_task)
+    assert all(by_function[name] == of_task[name] for name in ("seeds", "methods", "networks", "epochs"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss": "mae"}, "train: loss must be one of mse, bce, cross_entropy, got 'mae'"),
+        ({"log": "none"}, "train: log must be one of csv, tensorboard, got 'none'"),
+        ({"amp": "float64"}, "train: amp must be one of bfloat16, float16, got 'float64'"),
+        ({"chunking": None}, "train: chunking must be one of flat, neuron, kernel, got None"),
+        ({"invariance": 0.5}, "the invariance loss compares permuted copies; it needs --permute"),
+    ],
+)
+def test_mistakes_are_told(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(Path("zoo"), Path("out"), **changed)
+
+
+def test_the_demo_takes_what_is_asked_for_and_else_the_defaults() -> None:
+    assert DemoSettings().demo == Demo() and DemoSettings(quick=True, seed=3).demo == Demo.quick(3)
+    assert DemoSettings(quick=True, epochs=2).demo == Demo.quick().replace(epochs=2)
+
+
+def test_every_option_says_what_it_is() -> None:
+    for command in (DemoSettings, TrainSettings, TaskSettings):
+        without = [field.name for field in dataclasses.fields(command) if "help" not in field.metadata]
+        assert without == (["head"] if command is TrainSettings else [])
+        assert all(str(field.metadata["help"]).endswith(".") for field in dataclasses.fields(command) if field.metadata)
+
+
+def test_the_module_imports_nothing_heavy() -> None:
+    # From its file: the package's own __init__ may import more.
+    command = (
+        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('settings', sys.argv[1]); "
+        "module = importlib.util.module_from_spec(spec); sys.modules['settings'] = module; "
+        "spec.loader.exec_module(module); assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", command, str(settings.__file__)], check=True)

@@ -1,0 +1,116 @@
+"""`sne-fast train`: a zoo to a predictor, with splits, classes, permutations, resume and several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import sne_fast
+from sne_fast.cli.commands import app
+from sne_fast.zoo import Zoo, make_sine_zoo
+
+# gloo looks the machine's own name up, which a closed-off one may not know.
+LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
+SMALL = ["--hidden-dim", "32", "--epochs", "3", "--batch-weights", "12000"]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sine INRs, a column of classes and one of parts."""
+    folder = tmp_path_factory.mktemp("zoo")
+    made = make_sine_zoo(folder / "plain", 30, seed=0)
+    a = made.column("a")
+    split = ["train" if i % 5 < 3 else ("validation" if i % 5 == 3 else "test") for i in range(30)]
+    made = made.with_column("kind", ["slow" if value < 5 else "fast" for value in a]).with_column("part", split)
+    made.with_column("share", (a / 10.5).tolist()).save(folder / "zoo")
+    return folder / "zoo"
+
+
+def run(*arguments: Any) -> str:
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_trains_evaluates_and_writes_everything(zoo: Path, tmp_path: Path) -> None:
+    output = run(
+        zoo, "-o", tmp_path / "run", "--target", "a", "--target", "mse", "--split", "part", "--permute", *SMALL
+    )
+    assert "epoch 3/3" in output and "tau" in output
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["networks"] == {"train": 18, "validation": 6, "test": 6} and set(found["test"]) == {"a", "mse"}
+    predictor = sne_fast.Predictor.from_pretrained(tmp_path / "run" / "predictor")
+    assert predictor.target_names == ("a", "mse") and predictor.encoder.hidden_dim == 32
+    with open(tmp_path / "run" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    held = Zoo.open(zoo)
+    test = held[held.column("part") == "test"]
+    assert [row["name"] for row in rows] == test.column("name").tolist()
+    values = predictor(test)
+    assert [float(row["predicted a"]) for row in rows] == pytest.approx(values[:, 0].tolist(), rel=1e-4)
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 4
+
+
+def test_the_same_command_resumes_and_another_is_refused(zoo: Path, tmp_path: Path) -> None:
+    command = [zoo, "-o", tmp_path, "--target", "a", *SMALL]
+    run(*command)
+    before = load_file(tmp_path / "predictor" / "model.safetensors")
+    assert "epoch" not in run(*command).split("tau")[0]  # nothing is left to do
+    after = load_file(tmp_path / "predictor" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    result = CliRunner().invoke(app, ["train", *map(str, command), "--lr", "0.1"])
+    assert result.exit_code == 2 and "other settings (lr 0.001 then, 0.1 now)" in result.output
+
+
+@pytest.mark.parametrize(("loss", "target", "outputs"), [("cross_entropy", "kind", 2), ("bce", "share", 1)])
+def test_classes_and_probabilities(loss: str, target: str, outputs: int, zoo: Path, tmp_path: Path) -> None:
+    output = run(zoo, "-o", tmp_path, "--target", target, "--loss", loss, *SMALL)
+    predictor = sne_fast.Predictor.from_pretrained(tmp_path / "predictor")
+    values = predictor(Zoo.open(zoo)[:4]).detach()
+    assert values.shape == (4, outputs) and 0 <= float(values.min()) and float(values.max()) <= 1
+    if loss == "cross_entropy":
+        assert predictor.target_names == ("fast", "slow") and "accuracy on held-out networks" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "b"], "no column 'b'|'b'"),
+        ([], "give at least one target; the zoo has a"),
+        (["--target", "kind"], "column 'kind' must hold a number for every network"),
+        (["--target", "a", "--loss", "cross_entropy", "--target", "mse"], "cross_entropy takes one column"),
+        (["--target", "a", "--split", "kind"], "column 'kind' must say train, validation, test, got fast, slow"),
+        (["--target", "a", "--invariance", "0.5"], "it needs --permute"),
+        (["--target", "a", "--log", "none"], "'none' is not one of 'csv', 'tensorboard'"),
+        (["--target", "a", "--loss", "bce"], r"targets of the loss 'bce' must lie in \[0, 1\]"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, zoo: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(zoo), "-o", str(tmp_path), *arguments, *SMALL])
+    assert result.exit_code == 2 and re.search(message, " ".join(result.output.split())), result.output
+
+
+@pytest.mark.slow
+def test_torchrun_gives_what_one_process_gives(zoo: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(zoo), "--target", "a", "--permute", *SMALL]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "-m", "sne_fast", *arguments, "-o", str(tmp_path / "two")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(*arguments[1:], "-o", tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2 and one["processes"] == 1
+    assert two["history"]["train_loss"] == pytest.approx(one["history"]["train_loss"], rel=1e-3)
+    assert done.stdout.count("epoch 3/3") == 1

@@ -1,0 +1,562 @@
+"""SPEC 3: SNE equals the brute-force oracle; padding, company, order of sets, initialisation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sne_fast
+from helpers.brute_force import Cut, Network, Oracle, arrays, cut_network, oracle_for
+from helpers.networks import MIXED, make, randomise_, sine_networks
+from sne_fast.reference import PaddedSNE
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reference():
+    with sne_fast.use_backend("reference"):
+        yield
+
+
+def encoder_for(config: dict[str, Any], dtype: torch.dtype = F64, seed: int = 0) -> nn.Module:
+    """An encoder without a single zero among its parameters. Without layer norm every block would double the rows."""
+    encoder = randomise_(sne_fast.SNE(**config), seed, 1.0 if config.get("layer_norm", True) else 0.35).to(dtype)
+    assert all(p.count_nonzero() == p.numel() for p in encoder.parameters())
+    return encoder
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest error over the largest magnitude."""
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).detach().abs().max() / expected.detach().abs().max())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against brute force
+
+SWITCHES = [
+    dict(zip(("chunking", "layer_norm", "scale", "element_order", "chunk_order", "set_attention"), values, strict=True))
+    for values in itertools.product(
+        ("flat", "neuron", "kernel"), (True, False), ("tensor", "none"), (True, False), (True, False), ("sab", "isab")
+    )
+]
+WIDTHS = [(32, 1), (32, 2), (32, 4), (64, 1), (64, 2), (64, 4), (64, 8), (128, 1), (128, 2), (128, 4), (128, 8)]
+CHUNK_SIZES = [1, 3, 7, 32, 256]
+
+
+def name_of(config: dict[str, Any]) -> str:
+    return "-".join(str(v) for v in config.values())
+
+
+@pytest.mark.parametrize("config", SWITCHES, ids=name_of)
+def test_every_switch_equals_brute_force(config: dict[str, Any]) -> None:
+    """All 96 combinations, on a network with kernels, biases, norms, running statistics."""
+    config = {**config, "hidden_dim": 32, "num_heads": 2, "chunk_size": 7, "num_inducing": 3}
+    encoder = encoder_for(config)
+    networks = [make("cnn", 1, F64), make("one_scalar", 2, F64)]
+    assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "config"), [(*wh, SWITCHES[(37 * n + 5) % 96]) for n, wh in enumerate(WIDTHS)], ids=str
+)
+def test_every_width_and_head_count_equals_brute_force(width: int, heads: int, config: dict[str, Any]) -> None:
+    n = WIDTHS.index((width, heads))
+    config = {**config, "hidden_dim": width, "num_heads": heads, "chunk_size": CHUNK_SIZES[1:][n % 4]}
+    encoder = encoder_for(config, seed=n)
+    networks = [make(name, n, F64) for name in ("recurrent", "cnn", "mlp")]
+    assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("chunking", ["flat", "neuron", "kernel"])
+def test_every_chunk_size_equals_brute_force(chunking: str, chunk_size: int) -> None:
+    config = {"hidden_dim": 32, "num_heads": 4, "chunking": chunking, "chunk_size": chunk_size}
+    encoder = encoder_for(config)
+    networks = [make(name, 3, F64) for name in ("mlp", "cnn")]
+    assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", [*MIXED, "mlp_tiny", "mlp_deep", "transformer_tied", "oddities"])
+def test_every_architecture_equals_brute_force(name: str) -> None:
+    config = {"hidden_dim": 32, "num_heads": 4, "chunk_size": 8}
+    encoder = encoder_for(config)
+    networks = [make(name, seed, F64) for seed in (1, 2)]
+    z = encoder(networks)
+    assert relative(z, oracle_for(encoder, **config)(networks)) <= 1e-12
+    assert relative(z[:1], z[1:]) > 1e-3  # and the two differ
+
+
+def test_a_larger_network_with_the_defaults_equals_brute_force() -> None:
+    encoder = encoder_for({})
+    networks = [make("inr", 0, F64)]
+    assert relative(encoder(networks), oracle_for(encoder)(networks)) <= 1e-12
+
+
+@pytest.mark.parametrize("config", [SWITCHES[n] for n in (0, 29, 42, 71, 93)], ids=name_of)
+def test_gradients_equal_brute_force(config: dict[str, Any]) -> None:
+    """Of every parameter of the encoder and every weight of the networks, through packing and its scale."""
+    config = {**config, "hidden_dim": 32, "num_heads": 2, "chunk_size": 5, "num_inducing": 3}
+    encoder = encoder_for(config)
+    networks = [make("cnn", 1, F64), make("mlp_tiny", 2, F64)]
+    weights = [p for network in networks for p in network.parameters()]
+    names = [f"network weight {n}" for n in range(len(weights))] + [name for name, _ in encoder.named_parameters()]
+    inputs = [*weights, *encoder.parameters()]
+    direction = torch.randn(2, 32, dtype=F64, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(
+        (oracle_for(encoder, **config)(networks) * direction).sum(), inputs, allow_unused=True
+    )
+    actual = torch.autograd.grad((encoder(networks) * direction).sum(), inputs, allow_unused=True)
+    largest = max(float(e.abs().max()) for e in expected if e is not None)
+    for name, a, e in zip(names, actual, expected, strict=True):
+        if e is None:
+            assert a is None or a.count_nonzero() == 0, name
+        else:
+            error = float((a - e).abs().max())
+            assert error <= 1e-10 * max(float(e.abs().max()), 1e-4 * largest), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize(("width", "heads"), [(32, 4), (64, 4), (128, 8)])
+def test_float32_within_2e5_of_float64(width: int, heads: int, layer_norm: bool) -> None:
+    encoder = encoder_for({"hidden_dim": width, "num_heads": heads, "layer_norm": layer_norm, "chunk_size": 16})
+    exact = encoder([make(name, 5, torch.float32).double() for name in MIXED])
+    z = copy.deepcopy(encoder).float()([make(name, 5, torch.float32) for name in MIXED])
+    assert z.dtype == torch.float32
+    assert relative(z, exact) <= 2e-5
+
+
+def test_the_default_backend_equals_brute_force() -> None:
+    config = {"hidden_dim": 32, "num_heads": 4, "chunk_size": 8}
+    encoder = encoder_for(config)
+    networks = [make(name, 4, F64) for name in ("mlp", "cnn", "one_scalar")]
+    with sne_fast.use_backend("auto"):
+        assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+
+
+def test_levels_given_by_hand_are_the_ones_encoded() -> None:
+    """The codes follow layer_level, not the place of the layer."""
+    config = {"hidden_dim": 32, "num_heads": 2, "chunk_size": 4}
+    encoder = encoder_for(config)
+    network = make("mlp", 1, F64)
+    batch = encoder.pack([network])
+    levels = [4, 0, 11]
+    moved = dataclasses.replace(batch, layer_level=torch.tensor(levels))
+    oracle = oracle_for(encoder, **config)
+    expected = oracle.encode_network(oracle.cut(network), levels)[None]
+    assert relative(encoder(moved), expected) <= 1e-12
+    assert relative(encoder(batch), expected) > 1e-3
+
+
+def test_codes_far_out_are_computed_in_float64() -> None:
+    """The sines of large positions would be noise in float32."""
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4})
+    batch = encoder.pack([make("mlp", 1, F64)])
+    far = dataclasses.replace(batch, layer_level=torch.tensor([70_000, 12_345, 999_999]))
+    assert relative(copy.deepcopy(encoder).float()(far.to(dtype=torch.float32)), encoder(far)) <= 2e-5
+
+
+def test_scale_is_known_to_the_encoder_and_none_is_the_paper() -> None:
+    """With scale="tensor" a network and its double differ through tensor_scale only; with "none" through the values."""
+    single, double = make("mlp", 1, F64), make("mlp", 1, F64)
+    with torch.no_grad():
+        for p in double.parameters():
+            p *= 2
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 2})
+    a, b = encoder.pack([single]), encoder.pack([double])
+    torch.testing.assert_close(a.values, b.values, rtol=1e-14, atol=0)
+    torch.testing.assert_close(2 * a.tensor_scale, b.tensor_scale, rtol=1e-14, atol=0)
+    assert relative(encoder(a), encoder(b)) > 1e-3
+    with torch.no_grad():
+        encoder.tensor_encoder.magnitude_code.zero_()
+    assert relative(encoder(a), encoder(b)) < 1e-12
+    plain = encoder_for({"hidden_dim": 32, "num_heads": 2, "scale": "none"})
+    before = plain([single])
+    with torch.no_grad():
+        plain.tensor_encoder.magnitude_code.mul_(5)
+    assert torch.equal(plain([single]), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calling forms
+
+FORMS = [
+    {},
+    {"chunk_size": 5, "chunking": "neuron", "scale": "none"},
+    {"chunk_size": 9, "chunking": "kernel", "layer_norm": False},
+]
+
+
+@pytest.mark.parametrize("config", FORMS, ids=name_of)
+def test_all_calling_forms_agree(config: dict[str, Any], tmp_path) -> None:
+    """A batch, modules, state_dicts and paths: SPEC 3's calling forms. The network has only unmistakable tensors."""
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4, **config})
+    networks = [make("cnn", 1, F64), make("mlp", 2, F64)]
+    keys = {"chunk_size": 32, "chunking": "flat", "scale": "tensor"}
+    by_hand = sne_fast.pack(networks, **{k: config.get(k, v) for k, v in keys.items()}, dtype=F64)
+    expected = encoder(by_hand)
+    torch.save(networks[1].state_dict(), tmp_path / "mlp.pt")
+    assert torch.equal(encoder(encoder.pack(networks)), expected)
+    assert torch.equal(encoder(networks), expected)
+    assert torch.equal(encoder([networks[0].state_dict(), tmp_path / "mlp.pt"]), expected)
+    assert torch.equal(encoder([networks[0], str(tmp_path / "mlp.pt")]), expected)
+
+
+def test_an_encoder_refuses_a_batch_cut_otherwise() -> None:
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4})
+    for other in ({"chunk_size": 16}, {"chunking": "neuron"}):
+        with pytest.raises(ValueError, match=next(iter(other))):
+            encoder(sne_fast.pack([make("mlp")], dtype=F64, **other))
+
+
+def test_an_empty_batch_encodes_to_no_rows() -> None:
+    for attention in ("sab", "isab"):
+        encoder = encoder_for({"hidden_dim": 32, "num_heads": 4, "set_attention": attention})
+        z = encoder(encoder.pack([make("mlp"), make("cnn")])[0:0])
+        assert z.shape == (0, 32) and z.dtype == F64
+        z.sum().backward()  # and it does not disturb a training loop
+        assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in encoder.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding and company change nothing
+
+PADDED = [
+    {},
+    {"layer_norm": False, "chunking": "neuron"},
+    {"set_attention": "isab", "num_inducing": 3, "chunking": "kernel", "scale": "none"},
+    {"element_order": False, "chunk_order": False},
+]
+
+
+@pytest.mark.parametrize("config", PADDED, ids=name_of)
+def test_padded_equals_ragged_and_so_do_the_gradients(config: dict[str, Any]) -> None:
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4, "chunk_size": 8, **config})
+    batch = encoder.pack([make(name, 1, F64) for name in ("mlp", "cnn", "recurrent", "one_scalar")])
+    values = batch.values.detach().requires_grad_()
+    scales = batch.tensor_scale.detach().requires_grad_()
+    batch = dataclasses.replace(batch, values=values, tensor_scale=scales)
+    padded = PaddedSNE(encoder)
+    ragged_z, padded_z = encoder(batch), padded(batch)
+    assert relative(padded_z, ragged_z) <= 1e-12
+    direction = torch.randn(ragged_z.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+    inputs = {"values": values, "scales": scales, **dict(encoder.named_parameters())}
+    ragged = torch.autograd.grad((ragged_z * direction).sum(), list(inputs.values()), allow_unused=True)
+    dense = torch.autograd.grad((padded_z * direction).sum(), list(inputs.values()), allow_unused=True)
+    largest = max(float(g.abs().max()) for g in ragged if g is not None)
+    for name, a, b in zip(inputs, dense, ragged, strict=True):
+        a, b = (torch.zeros(1, dtype=F64) if g is None else g for g in (a, b))
+        assert torch.isfinite(a).all() and torch.isfinite(b).all(), name
+        error = float((a - b).abs().max())
+        assert error <= 1e-12 * max(float(b.abs().max()), 1e-2 * largest), f"{name}: {error:.1e}"
+
+
+def test_padded_shares_the_parameters() -> None:
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4})
+    ours = {p.data_ptr() for p in encoder.parameters()}
+    assert {p.data_ptr() for p in PaddedSNE(encoder).parameters()} <= ours
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (F64, 1e-12)])
+@pytest.mark.parametrize(
+    "config", [{}, {"set_attention": "isab", "num_inducing": 4}, {"chunking": "kernel"}], ids=name_of
+)
+def test_networks_encode_the_same_alone_and_together(config: dict, dtype: torch.dtype, tolerance: float) -> None:
+    encoder = encoder_for({"hidden_dim": 64, "num_heads": 4, "chunk_size": 16, **config}, dtype)
+    networks = [make(name, 7, dtype) for name in MIXED]
+    together = encoder(networks)
+    batch = encoder.pack(networks)
+    for n, network in enumerate(networks):
+        alone = encoder([network])
+        assert relative(together[n : n + 1], alone) <= tolerance, MIXED[n]
+        assert relative(encoder(batch[n]), alone) <= tolerance, MIXED[n]
+    order = [3, 0, 5, 1, 4, 2, 0]
+    assert relative(encoder(batch[order]), together[order]) <= tolerance
+    joined = sne_fast.WeightBatch.cat([batch[4:], encoder.pack(networks[:2])])
+    assert relative(encoder(joined), together[[4, 5, 0, 1]]) <= tolerance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gradcheck
+
+
+def test_gradcheck_through_pack_and_encoder_to_the_weights() -> None:
+    for scale, attention in (("tensor", "sab"), ("none", "isab")):
+        encoder = encoder_for(
+            {"hidden_dim": 16, "num_heads": 2, "chunk_size": 3, "scale": scale, "set_attention": attention}
+        )
+        shapes = {"0.weight": (3, 2), "0.bias": (3,), "1.weight": (1, 2, 2, 2), "1.factor": ()}
+        g = torch.Generator().manual_seed(0)
+        weights = [torch.randn(s, dtype=F64, generator=g).requires_grad_() for s in shapes.values()]
+
+        def function(*tensors: Tensor, encoder=encoder, names=tuple(shapes)) -> Tensor:
+            return encoder([dict(zip(names, tensors, strict=True))])
+
+        assert torch.autograd.gradcheck(function, weights)
+
+
+def test_gradcheck_through_encoder_to_its_parameters() -> None:
+    encoder = encoder_for({"hidden_dim": 16, "num_heads": 2, "chunk_size": 3})
+    batch = encoder.pack([make("one_scalar", 1, F64), make("mlp_tiny", 2, F64)])
+    names = [name for name, _ in encoder.named_parameters()]
+
+    def function(*parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(encoder, dict(zip(names, parameters, strict=True)), (batch,))
+
+    assert torch.autograd.gradcheck(function, tuple(encoder.parameters()), fast_mode=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets are sets, lists are lists (hypothesis)
+
+CONFIG = {"hidden_dim": 32, "num_heads": 2, "chunk_size": 4, "num_inducing": 3}
+
+
+def batch_of(networks: list[Network], levels: list[list[int]] | None = None) -> sne_fast.WeightBatch:
+    return sne_fast.WeightBatch(**arrays(networks, levels), chunk_size=CONFIG["chunk_size"], chunking="flat")
+
+
+@st.composite
+def random_network(draw: st.DrawFn) -> Network:
+    """1-3 layers of 1-3 tensors of 1-4 chunks of 1-4 numbers, any types; numbers all different."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    layers = []
+    for _ in range(draw(st.integers(1, 3))):
+        layer = []
+        for _ in range(draw(st.integers(1, 3))):
+            lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+            chunks = [torch.randn(n, dtype=F64, generator=g) for n in lengths]
+            scale = 0.2 + torch.rand((), dtype=F64, generator=g)
+            layer.append(Cut(draw(st.integers(0, 63)), scale, chunks))
+        layers.append(layer)
+    return layers
+
+
+def deep(network: Network) -> Network:
+    return [[dataclasses.replace(t, chunks=list(t.chunks)) for t in layer] for layer in network]
+
+
+ATTENTIONS = ["sab", "isab"]
+few = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[tuple, nn.Module]:
+    return {
+        (e, c, a): encoder_for({**CONFIG, "element_order": e, "chunk_order": c, "set_attention": a})
+        for e, c, a in itertools.product((True, False), (True, False), ATTENTIONS)
+    }
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_any_batch_by_hand_equals_brute_force(encoders, attention: str) -> None:
+    @few
+    @given(st.lists(random_network(), min_size=1, max_size=3))
+    def check(networks: list[Network]) -> None:
+        encoder = encoders[True, True, attention]
+        oracle = oracle_for(encoder, **CONFIG, set_attention=attention)
+        assert relative(encoder(batch_of(networks)), oracle(networks)) <= 1e-12
+
+    check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("on", [False, True])
+def test_order_of_elements(encoders, attention: str, on: bool) -> None:
+    """element_order off: elements of a chunk may be permuted; on: z changes."""
+
+    @few
+    @given(random_network(), st.randoms(use_true_random=False))
+    def check(network: Network, random) -> None:
+        other, moved = deep(network), False
+        for tensor in itertools.chain(*other):
+            for n, chunk in enumerate(tensor.chunks):
+                order = list(range(len(chunk)))
+                random.shuffle(order)
+                moved |= order != sorted(order)
+                tensor.chunks[n] = chunk[order]
+        z = encoders[on, True, attention](batch_of([network, other]))
+        error = relative(z[1], z[0])
+        assert error > 1e-9 if on and moved else error <= 1e-12
+
+    check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("on", [False, True])
+def test_order_of_chunks(encoders, attention: str, on: bool) -> None:
+    """chunk_order off: whole chunks of a tensor (of any lengths) may be permuted; on: z changes."""
+
+    @few
+    @given(random_network(), st.randoms(use_true_random=False))
+    def check(network: Network, random) -> None:
+        other, moved = deep(network), False
+        for tensor in itertools.chain(*other):
+            order = list(range(len(tensor.chunks)))
+            random.shuffle(order)
+            moved |= order != sorted(order)
+            tensor.chunks = [tensor.chunks[n] for n in order]
+        z = encoders[True, on, attention](batch_of([network, other]))
+        error = relative(z[1], z[0])
+        assert error > 1e-9 if on and moved else error <= 1e-12
+
+    check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_order_of_tensors_and_of_layers_with_their_levels(encoders, attention: str) -> None:
+    """Tensors of a layer are a set; so are layers, once each carries its level."""
+
+    @few
+    @given(random_network(), st.randoms(use_true_random=False))
+    def check(network: Network, random) -> None:
+        other = deep(network)
+        for layer in other:
+            random.shuffle(layer)
+        levels = list(range(len(network)))
+        shuffled = list(levels)
+        random.shuffle(shuffled)
+        other = [other[n] for n in shuffled]
+        z = encoders[True, True, attention](batch_of([network, other], [levels, shuffled]))
+        assert relative(z[1], z[0]) <= 1e-12
+        if shuffled != levels:  # the same layers at other levels
+            z = encoders[True, True, attention](batch_of([network, other]))
+            assert relative(z[1], z[0]) > 1e-9
+
+    check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_what_belongs_to_which_set_matters(encoders, attention: str) -> None:
+    """The same numbers in the same order, cut at another place on any of the four levels, are another network."""
+
+    @few
+    @given(random_network())
+    def check(network: Network) -> None:
+        encoder = encoders[False, False, attention]
+
+        def differs(other: Network, levels: list[int] | None = None) -> None:
+            own = list(range(len(network)))
+            z = encoder(batch_of([network, other], [own, own if levels is None else levels]))
+            assert relative(z[1], z[0]) > 1e-9
+
+        for k, layer in enumerate(network):
+            for t, tensor in enumerate(layer):
+                for n, chunk in enumerate(tensor.chunks):
+                    if len(chunk) > 1:  # one chunk as two
+                        other = deep(network)
+                        other[k][t].chunks[n : n + 1] = [chunk[:1], chunk[1:]]
+                        differs(other)
+                        break
+                if len(tensor.chunks) > 1:  # one tensor as two
+                    other = deep(network)
+                    halves = (tensor.chunks[:1], tensor.chunks[1:])
+                    other[k][t : t + 1] = [dataclasses.replace(tensor, chunks=half) for half in halves]
+                    differs(other)
+            if len(layer) > 1:  # one layer as two at the same level
+                other = deep(network)
+                other[k : k + 1] = [layer[:1], layer[1:]]
+                levels = [n for n in range(len(network)) for _ in range(1 + (n == k))]
+                differs(other, levels)
+            other = deep(network)  # another type, another scale
+            other[k][0].type = (other[k][0].type + 1) % 64
+            differs(other)
+            other = deep(network)
+            other[k][0].scale = other[k][0].scale * 1.5
+            differs(other)
+
+    check()
+
+
+def test_hidden_neurons_in_another_order_are_another_input() -> None:
+    """A permutation that keeps the function does change z: that is what the paper's logit invariance trains away."""
+    network, other = make("mlp", 1, F64), make("mlp", 1, F64)
+    order = torch.tensor([3, 0, 2, 1, 6, 5, 4])
+    with torch.no_grad():
+        other[0].weight.copy_(network[0].weight[order])
+        other[0].bias.copy_(network[0].bias[order])
+        other[2].weight.copy_(network[2].weight[:, order])
+    x = torch.randn(4, 5, dtype=F64)
+    torch.testing.assert_close(network(x), other(x))
+    z = encoder_for({"hidden_dim": 32, "num_heads": 2})([network, other])
+    assert relative(z[1], z[0]) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It trains (SPEC 3, "Initialisation decides whether this trains at all")
+
+
+def spread_over_size(z: Tensor) -> float:
+    """Root mean square distance from the mean over the root mean square length, across networks."""
+    return float((z - z.mean(0)).square().sum(1).mean().sqrt() / z.square().sum(1).mean().sqrt())
+
+
+@pytest.fixture(scope="module")
+def sines() -> list[nn.Module]:
+    return list(sine_networks(64, hidden=16, steps=100, seed=0))
+
+
+def test_spread_of_z_at_step_0(sines: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    encoder = sne_fast.SNE(hidden_dim=32, num_heads=4)
+    with torch.no_grad(), sne_fast.use_backend("auto"):
+        batch = encoder.pack(sines)
+        assert spread_over_size(encoder(batch)) >= 0.3
+        for name, p in encoder.named_parameters():  # the modules' defaults, as SPEC says, lose it
+            if name.endswith("bias") and ".ln" not in name:
+                p.uniform_(-0.2, 0.2)
+            elif name.endswith("pool.S"):
+                nn.init.xavier_uniform_(p)
+            elif name.endswith("code_gain"):
+                p.fill_(1.0)
+        assert spread_over_size(encoder(batch)) < 0.3
+
+
+@pytest.mark.slow
+def test_a_small_training_run_leaves_the_mean_predictor(sines: list[nn.Module]) -> None:
+    """The label is plain: the spread of one weight tensor. Also on networks that were not trained on."""
+    torch.manual_seed(0)
+    encoder = sne_fast.SNE(hidden_dim=32, num_heads=4)
+    head = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1))
+    label = torch.stack([n[2].weight.detach().std() for n in sines])[:, None]
+    label = (label - label[:48].mean()) / label[:48].std()
+    optimiser = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    with torch.no_grad(), sne_fast.use_backend("auto"):
+        batch = encoder.pack(sines)
+        before = (head(encoder(batch)) - label).square().mean()
+    assert before > 0.7  # about the mean predictor's
+    with sne_fast.use_backend("auto"):
+        for _ in range(150):
+            index = torch.randperm(48)[:16]
+            loss = (head(encoder(batch[index.tolist()])) - label[index]).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        with torch.no_grad():
+            errors = (head(encoder(batch)) - label).square()
+    assert errors[:48].mean() < 0.3
+    assert errors[48:].mean() < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle's own sanity: it is no copy of the reference, so it needs a word of its own
+
+
+def test_oracle_depends_on_every_parameter() -> None:
+    config = {**CONFIG, "set_attention": "isab"}
+    encoder = encoder_for(config)
+    z = oracle_for(encoder, **config)([make("cnn", 1, F64)])
+    g = torch.autograd.grad(z.square().sum(), list(encoder.parameters()))
+    for (name, _), gradient in zip(encoder.named_parameters(), g, strict=True):
+        assert gradient.abs().max() > (0 if name.endswith("fc_k.bias") else 1e-12), name
+    assert isinstance(oracle_for(encoder, **config), Oracle)
+    assert len(cut_network(make("cnn", 1, F64), 4)) == 4

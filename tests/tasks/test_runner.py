@@ -1,0 +1,262 @@
+"""`sne-fast task`: definitions, splits, the runner's files and what it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import sne_fast
+from helpers.paths import ROOT
+from sne_fast.symmetry import canonicalise, chain_symmetry
+from sne_fast.tasks import TASKS, run_task, runner
+from sne_fast.tasks.baselines import BASELINES, Problem
+from sne_fast.tasks.definitions import Experiment, SneSettings
+from sne_fast.tasks.networks import Networks
+from sne_fast.tasks.run_folder import Run, RunFolder, slug
+from sne_fast.tasks.sne_method import invariance_error, train_sne
+from sne_fast.zoo import Zoo, make_classifier_zoo, make_sine_zoo
+
+for module in ("sklearn", "scipy", "matplotlib", "pyarrow"):
+    pytest.importorskip(module)
+
+METHODS = ["SNE", "SNE, no order codes", "mean", "statistics", "mlp"]
+
+
+def call(out: Path, **options: Any) -> dict[str, Any]:
+    chosen = {"seeds": (0,), "methods": METHODS, "networks": 40, "epochs": 2, **options}
+    return run_task("inr", out, Console(quiet=True), **chosen)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("task")
+    return out, call(out, seeds=(0, 1))
+
+
+def test_everything_is_written(done):
+    out, results = done
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {p.name for p in out.iterdir()} == {
+        "zoos", "runs", "results.json", "results.md", "scatter-sines.png", "embedding-sines.png", "size-sines.png"
+    }  # fmt: skip
+    text = (out / "results.md").read_text()
+    methods = results["experiments"]["sines"]["methods"]
+    assert list(methods) == ["SNE", "SNE, no order codes", *(BASELINES[k].name for k in ("mean", "statistics", "mlp"))]
+    assert all(f"| {name} |" in text for name in methods)
+    assert results["networks"] == 40 and results["weights"] == 40 * 1153
+
+
+def test_measures_are_those_of_the_predictions(done):
+    out, results = done
+    zoo = Zoo.open(out / "zoos" / "sines")
+    data, experiment = Networks([zoo], "a"), TASKS["inr"].experiments[0]
+    for name, row in (("SNE", "SNE"), (BASELINES["statistics"].name, "statistics")):
+        errors = []
+        for seed in (0, 1):
+            test = data.split(experiment, seed)["test"]
+            predicted = np.load(RunFolder(out).arrays(Run(experiment, row, seed)))["predicted"]
+            assert predicted.shape == (40,) and len(test) == 4
+            errors.append(float(((predicted - data.targets)[test] ** 2).mean()))
+        found = results["experiments"]["sines"]["methods"][name]
+        assert found["runs"] == 2
+        assert found["mse"]["mean"] == pytest.approx(np.mean(errors)) and found["mse"]["std"] == pytest.approx(
+            np.std(errors, ddof=1)
+        )
+
+
+def test_the_saved_predictor_gives_the_saved_predictions(done):
+    out, _ = done
+    folder, run = RunFolder(out), Run(TASKS["inr"].experiments[0], "SNE", 0)
+    predictor = sne_fast.Predictor.from_pretrained(folder.predictor(run))
+    assert predictor.input_normaliser is not None and predictor.target_names == ("a",)
+    sines = list(Zoo.open(out / "zoos" / "sines"))
+    symmetry = chain_symmetry(sines[0])
+    values = predictor(canonicalise(predictor.encoder.pack(sines).detach(), symmetry, odd=True))
+    values = values[:, 0].detach().double().numpy()
+    np.testing.assert_allclose(values, np.load(folder.arrays(run))["predicted"], rtol=1e-4)
+    ablated = sne_fast.Predictor.from_pretrained(
+        folder.predictor(dataclasses.replace(run, method="SNE, no order codes"))
+    )
+    assert not ablated.encoder.config["element_order"] and not ablated.encoder.config["chunk_order"]
+
+
+def test_curves_of_training_set_size_grow(done):
+    curves = done[1]["experiments"]["sines"]["by_training_size"]
+    assert [point["networks"] for point in curves["SNE"]] == [4, 8, 16, 32]
+    assert "SNE, no order codes" not in curves  # ablations have no curve
+
+
+def test_what_is_done_is_not_done_again_and_other_calls_add(done, monkeypatch):
+    out, results = done
+    monkeypatch.setattr(runner, "train_sne", lambda *a, **k: pytest.fail("trained again"))
+    call(out, seeds=(1,))
+    assert not list(out.glob("runs/*/*-seed1-share*")), "curves are of the lowest seed, whichever call has it"
+    again = call(out, seeds=(0, 1))
+    assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
+    fewer = call(out, methods=["mean"])
+    assert set(fewer["experiments"]["sines"]["methods"]) == set(results["experiments"]["sines"]["methods"])
+
+
+def test_other_settings_are_refused(done):
+    out, _ = done
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        call(out, epochs=3)
+    with pytest.raises(ValueError, match="holds another zoo"):
+        call(out, networks=50)
+    with pytest.raises(ValueError, match="name must be one of inr, accuracy"):
+        run_task("nothing", out, Console(quiet=True))
+    with pytest.raises(ValueError, match="methods must be among SNE.*got svm"):
+        call(out, methods=["svm"])
+
+
+def test_what_could_not_be_done_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(BASELINES["mlp"], "why_not", lambda problem: ["a package is missing"], raising=False)
+    found = call(tmp_path, methods=["mlp", "mean"])["experiments"]["sines"]["methods"]["MLP on flat weights"]
+    assert found["why_not"] == ["a package is missing"] and "mse" not in found
+    assert "a package is missing" in (tmp_path / "results.md").read_text()
+    monkeypatch.undo()
+    found = call(tmp_path, methods=["mlp"])["experiments"]["sines"]["methods"]["MLP on flat weights"]
+    assert found["mse"]["mean"] > 0 and "why_not" not in found
+
+
+def test_an_interrupted_training_goes_on_to_the_same_predictions(tmp_path, monkeypatch):
+    """Killed in its second epoch, the same call ends with the bits of a run that was not."""
+    whole = tmp_path / "whole"
+    call(whole, methods=["SNE"], epochs=3)
+    import sne_fast.training.loop as loop
+
+    cut = tmp_path / "cut"
+    original = loop._Run.epoch
+
+    def stop(self, state, on_batch):
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        return original(self, state, on_batch)
+
+    monkeypatch.setattr(loop._Run, "epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(cut, methods=["SNE"], epochs=3)
+    monkeypatch.setattr(loop._Run, "epoch", original)
+    run = Run(TASKS["inr"].experiments[0], "SNE", 0)
+    assert RunFolder(cut).checkpoint(run).exists()
+    call(cut, methods=["SNE"], epochs=3)
+    assert not RunFolder(cut).checkpoint(run).exists()
+    one, other = (np.load(RunFolder(out).arrays(run))["predicted"] for out in (whole, cut))
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    names = ["mlp-10", "mlp-10-10", "cnn3-flatten", "cnn5-pool", "vit"]
+    folder = tmp_path_factory.mktemp("families") / "zoo"
+    return Networks([make_classifier_zoo(folder, 50, architectures=names, max_steps=10)], "test_accuracy")
+
+
+def test_splits_keep_families_apart(families):
+    forth, back = TASKS["cross-architecture"].experiments
+    family = families.column("family")
+    for experiment, seen, unseen in ((forth, "mlp", "cnn"), (back, "cnn", "mlp")):
+        parts = families.split(experiment, 0)
+        assert set(family[parts["train"] + parts["validation"]]) == {seen} and set(family[parts["test"]]) == {unseen}
+        assert [len(parts[k]) for k in ("train", "validation", "test")] == [18, 2, 20]
+    (to_vit,) = TASKS["transformers"].experiments
+    parts = families.split(to_vit, 1)
+    assert set(family[parts["train"]]) == {"mlp", "cnn"} and set(family[parts["test"]]) == {"vit"}
+    everything = families.split(Experiment("all"), 2)
+    assert sorted(sum(everything.values(), [])) == list(range(50))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_definitions_hold_together(name):
+    task = TASKS[name]
+    assert "SNE" in task.sne and len({slug(e.name) for e in task.experiments}) == len(task.experiments)
+    assert not {slug(row) for row in task.sne} & set(BASELINES)
+    for settings in task.sne.values():
+        assert not settings.invariance or settings.units != "given"
+    for experiment in task.experiments:
+        overlap = {k: set(v) & set(experiment.test.get(k, ())) for k, v in experiment.train.items()}
+        assert experiment.train == experiment.test or not any(overlap.values())
+
+
+def test_mixed_architectures_train_with_permutations(families):
+    """An untrained predictor is not invariant, and the measure of it sees that; an invariant one gives zero."""
+    parts = families.split(Experiment("all"), 0)
+    settings = SneSettings(epochs=1, batch_weights=8_000, invariance=0.1)
+    problem = Problem(families.packed(settings), families.targets, parts["train"], parts["validation"], 0, logit=True)
+    run = train_sne(problem, settings, families.symmetries, parts["test"], target="test_accuracy")
+    assert run.predicted.shape == (50,) and run.encodings.shape == (50, 32)
+    assert ((run.predicted >= 0) & (run.predicted <= 1)).all() and run.about["invariance_rms"] > 0
+    with torch.no_grad():
+        for p in run.predictor.head.parameters():
+            p.zero_()
+    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"], settings) == 0
+
+
+def test_ablations_take_the_order_away():
+    """Each ablation changes what its name says."""
+    assert not TASKS["inr"].sne["SNE, no order codes"].order
+    assert TASKS["inr"].sne["SNE"].invariance > 0 == TASKS["inr"].sne["SNE, no logit invariance"].invariance
+
+
+def test_zoos_are_made_once(tmp_path):
+    make_sine_zoo(tmp_path / "sines", 20, init="dwsnets", steps=600)
+    before = (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns
+    (zoo,) = TASKS["inr"].zoos(tmp_path, 20, lambda done: None)
+    assert len(zoo) == 20 and (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns == before
+    made = TASKS["cross-dataset"].zoos(tmp_path, 8, lambda done: None)
+    assert [set(zoo.column("dataset")) for zoo in made] == [{"digits"}, {"shapes"}, {"glyphs"}, {"textures"}]
+
+
+def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import task_report
+
+    out, results = done
+    (tmp_path / "task_inr.json").write_text((out / "results.json").read_text())
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(["before", *task_report.MARKERS, "after", ""]))
+    task_report.insert(readme, task_report.section(tmp_path), *task_report.MARKERS)
+    lines = readme.read_text().splitlines()
+    table = [line for line in lines if line.startswith("| `inr`, sines |")]
+    methods = results["experiments"]["sines"]["methods"]
+    assert [line.split(" | ")[1] for line in table] == list(methods) and lines[0] == "before" and lines[-1] == "after"
+    mse = methods["SNE"]["mse"]
+    assert f"{mse['mean']:.3g} ± {mse['std']:.2g}" in table[0]
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        task_report.insert(readme, "", *task_report.MARKERS)
+
+
+def test_relative_places_mean_the_same_everywhere(families):
+    from sne_fast.tasks.sne_method import relative_places
+
+    settings = SneSettings(units="given")
+    batch = families.packed(settings)
+    found = relative_places(batch)
+    for b, name in enumerate(families.groups):
+        layers = found.network_ptr[b + 1] - found.network_ptr[b]
+        levels = found[b].layer_level.tolist()
+        assert levels == [0, *[1] * (int(layers) - 2), 2], name
+    conv = [b for b, name in enumerate(families.groups) if name == "cnn3-flatten"][0]
+    assert set(batch[conv].tensor_type.tolist()) == {0, 1, 8, 9} and set(found[conv].tensor_type.tolist()) == {0, 1}
+    assert torch.equal(families.packed(dataclasses.replace(settings, relative=True)).layer_level, found.layer_level)
+
+
+def test_training_sets_may_differ_in_size_between_seeds(tmp_path):
+    """Where architectures are not equally many, splits of some seeds train on one network more."""
+    experiment, folder = TASKS["inr"].experiments[0], RunFolder(tmp_path)
+    for seed, share, networks in ((0, 1.0, 321), (1, 1.0, 320), (2, 1.0, 321), (0, 0.5, 160), (1, 0.5, 160)):
+        path = folder.result(Run(experiment, "mean", seed, share))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seed": seed, "networks": {"train": networks}}))
+    assert [run["seed"] for run in folder.results_of(experiment, "mean")] == [0, 1, 2]
+    curve = folder.results_of(experiment, "mean", 0)
+    assert [run["networks"]["train"] for run in curve] == [160, 321]
+    assert folder.results_of(experiment, "nfn") == []
