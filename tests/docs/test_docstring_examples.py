@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import LazyNames
+from helpers.lazy_names import LazyNames
 
 import sne_fast
 
