@@ -97,7 +97,8 @@ def test_classes_and_probabilities(loss: str, target: str, outputs: int, zoo: Pa
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], message: str, zoo: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["train", str(zoo), "-o", str(tmp_path), *arguments, *SMALL])
+    command = ["train", str(zoo), "-o", str(tmp_path), *arguments, *SMALL]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})  # a line of usage errors is not broken
     assert result.exit_code == 2 and re.search(message, " ".join(result.output.split())), result.output
 
 
