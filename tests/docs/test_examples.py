@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.doc_pages import ROOT
 
 EXAMPLES = ROOT / "examples"

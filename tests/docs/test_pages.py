@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.doc_pages import PAGES, ROOT, blocks, name
 
 README = ROOT / "README.md"
