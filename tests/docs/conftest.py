@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lazy_names import LazyNames
-from helpers.published_folders import write_all
 from torch import nn
 
 import sne_fast
+from helpers.lazy_names import LazyNames
+from helpers.published_folders import write_all
 
 
 def _net() -> nn.Module:

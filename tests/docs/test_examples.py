@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.doc_pages import ROOT
+
+from helpers.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers.doc_pages import PAGES, blocks, name
 
 RUNNABLE = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
