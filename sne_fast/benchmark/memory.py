@@ -43,7 +43,7 @@ def probe(
 
 
 def _peak_bytes() -> float:
-    """The highest resident memory of this process."""
+    """Return the highest resident memory of this process."""
     try:
         # Linux: not ru_maxrss, which starts at the peak of the process that started this one
         with open("/proc/self/status", encoding="ascii") as lines:

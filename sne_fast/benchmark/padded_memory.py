@@ -8,11 +8,11 @@ from ..data.batch import WeightBatch
 from ..nn.encoder import SNE
 
 RESERVE = 0.8
-"""The share of the memory now available that a baseline may use by default."""
+"""Share of the memory now available that a baseline may use by default."""
 
 
 def padded_bytes(encoder: SNE, batch: WeightBatch, training: bool) -> float:
-    """Predicted peak of :class:`sne_fast.reference.PaddedSNE` in float32, without parameters: bytes.
+    """Predict the peak memory of :class:`sne_fast.reference.PaddedSNE` in float32, without parameters, in bytes.
 
     Per attention block of S sets with a queries and l keys: the weights `(S, H, a, l)` and the rows
     `(S, max(a, l), h)`. A forward pass holds two of the former and ten of the latter of its largest block; training
@@ -43,7 +43,7 @@ def padded_bytes(encoder: SNE, batch: WeightBatch, training: bool) -> float:
 
 
 def available_bytes() -> float:
-    """Memory that can be had without swapping."""
+    """Return the bytes of memory that can be had without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -57,4 +57,5 @@ def available_bytes() -> float:
 
 
 def default_memory_limit() -> float:
+    """Return the bytes that a baseline may use by default, a share of what is available."""
     return RESERVE * available_bytes()

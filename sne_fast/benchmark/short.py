@@ -1,4 +1,4 @@
-"""The short form behind `sne-fast bench`: small versions of three cases, backend against eager padded, one table."""
+"""The measurements behind `sne-fast bench`: small versions of three cases against eager padded, in one table."""
 
 from __future__ import annotations
 

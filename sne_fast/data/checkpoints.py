@@ -1,4 +1,4 @@
-"""Reading checkpoints safely and in their module's order, and writing them so that the order survives."""
+"""Checkpoints read without running code from them, and written so that the order of tensors survives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..atomic_files import replacing
 
 __all__ = ["ORDER_KEY", "CheckpointError", "find_state_dict", "load_state_dict", "save_state_dict"]
 
@@ -28,8 +29,8 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, refused, or holds no weights; the message names the file."""
 
 
-def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, in the order of the module they came from where the file knows it.
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Load the tensors of a checkpoint by name, in the order of the module they came from where the file knows it.
 
     Never runs code from the file. Tensors of large files are mapped, not read, until they are used.
 
@@ -67,11 +68,11 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         if not tensors:
             raise CheckpointError(f"{file}: holds no tensors")
         return _in_order(tensors, metadata.get(ORDER_KEY), file)
-    return _load_pickled(file)
+    return load_pickled(file)
 
 
 def save_state_dict(
-    state_dict: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+    state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors with their order in the metadata, all or nothing.
 
@@ -103,22 +104,15 @@ def save_state_dict(
     strings = {ORDER_KEY: json.dumps(list(tensors)), **(metadata or {})}
     if not all(isinstance(text, str) for item in strings.items() for text in item):
         raise TypeError(f"save_state_dict: metadata must map strings to strings, got {metadata!r}")
-    # beside the file, for a rename cannot cross file systems
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(partial, "xb") as opened:
-            mode = os.fstat(opened.fileno()).st_mode & 0o777
-        save_file(tensors, partial, metadata=strings)
-        os.chmod(partial, mode)  # safetensors leaves files that nobody else may read
-        os.replace(partial, file)
+        with replacing(file) as temporary:
+            save_file(tensors, temporary, metadata=strings)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def find_state_dict(checkpoint: Mapping) -> Mapping:
-    """The state_dict itself or the one nested in it under "state_dict", "model" or "model_state_dict"."""
+def find_state_dict(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the state_dict nested under "state_dict", "model" or "model_state_dict", else the mapping itself."""
     for _ in range(4):  # a pickle may nest a mapping in itself
         inner = next((checkpoint[key] for key in NESTED if isinstance(checkpoint.get(key), Mapping)), None)
         if inner is None:
@@ -127,8 +121,8 @@ def find_state_dict(checkpoint: Mapping) -> Mapping:
     return checkpoint
 
 
-def natural_key(name: str) -> tuple:
-    """Sorts numbers inside names by value."""
+def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
+    """Return a sort key that compares numbers inside names by value."""
     return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))), name
 
 
@@ -208,7 +202,7 @@ def _load_sharded(index: Path) -> dict[str, Tensor]:
     return _in_order(tensors, metadata.get(ORDER_KEY), index)
 
 
-def _load_pickled(file: Path) -> dict[str, Tensor]:
+def load_pickled(file: Path) -> dict[str, Tensor]:
     try:
         with open(file, "rb") as opened:
             zipped = opened.read(4) == b"PK\x03\x04"
@@ -245,14 +239,17 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
         )
     if not tensors:
         held = ", ".join(repr(key) for key in list(state_dict)[:8]) or "nothing"
-        optimiser = "state" in state_dict and "param_groups" in state_dict or set(content) & {"optimizer", "optimiser"}
+        optimiser = ("state" in state_dict and "param_groups" in state_dict) or set(content) & {
+            "optimizer",
+            "optimiser",
+        }
         what = "only an optimiser's state" if optimiser else f"no tensors at the top or under {', '.join(NESTED)}"
         raise CheckpointError(f"{file}: holds {what} ({held}); save the model's state_dict()")
     return tensors
 
 
 def _is_whole_pickle(file: Path) -> bool:
-    """Whether the file is a pickle to its end, judged without running it: a refusal is worth saying of those only."""
+    """Return whether the file is a pickle to its end, judged without running it; damage is reported otherwise."""
     import pickletools
 
     with open(file, "rb") as opened:

@@ -33,6 +33,7 @@ from ..zoo.splits import PARTS
 from ..zoo.table import Zoo
 from .baselines.statistics import Statistics, statistics_regression
 from .requirements import check_extra
+from .run_folder import RunFolder
 from .settings import Demo
 
 TARGET = "test_accuracy"
@@ -62,15 +63,15 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     check_extra("the demo")
     settings = settings or Demo()
     console = console or Console()
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"demo: {str(out)!r} exists and is not an empty folder; choose another or remove it")
+    folder = RunFolder(out)
+    if folder.in_use():
+        raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
     _check(settings)
     predictor = _predictor(settings)
     clock = Clock()
 
     with clock("zoo"):
-        zoo = _make_zoo(out / "zoo", settings, console)
+        zoo = _make_zoo(folder.zoo, settings, console)
     accuracy = zoo.column(TARGET)
     architectures = [str(name) for name in zoo.column("architecture")]
     parts = dict(zip(PARTS, stratified_split(architectures, SHARES, settings.seed), strict=True))
@@ -80,9 +81,9 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     # while they wait, meet 330 times in a step and train at 287k weights/s, one thread at 431k.
     with clock("training"), torch_threads(1):
         history = _train(predictor, batch, accuracy, parts, settings, console)
-        predictor.save_pretrained(out / "predictor")
+        predictor.save_pretrained(folder.predictor())
     with clock("report"):
-        results = _report(out, predictor, batch, zoo, parts, settings, console)
+        results = _report(folder, predictor, batch, zoo, parts, settings, console)
 
     metrics = {
         "settings": dataclasses.asdict(settings),
@@ -95,13 +96,13 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "seconds": clock.seconds(),
         "machine": machine(),
     }
-    write_json(out / "metrics.json", metrics)
+    write_json(folder.result(), metrics)
     if library.reasons():
         console.print(f"\nWithout the C++ backend all this took several times longer: {'; '.join(library.reasons())}")
     console.print(
         f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
-        f"Written to {out}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
-        f"Try: sne-fast predict --model {out / 'predictor'} {zoo[parts['test'][0]]}",
+        f"Written to {folder}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
+        f"Try: sne-fast predict --model {folder.predictor()} {zoo[parts['test'][0]]}",
         highlight=False,
         soft_wrap=True,
     )
@@ -213,7 +214,7 @@ def _train(
 
 
 def _report(
-    out: Path,
+    folder: RunFolder,
     predictor: Predictor,
     batch: WeightBatch,
     zoo: Zoo,
@@ -235,14 +236,14 @@ def _report(
         results: dict[str, Any] = {name: measures(p, accuracy[test]) for name, p in held_out.items()}
         groups = [architectures[i] for i in test]
         shown = {name: held_out[name] for name in (SNE_NAME, STATISTICS_NAME)}
-        scatter(out / "scatter.png", accuracy[test], shown, groups, results)
+        scatter(folder.plot("scatter"), accuracy[test], shown, groups, results)
         encodings = z.double().cpu().numpy()
-        embedding_map(out / "embedding.png", encodings, accuracy, architectures, test, settings.seed)
+        embedding_map(folder.plot("embedding"), encodings, accuracy, architectures, test, settings.seed)
     console.print("3. Evaluated on held-out networks\n")
     console.print(measures_table(f"Accuracy of {len(test)} held-out networks", results))
     names = [zoo.rows[i]["name"] for i in test]
     write_csv(
-        out / "predictions.csv",
+        folder.predictions,
         ["name", "architecture", "accuracy", "predicted", "layer_statistics"],
         list(zip(names, groups, accuracy[test], held_out[SNE_NAME], held_out[STATISTICS_NAME], strict=True)),
     )

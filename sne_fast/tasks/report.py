@@ -1,28 +1,26 @@
-"""What a task writes for people: a table of each experiment, and plots."""
+"""The report of a task: a table of each experiment, for the terminal and in Markdown, and plots."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.table import Table
 
+from ..atomic_files import write_text
 from ..reports.plots import embedding_map, new_figure, save_figure
 from .baselines import BASELINES
 from .definitions import Experiment, Task
-from .runs import Run, slug
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from .runner import Networks
+from .networks import Networks
+from .run_folder import Run, RunFolder
 
 COLUMNS = ("Kendall's tau", "R2", "MSE", "seconds")
 
 
 def cells(method: Mapping[str, Any]) -> list[str]:
-    """Mean and standard deviation over seeds, a dash where it is not defined."""
+    """Return tau, R2, MSE and seconds of a method as mean and standard deviation over seeds, "-" where not defined."""
     if "why_not" in method:
         return ["; ".join(method["why_not"]), "", "", ""]
 
@@ -36,9 +34,7 @@ def cells(method: Mapping[str, Any]) -> list[str]:
 
 
 def table(experiment: Mapping[str, Any]) -> Table:
-    """One experiment for the terminal."""
-    from rich.table import Table
-
+    """Return the table of an experiment for the terminal."""
     runs = max(method["runs"] for method in experiment["methods"].values())
     shown = Table(
         title=f"{experiment['name']}: test networks, mean ± standard deviation of {runs} seed(s)",
@@ -55,7 +51,7 @@ def table(experiment: Mapping[str, Any]) -> Table:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """All experiments as Markdown."""
+    """Return the tables of all experiments as Markdown."""
     lines = [
         f"# {results['title']}",
         "",
@@ -77,38 +73,38 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(out: Path, task: Task, data: Networks, results: Mapping[str, Any]) -> None:
-    """`results.md`, and for each experiment `scatter-*.png`, `embedding-*.png` and `size-*.png`."""
-    (out / "results.md").write_text(markdown(results), encoding="utf-8")
+def write_report(folder: RunFolder, task: Task, data: Networks, results: Mapping[str, Any]) -> None:
+    """Write `results.md`, and for each experiment `scatter-*.png`, `embedding-*.png` and `size-*.png`."""
+    write_text(folder.report, markdown(results))
     for experiment in task.experiments:
         found = results["experiments"].get(experiment.name)
         if found is None:
             continue
-        stem = slug(experiment.name)
         seed = min(method["each"][0]["seed"] for method in found["methods"].values())
         parts = data.split(experiment, seed)
         predictions = {}
-        for name, path in _paths(task, experiment, seed, out).items():
+        for name, path in _arrays(task, experiment, seed, folder).items():
             if path.exists():
                 with np.load(path) as arrays:
                     predictions[name] = arrays["predicted"]
                     if name == next(iter(task.sne)):
                         embedding_map(
-                            out / f"embedding-{stem}.png", arrays["encodings"], data.targets, data.groups,
+                            folder.plot("embedding", experiment), arrays["encodings"], data.targets, data.groups,
                             parts["test"], seed, label=task.target, limits=(None, None),
                         )  # fmt: skip
-        _scatter(out / f"scatter-{stem}.png", task, data, parts["test"], predictions)
+        _scatter(folder.plot("scatter", experiment), task, data, parts["test"], predictions)
         if found["by_training_size"]:
-            _curves(out / f"size-{stem}.png", found["by_training_size"])
+            _curves(folder.plot("size", experiment), found["by_training_size"])
 
 
-def _paths(task: Task, experiment: Experiment, seed: int, out: Path) -> dict[str, Path]:
+def _arrays(task: Task, experiment: Experiment, seed: int, folder: RunFolder) -> dict[str, Path]:
+    """Return the files of predictions by the title of each row."""
     titles = {**{row: row for row in task.sne}, **{key: b.name for key, b in BASELINES.items()}}
-    return {title: Run(experiment, row, seed).path(out).with_suffix(".npz") for row, title in titles.items()}
+    return {title: folder.arrays(Run(experiment, row, seed)) for row, title in titles.items()}
 
 
 def _scatter(path: Path, task: Task, data: Networks, test: list[int], predictions: Mapping[str, np.ndarray]) -> None:
-    """Predicted against true, a panel per method that does not give the same for all."""
+    """Plot predicted against true values, one panel per method whose predictions differ between networks."""
     shown = {name: p[test] for name, p in predictions.items() if np.ptp(p[test]) > 0}
     if not shown:
         return
@@ -127,7 +123,7 @@ def _scatter(path: Path, task: Task, data: Networks, test: list[int], prediction
 
 
 def _curves(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Test error against the number of training networks."""
+    """Plot the test error against the number of training networks."""
     figure = new_figure(6.0, 4.2)
     axis = figure.subplots()
     for name, points in curves.items():

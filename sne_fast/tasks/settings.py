@@ -117,10 +117,8 @@ class TrainSettings:
     zoo: Path = option(help="Folder of a zoo (see sne_fast.zoo).", argument=True)
     out: Path = option(help="Folder for the predictor; the same command resumes.", flags=("--out", "-o"))
     targets: tuple[str, ...] = option((), help="Column to predict; repeat for several.", flags=("--target",))
-    loss: Loss = option("mse", help="mse, bce (targets in [0, 1]) or cross_entropy (classes).")
-    transform: Transform = option(
-        "identity", help="Transform of mse targets: identity, or logit for targets in [0, 1]."
-    )
+    loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
+    transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
     head: tuple[int, ...] = (512, 512)
     split: str | None = option(
         None, help="Column that says train, validation or test.", shown="80/10/10 by architecture"
@@ -130,8 +128,10 @@ class TrainSettings:
     hidden_dim: int = option(64, help="Width of the encoder.")
     num_heads: int = option(4, help="Attention heads of the encoder.")
     chunk_size: int = option(32, help="Largest number of weights in a chunk.")
-    chunking: Chunking = option("flat", help="How tensors are cut into chunks: flat, neuron or kernel.")
-    set_attention: SetAttention = option("sab", help="sab, or isab for tensors of a million weights and more.")
+    chunking: Chunking = option("flat", help="Rule that cuts tensors into chunks.")
+    set_attention: SetAttention = option(
+        "sab", help="Set attention; isab is for tensors of a million weights and more."
+    )
     input_scale: InputScale = option(
         "tensor",
         help="Divide weights by the RMS of their tensor (tensor), by that of such tensors in the training networks "
@@ -143,8 +143,8 @@ class TrainSettings:
     batch_weights: int = option(20_000, help="Largest number of weights in a batch.")
     weight_decay: float = option(1e-2, help="Weight decay of matrices.")
     patience: int | None = option(None, help="Epochs without improvement after which training ends.")
-    amp: AmpDtype | None = option(None, help="Train under autocast in bfloat16 or float16.")
-    log: LogFormat = option("csv", help="Format of the log: csv or tensorboard.")
+    amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
+    log: LogFormat = option("csv", help="Format of the log.")
     seed: int = option(0, help="Seed of the initial parameters, the split, the order and the permutations.")
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
 
@@ -170,9 +170,11 @@ class TrainSettings:
 class TaskSettings:
     """Options of `sne-fast task`; see :func:`sne_fast.tasks.run_task`."""
 
-    name: TaskName = option(help="inr, accuracy, cross-dataset, cross-architecture or transformers.", argument=True)
+    name: TaskName = option(help="Experiment to run.", argument=True)
     out: Path = option(help="Folder for zoos, runs and report; resumes.", flags=("--out", "-o"))
-    seeds: tuple[int, ...] = option(SEEDS, help="Repeat for several.", flags=("--seed",), shown="0, 1 and 2")
+    seeds: tuple[int, ...] = option(
+        SEEDS, help="Seed of a run; repeat for several.", flags=("--seed",), shown="0, 1 and 2"
+    )
     methods: tuple[str, ...] = option(
         (),
         help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, or "

@@ -25,12 +25,11 @@ from ..training.settings import FitSettings, History
 from ..zoo.splits import read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
+from .run_folder import RunFolder
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-CHECKPOINT = "fit.pt"
 
 
 def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
 
 def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console, world: World) -> dict[str, Any]:
-    zoo = Zoo.open(settings.zoo)
+    zoo, folder = Zoo.open(settings.zoo), RunFolder(settings.out)
     parts = split_zoo(zoo, settings.split, settings.seed)
     targets, classes = read_targets(zoo, settings.targets, settings.loss)
     names = classes if classes is not None else list(settings.targets)
@@ -63,9 +62,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     if settings.permute:
         with console.status("finding symmetries"):
             augment = PermutationAugmentation(symmetries_of(zoo[parts["train"]]))
-    log: Log = CsvLog(settings.out / "log.csv")
-    if settings.log == "tensorboard":
-        log = TensorBoardLog(settings.out / "tensorboard")
+    log: Log = TensorBoardLog(folder.tensorboard) if settings.log == "tensorboard" else CsvLog(folder.log)
 
     def on_epoch(epoch: int, history: History) -> None:
         if world.first:
@@ -80,7 +77,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     history = fit(
         predictor, batch[rows], targets[rows], fit_settings,
         validation=(batch[watched], targets[watched]) if watched else None,
-        augment=augment, checkpoint=settings.out / CHECKPOINT, log=log, on_epoch=on_epoch,
+        augment=augment, checkpoint=folder.checkpoint(), log=log, on_epoch=on_epoch,
     )  # fmt: skip
     test = parts["test"]
     values = predict(predictor, batch[test])[0].cpu()
@@ -93,11 +90,11 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
         "test": evaluate(values, targets[test], names, classes is not None),
     }
     if world.first:
-        predictor.save_pretrained(settings.out / "predictor")
-        write_json(settings.out / "metrics.json", metrics)
+        predictor.save_pretrained(folder.predictor())
+        write_json(folder.result(), metrics)
         held_out = zoo[test]
         write_csv(
-            settings.out / "predictions.csv",
+            folder.predictions,
             ["name", *settings.targets, *(f"predicted {name}" for name in names)],
             [
                 (name, *(held_out.rows[i][t] for t in settings.targets), *values[i].tolist())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..atomic_files import replacing
 from ..extras import require
 from .settings import FitSettings, History
 
@@ -104,9 +104,8 @@ class Progress:
             "history": dataclasses.asdict(self.history), "lowest": self.lowest, "best": self.best,
             "predictor": predictor.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
         }  # fmt: skip
-        part = path.with_name(path.name + ".part")
-        torch.save(state, part)
-        os.replace(part, path)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
 
     @classmethod
     def load(

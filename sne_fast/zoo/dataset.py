@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.batch import WeightBatch
 from ..data.packing import pack
+from ..data.weight_budgets import batches_by_weights
+from ..training.settings import SEED_STRIDE
 from .table import Zoo
 
 Item = tuple[WeightBatch, Tensor]
@@ -103,9 +105,6 @@ class WeightBudgetSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def _batches(self) -> Iterator[list[int]]:
-        from ..training import batches_by_weights
-        from ..training.settings import SEED_STRIDE
-
         generator = torch.Generator().manual_seed(self.seed * SEED_STRIDE + self.epoch) if self.shuffle else None
         return batches_by_weights(self.sizes, self.budget, generator)
 

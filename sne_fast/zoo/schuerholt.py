@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.checkpoints import _load_pickled
+from ..data.checkpoints import load_pickled
 from .architectures import ACTIVATIONS
 from .checkpoint_folder import refuse_dataset
 from .csv_table import one_type
@@ -115,7 +115,7 @@ def load_schuerholt(
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose name has no extension, without running any code of it."""
-    return {name: tensor.clone() for name, tensor in _load_pickled(file).items()}
+    return {name: tensor.clone() for name, tensor in load_pickled(file).items()}
 
 
 def _runs(folder: Path) -> list[Path]:

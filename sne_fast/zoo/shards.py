@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -23,8 +21,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..atomic_files import replacing, write_json, write_text
 from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
 from ..extras import require
 
@@ -75,8 +75,6 @@ class ShardSource:
 
 
 def _map_shard(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -141,7 +139,7 @@ class ZooWriter:
     def _take_up(self) -> None:
         unfinished = self.folder / UNFINISHED
         if not unfinished.exists():
-            _write_whole(unfinished, json.dumps(self.about, indent=2) + "\n")
+            write_json(unfinished, self.about)
             return
         if not self._resume:
             raise FileExistsError(f"{self.folder} holds an unfinished zoo; choose another folder or remove it")
@@ -248,7 +246,7 @@ class ZooWriter:
             base.with_name(f"{part}.safetensors"),
             metadata={ORDER_KEY: json.dumps(list(stacked))},
         )
-        _write_whole(base.with_name(f"{part}.rows.json"), json.dumps(rows))  # last: where it is, the shard is whole
+        write_text(base.with_name(f"{part}.rows.json"), json.dumps(rows))  # last: where it is, the shard is whole
         self._parts[part] = rows
 
     def __enter__(self) -> ZooWriter:
@@ -262,7 +260,7 @@ class ZooWriter:
                 self._flush(signature)
             rows = sorted((row for part in self._parts.values() for row in part), key=lambda row: row["order"])
             if rows:
-                _write_whole(self.folder / ABOUT, json.dumps(self.about, indent=2) + "\n")
+                write_json(self.folder / ABOUT, self.about)
                 columns = [key for key in rows[0] if key != "order"]
                 write_index({key: [row[key] for row in rows] for key in columns}, self.folder / INDEX)
         elif not self._resume:
@@ -278,15 +276,6 @@ class ZooWriter:
 
 def _own_columns(row: Mapping[str, Any]) -> list[str]:
     return [key for key in row if key not in (*PLACE, "weights", "order")]
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parquet() -> Any:
@@ -305,12 +294,8 @@ def write_index(columns: Mapping[str, list[Any]], file: Path) -> None:
             arrays[name] = arrow.array(values)
         except (arrow.ArrowInvalid, arrow.ArrowTypeError) as error:
             raise ValueError(f"zoo: the column {name!r} must hold values of one type: {error}") from error
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        arrow.parquet.write_table(arrow.table(arrays), partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as temporary:
+        arrow.parquet.write_table(arrow.table(arrays), temporary)
 
 
 def read_index(file: Path) -> dict[str, list[Any]]:

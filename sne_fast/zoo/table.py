@@ -6,16 +6,15 @@ import json
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import Any, Protocol, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.checkpoints import load_state_dict, save_state_dict
 from .architectures import ARCHITECTURES
 from .shards import ABOUT, INDEX, PLACE, SHARD_BYTES, ShardSource, ZooWriter, check_places, network_weights, read_index
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class Source(Protocol):
@@ -36,8 +35,6 @@ class FileSource:
         """The checkpoint's tensors by name."""
         if self.reader is not None:
             return self.reader(self.files[i])
-        from ..data.checkpoints import load_state_dict
-
         return {name: tensor.clone() for name, tensor in load_state_dict(self.files[i]).items()}
 
 
@@ -121,8 +118,6 @@ class Zoo:
 
     def __getitem__(self, index: Any) -> ZooNetwork | Zoo:
         """A network, or for a slice, indices or a mask of one boolean per network the zoo of those."""
-        import numpy as np
-
         if isinstance(index, slice):
             return self._select(list(range(*index.indices(len(self)))))
         array = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
@@ -196,8 +191,6 @@ class Zoo:
         Raises:
             KeyError: no such column.
         """
-        import numpy as np
-
         if name not in self._columns:
             raise KeyError(f"{self.folder or 'the zoo'} has no column {name!r}; it has {', '.join(self._columns)}")
         values = self._columns[name]
@@ -251,8 +244,6 @@ class Zoo:
 
     def export(self, i: int, path: str | PathLike[str]) -> None:
         """Write network `i` alone, as a safetensors checkpoint that `load_state_dict` and `pack` read."""
-        from ..data.checkpoints import save_state_dict
-
         save_state_dict(self.state_dict(i), path)
 
 

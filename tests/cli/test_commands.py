@@ -27,7 +27,7 @@ def call(*arguments):
 
 
 def fails(*arguments):
-    """Runs a command that must fail as a user should see it; returns its stderr."""
+    """Run a command that must fail as a user should see it; return its stderr."""
     result = call(*arguments)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
@@ -66,6 +66,44 @@ def test_help_names_the_commands_and_is_quiet():
     for command in ("demo", "encode", "predict", "info"):
         assert call(command, "--help").exit_code == 0
     assert call("--version").stdout == f"sne_fast {sne_fast.__version__}\n"
+
+
+def program(*arguments, **environment):
+    """Run the console script's function in a Python of its own."""
+    started = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", "from sne_fast.cli.commands import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**started, **environment})
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; from sne_fast.cli.commands import app\n"
+        "for command in sys.argv[1:]:\n"
+        "    assert app([*command.split(), '--help'], prog_name='sne-fast', standalone_mode=False) in (None, 0)\n"
+        "app(['--version'], standalone_mode=False)\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    commands = ["", "demo", "train", "task", "encode", "predict", "bench", "info"]
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: sne-fast") == len(commands)
+    assert done.stdout.endswith(f"sne_fast {sne_fast.__version__}\n")
+
+
+def test_openmp_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    done = program("info", OMP_DISPLAY_ENV="TRUE")
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this torch brings an OpenMP that does not show its settings")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in program("info", OMP_DISPLAY_ENV="TRUE", OMP_WAIT_POLICY="active").stderr
+
+
+def test_the_shell_completes_commands_and_choices():
+    script = program(_SNE_FAST_COMPLETE="source_bash")
+    assert script.returncode == 0 and "complete -o default -F" in script.stdout and "sne-fast" in script.stdout
+    for words, position, found in [("en", 1, ["encode"]), ("train --log ", 3, ["csv", "tensorboard"])]:
+        asked = {"COMP_WORDS": f"sne-fast {words}", "COMP_CWORD": str(position)}
+        assert program(_SNE_FAST_COMPLETE="complete_bash", **asked).stdout.split() == found
 
 
 def test_encode_npz(files, tmp_path):
@@ -126,7 +164,7 @@ def test_a_zoo_folder_stands_for_its_networks(tmp_path, model):
     assert names == [str(tmp_path / "zoo" / f"n{i}") for i in range(2)]
     one = call("predict", "--model", model, tmp_path / "zoo" / "n1", "-o", tmp_path / "one.csv")
     assert one.exit_code == 0, one.output
-    both, alone = (list(csv.reader(open(tmp_path / name))) for name in ("p.csv", "one.csv"))
+    both, alone = (list(csv.reader((tmp_path / name).read_text().splitlines())) for name in ("p.csv", "one.csv"))
     assert alone[1][0] == both[2][0] and float(alone[1][1]) == pytest.approx(float(both[2][1]), rel=1e-4)
     missing = call("predict", "--model", model, tmp_path / "zoo" / "n2")
     assert missing.exit_code == 2 and "has no network 'n2'" in missing.output
@@ -180,7 +218,7 @@ def test_a_bad_checkpoint_among_good_ones(files, tmp_path):
     message = fails("encode", *files, "-o", tmp_path / "z.npz")
     assert "net1" in message and "'w'" in message
     assert not (tmp_path / "z.npz").exists()
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
 def test_a_failed_write_leaves_the_old_file(files, tmp_path, monkeypatch):
@@ -194,7 +232,7 @@ def test_a_failed_write_leaves_the_old_file(files, tmp_path, monkeypatch):
     monkeypatch.setattr("numpy.savez", full)
     assert "No space left on device" in fails("encode", *files, "-o", out)
     assert out.read_bytes() == b"old"
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
 def test_an_encoder_cannot_predict(files, tmp_path):
@@ -244,7 +282,7 @@ def test_bugs_are_not_hidden(files, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sne_fast.cli.commands.expand", broken)
+    monkeypatch.setattr("sne_fast.cli.encode.expand", broken)
     result = call("encode", files[0], "-o", tmp_path / "z.npz")
     assert isinstance(result.exception, RuntimeError)
 
@@ -255,8 +293,7 @@ def test_the_program_runs_what_is_installed_whatever_the_folder(tmp_path):
         pytest.skip(f"{program} is not there")
     (tmp_path / "sne_fast").mkdir()
     (tmp_path / "sne_fast" / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # so that it starts anew
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"sne_fast {sne_fast.__version__}\n"
 

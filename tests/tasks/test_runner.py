@@ -18,8 +18,8 @@ from sne_fast.symmetry import canonicalise, chain_symmetry
 from sne_fast.tasks import TASKS, run_task, runner
 from sne_fast.tasks.baselines import BASELINES, Problem
 from sne_fast.tasks.definitions import Experiment, SneSettings
-from sne_fast.tasks.runner import Networks
-from sne_fast.tasks.runs import Run, slug
+from sne_fast.tasks.networks import Networks
+from sne_fast.tasks.run_folder import Run, RunFolder, slug
 from sne_fast.tasks.sne_method import invariance_error, train_sne
 from sne_fast.zoo import Zoo, make_classifier_zoo, make_sine_zoo
 
@@ -61,7 +61,7 @@ def test_measures_are_those_of_the_predictions(done):
         errors = []
         for seed in (0, 1):
             test = data.split(experiment, seed)["test"]
-            predicted = np.load(Run(experiment, row, seed).path(out).with_suffix(".npz"))["predicted"]
+            predicted = np.load(RunFolder(out).arrays(Run(experiment, row, seed)))["predicted"]
             assert predicted.shape == (40,) and len(test) == 4
             errors.append(float(((predicted - data.targets)[test] ** 2).mean()))
         found = results["experiments"]["sines"]["methods"][name]
@@ -73,15 +73,17 @@ def test_measures_are_those_of_the_predictions(done):
 
 def test_the_saved_predictor_gives_the_saved_predictions(done):
     out, _ = done
-    path = Run(TASKS["inr"].experiments[0], "SNE", 0).path(out)
-    predictor = sne_fast.Predictor.from_pretrained(path)
+    folder, run = RunFolder(out), Run(TASKS["inr"].experiments[0], "SNE", 0)
+    predictor = sne_fast.Predictor.from_pretrained(folder.predictor(run))
     assert predictor.input_normaliser is not None and predictor.target_names == ("a",)
     sines = list(Zoo.open(out / "zoos" / "sines"))
     symmetry = chain_symmetry(sines[0])
     values = predictor(canonicalise(predictor.encoder.pack(sines).detach(), symmetry, odd=True))
     values = values[:, 0].detach().double().numpy()
-    np.testing.assert_allclose(values, np.load(path.with_suffix(".npz"))["predicted"], rtol=1e-4)
-    ablated = sne_fast.Predictor.from_pretrained(Run(TASKS["inr"].experiments[0], "SNE, no order codes", 0).path(out))
+    np.testing.assert_allclose(values, np.load(folder.arrays(run))["predicted"], rtol=1e-4)
+    ablated = sne_fast.Predictor.from_pretrained(
+        folder.predictor(dataclasses.replace(run, method="SNE, no order codes"))
+    )
     assert not ablated.encoder.config["element_order"] and not ablated.encoder.config["chunk_order"]
 
 
@@ -142,11 +144,11 @@ def test_an_interrupted_training_goes_on_to_the_same_predictions(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         call(cut, methods=["SNE"], epochs=3)
     monkeypatch.setattr(loop._Run, "epoch", original)
-    path = Run(TASKS["inr"].experiments[0], "SNE", 0)
-    assert path.path(cut).with_suffix(".pt").exists()
+    run = Run(TASKS["inr"].experiments[0], "SNE", 0)
+    assert RunFolder(cut).checkpoint(run).exists()
     call(cut, methods=["SNE"], epochs=3)
-    assert not path.path(cut).with_suffix(".pt").exists()
-    one, other = (np.load(path.path(out).with_suffix(".npz"))["predicted"] for out in (whole, cut))
+    assert not RunFolder(cut).checkpoint(run).exists()
+    one, other = (np.load(RunFolder(out).arrays(run))["predicted"] for out in (whole, cut))
     np.testing.assert_array_equal(one, other)
 
 
@@ -249,12 +251,12 @@ def test_relative_places_mean_the_same_everywhere(families):
 
 def test_training_sets_may_differ_in_size_between_seeds(tmp_path):
     """Where architectures are not equally many, splits of some seeds train on one network more."""
-    experiment = TASKS["inr"].experiments[0]
+    experiment, folder = TASKS["inr"].experiments[0], RunFolder(tmp_path)
     for seed, share, networks in ((0, 1.0, 321), (1, 1.0, 320), (2, 1.0, 321), (0, 0.5, 160), (1, 0.5, 160)):
-        path = Run(experiment, "mean", seed, share).path(tmp_path).with_suffix(".json")
+        path = folder.result(Run(experiment, "mean", seed, share))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"seed": seed, "networks": {"train": networks}}))
-    assert [run["seed"] for run in runner.runs_of(tmp_path, experiment, "mean")] == [0, 1, 2]
-    curve = runner.runs_of(tmp_path, experiment, "mean", 0)
+    assert [run["seed"] for run in folder.results_of(experiment, "mean")] == [0, 1, 2]
+    curve = folder.results_of(experiment, "mean", 0)
     assert [run["networks"]["train"] for run in curve] == [160, 321]
-    assert runner.runs_of(tmp_path, experiment, "nfn") == []
+    assert folder.results_of(experiment, "nfn") == []

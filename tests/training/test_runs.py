@@ -69,7 +69,7 @@ def test_a_killed_training_resumes_to_the_same_bits(killed_after: int, tmp_path:
     assert epochs == list(range(killed_after + 1, 6))
     assert same(fresh, whole)
     assert found.train_loss == expected.train_loss and found.validation_loss == expected.validation_loss
-    assert found.kept == expected.kept and not list(tmp_path.rglob("*.part"))
+    assert found.kept == expected.kept and not list(tmp_path.rglob("*.tmp"))
     with open(tmp_path / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(6))

@@ -1,4 +1,4 @@
-"""``chunk_encode`` on the CUDA backend: workspaces and launches of the kernels in csrc/cuda/chunk_*."""
+"""``chunk_encode`` on the CUDA backend: workspaces and launches of the kernels in csrc/cuda/chunk_encode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
 CLASSES = ALL_CLASSES[:4]
 """Bins of more than 128 slots would need more warps than the registers of a multiprocessor allow."""
 SUM_PIECE, POOL_BLOCKS = 256, 4
-"""The same numbers as in csrc/cuda/segment_sum.cu and cuda_abi.h."""
+"""The same numbers as in csrc/cuda/chunk_encode/segment_sum.cu and cuda_abi.h."""
 EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
 """Features of the emulated GPU: an H100's shared memory, and wgmma where a test says so."""
 

@@ -1,4 +1,4 @@
-"""``gather_chunks`` on the CUDA backend: division into tiles and launches of csrc/cuda/gather_chunks.cu."""
+"""``gather_chunks`` on the CUDA backend: division into tiles and launches of csrc/cuda/gather_chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..gpu_plans import gather_tables
 from ..gpu_plans.device_tables import on_device_without_waiting
 from . import library
 
-TILE = 4096  # values, as in csrc/cuda/gather_chunks.cu
+TILE = 4096  # values, as in csrc/cuda/gather_chunks/gather_chunks.cu
 SIDE = 64  # rows that fit shared memory
 FLAT = SIDE  # sides up to this are taken whole, so that a tile reads, or writes, one contiguous run
 

@@ -1,4 +1,4 @@
-"""``segment_pool`` on the CUDA backend: division of the work, allocation and launches of csrc/cuda/segment_pool*.cu.
+"""``segment_pool`` on the CUDA backend: division of the work, allocation and launches of csrc/cuda/segment_pool.
 
 See docs/method.md, Ops.
 """
@@ -17,8 +17,8 @@ from ...ops.schema import named
 from ...ops.supported_widths import pool_width_reasons
 from . import library
 
-# Work items of a block (see csrc/cuda/segments.h): at least so many, because every block first searches its segments,
-# and at most as many as the kernels have room for. In between, BLOCKS for each multiprocessor.
+# Work items of a block (csrc/cuda/segment_pool/segments.h): at least so many, because every block first searches its
+# segments, and at most as many as the kernels have room for. In between, BLOCKS for each multiprocessor.
 MIN_ITEMS, MAX_ITEMS = 128, 16320
 BLOCKS = 8
 

@@ -1,4 +1,4 @@
-"""``set_attention`` on the CUDA backend: division of the work, workspaces, launches of csrc/cuda/set_attention_*.cu."""
+"""``set_attention`` on the CUDA backend: division of the work, workspaces, launches of csrc/cuda/set_attention."""
 
 from __future__ import annotations
 

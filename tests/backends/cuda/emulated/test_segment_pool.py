@@ -14,6 +14,8 @@ from sne_fast import functional, reference
 from sne_fast.backends.cuda import segment_pool as kernels
 from sne_fast.backends.cuda.library import library
 
+pytestmark = pytest.mark.build
+
 LENGTHS = {
     **checks.LENGTHS,
     "many short": [3, 1, 2, 0, 2, 5, 1, 1] * 40,

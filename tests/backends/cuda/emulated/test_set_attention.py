@@ -14,6 +14,8 @@ from sne_fast.backends.cuda import library
 from sne_fast.backends.cuda import set_attention as backend
 from sne_fast.backends.gpu_plans.lengths import Lengths
 
+pytestmark = pytest.mark.build
+
 CASES = {**checks.CASES, "long": ([1, 70, 2, 130], [1, 70, 2, 130]), "many seeds": ([33, 40], [150, 200])}
 
 

@@ -19,6 +19,8 @@ from sne_fast.backends.triton import (
 from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES, class_constants, length_class, padded_heads
 from sne_fast.backends.triton.launches import launch
 
+pytestmark = pytest.mark.build
+
 MULTI, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDICES = {"chunk_ptr", "order", "owner", "table", "ptr"}

@@ -12,6 +12,8 @@ from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIM
 from sne_fast.backends.triton import feed_forward_kernels as kernels
 from sne_fast.backends.triton.feed_forward import Plan
 
+pytestmark = pytest.mark.build
+
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {
     "forward": (kernels.forward_kernel, "q attended w_o b_o norm out", ""),

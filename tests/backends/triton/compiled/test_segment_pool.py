@@ -14,6 +14,8 @@ from sne_fast.backends.triton import gather_chunks_kernels, pieces_kernels, segm
 from sne_fast.backends.triton.launches import launch
 from sne_fast.backends.triton.segment_pool import Plan
 
+pytestmark = pytest.mark.build
+
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 LENGTHS = {"short": [20] * 1000, "middle": [100] * 1000, "long": [1 << 20]}
 POINTERS = {"ptr": "*i64", "sets": "i32"}

@@ -12,6 +12,8 @@ from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIM
 from sne_fast.backends.triton import set_attention_kernels as kernels
 from sne_fast.backends.triton.set_attention import Lengths, Plan
 
+pytestmark = pytest.mark.build
+
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {
     "forward": (kernels.forward_kernel, "q k v out", "lse"),

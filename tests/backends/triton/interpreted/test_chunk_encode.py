@@ -21,6 +21,8 @@ from sne_fast.backends.gpu_plans.chunks import SHARED_STARTS, TABLE_ENTRIES, Chu
 from sne_fast.backends.triton.chunk_encode import chunk_encode, chunk_encode_backward, why_not
 from sne_fast.backends.triton.chunk_launches import fits_a_tile
 
+pytestmark = pytest.mark.build
+
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-10)}
 
 

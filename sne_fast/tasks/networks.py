@@ -1,0 +1,86 @@
+"""The networks of a task: those of all its zoos in one row, with their targets, symmetries, batches and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from ..data.batch import WeightBatch
+from ..data.packing import pack
+from ..data.weight_budgets import stratified_split
+from ..symmetry import Symmetry
+from ..zoo.splits import PARTS, SHARES
+from ..zoo.symmetries import symmetries_of
+from ..zoo.table import Zoo
+from .definitions import Experiment, SneSettings
+from .sne_method import in_form
+
+WATCHED = 0.1
+"""Share of the networks to learn from that choose the epoch, where the test networks are others."""
+
+
+class Networks:
+    """All networks of a task's zoos in one row.
+
+    Args:
+        zoos: the zoos.
+        target: the column to predict.
+    """
+
+    def __init__(self, zoos: Sequence[Zoo], target: str) -> None:
+        self.zoos = list(zoos)
+        self.targets = np.concatenate([zoo.column(target).astype(np.float64) for zoo in zoos])
+        self.groups = [str(name) for name in self.column("architecture")]
+        self._batches: dict[tuple[object, ...], WeightBatch] = {}
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def symmetries(self) -> list[Symmetry]:
+        """The symmetry of every network."""
+        return [symmetry for zoo in self.zoos for symmetry in symmetries_of(zoo)]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of the zoos, `(n,)`.
+
+        Raises:
+            KeyError: a zoo without it.
+        """
+        return np.concatenate([zoo.column(name) for zoo in self.zoos])
+
+    def packed(self, settings: SneSettings, scale: str | None = None) -> WeightBatch:
+        """Return all networks as one batch, packed and with their hidden units as the settings say; it is cached.
+
+        Args:
+            scale: the scale of `pack`, if not that of the settings.
+        """
+        scale = scale or settings.scale
+        key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd, settings.relative
+        if key not in self._batches:
+            size, chunking = settings.chunk_size, settings.chunking
+            batch = WeightBatch.cat(
+                [pack(list(zoo), scale=scale, chunk_size=size, chunking=chunking).detach() for zoo in self.zoos]
+            )
+            self._batches[key] = in_form(batch, self.symmetries, settings)
+        return self._batches[key]
+
+    def where(self, wanted: Mapping[str, tuple[str, ...]]) -> np.ndarray:
+        """Return the positions of the networks whose columns have one of the values wanted."""
+        mask = np.ones(len(self), bool)
+        for name, values in wanted.items():
+            mask &= np.isin(self.column(name).astype(str), values)
+        return np.flatnonzero(mask)
+
+    def split(self, experiment: Experiment, seed: int) -> dict[str, list[int]]:
+        """Return the positions of the training, validation and test networks of an experiment, by part."""
+        pool, test = self.where(experiment.train), self.where(experiment.test)
+        groups = [self.groups[i] for i in pool]
+        if experiment.train == experiment.test:
+            parts = [pool[part].tolist() for part in stratified_split(groups, SHARES, seed)]
+        else:
+            known = stratified_split(groups, (1 - WATCHED, WATCHED), seed)
+            parts = [*(pool[part].tolist() for part in known), test.tolist()]
+        return dict(zip(PARTS, parts, strict=True))

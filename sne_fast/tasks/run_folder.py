@@ -1,0 +1,165 @@
+"""The folder of a job: where the demo, a training or a task keeps its files, and what a task's runs have left there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..atomic_files import replacing, write_json
+from .definitions import Experiment
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a task: an experiment, a row of its table, a seed, and the share of the training networks."""
+
+    experiment: Experiment
+    method: str
+    seed: int
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Its place below `runs/`, without a suffix; the share stands in thousandths."""
+        size = "" if self.share == 1 else f"-share{1000 * self.share:.0f}"
+        return f"{slug(self.experiment.name)}/{slug(self.method)}-seed{self.seed}{size}"
+
+
+class RunFolder:
+    """Paths of everything that a job writes into its folder.
+
+    The demo and `train` are one run each and write
+
+        predictor/ metrics.json predictions.csv         and the demo zoo/ scatter.png embedding.png
+                                                        and train fit.pt log.csv or tensorboard/
+
+    A task makes many runs, each with files of its own, and reports all of them:
+
+        zoos/ runs/EXPERIMENT/METHOD-seedS[-shareT]{.json,.npz,.pt,/} results.json results.md *.png
+
+    Methods that take a `run` return the path of that run of a task, and without one that of the only run.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def result(self, run: Run | None = None) -> Path:
+        """Return the path of the JSON file of a run's settings and measures."""
+        return self.path / "metrics.json" if run is None else self._of(run, ".json")
+
+    def checkpoint(self, run: Run | None = None) -> Path:
+        """Return the path of the state of a training, from which it resumes."""
+        return self.path / "fit.pt" if run is None else self._of(run, ".pt")
+
+    def predictor(self, run: Run | None = None) -> Path:
+        """Return the path of the folder of the trained predictor, which `Predictor.from_pretrained` reads."""
+        return self.path / "predictor" if run is None else self._of(run, "")
+
+    def arrays(self, run: Run) -> Path:
+        """Return the path of a run's predictions and encodings of all networks."""
+        return self._of(run, ".npz")
+
+    @property
+    def predictions(self) -> Path:
+        """The CSV file of predictions of held-out networks."""
+        return self.path / "predictions.csv"
+
+    @property
+    def log(self) -> Path:
+        """The CSV file with one line per epoch."""
+        return self.path / "log.csv"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's log."""
+        return self.path / "tensorboard"
+
+    @property
+    def zoo(self) -> Path:
+        """The folder of the demo's zoo."""
+        return self.path / "zoo"
+
+    @property
+    def zoos(self) -> Path:
+        """The folder of a task's zoos."""
+        return self.path / "zoos"
+
+    @property
+    def results(self) -> Path:
+        """The JSON file of a task's results."""
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The Markdown file of a task's tables."""
+        return self.path / "results.md"
+
+    def plot(self, kind: str, experiment: Experiment | None = None) -> Path:
+        """Return the path of a plot, such as `scatter.png`, or of an experiment's, such as `scatter-sines.png`."""
+        return self.path / (f"{kind}.png" if experiment is None else f"{kind}-{slug(experiment.name)}.png")
+
+    def in_use(self) -> bool:
+        """Return True if the path is a file, or a folder with something in it."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def read_result(self, run: Run) -> dict[str, Any] | None:
+        """Read the settings and measures of a run; None if there are none."""
+        path = self.result(run)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_result(self, run: Run, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the arrays of a run if it has any, then its result, and remove its checkpoint.
+
+        The result comes last: where it says what was measured, the arrays are there too.
+        """
+        self.result(run).parent.mkdir(parents=True, exist_ok=True)
+        if arrays:
+            with replacing(self.arrays(run)) as temporary, open(temporary, "wb") as stream:
+                np.savez(stream, **arrays)  # type: ignore[arg-type]
+        write_json(self.result(run), result)
+        self.checkpoint(run).unlink(missing_ok=True)
+
+    def results_of(self, experiment: Experiment, method: str, seed: int | None = None) -> list[dict[str, Any]]:
+        """Read the results of a row of a table.
+
+        Args:
+            seed: None gives the runs on whole training sets, of all seeds; a seed gives its run on the whole training
+                set and those on shares of it.
+
+        Returns:
+            The results by seed, and of one seed by the number of training networks.
+        """
+        stem = self.result(Run(experiment, method, 0)).name.removesuffix("0.json")
+        folder = self.result(Run(experiment, method, 0)).parent
+        if seed is None:
+            files = [file for file in folder.glob(f"{stem}*.json") if "-share" not in file.stem]
+        else:
+            files = [*folder.glob(f"{stem}{seed}-share*.json"), self.result(Run(experiment, method, seed))]
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return sorted(found, key=lambda result: (result["seed"], result["networks"]["train"]))
+
+    def _of(self, run: Run, suffix: str) -> Path:
+        return self.path / "runs" / f"{run.name}{suffix}"
+
+
+def slug(text: str) -> str:
+    """Return a name in lower case, with "-" for everything but letters and digits, as part of a file's name.
+
+    Example:
+        >>> slug("SNE, no order codes")
+        'sne-no-order-codes'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
