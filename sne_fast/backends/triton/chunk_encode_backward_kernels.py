@@ -298,8 +298,8 @@ def codes_backward_kernel(
         n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
         i_chunk, i_element, i_group, m_element = places(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
         i_row = i_tile * BINS * SLOTS + tl.arange(0, BINS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
-        p_rows_grad = rows_grad + (i_row[:, :, None] * WIDTH + i_column[None, None, :])
-        b_grad = tl.load(p_rows_grad, mask=m_element[:, :, None], other=0)  # [NB, S, h]
+        i_value = i_row[:, :, None] * WIDTH + i_column[None, None, :]
+        b_grad = tl.load(rows_grad + i_value, mask=m_element[:, :, None], other=0)  # [NB, S, h]
         last = tl.max(end - begin, 0).to(tl.int32) if MULTI_CHUNK else 1
         for place in range(0, last):
             b_part = tl.sum(tl.where((i_group == place)[:, :, None], b_grad, 0.0), 1)  # [NB, h]

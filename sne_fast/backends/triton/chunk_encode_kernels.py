@@ -50,8 +50,8 @@ def load_queries(
 ):
     """Load pool_query for each bin, with rows of zeros behind: [NB, P, h]."""
     i_head, i_column = tl.arange(0, PADDED), tl.arange(0, WIDTH)
-    p_query = pool_query + i_head[:, None] * WIDTH + i_column[None, :]
-    b_query = tl.load(p_query, mask=(i_head < HEADS)[:, None], other=0)  # [P, h]
+    m_head = (i_head < HEADS)[:, None]
+    b_query = tl.load(pool_query + i_head[:, None] * WIDTH + i_column[None, :], mask=m_head, other=0)  # [P, h]
     return tl.broadcast_to(b_query[None, :, :], (BINS, PADDED, WIDTH))
 
 

@@ -80,8 +80,8 @@ def forward_kernel(
                 b_z = tl.dot(b_part.to(operand), b_w, b_z, input_precision=PRECISION, out_dtype=ACC)
         b_z += vector(b_o, WIDTH, ACC)[None, :]
         b_out = layer_norm(add_relu(b_o_in, b_z), norm + 2 * WIDTH, LAYER_NORM, WIDTH, ACC)
-        p_out = out + (i_row[:, None] * WIDTH + i_column[None, :])
-        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None])
+        i_value = i_row[:, None] * WIDTH + i_column[None, :]
+        tl.store(out + i_value, b_out.to(out.dtype.element_ty), mask=m_row[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])

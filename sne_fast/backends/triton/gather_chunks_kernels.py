@@ -111,8 +111,8 @@ def transposed_tile(
     along_k = (positions + TILE_K - 1) // TILE_K
     i_row = (i_local // along_k) * TILE_R + tl.arange(0, TILE_R)[:, None]
     i_position = (i_local % along_k) * TILE_K + tl.arange(0, TILE_K)[None, :]
-    m_tile = (i_row < rows) & (i_position < positions)
-    return i_row * positions + i_position, i_position * rows + i_row, m_tile
+    i_value, i_transposed = i_row * positions + i_position, i_position * rows + i_row
+    return i_value, i_transposed, (i_row < rows) & (i_position < positions)
 
 
 @triton.jit(do_not_specialize=["tensors", "stride"])

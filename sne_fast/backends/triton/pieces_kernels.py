@@ -106,6 +106,6 @@ def sum_rows_kernel(
     b_sum = tl.zeros((WIDTH,), ACC)
     for first in range(start, end, STEP):
         i_row = first + tl.arange(0, STEP)
-        p_rows = rows + i_row[:, None] * WIDTH + i_column[None, :]
-        b_sum += tl.sum(tl.load(p_rows, mask=(i_row < end)[:, None], other=0), 0)  # [STEP, WIDTH] -> [WIDTH]
+        i_value = i_row[:, None] * WIDTH + i_column[None, :]
+        b_sum += tl.sum(tl.load(rows + i_value, mask=(i_row < end)[:, None], other=0), 0)  # [STEP, WIDTH] -> [WIDTH]
     tl.store(partial + i_piece * WIDTH + i_column, b_sum)

@@ -199,8 +199,8 @@ def combine_kernel(
     p_out = out + ((row + i_local)[:, None] * WIDTH + i_column[None, :])
     tl.store(p_out, b_mean.to(out.dtype.element_ty), mask=m_tile)
     b_lse = tl.where(b_max == float("-inf"), b_max, b_max + tl.log2(b_sum) * LN2)
-    p_lse = lse + ((row + i_local)[:, None] * HEADS + i_head[None, :])
-    tl.store(p_lse, b_lse, mask=m_tile & (i_column % D == 0)[None, :])
+    i_lse = (row + i_local)[:, None] * HEADS + i_head[None, :]
+    tl.store(lse + i_lse, b_lse, mask=m_tile & (i_column % D == 0)[None, :])
 
 
 @triton.jit
