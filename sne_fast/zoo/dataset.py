@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..data.batch import WeightBatch
 from ..data.packing import pack
 from ..data.weight_budgets import batches_by_weights
-from ..training.settings import SEED_STRIDE
+from ..training.optimiser import SEED_STRIDE
 from .table import Zoo
 
 Item = tuple[WeightBatch, Tensor]
