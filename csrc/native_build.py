@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +57,15 @@ def jobs() -> int:
 
 
 def find_ninja() -> str | None:
-    """Return ninja from the PATH, from beside this Python, or from the Python package of that name."""
-    found = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
-    if found:
-        return found
-    try:
-        return shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
-    except (ImportError, AttributeError):
-        return None
+    """Return ninja from the Python package of that name, from beside this Python, or from the PATH.
+
+    The package comes first because pip's isolated builds have it: another version of ninja may not read the log of this
+    one, and would compile everything again.
+    """
+    places = [os.path.dirname(sys.executable), None]
+    with suppress(ImportError, AttributeError):
+        places.insert(0, importlib.import_module("ninja").BIN_DIR)
+    return next((found for place in places if (found := shutil.which("ninja", path=place))), None)
 
 
 def build(target: Path, folder: Path, units: Sequence[Unit], link: Sequence[str]) -> None:

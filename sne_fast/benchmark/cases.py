@@ -46,13 +46,13 @@ class Case:
     repeat: int = 1
 
     def encoder(self) -> SNE:
-        """Width 64, 4 heads, chunks of 32, layer norm on, float32; every parameter random."""
+        """Return an encoder of width 64, 4 heads, chunks of 32, layer norm, float32, with every parameter random."""
         encoder = SNE(hidden_dim=64, num_heads=4, chunk_size=32, layer_norm=True, set_attention=self.set_attention)
         randomise_(encoder, seed=1)
         return encoder
 
     def batch(self, encoder: SNE, size: str = "full") -> WeightBatch:
-        """The packed networks; no graph is kept to their weights."""
+        """Pack the networks; no graph is kept to their weights."""
         if size not in SIZES:
             raise ValueError(f"Case.batch: size must be one of {', '.join(SIZES)}, got {size!r}")
         with torch.no_grad():
@@ -117,14 +117,14 @@ GPU_CASES: dict[str, Case] = {
     **CASES,
     "resnet50": Case("resnet50", "one ResNet-50, ISAB", _resnet50, "isab", rounds=3),
 }
-"""Those of `bench/gpu_suite.py`."""
+"""The cases of `bench/gpu_suite.py`."""
 
 FAMILIES = ("networks", "network")
 """How size grows: more networks (zoo CNNs, SAB), or one larger network (three square matrices, ISAB)."""
 
 
 def scaling_case(family: str, weights: int) -> Case:
-    """A forward-only case of about `weights` weights."""
+    """Return a forward-only case of about `weights` weights."""
     if family not in FAMILIES:
         raise ValueError(f"scaling_case: family must be one of {', '.join(FAMILIES)}, got {family!r}")
     name = f"{family}@{weights}"
@@ -141,7 +141,7 @@ def scaling_case(family: str, weights: int) -> Case:
 
 
 def find_case(name: str) -> Case:
-    """A case by its name: one of `CASES`, or "networks@1000000", "network@1000000" of the scaling measurements.
+    """Return a case by its name: one of `GPU_CASES`, or "networks@1000000", "network@1000000" for scaling.
 
     Raises:
         ValueError: there is none of this name; the message lists those there are.

@@ -43,12 +43,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether both errors are within what is allowed."""
         # Written so that NaN does not pass.
         return self.output_error <= self.output_allowed and self.gradient_error <= self.gradient_allowed
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude."""
+    """Return the largest difference over the largest magnitude."""
     difference = (actual.detach().double() - expected.detach().double()).abs().max()
     return float(difference / expected.detach().double().abs().max())
 
@@ -60,7 +61,7 @@ def _encode(
     autocast: torch.dtype | None = None,
     form: Callable[[WeightBatch], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """z and all gradients, by the encoder or by another `form` of it with the same parameters."""
+    """Return z and all gradients, by the encoder or by another `form` of it with the same parameters."""
     batch.values.requires_grad_()
     batch.values.grad = None
     encoder.zero_grad()
@@ -73,7 +74,7 @@ def _encode(
 
 
 def _worst(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
-    """The gradient that is off most, and by how much of its norm."""
+    """Return the name of the gradient that is off most, and by how much of its norm."""
     floor = GRADIENT_FLOOR * max(float(g.norm()) for g in expected.values())
     errors = {
         name: float((gradients[name].double() - g).norm() / g.norm().clamp(min=floor)) if name in gradients else 1.0
@@ -128,7 +129,7 @@ def run_check(
 def check_agreement(
     case: Case, name: str, z: Tensor, expected: Tensor, tolerance: float = AGREEMENT_TOLERANCE
 ) -> float:
-    """The full case, two contenders in the same type: guards against errors that only show at size.
+    """Compare two contenders in the same type on the full case, for errors that only show at size.
 
     Raises:
         CheckFailed: they differ by more than the tolerance (1e-4 in float32), or are not finite.

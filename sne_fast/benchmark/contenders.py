@@ -1,4 +1,4 @@
-"""Who competes: the backend, and what a user would write without it, on the same parameters and the same batch."""
+"""Contenders of a benchmark: this package, and what a user would write without it, on the same parameters and batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..data.batch import WeightBatch
 from ..nn.encoder import SNE
 from ..nn.padded import PaddedSNE
 from ..ops.dispatch import use_backend
-from .memory import padded_bytes
+from .padded_memory import padded_bytes
 
 Phases = dict[str, float]
 """Seconds of one run: "total", and "forward", "backward", "optimizer" of a training step."""
@@ -26,7 +26,7 @@ class DoesNotFit(RuntimeError):
 
 
 def now(device: torch.device) -> float:
-    """Seconds on the host's clock, once everything launched on a GPU has ended."""
+    """Return seconds on the host's clock, once everything launched on a GPU has ended."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -68,7 +68,7 @@ class Contender:
         return {"total": now(self.device) - start}
 
     def step(self) -> Phases:
-        """Forward, backward of a mean squared error, optimizer step."""
+        """Run forward, backward of a mean squared error and an optimizer step; return their seconds."""
         with use_backend(self.backend):  # for the backward pass too
             start = now(self.device)
             loss = self.loss()
@@ -99,9 +99,14 @@ def contender(
     memory_limit: float,
     autocast: torch.dtype | None = None,
 ) -> Contender:
-    """One of "sne_fast", "eager" (padded), "compile" (torch.compile of it), "loop" (eager, one network at a time).
+    """Make a contender: "sne_fast", "eager" (padded), "compile" (torch.compile of it), "loop" (eager, one by one).
 
     Args:
+        name: one of these.
+        encoder: whose parameters all contenders share.
+        batch: the packed networks.
+        backend: for "sne_fast", as :func:`sne_fast.use_backend` takes it.
+        training: whether it will run training steps, which need more memory.
         memory_limit: bytes that a baseline may use.
         autocast: half type to encode in, for all contenders alike; None for the parameters' own.
 

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, measured on it: copy bandwidth, matrix products, exponentials."""
+"""Limits of a GPU, measured on it: copy bandwidth, matrix products, exponentials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAST_RUNS = 5
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
-    """Median time of one call, by device events on a GPU: two to warm up, then at least five, for about `budget` s."""
+    """Return the median time of a call, by device events on a GPU: two to warm up, then at least five in `budget` s."""
     call()
     start = now(device)
     call()
@@ -41,14 +41,14 @@ def median_seconds(call: Callable[[], object], device: torch.device, budget: flo
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = COPIED_BYTES) -> float:
-    """Bytes read plus bytes written per second by a large copy inside the device's memory."""
+    """Measure the bytes read plus written per second by a large copy inside the device's memory."""
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
 def product_rates(device: torch.device, size: int = PRODUCT_SIZE) -> dict[str, float]:
-    """Operations per second of a square matrix product of random numbers: bfloat16, float16, tf32, float32."""
+    """Measure the operations per second of a square product of random numbers: bfloat16, float16, tf32, float32."""
     rates: dict[str, float] = {}
     before = torch.get_float32_matmul_precision()
     try:
@@ -66,7 +66,7 @@ def product_rates(device: torch.device, size: int = PRODUCT_SIZE) -> dict[str, f
 
 
 def exponential_rate(device: torch.device, elements: int = 1 << 26) -> float:
-    """Exponentials per second in registers, by a Triton kernel that chains them.
+    """Measure the exponentials per second in registers, by a Triton kernel that chains them.
 
     Raises:
         ImportError: Triton is not installed.

@@ -1,5 +1,7 @@
-"""The ops on a GPU against what the hardware allows; attention also against PyTorch's own ragged attention, and what
-follows it against the torch operations that it fuses."""
+"""Ops on a GPU against the limits of the hardware.
+
+`set_attention` is measured beside PyTorch's own ragged attention, `feed_forward` beside the torch operations it fuses.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def _shape(backend: str, dtype: torch.dtype, width: int, heads: int, length: flo
 
 
 def shape_of(row: Row) -> tuple[Any, ...]:
-    """What two backends' rows of the same work have in common."""
+    """Return what two backends' rows of the same work have in common."""
     return tuple(row.get(key) for key in ("op", "dtype", "products", "width", "heads", "length", "rows"))
 
 

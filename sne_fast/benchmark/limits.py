@@ -1,4 +1,4 @@
-"""What the machine could do at most: the rate of its matrix products, and the operations of SPEC 6."""
+"""Limits of the machine: the rate of its matrix products, and the operations that the chunk stage needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORWARDS_PER_STEP = 4
 
 
 def chunk_operations(batch: WeightBatch, width: int) -> float:
-    """Floating-point operations of the three full blocks of the chunk stage, forward: ``8 h^2 + 4 n h`` per weight.
+    """Count the operations of the chunk stage's three full blocks, forward: ``8 h^2 + 4 n h`` per weight.
 
     n is the length of the weight's own chunk; everything else (scalar block, pools, later stages) is not counted.
     """
@@ -28,7 +28,7 @@ def chunk_operations(batch: WeightBatch, width: int) -> float:
 
 @functools.cache
 def _products() -> dict[str, Callable[[], float]]:
-    """Name -> one burst, returning its rate in operations per second."""
+    """Return by name a function that runs one burst and returns its rate in operations per second."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(ROWS, INNER, generator=generator)
     b = torch.randn(INNER, COLUMNS, generator=generator)
@@ -59,7 +59,7 @@ def _products() -> dict[str, Callable[[], float]]:
 
 
 def product_rate(seconds: float = 0.06) -> float:
-    """The best rate seen in about `seconds` of products, torch's and the backend's own, all threads: operations per s.
+    """Measure the best rate of products, torch's and the backend's own, on all threads, for about `seconds`: op/s.
 
     It falls with whatever else the machine does, so take it right beside the measurement that it limits.
     """

@@ -1,4 +1,4 @@
-"""Peak memory, measured in a process of its own, and the memory that the padded form would need, predicted."""
+"""Peak memory of a forward pass or training step, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,71 +6,16 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
 from typing import Any
 
+import torch
+
 from ..data.batch import WeightBatch
-from ..nn.encoder import SNE
-
-RESERVE = 0.8
-"""The share of the memory now available that a baseline may use by default."""
-
-
-# ---------------------------------------------------------------------------------------------------------- prediction
-
-
-def padded_bytes(encoder: SNE, batch: WeightBatch, training: bool) -> float:
-    """Predicted peak of :class:`sne_fast.reference.PaddedSNE` in float32, without parameters: bytes.
-
-    Per attention block of S sets with a queries and l keys: the weights `(S, H, a, l)` and the rows
-    `(S, max(a, l), h)`. A forward pass holds two of the former and ten of the latter of its largest block; training
-    keeps one and sixteen of every block, and one more of the largest while it goes back (fitted to measured peaks).
-    """
-    width, heads = encoder.hidden_dim, encoder.config["num_heads"]
-    induced = encoder.config["num_inducing"] if encoder.config["set_attention"] == "isab" else None
-    blocks: list[tuple[float, float]] = []  # bytes of weights and rows of each block
-
-    def attention(sets: int, queries: int, keys: int) -> None:
-        blocks.append((4.0 * sets * heads * queries * keys, 4.0 * sets * max(queries, keys) * width))
-
-    for _ in range(4):
-        attention(batch.chunk_ptr.shape[0] - 1, batch.chunk_size, batch.chunk_size)
-    for ptr in (batch.tensor_ptr_host, batch.layer_ptr_host, batch.network_ptr_host):
-        lengths = ptr.diff()
-        sets, longest = lengths.numel(), int(lengths.max()) if lengths.numel() else 0
-        for _ in range(2):
-            if induced is None:
-                attention(sets, longest, longest)
-            else:
-                attention(sets, induced, longest)
-                attention(sets, longest, induced)
-    largest = max(2 * weights + 10 * rows for weights, rows in blocks)
-    if not training:
-        return largest
-    return sum(weights + 16 * rows for weights, rows in blocks) + max(weights for weights, _ in blocks)
-
-
-def available_bytes() -> float:
-    """Memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 4.0 * 2**30
-
-
-def default_memory_limit() -> float:
-    return RESERVE * available_bytes()
-
-
-# --------------------------------------------------------------------------------------------------------- measurement
+from .cases import find_case
+from .contenders import DoesNotFit
+from .contenders import contender as make_contender
 
 
 def probe(
@@ -98,7 +43,7 @@ def probe(
 
 
 def _peak_bytes() -> float:
-    """The highest resident memory of this process."""
+    """Return the highest resident memory of this process."""
     try:
         # Linux: not ru_maxrss, which starts at the peak of the process that started this one
         with open("/proc/self/status", encoding="ascii") as lines:
@@ -123,11 +68,6 @@ def _reset_peak() -> None:
 
 
 def main() -> None:
-    import torch
-
-    from .cases import find_case
-    from .contenders import DoesNotFit, contender
-
     parser = argparse.ArgumentParser()
     parser.add_argument("case")
     parser.add_argument("mode", choices=["forward", "training"])
@@ -143,7 +83,7 @@ def main() -> None:
 
     def run(batch: WeightBatch) -> float:
         training = options.mode == "training"
-        entrant = contender(
+        entrant = make_contender(
             options.contender, encoder, batch, backend=options.backend, training=training, memory_limit=options.limit
         )
         return (entrant.step() if training else entrant.forward())["total"]

@@ -48,7 +48,7 @@ def inr(hidden: int = 32) -> nn.Sequential:
 
 
 def zoo_cnn() -> nn.Sequential:
-    """The network of the small CNN zoo: four layers, 4,970 weights."""
+    """Make the network of the small CNN zoo: four layers, 4,970 weights."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),

@@ -1,4 +1,4 @@
-"""The short form behind `sne-fast bench`: small versions of three cases, backend against eager padded, one table."""
+"""The measurements behind `sne-fast bench`: small versions of three cases against eager padded, in one table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .cases import CASES
 from .checks import check_agreement, run_check
 from .contenders import DoesNotFit, contender
 from .limits import FORWARDS_PER_STEP, chunk_operations, product_rate
-from .memory import default_memory_limit
+from .padded_memory import default_memory_limit
 from .pairs import Pairs
 
 SHORT = ("zoo", "inr", "mixed")

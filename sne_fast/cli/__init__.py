@@ -1,1 +1,1 @@
-"""The command line, `sne-fast`."""
+"""The command line, `sne-fast`: a file for each command; `commands.py` is the program."""

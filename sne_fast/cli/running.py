@@ -1,28 +1,35 @@
-"""What the commands of `sne-fast` share: checks of outputs, lists of networks, encoding in batches, tables."""
+"""Parts that commands share: checks of outputs and devices, lists of networks, networks in batches, tables."""
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from ..extras import require
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from ..data.batch import WeightBatch
     from ..nn.encoder import SNE
 
 BATCH_WEIGHTS = 200_000
+PATHS = (
+    "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo, which "
+    "stand for all its networks, or FOLDER/NAME for one network of a zoo."
+)
 
 
 def check_output(out: Path, suffixes: Sequence[str]) -> None:
-    """Everything that can be known to go wrong with the output, before any work is done."""
+    """Check that the output can be written, before any work is done.
+
+    Raises:
+        ValueError: its suffix is none of `suffixes`.
+        OSError: it is a folder, or its own folder is not there.
+        ModuleNotFoundError: its format needs a package that is not installed.
+    """
     if out.suffix not in suffixes:
         raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {str(out)!r}")
     if out.is_dir():
@@ -33,19 +40,15 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
         require("pyarrow.parquet", extra="parquet", why="writing .parquet", otherwise=", or write .npz")
 
 
-@contextmanager
-def whole_file(out: Path) -> Iterator[Path]:
-    """A path to write to that becomes `out` when the block ends, and is removed when it raises."""
-    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        yield partial
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def expand(paths: Sequence[Path]) -> tuple[list[str], list[Any]]:
-    """Names of the networks, and their files or the networks themselves; a zoo folder stands for all of its own."""
+    """Return the names of the networks at `paths`, and their files or the networks themselves.
+
+    The folder of a zoo stands for all its networks.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ValueError: there are no networks.
+    """
     from ..zoo import networks_at
 
     files: list[Any] = []
@@ -62,7 +65,12 @@ def expand(paths: Sequence[Path]) -> tuple[list[str], list[Any]]:
     return [str(file) for file in files], files
 
 
-def usable_device(name: str) -> Any:
+def usable_device(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ValueError: torch knows no such device, or cannot use it.
+    """
     import torch
 
     try:
@@ -73,29 +81,8 @@ def usable_device(name: str) -> Any:
     return device
 
 
-def load_encoder(model: str | None, seed: int, set_attention: str, device: str) -> SNE:
-    import torch
-
-    from ..nn.encoder import SNE
-    from ..nn.predictor import Predictor
-    from ..nn.pretrained import read_config, saved_class
-
-    where = usable_device(device)
-    if model is None:
-        typer.echo(
-            f"sne-fast: no --model given: encoding with a freshly initialised, untrained encoder (seed {seed})",
-            err=True,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return SNE(set_attention=set_attention).to(where).eval()
-    if saved_class(read_config(model)) == "Predictor":
-        return Predictor.from_pretrained(model, device=where).encoder
-    return SNE.from_pretrained(model, device=where)
-
-
 def run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: SNE) -> np.ndarray:
-    """`module` on every file, `(len(files), d)`; networks share a batch up to a budget of weights."""
+    """Return the outputs of `module` for all files, `(len(files), d)`; networks share batches of bounded weights."""
     import numpy as np
     import torch
     from rich.console import Console
@@ -125,6 +112,7 @@ def run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: 
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; the first column holds text, the others numbers."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""WeightBatch: the weights of many networks as one flat array and four levels of pointers (SPEC 1)."""
+"""`WeightBatch`: the weights of many networks as one flat array and four levels of pointers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
-from .names import network_name, tensor_name
+from .names import Names, network_name, tensor_name
 from .pointers import join_pointers, ragged_gather
 
 __all__ = ["CHUNKINGS", "WeightBatch"]
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of `tensor_scale` beside values of `dtype`: the same for float32 and float64, else float32."""
+    """Return the dtype of `tensor_scale` beside values of `dtype`: the same for float32 and float64, else float32."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -73,8 +73,8 @@ class WeightBatch:
     tensor_scale: Tensor
     chunk_size: int
     chunking: str
-    names: tuple = ()
-    shapes: tuple = ()
+    names: Names = ()
+    shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     chunk_ptr_host: Tensor = dataclasses.field(init=False)
     tensor_ptr_host: Tensor = dataclasses.field(init=False)
     layer_ptr_host: Tensor = dataclasses.field(init=False)
@@ -137,42 +137,42 @@ class WeightBatch:
     # Sizes and names
 
     def __len__(self) -> int:
-        """Number of networks B."""
+        """Return the number of networks B."""
         return self.network_ptr.shape[0] - 1
 
     @property
     def device(self) -> torch.device:
-        """Where all tensors but the host copies are."""
+        """Device of all tensors but the host copies."""
         return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of `values`."""
+        """Floating dtype of `values`."""
         return self.values.dtype
 
     @property
     def num_networks(self) -> int:
-        """B."""
+        """Number of networks B."""
         return self.network_ptr.shape[0] - 1
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers L."""
         return self.layer_ptr.shape[0] - 1
 
     @property
     def num_tensors(self) -> int:
-        """T."""
+        """Number of tensors T."""
         return self.tensor_ptr.shape[0] - 1
 
     @property
     def num_chunks(self) -> int:
-        """N."""
+        """Number of chunks N."""
         return self.chunk_ptr.shape[0] - 1
 
     @property
     def num_weights(self) -> int:
-        """V."""
+        """Number of weights V."""
         return self.values.shape[0]
 
     @property
@@ -213,7 +213,7 @@ class WeightBatch:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> WeightBatch:
-        """This batch on another device or with values of another floating dtype (itself where nothing changes).
+        """Move the batch to a device or convert its values to a floating dtype; return itself where nothing changes.
 
         `tensor_scale` follows the values, but is never smaller than float32. `to(dtype)` is accepted as for tensors.
         """
@@ -239,7 +239,7 @@ class WeightBatch:
         return WeightBatch.trusted(hosts, **fields)
 
     def detach(self) -> WeightBatch:
-        """This batch cut off from the parameters it was packed from, for use in many steps of training.
+        """Detach the batch from the parameters it was packed from, for use in many training steps.
 
         `pack` is differentiable: a batch of modules whose parameters require gradients carries their graph, which one
         backward pass frees. (Under `torch.inference_mode` pack makes tensors that no training can use; use `no_grad`.)
@@ -249,10 +249,10 @@ class WeightBatch:
         return self.with_fields(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
 
     def pin_memory(self, device: Any = None) -> WeightBatch:
-        """This batch in page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
+        """Copy the batch to page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
 
-        Itself on a machine without an accelerator (where torch cannot pin), as in a `DataLoader(pin_memory=True)`;
-        `device` is accepted for old DataLoaders and not used. A batch that is not on the CPU is refused by torch.
+        Without an accelerator torch cannot pin, and the batch itself is returned, as `DataLoader(pin_memory=True)`
+        expects. `device` is accepted for old DataLoaders and ignored. torch refuses a batch that is not on the CPU.
         """
         if not torch.accelerator.is_available():
             return self
@@ -291,7 +291,7 @@ class WeightBatch:
         return (self[b] for b in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray) -> WeightBatch:
-        """The chosen networks as a batch: an index (a batch of one), a slice, indices, or a mask of B booleans.
+        """Select networks: by an index (a batch of one), a slice, a sequence of indices, or a mask of B booleans.
 
         Raises:
             IndexError: an index outside -B..B-1, or a mask of another length than B.
@@ -303,11 +303,11 @@ class WeightBatch:
             if step == 1:
                 return self._slice(start, max(start, stop))
             return self._take(np.arange(start, stop, step, dtype=np.int64))
-        if isinstance(index, (Tensor, np.ndarray)) and index.ndim == 0 or not hasattr(index, "__len__"):
+        if (isinstance(index, (Tensor, np.ndarray)) and index.ndim == 0) or not hasattr(index, "__len__"):
             if isinstance(index, (bool, np.bool_)) or getattr(index, "dtype", None) in (torch.bool, np.bool_):
                 raise TypeError("WeightBatch: a single boolean is no index; use a mask of one boolean per network")
             try:
-                b = operator.index(index)  # type: ignore[arg-type]
+                b = operator.index(index)
             except TypeError:
                 raise TypeError(
                     "WeightBatch: index must be an int, a slice, a sequence of ints or a mask, "
@@ -356,7 +356,7 @@ class WeightBatch:
         return WeightBatch.trusted(hosts, **fields)
 
     def _take(self, networks: np.ndarray) -> WeightBatch:
-        """A gather: pointers by one ragged gather per level on the host, values by one copy of whole networks."""
+        """Gather networks: pointers by one ragged gather per level on the host, values by copies of whole networks."""
         fields = self._fields()
         hosts = {}
         chosen = networks
@@ -385,7 +385,7 @@ class WeightBatch:
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
-        """One batch of the networks of all `batches`, in order; names and shapes are kept where every batch has them.
+        """Concatenate batches in order; names and shapes are kept where every batch has them.
 
         Raises:
             ValueError: no batches, or batches that differ in chunk size, chunking, dtype or device.

@@ -1,4 +1,4 @@
-"""Reading checkpoints safely and in their module's order, and writing them so that the order survives."""
+"""Checkpoints read without running code from them, and written so that the order of tensors survives."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, refused, or holds no weights; the message names the file."""
 
 
-def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, in the order of the module they came from where the file knows it.
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Load the tensors of a checkpoint by name, in the order of the module they came from where the file knows it.
 
     Never runs code from the file. Tensors of large files are mapped, not read, until they are used.
 
@@ -71,7 +71,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def save_state_dict(
-    state_dict: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+    state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors with their order in the metadata, all or nothing.
 
@@ -103,7 +103,6 @@ def save_state_dict(
     strings = {ORDER_KEY: json.dumps(list(tensors)), **(metadata or {})}
     if not all(isinstance(text, str) for item in strings.items() for text in item):
         raise TypeError(f"save_state_dict: metadata must map strings to strings, got {metadata!r}")
-    # beside the file, for a rename cannot cross file systems
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(partial, "xb") as opened:
@@ -117,8 +116,8 @@ def save_state_dict(
         partial.unlink(missing_ok=True)
 
 
-def find_state_dict(checkpoint: Mapping) -> Mapping:
-    """The state_dict itself or the one nested in it under "state_dict", "model" or "model_state_dict"."""
+def find_state_dict(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the state_dict nested under "state_dict", "model" or "model_state_dict", else the mapping itself."""
     for _ in range(4):  # a pickle may nest a mapping in itself
         inner = next((checkpoint[key] for key in NESTED if isinstance(checkpoint.get(key), Mapping)), None)
         if inner is None:
@@ -127,8 +126,8 @@ def find_state_dict(checkpoint: Mapping) -> Mapping:
     return checkpoint
 
 
-def natural_key(name: str) -> tuple:
-    """Sorts numbers inside names by value."""
+def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
+    """Return a sort key that compares numbers inside names by value."""
     return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))), name
 
 
@@ -245,14 +244,17 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
         )
     if not tensors:
         held = ", ".join(repr(key) for key in list(state_dict)[:8]) or "nothing"
-        optimiser = "state" in state_dict and "param_groups" in state_dict or set(content) & {"optimizer", "optimiser"}
+        optimiser = ("state" in state_dict and "param_groups" in state_dict) or set(content) & {
+            "optimizer",
+            "optimiser",
+        }
         what = "only an optimiser's state" if optimiser else f"no tensors at the top or under {', '.join(NESTED)}"
         raise CheckpointError(f"{file}: holds {what} ({held}); save the model's state_dict()")
     return tensors
 
 
 def _is_whole_pickle(file: Path) -> bool:
-    """Whether the file is a pickle to its end, judged without running it: a refusal is worth saying of those only."""
+    """Return whether the file is a pickle to its end, judged without running it; damage is reported otherwise."""
     import pickletools
 
     with open(file, "rb") as opened:

@@ -1,10 +1,11 @@
-"""What users say about layers when packing: `kinds=` and `layer_level=`."""
+"""The options `kinds=` and `layer_level=` of `pack`, which override what is inferred about layers."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from .tensor_types import kind_id
 
 
 def resolve_kinds(networks: list[Network], kinds: Any) -> list[int]:
-    """`8 * kind + role` of every tensor."""
+    """Return `8 * kind + role` of every tensor."""
     if kinds is not None and not isinstance(kinds, Mapping) and not hasattr(kinds, "__len__"):
         raise TypeError(
             f"pack: kinds must be a mapping, or one mapping or None per network, got {type(kinds).__name__}"
@@ -38,11 +39,11 @@ def resolve_kinds(networks: list[Network], kinds: Any) -> list[int]:
 
 
 def resolve_levels(networks: list[Network], layer_level: Any) -> list[int]:
-    """The level of every layer: its place in its network, or what the user says."""
+    """Return the level of every layer: its position in its network, unless `layer_level` says otherwise."""
     counts = [len(network.layers) for network in networks]
     levels = [list(range(count)) for count in counts]
     if layer_level is None:
-        return sum(levels, [])
+        return list(chain.from_iterable(levels))
     if isinstance(layer_level, Mapping):
         layer_level = [layer_level] * len(networks)
     elif isinstance(layer_level, (Tensor, np.ndarray)) and layer_level.ndim == 1:
@@ -50,15 +51,14 @@ def resolve_levels(networks: list[Network], layer_level: Any) -> list[int]:
     if isinstance(layer_level, str) or not hasattr(layer_level, "__iter__"):
         raise TypeError(f"pack: layer_level must be a sequence or a mapping, got {type(layer_level).__name__}")
     given = list(layer_level)
-    if given and all(not isinstance(entry, Mapping) and not hasattr(entry, "__len__") for entry in given):
-        if not all(entry is None for entry in given):  # plain numbers: (L,), one per layer of the batch
-            if len(given) != sum(counts):
-                raise ValueError(
-                    f"pack: layer_level must have one entry per layer ({sum(counts)}) or be nested with one entry per "
-                    f"network ({len(networks)}), got {len(given)} numbers"
-                )
-            ends = np.cumsum([0, *counts]).tolist()
-            given = [given[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    plain = all(not isinstance(entry, Mapping) and not hasattr(entry, "__len__") for entry in given)
+    if plain and any(entry is not None for entry in given):  # numbers: (L,), one per layer of the batch
+        if len(given) != sum(counts):
+            raise ValueError(
+                f"pack: layer_level must have one entry per layer ({sum(counts)}) or be nested with one entry per "
+                f"network ({len(networks)}), got {len(given)} numbers"
+            )
+        given = [given[a:b] for a, b in pairwise(np.cumsum([0, *counts]).tolist())]
     if len(given) != len(networks):
         raise ValueError(f"pack: layer_level must have one entry per network, got {len(given)} for {len(networks)}")
     chosen = _apply(networks, [entry if isinstance(entry, Mapping) else None for entry in given], "layer_level")
@@ -74,7 +74,7 @@ def resolve_levels(networks: list[Network], layer_level: Any) -> list[int]:
             named = dict(enumerate(entry.tolist() if isinstance(entry, (Tensor, np.ndarray)) else entry))
         for i, value in named.items():
             level[i] = _level(value, network, network.layers[i].name)
-    return sum(levels, [])
+    return list(chain.from_iterable(levels))
 
 
 def _level(value: Any, network: Network, layer: str) -> int:
@@ -88,8 +88,8 @@ def _level(value: Any, network: Network, layer: str) -> int:
     )
 
 
-def _apply(networks: list[Network], rules: list[Mapping | None], option: str) -> list[dict[int, Any]]:
-    """Per network what its mapping says of its layers: the exact name wins, then the first pattern that fits."""
+def _apply(networks: list[Network], rules: list[Mapping[str, Any] | None], option: str) -> list[dict[int, Any]]:
+    """Return per network the values of layers that its mapping names: by exact name, else by the first pattern."""
     chosen: list[dict[int, Any]] = []
     unused = {key for rule in rules if rule is not None for key in rule}
     for key in unused:

@@ -1,4 +1,4 @@
-"""Finding the layers and tensors of a network, in order, with their kinds and roles (SPEC 1)."""
+"""Layers and tensors of a network, in order, with their kinds and roles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STATISTICS = ("running_mean", "running_var")
 
 @dataclass
 class Layer:
-    """One module's own tensors: `tensors` by full name, `own` the same by the name inside the layer."""
+    """The tensors that one module owns: `tensors` by full name, `own` their names inside the layer."""
 
     name: str
     kind: int | None = None
@@ -40,7 +40,7 @@ class Layer:
 
 @dataclass
 class Network:
-    """One network: `label` is what messages call it."""
+    """A network to pack: its position in the call, its name and its layers."""
 
     index: int
     name: str
@@ -48,11 +48,12 @@ class Network:
 
     @property
     def label(self) -> str:
+        """Name of the network in messages."""
         return f"network {self.index} ({self.name!r})"
 
 
 def collect(index: int, network: Any) -> Network:
-    """The layers of a module, state_dict or checkpoint path, checked: every tensor can be cut as it is."""
+    """Collect the layers of a module, state_dict or checkpoint path, and check that every tensor can be cut."""
     if isinstance(network, nn.Module):
         found = Network(index, type(network).__name__, _from_module(network))
     elif isinstance(network, Mapping):
@@ -140,7 +141,7 @@ def strip_wrappers(names: list[str]) -> list[str]:
     return names
 
 
-def _from_state_dict(state_dict: Mapping, label: str) -> list[Layer]:
+def _from_state_dict(state_dict: Mapping[Any, Any], label: str) -> list[Layer]:
     state_dict = find_state_dict(state_dict)
     keys, tensors = [], []
     for key, value in state_dict.items():

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+Names = tuple[tuple[str, tuple[str, ...]], ...]
+"""Per network its name and the names of its tensors; empty if unknown."""
 
-def network_name(names: tuple, b: int) -> str:
+
+def network_name(names: Names, b: int) -> str:
     """Name network b of a batch, e.g. `network 3 ('resnet18')`; `names` as in `WeightBatch`."""
     return f"network {b} ({names[b][0]!r})" if names else f"network {b}"
 
 
-def tensor_name(names: tuple, hosts: Mapping[str, Tensor], s: int) -> str:
+def tensor_name(names: Names, hosts: Mapping[str, Tensor], s: int) -> str:
     """Name tensor s, counted over the batch, e.g. `network 3 ('resnet18'), tensor 'fc.weight'`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Cutting networks into chunks: `pack` (SPEC 1)."""
+"""Networks cut into chunks: `pack`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pack(
-    networks: Sequence[nn.Module | Mapping[str, Tensor] | str | os.PathLike],
+    networks: Sequence[nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]],
     chunk_size: int = 32,
     chunking: str = "flat",
     *,
@@ -37,7 +37,7 @@ def pack(
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
 ) -> WeightBatch:
-    """Cut the weights of networks into chunks, as one ragged `WeightBatch` (SPEC 1; section 3.2 of the paper).
+    """Cut the weights of networks into chunks, as one ragged `WeightBatch` (section 3.2 of the paper).
 
     A layer is a module that owns tensors itself; layers stand in definition order. From a module come all floating
     parameters, tied ones once at their first place, and the running mean and variance of normalisation layers. Complex

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def ragged_gather(pointer: np.ndarray, rows: np.ndarray, with_rows: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Pointers of the chosen rows, and (if wanted) which rows of the next level they hold."""
+    """Return the pointers of the chosen rows, and (if wanted) the rows of the next level that they hold."""
     starts = pointer[rows]
     lengths = pointer[rows + 1] - starts
     gathered = np.zeros(len(rows) + 1, np.int64)
@@ -19,6 +19,6 @@ def ragged_gather(pointer: np.ndarray, rows: np.ndarray, with_rows: bool) -> tup
 
 
 def join_pointers(pointers: list[Tensor]) -> Tensor:
-    """One pointer of all sets, those of each pointer after those of the one before."""
+    """Concatenate pointers: one pointer of all sets, in order."""
     ends = np.cumsum([0] + [int(p[-1]) for p in pointers]).tolist()
     return torch.cat([pointers[0][:1]] + [p[1:] + end for p, end in zip(pointers, ends[:-1], strict=True)])

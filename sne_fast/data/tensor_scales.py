@@ -1,4 +1,4 @@
-"""The root mean square of every tensor, and what to do about NaN and infinities on the way (SPEC 1)."""
+"""Root mean square of every tensor, and the handling of NaN and infinities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Scale(torch.autograd.Function):
-    """`s = sqrt(mean x^2)`, its numbers given so that they are the same with and without grad: ds/dx = x / (n s)."""
+    """Gradient of `s = sqrt(mean x^2)`, `ds/dx = x / (n s)`; s is handed in, so that it has the same bits."""
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor, divides: Tensor, *tensors: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def tensor_scales(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """What each tensor is divided by `(T,)`, and the tensors with NaN and infinities handled."""
+    """Return the divisor of each tensor `(T,)`, and the tensors with NaN and infinities handled as `nonfinite` says."""
     device = tensors[0].device
     if scale == "none" and nonfinite == "keep":
         return torch.ones(len(tensors), dtype=scale_dtype, device=device), tensors
@@ -78,7 +78,7 @@ def tensor_scales(
 
 
 def root_mean_square(tensors: list[Tensor]) -> np.ndarray:
-    """`sqrt(mean x^2)` of each tensor in float64 `(T,)`; NaN or inf only for a tensor that holds one."""
+    """Return `sqrt(mean x^2)` of each tensor in float64 `(T,)`; NaN or inf only for a tensor that holds one."""
     sizes = np.array([t.numel() for t in tensors], np.float64)
     squares = _sums_of_squares(tensors)
     with np.errstate(invalid="ignore"):
@@ -102,7 +102,7 @@ def _sums_of_squares(tensors: list[Tensor]) -> np.ndarray:
     size = 0
     for t, tensor in enumerate(tensors):
         if tensor.numel() > TILE:
-            squares[t] = sum(float(part.double().square().sum()) for part in tensor.reshape(-1).split(TILE))
+            squares[t] = sum(part.double().square().sum().item() for part in tensor.reshape(-1).split(TILE))
             continue
         if size + tensor.numel() > TILE:
             squares[held] = _small_sums([tensors[i] for i in held])
@@ -121,7 +121,7 @@ def _small_sums(tensors: list[Tensor]) -> np.ndarray:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor with arithmetic: the fp8 dtypes have conversions only."""
+    """Convert fp8 tensors, which have no arithmetic, to float32; return others as they are."""
     return tensor if tensor.dtype in _PLAIN else tensor.float()
 
 

@@ -1,4 +1,4 @@
-"""Tensor types (SPEC 1): `8 * kind + role`, from the module where there is one, else by names and shapes."""
+"""Tensor types `8 * kind + role`: kinds from the module where there is one, else inferred from names and shapes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _NOT_EMBEDDING_NAME = re.compile(r"(proj|projection|out|output|linear|fc|dense|m
 
 
 def kind_id(kind: Any) -> int:
-    """The id of a kind given by name ("linear", "transposed convolution", ...) or id; ValueError for any other."""
+    """Return the id of a kind given by name ("linear", "transposed convolution", ...) or id; else raise ValueError."""
     if isinstance(kind, str):
         name = kind.lower().replace("_", " ").replace("-", " ").strip()
         if name in KINDS:
@@ -68,7 +68,7 @@ def kind_id(kind: Any) -> int:
 
 
 def role_of(name: str) -> int:
-    """The role of a tensor by the last part of its name: weight 0, bias 1, running_mean 2, running_var 3, other 4."""
+    """Return the role of a tensor by its own name: weight 0, bias 1, running_mean 2, running_var 3, other 4."""
     if name == "running_mean":
         return 2
     if name == "running_var":
@@ -77,7 +77,7 @@ def role_of(name: str) -> int:
 
 
 def infer_kind(layer: str, tensors: Iterable[tuple[str, int]]) -> int:
-    """The kind of a layer from its name and its tensors' names and dimensions, for want of a module."""
+    """Infer the kind of a layer from its name and its tensors' names and numbers of dimensions."""
     dims = dict(tensors)
     if "running_mean" in dims or "running_var" in dims:
         return NORMALISATION
@@ -97,7 +97,10 @@ def infer_kind(layer: str, tensors: Iterable[tuple[str, int]]) -> int:
 
 
 def kind_of_module(module: nn.Module) -> int | None:
-    """The kind by class: any class of torch.nn has one, a class from elsewhere only if derived from one with a kind."""
+    """Return the kind of a module by its class.
+
+    Every class of torch.nn has a kind; a class from elsewhere has one if it derives from a class with one, else None.
+    """
     for classes, kind in _CLASSES:
         if isinstance(module, classes):
             return kind

@@ -1,4 +1,4 @@
-"""Which networks train together: batches by a budget of weights, shards of a batch, parts of a data set."""
+"""Networks shared out: batches by a budget of weights, shards of a batch, parts of a data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def network_sizes(batch: WeightBatch) -> Tensor:
 
 
 def batches_by_weights(sizes: Tensor, budget: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:
-    """Cut networks into batches of at most `budget` weights; a network larger than that is a batch of its own.
+    """Yield batches of networks of at most `budget` weights; a network larger than that is a batch of its own.
 
     Args:
         sizes: `(B,)` int64, weights of each network.
@@ -65,6 +65,7 @@ def stratified_split(groups: Sequence[Hashable], fractions: Sequence[float], see
     Args:
         groups: the group of each position, such as its architecture.
         fractions: shares of the parts, summing to 1.
+        seed: of the shuffle within each group.
 
     Returns:
         One sorted list of positions per share; every position is in exactly one.

@@ -1,8 +1,9 @@
-"""The set blocks of the Set Transformer on packed sets (SPEC 2)."""
+"""Blocks of the Set Transformer on packed sets: MAB, SAB, ISAB, PMA."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class MAB(nn.Module):
         torch.Size([4, 16])
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, dim_q: int, dim_k: int, dim_v: int, num_heads: int, layer_norm: bool = False) -> None:
         super().__init__()
         if num_heads < 1 or dim_v % num_heads:
@@ -57,7 +60,7 @@ class MAB(nn.Module):
         q_ptr_host: Tensor | None = None,
         k_ptr_host: Tensor | None = None,
     ) -> Tensor:
-        """Rows ``q (rows_q, dim_q)`` attend to ``k (rows_k, dim_k)`` of the same set: ``(rows_q, dim_v)``."""
+        """Attend from rows ``q (rows_q, dim_q)`` to ``k (rows_k, dim_k)`` inside each set: ``(rows_q, dim_v)``."""
         key, value = self.fc_k(k), self.fc_v(k)
 
         def attend(q: Tensor, ptr: Tensor, host: Tensor | None) -> Tensor:
@@ -78,10 +81,10 @@ class MAB(nn.Module):
         return joined(attend_run, runs)
 
     def residual(self, q: Tensor, attended: Tensor) -> Tensor:
-        """The block's output from its queries and what they attended to, ``(..., h)``, in one go where a backend can.
+        """Return the block's output ``(..., h)`` from queries and attention outputs, fused where a backend can.
 
-        ``q`` may also be ``(1, ..., h)``, the same for all sets. In one go and under autocast it has the autocast
-        dtype, as all ops have, where ordinary layer norm on a GPU would give float32.
+        ``q`` may also be ``(1, ..., h)``, the same for all sets. Fused and under autocast the output has the autocast
+        dtype, as that of all ops, where ordinary layer norm on a GPU would give float32.
         """
         if not functional.fuses_feed_forward(attended):
             return self.feed_forward(q + attended)
@@ -92,7 +95,7 @@ class MAB(nn.Module):
         return functional.feed_forward(queries, rows, self.fc_o.weight, self.fc_o.bias, norm).view_as(attended)
 
     def feed_forward(self, o: Tensor) -> Tensor:
-        """What follows the attention's residual: ``ln1(o' + relu(fc_o(o')))`` with ``o' = ln0(o)``, row by row."""
+        """Apply norms and feed-forward to a residual sum, ``ln1(o' + relu(fc_o(o')))`` with ``o' = ln0(o)``."""
         if self.ln0 is not None:
             o = self.ln0(o)
         o = o + F.relu(self.fc_o(o))
@@ -120,12 +123,14 @@ class SAB(nn.Module):
         torch.Size([4, 16])
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, dim_in: int, dim_out: int, num_heads: int, layer_norm: bool = False) -> None:
         super().__init__()
         self.mab = MAB(dim_in, dim_in, dim_out, num_heads, layer_norm)
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
-        """Rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64: ``(rows, dim_out)``."""
+        """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``."""
         return self.mab(x, x, ptr, ptr, ptr_host, ptr_host)
 
 
@@ -147,6 +152,8 @@ class ISAB(nn.Module):
         torch.Size([4, 16])
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, dim_in: int, dim_out: int, num_heads: int, num_inducing: int, layer_norm: bool = False) -> None:
         super().__init__()
         if num_inducing < 1:
@@ -157,7 +164,7 @@ class ISAB(nn.Module):
         self.mab1 = MAB(dim_in, dim_out, dim_out, num_heads, layer_norm)
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
-        """Rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64: ``(rows, dim_out)``."""
+        """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``."""
         sets, points = ptr.shape[0] - 1, self.I.shape[1]
         induced_ptr = torch.arange(sets + 1, device=ptr.device) * points
         induced_host = induced_ptr if ptr.device.type == "cpu" else torch.arange(sets + 1, device="cpu") * points
@@ -169,8 +176,8 @@ class ISAB(nn.Module):
 class PMA(nn.Module):
     """Pooling by multihead attention, ``MAB(S, X)`` with k learned seeds S (Lee et al. 2019, eq. 11).
 
-    Computed by pooling the rows before they are projected (SPEC 4.2): the logits are ``X (fc_k^T q)``, one vector per
-    seed and head, and ``fc_v`` acts on the pooled rows only.
+    Rows are pooled before they are projected (docs/method.md, "The algebra of the fast paths"): the logits are
+    ``X (fc_k^T q)``, one vector per seed and head, and ``fc_v`` acts on the pooled rows only.
 
     Args:
         dim: width of rows and block.
@@ -184,6 +191,8 @@ class PMA(nn.Module):
         torch.Size([2, 1, 16])
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, dim: int, num_heads: int, num_seeds: int, layer_norm: bool = False) -> None:
         super().__init__()
         if num_seeds < 1:
@@ -193,12 +202,12 @@ class PMA(nn.Module):
         self.mab = MAB(dim, dim, dim, num_heads, layer_norm)
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
-        """Rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64: ``(S, num_seeds, dim)``."""
+        """Pool rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64; returns ``(S, num_seeds, dim)``."""
         pooled = functional.segment_pool(x, F.linear(x, self.folded_query()), ptr, ptr_host=ptr_host)
         return self.project(pooled, (ptr.diff() > 0).to(pooled.dtype))
 
     def folded_query(self) -> Tensor:
-        """``(k H, h)``, ``(fc_k^T q)_a / sqrt(h)`` per seed and head; ``fc_k.bias`` is constant in the softmax."""
+        """Return ``(fc_k^T q)_a / sqrt(h)`` per seed and head, ``(k H, h)``."""
         with torch.autocast(self.S.device.type, enabled=False):
             mab = self.mab
             query = mab.fc_q(self.S[0]).unflatten(-1, (mab.num_heads, -1))  # [k, H, d]
@@ -207,9 +216,10 @@ class PMA(nn.Module):
             return torch.einsum("kad,adh->kah", query, key).flatten(0, 1) / math.sqrt(mab.dim_v)
 
     def project(self, pooled: Tensor, nonempty: Tensor | None = None) -> Tensor:
-        """Rows pooled per seed and head ``(S, k H, h)`` to the block's output ``(S, k, h)``.
+        """Project rows pooled per seed and head, ``(S, k H, h)``, to the block's output ``(S, k, h)``.
 
-        ``nonempty (S,)``, 1 or 0, keeps the bias of ``fc_v`` out of sets that attend to nothing; None: all do.
+        ``nonempty (S,)``, 1 or 0, keeps the bias of ``fc_v`` out of sets that attend to nothing; None means that all
+        sets have rows.
         """
         mab = self.mab
         rows = pooled.unflatten(1, (-1, mab.num_heads))  # [S, k, H, h]

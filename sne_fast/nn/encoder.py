@@ -1,9 +1,9 @@
-"""The encoder :class:`SNE` and its four stages: chunk, tensor, layer, network (SPEC 3)."""
+"""The encoder :class:`SNE` and its four stages: chunk, tensor, layer, network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
@@ -24,7 +24,9 @@ SET_ATTENTIONS = ("sab", "isab")
 
 
 class ChunkEncoder(nn.Module):
-    """Stage 1 (eq. 2-6): the scalars of a chunk to one vector, through the fused op ``chunk_encode``."""
+    """Stage 1 (eq. 2-6): encode the scalars of each chunk to one vector, through the fused op ``chunk_encode``."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, hidden_dim: int, num_heads: int, layer_norm: bool, element_order: bool) -> None:
         super().__init__()
@@ -36,7 +38,7 @@ class ChunkEncoder(nn.Module):
         self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
 
     def forward(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
-        """``tensor_code (T, h)``, ``E[type] + P(level)`` of each tensor, before the gain: ``(N, h)``."""
+        """Encode all chunks to ``(N, h)``; ``tensor_code (T, h)`` is ``E[type] + P(level)``, before the gain."""
         runs = list(row_runs(batch.chunk_ptr_host.shape[0] - 1, batch.device))
         if len(runs) == 1:
             return self.pool.project(self.pooled_rows(batch, tensor_code)).squeeze(1)
@@ -44,7 +46,7 @@ class ChunkEncoder(nn.Module):
         return joined(lambda run: self.pool.project(self.pooled_rows(batch, tensor_code, run)).squeeze(1), runs)
 
     def pooled_rows(self, batch: WeightBatch, tensor_code: Tensor, run: slice | None = None) -> Tensor:
-        """The rows pooled per head, before ``fc_v`` of the pool: ``(N, H, h)``, of all chunks or of a run of them."""
+        """Return the rows of all chunks, or of a run, pooled per head: ``(N, H, h)``, before the pool's ``fc_v``."""
         values, chunk_ptr, tensor_ptr = batch.values, batch.chunk_ptr, batch.tensor_ptr
         chunk_ptr_host, tensor_ptr_host = batch.chunk_ptr_host, batch.tensor_ptr_host
         if run is not None:
@@ -73,7 +75,10 @@ class ChunkEncoder(nn.Module):
         )
 
     def folded_parameters(self) -> dict[str, Tensor]:
-        """The arguments of :func:`sne_fast.functional.chunk_encode` made from the named parameters (SPEC 4)."""
+        """Fold the named parameters into the arguments of :func:`sne_fast.functional.chunk_encode`.
+
+        The algebra is in docs/method.md, "The algebra of the fast paths".
+        """
         mabs = [cast(SAB, block).mab for block in self.blocks]
         first, *rest = mabs
         heads = first.num_heads
@@ -96,7 +101,9 @@ class ChunkEncoder(nn.Module):
 
 
 class SetEncoder(nn.Module):
-    """Stages 2 to 4: two blocks of set attention over the rows of each set, then one pooled vector per set."""
+    """Stages 2 to 4: two blocks of set attention over the rows of each set, then pooling to one vector per set."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, hidden_dim: int, num_heads: int, layer_norm: bool, num_inducing: int | None) -> None:
         super().__init__()
@@ -109,18 +116,18 @@ class SetEncoder(nn.Module):
         self.pool = PMA(hidden_dim, num_heads, 1, layer_norm)
 
     def attend(self, x: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
-        """The two blocks: ``(rows, h)`` to ``(rows, h)``."""
+        """Apply the two blocks to ``x (rows, h)``; the shape stays."""
         for block in self.blocks:
             x = block(x, ptr, ptr_host)
         return x
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
-        """``(rows, h)`` in sets ``ptr (S+1,)`` to ``(S, h)``."""
+        """Encode rows ``x (rows, h)`` in sets ``ptr (S+1,)`` to one vector per set, ``(S, h)``."""
         return self.pool(self.attend(x, ptr, ptr_host), ptr, ptr_host).squeeze(1)
 
 
 class TensorEncoder(SetEncoder):
-    """Stage 2 (eq. 7): the chunks of a tensor to one vector; codes enter between the blocks and the pool."""
+    """Stage 2 (eq. 7): encode the chunks of each tensor to one vector; codes enter between the blocks and the pool."""
 
     def __init__(
         self, hidden_dim: int, num_heads: int, layer_norm: bool, num_inducing: int | None, chunk_order: bool
@@ -131,7 +138,7 @@ class TensorEncoder(SetEncoder):
         self.magnitude_code = nn.Parameter(torch.randn(hidden_dim))
 
     def encode(self, x: Tensor, batch: WeightBatch, level_code: Tensor) -> Tensor:
-        """``x (N, h)`` chunk vectors and ``level_code (T, h)``, ``P(level)`` of each tensor, to ``(T, h)``."""
+        """Encode chunk vectors ``x (N, h)`` to ``(T, h)``; ``level_code (T, h)`` is ``P(level)`` of each tensor."""
         ptr, ptr_host = batch.tensor_ptr, batch.tensor_ptr_host
         x = self.attend(x, ptr, ptr_host)
         chunks, gain = x.shape[0], self.code_gain
@@ -153,19 +160,19 @@ class TensorEncoder(SetEncoder):
 
 
 class NetworkEncoder(SetEncoder):
-    """Stage 4 (eq. 9): the layers of a network, each with the code of its level, to one vector."""
+    """Stage 4 (eq. 9): encode the layers of each network, each with the code of its level, to one vector."""
 
     def __init__(self, hidden_dim: int, num_heads: int, layer_norm: bool, num_inducing: int | None) -> None:
         super().__init__(hidden_dim, num_heads, layer_norm, num_inducing)
         self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
 
     def encode(self, x: Tensor, batch: WeightBatch, level_code: Tensor) -> Tensor:
-        """``x (L, h)`` layer vectors and ``level_code (L, h)``, ``P(level)`` of each layer, to ``(B, h)``."""
+        """Encode layer vectors ``x (L, h)`` to ``(B, h)``; ``level_code (L, h)`` is ``P(level)`` of each layer."""
         return self(x + self.code_gain * level_code, batch.network_ptr, batch.network_ptr_host)
 
 
 class SNE(PretrainedMixin, nn.Module):
-    """Set-based neural network encoder: the weights of any network to one vector (arXiv 2305.16625).
+    """Set-based Neural Network Encoder: one vector for the weights of any network (arXiv 2305.16625).
 
     Chunks of scalars are encoded and pooled to vectors (eq. 2-6), those to tensors (eq. 7), layers (appendix J) and the
     network (eq. 9), by set attention inside each set only. Networks of any mix of architectures share a batch, and
@@ -177,7 +184,7 @@ class SNE(PretrainedMixin, nn.Module):
     Args:
         hidden_dim: h, the width of every stage and of z.
         num_heads: H, a divisor of ``hidden_dim``.
-        chunk_size: c, the most scalars of a chunk.
+        chunk_size: c, the largest number of scalars in a chunk.
         chunking: ``"flat"``, ``"neuron"`` or ``"kernel"``; see :func:`sne_fast.pack`.
         layer_norm: norms in every block; without them training is much harder, see the note above.
         scale: ``"tensor"`` divides each tensor by its root mean square when packing; ``"none"`` is the paper. A batch
@@ -196,6 +203,8 @@ class SNE(PretrainedMixin, nn.Module):
         >>> encoder([torch.nn.Linear(4, 3), torch.nn.Conv2d(1, 2, 3)]).shape
         torch.Size([2, 32])
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -256,7 +265,7 @@ class SNE(PretrainedMixin, nn.Module):
 
     @torch.no_grad()
     def fill_code_gains(self, gain: float) -> None:
-        """Set the gains of all three codes, 0.1 at first.
+        """Set the gains of all three codes, which start at 0.1.
 
         At 1 the encoder learns from its start which layer and which place in a tensor a weight has: labels that show in
         the size or order of particular weights were learnt better so, on sines (section 4.1) and on accuracies.
@@ -278,7 +287,7 @@ class SNE(PretrainedMixin, nn.Module):
     def forward(
         self, networks: WeightBatch | nn.Module | Mapping[str, Any] | str | PathLike[str] | Sequence[Any]
     ) -> Tensor:
-        """Encode a batch, or networks, which are packed first.
+        """Encode a batch, or networks, which are packed first, to one vector each.
 
         Returns:
             z ``(B, hidden_dim)`` in the dtype of the parameters, a row per network.

@@ -1,9 +1,11 @@
-"""Input scale of a predictor: weights relative to their like in the training networks, or to their fan-in."""
+"""Input scales of a predictor: weights relative to tensors of their kind in the training networks, or to fan-in."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class InputNormaliser(nn.Module):
     """Divides every weight by the root mean square of its tensor's type and layer over the training networks.
 
     Dividing each tensor by its own root mean square, as `pack(scale="tensor")` does, hides small differences of size
-    between networks from the chunk encoder: on sines (section 4.1 of the paper) those carry most of the label. One
+    between networks from the chunk encoder; on sines (section 4.1 of the paper) these carry most of the label. One
     constant per tensor of the zoo keeps them.
 
     The buffer `divisor (64, 64)` holds a number per tensor type and layer level, ones until `fit`.
@@ -29,6 +31,8 @@ class InputNormaliser(nn.Module):
     """
 
     divisor: Tensor
+
+    __call__: Callable[..., WeightBatch]
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +59,7 @@ class InputNormaliser(nn.Module):
         self.divisor.copy_(torch.where(mean > 0, mean, 1.0).sqrt().expand(TYPES, LEVELS))
 
     def forward(self, batch: WeightBatch) -> WeightBatch:
-        """The batch with every value divided by its tensor's divisor."""
+        """Divide every value by its tensor's divisor."""
         places, sizes = self._places(batch)
         divisors = self.divisor.view(-1).to(batch.values.dtype).index_select(0, places)
         return batch.with_fields(
@@ -64,7 +68,7 @@ class InputNormaliser(nn.Module):
 
     @staticmethod
     def _places(batch: WeightBatch) -> tuple[Tensor, Tensor]:
-        """Each tensor's place in `divisor`, `(T,)`, and its number of weights."""
+        """Return each tensor's place in `divisor`, `(T,)`, and its number of weights."""
         level = torch.repeat_interleave(
             batch.layer_level.clamp_max(LEVELS - 1), batch.layer_ptr.diff(), output_size=batch.tensor_type.shape[0]
         )
@@ -93,22 +97,25 @@ class FanInScale(nn.Module):
 
     scaled: Tensor
 
+    __call__: Callable[..., WeightBatch]
+
     def __init__(self) -> None:
         super().__init__()
         kinds = torch.arange(TYPES) // len(KINDS)
         self.register_buffer("scaled", torch.isin(kinds, torch.tensor(FAN_IN_KINDS)), persistent=False)
 
     def fit(self, batch: WeightBatch) -> None:
-        """Nothing: the same interface as `InputNormaliser`."""
+        """Do nothing: there is nothing to fit; the interface is that of `InputNormaliser`."""
 
     def forward(self, batch: WeightBatch) -> WeightBatch:
+        """Multiply every value by the root of its layer's fan-in."""
         if len(batch) and not batch.shapes:
             raise ValueError("FanInScale: the batch must have the shapes of its tensors, as those that pack makes have")
         layers, tensors = batch.network_ptr_host.tolist(), batch.layer_ptr_host.tolist()
         roots: list[float] = []
         for b, shapes in enumerate(batch.shapes):
             starts = tensors[layers[b] : layers[b + 1] + 1]
-            roots += _fan_in_roots(shapes, tuple(after - t for t, after in zip(starts, starts[1:], strict=False)))
+            roots += _fan_in_roots(shapes, tuple(after - before for before, after in pairwise(starts)))
         factor = torch.tensor(roots, dtype=batch.values.dtype, device=batch.device)
         factor = torch.where(self.scaled[batch.tensor_type], factor, 1.0)
         sizes = batch.chunk_ptr.index_select(0, batch.tensor_ptr).diff()
@@ -119,7 +126,7 @@ class FanInScale(nn.Module):
 
 @lru_cache(maxsize=256)
 def _fan_in_roots(shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...]) -> tuple[float, ...]:
-    """One number per tensor of a network whose layers have `counts` tensors each."""
+    """Return one number per tensor of a network whose layers have `counts` tensors each."""
     found: list[float] = []
     for count in counts:
         matrices = [shape for shape in shapes[len(found) : len(found) + count] if len(shape) > 1]

@@ -1,5 +1,7 @@
-"""The encoder as a user would write it, padded and eager: the proof that padding changes nothing (it is part of
-:mod:`sne_fast.reference`), and the baseline of benchmarks."""
+"""The encoder as a user would write it, padded and eager.
+
+It proves that padding changes nothing (:mod:`sne_fast.reference` offers it), and is the baseline of benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _padded(rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``(rows, ...)`` in sets as ``(S, longest, ...)`` with zeros behind, and the mask ``(S, longest)``."""
+    """Pad sets of rows ``(rows, ...)`` with zeros to ``(S, longest, ...)``; return the mask ``(S, longest)`` too."""
     length = ptr.diff()
     place = torch.arange(int(length.max()) if length.numel() else 0, device=rows.device)
     mask = place < length[:, None]
@@ -29,7 +31,7 @@ def _padded(rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded_mab(mab: MAB, q_in: Tensor, k_in: Tensor, mask: Tensor) -> Tensor:
-    """SPEC 2 on dense ``q_in (S, a, dq)``, ``k_in (S, l, dk)``; keys outside ``mask (S, l)`` take part in nothing."""
+    """Apply a MAB to dense ``q_in (S, a, dq)``, ``k_in (S, l, dk)``; keys outside ``mask (S, l)`` are ignored."""
     q, k, v = (
         fc(t).unflatten(-1, (mab.num_heads, -1)).transpose(1, 2)
         for fc, t in ((mab.fc_q, q_in), (mab.fc_k, k_in), (mab.fc_v, k_in))

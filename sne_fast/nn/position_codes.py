@@ -1,4 +1,4 @@
-"""Sinusoid codes of positions (SPEC 3), computed in float64 and then cast."""
+"""Sinusoid codes of positions, computed in float64 and then cast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def position_code(index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """``P(n)[2i] = sin(n / 10000^(2i/h))``, ``P(n)[2i+1] = cos(same)`` (Vaswani et al. 2017).
+    """Return the code P: ``P(n)[2i] = sin(n / 10000^(2i/h))``, ``P(n)[2i+1] = cos(same)`` (Vaswani et al. 2017).
 
     Args:
         index: ``(rows,)`` integer positions n >= 0.
@@ -26,5 +26,5 @@ def position_code(index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def reversed_position_code(index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """``R(n)``: ``P(n)`` with its channels reversed, so that sums of the two do not collide."""
+    """Return the code R: ``P`` with its channels reversed, so that sums of the two do not collide."""
     return position_code(index, width, dtype).flip(1)

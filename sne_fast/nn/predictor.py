@@ -1,25 +1,24 @@
-"""From weights to properties: a set encoder with a head that predicts numbers about each network."""
+"""The predictor: an encoder with a head that predicts properties of each network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
+from .encoder import SNE
 from .input_scales import INPUT_SCALES
 from .pretrained import PretrainedMixin, about, arguments, check_config
-
-if TYPE_CHECKING:
-    from .encoder import SNE
 
 TRANSFORMS = ("identity", "logit")
 LOSSES = ("mse", "bce", "cross_entropy")
 LOGIT_MARGIN = 0.01
-"""Targets in [0, 1] are kept this far from the ends before the logit."""
+"""Distance that targets in [0, 1] are kept from the ends before the logit."""
 
 
 class PredictorHead(nn.Sequential):
@@ -41,7 +40,7 @@ class PredictorHead(nn.Sequential):
         if min(widths) < 1:
             raise ValueError(f"PredictorHead: every width must be at least 1, got {widths}")
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+        for before, after in pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
@@ -63,9 +62,9 @@ class Predictor(PretrainedMixin, nn.Module):
         target_names: what the outputs are called, one name each.
         target_transform: "identity" or "logit"; "logit" with "mse" only.
         loss: "mse", "bce" or "cross_entropy".
-        normalise_inputs: "zoo", or True, divides weights by what their like measured in the training networks
-            (`InputNormaliser`, set by `set_inputs`) in place of each tensor by its own size; "fan_in" multiplies them
-            by the root of their layer's fan-in (`FanInScale`). For an encoder with `scale="none"`.
+        normalise_inputs: "zoo", or True, divides weights by the RMS that tensors of their kind have in the training
+            networks (`InputNormaliser`, fitted by `set_inputs`); "fan_in" multiplies them by the root of their layer's
+            fan-in (`FanInScale`). For an encoder with `scale="none"`.
 
     Raises:
         ValueError: a transform or loss that does not exist or does not fit, not one name per output, or
@@ -79,6 +78,8 @@ class Predictor(PretrainedMixin, nn.Module):
 
     target_mean: Tensor
     target_std: Tensor
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class Predictor(PretrainedMixin, nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments; the encoder as its own configuration."""
+        """The constructor's arguments by name; the encoder as its own configuration."""
         return {
             "encoder": {**about(type(self.encoder)), **self.encoder.config},
             "out_features": self.out_features,
@@ -136,8 +137,6 @@ class Predictor(PretrainedMixin, nn.Module):
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> Predictor:
-        from .encoder import SNE
-
         encoder = config["encoder"]
         if not isinstance(encoder, dict):
             raise ValueError(f"Predictor: encoder in config.json must be an object, got {type(encoder).__name__}")
@@ -145,18 +144,18 @@ class Predictor(PretrainedMixin, nn.Module):
         return cls(SNE._from_config(arguments(encoder)), **{k: v for k, v in config.items() if k != "encoder"})
 
     def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
-        """A `WeightBatch`, or networks to be packed, to predictions `(B, out_features)` in the targets' units."""
+        """Predict `(B, out_features)` in the targets' units from a batch, or from networks, which are packed first."""
         return self.denormalise(self.head(self.encode(networks)))
 
     def encode(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
-        """What the head sees: a `WeightBatch`, or networks to be packed, to `(B, hidden_dim)`."""
+        """Encode a `WeightBatch`, or networks, which are packed first, to the head's input `(B, hidden_dim)`."""
         if self.input_normaliser is None:
             return self.encoder(networks)
         batch = networks if isinstance(networks, WeightBatch) else self.encoder.pack(networks)
         return self.encoder(self.input_normaliser(batch))
 
     def set_inputs(self, batch: WeightBatch) -> None:
-        """Set what `normalise_inputs` divides by from the training networks; without it nothing is done."""
+        """Fit the input scale to the training networks; does nothing without `normalise_inputs`."""
         if self.input_normaliser is not None:
             self.input_normaliser.fit(batch)
 
@@ -174,7 +173,7 @@ class Predictor(PretrainedMixin, nn.Module):
         self.target_std.copy_(std.where(std > 0, torch.ones_like(std)))
 
     def normalise(self, targets: Tensor) -> Tensor:
-        """Targets `(n, out_features)` in their own units to what the head is trained on; errors as `set_targets`.
+        """Convert targets `(n, out_features)` in their own units to the head's; raises as `set_targets` does.
 
         Classes, `(n,)` integers for the loss "cross_entropy", stay as they are.
         """
@@ -184,14 +183,14 @@ class Predictor(PretrainedMixin, nn.Module):
         return (transformed.to(self.target_mean) - self.target_mean) / self.target_std
 
     def losses(self, outputs: Tensor, goals: Tensor) -> Tensor:
-        """Loss of each network `(n,)`: what the head gives `(n, out_features)` against `normalise(targets)`."""
+        """Return the loss of each network `(n,)`: head outputs `(n, out_features)` against `normalise(targets)`."""
         if self.loss == "cross_entropy":
             return F.cross_entropy(outputs, goals, reduction="none")
         measure = F.mse_loss if self.loss == "mse" else F.binary_cross_entropy_with_logits
         return measure(outputs, goals, reduction="none").mean(1)
 
     def denormalise(self, outputs: Tensor) -> Tensor:
-        """What the head gives `(n, out_features)` to the targets' units."""
+        """Convert head outputs `(n, out_features)` to the targets' units."""
         if self.loss == "cross_entropy":
             return outputs.softmax(1)
         values = outputs * self.target_std + self.target_mean

@@ -1,4 +1,4 @@
-"""Saving and loading models in the Hugging Face Hub's layout: `model.safetensors` beside `config.json`."""
+"""Models saved and loaded in the Hugging Face Hub's layout: `model.safetensors` beside `config.json`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..data.checkpoints import load_state_dict, save_state_dict
 from ..extras import require
 
 WEIGHTS_NAME = "model.safetensors"
@@ -28,7 +29,7 @@ _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class PretrainedMixin:
-    """Saving and loading for an `nn.Module` whose `config` is a dict of its constructor's arguments.
+    """Mixin that saves and loads an `nn.Module` whose `config` is a dict of its constructor's arguments.
 
     `config.json` holds those arguments beside `architectures` (the class's name in a list, as transformers writes it),
     `library_name` and `sne_fast_version`.
@@ -56,8 +57,6 @@ class PretrainedMixin:
             ValueError: the configuration cannot be held by JSON.
             OSError: the folder cannot be written.
         """
-        from ..data.checkpoints import save_state_dict
-
         assert isinstance(self, nn.Module)
         try:
             config = json.dumps({**about(type(self)), **self.config}, indent=2)
@@ -146,25 +145,25 @@ class PretrainedMixin:
 
 
 def about(cls: type) -> dict[str, Any]:
-    """What `config.json` says beside the constructor's arguments."""
+    """Return the entries of `config.json` beside the constructor's arguments."""
     from .. import __version__
 
     return {"architectures": [cls.__name__], "library_name": "sne_fast", "sne_fast_version": __version__}
 
 
 def arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments in the contents of a `config.json`."""
+    """Return the constructor's arguments in the contents of a `config.json`."""
     return {key: value for key, value in config.items() if key not in ABOUT}
 
 
 def saved_class(config: dict[str, Any]) -> str | None:
-    """The name of the class that wrote this `config.json`, None if it does not say."""
+    """Return the name of the class that wrote this `config.json`, None if it does not say."""
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and len(names) == 1 else None
 
 
 def read_config(pretrained_model_name_or_path: str | PathLike[str], **hub: Any) -> dict[str, Any]:
-    """`config.json` of a folder or a repository of the Hub; `hub` as in `PretrainedMixin.from_pretrained`.
+    """Read `config.json` of a folder or a repository of the Hub; `hub` as in `PretrainedMixin.from_pretrained`.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, OSError: as `PretrainedMixin.from_pretrained`.
@@ -181,7 +180,7 @@ def read_config(pretrained_model_name_or_path: str | PathLike[str], **hub: Any) 
 
 
 def check_config(cls: type, config: dict[str, Any], name: str) -> None:
-    """The configuration was written by `cls` and holds exactly its constructor's arguments.
+    """Check that `cls` wrote the configuration and that it holds exactly its constructor's arguments.
 
     Raises:
         ValueError: it does not; the message says what is unknown or missing.
@@ -207,8 +206,6 @@ def check_config(cls: type, config: dict[str, Any], name: str) -> None:
 
 
 def _load_weights(module: nn.Module, path: Path, name: str) -> None:
-    from ..data.checkpoints import load_state_dict
-
     found = load_state_dict(path)
     wanted = module.state_dict()
     problems = [
@@ -233,7 +230,7 @@ def _load_weights(module: nn.Module, path: Path, name: str) -> None:
 
 
 def _find(name: str, filename: str, hub: dict[str, Any]) -> Path:
-    """The file in the folder `name`, else downloaded from the repository of that name."""
+    """Return the file in the folder `name`, else download it from the repository of that name."""
     if os.path.isdir(name):
         path = Path(name) / filename
         if not path.is_file():

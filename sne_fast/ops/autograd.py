@@ -1,4 +1,4 @@
-"""Gradients of the ops: each forward op saves what its backward op takes, the same for every backend."""
+"""Gradients of the ops: each forward saves the inputs of its backward op, the same ones under every backend."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import Tensor
 OPS = torch.ops.sne_fast
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """Call one of the functions below, all of which return one tensor."""
+    out: Tensor = function.apply(*args)
+    return out
+
+
 def _refuse_double_backward(op: str) -> None:
     # Autograd runs a backward with grad mode on only where a graph of the gradient was asked for.
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
@@ -19,7 +25,7 @@ def _refuse_double_backward(op: str) -> None:
 class GatherChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, plan: Tensor, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        values = OPS.gather_chunks(list(tensors), scale, plan, dtype)
+        values: Tensor = OPS.gather_chunks(list(tensors), scale, plan, dtype)
         ctx.save_for_backward(values, scale, plan, *tensors)
         return values
 
@@ -35,7 +41,8 @@ class ChunkEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, *args: Tensor) -> Tensor:
         ctx.save_for_backward(values, *args)
-        return OPS.chunk_encode(values, *args)
+        pooled: Tensor = OPS.chunk_encode(values, *args)
+        return pooled
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,6 +55,7 @@ class SetAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
         *pointers, num_heads = args
+        out: Tensor
         out, lse = OPS.set_attention(q, k, v, *pointers, num_heads)
         ctx.save_for_backward(q, k, v, out, lse, *pointers)
         ctx.num_heads = num_heads
@@ -63,6 +71,7 @@ class SetAttention(torch.autograd.Function):
 class SegmentPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
+        out: Tensor
         out, lse = OPS.segment_pool(x, logits, ptr, ptr_host)
         ctx.save_for_backward(x, logits, out, lse, ptr, ptr_host)
         return out
@@ -77,7 +86,8 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, attended: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(q, attended, *parameters)
-        return OPS.feed_forward(q, attended, *parameters)
+        out: Tensor = OPS.feed_forward(q, attended, *parameters)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

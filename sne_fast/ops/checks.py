@@ -1,6 +1,13 @@
-"""Checks of op inputs; every message says op, argument, contract, what came and the remedy."""
+"""Checks of op inputs: every message names op and argument, the contract, what came, and a remedy where there is one.
+
+The functions named after ops check types, sizes and devices. The public functions of :mod:`sne_fast.ops.functional`
+call them, and so do backends, because direct calls of ``torch.ops.sne_fast`` and compiled graphs skip the Python-level
+checks and wrong sizes would make a kernel write anywhere. What pointers hold is checked by :func:`pointer_content`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,14 +16,14 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def described(value: object) -> str:
-    """``float32 (3, 4) on cpu`` for a tensor, the type's name for anything else."""
+    """Return ``float32 (3, 4) on cpu`` for such a tensor, the type's name for anything else."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return type(value).__name__
 
 
 def floating(op: str, **tensors: Tensor) -> None:
-    """Every tensor is floating, and all share one dtype and one device."""
+    """Check that every tensor is floating, and that all share one dtype and one device."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
@@ -31,7 +38,7 @@ def floating(op: str, **tensors: Tensor) -> None:
 
 
 def shape(op: str, name: str, tensor: Tensor, contract: str, expected: tuple[int | None, ...]) -> None:
-    """``tensor.shape`` equals ``expected``, where None allows any size; ``contract`` spells it for the message."""
+    """Check that ``tensor.shape`` is ``expected``, where None allows any size; ``contract`` says it in the message."""
     fits = tensor.dim() == len(expected) and all(
         want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
     )
@@ -39,17 +46,148 @@ def shape(op: str, name: str, tensor: Tensor, contract: str, expected: tuple[int
         raise ValueError(f"{op}: {name} must have shape {contract}, got {described(tensor)}")
 
 
-def pointer(op: str, name: str, ptr: Tensor, host: Tensor, device: torch.device, rows: int) -> None:
-    """``ptr (S+1,)`` int64 on ``device`` cuts ``rows`` rows, by what its copy ``host`` on the CPU holds."""
+def saved(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
+    """Check what a backward op takes besides the inputs of its forward: the gradient and saved results."""
+    shape(op, name, tensor, str(expected), expected)
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} beside the inputs, got {described(tensor)}")
+
+
+def pointer(op: str, name: str, ptr: Tensor, host: Tensor, device: torch.device) -> None:
+    """Check that ``ptr`` is int64 of shape ``(S+1,)`` on ``device`` and ``host`` its like on the CPU."""
     contract = "int64 of shape (S+1,) for S sets"
-    if not isinstance(ptr, Tensor) or ptr.dtype != torch.int64 or ptr.dim() != 1:
+    if not isinstance(ptr, Tensor) or ptr.dtype != torch.int64 or ptr.dim() != 1 or not ptr.shape[0]:
         raise TypeError(f"{op}: {name} must be {contract}, got {described(ptr)}")
     if ptr.device != device:
         raise ValueError(f"{op}: {name} must be on {device} beside the values, got {described(ptr)}; use .to({device})")
     if host.dtype != torch.int64 or host.shape != ptr.shape or host.device.type != "cpu":
         raise ValueError(f"{op}: {name}_host must be a CPU copy of {name} ({described(ptr)}), got {described(host)}")
-    if host.numel() == 0 or int(host[0]) != 0 or int(host[-1]) != rows or bool((host[1:] < host[:-1]).any()):
+
+
+def pointer_content(op: str, name: str, ptr: Tensor, host: Tensor, rows: int) -> None:
+    """Check that ``ptr``, by its copy ``host`` on the CPU, cuts ``rows`` rows into sets."""
+    if int(host[0]) != 0 or int(host[-1]) != rows or bool((host[1:] < host[:-1]).any()):
         raise ValueError(
             f"{op}: {name} must start at 0, never decrease and end at the number of rows, {rows}; got "
             f"{described(ptr)} from {host[:1].tolist()} to {host[-1:].tolist()}"
         )
+
+
+# ----------------------------------------------------------------------------------------------------------- the ops
+
+
+def gather_chunks(op: str, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor) -> None:
+    """Check the inputs of ``gather_chunks`` and of its backward, except their dtype of results."""
+    for name, value in {"scale": scale, "plan": plan, **{f"tensors[{t}]": v for t, v in enumerate(tensors)}}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {described(value)}")
+    count = len(tensors)
+    if scale.dtype not in (torch.float32, torch.float64) or scale.shape != (count,):
+        raise TypeError(f"{op}: scale must be float32 or float64 of shape (T,) = ({count},), got {described(scale)}")
+    if plan.dtype != torch.int64 or plan.shape != (count, 2) or plan.device.type != "cpu":
+        raise TypeError(f"{op}: plan must be int64 of shape (T, 2) = ({count}, 2) on the CPU, got {described(plan)}")
+    for t, (tensor, (rows, positions)) in enumerate(zip(tensors, plan.tolist(), strict=True)):
+        if min(rows, positions) < 0 or tensor.numel() != rows * positions or not tensor.is_floating_point():
+            raise ValueError(
+                f"{op}: tensors[{t}] must be floating with plan[{t}] = {rows} x {positions} elements, got "
+                f"{described(tensor)}"
+            )
+        if tensor.device != scale.device:
+            raise ValueError(
+                f"{op}: tensors[{t}] must be on {scale.device} beside scale, got {described(tensor)}; use .to()"
+            )
+
+
+def gather_chunks_backward(
+    op: str, grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
+) -> None:
+    """Check the inputs of ``gather_chunks_backward``."""
+    gather_chunks(op, tensors, scale, plan)
+    total = sum(t.numel() for t in tensors)
+    saved(op, "grad", grad, (total,), scale.device)
+    saved(op, "values", values, (total,), scale.device)
+
+
+def chunk_encode(
+    op: str,
+    values: Tensor,
+    chunk_ptr: Tensor,
+    tensor_ptr: Tensor,
+    chunk_ptr_host: Tensor,
+    tensor_ptr_host: Tensor,
+    **parameters: Tensor,
+) -> None:
+    """Check the inputs of ``chunk_encode``, with its parameters by name."""
+    floating(op, values=values, **parameters)
+    shape(op, "values", values, "(V,)", (None,))
+    shape(op, "pool_query", parameters["pool_query"], "(H, h)", (None, None))
+    pointer(op, "chunk_ptr", chunk_ptr, chunk_ptr_host, values.device)
+    pointer(op, "tensor_ptr", tensor_ptr, tensor_ptr_host, values.device)
+    heads, h = parameters["pool_query"].shape
+    norms, tensors = 4 if parameters["norm"].shape[:1] != (0,) else 0, tensor_ptr.shape[0] - 1
+    contracts = {
+        "row_code": ("(T, h)", (tensors, h)), "element_code": ("(c, h)", (None, h)), "logit": ("(2, H)", (2, heads)),
+        "basis": ("(3, h)", (3, h)), "w_qkv": ("(3, 3h, h)", (3, 3 * h, h)), "b_qkv": ("(3, 3h)", (3, 3 * h)),
+        "w_o": ("(4, h, h)", (4, h, h)), "b_o": ("(4, h)", (4, h)),
+        "norm": ("(4, 4, h), or (0, 4, h) for no layer norm", (norms, 4, h)),
+    }  # fmt: skip
+    for name, (contract, expected) in contracts.items():
+        shape(op, name, parameters[name], f"{contract} with T = {tensors}, H = {heads}, h = {h}", expected)
+    if not heads or h % heads:
+        raise ValueError(f"{op}: pool_query must have a width that its heads divide, got h = {h} and H = {heads}")
+
+
+def chunk_lengths(op: str, chunk_ptr_host: Tensor, longest: int) -> None:
+    """Check that every chunk has 1 to ``longest`` values, the number of element codes."""
+    if chunk_ptr_host.shape[0] > 1:
+        lengths = chunk_ptr_host.diff()
+        if int(lengths.min()) < 1 or int(lengths.max()) > longest:
+            raise ValueError(
+                f"{op}: chunk_ptr must hold chunks of 1 to c = {longest} values (the rows of element_code), got "
+                f"lengths from {int(lengths.min())} to {int(lengths.max())}"
+            )
+
+
+def set_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_ptr: Tensor,
+    k_ptr: Tensor,
+    q_ptr_host: Tensor,
+    k_ptr_host: Tensor,
+    num_heads: int,
+) -> None:
+    """Check the inputs of ``set_attention``."""
+    floating(op, q=q, k=k, v=v)
+    shape(op, "q", q, "(rows_q, h)", (None, None))
+    shape(op, "k", k, f"(rows_k, h) with h = {q.shape[1]}", (None, q.shape[1]))
+    shape(op, "v", v, f"that of k, {tuple(k.shape)}", tuple(k.shape))
+    if not isinstance(num_heads, int) or num_heads < 1 or q.shape[1] % num_heads:
+        raise ValueError(f"{op}: num_heads must be an integer that divides the width h = {q.shape[1]}, got {num_heads}")
+    pointer(op, "q_ptr", q_ptr, q_ptr_host, q.device)
+    pointer(op, "k_ptr", k_ptr, k_ptr_host, q.device)
+    if q_ptr.shape != k_ptr.shape:
+        raise ValueError(
+            f"{op}: k_ptr must have as many sets as q_ptr, got {k_ptr.shape[0] - 1} and {q_ptr.shape[0] - 1}"
+        )
+
+
+def segment_pool(op: str, x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> None:
+    """Check the inputs of ``segment_pool``."""
+    floating(op, x=x, logits=logits)
+    shape(op, "x", x, "(rows, h)", (None, None))
+    shape(op, "logits", logits, f"(rows, A) with rows = {x.shape[0]}", (x.shape[0], None))
+    pointer(op, "ptr", ptr, ptr_host, x.device)
+
+
+def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> None:
+    """Check the inputs of ``feed_forward``."""
+    floating(op, q=q, attended=attended, w_o=w_o, b_o=b_o, norm=norm)
+    shape(op, "q", q, "(rows, h)", (None, None))
+    h, norms = q.shape[1], 4 if norm.shape[:1] != (0,) else 0
+    shape(op, "attended", attended, f"that of q, {tuple(q.shape)}", tuple(q.shape))
+    shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
+    shape(op, "b_o", b_o, f"(h,) with h = {h}", (h,))
+    shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))

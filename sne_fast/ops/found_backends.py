@@ -31,11 +31,8 @@ def _load(name: str) -> Backend | str:
     return backend
 
 
-_folders = [Path(folder) for folder in importlib.import_module(PACKAGE).__path__]
-_loaded = {
-    name: _load(name)
-    for name in sorted({file.parent.name for folder in _folders for file in folder.glob("*/backend.py")})
-}
+_files = [file for folder in importlib.import_module(PACKAGE).__path__ for file in Path(folder).glob("*/backend.py")]
+_loaded = {name: _load(name) for name in sorted({file.parent.name for file in _files})}
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend

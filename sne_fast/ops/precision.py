@@ -1,4 +1,4 @@
-"""How exact products of float32 are to be, by torch's own setting."""
+"""float32 matmul precision, as set in torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """ "tf32" for float32 where torch's setting allows it on a GPU, else "ieee"."""
+    """Return ``"tf32"`` for float32 where torch's setting allows it on a GPU, else ``"ieee"``."""
     if dtype != torch.float32:
         return "ieee"
     try:

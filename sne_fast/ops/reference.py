@@ -1,7 +1,8 @@
-"""The specification in plain PyTorch, for any floating dtype and device: what every backend is held to.
+"""The ops in plain PyTorch, for any floating dtype and device: the reference that every backend is tested against.
 
 The ops run in tiles of rows or of sets of equal length, so nothing is padded and memory does not grow with the number
-of weights times the width. Half types are computed in float32 and rounded once, at the end.
+of weights times the width. Half types are computed in float32 and rounded once, at the end. The functions have the
+arguments and results of :mod:`sne_fast.ops.schema`; docs/method.md, Ops, says what they compute.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["chunk_encode", "chunk_encode_backward", "feed_forward", "feed_forwar
            "set_attention_backward"]  # fmt: skip
 
 LAYER_NORM_EPS = 1e-5
-# Elements of a tile's largest intermediate: 2 MB in float32 stays in a core's cache, where eager ops are 2.7x faster.
+# Elements of a tile's largest intermediate: 2 MB in float32 stays in a core's cache, which makes eager ops 2.7x faster.
 TILE_ELEMENTS = 1 << 19
 
 
@@ -29,7 +30,7 @@ TILE_ELEMENTS = 1 << 19
 
 
 def equal_length_tiles(lengths: Tensor, elements_per_set: Tensor) -> Iterator[Tensor]:
-    """Groups of sets that share a row of ``lengths`` (S, pointers), as int64 ids, at most ``TILE_ELEMENTS`` at a time.
+    """Yield int64 ids of sets that share a row of ``lengths`` (S, pointers), at most ``TILE_ELEMENTS`` at a time.
 
     ``elements_per_set (S,)`` is the size of the largest intermediate of each set; one set alone may exceed a tile.
     """
@@ -42,7 +43,7 @@ def equal_length_tiles(lengths: Tensor, elements_per_set: Tensor) -> Iterator[Te
 
 
 def row_index(ptr: Tensor, ids: Tensor) -> Tensor:
-    """Rows of the sets ``ids``, which share one length n: ``(len(ids), n)`` int64."""
+    """Return the rows of the sets ``ids``, which share one length n: ``(len(ids), n)`` int64."""
     start = ptr[ids]
     return start[:, None] + torch.arange(int(ptr[ids[0] + 1] - ptr[ids[0]]), device=ptr.device)
 
@@ -51,7 +52,7 @@ def row_index(ptr: Tensor, ids: Tensor) -> Tensor:
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each tensor, read as an ``(R, K)`` matrix by its row of ``plan``, is written as ``(K, R)`` over its scale."""
+    """Write the transpose ``(K, R)`` of each tensor, a matrix ``(R, K)`` by its row of ``plan``, over its scale."""
     values = scale.new_empty((sum(t.numel() for t in tensors),), dtype=dtype)
     at = 0
     for tensor, (rows, positions), divisor in zip(tensors, plan.tolist(), scale, strict=True):
@@ -82,14 +83,15 @@ def gather_chunks_backward(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(h)) v per head, for dense q (m, n, h) and k, v (m, l, h)."""
+    """Compute softmax(q k^T / sqrt(h)) v per head, for dense q (m, n, h) and k, v (m, l, h)."""
     q_heads, k_heads, v_heads = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     weights = torch.softmax(q_heads @ k_heads.transpose(2, 3) / math.sqrt(q.shape[-1]), dim=-1)  # [m, H, n, l]
-    return (weights @ v_heads).transpose(1, 2).flatten(2)
+    attended: Tensor = (weights @ v_heads).transpose(1, 2).flatten(2)
+    return attended
 
 
 def _residual(o: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor | None) -> Tensor:
-    """SPEC 2: ln1(o' + relu(fc_o(o'))) with o' = ln0(o); ``norm`` (4, h) holds both norms, None leaves them out."""
+    """Compute ln1(o' + relu(fc_o(o'))) with o' = ln0(o); ``norm`` (4, h) holds both norms, None leaves them out."""
     if norm is not None:
         o = F.layer_norm(o, o.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
     o = o + torch.relu(F.linear(o, w_o, b_o))
@@ -97,11 +99,11 @@ def _residual(o: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor | None) -> Tenso
 
 
 def chunk_tile(x: Tensor, row_code: Tensor, element_code: Tensor, *parameters: Tensor) -> Tensor:
-    """SPEC 3 step 1 for m chunks of one length n: x (m, n), row_code (m, h), element_code (n, h) -> (m, H, h)."""
+    """Encode m chunks of one length n: x (m, n), row_code (m, h), element_code (n, h) -> pooled rows (m, H, h)."""
     logit, basis, w_qkv, b_qkv, w_o, b_o, norm, pool_query = parameters
     num_heads, width = pool_query.shape
     norms = norm if norm.shape[0] else [None] * 4
-    # Block 0 sees scalars (SPEC 4.1): its attention is one mean of x per head.
+    # Block 0 sees scalars, so its attention is one mean of x per head: docs/method.md, The first block sees scalars.
     slope = logit[0, :, None] * x[:, None, :] + logit[1, :, None]  # [m, H, n]
     mean = torch.softmax(slope[..., None] * x[:, None, None, :], dim=-1) @ x[:, None, :, None]  # [m, H, n, 1]
     mean = mean.squeeze(-1).transpose(1, 2).repeat_interleave(width // num_heads, dim=-1)  # [m, n, h]
@@ -116,7 +118,7 @@ def chunk_tile(x: Tensor, row_code: Tensor, element_code: Tensor, *parameters: T
 
 
 def _chunk_tiles(chunk_ptr_host: Tensor, pool_query: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunk ids (m,) and the rows (m, n) of their values."""
+    """Yield chunk ids (m,) and the rows (m, n) of their values."""
     lengths = chunk_ptr_host.diff()
     per_element = torch.clamp(lengths * pool_query.shape[0], min=3 * pool_query.shape[1])
     for ids in equal_length_tiles(lengths[:, None], lengths * per_element):
@@ -149,7 +151,7 @@ def chunk_encode(
 
 @contextmanager
 def _autograd_inside_an_op() -> Iterator[None]:
-    """Grad mode on, also below a ``TorchDispatchMode``, whose handlers run ops with autograd taken out of dispatch."""
+    """Turn autograd on, also below a ``TorchDispatchMode``, whose handlers run ops without autograd in dispatch."""
     key = torch._C.DispatchKey.AutogradFunctionality
     excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
@@ -169,7 +171,7 @@ def chunk_encode_backward(
     tensor_ptr_host: Tensor,
     *parameters: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Tile by tile: recompute with autograd on, go back, add up."""
+    """Recompute each tile with autograd on, differentiate it, and add up the gradients of all tiles."""
     acc, owner, device = accumulate_dtype(values.dtype), _tensor_of_chunk(tensor_ptr_host), values.device
     row_code, *shared = (t.detach().to(acc).requires_grad_() for t in parameters)  # shared: element_code and weights
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
@@ -185,7 +187,7 @@ def chunk_encode_backward(
         grad_values[rows] = tile[0].to(values.dtype)
         grad_row[ids] = tile[1]
         for total, part in zip(grad_shared, tile[2:], strict=True):
-            if part is not None:  # the empty norm of a net without layer norm
+            if part is not None:  # None for the empty norm of a network without layer norm
                 total += part
     # The chunks of a tensor stand together: one sum per segment, in a fixed order.
     grad_row = torch.segment_reduce(grad_row, "sum", offsets=tensor_ptr, axis=0, initial=0)
@@ -197,7 +199,7 @@ def chunk_encode_backward(
 
 
 def _attention_tiles(q_ptr: Tensor, k_ptr: Tensor, num_heads: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of queries (m, a) and of keys (m, l) of sets that share both lengths; long sets are cut by queries."""
+    """Yield rows of queries (m, a) and of keys (m, l) of sets that share both lengths, long sets in parts."""
     lengths = torch.stack([q_ptr.diff(), k_ptr.diff()], dim=1)
     for ids in equal_length_tiles(lengths, num_heads * lengths.prod(dim=1)):
         q_rows, k_rows = row_index(q_ptr, ids), row_index(k_ptr, ids)
@@ -208,8 +210,9 @@ def _attention_tiles(q_ptr: Tensor, k_ptr: Tensor, num_heads: int) -> Iterator[t
 
 
 def _heads(t: Tensor, rows: Tensor, num_heads: int) -> Tensor:
-    """(rows, h) -> (m, H, n, d) in the dtype of accumulation."""
-    return t[rows].to(accumulate_dtype(t.dtype)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    """Return the ``rows`` (m, n) of t (rows, h) by heads, (m, H, n, d), in the dtype of accumulation."""
+    heads: Tensor = t[rows].to(accumulate_dtype(t.dtype)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return heads
 
 
 def set_attention(
@@ -255,7 +258,7 @@ def set_attention_backward(
         kh, vh = (_heads(t, k_rows, num_heads) for t in (k, v))
         weights = torch.exp(qh @ kh.mT * scale - lse[q_rows].transpose(1, 2)[..., None])  # [m, H, a, l]
         grad_weights = gh @ vh.mT
-        # The mean is <grad, out>, but out may be rounded to a half type, and what remains of the difference is small.
+        # The mean equals <grad, out>, but out may be rounded to a half type, and the difference below nearly cancels.
         grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
         grad_q[q_rows] = (grad_logits @ kh).transpose(1, 2).flatten(2)
         # A long set comes in several tiles of queries, each of which adds to all of its keys.
@@ -268,7 +271,7 @@ def set_attention_backward(
 
 
 def _segment_tiles(x: Tensor, logits: Tensor, ptr_host: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Segment ids (m,) and their rows (m, n), n > 0."""
+    """Yield segment ids (m,) and their rows (m, n), n > 0."""
     lengths = ptr_host.diff()
     for ids in equal_length_tiles(lengths[:, None], lengths * max(x.shape[1], logits.shape[1])):
         rows = row_index(ptr_host, ids)
@@ -297,7 +300,7 @@ def segment_pool_backward(
         tile_grad = grad[ids].to(acc)  # [m, A, h]
         weights = torch.exp(logits[rows].to(acc) - lse[ids][:, None])  # [m, n, A]
         grad_weights = x[rows].to(acc) @ tile_grad.mT  # [m, n, A]
-        mean = (weights * grad_weights).sum(1, keepdim=True)  # [m, 1, A]; not from out, which may be rounded
+        mean = (weights * grad_weights).sum(1, keepdim=True)  # [m, 1, A]; not <grad, out>: out may be rounded
         grad_x[rows] = (weights @ tile_grad).to(x.dtype)
         grad_logits[rows] = (weights * (grad_weights - mean)).to(logits.dtype)
     return grad_x, grad_logits
@@ -307,7 +310,7 @@ def segment_pool_backward(
 
 
 def _row_tiles(q: Tensor) -> Iterator[slice]:
-    # On a GPU no cache holds a tile, and every tile would be a dozen launches.
+    # One tile on a GPU: no cache there holds a tile, and every further tile would cost a dozen launches.
     step = max(1, TILE_ELEMENTS // max(1, q.shape[1]) if q.device.type == "cpu" else q.shape[0])
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
@@ -327,7 +330,7 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
 def feed_forward_backward(
     grad: Tensor, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tile by tile, as chunk_encode_backward: the gradient of q + attended first, which is that of each."""
+    """Return the gradient of q + attended, which is that of each, and those of the parameters; tile by tile."""
     acc, grad_sum = accumulate_dtype(q.dtype), torch.empty_like(attended, memory_format=torch.contiguous_format)
     leaves = [t.detach().to(acc).requires_grad_() for t in (w_o, b_o, norm)]
     totals = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in leaves]
@@ -338,7 +341,7 @@ def feed_forward_backward(
             by_rows, *parts = torch.autograd.grad(out, [o, *leaves], grad[tile].to(acc), allow_unused=True)
         grad_sum[tile] = by_rows.to(q.dtype)
         for total, part in zip(totals, parts, strict=True):
-            if part is not None:  # the empty norm of a net without layer norm
+            if part is not None:  # None for the empty norm of a network without layer norm
                 total += part
     grad_w, grad_b, grad_norm = (t.to(q.dtype) for t in totals)
     return grad_sum, grad_w, grad_b, grad_norm

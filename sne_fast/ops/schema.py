@@ -1,4 +1,4 @@
-"""The schema of every op and its shape-only ("fake") version: the one place where names and arity stand.
+"""The schema of every op and its shape-only ("fake") version: the one place that states names and arity.
 
 Each op is opaque to the compiler and has a forward and a backward. ``*_host`` arguments are CPU int64 copies of the
 pointers beside them, so that a backend can plan its launches without waiting for the device.
@@ -6,7 +6,8 @@ pointers beside them, so that a backend can plan its launches without waiting fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 LIBRARY = torch.library.Library("sne_fast", "DEF")
 
 _POINTERS = "Tensor chunk_ptr, Tensor tensor_ptr, Tensor chunk_ptr_host, Tensor tensor_ptr_host"
-_CHUNK_PARAMETERS = (
+_CHUNK = (
     "Tensor row_code, Tensor element_code, Tensor logit, Tensor basis, "
     "Tensor w_qkv, Tensor b_qkv, Tensor w_o, Tensor b_o, Tensor norm, Tensor pool_query"
 )
@@ -26,10 +27,8 @@ SCHEMAS: dict[str, str] = {
     "gather_chunks_backward": (
         "(Tensor grad, Tensor values, Tensor[] tensors, Tensor scale, Tensor plan) -> (Tensor[], Tensor)"
     ),
-    "chunk_encode": f"(Tensor values, {_POINTERS}, {_CHUNK_PARAMETERS}) -> Tensor",
-    "chunk_encode_backward": (
-        f"(Tensor grad, Tensor values, {_POINTERS}, {_CHUNK_PARAMETERS}) -> ({', '.join(['Tensor'] * 11)})"
-    ),
+    "chunk_encode": f"(Tensor values, {_POINTERS}, {_CHUNK}) -> Tensor",
+    "chunk_encode_backward": (f"(Tensor grad, Tensor values, {_POINTERS}, {_CHUNK}) -> ({', '.join(['Tensor'] * 11)})"),
     "set_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, "
         "int num_heads) -> (Tensor, Tensor)"
@@ -48,6 +47,29 @@ SCHEMAS: dict[str, str] = {
 }
 """Op name -> arguments and results."""
 
+
+@functools.cache
+def argument_names(op: str) -> tuple[str, ...]:
+    """Return the names of an op's arguments, in order, as its schema has them.
+
+    Example::
+
+        >>> from sne_fast.ops.schema import argument_names
+        >>> argument_names("segment_pool")
+        ('x', 'logits', 'ptr', 'ptr_host')
+    """
+    arguments = SCHEMAS[op].partition(" -> ")[0]
+    return tuple(argument.split()[1] for argument in arguments.strip("()").split(", "))
+
+
+def named(op: str, args: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments of one call of an op by name."""
+    return dict(zip(argument_names(op), args, strict=True))
+
+
+CHUNK_PARAMETERS = argument_names("chunk_encode")[5:]
+"""Names of the folded parameters of ``chunk_encode``, which follow values and pointers."""
+
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
 OPTIONAL_OPS = ("feed_forward",)
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
@@ -56,7 +78,7 @@ REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in OPTIONAL_OPS)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of softmax, norms and sums for operands of ``dtype``: float32 for half types, else ``dtype`` itself."""
+    """Return the dtype of softmax, norms and sums for operands of ``dtype``: float32 for half types, else the same."""
     return dtype if dtype == torch.float64 else torch.float32
 
 

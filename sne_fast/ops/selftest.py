@@ -1,7 +1,7 @@
-"""A small test of a backend against the reference, on the device at hand, before ``auto`` trusts it with work.
+"""Self-test of a backend: a small comparison with the reference on the device at hand, before ``auto`` uses it.
 
-Run at the first eager call of each variant (op, dtype, width, heads), forward and backward; never while a CUDA graph is
-captured or something is traced. What passed is remembered on disk, in ``selftest.json`` under ``$SNE_FAST_CACHE``, else
+It runs at the first eager call of each variant (op, dtype, width, heads), forward and backward, but never while a CUDA
+graph is captured or a call is traced. Passes are stored on disk, in ``selftest.json`` under ``$SNE_FAST_CACHE``, else
 ``$XDG_CACHE_HOME/sne_fast``, else ``~/.cache/sne_fast``, per device, driver, versions and source of the backend.
 """
 
@@ -24,23 +24,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..atomic_files import write_json
+from . import devices
 from . import selftest_cases as cases
 from .backend import Backend
 from .precision import product_precision
 
 CACHE_ENVIRONMENT_VARIABLE = "SNE_FAST_CACHE"
-NOT_YET = "not tested on this device yet, which a first eager call does, but no capture of a CUDA graph"
+NOT_YET = "not tested on this device yet: a first eager call tests it, a capture of a CUDA graph cannot"
 
-# Largest ||got - reference|| / ||reference|| of results; of gradients four times that. Wrong code is off by about one.
+# Limits of ||got - reference|| / ||reference|| for results; gradients may be off four times as far. Wrong code is off
+# by about one.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.1}
 TF32_TOLERANCE = 5e-2
 
 _lock = threading.RLock()
-_results: dict[tuple[str, str], list[str]] = {}  # (device key, variant) -> why it failed
+_results: dict[tuple[str, str], list[str]] = {}  # (device key, variant) -> failures
 
 
 def reasons(backend: Backend, op: str, args: tuple[Any, ...], device: torch.device) -> list[str]:
-    """Why ``auto`` should not take ``backend`` for this call: empty once it has passed on this device."""
+    """Return why ``auto`` should not take ``backend`` for this call; empty once it has passed on this device."""
     case = cases.variant(op, args)
     precision = product_precision(case.dtype)
     variant = f"{backend.name} {case} {precision}"
@@ -73,7 +75,7 @@ def reasons(backend: Backend, op: str, args: tuple[Any, ...], device: torch.devi
 
 
 def failures(backend_name: str, op: str) -> list[str]:
-    """What self-tests of this process have found wrong with a backend's op, for :func:`sne_fast.explain`."""
+    """Return the failures of a backend's op in self-tests of this process, for :func:`sne_fast.explain`."""
     start = f"{backend_name} {op.removesuffix('_backward')} "
     return [text for (_, variant), texts in _results.items() if variant.startswith(start) for text in texts]
 
@@ -86,7 +88,7 @@ def _may_run(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def _plain_calls(device: torch.device) -> Iterator[None]:
-    """Ordinary tensors and nothing that watches, whatever the caller is inside of."""
+    """Run outside the caller's autograd, autocast, inference and dispatch modes."""
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with contextlib.ExitStack() as stack:
         for context in (_disable_current_modes(), torch.inference_mode(False), torch.no_grad(), guard):
@@ -94,7 +96,7 @@ def _plain_calls(device: torch.device) -> Iterator[None]:
         for device_type in {"cpu", device.type}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
-        if mode:  # comparing waits for the device, once
+        if mode:  # the comparison waits for the device
             torch.cuda.set_sync_debug_mode(0)
         try:
             yield
@@ -116,7 +118,7 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def check(backend: Backend, case: cases.Variant, device: torch.device) -> list[str]:
-    """Run the test now, remember nothing: what is wrong with one variant on one device."""
+    """Run the self-test of one variant on one device now and return its failures, without storing anything."""
     return _run(backend, case, product_precision(case.dtype), device)
 
 
@@ -129,12 +131,12 @@ def _run(backend: Backend, case: cases.Variant, precision: str, device: torch.de
                 error = _relative_error(pair.got, pair.want)
                 if error > tolerance * (4 if pair.is_gradient else 1):
                     failures.append(f"{case}: {pair.name} is off by {error:.1e} of its size")
-    except Exception as error:  # whatever a compiler or a driver raises: the backend is not to be used
+    except Exception as error:  # a compiler or a driver may raise anything: the backend must not be used
         failures.append(f"{case}: {type(error).__name__}: {str(error).strip()[:300]}")
     return failures
 
 
-# ------------------------------------------------------------------------------------------------- where and on disk
+# ---------------------------------------------------------------------------------------- device, versions and storage
 
 
 @functools.cache
@@ -152,10 +154,10 @@ def _gpu_key(index: int) -> str:
 
 
 def device_key(device: torch.device) -> str:
-    """Name and capability: two equal GPUs of one machine are tested once."""
+    """Return name and capability of a device, so that two equal GPUs of one machine are tested once."""
     if device.type != "cuda":
         return device.type
-    return _gpu_key(torch.cuda.current_device() if device.index is None else device.index)
+    return _gpu_key(devices.index(device))
 
 
 @functools.cache
@@ -183,6 +185,7 @@ def _environment_key(where: str, backend: Backend) -> str:
 
 
 def cache_file() -> Path:
+    """Return the file in which passes are stored."""
     own, shared = os.environ.get(CACHE_ENVIRONMENT_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     folder = Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "sne_fast"
     return folder / "selftest.json"

@@ -1,4 +1,4 @@
-"""Inputs of the backends' self-test, and their results beside those of the reference in float64 on the CPU."""
+"""Cases of the backends' self-test, compared with the reference in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .schema import named
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What of a call decides which code runs: tested once for each."""
+    """The properties of a call that decide which code runs; each variant is tested once."""
 
     op: str
     dtype: torch.dtype
@@ -31,6 +32,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
+    """One result or gradient of a backend beside that of the reference."""
+
     name: str
     got: Tensor
     want: Tensor
@@ -38,24 +41,22 @@ class Comparison:
 
 
 def variant(op: str, args: tuple[Any, ...]) -> Variant:
-    """The variant of a call by the schema's arguments."""
-    forward = op.removesuffix("_backward")
+    """Return the variant of a call with the arguments of the op's schema."""
+    forward, given = op.removesuffix("_backward"), named(op, args)
     if forward == "gather_chunks":
-        return Variant(forward, args[3] if op == forward else args[1].dtype)
-    if op != forward:
-        args = args[1:]
+        return Variant(forward, given["dtype"] if "dtype" in given else given["values"].dtype)
     if forward == "chunk_encode":
-        heads, width = args[-1].shape
-        return Variant(forward, args[0].dtype, width, heads, args[-2].shape[0] > 0)
+        heads, width = given["pool_query"].shape
+        return Variant(forward, given["values"].dtype, width, heads, given["norm"].shape[0] > 0)
     if forward == "set_attention":
-        return Variant(forward, args[0].dtype, args[0].shape[1], args[-1])
+        return Variant(forward, given["q"].dtype, given["q"].shape[1], given["num_heads"])
     if forward == "feed_forward":
-        return Variant(forward, args[0].dtype, args[0].shape[1], 0, args[-1].shape[0] > 0)
-    return Variant(forward, args[0].dtype, args[0].shape[1], args[1].shape[1])
+        return Variant(forward, given["q"].dtype, given["q"].shape[1], 0, given["norm"].shape[0] > 0)
+    return Variant(forward, given["x"].dtype, given["x"].shape[1], given["logits"].shape[1])
 
 
 class _Draw:
-    """Random inputs rounded to the variant's dtype, kept in float64 on the CPU."""
+    """Draws random inputs, rounded to the variant's dtype and kept in float64 on the CPU."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -72,15 +73,15 @@ def _pointer(*lengths: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments in schema order, ``host`` naming those that stay on the CPU."""
+    """Arguments in schema order; ``host`` holds the indices of those that stay on the CPU."""
 
     args: tuple[Any, ...]
     host: tuple[int, ...]
 
 
 def _chunk_encode(case: Variant, draw: _Draw) -> Iterator[_Call]:
-    # Small inputs and weights: where softmax saturates, half types lose all of a gradient without being wrong.
-    # Chunks of up to 64 beside the usual ones, as several backends have code of its own for them.
+    # Inputs and weights are small, because half types lose all of a gradient where softmax saturates, without being
+    # wrong. Chunks of up to 64 are included because several backends have separate code for them.
     h, heads = case.width, case.heads
     for lengths, of_tensors, codes in (((32, 7, 32, 1, 2, 20, 32, 32, 32), (4, 0, 5), 32), ((64, 40, 5), (1, 2), 64)):
         chunks, tensors = _pointer(*lengths), _pointer(*of_tensors)
@@ -123,7 +124,7 @@ def _feed_forward(case: Variant, draw: _Draw) -> Iterator[_Call]:
     norm = draw(4 if case.layer_norm else 0, h, size=0.2)
     norm[::2] += 1
     parameters = (draw(h, h, size=h**-0.5), draw(h, size=0.1), norm.to(case.dtype).double())
-    # Several tiles a program, also on the largest chips; then one query for all rows.
+    # Enough rows for several tiles per program, also on the largest GPUs; then one query for all rows.
     many = (3 << 20 if torch.cuda.is_available() else 1 << 16) // h + 5
     for rows, queries in ((many, many), (70, 1)):
         yield _Call((draw(queries, h).expand(rows, h), draw(rows, h), *parameters), ())
@@ -139,12 +140,12 @@ _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
 
 
 def _on(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """``value`` on the device, float64 as the variant's dtype."""
+    """Return ``value`` on the device, with float64 cast to the variant's dtype."""
     if isinstance(value, list):
         return [_on(v, dtype, device) for v in value]
     if not isinstance(value, Tensor):
         return value
-    if value.dim() == 2 and value.shape[0] > 1 and value.stride(0) == 0:  # one row for many stays one
+    if value.dim() == 2 and value.shape[0] > 1 and value.stride(0) == 0:  # one row expanded to many stays one
         return _on(value[:1], dtype, device).expand_as(value)
     return value.to(device, dtype if value.dtype == torch.float64 else value.dtype)
 
@@ -154,7 +155,7 @@ def _as_tuple(results: Any) -> tuple[Any, ...]:
 
 
 def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the backward op takes after the gradient."""
+    """Return the arguments of the backward op after the gradient."""
     if op == "gather_chunks":
         return (results[0], *args[:3])
     if op in ("chunk_encode", "feed_forward"):
@@ -170,12 +171,12 @@ def _placed(call: _Call, case: Variant, device: torch.device) -> tuple[Any, ...]
 
 
 def example(case: Variant, device: torch.device) -> tuple[Any, ...]:
-    """Arguments of one call of the op, on the device."""
+    """Return the arguments of one call of the op, on the device."""
     return _placed(next(_CALLS[case.op](case, _Draw(case.dtype))), case, device)
 
 
 def comparisons(case: Variant, kernels: Mapping[str, Callable[..., Any]], device: torch.device) -> Iterator[Comparison]:
-    """Every result and gradient of the op, by ``kernels`` on ``device`` and by the reference."""
+    """Yield every result and gradient of the op, by ``kernels`` on ``device`` and by the reference."""
     draw, op = _Draw(case.dtype), case.op
     for call in _CALLS[op](case, draw):
         args = _placed(call, case, device)

@@ -1,4 +1,4 @@
-"""`verify`: run a network before and after a permutation, and compare."""
+"""`verify`: run a network before and after a permutation, and compare its outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from .core import Symmetry, SymmetryError
+from .boxes import SymmetryError
+from .core import Symmetry
 from .finding import find_symmetry
 from .running import evaluation, split_inputs, tensors_in, uncompiled
 
@@ -20,8 +21,10 @@ ATTEMPTS = 5
 
 
 def random_weights(net: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Numbers that hide nothing, for every floating parameter and running statistic: a zero bias, a gain of one or a
-    running mean of zero would make many a wrong permutation look right."""
+    """Return random numbers for every floating-point parameter and running statistic.
+
+    With biases of zero, gains of one or running means of zero many wrong permutations would look right.
+    """
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=generator.device)
@@ -58,19 +61,21 @@ def verify(
     trials: int = 3,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """The largest relative change of a network's output under random permutations of its hidden units.
+    """Return the largest relative change of a network's output under random permutations of its hidden units.
 
-    In evaluation mode, without gradients; `net` is not changed. The change is `max |f(g x) - f(x)| / max |f(x)|` over
-    all output tensors of a trial. Sums in another order change a float32 output by some 1e-7 to 1e-6; networks in half
-    precision run in float32.
+    The network runs in evaluation mode, without gradients, and is not changed. The change is
+    `max |f(g x) - f(x)| / max |f(x)|` over all output tensors of a trial. Sums in another order change a float32 output
+    by some 1e-7 to 1e-6; networks in half precision run in float32.
 
     Args:
-        net, example_inputs: as for `trace`; inputs should be random, not zero, to show anything.
-        symmetry: what to check; `trace(net, example_inputs)` if None.
-        randomise: replace all weights and running statistics by random ones, so that nothing is hidden by a zero bias
-            or a fresh normalisation layer; they are drawn again, up to five times, while a deliberately wrong
+        net: as for `trace`.
+        example_inputs: as for `trace`; random numbers, since zeros may hide a change.
+        symmetry: the symmetry to check; `trace(net, example_inputs)` if None.
+        generator: draws permutations and random weights; seeded with 0 by default.
+        randomise: replace all weights and running statistics by random ones, so that no zero bias or fresh
+            normalisation layer hides a change; they are drawn again, up to five times, while a deliberately wrong
             permutation does not change the output. False checks the network as it is.
-        trials: how many permutations, each with new random weights.
+        trials: number of permutations, each with new random weights.
         tolerance: the largest change allowed.
 
     Returns:
@@ -80,7 +85,11 @@ def verify(
         SymmetryError: a larger change, an output that is not finite, or weights that do not fit the symmetry.
 
     Example:
-        >>> error = sne_fast.symmetry.verify(net, torch.randn(2, 1, 8, 8))
+        >>> import torch
+        >>> from sne_fast.symmetry import verify
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> verify(net, torch.randn(2, 4)) < 1e-5
+        True
     """
     if symmetry is None:
         symmetry = find_symmetry(net, example_inputs)
@@ -124,9 +133,9 @@ def _sensitive(
     tolerance: float,
     generator: torch.Generator,
 ) -> bool:
-    """Whether a wrong permutation would show: ReLUs that are all off, say, would pass anything.
+    """Return whether a wrong permutation changes the output: where all ReLUs are off, for example, none does.
 
-    Wrong is to permute a random half of the tensors that are to be permuted.
+    The wrong permutation leaves out a random half of the tensors.
     """
     moved = [name for name in weights if not torch.equal(weights[name], permuted[name])]
     chosen = torch.rand(len(moved), generator=generator, device=generator.device) < 0.5
@@ -136,13 +145,13 @@ def _sensitive(
 
 
 def _wide(value: Any) -> Any:
-    """Halves as float32: they lose more than the tolerance when sums are taken in another order."""
+    """Return half precision as float32: halves lose more than the tolerance when sums are taken in another order."""
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
 
 
 def _relative_change(before: Tensor, after: Tensor) -> float:
-    """0 for equal tensors, inf where a value is not finite."""
+    """Return the largest change relative to the largest value: 0 for equal tensors, inf where a value is not finite."""
     if before.shape != after.shape or not before.is_floating_point():
         return 0.0 if before.shape == after.shape and torch.equal(before, after) else math.inf
     if before.numel() == 0:

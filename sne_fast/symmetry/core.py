@@ -3,54 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..data.layers import strip_wrappers
-from .plan import STORED, Plan, build_plan
+from .boxes import AxisInfo, Box, SymmetryError, permuted_placements
+from .gather import STORED, GatherIndex, build_gather_index
+from .spec import labels_from_groups
+from .structure import assemble
+from .terms import Label
 
-
-class SymmetryError(ValueError):
-    """A symmetry that does not hold, cannot be found, or does not fit the weights it is applied to."""
-
-
-class AtomInfo(NamedTuple):
-    """An axis of `size` units; `within` are the axes on whose position its permutation depends."""
-
-    size: int
-    frozen: str | None
-    within: tuple[int, ...]
-    tables: int
-    offset: int  # of its first permutation in a row of tables; -1 if frozen
-
-
-class Axis(NamedTuple):
-    """Axis `atom` along dimension `dim` of a tensor, its units `step` positions apart."""
-
-    atom: int
-    dim: int
-    step: int
-
-
-class Block(NamedTuple):
-    """A box in a tensor: it starts at `start` and has one coordinate per axis."""
-
-    start: tuple[int, ...]
-    axes: tuple[Axis, ...]
+Cached = TypeVar("Cached")
 
 
 @dataclass(frozen=True)
 class Group:
     """Units that are permuted among themselves.
 
-    `name` is the first place they stand in, such as `fc1.weight[0]`, dimension 0 of that tensor. `units`: how many.
-    `tables`: how many independent permutations there are, more than one where each head has its own. `uses`: all
-    places, as `(tensor, dimension, start, step)`: unit i stands at `start + i * step`.
+    Attributes:
+        name: the first place where they stand, such as `fc1.weight[0]`, dimension 0 of that tensor.
+        units: number of units.
+        tables: number of independent permutations, more than one where each head has its own.
+        uses: all places, as `(tensor, dimension, start, step)`: unit i stands at `start + i * step`.
     """
 
     name: str
@@ -68,27 +46,37 @@ class Group:
 class Symmetry:
     """The function-preserving permutations of one architecture, made by `trace`, `from_spec` or `chain_symmetry`.
 
-    It knows names and shapes, not weights: one serves all networks of an architecture. Picklable.
+    A symmetry holds names and shapes, no weights: one serves all networks of an architecture. It can be pickled.
 
     Attributes:
-        name: what messages call it.
-        shapes: of every tensor that it knows, by name.
+        name: the architecture's name in messages.
+        shapes: shape of every known tensor, by its first name.
+        alias: the first name of every known tensor, by every name; tied tensors have several.
+        axes: all axes of units, permuted or frozen.
+        boxes: where axes stand in the tensors of `shapes`.
         unsupported: why axes were frozen that perhaps need not have been; empty where nothing was.
 
     Example:
+        >>> import copy, torch
+        >>> from sne_fast.symmetry import trace
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> symmetry = sne_fast.symmetry.trace(net, torch.zeros(1, 4))
+        >>> x = torch.randn(5, 4)
+        >>> symmetry = trace(net, x)
+        >>> other = copy.deepcopy(net)
         >>> permuted = symmetry.permute_state_dict(net.state_dict(), torch.Generator().manual_seed(0))
-        >>> other = copy.deepcopy(net); other.load_state_dict(permuted)     # the same function
+        >>> other.load_state_dict(permuted)
+        <All keys matched successfully>
+        >>> torch.allclose(other(x), net(x), atol=1e-5)
+        True
     """
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     alias: dict[str, str]
-    atoms: tuple[AtomInfo, ...]
-    blocks: dict[str, tuple[Block, ...]]
+    axes: tuple[AxisInfo, ...]
+    boxes: dict[str, tuple[Box, ...]]
     unsupported: tuple[str, ...] = ()
-    _plans: OrderedDict = field(default_factory=OrderedDict, init=False)
+    _cache: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
     @classmethod
     def from_spec(
@@ -99,18 +87,73 @@ class Symmetry:
         units: Mapping[str, int] | None = None,
         name: str = "spec",
     ) -> Symmetry:
-        """A symmetry said by hand; see `sne_fast.symmetry.from_spec`."""
-        from .spec import from_spec
+        """Return a symmetry declared explicitly: for each group of units, the dimensions along which they stand.
 
-        return from_spec(groups, state_dict, units=units, name=name)
+        An entry is `(tensor, dim)`, `(tensor, dim, block)` or `(tensor, dim, block, (start, stop))`. `block` is the
+        number of neighbouring positions that belong to one unit (1 if left out): the columns that a channel owns in
+        the linear layer after a flatten, or the width of a head. With a range only positions start..stop-1 of the
+        dimension are meant, such as the queries' rows of a fused projection. Groups may share a dimension if their
+        blocks nest: heads with block d, and with block 1 the d units inside each head, which are then permuted alike
+        in every head. Where blocks do not fill a range, they repeat over it, each repetition permuted alike.
+
+        Nothing is inferred, and only shapes are checked: use `verify`.
+
+        Args:
+            groups: entries by group name.
+            state_dict: for names and shapes.
+            units: size of groups for which it does not follow: by default a group has as many units as its first
+                entry has blocks.
+            name: the network's name in messages.
+
+        Raises:
+            SymmetryError: an unknown tensor or dimension, blocks that do not fit, ranges that overlap.
+
+        Example:
+            >>> import torch
+            >>> from sne_fast.symmetry import from_spec
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(36, 2))
+            >>> entries = [("0.weight", 0), ("0.bias", 0), ("2.weight", 1, 9)]  # a channel owns 9 columns
+            >>> from_spec({"channels": entries}, net.state_dict())
+            Symmetry('spec', 1 groups, 10^1.4 permutations)
+        """
+        return cls.from_labels(name, labels_from_groups(groups, state_dict, units or {}))
+
+    @classmethod
+    def from_labels(
+        cls,
+        name: str,
+        labels: Mapping[str, Label],
+        alias: Mapping[str, str] | None = None,
+        records: Sequence[Label] | None = None,
+        unsupported: Sequence[str] = (),
+    ) -> Symmetry:
+        """Return the symmetry of labelled tensors.
+
+        Args:
+            name: the network's name in messages.
+            labels: of every tensor that may be permuted, by its first name.
+            alias: the first name of every tensor, by every name; tensors have one name each if left out.
+            records: labels of all tensors that a trace saw, those of `labels` among them. Without these no permutation
+                depends on a position in another axis.
+            unsupported: see the attribute.
+        """
+        structure = assemble(labels, list(labels.values()) if records is None else records, independent=records is None)
+        return cls(
+            name,
+            structure.shapes,
+            dict(alias) if alias is not None else {key: key for key in labels},
+            structure.axes,
+            structure.boxes,
+            tuple(unsupported),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": OrderedDict()}
+        return {**self.__dict__, "_cache": {}}
 
     def __repr__(self) -> str:
         return f"Symmetry({self.name!r}, {len(self.groups)} groups, 10^{self.log10_order:.1f} permutations)"
 
-    # What it is
+    # Description
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -118,17 +161,17 @@ class Symmetry:
         uses = self._uses()
         return tuple(
             Group(_place(self.shapes, *uses[a][0], info.size), info.size, info.tables, tuple(uses[a]))
-            for a, info in enumerate(self.atoms)
+            for a, info in enumerate(self.axes)
             if info.frozen is None
         )
 
     @property
     def frozen(self) -> dict[str, str]:
-        """Why dimensions, or parts of them, are left in place: reasons by place, such as `fc1.weight[1]`."""
+        """Reasons why dimensions, or parts of them, are left in place: by place, such as `fc1.weight[1]`."""
         uses = self._uses()
         return {
             _place(self.shapes, *use, info.size): info.frozen
-            for a, info in enumerate(self.atoms)
+            for a, info in enumerate(self.axes)
             if info.frozen is not None
             for use in uses[a]
         }
@@ -139,17 +182,17 @@ class Symmetry:
         return sum(group.log10_order for group in self.groups)
 
     def _uses(self) -> list[list[tuple[str, int, int, int]]]:
-        uses: list[list[tuple[str, int, int, int]]] = [[] for _ in self.atoms]
-        for key, blocks in self.blocks.items():
-            for block in blocks:
-                for axis in block.axes:
-                    use = (key, axis.dim, block.start[axis.dim], axis.step)
-                    if use not in uses[axis.atom]:
-                        uses[axis.atom].append(use)
+        uses: list[list[tuple[str, int, int, int]]] = [[] for _ in self.axes]
+        for key, boxes in self.boxes.items():
+            for box in boxes:
+                for placement in box.placements:
+                    use = (key, placement.dim, box.start[placement.dim], placement.step)
+                    if use not in uses[placement.axis]:
+                        uses[placement.axis].append(use)
         return uses
 
     def explain(self) -> str:
-        """What is permuted, what is frozen and why, as text."""
+        """Return as text what is permuted, and what is frozen and why."""
         lines = [f"{self.name}: {len(self.groups)} groups, 10^{self.log10_order:.1f} permutations"]
         for group in self.groups:
             times = f", {group.tables} permutations" if group.tables > 1 else ""
@@ -169,12 +212,12 @@ class Symmetry:
     @property
     def table_size(self) -> int:
         """Length P of a row of permutation tables."""
-        return sum(info.tables * info.size for info in self.atoms if info.frozen is None)
+        return sum(info.tables * info.size for info in self.axes if info.frozen is None)
 
     def draw(self, generator: torch.Generator | None = None, count: int = 1) -> Tensor:
-        """`count` random permutations, each uniform and independent: `(count, P)` int64 tables.
+        """Return `count` random permutations, each uniform and independent: `(count, P)` int64 tables.
 
-        The same generator state gives the same permutations. On the generator's device, else the CPU.
+        The same generator state gives the same permutations. They are on the generator's device, else on the CPU.
         """
         device = torch.device("cpu") if generator is None else generator.device
         starts, segments = self._segments(device)
@@ -182,19 +225,21 @@ class Symmetry:
         return (keys + segments).argsort(1) - starts
 
     def identity(self, count: int = 1) -> Tensor:
-        """The tables `(count, P)` of the permutation that leaves everything in place."""
+        """Return the tables `(count, P)` of the permutation that leaves everything in place."""
         starts, _ = self._segments(torch.device("cpu"))
         return (torch.arange(len(starts)) - starts).expand(count, -1)
 
     def _segments(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = ("segments", device)
-        if key not in self._plans:
-            lengths = [info.size for info in self.atoms if info.frozen is None for _ in range(info.tables)]
+        """Return for every place in a row where its table starts, and the number of its table."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            lengths = [info.size for info in self.axes if info.frozen is None for _ in range(info.tables)]
             sizes = torch.tensor(lengths, dtype=torch.int64)
             segments = torch.arange(len(lengths)).repeat_interleave(sizes)
             starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-            self._plans[key] = (starts.to(device), segments.to(device, torch.float64))
-        return self._plans[key]
+            return starts.to(device), segments.to(device, torch.float64)
+
+        return self.cached(("segments", device), make)
 
     def permute_state_dict(
         self,
@@ -203,10 +248,10 @@ class Symmetry:
         *,
         tables: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The state_dict with its hidden units permuted; keys in their order, tensors of no concern as they are.
+        """Return the state_dict with its hidden units permuted; keys in their order, other tensors as they are.
 
         Args:
-            state_dict: names and tensors of the network; `module.` and `_orig_mod.` before names are seen through.
+            state_dict: names and tensors of the network; names may start with `module.` or `_orig_mod.`.
             generator: draws the permutation.
             tables: `(P,)` or `(1, P)`, a permutation from `draw` to apply instead.
 
@@ -217,34 +262,59 @@ class Symmetry:
         names = dict(zip(strip_wrappers(keys), keys, strict=True))
         chosen = [n for n in names if n in self.alias and isinstance(state_dict[names[n]], Tensor)]
         shapes = tuple(tuple(state_dict[names[n]].shape) for n in chosen)
-        plan = self.plan(tuple(chosen), shapes, STORED, torch.device("cpu"))
+        index = self.gather_index(tuple(chosen), shapes, STORED, torch.device("cpu"))
         tables = self.draw(generator) if tables is None else tables.reshape(1, -1)
-        rows = plan.source(tables.cpu(), torch.zeros(1, dtype=torch.int64))[0]
+        source = index.source(tables.cpu(), torch.zeros(1, dtype=torch.int64))[0]
         out = dict(state_dict)
         start = 0
         for n, shape in zip(chosen, shapes, strict=True):
             stop = start + math.prod(shape)
-            if any(axis_moves(self, block) for block in self.blocks[self.alias[n]]):
+            if self.permutes(n):
                 tensor = state_dict[names[n]]
-                index = (rows[start:stop] - start).to(tensor.device)
-                out[names[n]] = tensor.reshape(-1)[index].reshape(shape)
+                own = (source[start:stop] - start).to(tensor.device)
+                out[names[n]] = tensor.reshape(-1)[own].reshape(shape)
             start = stop
         return out
 
-    def plan(self, names: tuple[str, ...], shapes: tuple, chunking: str, device: torch.device) -> Plan:
-        """Index tables for tensors packed in this order, kept for the next call.
+    # Index tables
+
+    def boxes_of(self, name: str) -> tuple[Box, ...]:
+        """Return the boxes of a tensor by any of its names; none for a tensor that is not known."""
+        return self.boxes.get(self.alias.get(name, ""), ())
+
+    def permutes(self, name: str) -> bool:
+        """Return whether any units in a tensor are permuted."""
+        return any(permuted_placements(box, self.axes) for box in self.boxes_of(name))
+
+    def gather_index(
+        self, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], chunking: str, device: torch.device
+    ) -> GatherIndex:
+        """Return the index tables for tensors packed in this order, and keep them for the next call.
 
         Raises:
             SymmetryError: a tensor that must be permuted is missing, or one has another shape.
         """
-        key = (names, shapes, chunking, device)
-        found = self._plans.get(key)
-        if found is None:
-            self._check(names, shapes)
-            found = self._plans[key] = build_plan(self, names, shapes, chunking).to(device)
+
+        def make() -> GatherIndex:
+            self.check_shapes(names, shapes)
+            tensors = [(shape, self.boxes_of(n)) for n, shape in zip(names, shapes, strict=True)]
+            return build_gather_index(self.axes, tensors, chunking).to(device)
+
+        return self.cached(("gather index", names, shapes, chunking, device), make)
+
+    def cached(self, key: Hashable, make: Callable[[], Cached]) -> Cached:
+        """Return what `make` gave when it was first called for this key; pickling drops it."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        found: Cached = self._cache[key]
         return found
 
-    def _check(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    def check_shapes(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+        """Check that tensors of these names and shapes can be permuted.
+
+        Raises:
+            SymmetryError: a tensor that must be permuted is missing, or one has another shape.
+        """
         for n, shape in zip(names, shapes, strict=True):
             first = self.alias.get(n)
             if first is not None and self.shapes[first] != tuple(shape):
@@ -253,17 +323,12 @@ class Symmetry:
                     f"these weights are of another architecture"
                 )
         present = {self.alias[n] for n in names if n in self.alias}
-        for key, blocks in self.blocks.items():
-            if key not in present and any(axis_moves(self, block) for block in blocks):
+        for key in self.boxes:
+            if key not in present and self.permutes(key):
                 raise SymmetryError(
                     f"symmetry {self.name!r}: {key!r} must be among the weights, as its units are permuted; "
                     f"got {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}"
                 )
-
-
-def axis_moves(symmetry: Symmetry, block: Block) -> bool:
-    """Whether anything in a block is ever permuted."""
-    return any(symmetry.atoms[axis.atom].frozen is None for axis in block.axes)
 
 
 def _place(shapes: Mapping[str, tuple[int, ...]], name: str, dim: int, start: int, step: int, units: int) -> str:

@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
 from ..data.layers import strip_wrappers
-from .core import Symmetry, SymmetryError
+from .boxes import SymmetryError
+from .core import Symmetry
 from .rules import find_rule
 from .running import evaluation, split_inputs, tensors_in, uncompiled
-from .structure import assemble
 from .terms import Label, freeze, fresh, leaves, unify
 from .tracer import Tracer, storage_address
 
@@ -53,7 +53,7 @@ def find_symmetry(net: nn.Module, example_inputs: Any, *, strict: bool = False, 
             + "; ".join(tracer.unsupported)
             + "; use strict=False to leave it in place"
         )
-    return assemble(name or type(net).__name__, labels, alias, tracer.records, tuple(tracer.unsupported))
+    return Symmetry.from_labels(name or type(net).__name__, labels, alias, tracer.records, tuple(tracer.unsupported))
 
 
 def _weights_of(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,8 +1,9 @@
-"""How the operations that compute treat axes of units (see `tracer`).
+"""Rules for the operations that compute.
 
-Each rule says which axes of the arguments must be permuted alike, and what the dimensions of the result are. Where
-axes are summed over, `tracer.record` says what must still be there for one axis to be permuted depending on another:
-heads and the units inside a head may be permuted head by head only where both are always at hand.
+Each rule unifies the axes of the arguments that must be permuted alike, and returns the labels of the results, see
+`tracer.Rule`. Where axes are summed over, `Tracer.record` says which must still stand together for the permutation of
+one to depend on another: heads, and the units inside a head, may be permuted head by head only where both always stand
+together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ CLASH = "meets an axis that is cut otherwise"
 
 
 def broadcast(tracer: Tracer, tensors: list[Tensor], shape: Any) -> Label:
-    """Axes that meet under broadcasting are one; the label of the result."""
+    """Unify the axes that meet under broadcasting, and return the label of the result."""
     out: list[Term] = [ONE] * len(shape)
     for x in tensors:
         label = tracer.label(x)
@@ -34,12 +35,13 @@ def broadcast(tracer: Tracer, tensors: list[Tensor], shape: Any) -> Label:
 
 
 def pointwise(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label an element-wise operation with broadcasting."""
     shape = max((t.shape for t in call.out), key=len)
     return [broadcast(tracer, call.tensors, shape)] * len(call.out)
 
 
 def matmul(tracer: Tracer, call: Call) -> list[Label] | None:
-    """mm, bmm and their forms that add: `(*b, m, k) (*b, k, n) -> (*b, m, n)`, vectors likewise."""
+    """Label `(*b, m, k) (*b, k, n) -> (*b, m, n)`, also of vectors, and with a tensor added."""
     if call.name in ("mm", "bmm", "mv", "dot", "vdot"):
         a, b = call.tensors[:2]
         added = []
@@ -63,6 +65,7 @@ def matmul(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def convolution(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify channels with those of the weight, group by group; freeze positions in image and kernel."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     groups = call["groups"]
     batch, channels, *space = tracer.label(x)
@@ -92,7 +95,7 @@ def convolution(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def channel_norm(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Batch normalisation: everything that belongs to a channel goes along, running statistics too."""
+    """Unify channels with weight, bias and running statistics, for batch normalisation."""
     x = call["input"]
     label = tracer.label(x)
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -104,6 +107,7 @@ def channel_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def layer_norm(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify the normalised dimensions with weight and bias."""
     x = call["input"]
     label = tracer.label(x)
     normalised = len(call["normalized_shape"])
@@ -116,6 +120,7 @@ def layer_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def group_norm(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Split channels into groups, and unify them with weight and bias."""
     x, groups = call["input"], call["group"]
     label = list(tracer.label(x))
     group, member = split(label[1], groups, size(label[1]) // groups)
@@ -127,6 +132,7 @@ def group_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def weight_norm(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify the dimension that has a gain with the gain."""
     label, gain = tracer.label(call["v"]), tracer.label(call["g"])
     d = call["dim"]
     unify(label[d], gain[d], tracer.because(CLASH))
@@ -134,7 +140,7 @@ def weight_norm(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def reduction(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Sums, means, extremes over whole dimensions; results that name a position freeze those dimensions."""
+    """Drop the dimensions of a sum, mean or extreme; freeze them where the result is a position."""
     x: Tensor = call.first
     if len(call.tensors) != 1:
         return None
@@ -152,6 +158,7 @@ def reduction(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def softmax(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label a softmax, whose denominators stand without the dimension."""
     label = tracer.label(call["self"])
     d = call["dim"] % max(1, len(label))
     tracer.record(*label[:d], *label[d + 1 :])
@@ -159,6 +166,7 @@ def softmax(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def embedding(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Freeze the rows of the weight and the indices, and pass the columns."""
     rows, columns = tracer.label(call["weight"])
     freeze(rows, tracer.because("rows are looked up by index"))
     indices = tracer.label(call["indices"])
@@ -168,7 +176,7 @@ def embedding(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def index(tracer: Tracer, call: Call) -> list[Label] | None:
-    """`x[:, i, j]` with tensors as indices."""
+    """Freeze the dimensions that tensors index, as in `x[:, i, j]`, and these tensors."""
     label = tracer.label(call["self"])
     indices = call["indices"]
     taken = [d for d, i in enumerate(indices) if i is not None]
@@ -188,6 +196,7 @@ def index(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def index_select(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Freeze the indexed dimension and the index."""
     label = list(tracer.label(call["self"]))
     why = tracer.because("picked by index")
     for term in (label[call["dim"]], *tracer.label(call["index"])):
@@ -197,7 +206,7 @@ def index_select(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def spatial(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Pooling, resizing and padding of images: channel by channel, places in the image keep theirs."""
+    """Freeze positions in the image and pass channels, for pooling, resizing and padding."""
     x: Tensor = call.first
     label = list(tracer.label(x))
     count = next((int(c) for c, d in zip(call.name, call.name[1:], strict=False) if c in "123" and d == "d"), 0)
@@ -211,6 +220,7 @@ def spatial(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def glu(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify the two halves of a gated linear unit."""
     x, d = call["self"], call["dim"]
     label = list(tracer.label(x))
     one, other = cut(label[d], x.shape[d] // 2)
@@ -247,3 +257,4 @@ COMPUTE_RULES: dict[Rule, str] = {
     spatial: _IMAGES,
     pointwise: "masked_fill masked_fill_ _prelu_kernel where copy_ copy fill_ fill zero_",
 }
+"""Names of ATen operations by rule."""

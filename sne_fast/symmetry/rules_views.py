@@ -1,4 +1,7 @@
-"""How the operations that move, cut and join tensors treat axes of units (see `tracer`)."""
+"""Rules for the operations that move, cut and join tensors.
+
+Each rule unifies or freezes axes of the arguments and returns the labels of the results, see `tracer.Rule`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from torch import Tensor
 
 from .terms import (
     ONE,
-    Atom,
-    Cat,
+    Axis,
+    Concat,
     Label,
-    Prod,
+    Product,
     Term,
     at,
     cut,
@@ -29,7 +32,7 @@ from .tracer import Call, Rule, Tracer
 
 
 def reshaped(label: Label, shape: Sequence[int]) -> Label | None:
-    """The label of the same elements under another shape, or None where a dimension cannot be expressed."""
+    """Return the label of the same elements under another shape, or None where a dimension cannot be expressed."""
     stack = [resolve(term) for term in reversed(label)]
     out: list[Term] = []
     for n in shape:
@@ -46,7 +49,7 @@ def reshaped(label: Label, shape: Sequence[int]) -> Label | None:
                 taken.append(outer)
                 stack.append(inner)
                 have = n
-            elif isinstance(term, Prod):
+            elif isinstance(term, Product):
                 stack.extend(reversed(term.factors))
             else:
                 stack.append(term)
@@ -58,6 +61,7 @@ def reshaped(label: Label, shape: Sequence[int]) -> Label | None:
 
 
 def view(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label another shape of the same elements; freeze all axes where the shape cuts across one."""
     label, shape = tracer.label(call["self"]), call.out[0].shape
     found = reshaped(label, shape)
     if found is None:
@@ -69,16 +73,18 @@ def view(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def same(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Outputs laid out as the first argument."""
+    """Label results that have the shape of the first argument."""
     return [tracer.label(call.first)] * len(call.out)
 
 
 def permute(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label dimensions in another order."""
     label = tracer.label(call["self"])
     return [tuple(label[d] for d in call["dims"])]
 
 
 def transpose(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label two dimensions exchanged."""
     label = list(tracer.label(call["self"]))
     if call.name in ("t", "t_"):
         label = label[:-2] + label[-2:][::-1]
@@ -89,13 +95,15 @@ def transpose(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def unsqueeze(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label a new dimension of size 1."""
     label = list(tracer.label(call["self"]))
     label.insert(call["dim"] % (len(label) + 1), ONE)
     return [tuple(label)]
 
 
 def squeeze(tracer: Tracer, call: Call) -> list[Label] | None:
-    label = tracer.label(call["self"])  # not its shape: squeeze_ has changed that by now
+    """Drop dimensions of size 1."""
+    label = tracer.label(call["self"])  # in place of its shape, which squeeze_ has changed by now
     dims = call.get("dim")
     if isinstance(dims, int):
         dims = [dims]
@@ -104,7 +112,7 @@ def squeeze(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def expand(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Repeating along a new axis: whatever permutes that axis, the tensor stays the same."""
+    """Label a tensor repeated along new axes: any permutation of these leaves it as it is."""
     label = tracer.label(call["self"])
     shape = call.out[0].shape
     before = len(shape) - len(label)
@@ -116,6 +124,7 @@ def expand(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def repeat(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label dimensions repeated as wholes, by a new outer axis each."""
     label = tracer.label(call["self"])
     times = call["repeats"]
     padded = (ONE,) * (len(times) - len(label)) + tuple(label)
@@ -123,10 +132,12 @@ def repeat(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def select(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label a tensor at one position along a dimension."""
     return [_select(tracer, tracer.label(call["self"]), call["dim"], call["index"])]
 
 
 def unbind(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label a tensor at every position along a dimension."""
     label = tracer.label(call["self"])
     return [_select(tracer, label, call.get("dim") or 0, i) for i in range(len(call.out))]
 
@@ -136,7 +147,7 @@ def _select(tracer: Tracer, label: Label, dim: int, index: int) -> Label:
     rest = [t for d, t in enumerate(label) if d != dim % len(label)]
     if size(term) == 1:
         return tuple(rest)
-    if isinstance(term, Atom) and (term.frozen is None or term.selector):
+    if isinstance(term, Axis) and (term.frozen is None or term.selector):
         term.selector = True
         freeze(term, tracer.because("its positions are picked by index"))
         return tuple(at(t, term, index % term.size) for t in rest)
@@ -156,12 +167,13 @@ def _window(tracer: Tracer, term: Term, start: int, stop: int) -> Term:
 
 
 def slice_(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Cut a window out of a dimension; freeze the dimension where the slice has a step."""
     x, d = call["self"], call["dim"]
     label = list(tracer.label(x))
     n, taken = x.shape[d], call.out[0].shape[d]
     start = 0 if call.get("start") is None else call["start"]
     start = max(0, min(n, start + n if start < 0 else start))
-    if call.get("step", 1) != 1 and taken > 1 or taken == 0:
+    if (call.get("step", 1) != 1 and taken > 1) or taken == 0:
         why = tracer.because("sliced with a step")
         freeze(label[d], why)
         label[d] = fresh(taken, why)
@@ -171,7 +183,7 @@ def slice_(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def narrow_all(tracer: Tracer, call: Call) -> list[Label] | None:
-    """split, chunk and their kin: neighbouring windows along `dim`."""
+    """Cut a dimension into neighbouring windows, for `split`, `chunk` and the like."""
     d = call.get("dim") or 0
     out, start = [], 0
     for part in call.out:
@@ -185,7 +197,8 @@ def narrow_all(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def cat(tracer: Tracer, call: Call) -> list[Label] | None:
-    tensors = [t for t in call["tensors"] if not (t.ndim == 1 and t.shape[0] == 0)]  # torch ignores such
+    """Lay a dimension of several tensors end to end; their other dimensions are permuted alike."""
+    tensors = [t for t in call["tensors"] if not (t.ndim == 1 and t.shape[0] == 0)]  # torch ignores these
     d = call.get("dim") or 0
     labels = [list(tracer.label(t)) for t in tensors]
     d %= len(labels[0])
@@ -194,21 +207,21 @@ def cat(tracer: Tracer, call: Call) -> list[Label] | None:
             if i != d:
                 unify(labels[0][i], term, tracer.because("joined with tensors cut otherwise"))
     out = list(labels[0])
-    out[d] = resolve(Cat([label[d] for label, t in zip(labels, tensors, strict=True) if t.shape[d]]))
+    out[d] = resolve(Concat([label[d] for label, t in zip(labels, tensors, strict=True) if t.shape[d]]))
     return [tuple(out)]
 
 
 def stack(tracer: Tracer, call: Call) -> list[Label] | None:
-    """A new axis, along which the others keep the permutations that they had."""
+    """Label a new axis, along which the others keep their own permutations."""
     labels = [tracer.label(t) for t in call["tensors"]]
     why = tracer.because("a stack of tensors")
     selector = fresh(len(labels), why)
     out: list[Term] = []
     for terms in zip(*labels, strict=True):
         free = all(leaf.frozen is None for term in terms for leaf in leaves(term))
-        if free and isinstance(selector, Atom) and any(resolve(t) is not resolve(terms[0]) for t in terms):
+        if free and isinstance(selector, Axis) and any(resolve(t) is not resolve(terms[0]) for t in terms):
             selector.selector = True
-            whole = Atom(size(terms[0]))
+            whole = Axis(size(terms[0]))
             whole.family = (selector, tuple(terms))
             out.append(whole)
         else:
@@ -220,7 +233,7 @@ def stack(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def pad(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Constant padding puts equal numbers beside an axis: they may be permuted among themselves."""
+    """Label the constants put beside an axis: they are equal, and may be permuted among themselves."""
     label = list(tracer.label(call["self"]))
     amounts = call["pad"]
     for k in range(len(amounts) // 2):
@@ -231,12 +244,12 @@ def pad(tracer: Tracer, call: Call) -> list[Label] | None:
             label[d] = fresh(call.out[0].shape[d], "cropped")
         elif left or right:
             ends = [fresh(n) if n else None for n in (left, right)]
-            label[d] = resolve(Cat([t for t in (ends[0], label[d], ends[1]) if t is not None]))
+            label[d] = resolve(Concat([t for t in (ends[0], label[d], ends[1]) if t is not None]))
     return [tuple(label)]
 
 
 def pixel_shuffle(tracer: Tracer, call: Call) -> list[Label] | None:
-    """`(*, C r r, H, W)` to `(*, C, H r, W r)`."""
+    """Label `(*, C r r, H, W)` as `(*, C, H r, W r)`; positions in the image are frozen."""
     label = tracer.label(call["self"])
     *rest, channels, height, width = label
     r = call["upscale_factor"]
@@ -249,12 +262,12 @@ def pixel_shuffle(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def factory(tracer: Tracer, call: Call) -> list[Label] | None:
-    """All elements equal: any permutation leaves it as it is."""
+    """Label tensors of equal elements: any permutation leaves them as they are."""
     return [tuple(fresh(n) for n in t.shape) for t in call.out]
 
 
 def positions(tracer: Tracer, call: Call) -> list[Label] | None:
-    """What depends on the place along `dim`: that axis is frozen, the others pass."""
+    """Freeze the dimensions along which the order matters, and pass the others."""
     x: Tensor = call.first
     label = list(tracer.label(x))
     dims = call.get("dim", call.get("dims"))
@@ -270,6 +283,7 @@ def positions(tracer: Tracer, call: Call) -> list[Label] | None:
 
 
 def triangle(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Freeze rows and columns, and pass the dimensions before them."""
     label = tracer.label(call["self"])
     for term in label[-2:]:
         freeze(term, tracer.because("the order along it matters"))
@@ -297,3 +311,4 @@ VIEW_RULES: dict[Rule, str] = {
     positions: "cumsum cumprod logcumsumexp cummax cummin flip roll sort topk argsort",
     triangle: "tril triu",
 }
+"""Names of ATen operations by rule."""

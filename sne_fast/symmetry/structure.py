@@ -1,70 +1,131 @@
-"""From labels to a `Symmetry`: which axes are left, where they stand, and which permutations depend on which axes."""
+"""From labels to plain data: which axes are left, where they stand, and which permutations depend on which axes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
-from .core import AtomInfo, Axis, Block, Symmetry
-from .terms import Atom, Label, Prod, collapse, resolve, size
+from .boxes import AxisInfo, Box, Placement
+from .terms import Axis, Label, Product, Term, collapse, resolve, size
 
-_Place = tuple[Atom, int, int]  # an atom, the dimension it stands in, and its step in that dimension
+_Placed: TypeAlias = tuple[Axis, int, int]  # an axis, the dimension along which it stands, and its step there
 
 
-def expand(label: Label) -> Iterator[tuple[tuple[int, ...], list[_Place]]]:
-    """A tensor as boxes: the position where each starts, and its axes, outermost first.
+class Structure(NamedTuple):
+    """What a `Symmetry` knows of its tensors: their shapes and boxes by name, and all axes."""
+
+    shapes: dict[str, tuple[int, ...]]
+    axes: tuple[AxisInfo, ...]
+    boxes: dict[str, tuple[Box, ...]]
+
+
+def assemble(labels: Mapping[str, Label], records: Sequence[Label], *, independent: bool = False) -> Structure:
+    """Return the structure of tensors with these labels.
+
+    Args:
+        labels: of every tensor that may be permuted, by name.
+        records: labels of all tensors ever seen, these included.
+        independent: no permutation depends on a position in another axis.
+    """
+    seen: dict[tuple[int, ...], Label] = {}
+    for label in records:
+        seen.setdefault(tuple(id(term) for term in label), label)
+    unique = list(seen.values())
+    _settle(unique)
+    beside = {} if independent else _always_beside(unique)
+
+    expanded = {name: list(_expand(label)) for name, label in labels.items()}
+    numbers: dict[Axis, int] = {}
+    for boxes in expanded.values():
+        for _, placed in boxes:
+            for axis, _, _ in placed:
+                numbers.setdefault(axis, len(numbers))
+    return Structure(
+        {name: tuple(size(term) for term in label) for name, label in labels.items()},
+        _axis_infos(numbers, beside),
+        {
+            name: tuple(Box(start, tuple(Placement(numbers[a], d, step) for a, d, step in at)) for start, at in boxes)
+            for name, boxes in expanded.items()
+        },
+    )
+
+
+def _axis_infos(numbers: Mapping[Axis, int], beside: Mapping[Axis, set[Axis]]) -> tuple[AxisInfo, ...]:
+    """Describe the numbered axes; of two that could depend on each other the later one depends on the earlier."""
+    infos: list[AxisInfo] = []
+    offset = 0
+    axes = list(numbers)
+    for axis, number in numbers.items():
+        if axis.frozen is not None:
+            infos.append(AxisInfo(axis.size, axis.frozen, (), 1, -1))
+            continue
+        others = [o for o in beside.get(axis, ()) if o in numbers]
+        within = tuple(sorted(numbers[o] for o in others if axis not in beside[o] or numbers[o] < number))
+        tables = math.prod(axes[other].size for other in within)
+        infos.append(AxisInfo(axis.size, None, within, tables, offset))
+        offset += tables * axis.size
+    return tuple(infos)
+
+
+class _StandsAloneError(Exception):
+    """An axis whose permutation differs along its selector stands in a tensor without it, or twice beside it."""
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__(axis)
+        self.axis = axis
+
+
+def _expand(label: Label) -> Iterator[tuple[tuple[int, ...], list[_Placed]]]:
+    """Yield the boxes of a tensor: the position where each starts, and its axes, outermost first.
 
     Every element of a box has one coordinate per axis; concatenations and families make several boxes.
     """
     todo = [(term, d, 1) for d, term in reversed(list(enumerate(label)))]
-    yield from _expand(todo, [], (0,) * len(label))
+    yield from _expand_rest(todo, [], (0,) * len(label))
 
 
-def _expand(todo: list, axes: list[_Place], start: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], list[_Place]]]:
-    todo, axes = list(todo), list(axes)
+def _expand_rest(
+    todo: Sequence[tuple[Term, int, int]], placed: Sequence[_Placed], start: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], list[_Placed]]]:
+    """Yield the boxes of the axes placed so far and the terms still to do, the last of these first."""
+    todo, placed = list(todo), list(placed)
     while todo:
         term, d, step = todo.pop()
         term = resolve(term)
-        if isinstance(term, Atom):
-            axes.append((term, d, step))
-        elif isinstance(term, Prod):
+        if isinstance(term, Axis):
+            placed.append((term, d, step))
+        elif isinstance(term, Product):
             for factor in reversed(term.factors):  # innermost first, so that the outermost is taken up first
                 todo.append((factor, d, step))
                 step *= size(factor)
         else:
             offset = 0
             for part in term.parts:
-                moved = list(start)
-                moved[d] += offset * step
-                yield from _expand([*todo, (part, d, step)], axes, tuple(moved))
+                yield from _expand_rest([*todo, (part, d, step)], placed, _moved(start, d, offset * step))
                 offset += size(part)
             return
-    member = next((atom for atom, _, _ in axes if atom.family is not None), None)
+    member = next((axis for axis, _, _ in placed if axis.family is not None), None)
     if member is None or member.family is None:
-        yield start, axes
+        yield start, placed
         return
     selector = resolve(member.family[0])
-    found = [place for place in axes if place[0] is selector]
-    if len(found) != 1 or not isinstance(selector, Atom):
-        raise _Loose(member)
-    place = found[0]
-    rest: list[_Place] = []
-    split: list[_Place] = []
-    for one in axes:
-        if one is not place:
-            (rest if one[0].family is None or resolve(one[0].family[0]) is not selector else split).append(one)
+    found = [one for one in placed if one[0] is selector]
+    if len(found) != 1 or not isinstance(selector, Axis):
+        raise _StandsAloneError(member)
+    _, dim, step = found[0]
+    rest: list[_Placed] = []
+    picked: list[_Placed] = []
+    for one in placed:
+        if one is not found[0]:
+            (rest if one[0].family is None or resolve(one[0].family[0]) is not selector else picked).append(one)
     for t in range(selector.size):
-        moved = list(start)
-        moved[place[1]] += t * place[2]
-        children = [(atom.family[1][t], d, step) for atom, d, step in split if atom.family is not None]
-        yield from _expand(children, rest, tuple(moved))
+        children = [(axis.family[1][t], d, inner) for axis, d, inner in picked if axis.family is not None]
+        yield from _expand_rest(children, rest, _moved(start, dim, t * step))
 
 
-class _Loose(Exception):
-    """An axis whose permutation differs along another stands in a tensor where that other is not, or is twice."""
-
-    def __init__(self, atom: Atom) -> None:
-        self.atom = atom
+def _moved(start: tuple[int, ...], dim: int, by: int) -> tuple[int, ...]:
+    return (*start[:dim], start[dim] + by, *start[dim + 1 :])
 
 
 def _settle(records: Sequence[Label]) -> None:
@@ -75,70 +136,23 @@ def _settle(records: Sequence[Label]) -> None:
         for label in records:
             while True:
                 try:
-                    for _ in expand(label):
+                    for _ in _expand(label):
                         pass
-                except _Loose as loose:
-                    collapse(loose.atom)
+                except _StandsAloneError as error:
+                    collapse(error.axis)
                     changed = True
                 else:
                     break
 
 
-def _allowed(records: Sequence[Label]) -> dict[Atom, set[Atom]]:
-    """For every axis the axes that always stand beside it, once: its permutation may depend on their positions."""
-    allowed: dict[Atom, set[Atom]] = {}
+def _always_beside(records: Sequence[Label]) -> dict[Axis, set[Axis]]:
+    """Return for every axis those that always stand beside it, once: its permutation may depend on their positions."""
+    beside: dict[Axis, set[Axis]] = {}
     for label in records:
-        for _, axes in expand(label):
-            atoms = [atom for atom, _, _ in axes]
-            single = {atom for atom in atoms if atoms.count(atom) == 1}
-            for atom in set(atoms):
-                here = single - {atom}
-                allowed[atom] = allowed[atom] & here if atom in allowed else here
-    return allowed
-
-
-def assemble(
-    name: str,
-    labels: dict[str, Label],
-    alias: dict[str, str],
-    records: Sequence[Label],
-    unsupported: tuple[str, ...] = (),
-    independent: bool = False,
-) -> Symmetry:
-    """The symmetry of tensors with these labels.
-
-    Args:
-        labels: of every tensor that may be permuted, by its first name.
-        alias: first name of every name.
-        records: labels of all tensors ever seen, these included.
-        independent: no permutation depends on a position in another axis.
-    """
-    seen: dict[tuple[int, ...], Label] = {}
-    for label in records:
-        seen.setdefault(tuple(id(term) for term in label), label)
-    unique = list(seen.values())
-    _settle(unique)
-    allowed = {} if independent else _allowed(unique)
-
-    boxes = {key: list(expand(label)) for key, label in labels.items()}
-    atoms: dict[Atom, int] = {}
-    for found in boxes.values():
-        for _, axes in found:
-            for atom, _, _ in axes:
-                atoms.setdefault(atom, len(atoms))
-    infos, offset, ordered = [], 0, list(atoms)
-    for atom, number in atoms.items():
-        within: tuple[int, ...] = ()
-        if atom.frozen is None:
-            mutual = [o for o in allowed.get(atom, ()) if o in atoms]
-            within = tuple(sorted(atoms[o] for o in mutual if atom not in allowed[o] or atoms[o] < number))
-        tables = math.prod(ordered[other].size for other in within)
-        infos.append(AtomInfo(atom.size, atom.frozen, within, tables, -1 if atom.frozen is not None else offset))
-        if atom.frozen is None:
-            offset += tables * atom.size
-    blocks = {
-        key: tuple(Block(start, tuple(Axis(atoms[a], d, step) for a, d, step in axes)) for start, axes in found)
-        for key, found in boxes.items()
-    }
-    shapes = {key: tuple(size(term) for term in label) for key, label in labels.items()}
-    return Symmetry(name, shapes, dict(alias), tuple(infos), blocks, unsupported)
+        for _, placed in _expand(label):
+            axes = [axis for axis, _, _ in placed]
+            single = {axis for axis in axes if axes.count(axis) == 1}
+            for axis in set(axes):
+                here = single - {axis}
+                beside[axis] = beside[axis] & here if axis in beside else here
+    return beside

@@ -1,42 +1,44 @@
 """Axes of units and how they make up the dimensions of tensors: the algebra behind `trace`.
 
-An `Atom` is an axis of n units that one unknown permutation acts on. A dimension of a tensor is described by a term:
-an atom, a `Prod` of terms (outermost first: heads times units of a head), or a `Cat` of terms laid end to end. Seeing
-that two dimensions must be permuted alike unifies their terms, as types are unified in a compiler; an atom turns out
-to be a product or a concatenation when a reshape or a slice cuts it. Whatever cannot be expressed is frozen: its only
+An `Axis` is a set of n units that one unknown permutation acts on. A dimension of a tensor is described by a term: an
+axis, a `Product` of terms (outermost first: heads times units of a head), or a `Concat` of terms laid end to end. Where
+two dimensions must be permuted alike, their terms are unified, as types are unified in a compiler; an axis turns out to
+be a product or a concatenation when a reshape or a slice cuts it. Whatever cannot be expressed is frozen: its only
 permutation is the identity. That loses symmetries, and never makes a wrong one.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 
-class Atom:
-    """An axis of `size` units.
+class Axis:
+    """An axis of units.
 
-    `frozen` says why it may not be permuted, or is None. `bound` is the term that it turned out to be. `family`,
-    `(selector, children)`, is there once positions of another axis, the selector, were picked by index: then the
-    permutation of this axis may differ from position to position, `children[t]` being the axis at position t.
+    Attributes:
+        size: number of units.
+        frozen: the reason why they may not be permuted, or None.
+        bound: the term that the axis turned out to be, or None.
+        family: `(selector, children)` once positions of another axis, the selector, were picked by index: the
+            permutation of this axis may then differ from position to position, and `children[t]` is the axis at
+            position t.
+        selector: positions of this axis are picked by index.
     """
 
-    __slots__ = ("bound", "family", "frozen", "order", "selector", "size")
-    _order = itertools.count()
+    __slots__ = ("bound", "family", "frozen", "selector", "size")
 
     def __init__(self, size: int, frozen: str | None = None) -> None:
         self.size = size
         self.frozen = frozen
         self.bound: Term | None = None
-        self.family: tuple[Atom, tuple[Term, ...]] | None = None
-        self.selector = False  # positions of this axis are picked by index
-        self.order = next(Atom._order)
+        self.family: tuple[Axis, tuple[Term, ...]] | None = None
+        self.selector = False
 
 
-class Prod:
-    """Terms multiplied, outermost first; of none it is `ONE`, a dimension of size 1."""
+class Product:
+    """Terms multiplied, outermost first; the product of none is `ONE`, a dimension of size 1."""
 
     __slots__ = ("factors",)
 
@@ -44,7 +46,7 @@ class Prod:
         self.factors = tuple(factors)
 
 
-class Cat:
+class Concat:
     """Terms laid end to end."""
 
     __slots__ = ("parts",)
@@ -53,86 +55,89 @@ class Cat:
         self.parts = tuple(parts)
 
 
-Term: TypeAlias = Atom | Prod | Cat
-Label: TypeAlias = tuple[Term, ...]  # one term per dimension of a tensor
-ONE = Prod(())
+Term: TypeAlias = Axis | Product | Concat
+"""A dimension of a tensor."""
+Label: TypeAlias = tuple[Term, ...]
+"""A tensor: one term per dimension."""
+ONE = Product(())
+"""A dimension of size 1."""
 
 
 def size(term: Term) -> int:
-    """Number of positions along a dimension described by `term`."""
-    if isinstance(term, Atom):
+    """Return the number of positions along a dimension described by `term`."""
+    if isinstance(term, Axis):
         return term.size
-    if isinstance(term, Prod):
+    if isinstance(term, Product):
         return math.prod(size(f) for f in term.factors)
     return sum(size(p) for p in term.parts)
 
 
 def fresh(n: int, frozen: str | None = None) -> Term:
-    """A new axis of n units."""
-    return ONE if n == 1 else Atom(n, frozen)
+    """Return a new axis of n units, or `ONE` if n is 1."""
+    return ONE if n == 1 else Axis(n, frozen)
 
 
 def resolve(term: Term) -> Term:
-    """The term with everything known about its atoms put in: only unbound atoms are left, nothing is nested in vain."""
-    if isinstance(term, Atom):
+    """Replace bound axes by what they are bound to, and flatten products in products and concatenations in those."""
+    if isinstance(term, Axis):
         if term.bound is None:
             return term
         known = resolve(term.bound)
-        if isinstance(known, Atom):
+        if isinstance(known, Axis):
             term.bound = known
         return known
-    if isinstance(term, Prod):
+    if isinstance(term, Product):
         factors: list[Term] = []
         for factor in map(resolve, term.factors):
-            factors.extend(factor.factors if isinstance(factor, Prod) else (factor,))
-        return factors[0] if len(factors) == 1 else Prod(factors) if factors else ONE
+            factors.extend(factor.factors if isinstance(factor, Product) else (factor,))
+        return factors[0] if len(factors) == 1 else Product(factors) if factors else ONE
     parts: list[Term] = []
     for part in map(resolve, term.parts):
-        parts.extend(part.parts if isinstance(part, Cat) else (part,))
-    return parts[0] if len(parts) == 1 else Cat(parts)
+        parts.extend(part.parts if isinstance(part, Concat) else (part,))
+    return parts[0] if len(parts) == 1 else Concat(parts)
 
 
 def product(terms: Sequence[Term]) -> Term:
-    """Terms multiplied, outermost first."""
-    return resolve(Prod(terms))
+    """Return terms multiplied, outermost first."""
+    return resolve(Product(terms))
 
 
-def leaves(term: Term) -> Iterator[Atom]:
-    """The unbound atoms of a term."""
+def leaves(term: Term) -> Iterator[Axis]:
+    """Yield the unbound axes of a term."""
     term = resolve(term)
-    if isinstance(term, Atom):
+    if isinstance(term, Axis):
         yield term
     else:
-        for inner in term.factors if isinstance(term, Prod) else term.parts:
+        for inner in term.factors if isinstance(term, Product) else term.parts:
             yield from leaves(inner)
 
 
 def freeze(term: Term, why: str) -> None:
     """Forbid every permutation of the axes in `term`; the first reason given is the one kept."""
-    for atom in leaves(term):
-        if atom.frozen is None:
-            atom.frozen = why
-        if atom.family is not None:
-            children, atom.family = atom.family[1], None
+    for axis in leaves(term):
+        if axis.frozen is None:
+            axis.frozen = why
+        if axis.family is not None:
+            children, axis.family = axis.family[1], None
             for child in children:
                 freeze(child, why)
 
 
-def collapse(atom: Atom) -> None:
-    """One permutation at every position of the selector again."""
-    if atom.family is not None:
-        children, atom.family = atom.family[1], None
+def collapse(axis: Axis) -> None:
+    """Dissolve a family: the axis has one permutation at every position of the selector again."""
+    if axis.family is not None:
+        children, axis.family = axis.family[1], None
         for child in children:
-            unify(child, atom, "used without the axis it was picked from")
+            unify(child, axis, "used without the axis it was picked from")
 
 
-def at(term: Term, selector: Atom, position: int) -> Term:
-    """`term` where `selector` stands at one position: an axis of its own wherever it may be permuted at all."""
+def at(term: Term, selector: Axis, position: int) -> Term:
+    """Return `term` at one position of `selector`, where every axis that is not frozen is an axis of its own."""
     term = resolve(term)
-    if isinstance(term, Prod):
-        return Prod([at(f, selector, position) for f in term.factors])
-    if isinstance(term, Cat):
-        return Cat([at(p, selector, position) for p in term.parts])
+    if isinstance(term, Product):
+        return Product([at(f, selector, position) for f in term.factors])
+    if isinstance(term, Concat):
+        return Concat([at(p, selector, position) for p in term.parts])
     if term.frozen is not None:
         return term
     if term.family is not None and resolve(term.family[0]) is not selector:
@@ -149,20 +154,20 @@ def _give_up(why: str, *terms: Term) -> None:
 
 
 def split(term: Term, outer: int, inner: int) -> tuple[Term, Term]:
-    """`term` as a product of an outer and an inner term of these sizes."""
+    """Return `term` as a product of an outer and an inner term of these sizes."""
     term = resolve(term)
     if outer == 1:
         return ONE, term
     if inner == 1:
         return term, ONE
-    if isinstance(term, Atom):
+    if isinstance(term, Axis):
         if term.family is not None:
             collapse(term)
             return split(term, outer, inner)
         one, other = fresh(outer, term.frozen), fresh(inner, term.frozen)
-        term.bound = Prod((one, other))
+        term.bound = Product((one, other))
         return one, other
-    if isinstance(term, Prod):
+    if isinstance(term, Product):
         taken: list[Term] = []
         have = 1
         for i, factor in enumerate(term.factors):
@@ -178,8 +183,8 @@ def split(term: Term, outer: int, inner: int) -> tuple[Term, Term]:
             else:
                 break
     elif all(size(part) == inner for part in term.parts):
-        # q, k and v laid end to end, and then seen as 3 times something: each keeps its own permutation.
-        selector, whole = Atom(outer, "its parts are picked by position"), Atom(inner)
+        # Queries, keys and values laid end to end, then viewed as 3 times something: each keeps its own permutation.
+        selector, whole = Axis(outer, "its parts are picked by position"), Axis(inner)
         selector.selector = True
         whole.family = (selector, term.parts)
         return selector, whole
@@ -187,34 +192,34 @@ def split(term: Term, outer: int, inner: int) -> tuple[Term, Term]:
         pieces = [split(part, size(part) // inner, inner) for part in term.parts]
         for _, other in pieces[1:]:
             unify(pieces[0][1], other, "")
-        return resolve(Cat([one for one, _ in pieces])), resolve(pieces[0][1])
+        return resolve(Concat([one for one, _ in pieces])), resolve(pieces[0][1])
     why = f"a reshape cuts it into {outer} x {inner}"
     _give_up(why, term)
     return fresh(outer, why), fresh(inner, why)
 
 
 def cut(term: Term, position: int) -> tuple[Term, Term]:
-    """`term` as two terms end to end, the first of them `position` long; both are at least 1 long."""
+    """Return `term` as two terms end to end, the first of them `position` long; both are at least 1 long."""
     term = resolve(term)
     n = size(term)
-    if isinstance(term, Atom):
-        if term.frozen is not None:  # nothing to be learnt about it, and its parts would only be in the way
+    if isinstance(term, Axis):
+        if term.frozen is not None:  # binding it to its parts would tell nothing more
             return fresh(position, term.frozen), fresh(n - position, term.frozen)
         if term.family is not None:
             collapse(term)
             return cut(term, position)
         left, right = fresh(position), fresh(n - position)
-        term.bound = Cat((left, right))
+        term.bound = Concat((left, right))
         return left, right
-    if isinstance(term, Cat):
+    if isinstance(term, Concat):
         before: list[Term] = []
         for i, part in enumerate(term.parts):
             length = size(part)
             if position == length:
-                return resolve(Cat([*before, part])), resolve(Cat(term.parts[i + 1 :]))
+                return resolve(Concat([*before, part])), resolve(Concat(term.parts[i + 1 :]))
             if position < length:
                 left, right = cut(part, position)
-                return resolve(Cat([*before, left])), resolve(Cat([right, *term.parts[i + 1 :]]))
+                return resolve(Concat([*before, left])), resolve(Concat([right, *term.parts[i + 1 :]]))
             before.append(part)
             position -= length
     elif term.factors:
@@ -228,7 +233,7 @@ def cut(term: Term, position: int) -> tuple[Term, Term]:
 
 
 def unify(a: Term, b: Term, why: str) -> None:
-    """Make both terms stand for the same permutation; freezes both, for the reason `why`, where their cuts clash."""
+    """Make both terms stand for the same permutation; freeze both, for the reason `why`, where their cuts clash."""
     a, b = resolve(a), resolve(b)
     if a is b:
         return
@@ -237,18 +242,18 @@ def unify(a: Term, b: Term, why: str) -> None:
     if size(a) == 1:
         return
     for one, other in ((a, b), (b, a)):
-        if isinstance(one, Atom) and one.frozen is not None:
-            # Not made one: a frozen axis may be the other rolled or picked apart, and what depends on a position in
-            # the one must then not depend on the same position in the other.
+        if isinstance(one, Axis) and one.frozen is not None:
+            # They stay two axes: the frozen one may be the other rolled or picked apart, and a permutation that depends
+            # on a position in one must not depend on the same position in the other.
             freeze(other, one.frozen)
             return
-    if isinstance(a, Atom) and isinstance(b, Atom):
-        _unify_atoms(a, b)
-    elif isinstance(a, Atom):
+    if isinstance(a, Axis) and isinstance(b, Axis):
+        _unify_axes(a, b)
+    elif isinstance(a, Axis):
         _bind(a, b, why)
-    elif isinstance(b, Atom):
+    elif isinstance(b, Axis):
         _bind(b, a, why)
-    elif isinstance(a, Prod) and isinstance(b, Prod):
+    elif isinstance(a, Product) and isinstance(b, Product):
         one, other = a.factors[0], b.factors[0]
         m, n = size(one), size(other)
         if m > n:
@@ -264,13 +269,13 @@ def unify(a: Term, b: Term, why: str) -> None:
         else:
             _give_up(why, a, b)
     else:
-        first = min(size(t.parts[0]) for t in (a, b) if isinstance(t, Cat))
+        first = min(size(t.parts[0]) for t in (a, b) if isinstance(t, Concat))
         (left, rest), (other_left, other_rest) = cut(a, first), cut(b, first)
         unify(left, other_left, why)
         unify(rest, other_rest, why)
 
 
-def _unify_atoms(a: Atom, b: Atom) -> None:
+def _unify_axes(a: Axis, b: Axis) -> None:
     mine, theirs = a.family, b.family
     if mine is not None and theirs is not None:
         if resolve(mine[0]) is not resolve(theirs[0]):
@@ -287,11 +292,11 @@ def _unify_atoms(a: Atom, b: Atom) -> None:
     a.bound = b
 
 
-def _bind(atom: Atom, term: Term, why: str) -> None:
-    if atom.family is not None:
-        collapse(atom)
-        unify(atom, term, why)
-    elif any(leaf is atom for leaf in leaves(term)):
+def _bind(axis: Axis, term: Term, why: str) -> None:
+    if axis.family is not None:
+        collapse(axis)
+        unify(axis, term, why)
+    elif any(leaf is axis for leaf in leaves(term)):
         _give_up(why, term)
     else:
-        atom.bound = term
+        axis.bound = term

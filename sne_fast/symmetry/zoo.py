@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .core import Symmetry, SymmetryError
+from .boxes import SymmetryError
+from .core import Symmetry
 from .tracing import trace
 
 

@@ -14,7 +14,7 @@ This module imports neither torch nor any other heavy library, so that the help 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -31,9 +31,9 @@ SEEDS = (0, 1, 2)
 """Seeds of a task unless others are asked for."""
 
 
-def option(text: str, **metadata: Any) -> dict[str, Any]:
-    """Return the metadata of a dataclass field that the command line turns into an option, with `text` as its help."""
-    return {"help": text, **metadata}
+def option(default: Any = MISSING, *, help: str, **metadata: Any) -> Any:
+    """Return a dataclass field that the command line turns into an option (see the module's docstring)."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 def check_choices(settings: Any, command: str) -> None:
@@ -76,20 +76,18 @@ class Demo:
 class DemoSettings:
     """Options of `sne-fast demo`; `demo` gives the settings of the run that they ask for."""
 
-    out: Path = field(
-        default=Path("sne-demo"),
-        metadata=option("Folder for everything it makes; must be new or empty.", flags=("--out", "-o")),
+    out: Path = option(
+        Path("sne-demo"), help="Folder for everything it makes; must be new or empty.", flags=("--out", "-o")
     )
-    seed: int = field(default=0, metadata=option("Seed of the zoo, the split and the training.", min=0, max=2**32 - 1))
-    quick: bool = field(default=False, metadata=option("Make a small run, to see it work in under a minute."))
-    networks: int | None = field(
-        default=None,
-        metadata=option("Number of networks to train.", shown=f"{Demo.networks}, quick {Demo.quick().networks}"),
+    seed: int = option(0, help="Seed of the zoo, the split and the training.", min=0, max=2**32 - 1)
+    quick: bool = option(False, help="Make a small run, to see it work in under a minute.")
+    networks: int | None = option(
+        None, help="Number of networks to train.", shown=f"{Demo.networks}, quick {Demo.quick().networks}"
     )
-    epochs: int | None = field(
-        default=None, metadata=option("Epochs of the predictor.", shown=f"{Demo.epochs}, quick {Demo.quick().epochs}")
+    epochs: int | None = option(
+        None, help="Epochs of the predictor.", shown=f"{Demo.epochs}, quick {Demo.quick().epochs}"
     )
-    hidden_dim: int | None = field(default=None, metadata=option("Width of the encoder.", shown=str(Demo.hidden_dim)))
+    hidden_dim: int | None = option(None, help="Width of the encoder.", shown=str(Demo.hidden_dim))
 
     @property
     def demo(self) -> Demo:
@@ -116,51 +114,39 @@ class TrainSettings:
         ValueError: a value that is not among a field's choices, or the invariance loss without `permute`.
     """
 
-    zoo: Path = field(metadata=option("Folder of a zoo (see sne_fast.zoo).", argument=True))
-    out: Path = field(metadata=option("Folder for the predictor; the same command resumes.", flags=("--out", "-o")))
-    targets: tuple[str, ...] = field(
-        default=(), metadata=option("Column to predict; repeat for several.", flags=("--target",))
-    )
-    loss: Loss = field(default="mse", metadata=option("mse, bce (targets in [0, 1]) or cross_entropy (classes)."))
-    transform: Transform = field(
-        default="identity", metadata=option("Transform of mse targets: identity, or logit for targets in [0, 1].")
-    )
+    zoo: Path = option(help="Folder of a zoo (see sne_fast.zoo).", argument=True)
+    out: Path = option(help="Folder for the predictor; the same command resumes.", flags=("--out", "-o"))
+    targets: tuple[str, ...] = option((), help="Column to predict; repeat for several.", flags=("--target",))
+    loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
+    transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
     head: tuple[int, ...] = (512, 512)
-    split: str | None = field(
-        default=None, metadata=option("Column that says train, validation or test.", shown="80/10/10 by architecture")
+    split: str | None = option(
+        None, help="Column that says train, validation or test.", shown="80/10/10 by architecture"
     )
-    permute: bool = field(
-        default=False, metadata=option("Permute hidden units anew for every batch; needs known symmetries.")
+    permute: bool = option(False, help="Permute hidden units anew for every batch; needs known symmetries.")
+    invariance: float = option(0.0, help="Weight of the logit-invariance loss; needs --permute.")
+    hidden_dim: int = option(64, help="Width of the encoder.")
+    num_heads: int = option(4, help="Attention heads of the encoder.")
+    chunk_size: int = option(32, help="Largest number of weights in a chunk.")
+    chunking: Chunking = option("flat", help="Rule that cuts tensors into chunks.")
+    set_attention: SetAttention = option(
+        "sab", help="Set attention; isab is for tensors of a million weights and more."
     )
-    invariance: float = field(default=0.0, metadata=option("Weight of the logit-invariance loss; needs --permute."))
-    hidden_dim: int = field(default=64, metadata=option("Width of the encoder."))
-    num_heads: int = field(default=4, metadata=option("Attention heads of the encoder."))
-    chunk_size: int = field(default=32, metadata=option("Largest number of weights in a chunk."))
-    chunking: Chunking = field(
-        default="flat", metadata=option("How tensors are cut into chunks: flat, neuron or kernel.")
+    input_scale: InputScale = option(
+        "tensor",
+        help="Divide weights by the RMS of their tensor (tensor), by that of such tensors in the training networks "
+        "(zoo), by one over the root of the fan-in (fan_in), or not (none).",
     )
-    set_attention: SetAttention = field(
-        default="sab", metadata=option("sab, or isab for tensors of a million weights and more.")
-    )
-    input_scale: InputScale = field(
-        default="tensor",
-        metadata=option(
-            "Divide weights by the RMS of their tensor (tensor), by that of such tensors in the training networks "
-            "(zoo), by one over the root of the fan-in (fan_in), or not (none)."
-        ),
-    )
-    code_gain: float | None = field(default=None, metadata=option("Initial gain of the position codes.", shown="0.1"))
-    epochs: int = field(default=40, metadata=option("Passes over the training networks."))
-    lr: float = field(default=1e-3, metadata=option("Peak learning rate."))
-    batch_weights: int = field(default=20_000, metadata=option("Largest number of weights in a batch."))
-    weight_decay: float = field(default=1e-2, metadata=option("Weight decay of matrices."))
-    patience: int | None = field(default=None, metadata=option("Epochs without improvement after which training ends."))
-    amp: AmpDtype | None = field(default=None, metadata=option("Train under autocast in bfloat16 or float16."))
-    log: LogFormat = field(default="csv", metadata=option("Format of the log: csv or tensorboard."))
-    seed: int = field(
-        default=0, metadata=option("Seed of the initial parameters, the split, the order and the permutations.")
-    )
-    device: str = field(default="cpu", metadata=option("Device to run on, such as cpu or cuda."))
+    code_gain: float | None = option(None, help="Initial gain of the position codes.", shown="0.1")
+    epochs: int = option(40, help="Passes over the training networks.")
+    lr: float = option(1e-3, help="Peak learning rate.")
+    batch_weights: int = option(20_000, help="Largest number of weights in a batch.")
+    weight_decay: float = option(1e-2, help="Weight decay of matrices.")
+    patience: int | None = option(None, help="Epochs without improvement after which training ends.")
+    amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
+    log: LogFormat = option("csv", help="Format of the log.")
+    seed: int = option(0, help="Seed of the initial parameters, the split, the order and the permutations.")
+    device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
 
     def __post_init__(self) -> None:
         check_choices(self, "train")
@@ -184,21 +170,17 @@ class TrainSettings:
 class TaskSettings:
     """Options of `sne-fast task`; see :func:`sne_fast.tasks.run_task`."""
 
-    name: TaskName = field(
-        metadata=option("inr, accuracy, cross-dataset, cross-architecture or transformers.", argument=True)
+    name: TaskName = option(help="Experiment to run.", argument=True)
+    out: Path = option(help="Folder for zoos, runs and report; resumes.", flags=("--out", "-o"))
+    seeds: tuple[int, ...] = option(
+        SEEDS, help="Seed of a run; repeat for several.", flags=("--seed",), shown="0, 1 and 2"
     )
-    out: Path = field(metadata=option("Folder for zoos, runs and report; resumes.", flags=("--out", "-o")))
-    seeds: tuple[int, ...] = field(
-        default=SEEDS, metadata=option("Repeat for several.", flags=("--seed",), shown="0, 1 and 2")
+    methods: tuple[str, ...] = option(
+        (),
+        help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, or "
+        "across architectures statistics_fan_in; repeat for several.",
+        flags=("--method",),
+        shown="all",
     )
-    methods: tuple[str, ...] = field(
-        default=(),
-        metadata=option(
-            "Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, or "
-            "across architectures statistics_fan_in; repeat for several.",
-            flags=("--method",),
-            shown="all",
-        ),
-    )
-    networks: int | None = field(default=None, metadata=option("Number of networks of all zoos.", shown="the task's"))
-    epochs: int | None = field(default=None, metadata=option("Epochs of SNE.", shown="the task's"))
+    networks: int | None = option(None, help="Number of networks of all zoos.", shown="the task's")
+    epochs: int | None = option(None, help="Epochs of SNE.", shown="the task's")

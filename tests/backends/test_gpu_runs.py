@@ -12,7 +12,7 @@ import pytest
 from helpers.paths import ROOT
 from sne_fast.backends import gpu_runs
 from sne_fast.backends.gpu_runs import Run
-from sne_fast.cli import info
+from sne_fast.cli import installation
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def test_what_failed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     said = gpu_runs.sentence("cuda", "emulated")
     assert said == ("has run chunk_encode, segment_pool on NVIDIA H200 (compute 9.0, gpu.json), where failed: tests")
     assert gpu_runs.sentence("triton", "emulated") == "has not run on a GPU yet: emulated only"
-    lines = dict(info.backends())
+    lines = dict(installation.backends())
     assert lines["backend cuda"].endswith(f"; {said}") and "has not run on a GPU yet" in lines["backend triton"]
 
 

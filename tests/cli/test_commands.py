@@ -68,6 +68,44 @@ def test_help_names_the_commands_and_is_quiet():
     assert call("--version").stdout == f"sne_fast {sne_fast.__version__}\n"
 
 
+def program(*arguments, **environment):
+    """Runs the console script's function in a Python of its own."""
+    started = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", "from sne_fast.cli.commands import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**started, **environment})
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; from sne_fast.cli.commands import app\n"
+        "for command in sys.argv[1:]:\n"
+        "    assert app([*command.split(), '--help'], prog_name='sne-fast', standalone_mode=False) in (None, 0)\n"
+        "app(['--version'], standalone_mode=False)\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    commands = ["", "demo", "train", "task", "encode", "predict", "bench", "info"]
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: sne-fast") == len(commands)
+    assert done.stdout.endswith(f"sne_fast {sne_fast.__version__}\n")
+
+
+def test_openmp_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    done = program("info", OMP_DISPLAY_ENV="TRUE")
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this torch brings an OpenMP that does not show its settings")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in program("info", OMP_DISPLAY_ENV="TRUE", OMP_WAIT_POLICY="active").stderr
+
+
+def test_the_shell_completes_commands_and_choices():
+    script = program(_SNE_FAST_COMPLETE="source_bash")
+    assert script.returncode == 0 and "complete -o default -F" in script.stdout and "sne-fast" in script.stdout
+    for words, position, found in [("en", 1, ["encode"]), ("train --log ", 3, ["csv", "tensorboard"])]:
+        asked = {"COMP_WORDS": f"sne-fast {words}", "COMP_CWORD": str(position)}
+        assert program(_SNE_FAST_COMPLETE="complete_bash", **asked).stdout.split() == found
+
+
 def test_encode_npz(files, tmp_path):
     out = tmp_path / "z.npz"
     result = call("encode", *files, "-o", out, "--seed", 5)
@@ -180,7 +218,7 @@ def test_a_bad_checkpoint_among_good_ones(files, tmp_path):
     message = fails("encode", *files, "-o", tmp_path / "z.npz")
     assert "net1" in message and "'w'" in message
     assert not (tmp_path / "z.npz").exists()
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
 def test_a_failed_write_leaves_the_old_file(files, tmp_path, monkeypatch):
@@ -194,7 +232,7 @@ def test_a_failed_write_leaves_the_old_file(files, tmp_path, monkeypatch):
     monkeypatch.setattr("numpy.savez", full)
     assert "No space left on device" in fails("encode", *files, "-o", out)
     assert out.read_bytes() == b"old"
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
 def test_an_encoder_cannot_predict(files, tmp_path):
@@ -244,7 +282,7 @@ def test_bugs_are_not_hidden(files, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sne_fast.cli.commands.expand", broken)
+    monkeypatch.setattr("sne_fast.cli.encode.expand", broken)
     result = call("encode", files[0], "-o", tmp_path / "z.npz")
     assert isinstance(result.exception, RuntimeError)
 
@@ -255,8 +293,7 @@ def test_the_program_runs_what_is_installed_whatever_the_folder(tmp_path):
         pytest.skip(f"{program} is not there")
     (tmp_path / "sne_fast").mkdir()
     (tmp_path / "sne_fast" / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # so that it starts anew
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"sne_fast {sne_fast.__version__}\n"
 

@@ -7,19 +7,20 @@
         for kernel in kernels("set_attention/forward", "forward<.*, 64", arch="90a"):
             assert kernel.spilled_bytes == 0 and kernel.count("HMMA")
 
-A file is compiled once per session, for all of ARCHITECTURES; files that tests have as parameter ``file`` several at a
-time. Of kernels that exist for many widths of heads a representative one each, unless pytest has --all-variants.
+A file is compiled for all of ARCHITECTURES, once for all sessions with the same sources; several at a time. Of kernels
+that exist for many widths of heads a representative one each, unless pytest has --all-variants.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from pathlib import Path
 import cuda_build
 import native_build
 import pytest
+
+from helpers import artefacts
 
 ARCHITECTURES = cuda_build.CUBINS
 SHARED_LIMIT = {"80": 163 << 10, "90a": 227 << 10, "100": 227 << 10}  # of one block, in bytes
@@ -45,12 +48,12 @@ class Kernel:
     stack_bytes: int
     spilled_bytes: int
     shared_bytes: int
-    sass: str = field(repr=False)
+    words: dict[str, int] = field(repr=False)  # of its machine code, with how often they stand there
 
     def count(self, instruction: str) -> int:
         """How often an instruction (``HGMMA``, ``HMMA``, ``LDSM``, ...) stands in the machine code."""
-        assert self.sass, "needs cuobjdump, which comes with Triton and with a CUDA toolkit"
-        return len(re.findall(rf"\b{instruction}\b", self.sass))
+        assert self.words, "needs cuobjdump, which comes with Triton and with a CUDA toolkit"
+        return self.words.get(instruction, 0)
 
     @property
     def matrix_instruction(self) -> str:
@@ -111,37 +114,48 @@ all_variants = False
 
 def start(files: Collection[str]) -> None:
     """Begin to compile several at a time, each once per session."""
-    pool, folder = _workers()
     for source in cuda_build.sources():
         file = cuda_build.name_of(source)
         if file in files and file not in _futures:
-            _futures[file] = pool.submit(compile_file, source, Path(folder.name))
+            _futures[file] = _workers().submit(compile_file, source)
 
 
 @functools.cache
-def _workers() -> tuple[ThreadPoolExecutor, tempfile.TemporaryDirectory[str]]:
-    return ThreadPoolExecutor(native_build.jobs()), tempfile.TemporaryDirectory(prefix="sne_fast_cuda")
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(native_build.jobs())
 
 
-def compile_file(source: Path, folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> Object:
-    """Compile any .cu file as the library's are, warnings being errors, into ``folder``."""
+def compile_file(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> Object:
+    """Compile any .cu file of the repository as the library's are, warnings being errors."""
     nvcc = cuda_build.find_nvcc()
     assert nvcc is not None
-    out, begin = folder / f"{source.parent.name}_{source.stem}.o", time.monotonic()
     strict = ["-Xptxas=-v", "-Werror", "all-warnings", *([] if all_variants else ["-DSNE_REPRESENTATIVE"])]
-    unit = native_build.Unit(source, out.name, cuda_build.compiler(nvcc, architectures, source, strict))
-    done = subprocess.run(unit.line(folder), capture_output=True, text=True)
-    assert done.returncode == 0, f"{source.name}:\n{(done.stdout + done.stderr)[:8000]}"
-    # What ptxas calls information: registers of a running wgmma are touched, and it has to wait.
-    assert not re.search(r"\(C75\d\d\)", done.stdout + done.stderr), f"{source.name}: {done.stdout + done.stderr}"
-    seconds = time.monotonic() - begin
-    sass = _machine_code(out)
-    found = _resources(done.stdout + done.stderr)
-    plain = _demangled([name for name, _ in found])
-    made = [
-        Kernel(plain[name], arch, **values, sass=sass.get((name, arch), "")) for (name, arch), values in found.items()
-    ]
-    return Object(out, tuple(made), seconds)
+    command = cuda_build.compiler(nvcc, architectures, source, strict)
+    tool = cuobjdump() or ""
+    parts = [*command, artefacts.version(nvcc), tool and artefacts.version(tool), Path(__file__).read_text()]
+    headers = [path for path in artefacts.native_sources("cuda", "include") if path.suffix != ".cu"]
+
+    def make(folder: Path) -> None:
+        out, begin = folder / "object.o", time.monotonic()
+        done = subprocess.run([*command, "-c", str(source), "-o", str(out)], capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, f"{source.name}:\n{said[:8000]}"
+        # What ptxas calls information: registers of a running wgmma are touched, and it has to wait.
+        assert not re.search(r"\(C75\d\d\)", said), f"{source.name}: {said}"
+        seconds = time.monotonic() - begin
+        words, found = _machine_code(out), _resources(said)
+        plain = _demangled([name for name, _ in found])
+        made = [
+            {"name": plain[name], "arch": arch, **values, "words": words.get((name, arch), {})}
+            for (name, arch), values in found.items()
+        ]
+        (folder / "kernels.json").write_text(json.dumps({"seconds": seconds, "kernels": made}))
+
+    folder = artefacts.kept(
+        f"nvcc/{source.parent.name}_{source.stem}", artefacts.digest(parts, [source, *headers]), make
+    )
+    found = json.loads((folder / "kernels.json").read_text())
+    return Object(folder / "object.o", tuple(Kernel(**kernel) for kernel in found["kernels"]), found["seconds"])
 
 
 def _resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
@@ -163,7 +177,8 @@ def _resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
     return found
 
 
-def _machine_code(path: Path) -> dict[tuple[str, str], str]:
+def _machine_code(path: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Words of the machine code and how often they stand in it, by mangled name and architecture."""
     tool = cuobjdump()
     if tool is None:
         return {}
@@ -174,7 +189,7 @@ def _machine_code(path: Path) -> dict[tuple[str, str], str]:
         assert arch is not None
         for function in re.split(r"(?=\bFunction : )", part)[1:]:
             head, _, body = function.partition("\n")
-            found[head.removeprefix("Function : ").strip(), arch[1]] = body
+            found[head.removeprefix("Function : ").strip(), arch[1]] = Counter(re.findall(r"\b[A-Z]\w+", body))
     return found
 
 

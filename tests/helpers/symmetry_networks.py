@@ -41,7 +41,7 @@ class Fused(nn.Module):
 
 
 class Chunked(Fused):
-    """The same with the projection cut by chunk, and the attention written out."""
+    """Fused attention with the projection cut by `chunk`, and softmax and products written out."""
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (z.view(*z.shape[:2], self.heads, -1).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
@@ -49,7 +49,7 @@ class Chunked(Fused):
 
 
 class Rotary(Fused):
-    """Rotary positions pin the units of queries and keys, and leave heads and values."""
+    """Rotary position codes, which freeze the units of queries and keys, and leave heads and values."""
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (z.view(*z.shape[:2], self.heads, -1).transpose(1, 2) for z in self.qkv(x).split(x.shape[-1], -1))
@@ -209,7 +209,7 @@ class Inverted(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down and up again by a transposed convolution, joined with what was there before."""
+    """Down by pooling and up by a transposed convolution, concatenated with the features before the pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ def generator(seed=0):
 
 
 def assert_same(a, b):
-    """Two batches with the same bits in every field."""
+    """Assert that two batches have the same bits in every field."""
     for field in TENSORS:
         assert torch.equal(getattr(a, field), getattr(b, field)), field
     assert (a.chunk_size, a.chunking, a.shapes) == (b.chunk_size, b.chunking, b.shapes)
@@ -364,6 +364,6 @@ def assert_same(a, b):
 
 
 def weights(net, seed):
-    """A state_dict in its own order, with random numbers everywhere."""
+    """Return a state_dict in its own order, with random parameters and running statistics."""
     found = random_weights(net, generator(seed))
     return {key: found.get(key, tensor) for key, tensor in net.state_dict().items()}

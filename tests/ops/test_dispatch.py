@@ -192,8 +192,8 @@ assert said["segment_pool"] == ("does not implement segment_pool_backward",), sa
 assert said["set_attention"] == ("does not implement set_attention",)
 assert "toy" in str(sne_fast.explain())
 
-from sne_fast.cli import info
-assert ("backend toy", "built for play") in info.backends()
+from sne_fast.cli import installation
+assert ("backend toy", "built for play") in installation.backends()
 
 mab = sne_fast.MAB(32, 32, 32, num_heads=4).requires_grad_(False)
 run = torch.compile(mab, fullgraph=True, backend="eager") if sys.argv[2] == "compiled" else mab

@@ -1,4 +1,4 @@
-"""Permuting packed batches is packing permuted networks, to the bit; augmentation and the logit-invariance loss."""
+"""A permuted batch has the bits of packed permuted networks; augmentation and the logit-invariance loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES = {**CONVOLUTIONS, **TRANSFORMERS, **OTHERS}
 
 @pytest.fixture(scope="module")
 def zoo():
-    """A fresh network of every architecture of the digits zoo, twice, and their symmetries."""
+    """Return names, weights and symmetries of every architecture of the digits zoo, each twice."""
     traced = {
         name: sym.trace(f(), torch.randn(2, 1, 8, 8), check=False, name=name) for name, f in ARCHITECTURES.items()
     }
@@ -46,7 +46,7 @@ def test_permuting_a_batch_is_packing_permuted_state_dicts(name, chunking):
     permuted = sym.permute(batch, symmetry, permutations=tables)
     assert_same(permuted, sne_fast.pack(moved, chunk_size=5, chunking=chunking))
     assert not torch.equal(permuted.values, batch.values)
-    assert_same(permuted, sym.permute(batch, symmetry, generator(1)))  # drawn alike
+    assert_same(permuted, sym.permute(batch, symmetry, generator(1)))  # the same draw
 
 
 @pytest.mark.parametrize("scale", ["tensor", "none"])
@@ -63,8 +63,8 @@ def test_a_zoo_is_permuted_as_one_batch(zoo, chunking, scale):
         assert not torch.equal(got[b].values, batch[b].values)
 
 
-def test_packing_the_module_is_permuted_likewise():
-    """A module's batch holds tied tensors once and fewer buffers than its state_dict."""
+def test_permuting_a_packed_module():
+    """A batch of a module holds tied tensors once, and fewer buffers than the state_dict."""
     net = make("transformer_tied")
     symmetry = sym.trace(net, torch.tensor([[0, 1, 4]]))
     tables = symmetry.draw(generator())
@@ -112,7 +112,7 @@ def test_a_network_without_hidden_units_stays(zoo):
     assert_same(sym.permute(batch[1], nothing), batch[1])
 
 
-def test_networks_of_other_sizes_in_between():
+def test_networks_of_different_sizes_in_one_batch():
     large = nn.Sequential(nn.Linear(90, 200), nn.Tanh(), nn.Linear(200, 60))
     symmetry = sym.trace(large, torch.randn(2, 90), check=False)
     small = sym.chain_symmetry(make("mlp").state_dict())
@@ -127,7 +127,7 @@ def test_networks_of_other_sizes_in_between():
     assert torch.equal(moved[1]["2.weight"], states[1]["2.weight"][:, order])
 
 
-def test_gradients_go_back_to_where_the_values_came_from(zoo):
+def test_gradients_reach_the_permuted_values(zoo):
     _, states, symmetries = zoo
     state = {key: t.double().requires_grad_() for key, t in states[4].items()}
     tables = symmetries[4].draw(generator())
@@ -150,7 +150,7 @@ def test_other_dtypes_and_an_empty_batch(zoo, dtype):
     assert len(sym.permute(batch[0:0], [], generator())) == 0
 
 
-def test_what_does_not_fit_is_refused(zoo):
+def test_batches_that_do_not_fit_are_refused(zoo):
     names, states, symmetries = zoo
     batch = sne_fast.pack(states[:2])
     with pytest.raises(sym.SymmetryError, match=r"permute: symmetries must be one Symmetry, or one per network \(2\)"):
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused(zoo):
 
 
 def test_an_encoder_changes_only_by_the_order_inside_sets():
-    """Without order codes, chunks per neuron, and one chunk per vector, hidden units are sets to the encoder too."""
+    """Hidden units are sets to an encoder without order codes, with chunks per neuron and one chunk per vector."""
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     symmetry = sym.trace(net, torch.randn(2, 5))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The canonical form: the same function, the same form for all permutations and signs, and its jitter."""
+"""The canonical form keeps the function and is the same for all permutations and signs; its jitter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAMILIES = {**CONVOLUTIONS, **OTHERS}
 
 
 def unpack(batch, b=0):
-    """The tensors of network `b` of a batch cut "kernel", whose values stand as they are stored."""
+    """Return the tensors of network `b` of a batch with chunking "kernel", which keeps values as they are stored."""
     part = batch[b]
     sizes = [torch.Size(shape).numel() for shape in part.shapes[0]]
     values = part.values * part.tensor_scale.repeat_interleave(torch.tensor(sizes))
@@ -25,7 +25,7 @@ def unpack(batch, b=0):
 
 
 def turned(net, seed):
-    """A chain of Linear layers with units of random sign."""
+    """Return the weights of a chain of linear layers with the signs of random units turned."""
     state, g = {k: v.clone() for k, v in net.state_dict().items()}, generator(seed)
     layers = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
     for one, after in zip(layers, layers[1:], strict=False):
@@ -45,8 +45,8 @@ def chain(widths=(1, 12, 9, 1), seed=0):
 
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_it_is_a_permutation_and_its_own_form(name, chunking):
-    """Of every family: some permutation of the network, and unchanged when taken again."""
+def test_the_form_is_a_permutation_and_its_own_form(name, chunking):
+    """The form is a permutation of the network, and the form of the form is itself."""
     make_net, inputs, _ = FAMILIES[name]
     torch.manual_seed(0)
     net, inputs = make_net(), inputs()
@@ -54,7 +54,7 @@ def test_it_is_a_permutation_and_its_own_form(name, chunking):
     batch = sne_fast.pack([weights(net, seed) for seed in range(2)], chunk_size=5, chunking=chunking)
     formed = canonicalise(batch, symmetry)
     assert torch.equal(formed.values.sort().values, batch.values.sort().values)
-    if not any(info.within for info in symmetry.atoms):
+    if not any(info.within for info in symmetry.axes):
         assert_same(canonicalise(formed, symmetry), formed)
         assert_same(canonicalise(permute(batch, symmetry, generator(1)), symmetry), formed)
 
@@ -149,7 +149,7 @@ def test_gradients_reach_the_values():
     torch.testing.assert_close(net[0].weight.grad, 2 * net[0].weight)
 
 
-def test_what_it_cannot_do_is_said():
+def test_unsupported_networks_are_refused():
     net = chain()
     symmetry, batch = sym.chain_symmetry(net.state_dict()), sne_fast.pack([net]).detach()
     with pytest.raises(SymmetryError, match="one per network"):

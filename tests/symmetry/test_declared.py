@@ -1,4 +1,4 @@
-"""Symmetries said by hand or read off the names of a chain, and that `verify` catches wrong ones."""
+"""Symmetries declared explicitly or read off the names of a chain; `verify` catches wrong ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ IMAGES = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By hand
+# Declared explicitly
+
+
+def test_there_is_one_from_spec():
+    assert sym.from_spec == sym.Symmetry.from_spec
 
 
 def test_the_spec_of_a_flattened_convolution_is_what_trace_finds():
@@ -85,8 +89,8 @@ def test_verify_catches_wrong_specs(wrong):
         sym.verify(net, IMAGES, symmetry)
 
 
-def test_verify_hides_nothing_behind_fresh_statistics():
-    """A fresh BatchNorm is the same for every channel: with the given weights a wrong spec would pass."""
+def test_verify_replaces_fresh_statistics():
+    """A fresh BatchNorm treats all channels alike, so a wrong spec passes with the given weights."""
     net = conv_net(nn.BatchNorm2d(4))
     symmetry = sym.from_spec({"conv": [("0.weight", 0), ("0.bias", 0), ("4.weight", 1, 9)]}, net.state_dict())
     assert sym.verify(net, IMAGES, symmetry, randomise=False) < 1e-5
@@ -94,8 +98,8 @@ def test_verify_hides_nothing_behind_fresh_statistics():
         sym.verify(net, IMAGES, symmetry)
 
 
-def test_verify_draws_again_where_nothing_would_show():
-    """Eleven narrow layers of ReLUs are often all off, and then any permutation passes."""
+def test_verify_draws_again_where_nothing_shows():
+    """In eleven narrow layers all ReLUs are often off, and then any permutation passes."""
     net, x = make("mlp_deep"), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     wrong = sym.from_spec({"first": [("0.weight", 0), ("0.bias", 0)]}, net.state_dict())
     for seed in range(20):
@@ -152,7 +156,7 @@ def test_chains_are_what_trace_finds(name):
     assert sym.verify(net, inputs, symmetry) < 1e-5
 
 
-def test_what_is_no_plain_chain_is_refused_by_name():
+def test_networks_that_are_not_chains_are_refused_by_name():
     with pytest.raises(sym.SymmetryError, match="norm '1' after a convolution has no running statistics.*norm_groups="):
         sym.chain_symmetry(conv_net(nn.GroupNorm(2, 4)).state_dict())
     grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2))
@@ -168,7 +172,7 @@ def test_what_is_no_plain_chain_is_refused_by_name():
         sym.chain_symmetry({})
 
 
-def test_a_chain_that_is_none_is_caught_by_verify():
+def test_verify_catches_a_shortcut_taken_for_a_chain():
     class Shortcut(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Permutations of hidden units: every family keeps its function, and what is found is what there is."""
+"""Traced permutations keep the function of every family, and all that there are is found."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAMILIES = {**CONVOLUTIONS, **TRANSFORMERS, **OTHERS}
 
 
 def sizes(symmetry: sym.Symmetry) -> list[tuple[int, int]]:
-    """Units and number of permutations of every group, sorted."""
+    """Return the number of units and of permutations of every group, sorted."""
     return sorted((group.units, group.tables) for group in symmetry.groups)
 
 
@@ -47,13 +47,13 @@ def test_families_keep_their_function(name):
     assert sym.verify(net, inputs, symmetry) < 1e-5
 
 
-# A bias that a normalisation or the softmax takes out again.
+# Biases that a normalisation or the softmax cancels.
 WITHOUT_EFFECT = {("instance and layer norm", "0.bias"), ("grouped queries", "k.bias")}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_group_matters(name):
-    """Moving the units of one place only changes the function: each use of each group is needed."""
+    """Leaving one tensor unpermuted changes the function: each use of each group is needed."""
     make_net, inputs, _ = FAMILIES[name]
     torch.manual_seed(0)
     net, inputs = make_net().double().eval(), inputs()
@@ -103,7 +103,7 @@ def test_zoo_transformer():
 # What is found
 
 
-def test_conv_flatten_linear_moves_blocks_of_columns():
+def test_conv_flatten_linear_permutes_blocks_of_columns():
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
     symmetry = sym.trace(net, torch.randn(2, 1, 4, 4))
     state = {k: torch.arange(float(t.numel())).reshape(t.shape) for k, t in net.state_dict().items()}
@@ -115,7 +115,7 @@ def test_conv_flatten_linear_moves_blocks_of_columns():
     torch.testing.assert_close(out["3.bias"], state["3.bias"], rtol=0, atol=0)
 
 
-def test_batch_norm_statistics_go_along():
+def test_batch_norm_statistics_are_permuted_with_their_channels():
     net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     symmetry = sym.trace(net, torch.randn(2, 1, 5, 5))
     assert uses(symmetry) == [
@@ -132,7 +132,7 @@ def test_residual_streams_are_tied_and_projections_too():
     assert any({("blocks.1.conv2.weight", 0), ("blocks.1.shortcut.0.weight", 0)} <= group for group in uses(symmetry))
 
 
-def test_heads_are_blocks_and_units_inside_them_differ_by_head():
+def test_heads_are_permuted_as_wholes_and_units_inside_each_by_themselves():
     symmetry = sym.trace(Fused(8, 2), torch.randint(0, 7, (2, 5)))
     by_name = {group.name: group for group in symmetry.groups}
     heads = by_name["qkv.weight[0] from 0 in steps of 4"]
@@ -144,7 +144,7 @@ def test_heads_are_blocks_and_units_inside_them_differ_by_head():
     assert ("proj.weight", 1) in uses_of(values)
 
 
-def test_tied_tensors_move_once_under_every_name():
+def test_tied_tensors_are_permuted_once_under_every_name():
     net = Fused(8, 2)
     symmetry = sym.trace(net, torch.randint(0, 7, (2, 5)))
     permuted = symmetry.permute_state_dict(net.state_dict(), torch.Generator().manual_seed(3))
@@ -174,7 +174,7 @@ def test_trace_leaves_the_module_as_it_is():
     assert torch.backends.mha.get_fastpath_enabled() == fast and torch.backends.mkldnn.is_available() == onednn
 
 
-def test_a_compiled_module_is_traced_as_what_it_was():
+def test_a_compiled_module_is_traced_as_the_original():
     net, x = make("mlp"), torch.randn(2, 5)
     compiled = torch.compile(net, backend="eager")
     symmetry = sym.trace(compiled, x, strict=True)
@@ -204,7 +204,7 @@ def test_keyword_and_several_inputs():
 
 
 class Unknown(nn.Module):
-    """A matrix function that there is no rule for, between two plain hidden layers."""
+    """A matrix function without a rule, between two plain hidden layers."""
 
     def __init__(self):
         super().__init__()
@@ -266,14 +266,14 @@ def freezing(forward):
         (lambda n, x: n.c(F.conv1d(n.b(n.a(x))[:, None], torch.ones(1, 1, 3), padding=1)[:, 0]), "slides along it"),
     ],
 )
-def test_what_depends_on_positions_is_frozen(forward, reason):
+def test_axes_whose_positions_matter_are_frozen(forward, reason):
     net, x = freezing(forward), torch.randn(3, 4)
-    symmetry = sym.trace(net, x)  # which verifies
+    symmetry = sym.trace(net, x)  # ends with verify
     assert reason in symmetry.frozen["b.weight[0]"]
     assert not any(("b.weight", 0) in group for group in uses(symmetry))
 
 
-def test_what_is_picked_by_position_is_frozen_but_the_rest_moves():
+def test_units_picked_by_position_are_frozen_and_the_rest_is_permuted():
     net = freezing(lambda n, x: n.c(torch.cat([n.b(n.a(x))[:, :2].cumsum(-1), n.b(n.a(x))[:, 2:]], -1)))
     symmetry = sym.trace(net, torch.randn(3, 4))
     assert sizes(symmetry) == [(4, 1), (6, 1)]
@@ -322,7 +322,7 @@ def test_half_precision_is_checked_in_float32():
 
 
 def test_lossy_control_flow_is_caught_by_the_check():
-    """What `.tolist()` reads is not seen; the check that `trace` ends with finds out."""
+    """The tracer does not see values that `.tolist()` reads; the check at the end of `trace` fails."""
     net = freezing(lambda n, x: n.c(n.b(n.a(x))) * torch.tensor(n.b(n.a(x)).tolist())[:, :1])
     with pytest.raises(sym.SymmetryError, match="verify: a permutation of 'Net' changes its output by"):
         sym.trace(net, torch.randn(3, 4))

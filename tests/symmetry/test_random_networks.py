@@ -1,4 +1,4 @@
-"""Symmetries traced in random networks: whatever is permuted, the function stays."""
+"""Symmetries traced in random networks keep the function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sne_fast import symmetry as sym
 
 @st.composite
 def random_nets(draw):
-    """Blocks with random widths, norms, groups, shortcuts and joins, then a flatten or a pooled head."""
+    """Draw layers with random widths, norms, groups, shortcuts and joins, then a flattened or pooled head."""
     widths = st.sampled_from([2, 4, 6])
 
     class Net(nn.Module):
@@ -75,7 +75,7 @@ def test_random_networks_keep_their_function(net):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_random_reshapes_keep_the_function(data):
-    """Whatever views do to a hidden layer, what is still permuted is right."""
+    """Views may freeze units of a hidden layer; those still permuted keep the function."""
     shapes = [(24,), (2, 12), (12, 2), (4, 6), (2, 3, 4), (3, 8), (1, 24), (8, 3), (4, 3, 2)]
     steps = data.draw(st.lists(st.tuples(st.sampled_from(shapes), st.integers(0, 7), st.integers(0, 3)), max_size=5))
     a, b = nn.Linear(3, 24), nn.Linear(24, 2)

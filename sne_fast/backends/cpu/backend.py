@@ -1,4 +1,4 @@
-"""The CPU backend: csrc/cpu through ctypes. float32 and float64 natively; half types are converted at the edge."""
+"""The CPU backend: csrc/cpu through ctypes, in float32 and float64; half types are converted on the way in and out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.backend import Backend
-from ...ops.schema import REQUIRED_OPS, accumulate_dtype
-from ...ops.supported_widths import width_reasons
+from ...ops import checks
+from ...ops.backend import Arguments, Backend
+from ...ops.schema import CHUNK_PARAMETERS, REQUIRED_OPS, accumulate_dtype, named
+from ...ops.supported_widths import pool_width_reasons, width_reasons
 from . import library
 
 LONGEST_CHUNK = 256
@@ -23,54 +24,27 @@ def _dtype_reasons(name: str, tensor: Tensor) -> list[str]:
     return [f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}"]
 
 
-def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    if op.endswith("_backward"):
-        args = args[1:]
+def why_not(op: str, args: Arguments) -> list[str]:
+    """Return why the backend cannot run a call; empty if it can."""
+    given = named(op, args)
     if op.startswith("chunk_encode"):
-        values, pool_query, element_code = args[0], args[14], args[6]
-        reasons = _dtype_reasons("values", values) + width_reasons(pool_query.shape[1], pool_query.shape[0])
-        if element_code.shape[0] > LONGEST_CHUNK and args[3].numel() > 1:  # a shorter table bounds the chunks itself
-            longest = int(args[3].diff().amax())
+        pool_query, element_code = given["pool_query"], given["element_code"]
+        reasons = _dtype_reasons("values", given["values"]) + width_reasons(pool_query.shape[1], pool_query.shape[0])
+        # A table of fewer codes bounds the chunks by itself.
+        if element_code.shape[0] > LONGEST_CHUNK and given["chunk_ptr_host"].numel() > 1:
+            longest = int(given["chunk_ptr_host"].diff().amax())
             if longest > LONGEST_CHUNK:
                 reasons.append(f"chunks must be at most {LONGEST_CHUNK} long, got {longest}")
         return reasons
     if op.startswith("set_attention"):
-        return _dtype_reasons("q", args[0]) + width_reasons(args[0].shape[1], args[-1])
+        return _dtype_reasons("q", given["q"]) + width_reasons(given["q"].shape[1], given["num_heads"])
     if op.startswith("segment_pool"):
-        width = args[0].shape[1]
-        short = [f"width must be a multiple of 16, got {width}"] if width % 16 or not width else []
-        return _dtype_reasons("x", args[0]) + short
+        return _dtype_reasons("x", given["x"]) + pool_width_reasons(given["x"].shape[1])
     return []
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
-
-
-# Under torch.compile, and for who calls torch.ops.sne_fast himself, nothing has looked at the inputs before the backend
-# gets their addresses; these checks are of concrete sizes. What the pointers hold is checked by the backend.
-
-
-def _check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(tensor.shape)}")
-
-
-def _check_like(op: str, first_name: str, first: Tensor, **others: Tensor) -> None:
-    """All of the dtype of the first, and in main memory."""
-    for name, tensor in ((first_name, first), *others.items()):
-        if tensor.dtype != first.dtype or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{op}: {name} must be {first.dtype} on the CPU, got {tensor.dtype} on {tensor.device}; use .to()"
-            )
-
-
-def _check_pointer(op: str, name: str, ptr: Tensor) -> None:
-    if ptr.dtype != torch.int64 or ptr.dim() != 1 or ptr.shape[0] == 0 or ptr.device.type != "cpu":
-        raise ValueError(
-            f"{op}: {name} must have shape (S+1,), be int64 and on the CPU, got {tuple(ptr.shape)}, {ptr.dtype} on "
-            f"{ptr.device}"
-        )
 
 
 def _run(function: str, *args: Any) -> None:
@@ -79,44 +53,23 @@ def _run(function: str, *args: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------- chunk_encode
 
-PARAMETERS = (
-    "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query",
-)  # fmt: skip
-
-
-def _check_chunk_encode(op: str, args: Sequence[Tensor], grad: Tensor | None) -> None:
-    values, _, _, chunk_ptr, tensor_ptr, *parameters = args
-    named = dict(zip(PARAMETERS, parameters, strict=True))
-    _check_like(op, "values", values, **named)
-    _check_pointer(op, "chunk_ptr_host", chunk_ptr)
-    _check_pointer(op, "tensor_ptr_host", tensor_ptr)
-    if named["pool_query"].dim() != 2:
-        raise ValueError(f"{op}: pool_query must have shape (H, h), got {tuple(named['pool_query'].shape)}")
-    heads, h = named["pool_query"].shape
-    shapes = (
-        (tensor_ptr.shape[0] - 1, h), (named["element_code"].shape[0], h), (2, heads), (3, h), (3, 3 * h, h),
-        (3, 3 * h), (4, h, h), (4, h), (4 if named["norm"].shape[0] else 0, 4, h),
-    )  # fmt: skip
-    _check_shape(op, "values", values, (values.numel(),))
-    for (name, tensor), shape in zip(named.items(), shapes, strict=False):
-        _check_shape(op, name, tensor, shape)
-    if grad is not None:
-        _check_shape(op, "grad", grad, (chunk_ptr.shape[0] - 1, heads, h))
-
 
 def _chunk_encode_args(
     op: str, args: Sequence[Tensor], grad: Tensor | None = None
 ) -> tuple[Any, torch.dtype, list[Tensor]]:
-    """The struct, the dtype computed in, and the tensors that must outlive the call (values and parameters first)."""
-    _check_chunk_encode(op, args, grad)
+    """Return the struct, the dtype computed in, and the tensors that must outlive the call."""
     values, _, _, chunk_ptr, tensor_ptr, *parameters = args
+    checks.chunk_encode(op, *args[:5], **dict(zip(CHUNK_PARAMETERS, parameters, strict=True)))
+    heads, h = parameters[-1].shape  # pool_query
+    if grad is not None:
+        checks.saved(op, "grad", grad, (chunk_ptr.shape[0] - 1, heads, h), values.device)
     dtype = accumulate_dtype(values.dtype)
     reals = [_ready(t, dtype) for t in (values, *parameters)]
     pointers = [chunk_ptr.contiguous(), tensor_ptr.contiguous()]
-    heads, h = parameters[9].shape
+    _, element_code, *_, norm, _ = parameters
     struct = library.ChunkEncodeArgs(
-        chunk_ptr.shape[0] - 1, tensor_ptr.shape[0] - 1, values.shape[0], h, heads, parameters[1].shape[0],
-        int(parameters[8].shape[0] > 0), torch.get_num_threads(), *(t.data_ptr() for t in (*pointers, *reals)),
+        chunk_ptr.shape[0] - 1, tensor_ptr.shape[0] - 1, values.shape[0], h, heads, element_code.shape[0],
+        int(norm.shape[0] > 0), torch.get_num_threads(), *(t.data_ptr() for t in (*pointers, *reals)),
     )  # fmt: skip
     return struct, dtype, [*reals, *pointers]
 
@@ -142,20 +95,6 @@ def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
 # ------------------------------------------------------------------------------------------------------ set_attention
 
 
-def _check_set_attention(
-    op: str, q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, heads: int, **saved: Tensor
-) -> None:
-    _check_like(op, "q", q, k=k, v=v)
-    _check_pointer(op, "q_ptr_host", q_ptr)
-    _check_shape(op, "k_ptr_host", k_ptr, tuple(q_ptr.shape))
-    _check_pointer(op, "k_ptr_host", k_ptr)
-    rows, h = q.shape
-    _check_shape(op, "k", k, (k.shape[0], h))
-    _check_shape(op, "v", v, tuple(k.shape))
-    for name, tensor in saved.items():
-        _check_shape(op, name, tensor, (rows, heads) if name == "lse" else (rows, h))
-
-
 def _set_attention_args(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, heads: int, out: Tensor, lse: Tensor
 ) -> Any:
@@ -168,7 +107,7 @@ def _set_attention_args(
 def set_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_host: Tensor, k_host: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    _check_set_attention("set_attention", q, k, v, q_host, k_host, num_heads)
+    checks.set_attention("set_attention", q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
     dtype = accumulate_dtype(q.dtype)
     queries, keys, values = (_ready(t, dtype) for t in (q, k, v))
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
@@ -182,12 +121,15 @@ def set_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_ptr: Tensor, k_ptr: Tensor, q_host: Tensor, k_host: Tensor, num_heads: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_set_attention("set_attention_backward", q, k, v, q_host, k_host, num_heads, grad=grad, out=out, lse=lse)
+    op = "set_attention_backward"
+    checks.set_attention(op, q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
+    for name, tensor, shape in (("grad", grad, q.shape), ("out", out, q.shape), ("lse", lse, (q.shape[0], num_heads))):
+        checks.saved(op, name, tensor, tuple(shape), q.device)
     dtype = accumulate_dtype(q.dtype)
     grad, queries, keys, values, out, lse = (_ready(t, dtype) for t in (grad, q, k, v, out, lse))
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
     grads = [torch.empty_like(t) for t in (queries, keys, values)]
-    if q.dtype != dtype:  # <grad, out> meets numbers close to it: a rounded out spoils the gradient of fc_k
+    if q.dtype != dtype:  # <grad, out> nearly cancels: a rounded out would spoil the gradient of fc_k
         same_lse = torch.empty_like(lse)
         again = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, same_lse)
         _run("sne_fast_cpu_set_attention", library.DTYPES[dtype], ctypes.byref(again))
@@ -200,18 +142,6 @@ def set_attention_backward(
 # ------------------------------------------------------------------------------------------------------- segment_pool
 
 
-def _check_segment_pool(op: str, x: Tensor, logits: Tensor, ptr: Tensor, **saved: Tensor) -> None:
-    _check_like(op, "x", x, logits=logits)
-    _check_pointer(op, "ptr_host", ptr)
-    rows, h = x.shape
-    if logits.dim() != 2:
-        raise ValueError(f"{op}: logits must have shape (rows, A), got {tuple(logits.shape)}")
-    heads, segments = logits.shape[1], ptr.shape[0] - 1
-    _check_shape(op, "logits", logits, (rows, heads))
-    for name, tensor in saved.items():
-        _check_shape(op, name, tensor, (segments, heads) if name == "lse" else (segments, heads, h))
-
-
 def _segment_pool_args(x: Tensor, logits: Tensor, ptr: Tensor, out: Tensor, lse: Tensor) -> Any:
     return library.SegmentPoolArgs(
         ptr.shape[0] - 1, x.shape[0], x.shape[1], logits.shape[1], torch.get_num_threads(),
@@ -220,7 +150,7 @@ def _segment_pool_args(x: Tensor, logits: Tensor, ptr: Tensor, out: Tensor, lse:
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
-    _check_segment_pool("segment_pool", x, logits, ptr_host)
+    checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
     dtype = accumulate_dtype(x.dtype)
     rows, weights, ptr_host = _ready(x, dtype), _ready(logits, dtype), ptr_host.contiguous()
     segments, heads = ptr_host.shape[0] - 1, logits.shape[1]
@@ -234,7 +164,10 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
 def segment_pool_backward(
     grad: Tensor, x: Tensor, logits: Tensor, out: Tensor, lse: Tensor, ptr: Tensor, ptr_host: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check_segment_pool("segment_pool_backward", x, logits, ptr_host, grad=grad, out=out, lse=lse)
+    checks.segment_pool("segment_pool_backward", x, logits, ptr, ptr_host)
+    pooled = (ptr.shape[0] - 1, logits.shape[1], x.shape[1])
+    for name, tensor, shape in (("grad", grad, pooled), ("out", out, pooled), ("lse", lse, pooled[:2])):
+        checks.saved("segment_pool_backward", name, tensor, shape, x.device)
     dtype = accumulate_dtype(x.dtype)
     grad, rows, weights, out, lse = (_ready(t, dtype) for t in (grad, x, logits, out, lse))
     ptr_host = ptr_host.contiguous()
@@ -252,21 +185,6 @@ def segment_pool_backward(
 # ------------------------------------------------------------------------------------------------------ gather_chunks
 
 
-def _check_gather(op: str, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, **values: Tensor) -> None:
-    _check_shape(op, "scale", scale, (len(tensors),))
-    _check_shape(op, "plan", plan, (len(tensors), 2))
-    if plan.dtype != torch.int64 or plan.device.type != "cpu":
-        raise ValueError(f"{op}: plan must be int64 on the CPU, got {plan.dtype} on {plan.device}")
-    for t, (tensor, (rows, positions)) in enumerate(zip(tensors, plan.tolist(), strict=True)):
-        if min(rows, positions) < 0 or tensor.numel() != rows * positions or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{op}: tensors[{t}] must have shape {(rows, positions)} by plan[{t}] and be on the CPU, got "
-                f"{tuple(tensor.shape)} on {tensor.device}"
-            )
-    for name, tensor in values.items():
-        _check_shape(op, name, tensor, (sum(t.numel() for t in tensors),))
-
-
 def _gather_args(matrices: Sequence[Tensor], scale: Tensor, plan: Tensor, values: Tensor) -> tuple[Any, list[Any]]:
     count = len(matrices)
     dtypes = (ctypes.c_int32 * count)(*(library.DTYPES[m.dtype] for m in matrices))
@@ -280,7 +198,7 @@ def _gather_args(matrices: Sequence[Tensor], scale: Tensor, plan: Tensor, values
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_gather("gather_chunks", tensors, scale, plan)
+    checks.gather_chunks("gather_chunks", tensors, scale, plan)
     computed = accumulate_dtype(dtype)
     matrices = [(t if t.dtype in library.DTYPES else t.to(computed)).contiguous() for t in tensors]  # fp8 and the like
     values = torch.empty(sum(t.numel() for t in matrices), dtype=computed)
@@ -292,7 +210,7 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
 def gather_chunks_backward(
     grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    _check_gather("gather_chunks_backward", tensors, scale, plan, grad=grad, values=values)
+    checks.gather_chunks_backward("gather_chunks_backward", grad, values, tensors, scale, plan)
     computed = accumulate_dtype(values.dtype)
     grad, values = _ready(grad, computed), _ready(values, computed)
     grads = [

@@ -1,18 +1,20 @@
-"""The CPU backend's native library: found, loaded and checked once, and its structs in ctypes.
+"""Native library of the CPU backend: its structs and functions in ctypes, and the choice of the instruction set.
 
-Nothing is loaded at import. A failed load is remembered: :func:`reasons` explains it, :func:`library` raises it.
+Nothing is loaded at import. :func:`reasons` explains a failed load, :func:`library` raises it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from ...ops.schema import CHUNK_PARAMETERS
+from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 
 ABI = 1
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
@@ -22,22 +24,13 @@ ERROR_FILE = Path(__file__).parents[2] / "_cpu_engine_build_error.txt"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
-    """A struct of int64 and, behind them, pointers."""
-    fields: list[tuple[str, type]] = [(field, ctypes.c_int64) for field in integers.split()]
-    fields += [(field, ctypes.c_void_p) for field in pointers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-# Field by field the structs of csrc/include/sne_fast/cpu_abi.h.
+# Field by field as the structs of csrc/include/sne_fast/cpu_abi.h.
 ChunkEncodeArgs = struct(
     "ChunkEncodeArgs",
     "num_chunks num_tensors num_values hidden heads element_rows layer_norm num_threads",
-    "chunk_ptr tensor_ptr values row_code element_code logit basis w_qkv b_qkv w_o b_o norm pool_query",
+    f"chunk_ptr tensor_ptr values {' '.join(CHUNK_PARAMETERS)}",
 )
-ChunkEncodeGrads = struct(
-    "ChunkEncodeGrads", "", "grad values row_code element_code logit basis w_qkv b_qkv w_o b_o norm pool_query"
-)
+ChunkEncodeGrads = struct("ChunkEncodeGrads", "", f"grad values {' '.join(CHUNK_PARAMETERS)}")
 SetAttentionArgs = struct(
     "SetAttentionArgs", "num_sets rows_q rows_k hidden heads num_threads", "q_ptr k_ptr q k v out lse"
 )
@@ -50,88 +43,56 @@ GatherChunksArgs = struct(
     "shapes dtypes matrices scale values grad scale_grad",
 )
 
-_INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
-Symbols = Mapping[str, tuple[type | None, list[type]]]
-"""Exported functions: results and arguments."""
 SYMBOLS: Symbols = {
-    "sne_fast_cpu_abi": (_INT, []),
-    "sne_fast_cpu_status": (_TEXT, [_INT]),
-    "sne_fast_cpu_isa": (_TEXT, []),
-    "sne_fast_cpu_select_isa": (_INT, [_TEXT]),
-    "sne_fast_cpu_has_isa": (_INT, [_TEXT]),
-    "sne_fast_cpu_chunk_encode": (_INT, [_INT, _REF, _REF]),
-    "sne_fast_cpu_chunk_encode_backward": (_INT, [_INT, _REF, _REF]),
-    "sne_fast_cpu_set_attention": (_INT, [_INT, _REF]),
-    "sne_fast_cpu_set_attention_backward": (_INT, [_INT, _REF, _REF]),
-    "sne_fast_cpu_segment_pool": (_INT, [_INT, _REF]),
-    "sne_fast_cpu_segment_pool_backward": (_INT, [_INT, _REF, _REF]),
-    "sne_fast_cpu_gather_chunks": (_INT, [_INT, _REF]),
-    "sne_fast_cpu_gather_chunks_backward": (_INT, [_INT, _REF]),
-    "sne_fast_cpu_product_rate": (_INT, [_INT, _I64, _I64, _I64, _I64, _I64]),
+    "sne_fast_cpu_abi": (INT, []),
+    "sne_fast_cpu_status": (TEXT, [INT]),
+    "sne_fast_cpu_isa": (TEXT, []),
+    "sne_fast_cpu_select_isa": (INT, [TEXT]),
+    "sne_fast_cpu_has_isa": (INT, [TEXT]),
+    "sne_fast_cpu_chunk_encode": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cpu_chunk_encode_backward": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cpu_set_attention": (INT, [INT, POINTER]),
+    "sne_fast_cpu_set_attention_backward": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cpu_segment_pool": (INT, [INT, POINTER]),
+    "sne_fast_cpu_segment_pool_backward": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cpu_gather_chunks": (INT, [INT, POINTER]),
+    "sne_fast_cpu_gather_chunks_backward": (INT, [INT, POINTER]),
+    "sne_fast_cpu_product_rate": (INT, [INT, INT64, INT64, INT64, INT64, INT64]),
 }
 
 
-def open_with(path: Path, symbols: Symbols, abi_symbol: str, abi: int) -> ctypes.CDLL:
-    """Load a build of a backend, declare its functions and check its ABI number; OSError says what is wrong with it."""
-    lib = ctypes.CDLL(str(path))
-    missing = [name for name in symbols if not hasattr(lib, name)]
-    if missing:
-        raise OSError(f"{path} lacks {', '.join(missing)}: it is from another version of sne_fast, reinstall")
-    for name, (result, arguments) in symbols.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    found = getattr(lib, abi_symbol)()
-    if found != abi:
-        raise OSError(f"{path} has ABI {found}, this sne_fast needs {abi}: reinstall sne_fast")
-    return lib
-
-
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a build of the CPU backend, as :func:`open_with` does."""
-    return open_with(path, SYMBOLS, "sne_fast_cpu_abi", ABI)
+    """Open a build of the CPU backend and check it; OSError says what is wrong with it."""
+    return open_checked(path, SYMBOLS, "sne_fast_cpu_abi", ABI)
 
 
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load() -> ctypes.CDLL:
     if not LIBRARY_FILE.exists():
         why = ERROR_FILE.read_text(encoding="utf-8").strip() if ERROR_FILE.exists() else f"{LIBRARY_FILE} is missing"
-        return None, f"the native library was not built: {why}; reinstall with g++"
+        raise NotLoaded(f"the native library was not built: {why}; reinstall with g++")
     try:
         lib = open_library(LIBRARY_FILE)
     except OSError as error:
-        return None, f"the native library does not load: {error}"
+        raise NotLoaded(f"the native library does not load: {error}") from error
     wanted = os.environ.get(ISA_ENVIRONMENT_VARIABLE, "")
     if lib.sne_fast_cpu_select_isa(wanted.encode()):
         usable = ", ".join(isa for isa in ISAS if lib.sne_fast_cpu_has_isa(isa.encode()))
-        return None, f"{ISA_ENVIRONMENT_VARIABLE}={wanted} must be one that this machine can run: {usable}"
-    return lib, ""
-
-
-def reasons() -> list[str]:
-    """Why the native library cannot be used; empty if it can."""
-    _, why = _load()
-    return [why] if why else []
-
-
-def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        RuntimeError: saying why there is none.
-    """
-    lib, why = _load()
-    if lib is None:
-        raise RuntimeError(why)
+        raise NotLoaded(f"{ISA_ENVIRONMENT_VARIABLE}={wanted} must be one that this machine can run: {usable}")
     return lib
 
 
+NATIVE = NativeLibrary(_load)
+reasons, library = NATIVE.reasons, NATIVE.get
+
+
 def isa() -> str:
-    """The instruction set in use: "portable", "avx2" or "avx512"."""
-    return library().sne_fast_cpu_isa().decode()
+    """Return the instruction set in use: "portable", "avx2" or "avx512"."""
+    name: bytes = library().sne_fast_cpu_isa()
+    return name.decode()
 
 
 def supported_isas() -> list[str]:
-    """Those of :data:`ISAS` that this build holds and this processor runs."""
+    """Return those of :data:`ISAS` that this build holds and this processor runs."""
     return [name for name in ISAS if library().sne_fast_cpu_has_isa(name.encode())]
 
 
@@ -147,7 +108,7 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def check(status: int, what: str) -> None:
-    """Raise what a status code says: MemoryError or RuntimeError."""
+    """Raise MemoryError or RuntimeError for a status code that is an error."""
     if status:
         text = f"{what}: {library().sne_fast_cpu_status(status).decode()}"
         raise MemoryError(text) if status == 2 else RuntimeError(text)

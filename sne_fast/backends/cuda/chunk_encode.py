@@ -1,4 +1,4 @@
-"""``chunk_encode`` on the CUDA backend: workspaces and launches; kernels in csrc/cuda/chunk_*."""
+"""``chunk_encode`` on the CUDA backend: workspaces and launches of the kernels in csrc/cuda/chunk_encode."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import devices
+from ...ops.backend import Arguments
+from ...ops.schema import CHUNK_PARAMETERS, named
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.chunks import CLASSES as ALL_CLASSES
-from ..gpu_plans.chunks import ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
+from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
 from . import library
 
-NAMES = ("row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
-"""Parameters whose first axis is the block."""
+"""Parameters whose first axis is the block of the chunk encoder."""
 CLASSES = ALL_CLASSES[:4]
-"""Longer blocks of slots than 128 would need more warps than the registers of a multiprocessor allow."""
-SLAB_ROWS_TIMES_WIDTH = 1 << 22
-"""Rows of a slab of the backward times the width: 92 MB of workspace with half-precision operands, 168 MB else."""
+"""Bins of more than 128 slots would need more warps than the registers of a multiprocessor allow."""
 SUM_PIECE, POOL_BLOCKS = 256, 4
-"""As in csrc/cuda/segment_sum.cu and cuda_abi.h."""
+"""The same numbers as in csrc/cuda/chunk_encode/segment_sum.cu and cuda_abi.h."""
 EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
-"""What the emulator has of a GPU: an H100's shared memory, and wgmma where a test says so."""
+"""Features of the emulated GPU: an H100's shared memory, and wgmma where a test says so."""
 
 
 def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one block of threads may have."""
+    """Return the bytes of shared memory that one block of threads may have."""
     if device.type != "cuda":
         return EMULATED_SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has Hopper's matrix instruction, which no other generation has, and the build uses it."""
+    """Return whether the device has Hopper's matrix instruction, as no other generation, and the build uses it."""
     if device.type != "cuda":
         return EMULATED_WGMMA
     built = any(name.removeprefix("compute_").startswith("90a") for name in library.architectures())
-    return built and torch.cuda.get_device_capability(device) == (9, 0)
+    return built and devices.capability(device) == (9, 0)
 
 
 @dataclass
 class ChunkCall:
-    """What all launches of one call share. ``weights``: the op's parameters by name, contiguous."""
+    """Arguments that all launches of one call share; ``weights`` are the op's parameters by name, contiguous."""
 
     values: Tensor
     chunk_ptr: Tensor
@@ -54,7 +55,7 @@ class ChunkCall:
     plan: ChunkPlan
     weights: dict[str, Tensor]
     prepared: Tensor
-    programs: int
+    multiprocessors: int
     shared_limit: int
     wgmma: bool
 
@@ -63,7 +64,8 @@ class ChunkCall:
         cls, values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor,
         parameters: Sequence[Tensor], backward: bool,
     ) -> ChunkCall:  # fmt: skip
-        weights = {name: t.contiguous() for name, t in zip(NAMES, parameters, strict=True)}
+        """Plan a call and prepare its weights on the device."""
+        weights = {name: t.contiguous() for name, t in zip(CHUNK_PARAMETERS, parameters, strict=True)}
         heads, h = weights["pool_query"].shape
         plan = plan_chunks(chunk_ptr, count_lengths(chunk_ptr_host))
         size = library.library().sne_fast_cuda_chunk_weights_size(h, heads)
@@ -80,18 +82,21 @@ class ChunkCall:
 
     @property
     def heads(self) -> int:
+        """Number of heads H."""
         return self.weights["pool_query"].shape[0]
 
     @property
     def width(self) -> int:
+        """Width h."""
         return self.weights["pool_query"].shape[1]
 
-    def args(self, slot_class: SlotClass, blocks: int, first_block: int, count: int) -> Any:
-        """The struct of a launch on blocks ``first_block .. first_block + count`` of a class of ``blocks``."""
+    def args(self, slot_class: SlotClass, bins: int, first_bin: int, count: int) -> Any:
+        """Return the struct of a launch on bins ``first_bin .. first_bin + count`` of a class of ``bins``."""
         w = self.weights
         return library.ChunkArgs(
-            self.width, self.heads, w["norm"].shape[0] > 0, slot_class.slots, slot_class.lowest, slot_class.shared,
-            blocks, first_block, count, self.programs, self.shared_limit, self.wgmma,
+            self.width, self.heads, w["norm"].shape[0] > 0, slot_class.slots, slot_class.min_length,
+            slot_class.multi_chunk,
+            bins, first_bin, count, self.multiprocessors, self.shared_limit, self.wgmma,
             *library.pointers(
                 self.chunk_ptr, self.plan.order, self.owner, self.plan.table, self.values, w["row_code"],
                 w["element_code"], w["logit"], w["basis"], w["b_qkv"], w["b_o"], w["norm"], w["pool_query"],
@@ -100,6 +105,7 @@ class ChunkCall:
         )  # fmt: skip
 
     def run(self, name: str, *args: Any) -> None:
+        """Launch a kernel."""
         library.run(name, self.values.device, library.precision(self.values.dtype), *args)
 
 
@@ -114,15 +120,15 @@ def chunk_encode(
     if not chunks:
         return out
     call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=False)
-    for slot_class, blocks in call.plan.classes(CLASSES):
-        args = call.args(slot_class, blocks, 0, blocks)
+    for slot_class, bins in call.plan.classes(CLASSES):
+        args = call.args(slot_class, bins, 0, bins)
         call.run("chunk_encode", ctypes.byref(args), out.data_ptr(), None)
     return out
 
 
 @dataclass
 class _Slab:
-    """Workspace for ``rows`` rows, whose stages run one after the other."""
+    """Workspace of the backward for a number of rows, whose stages run one after the other."""
 
     saved: Tensor
     rows_grad: Tensor
@@ -142,38 +148,40 @@ def _slab_backward(
     call: ChunkCall, slab: _Slab, args: Any, grad: Tensor, parts: dict[str, Tensor], values_grad: Tensor,
     chunk_grad: Tensor,
 ) -> None:  # fmt: skip
-    """All stages of one launch: recompute, then pool, blocks 3 to 1, codes in between, block 0."""
+    """Run all stages of a slab: recompute, then go back through pool, blocks 3 to 1 with codes in between, block 0."""
     rows = args.count * args.slots
     space = library.ChunkSpace(*library.pointers(slab.saved, slab.rows_grad, slab.products))
-    ref, there = ctypes.byref(args), ctypes.byref(space)
+    ref, space_ref = ctypes.byref(args), ctypes.byref(space)
 
     def weight_grad(block: int) -> None:
         w_o, b_o = (parts[name][block].data_ptr() for name in ("w_o", "b_o"))
         w_qkv, b_qkv = (parts[name][max(0, block - 1)].data_ptr() for name in ("w_qkv", "b_qkv"))
-        of = library.ChunkWeightGradArgs(
+        weight_args = library.ChunkWeightGradArgs(
             call.width, rows, block, parts["w_o"].shape[1], slab.saved.data_ptr(), slab.products.data_ptr(),
             w_qkv, b_qkv, w_o, b_o,
         )  # fmt: skip
-        call.run("chunk_weight_grad", ctypes.byref(of))
+        call.run("chunk_weight_grad", ctypes.byref(weight_args))
 
     def norm_part(block: int) -> int | None:
         return parts["norm"][block].data_ptr() if parts["norm"].shape[0] else None
 
     call.run("chunk_encode", ref, None, slab.saved.data_ptr())
-    call.run("chunk_pool_backward", ref, there, grad.data_ptr(), parts["pool_query"].data_ptr())
+    call.run("chunk_pool_backward", ref, space_ref, grad.data_ptr(), parts["pool_query"].data_ptr())
     for block in (3, 2, 1):
-        call.run("chunk_block_backward", ref, there, block, norm_part(block))
+        call.run("chunk_block_backward", ref, space_ref, block, norm_part(block))
         weight_grad(block)
         if block == 2:
             codes = parts["element_code"].shape[1]
-            call.run("chunk_codes_backward", ref, there, codes, chunk_grad.data_ptr(), parts["element_code"].data_ptr())
+            call.run(
+                "chunk_codes_backward", ref, space_ref, codes, chunk_grad.data_ptr(), parts["element_code"].data_ptr()
+            )
     grads = library.ChunkScalarGrads(*library.pointers(values_grad, parts["logit"], parts["basis"]), norm_part(0))
-    call.run("chunk_scalar_backward", ref, there, ctypes.byref(grads))
+    call.run("chunk_scalar_backward", ref, space_ref, ctypes.byref(grads))
     weight_grad(0)
 
 
 def segment_sum(x: Tensor, ptr: Tensor) -> Tensor:
-    """Sums ``(S, h)`` of the float32 rows ``(R, h)`` of each segment, in a fixed order."""
+    """Sum the float32 rows ``(R, h)`` of each segment, in a fixed order: ``(S, h)``."""
     (rows, width), segments = x.shape, ptr.shape[0] - 1
     out, partial = x.new_empty((segments, width)), x.new_empty((rows // SUM_PIECE + segments, width))
     args = library.SegmentSumArgs(rows, segments, width, *library.pointers(ptr, x, partial, out))
@@ -193,31 +201,31 @@ def chunk_encode_backward(
         return (values_grad, *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in parameters))
     call = ChunkCall.make(values, chunk_ptr, tensor_ptr, chunk_ptr_host, parameters, backward=True)
     parts = {}
-    for name in NAMES[1:]:
+    for name in CHUNK_PARAMETERS[1:]:
         shape = tuple(call.weights[name].shape)
-        many = POOL_BLOCKS * call.programs if name == "pool_query" else call.programs
-        shape = (shape[0], many, *shape[1:]) if name in BY_BLOCK else (many, *shape)
+        count = POOL_BLOCKS * call.multiprocessors if name == "pool_query" else call.multiprocessors
+        shape = (shape[0], count, *shape[1:]) if name in BY_BLOCK else (count, *shape)
         parts[name] = values.new_zeros(shape, dtype=torch.float32)
     chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
     classes = list(call.plan.classes(CLASSES))
-    most_blocks = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]
-    rows = max(min(most, blocks) * c.slots for (c, blocks), most in zip(classes, most_blocks, strict=True))
+    max_bins = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]
+    rows = max(min(most, bins) * c.slots for (c, bins), most in zip(classes, max_bins, strict=True))
     slab = _Slab.empty(call, rows)
-    for (slot_class, blocks), most in zip(classes, most_blocks, strict=True):
-        for first in range(0, blocks, most):
-            args = call.args(slot_class, blocks, first, min(most, blocks - first))
+    for (slot_class, bins), most in zip(classes, max_bins, strict=True):
+        for first in range(0, bins, most):
+            args = call.args(slot_class, bins, first, min(most, bins - first))
             _slab_backward(call, slab, args, grad, parts, values_grad, chunk_grad)
     shared = {name: part.sum(1 if name in BY_BLOCK else 0) for name, part in parts.items()}
-    grads = [segment_sum(chunk_grad, tensor_ptr), *(shared[name] for name in NAMES[1:])]
+    grads = [segment_sum(chunk_grad, tensor_ptr), *(shared[name] for name in CHUNK_PARAMETERS[1:])]
     return (values_grad, *(g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)))
 
 
 @functools.cache
 def _fits(kind: int, width: int, heads: int, slots: int, limit: int, wgmma: bool) -> bool:
-    """Whether every kernel of forward and backward can be launched, asked of their launchers with nothing to do."""
+    """Return whether every kernel of forward and backward can be launched: their launchers are asked with no work."""
     args = library.ChunkArgs(width, heads, 1, slots, 1, 0, 0, 0, 0, 1, limit, wgmma)
     ref, space, grads = ctypes.byref(args), ctypes.byref(library.ChunkSpace()), ctypes.byref(library.ChunkScalarGrads())
-    lib, somewhere = library.library(), 16  # a pointer that is not null and not followed
+    lib, somewhere = library.library(), 16  # a pointer that is not null and never followed
     return not any((
         lib.sne_fast_cuda_chunk_encode(kind, ref, somewhere, None, None),
         lib.sne_fast_cuda_chunk_encode(kind, ref, None, somewhere, None),
@@ -227,21 +235,19 @@ def _fits(kind: int, width: int, heads: int, slots: int, limit: int, wgmma: bool
     ))  # fmt: skip
 
 
-def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    """Why these kernels cannot run ``op`` ("chunk_encode" or its backward) on its arguments; empty if they can."""
-    if op.endswith("_backward"):
-        args = args[1:]
-    (heads, h), codes = args[14].shape, args[6].shape[0]
+def why_not(op: str, args: Arguments) -> list[str]:
+    """Return why these kernels cannot run a call of ``chunk_encode`` or its backward; empty if they can."""
+    given = named(op, args)
+    values, (heads, h), codes = given["values"], given["pool_query"].shape, given["element_code"].shape[0]
     reasons = width_reasons(h, heads)
-    if not reasons and args[0].dtype == torch.float32 and h > 128:
+    if not reasons and values.dtype == torch.float32 and h > 128:
         reasons.append(f"rows of float32 fit the registers up to width 128, got {h}")
     if codes > CLASSES[-1].slots:
         reasons.append(f"chunk size must be at most {CLASSES[-1].slots}, got {codes}")
     if not reasons:
-        device, kind = args[0].device, library.precision(args[0].dtype)
-        slots = max(c.slots for c in CLASSES if c.lowest <= max(1, codes))
-        limit = shared_limit(device)
-        if not _fits(kind, h, heads, slots, limit, has_wgmma(device)):
+        slots = max(c.slots for c in CLASSES if c.min_length <= max(1, codes))
+        limit = shared_limit(values.device)
+        if not _fits(library.precision(values.dtype), h, heads, slots, limit, has_wgmma(values.device)):
             reasons.append(
                 f"chunks of {codes} at width {h}, {heads} heads, do not fit the {limit >> 10} KB of shared memory here"
             )

@@ -1,4 +1,4 @@
-"""Whether a build of the CUDA backend has code for a device, and whether the driver is new enough for it."""
+"""Compatibility of a build of the CUDA backend with a GPU and its driver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MINIMUM: Capability = (8, 0)
 
 
 def _parts(architecture: str) -> tuple[Capability, str, bool, bool]:
-    """Capability, suffix ("a", "f" or ""), whether there is machine code, whether there is PTX."""
+    """Return capability, suffix ("a", "f" or ""), whether there is machine code, whether there is PTX."""
     match = re.fullmatch(r"(compute_)?(\d+)(\d)([af]?)(\+ptx)?", architecture)
     if match is None:
         raise ValueError(f"{architecture!r} is no architecture of a build")
@@ -19,7 +19,10 @@ def _parts(architecture: str) -> tuple[Capability, str, bool, bool]:
 
 
 def has_machine_code(architecture: str, capability: Capability) -> bool:
-    """A cubin runs on later minor versions of its generation, "f" too, one with the suffix "a" on its own alone."""
+    """Return whether the machine code of an architecture runs on a GPU.
+
+    A cubin runs on later minor versions of its generation, with the suffix "f" too; with "a" on its own version only.
+    """
     built, suffix, machine_code, _ = _parts(architecture)
     if suffix == "a":
         return machine_code and built == capability
@@ -27,7 +30,10 @@ def has_machine_code(architecture: str, capability: Capability) -> bool:
 
 
 def has_ptx(architecture: str, capability: Capability) -> bool:
-    """The driver compiles PTX for everything newer, but for features of one architecture or family."""
+    """Return whether the driver can compile the PTX of an architecture for a GPU.
+
+    It compiles PTX for everything newer, unless the code uses features of one version ("a") or family ("f").
+    """
     built, suffix, _, ptx = _parts(architecture)
     if suffix == "a":
         return ptx and built == capability
@@ -43,11 +49,12 @@ def _text(version: int) -> str:
 def device_reasons(
     name: str, capability: Capability, architectures: Sequence[str], driver: int, runtime: int
 ) -> list[str]:
-    """Why a build cannot run on a device; empty if it can.
+    """Return why a build cannot run on a device; empty if it can.
 
     Args:
-        name: of the device, for the sentence.
-        architectures: what was compiled, such as ``["80+ptx", "90a", "100"]``.
+        name: of the device, for the message.
+        capability: compute capability of the device.
+        architectures: architectures of the build, such as ``["80+ptx", "90a", "100"]``.
         driver: newest CUDA that the driver knows, as cudaDriverGetVersion gives it (13000 for 13.0); 0 if unknown.
         runtime: CUDA that the build was made with.
     """

@@ -1,4 +1,4 @@
-"""Parameters cut, transposed, scaled and cast in one launch (SPEC 1): the host side of csrc/cuda/gather_chunks.cu."""
+"""``gather_chunks`` on the CUDA backend: division into tiles and launches of csrc/cuda/gather_chunks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops import checks
 from ...ops.schema import accumulate_dtype
 from ..gpu_plans import gather_tables
 from ..gpu_plans.device_tables import on_device_without_waiting
 from . import library
 
-TILE = 4096  # values; as csrc/cuda/gather_chunks.cu
-SIDE = 64  # most rows in shared memory
-FLAT = SIDE  # up to here all of a side is taken, so that what is read (or written) is one run of memory
+TILE = 4096  # values, as in csrc/cuda/gather_chunks/gather_chunks.cu
+SIDE = 64  # rows that fit shared memory
+FLAT = SIDE  # sides up to this are taken whole, so that a tile reads, or writes, one contiguous run
 
 
 def _up(a: np.ndarray | int, unit: int) -> Any:
@@ -25,9 +26,9 @@ def _up(a: np.ndarray | int, unit: int) -> Any:
 
 
 def tile_shapes(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Height and width of the tiles of each matrix: at most TILE values, all of one side or at most SIDE of both."""
+    """Return height and width of each matrix's tiles: at most TILE values, all of one side or at most SIDE of both."""
     rows, columns = np.maximum(rows, 1), np.maximum(columns, 1)
-    # Sides of 8 leave rows of every type that begin at multiples of 16 bytes there.
+    # Sides that are multiples of 8 keep rows of every dtype aligned to 16 bytes.
     even = _up(-(-columns // -(-columns // SIDE)), 8)
     height = np.where(columns <= FLAT, TILE // columns // 8 * 8, np.where(rows <= FLAT, rows, SIDE))
     width = np.where(columns <= FLAT, columns, np.where(rows <= FLAT, TILE // rows // 8 * 8, even))
@@ -51,7 +52,7 @@ def _argument(values: Tensor, scale: Tensor, table: Tensor, tiles: int) -> Any:
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
-    gather_tables.check("gather_chunks", tensors, scale, plan)
+    checks.gather_chunks("gather_chunks", tensors, scale, plan)
     matrices = gather_tables.sources(tensors, accumulate_dtype(dtype))
     values = scale.new_empty((sum(t.numel() for t in matrices),), dtype=dtype)
     host, tiles = _table(matrices, plan)
@@ -62,21 +63,15 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
     return values
 
 
-def _vectors(t: Tensor) -> Tensor:
-    """Contiguous and at a multiple of 16 bytes."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % 16 else t
-
-
 def gather_chunks_backward(
     grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    gather_tables.check_backward(grad, values, tensors, scale, plan)
+    checks.gather_chunks_backward("gather_chunks_backward", grad, values, tensors, scale, plan)
     grads = gather_tables.empty_gradients(tensors, accumulate_dtype(values.dtype))
     grad_scale = torch.zeros_like(scale, memory_format=torch.contiguous_format)
     host, tiles = _table(grads, plan)
     if tiles:
-        grad, values, scale = _vectors(grad.to(values.dtype)), _vectors(values), scale.contiguous()
+        grad, values, scale = library.aligned(grad.to(values.dtype)), library.aligned(values), scale.contiguous()
         table = on_device_without_waiting(host, scale.device, repeats=False)
         parts = torch.empty(tiles, dtype=scale.dtype, device=scale.device)
         argument = _argument(values, scale, table, tiles)
@@ -85,5 +80,4 @@ def gather_chunks_backward(
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], grad_scale
 
 
-def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    return gather_tables.why_not(op, args[0].dtype if op.endswith("_backward") else args[3])
+why_not = gather_tables.why_not

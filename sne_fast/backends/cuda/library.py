@@ -1,4 +1,4 @@
-"""The CUDA backend's native library: found, loaded and checked once, and its structs in ctypes.
+"""Native library of the CUDA backend: its structs and functions in ctypes, and calls on a device's current stream.
 
 ``sne_fast/_cuda_engine.so`` is built by ``SNE_FAST_BUILD=cuda pip install .``. With ``SNE_FAST_CUDA_EMULATED`` naming a
 host build of the same kernels (``python csrc/tests/emulate.py OUT``), calls run on CPU tensors, for tests.
@@ -7,7 +7,6 @@ host build of the same kernels (``python csrc/tests/emulate.py OUT``), calls run
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import devices
 from ...ops.precision import product_precision
-from ..cpu.library import Symbols, open_with, struct
+from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 from . import compatibility
 
 ABI = 1
@@ -26,7 +26,7 @@ LIBRARY_FILE = Path(__file__).parents[2] / "_cuda_engine.so"
 ERROR_FILE = Path(__file__).parents[2] / "_cuda_engine_build_error.txt"
 
 
-# Field by field the structs of csrc/include/sne_fast/cuda_abi.h.
+# Field by field as the structs of csrc/include/sne_fast/cuda_abi.h.
 ChunkWeightsArgs = struct("ChunkWeightsArgs", "hidden heads backward", "w_qkv w_o pool_query prepared")
 ChunkArgs = struct(
     "ChunkArgs",
@@ -55,81 +55,65 @@ SegmentPool = struct(
     "x logits ptr out lse part part_state grad grad_x grad_logits weights_grad part_mean",
 )
 
-_INT, _I64, _TEXT, _REF = ctypes.c_int, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
 SYMBOLS: Symbols = {
-    "sne_fast_cuda_abi": (_INT, []),
-    "sne_fast_cuda_status": (_TEXT, [_INT]),
-    "sne_fast_cuda_architectures": (_TEXT, []),
-    "sne_fast_cuda_runtime_version": (_INT, []),
-    "sne_fast_cuda_driver_version": (_INT, []),
+    "sne_fast_cuda_abi": (INT, []),
+    "sne_fast_cuda_status": (TEXT, [INT]),
+    "sne_fast_cuda_architectures": (TEXT, []),
+    "sne_fast_cuda_runtime_version": (INT, []),
+    "sne_fast_cuda_driver_version": (INT, []),
     "sne_fast_cuda_emulated_schedule": (None, [ctypes.c_uint64]),
-    "sne_fast_cuda_chunk_weights_size": (_I64, [_I64, _I64]),
-    "sne_fast_cuda_chunk_weights": (_INT, [_INT, _REF, _REF]),
-    "sne_fast_cuda_chunk_encode": (_INT, [_INT, _REF, _REF, _REF, _REF]),
-    "sne_fast_cuda_chunk_pool_backward": (_INT, [_INT, _REF, _REF, _REF, _REF, _REF]),
-    "sne_fast_cuda_chunk_block_backward": (_INT, [_INT, _REF, _REF, _I64, _REF, _REF]),
-    "sne_fast_cuda_chunk_codes_backward": (_INT, [_INT, _REF, _REF, _I64, _REF, _REF, _REF]),
-    "sne_fast_cuda_chunk_scalar_backward": (_INT, [_INT, _REF, _REF, _REF, _REF]),
-    "sne_fast_cuda_chunk_weight_grad": (_INT, [_INT, _REF, _REF]),
-    "sne_fast_cuda_segment_sum": (_INT, [_REF, _REF]),
-    "sne_fast_cuda_set_attention": (_INT, [_REF, _REF]),
-    "sne_fast_cuda_set_attention_query_grad": (_INT, [_REF, _REF]),
-    "sne_fast_cuda_set_attention_key_grad": (_INT, [_REF, _REF]),
-    "sne_fast_cuda_gather_chunks": (_INT, [_REF, _REF]),
-    "sne_fast_cuda_gather_chunks_backward": (_INT, [_REF, _REF]),
-    "sne_fast_cuda_segment_pool": (_INT, [_REF, _REF]),
-    "sne_fast_cuda_segment_pool_backward": (_INT, [_REF, _REF]),
+    "sne_fast_cuda_chunk_weights_size": (INT64, [INT64, INT64]),
+    "sne_fast_cuda_chunk_weights": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cuda_chunk_encode": (INT, [INT, POINTER, POINTER, POINTER, POINTER]),
+    "sne_fast_cuda_chunk_pool_backward": (INT, [INT, POINTER, POINTER, POINTER, POINTER, POINTER]),
+    "sne_fast_cuda_chunk_block_backward": (INT, [INT, POINTER, POINTER, INT64, POINTER, POINTER]),
+    "sne_fast_cuda_chunk_codes_backward": (INT, [INT, POINTER, POINTER, INT64, POINTER, POINTER, POINTER]),
+    "sne_fast_cuda_chunk_scalar_backward": (INT, [INT, POINTER, POINTER, POINTER, POINTER]),
+    "sne_fast_cuda_chunk_weight_grad": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cuda_segment_sum": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_set_attention": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_set_attention_query_grad": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_set_attention_key_grad": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_gather_chunks": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_gather_chunks_backward": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_segment_pool": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_segment_pool_backward": (INT, [POINTER, POINTER]),
 }
-"""Every exported function: result and arguments."""
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a build of the backend and check its ABI number and symbols; OSError says what is wrong with it."""
-    lib = open_with(path, SYMBOLS, "sne_fast_cuda_abi", ABI)
+    """Open a build of the CUDA backend and check it; OSError says what is wrong with it."""
+    lib = open_checked(path, SYMBOLS, "sne_fast_cuda_abi", ABI)
     if (lib.sne_fast_cuda_architectures() == b"emulated") != EMULATED:
         raise OSError(f"{path} is {'no' if EMULATED else 'an'} emulated build, see {EMULATED_ENVIRONMENT_VARIABLE}")
     return lib
 
 
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load() -> ctypes.CDLL:
     file = Path(os.environ[EMULATED_ENVIRONMENT_VARIABLE]) if EMULATED else LIBRARY_FILE
     if not file.exists():
         if EMULATED:
-            return None, f"{EMULATED_ENVIRONMENT_VARIABLE} names {file}, which does not exist"
+            raise NotLoaded(f"{EMULATED_ENVIRONMENT_VARIABLE} names {file}, which does not exist")
         why = ERROR_FILE.read_text(encoding="utf-8").strip() if ERROR_FILE.exists() else ""
-        return None, why or "this installation has no CUDA backend: reinstall with SNE_FAST_BUILD=cuda (needs nvcc)"
+        raise NotLoaded(why or "this installation has no CUDA backend: reinstall with SNE_FAST_BUILD=cuda (needs nvcc)")
     try:
-        return open_library(file), ""
+        return open_library(file)
     except OSError as error:
-        return None, f"the CUDA library does not load: {error}"
+        raise NotLoaded(f"the CUDA library does not load: {error}") from error
 
 
-def reasons() -> list[str]:
-    """Why the library cannot be used; empty if it can."""
-    _, why = _load()
-    return [why] if why else []
-
-
-def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        RuntimeError: saying why there is none.
-    """
-    lib, why = _load()
-    if lib is None:
-        raise RuntimeError(why)
-    return lib
+NATIVE = NativeLibrary(_load)
+reasons, library = NATIVE.reasons, NATIVE.get
 
 
 def architectures() -> list[str]:
-    """What the library was compiled for, such as ``["80+ptx", "90a", "100"]``."""
-    return library().sne_fast_cuda_architectures().decode().split()
+    """Return the architectures that the library was compiled for, such as ``["80+ptx", "90a", "100"]``."""
+    names: bytes = library().sne_fast_cuda_architectures()
+    return names.decode().split()
 
 
 def device_reasons(index: int) -> list[str]:
-    """Why the loaded library cannot run on ``cuda:index``; empty if it can."""
+    """Return why the loaded library cannot run on ``cuda:index``; empty if it can."""
     lib = library()
     return compatibility.device_reasons(
         f"cuda:{index}", torch.cuda.get_device_capability(index), architectures(),
@@ -138,14 +122,14 @@ def device_reasons(index: int) -> list[str]:
 
 
 def precision(dtype: torch.dtype) -> int:
-    """``sne_fast_precision`` of operands of ``dtype``, by torch's setting of float32 products."""
+    """Return the ``sne_fast_precision`` of operands of ``dtype``; float32 matmul precision is as set in torch."""
     if dtype == torch.float32:
         return 1 if product_precision(dtype) == "tf32" else 0
     return {torch.float16: 2, torch.bfloat16: 3}[dtype]
 
 
 def run(name: str, device: torch.device, *args: Any) -> None:
-    """Call ``sne_fast_cuda_NAME(*args, stream)`` on the current stream of ``device``; raise what its status says."""
+    """Call ``sne_fast_cuda_NAME(*args, stream)`` on the current stream of ``device``; a failure is a RuntimeError."""
     call = getattr(library(), f"sne_fast_cuda_{name}")
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -157,11 +141,16 @@ def run(name: str, device: torch.device, *args: Any) -> None:
 
 
 def pointers(*tensors: Tensor) -> list[int]:
+    """Return the addresses of tensors."""
     return [t.data_ptr() for t in tensors]
 
 
+def aligned(t: Tensor) -> Tensor:
+    """Return ``t`` contiguous and starting at a multiple of 16 bytes, which vector loads need."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 2 in the emulator, so that several blocks share out the work."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Return the multiprocessor count of a GPU; 2 in the emulator, so that several blocks share out the work."""
+    return devices.multiprocessors(device) if device.type == "cuda" else 2

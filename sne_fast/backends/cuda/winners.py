@@ -1,11 +1,12 @@
-"""Calls for which ``auto`` asks this backend before Triton's: those that winners.json names, as measured on a GPU.
+"""Calls for which ``auto`` asks the CUDA backend before Triton's, by rules that were measured on a GPU.
+
+The command that writes them to winners.json, from results of ``bench/gpu_suite.py`` with both backends::
 
     python -m sne_fast.backends.cuda.winners bench/results/gpu_h200.json ...
 
-writes the table from results of ``bench/gpu_suite.py`` in which both backends were measured; without such a result it
-names nothing. A rule stands for one measurement: an op (forward or backward), the compute capability, dtype and kind of
-float32 products, width, heads, mean length of the sets and number of rows. It holds for calls of the same, with sets
-whose mean length is within a factor of two of the measured one and with at least a sixteenth of its rows.
+A rule stands for one measurement: an op (forward or backward), the compute capability, dtype and float32 matmul
+precision, width, heads, mean length of the sets and number of rows. It holds for calls that agree in these, with a mean
+length within a factor of two of the measured one and at least a sixteenth of its rows.
 """
 
 from __future__ import annotations
@@ -18,24 +19,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ...atomic_files import write_json
+from ...ops import devices
 from ...ops import selftest_cases as cases
+from ...ops.backend import Arguments
 from ...ops.precision import product_precision
+from ...ops.schema import named
 
 FILE = Path(__file__).with_name("winners.json")
-LEAST_GAIN = 1.03  # below that, two measurements of the same code may differ as much
+MIN_GAIN = 1.03  # two measurements of the same code may differ by less
 LENGTH_FACTOR, ROWS_FACTOR = 2.0, 16
 
 
 @dataclass(frozen=True)
 class Call:
-    """What of a call, or of a measured row, a rule looks at."""
+    """The properties of a call, or of a measured row, that a rule compares."""
 
     op: str
     capability: str  # of the GPU, such as "9.0"
     dtype: str
-    products: str  # of float32: "ieee" or "tf32"; "ieee" for half types
+    products: str  # float32 matmul precision, "ieee" or "tf32"; "ieee" for half types
     width: int  # 0 for gather_chunks, as are heads and length
     heads: int  # 0 for feed_forward, as is length
     length: float  # mean rows of a set
@@ -44,13 +47,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Rule:
-    """``gain``: Triton's time over this backend's; ``measured``: file of the result."""
+    """One measurement: ``gain`` is Triton's time over that of CUDA, ``measured`` the file of the result."""
 
     when: Call
     gain: float
     measured: str
 
     def holds(self, call: Call) -> bool:
+        """Return whether a call is like the measured one."""
         when = self.when
         same = ("op", "capability", "dtype", "products", "width", "heads")
         return (
@@ -61,12 +65,14 @@ class Rule:
 
 
 def read(file: Path = FILE) -> tuple[Rule, ...]:
+    """Read the rules of a file."""
     rules = json.loads(file.read_text(encoding="utf-8"))["rules"]
     return tuple(Rule(Call(**rule["when"]), rule["gain"], rule["measured"]) for rule in rules)
 
 
 def write(rules: Iterable[Rule], file: Path = FILE) -> None:
-    file.write_text(json.dumps({"rules": [asdict(rule) for rule in rules]}, indent=1) + "\n", encoding="utf-8")
+    """Write rules to a file."""
+    write_json(file, {"rules": [asdict(rule) for rule in rules]})
 
 
 # ------------------------------------------------------------------------------------------------------- the dispatch
@@ -74,32 +80,29 @@ def write(rules: Iterable[Rule], file: Path = FILE) -> None:
 rules = functools.cache(read)
 
 
-@functools.cache
-def _capability(index: int) -> str:
-    return "{}.{}".format(*torch.cuda.get_device_capability(index))
-
-
-def call_of(op: str, args: tuple[Any, ...]) -> Call:
-    """Of the schema's arguments, on a GPU."""
-    variant = cases.variant(op, args)
-    own = args[1:] if op.endswith("_backward") else args  # behind the gradient
-    if op == "gather_chunks":
-        device, rows, sets = own[1].device, sum(t.numel() for t in own[0]), 0
-    elif op == "gather_chunks_backward":
-        device, rows, sets = own[0].device, own[0].numel(), 0
+def call_of(op: str, args: Arguments) -> Call:
+    """Return the properties of a call on a GPU."""
+    variant, given = cases.variant(op, args), named(op, args)
+    sets = 0
+    if variant.op == "gather_chunks":
+        values = given.get("values")
+        rows = sum(t.numel() for t in given["tensors"]) if values is None else values.numel()
+        device = given["scale"].device
     else:
-        device, rows = own[0].device, own[1].shape[0] if variant.op == "set_attention" else own[0].shape[0]
-        pointer = {"chunk_encode": 1, "set_attention": -2, "segment_pool": -1}.get(variant.op)
-        sets = 0 if pointer is None else own[pointer].shape[0] - 1
+        counted = {"chunk_encode": "values", "set_attention": "k", "segment_pool": "x", "feed_forward": "q"}
+        operand = given[counted[variant.op]]
+        rows, device = operand.shape[0], operand.device
+        if variant.op != "feed_forward":
+            pointer = {"chunk_encode": "chunk_ptr", "set_attention": "k_ptr_host", "segment_pool": "ptr_host"}
+            sets = given[pointer[variant.op]].shape[0] - 1
     return Call(
-        op, _capability(torch.cuda.current_device() if device.index is None else device.index),
-        str(variant.dtype).removeprefix("torch."), product_precision(variant.dtype), variant.width, variant.heads,
-        rows / sets if sets else 0.0, rows,
+        op, "{}.{}".format(*devices.capability(device)), str(variant.dtype).removeprefix("torch."),
+        product_precision(variant.dtype), variant.width, variant.heads, rows / sets if sets else 0.0, rows,
     )  # fmt: skip
 
 
-def preferred(op: str, args: tuple[Any, ...]) -> bool:
-    """Whether a rule names this call."""
+def preferred(op: str, args: Arguments) -> bool:
+    """Return whether a rule holds for a call."""
     if not any(rule.when.op == op for rule in rules()):
         return False
     call = call_of(op, args)
@@ -110,10 +113,10 @@ def preferred(op: str, args: tuple[Any, ...]) -> bool:
 
 
 def rules_from(result: Mapping[str, Any], measured: str) -> list[Rule]:
-    """The rules that a result of ``bench/gpu_suite.py`` stands for: rows of part "ops" where this backend was faster.
+    """Return a rule for every row of part "ops" of a result of ``bench/gpu_suite.py`` in which CUDA was faster.
 
     Raises:
-        ValueError: for a result with errors, or one whose commit had changes that nobody else has.
+        ValueError: for a result with errors, or one measured with uncommitted changes.
     """
     if result["errors"]:
         raise ValueError(f"{measured}: a result with errors decides nothing: {', '.join(result['errors'])}")
@@ -134,12 +137,13 @@ def rules_from(result: Mapping[str, Any], measured: str) -> list[Rule]:
             seconds.setdefault(Call(op, *shape), {})[row["backend"]] = time
     found = []
     for call, by in seconds.items():
-        if len(by) == 2 and min(by.values()) > 0 and (gain := by["triton"] / by["cuda"]) >= LEAST_GAIN:
+        if len(by) == 2 and min(by.values()) > 0 and (gain := by["triton"] / by["cuda"]) >= MIN_GAIN:
             found.append(Rule(call, round(gain, 3), measured))
     return found
 
 
 def main() -> None:
+    """Write the rules of the results named on the command line."""
     found = [rule for name in sys.argv[1:] for rule in rules_from(json.loads(Path(name).read_text()), Path(name).name)]
     if not sys.argv[1:]:
         sys.exit(__doc__)

@@ -1,4 +1,4 @@
-"""Small host arrays on a GPU without waiting for it, kept by their content."""
+"""Copies of small host arrays on a GPU, made without waiting for it and cached by content."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ...ops import devices
 
 KEPT_TABLES = 32
 SPARES, SPARE_SIZES = 4, 64
@@ -23,10 +25,10 @@ class _Entry:
 
 
 _tables: OrderedDict[tuple[int, bytes], _Entry] = OrderedDict()
-# Pinned memory cannot be had while a CUDA graph is captured: some of each size used before is kept for that.
+# Pinned memory cannot be allocated while a CUDA graph is captured, so some of each size used before is kept for that.
 _spares: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
 _lock = threading.Lock()
-# What a captured CUDA graph reads when it is replayed: nobody tells when that is over.
+# Tensors that a captured CUDA graph reads at every replay: never freed, since nothing tells which replay is the last.
 _captured: list[Tensor] = []
 
 
@@ -52,14 +54,14 @@ def _copy(array: np.ndarray, device: torch.device, capturing: bool) -> Tensor:
 
 
 def on_device_without_waiting(array: np.ndarray, device: torch.device, repeats: bool) -> Tensor:
-    """A copy of int64 ``array`` on ``device``, ready for work on its current stream.
+    """Return a copy of int64 ``array`` on ``device``, ready for work on its current stream.
 
-    With ``repeats`` equal arrays share one copy. While a CUDA graph is captured, a copy made earlier is used if there
-    is one, so after a warm-up the graph holds no transfer; what a graph uses is never freed.
+    With ``repeats``, equal arrays share one copy. While a CUDA graph is captured, a copy made earlier is used if there
+    is one, so that after a warm-up the graph holds no transfer; tensors that a graph uses are never freed.
     """
     if device.type != "cuda":
         return torch.from_numpy(array)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = devices.index(device)
     capturing = torch.cuda.is_current_stream_capturing()
     with _lock:
         if not repeats:
@@ -68,7 +70,7 @@ def on_device_without_waiting(array: np.ndarray, device: torch.device, repeats: 
         entry = _tables.get(key)
         if entry is None:
             tensor = _copy(array, torch.device("cuda", index), capturing)
-            if not capturing:  # else the copy happens at replay, and is of no use to anyone else
+            if not capturing:  # a captured copy happens at replay, and serves nobody else
                 copied = torch.cuda.Event()
                 copied.record(stream)
                 _tables[key] = _Entry(tensor, stream, copied)
@@ -76,7 +78,7 @@ def on_device_without_waiting(array: np.ndarray, device: torch.device, repeats: 
                     _tables.popitem(last=False)
             return tensor
         _tables.move_to_end(key)
-        if capturing:  # what came before a capture is complete: torch.cuda.graph waits for the device
+        if capturing:  # an earlier copy is complete: torch.cuda.graph waits for the device before it captures
             _captured.append(entry.tensor)
         elif entry.stream != stream:
             stream.wait_event(entry.copied)

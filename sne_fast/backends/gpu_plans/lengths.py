@@ -1,4 +1,4 @@
-"""How long the sets of a batch are, which launches are sized by."""
+"""Lengths of the sets of a batch, by which launches are sized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the sets of one pointer: how many, the longest, and the length that most rows belong to."""
+    """Of the sets of one pointer: their number, the longest, and the mean length weighted by rows, ``typical``."""
 
     sets: int
     longest: int
@@ -18,6 +18,7 @@ class Lengths:
 
     @classmethod
     def of(cls, ptr_host: Tensor) -> Lengths:
+        """Measure the sets of one pointer."""
         lengths = np.diff(ptr_host.numpy())
         rows = int(lengths.sum())
         if not rows:
@@ -26,6 +27,6 @@ class Lengths:
 
     @classmethod
     def of_both(cls, q_ptr_host: Tensor, k_ptr_host: Tensor) -> tuple[Lengths, Lengths]:
-        """Of queries and keys."""
+        """Measure the sets of queries and of keys, once if they are the same."""
         queries = cls.of(q_ptr_host)
         return queries, queries if k_ptr_host is q_ptr_host else cls.of(k_ptr_host)

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
-from ._chunk_forward import chunk_encode_kernel
-from ._chunk_staged import staged_forward
-from ._launch import on_device
 from .chunk_encode_backward import (
     FUSED_CLASSES,
     chunk_encode_backward,
@@ -23,6 +20,9 @@ from .chunk_encode_backward import (
     sizes_for,
     staged_call,
 )
+from .chunk_encode_kernels import chunk_encode_kernel
+from .chunk_encode_staged import staged_forward
+from .launches import on_device
 
 __all__ = ["chunk_encode", "chunk_encode_backward", "why_not"]
 

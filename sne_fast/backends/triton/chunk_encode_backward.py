@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops.schema import accumulate_dtype
-from ..gpu_plans.chunks import CLASSES, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
-from ._chunk_backward import (
+from ...ops.schema import CHUNK_PARAMETERS, accumulate_dtype
+from ..gpu_plans.chunks import CLASSES, SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
+from .chunk_encode_backward_kernels import (
     block_backward_kernel,
     codes_backward_kernel,
     pool_backward_kernel,
@@ -20,19 +20,16 @@ from ._chunk_backward import (
     sum_rows_kernel,
     weight_grad_kernel,
 )
-from ._chunk_forward import chunk_encode_kernel
-from ._chunk_staged import Staged, staged_backward
-from ._launch import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype, triton_dtype
-from ._slots import slot_count, sum_slots
+from .chunk_encode_kernels import chunk_encode_kernel
+from .chunk_encode_staged import Staged, staged_backward
+from .launches import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype, triton_dtype
+from .pieces import slot_count, sum_slots
 
 FUSED_CLASSES, FUSED_WIDTHS = CLASSES[:3], (32, 64)
 """What the fused kernels take; longer chunks and wider tiles are staged."""
-SLAB_ROWS_TIMES_WIDTH = 1 << 22
-"""Rows of a slab times the width, about: 92 MB of workspace with half-precision operands, 168 MB with float32."""
 BLOCK_MULTIPLE = 8
 """Every kernel of a slab covers the same blocks, a multiple of this: a launch table's BLOCKS must divide it."""
 SUM_BLOCK, SUM_STEP = 512, 32
-NAMES = ("row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
 """Parameters whose first axis is the block."""
 MATRICES = ("w_qkv", "b_qkv", "w_o", "b_o")
@@ -57,7 +54,7 @@ def constants(pool_query: Tensor, norm: Tensor) -> dict[str, Any]:
 
 
 def class_constants(slot_class: SlotClass) -> dict[str, Any]:
-    return {"SLOTS": slot_class.slots, "LOWEST": slot_class.lowest, "SHARED": slot_class.shared}
+    return {"SLOTS": slot_class.slots, "LOWEST": slot_class.min_length, "SHARED": slot_class.multi_chunk}
 
 
 def padded_heads(heads: int) -> int:
@@ -68,7 +65,7 @@ def padded_heads(heads: int) -> int:
 def length_class(slot_class: SlotClass, precision: str = "") -> str:
     """The class's name in launch tables: its slots, with "shared" before where several chunks share a block, and
     "ieee" before that where products of float32 keep full precision and so do without matrix units."""
-    return f"{'ieee' if precision == 'ieee' else ''}{'shared' if slot_class.shared else ''}{slot_class.slots}"
+    return f"{'ieee' if precision == 'ieee' else ''}{'shared' if slot_class.multi_chunk else ''}{slot_class.slots}"
 
 
 def sizes_for(op: str, pool_query: Tensor, slot_class: SlotClass) -> Launch:
@@ -81,7 +78,7 @@ def sizes_for(op: str, pool_query: Tensor, slot_class: SlotClass) -> Launch:
 def staged_call(
     values: Tensor, chunk_ptr: Tensor, chunk_ptr_host: Tensor, owner: Tensor, weights: Sequence[Tensor]
 ) -> Staged:
-    named = dict(zip(NAMES, weights, strict=True))
+    named = dict(zip(CHUNK_PARAMETERS, weights, strict=True))
     return Staged(named, programs_of(values.device), {}, values, chunk_ptr, chunk_ptr_host, owner)
 
 
@@ -204,7 +201,7 @@ def _fused(
     most = max(-(-blocks // BLOCK_MULTIPLE) for _, blocks in classes) * BLOCK_MULTIPLE
     programs = min(programs_of(values.device), most)
     parts = {}
-    for name, weight in zip(NAMES[1:], weights[1:], strict=True):
+    for name, weight in zip(CHUNK_PARAMETERS[1:], weights[1:], strict=True):
         shape = tuple(weight.shape)
         many = programs if name in MATRICES else PROGRAMS_PER_SUM * programs
         shape = (shape[0], many, *shape[1:]) if name in BY_BLOCK else (many, *shape)
@@ -245,5 +242,5 @@ def chunk_encode_backward(
         else:
             staged = staged_call(values, chunk_ptr, chunk_ptr_host, owner, weights)
             shared = staged_backward(staged, grad, values_grad, chunk_grad, sum_over_sets)
-        grads = [sum_over_sets(chunk_grad, tensor_ptr), *(shared[name] for name in NAMES[1:])]
+        grads = [sum_over_sets(chunk_grad, tensor_ptr), *(shared[name] for name in CHUNK_PARAMETERS[1:])]
     return (values_grad, *(g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...ops.schema import accumulate_dtype
 from ...ops.supported_widths import width_reasons
-from . import _feed_forward as device
-from . import _staged_rows as staged
-from ._launch import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype
+from . import feed_forward_kernels as device
+from . import staged_rows as staged
+from .launches import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype
 
 
 def precision_class(dtype: torch.dtype, precision: str) -> str:

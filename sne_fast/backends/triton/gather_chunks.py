@@ -1,19 +1,19 @@
-"""Parameters that live on a GPU, cut, transposed, scaled and cast in one launch (SPEC 1)."""
+"""``gather_chunks`` in Triton: table of the tensors and launches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops import checks
 from ...ops.schema import accumulate_dtype
 from ..gpu_plans import gather_tables
 from ..gpu_plans.device_tables import on_device_without_waiting
-from . import _gather_chunks as device
-from ._launch import Launch, architecture, launch, on_device, sum_dtype, triton_dtype
+from . import gather_chunks_kernels as device
+from .launches import Launch, architecture, launch, on_device, sum_dtype, triton_dtype
 
 
 def _sizes(scale: Tensor, dtype: torch.dtype) -> Launch:
@@ -21,7 +21,7 @@ def _sizes(scale: Tensor, dtype: torch.dtype) -> Launch:
 
 
 def _table(tensors: Sequence[Tensor], plan: Tensor, sizes: Launch) -> tuple[np.ndarray, int]:
-    """Table of _gather_chunks.py, and the number of tiles."""
+    """Return the table of the kernels, and the number of tiles."""
     rows, positions = gather_tables.shapes(plan)
     tile, tile_k = sizes["TILE"], sizes["TILE_K"]
     flat = (rows == 1) | (positions == 1)
@@ -30,7 +30,7 @@ def _table(tensors: Sequence[Tensor], plan: Tensor, sizes: Launch) -> tuple[np.n
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
-    gather_tables.check("gather_chunks", tensors, scale, plan)
+    checks.gather_chunks("gather_chunks", tensors, scale, plan)
     matrices = gather_tables.sources(tensors, accumulate_dtype(dtype))
     values = scale.new_empty((sum(t.numel() for t in matrices),), dtype=dtype)
     sizes = _sizes(scale, dtype)
@@ -48,7 +48,7 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
 def gather_chunks_backward(
     grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    gather_tables.check_backward(grad, values, tensors, scale, plan)
+    checks.gather_chunks_backward("gather_chunks_backward", grad, values, tensors, scale, plan)
     grads = gather_tables.empty_gradients(tensors, accumulate_dtype(values.dtype))
     grad_scale = torch.zeros_like(scale, memory_format=torch.contiguous_format)
     sizes, acc = _sizes(scale, values.dtype), triton_dtype(scale.dtype)
@@ -67,5 +67,4 @@ def gather_chunks_backward(
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], grad_scale
 
 
-def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    return gather_tables.why_not(op, args[0].dtype if op.endswith("_backward") else args[3])
+why_not = gather_tables.why_not

@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from ...ops.schema import accumulate_dtype
-from . import _segment_pool as device
-from ._launch import Launch, architecture, launch, next_power_of_2, on_device, sum_dtype
-from ._slots import slot_count, sum_slots
+from . import segment_pool_kernels as device
+from .launches import Launch, architecture, launch, next_power_of_2, on_device, sum_dtype
+from .pieces import slot_count, sum_slots
 
 # Programs that a launch on long segments should have: several for each multiprocessor of the largest chips.
 PROGRAMS = 1024

@@ -13,9 +13,9 @@ from torch import Tensor
 from ...ops.schema import accumulate_dtype
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
-from . import _set_attention as device
-from ._launch import Launch, architecture, launch, next_power_of_2, on_device, product_precision, sum_dtype
-from ._slots import empty_partial, slot_count, sum_slots
+from . import set_attention_kernels as device
+from .launches import Launch, architecture, launch, next_power_of_2, on_device, product_precision, sum_dtype
+from .pieces import empty_partial, slot_count, sum_slots
 
 # Up to here a set's own rows are few: beside many inner rows, it is those that are shared out among programs.
 FEW = 64

@@ -119,7 +119,7 @@ def gather_cases(dtype: torch.dtype) -> Iterator[Case]:
 def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
     """Warps and stages around the rules that the tables hold for this width; their blocks stay."""
     from . import chunk_encode as op
-    from ._launch import TABLES, table
+    from .launches import TABLES, table
 
     count = 20000
     calls = selftest_cases.Variant("chunk_encode", dtype, h, heads, True)
@@ -144,7 +144,7 @@ def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
 def feed_forward_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
     """``heads`` plays no part."""
     from . import feed_forward as op
-    from ._launch import product_precision
+    from .launches import product_precision
 
     rows = (1 << 26) // h
     q, attended, grad = (_normal(rows, h, dtype=dtype) for _ in range(3))
@@ -183,7 +183,7 @@ def tune(case: Case, dtype: torch.dtype, arch: int) -> Rule | None:
     """The fastest candidate as a rule, or None where the table's own choice is not beaten by two per cent."""
     from triton.testing import do_bench
 
-    from ._launch import trial
+    from .launches import trial
 
     want = case.run()
     usual = best = do_bench(case.run, return_mode="median")
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("sne_fast.backends.triton.tune: needs a CUDA GPU, and torch finds none here", file=sys.stderr)
         return 2
-    from ._launch import TABLES, architecture, table
+    from .launches import TABLES, architecture, table
 
     device, out = torch.device("cuda"), options.out or TABLES
     out.mkdir(parents=True, exist_ok=True)

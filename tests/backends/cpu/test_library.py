@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -20,9 +21,9 @@ needs_backend = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_BACKEND
 
 @pytest.fixture
 def fresh_load():
-    _native._load.cache_clear()
+    _native.NATIVE.forget()
     yield
-    _native._load.cache_clear()
+    _native.NATIVE.forget()
 
 
 def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
@@ -50,14 +51,14 @@ def test_another_abi_is_refused(monkeypatch, fresh_load):
 
 @needs_backend
 def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
-    monkeypatch.setitem(_native.SYMBOLS, "sne_fast_cpu_of_tomorrow", (_native._INT, []))
+    monkeypatch.setitem(_native.SYMBOLS, "sne_fast_cpu_of_tomorrow", (ctypes.c_int, []))
     assert "lacks sne_fast_cpu_of_tomorrow" in cpu.BACKEND.unavailable()[0]
 
 
 @needs_backend
 def test_the_environment_variable_chooses_the_instruction_set(tmp_path):
     def ask(name: str) -> str:
-        code = "from sne_fast import _native; print(_native.reasons() or _native.isa())"
+        code = "from sne_fast.backends.cpu import library as _native; print(_native.reasons() or _native.isa())"
         environment = {**os.environ, _native.ISA_ENVIRONMENT_VARIABLE: name, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True

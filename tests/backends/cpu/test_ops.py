@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 
@@ -290,13 +293,17 @@ def test_encoder_with_both_backends_agrees():
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * float(b.abs().max()) + 1e-12)
 
 
+def refused(message: str) -> AbstractContextManager[object]:
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
 @pytest.mark.parametrize("place", [0, 5, 6, 7, 8, 9, 10, 11, 12, 13])
 def test_chunk_encode_refuses_wrong_shapes(place):
     args = list(cast(chunk_encode_case(32, 4, [5, 9, 9]), torch.float32))
     grad = torch.randn(3, 4, 32)
-    with pytest.raises(ValueError, match="chunk_encode_backward: grad must have shape .3, 4, 32., got .2, 4, 32."):
+    with refused("chunk_encode_backward: grad must have shape (3, 4, 32), got float32 (2, 4, 32) on cpu"):
         cpu.chunk_encode_backward(grad[:2], *args)
-    with pytest.raises(ValueError, match="chunk_encode: .* must be torch.float.* on the CPU, got torch.float"):
+    with pytest.raises(TypeError, match="chunk_encode: .* must have the dtype and device of values .float.*, got flo"):
         cpu.chunk_encode(*args[:place], args[place].half(), *args[place + 1 :])
     args[place] = args[place][..., :-1]
     name = CHUNK_NAMES[max(0, place - 4)]
@@ -309,26 +316,28 @@ def test_other_ops_refuse_wrong_shapes():
     x, lse, ptr = torch.randn(6, 32), torch.randn(6, 4), pointers([2, 4])
     ptrs = (ptr, ptr, ptr, ptr)
     for bad in (x[:5], x[:, :31]):
-        with pytest.raises(ValueError, match="set_attention: v must have shape .6, 32., got "):
+        with refused("set_attention: v must have shape that of k, (6, 32), got float32 "):
             cpu.set_attention(x, x, bad, *ptrs, 4)
         for place, name in ((0, "grad"), (4, "out")):
             inputs = [x] * 5
             inputs[place] = bad
-            with pytest.raises(ValueError, match=f"set_attention_backward: {name} must have shape .6, 32., got "):
+            with refused(f"set_attention_backward: {name} must have shape (6, 32), got float32 "):
                 cpu.set_attention_backward(*inputs, lse, *ptrs, 4)
-    with pytest.raises(ValueError, match="lse must have shape .6, 4., got .6, 3."):
+    with refused("lse must have shape (6, 4), got float32 (6, 3) on cpu"):
         cpu.set_attention_backward(x, x, x, x, x, lse[:, :3], *ptrs, 4)
-    with pytest.raises(ValueError, match="k_ptr_host must have shape .3,., got .2,."):
+    with refused("set_attention_backward: grad must be on cpu beside the inputs, got float32 (6, 32) on meta"):
+        cpu.set_attention_backward(x.to("meta"), x, x, x, x, lse, *ptrs, 4)
+    with refused("k_ptr_host must be a CPU copy of k_ptr (int64 (3,) on cpu), got int64 (2,) on cpu"):
         cpu.set_attention(x, x, x, ptr, ptr, ptr, ptr[:2], 4)
-    with pytest.raises(ValueError, match="q_ptr_host must .*int64"):
+    with refused("q_ptr_host must be a CPU copy of q_ptr (int64 (3,) on cpu), got int32 (3,) on cpu"):
         cpu.set_attention(x, x, x, ptr, ptr, ptr.int(), ptr, 4)
-    with pytest.raises(ValueError, match="segment_pool: logits must have shape .6, 4., got .5, 4."):
+    with refused("segment_pool: logits must have shape (rows, A) with rows = 6, got float32 (5, 4) on cpu"):
         cpu.segment_pool(x, lse[:5], ptr, ptr)
     out, out_lse = cpu.segment_pool(x, lse, ptr, ptr)
-    with pytest.raises(ValueError, match="segment_pool_backward: grad must have shape .2, 4, 32., got .1, 4, 32."):
+    with refused("segment_pool_backward: grad must have shape (2, 4, 32), got float32 (1, 4, 32) on cpu"):
         cpu.segment_pool_backward(out[:1], x, lse, out, out_lse, ptr, ptr)
     scale, plan = torch.ones(1), torch.tensor([[6, 33]])
-    with pytest.raises(ValueError, match="gather_chunks: tensors.0. must have shape .6, 33. by plan"):
+    with refused("gather_chunks: tensors[0] must be floating with plan[0] = 6 x 33 elements, got float32 (6, 32)"):
         cpu.gather_chunks([x], scale, plan, torch.float32)
 
 
@@ -345,7 +354,7 @@ def test_compiled_calls_are_checked_by_the_backend():
 
     with sne_fast.use_backend("cpu"):
         assert call(args[5]).shape == (4, 4, 32) and attend(x, x, x, ptr, ptr, num_heads=4).shape == (6, 32)
-        with pytest.raises(ValueError, match="chunk_encode: row_code must have shape .4, 32., got .1, 32."):
+        with refused("chunk_encode: row_code must have shape (T, h) with T = 4, H = 4, h = 32, got float32 (1, 32)"):
             call(args[5][:1])
-        with pytest.raises(ValueError, match="set_attention: v must have shape .6, 32., got .4, 32."):
+        with refused("set_attention: v must have shape that of k, (6, 32), got float32 (4, 32) on cpu"):
             attend(x, x, x[:4], ptr, ptr, num_heads=4)

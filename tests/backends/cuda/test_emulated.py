@@ -13,17 +13,19 @@ import emulate
 import native_build
 import pytest
 
-from helpers.paths import ROOT
+from helpers import artefacts
+
+pytestmark = pytest.mark.build
 
 FOLDER = Path(__file__).with_name("emulated")
 
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    """Build the emulated kernels; a later session compiles only what has changed."""
-    file = ROOT / "build" / "emulated" / "kernels.so"
-    emulate.build(file)
-    return file
+    """Build the emulated kernels, once for all sessions with the same sources."""
+    parts = [*emulate.FLAGS, artefacts.version(native_build.host_compiler()[0])]
+    key = artefacts.digest(parts, artefacts.native_sources("cuda", "include", "tests"))
+    return artefacts.kept("emulated", key, lambda folder: emulate.build(folder / "kernels.so")) / "kernels.so"
 
 
 @pytest.mark.skipif(shutil.which(native_build.host_compiler()[0]) is None, reason="needs a C++ compiler")

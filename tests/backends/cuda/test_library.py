@@ -26,8 +26,9 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Where the library is looked for; nothing remembered from before, nothing left behind."""
 
     def forget() -> None:
-        for cached in (library._load, cuda.unavailable, cuda._device_reasons):
-            cached.cache_clear()
+        library.NATIVE.forget()
+        cuda.unavailable.cache_clear()
+        cuda.device_reasons.cache_clear()
 
     monkeypatch.setattr(library, "LIBRARY_FILE", tmp_path / "_cuda_engine.so")
     monkeypatch.setattr(library, "ERROR_FILE", tmp_path / "error.txt")
@@ -68,7 +69,7 @@ def put_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) ->
 def test_a_missing_library_is_explained(place: Path) -> None:
     assert "reinstall with SNE_FAST_BUILD=cuda (needs nvcc)" in cuda.unavailable()[0]
     (place / "error.txt").write_text("nvcc refuses the host compiler\n")
-    library._load.cache_clear()
+    library.NATIVE.forget()
     assert library.reasons() == ["nvcc refuses the host compiler"]
     with sne_fast.use_backend("cuda"), pytest.raises(sne_fast.BackendError, match="'cuda' cannot run it: "):
         sne_fast.SNE()([torch.nn.Linear(2, 2)])
@@ -140,7 +141,7 @@ def test_one_gpu_of_two_is_enough_and_the_other_is_refused_by_name(place, monkey
     put_library(place, architectures="90a")
     put_gpus(monkeypatch, (9, 0), (12, 0))
     assert cuda.unavailable() == []
-    assert cuda._device_reasons(0) == [] and "cuda:1 has 12.0" in cuda._device_reasons(1)[0]
+    assert cuda.device_reasons(0) == [] and "cuda:1 has 12.0" in cuda.device_reasons(1)[0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 from helpers.toy_backend import backend, pooled
 from sne_fast.backends.cuda import winners
 from sne_fast.backends.cuda.winners import Call, Rule
-from sne_fast.ops import found_backends
+from sne_fast.ops import devices, found_backends
 
 MEASURED = Call("set_attention", "9.0", "bfloat16", "ieee", 64, 4, 16.0, 1 << 20)
 
@@ -76,8 +76,7 @@ def test_a_rule_holds_for_calls_like_the_measured_one() -> None:
 
 
 def test_calls_are_described_by_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winners, "_capability", lambda index: "9.0")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
     q, k, v, q_ptr, k_ptr = attention_case([2, 6], [10, 30], 64, torch.bfloat16)
     attention = Call("set_attention", "9.0", "bfloat16", "ieee", 64, 4, 20.0, 40)
     assert winners.call_of("set_attention", (q, k, v, q_ptr, k_ptr, q_ptr, k_ptr, 4)) == attention

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.build
+
 FOLDER = Path(__file__).with_name("interpreted")
 
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sne_fast.backends.triton import _launch, tune  # noqa: E402
+from sne_fast.backends.triton import launches, tune  # noqa: E402
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -37,22 +37,22 @@ def test_new_rules_replace_those_of_the_same_case(tmp_path) -> None:
 
 
 def test_the_first_rule_that_matches_is_taken() -> None:
-    usual = _launch.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
+    usual = launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
     rule = {"when": {"arch": [90, 100], "h": 64}, "num_warps": 16, "num_stages": 1, "blocks": {"SHORT": 3}}
-    with _launch.trial("segment_pool", rule):
-        tried = _launch.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
-        other = _launch.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=80)
+    with launches.trial("segment_pool", rule):
+        tried = launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
+        other = launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=80)
     assert tried.num_warps == 16 and tried["SHORT"] == 3 and tried.options["enable_fp_fusion"]
     assert (
-        other == usual == _launch.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
+        other == usual == launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
     )
     with pytest.raises(KeyError, match="segment_pool: no launch sizes for"):
-        _launch.launch("segment_pool", kernel="sideways")
+        launches.launch("segment_pool", kernel="sideways")
 
 
-@pytest.mark.parametrize("path", sorted(_launch.TABLES.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(launches.TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_tables_are_well_formed(path) -> None:
-    for rule in _launch.table(path.stem):
+    for rule in launches.table(path.stem):
         assert set(rule) == {"when", "num_warps", "num_stages", "blocks"}
         assert rule["num_warps"] in (1, 2, 4, 8, 16, 32) and 1 <= rule["num_stages"] <= 8
         assert set(rule["when"]) <= {"kernel", "h", "heads", "d", "length", "dtype", "arch"}

@@ -8,9 +8,11 @@ import pytest
 from helpers import cuda_compiled
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """What the chosen tests will ask for is compiled side by side from the start."""
-    here = [item for item in session.items if item.path.parent == Path(__file__).parent and hasattr(item, "callspec")]
-    if here and cuda_build.find_nvcc() and not session.config.option.collectonly:
-        cuda_compiled.all_variants = bool(session.config.getoption("--all-variants"))
+@pytest.fixture(scope="session", autouse=True)
+def compiled_side_by_side(request: pytest.FixtureRequest) -> None:
+    """Begin to compile what the chosen tests will ask for, several files at a time."""
+    cuda_compiled.all_variants = bool(request.config.getoption("--all-variants"))
+    items = request.session.items
+    here = [item for item in items if item.path.parent == Path(__file__).parent and hasattr(item, "callspec")]
+    if cuda_build.find_nvcc():
         cuda_compiled.start({item.callspec.params["file"] for item in here if "file" in item.callspec.params})

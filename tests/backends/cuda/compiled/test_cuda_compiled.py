@@ -25,7 +25,7 @@ from helpers.cuda_compiled import (
 from helpers.paths import ROOT
 
 FILES = sorted(cuda_build.name_of(source) for source in cuda_build.sources())
-pytestmark = needs_nvcc
+pytestmark = [pytest.mark.build, needs_nvcc]
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump, which comes with Triton")
 
 
@@ -100,10 +100,8 @@ def test_the_library_links_and_loads_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Object:
-    return compile_file(
-        ROOT / "tests" / "backends" / "cuda" / "emulated" / "emulator_kernels.cu", tmp_path_factory.mktemp("example")
-    )
+def example() -> Object:
+    return compile_file(ROOT / "tests" / "backends" / "cuda" / "emulated" / "emulator_kernels.cu")
 
 
 def test_resources_are_read(example: Object) -> None:
@@ -140,7 +138,7 @@ ptxas info    : Used 40 registers, used 0 barriers
 
 def test_forward_and_wide_kernels_are_known_by_their_names() -> None:
     def kernel(name: str) -> Kernel:
-        return Kernel(name, "80", 1, 0, 0, 0, "")
+        return Kernel(name, "80", 1, 0, 0, 0, {})
 
     assert is_forward(kernel("void sne::forward<sne::OpBfloat, 64, 16>(sne::Grads)"))
     assert not is_forward(kernel("void sne::query_grads<sne::OpBfloat, 64>(long)"))

@@ -16,6 +16,8 @@ from sne_fast.backends.cuda import chunk_encode as module
 from sne_fast.backends.cuda import library
 from sne_fast.backends.cuda.chunk_encode import chunk_encode, chunk_encode_backward, segment_sum, why_not
 
+pytestmark = pytest.mark.build
+
 SMALL = [[32, 3], [20], [5, 5, 1]]
 
 

@@ -14,19 +14,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import artefacts
+
+pytestmark = pytest.mark.build
+
 SOURCE = Path(__file__).with_name("emulator_kernels.cu")
 SCHEDULES = range(1, 9)
 NAN = float("nan")
 
 
 @pytest.fixture(scope="session")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("emulator") / "kernels.so"
-    sources = ["-x", "c++", str(SOURCE), str(emulate.CSRC / "cuda" / "emulator" / "emulator.cpp")]
-    subprocess.run(
-        [*native_build.host_compiler(), *emulate.FLAGS, "-Werror", "-shared", *sources, "-o", str(out)], check=True
-    )
-    return out
+def file() -> Path:
+    emulator = emulate.CSRC / "cuda" / "emulator" / "emulator.cpp"
+    command = [*native_build.host_compiler(), *emulate.FLAGS, "-Werror", "-shared", "-x", "c++", str(SOURCE)]
+    key = artefacts.digest([*command, artefacts.version(command[0])], [SOURCE, *artefacts.native_sources("cuda")])
+
+    def make(folder: Path) -> None:
+        subprocess.run([*command, str(emulator), "-o", str(folder / "kernels.so")], check=True)
+
+    return artefacts.kept("emulator_kernels", key, make) / "kernels.so"
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from sne_fast import functional, reference
 from sne_fast.backends.cuda import segment_pool as kernels
 from sne_fast.backends.cuda.library import library
 
+pytestmark = pytest.mark.build
+
 LENGTHS = {
     **checks.LENGTHS,
     "many short": [3, 1, 2, 0, 2, 5, 1, 1] * 40,
@@ -50,7 +52,7 @@ def test_any_number_of_queries_and_width(h: int, queries: int, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize("fewest", [128, 700, 4096])
 def test_parts_of_every_size(dtype: torch.dtype, fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments that lanes, a warp or the whole block have, cut and whole, as shares of the blocks grow."""
+    """Segments that lanes, a warp or the whole block have, cut and whole, as blocks get more items."""
     monkeypatch.setattr(kernels, "FEWEST", fewest)
     for lengths in ([1100, 3, 1, 90, 0, 300], [4, 1, 0, 2] * 30 + [600] + [3] * 70):
         check(kernels, case(lengths, 64, 4, dtype))
@@ -112,14 +114,14 @@ def test_views_that_begin_anywhere_and_strides() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_shares_follow_the_number_of_items() -> None:
-    assert kernels.shares(0, 1, 4, 132) == (128, 1)
-    assert kernels.shares(1 << 20, 1000, 4, 132) == (997, 1056)
-    assert kernels.shares(1 << 40, 1, 4, 132)[0] == kernels.MOST
+def test_the_division_follows_the_number_of_items() -> None:
+    assert kernels.divide_work(0, 1, 4, 132) == (128, 1)
+    assert kernels.divide_work(1 << 20, 1000, 4, 132) == (997, 1056)
+    assert kernels.divide_work(1 << 40, 1, 4, 132)[0] == kernels.MAX_ITEMS
 
 
 def test_why_not() -> None:
     checks.why_not(kernels)
     x, logits, ptr, _ = case([2], 48, 3, SINGLE)
-    with pytest.raises(ValueError, match="x, logits and ptr must have shapes"):
+    with pytest.raises(ValueError, match="segment_pool: logits must have shape .rows, A. with rows = 2, got "):
         kernels.segment_pool(x, logits[:1], ptr, ptr)

@@ -14,6 +14,8 @@ from sne_fast.backends.cuda import library
 from sne_fast.backends.cuda import set_attention as backend
 from sne_fast.backends.gpu_plans.lengths import Lengths
 
+pytestmark = pytest.mark.build
+
 CASES = {**checks.CASES, "long": ([1, 70, 2, 130], [1, 70, 2, 130]), "many seeds": ([33, 40], [150, 200])}
 
 
@@ -113,7 +115,7 @@ def test_plans(monkeypatch) -> None:
 
     def plan(own: list[int], inner: list[int], heads: int = 4) -> tuple[int, ...]:
         p = backend.Plan.make(*(Lengths.of(pointer(x)) for x in (own, inner)), sum(own), sum(inner), heads, 132)
-        return p.warps, p.single, p.split, p.pieces, p.pages, p.most
+        return p.warps, p.one_tile_per_set, p.split_rows, p.pieces, p.aligned_splits, p.max_own_rows
 
     assert plan([3, 16, 2], [3, 16, 2]) == (1, True, 0, 3, 0, 16)
     assert plan([20, 30], [20, 30]) == (2, True, 0, 2, 0, 30)

@@ -10,9 +10,11 @@ import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 from sne_fast.backends.gpu_plans.chunks import SlotClass
-from sne_fast.backends.triton import _chunk_backward, _chunk_forward, _chunk_rows
-from sne_fast.backends.triton._launch import launch
+from sne_fast.backends.triton import chunk_encode_backward_kernels, chunk_encode_kernels, chunk_encode_staged_kernels
 from sne_fast.backends.triton.chunk_encode_backward import FUSED_CLASSES, class_constants, length_class, padded_heads
+from sne_fast.backends.triton.launches import launch
+
+pytestmark = pytest.mark.build
 
 SHARED, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -20,12 +22,12 @@ INDICES = {"chunk_ptr", "order", "owner", "table", "ptr"}
 SUMS = {"rows_grad", "chunk_grad", "values_grad_sum", "means", "means_grad", "rows", "partial"}
 COUNTS = {"first_block", "slab_rows", "tiles", "codes", "sets", "chunks"}
 KERNELS = {
-    "chunk_encode": _chunk_forward.chunk_encode_kernel,
-    "chunk_encode_pool_backward": _chunk_backward.pool_backward_kernel,
-    "chunk_encode_weight_grad": _chunk_backward.weight_grad_kernel,
-    "chunk_encode_block_backward": _chunk_backward.block_backward_kernel,
-    "chunk_encode_codes_backward": _chunk_backward.codes_backward_kernel,
-    "chunk_encode_scalar_backward": _chunk_backward.scalar_backward_kernel,
+    "chunk_encode": chunk_encode_kernels.chunk_encode_kernel,
+    "chunk_encode_pool_backward": chunk_encode_backward_kernels.pool_backward_kernel,
+    "chunk_encode_weight_grad": chunk_encode_backward_kernels.weight_grad_kernel,
+    "chunk_encode_block_backward": chunk_encode_backward_kernels.block_backward_kernel,
+    "chunk_encode_codes_backward": chunk_encode_backward_kernels.codes_backward_kernel,
+    "chunk_encode_scalar_backward": chunk_encode_backward_kernels.scalar_backward_kernel,
 }
 
 
@@ -151,11 +153,14 @@ def test_every_variant(variant: Variant) -> None:
 @pytest.mark.parametrize("arch", [90])
 def test_rows_of_the_staged_form(arch: int) -> None:
     for fn, constants in (
-        (_chunk_rows.scalar_means_kernel, {"HEADS": 4, "SLOTS": 256, "QUERIES": 32}),
-        (_chunk_rows.scalar_means_backward_kernel, {"HEADS": 4, "SLOTS": 256, "QUERIES": 32}),
-        (_chunk_rows.add_normed_kernel, {"RELU": True, "LAYER_NORM": True, "ROWS": 8, "WIDTH": 256}),
-        (_chunk_rows.add_normed_backward_kernel, {"RELU": True, "LAYER_NORM": True, "ROWS": 8, "WIDTH": 256}),
-        (_chunk_rows.element_sum_kernel, {"TILE": 16, "WIDTH": 256}),
+        (chunk_encode_staged_kernels.scalar_means_kernel, {"HEADS": 4, "SLOTS": 256, "QUERIES": 32}),
+        (chunk_encode_staged_kernels.scalar_means_backward_kernel, {"HEADS": 4, "SLOTS": 256, "QUERIES": 32}),
+        (chunk_encode_staged_kernels.add_normed_kernel, {"RELU": True, "LAYER_NORM": True, "ROWS": 8, "WIDTH": 256}),
+        (
+            chunk_encode_staged_kernels.add_normed_backward_kernel,
+            {"RELU": True, "LAYER_NORM": True, "ROWS": 8, "WIDTH": 256},
+        ),
+        (chunk_encode_staged_kernels.element_sum_kernel, {"TILE": 16, "WIDTH": 256}),
     ):
         types = signature(fn, "bf16", constants | {"ACC": tl.float32})
         types |= {name: "i32" for name in types if name in ("rows", "chunks", "codes", "tiles")}

@@ -9,8 +9,10 @@ import torch
 
 from helpers.op_cases import products
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
-from sne_fast.backends.triton import _feed_forward as device
+from sne_fast.backends.triton import feed_forward_kernels as device
 from sne_fast.backends.triton.feed_forward import Plan
+
+pytestmark = pytest.mark.build
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {

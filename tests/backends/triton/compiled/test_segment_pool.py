@@ -10,9 +10,11 @@ import torch
 import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
-from sne_fast.backends.triton import _gather_chunks, _segment_pool, _slots
-from sne_fast.backends.triton._launch import launch
+from sne_fast.backends.triton import gather_chunks_kernels, pieces, segment_pool_kernels
+from sne_fast.backends.triton.launches import launch
 from sne_fast.backends.triton.segment_pool import Plan
+
+pytestmark = pytest.mark.build
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 LENGTHS = {"short": [20] * 1000, "middle": [100] * 1000, "long": [1 << 20]}
@@ -24,10 +26,10 @@ def pool(kernel: str, dtype: torch.dtype, h: int, queries: int, lengths: str, ar
     plan = Plan.make(kernel, x, queries, sizes, arch=arch, rows=int(sizes.sum()))
     kind, constants = TYPES[dtype], dict(plan.constants)
     if kernel == "forward":
-        fn, sums = _segment_pool.forward_kernel, ["lse", "part", "part_lse"]
+        fn, sums = segment_pool_kernels.forward_kernel, ["lse", "part", "part_lse"]
         signature = {"x": kind, "logits": kind, "out": kind}
     else:
-        fn, sums = _segment_pool.backward_kernel, ["lse", "weights_grad", "mean"]
+        fn, sums = segment_pool_kernels.backward_kernel, ["lse", "weights_grad", "mean"]
         signature = {"grad": kind, "x": kind, "logits": kind, "grad_x": kind, "first_query": "i32"}
         constants["ADD"] = False
     signature |= POINTERS | dict.fromkeys(sums, "*fp32")
@@ -68,10 +70,13 @@ def gather(arch: int, values: str, acc: tl.dtype) -> list[Compiled]:
     common = {"table": "*i64", "scale": scale, "values": values, "tensors": "i32", "stride": "i32"}
     scatter = common | {"grad": values, "part": scale}
     return [
-        compile_kernel(_gather_chunks.gather_kernel, common, constants, arch, sizes.num_warps, sizes.num_stages),
-        compile_kernel(_gather_chunks.scatter_kernel, scatter, constants, arch, sizes.num_warps, sizes.num_stages),
+        compile_kernel(kernel, signature, constants, arch, sizes.num_warps, sizes.num_stages)
+        for kernel, signature in (
+            (gather_chunks_kernels.gather_kernel, common),
+            (gather_chunks_kernels.scatter_kernel, scatter),
+        )
         compile_kernel(
-            _gather_chunks.scale_grad_kernel,
+            gather_chunks_kernels.scale_grad_kernel,
             {"table": "*i64", "part": scale, "grad_scale": scale, "tensors": "i32", "tiles": "i32", "stride": "i32"},
             {"BLOCK": 1024, "ACC": acc}, arch,
         ),
@@ -100,7 +105,7 @@ def test_all_gathering_variants(arch: int, values: str, acc: tl.dtype) -> None:
 def test_summing_slots(arch: int, one_row: bool) -> None:
     signature = {"partial": "*fp32", "out": "*bf16", "ptr": "*i64", "row_ptr": "*i64", "stride": "i32", "width": "i32"}
     constants = {"ONE_ROW": one_row, "BLOCK": 1024, "COLUMNS": 1024, "ACC": tl.float32}
-    result = compile_kernel(_slots.sum_slots_kernel, signature, constants, arch)
+    result = compile_kernel(pieces.sum_slots_kernel, signature, constants, arch)
     assert result.local_bytes == 0 and result.registers <= 128
 
 
@@ -108,5 +113,5 @@ def test_summing_slots(arch: int, one_row: bool) -> None:
 def test_combining_pieces(arch: int) -> None:
     signature = {"part": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32", "ptr": "*i64"}
     constants = {"WIDTH": 64, "A": 4, "COLUMNS": 256, "SPLIT": 1024, "ACC": tl.float32}
-    result = compile_kernel(_segment_pool.combine_kernel, signature, constants, arch)
+    result = compile_kernel(segment_pool_kernels.combine_kernel, signature, constants, arch)
     assert result.local_bytes == 0 and result.registers <= 128

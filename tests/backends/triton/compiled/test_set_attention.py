@@ -9,8 +9,10 @@ import torch
 import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
-from sne_fast.backends.triton import _set_attention as device
+from sne_fast.backends.triton import set_attention_kernels as device
 from sne_fast.backends.triton.set_attention import Lengths, Plan
+
+pytestmark = pytest.mark.build
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {

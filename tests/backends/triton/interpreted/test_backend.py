@@ -13,6 +13,8 @@ from sne_fast.backends.triton.backend import BACKEND
 from sne_fast.ops import selftest, selftest_cases
 from sne_fast.ops.schema import FORWARD_OPS
 
+pytestmark = pytest.mark.build
+
 DOUBLE, SINGLE = torch.float64, torch.float32
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import sne_fast.backends.triton._chunk_staged as staged_module
 import sne_fast.backends.triton.chunk_encode as module
 import sne_fast.backends.triton.chunk_encode_backward as backward_module
+import sne_fast.backends.triton.chunk_encode_staged as staged_module
 from helpers import chunk_checks as checks
 from helpers.chunk_checks import MIXED, NAMES, arguments, check, error, gentle, half_by_torch, in_float64, upstream
 from helpers.op_cases import GRADED, ChunkCase, pointer
@@ -20,6 +20,8 @@ from sne_fast import reference
 from sne_fast.backends.gpu_plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan_chunks
 from sne_fast.backends.triton.chunk_encode import chunk_encode, chunk_encode_backward, why_not
 from sne_fast.backends.triton.chunk_encode_backward import fits_a_tile
+
+pytestmark = pytest.mark.build
 
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-10)}
 
@@ -163,7 +165,7 @@ def test_plan_gives_every_chunk_its_own_slots() -> None:
     plan = plan_chunks(pointer(lengths), counts)
     assert plan.table.shape == (TABLE_ENTRIES,)
     assert [lengths[i] for i in plan.order.tolist()] == sorted(lengths)
-    blocks = {slot_class.slots + slot_class.lowest: n for slot_class, n in plan.classes()}
+    blocks = {slot_class.slots + slot_class.min_length: n for slot_class, n in plan.classes()}
     assert blocks[33] == sum(-(-lengths.count(n) // (32 // n)) for n in range(1, 17))
     assert blocks[49] == sum(17 <= n <= 32 for n in lengths) and blocks[97] == sum(n > 32 for n in lengths)
     starts = plan.table[SHARED_STARTS:].tolist()

@@ -15,6 +15,8 @@ from helpers.op_cases import feed_forward_case
 from sne_fast import reference
 from sne_fast.backends.triton import feed_forward as kernels
 
+pytestmark = pytest.mark.build
+
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
 Inputs = tuple[tuple[Tensor, ...], Tensor]
 

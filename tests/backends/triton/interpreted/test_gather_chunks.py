@@ -9,6 +9,8 @@ from helpers import gather_checks as checks
 from helpers.gather_checks import backward, case
 from sne_fast.backends.triton import gather_chunks as kernels
 
+pytestmark = pytest.mark.build
+
 TYPES = [torch.float64, torch.float32, torch.float16, torch.float32]
 
 

@@ -9,6 +9,8 @@ from helpers import segment_pool_checks as checks
 from helpers.segment_pool_checks import DOUBLE, HALF, SINGLE, case, check, run
 from sne_fast.backends.triton import segment_pool as kernels
 
+pytestmark = pytest.mark.build
+
 
 @pytest.mark.parametrize("lengths", checks.LENGTHS.values(), ids=checks.LENGTHS.keys())
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)

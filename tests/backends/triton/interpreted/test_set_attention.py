@@ -11,6 +11,8 @@ from helpers import set_attention_checks as checks
 from helpers.set_attention_checks import DOUBLE, HALF, SINGLE, check, inputs, run
 from sne_fast.backends.triton import set_attention as kernels
 
+pytestmark = pytest.mark.build
+
 CASES = {**checks.CASES, "one long": ([130], [130])}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tiles import (
+from .tiles import (
     attends,
     attention_weights,
     block_lengths,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import next_power_of_2, on_device, triton_dtype
+from .launches import next_power_of_2, on_device, triton_dtype
 
 WAYS = tl.constexpr(64)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tiles import add_relu, add_to, layer_norm, layer_norm_backward, matrix, normed, transposed, vector
+from .tiles import add_relu, add_to, layer_norm, layer_norm_backward, matrix, normed, transposed, vector
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from ...ops.schema import accumulate_dtype
-from ._chunk_rows import add_normed_backward_kernel, add_normed_kernel
-from ._launch import triton_dtype
+from .chunk_encode_staged_kernels import add_normed_backward_kernel, add_normed_kernel
+from .launches import triton_dtype
 
 ROW_TILE = {32: 64, 64: 32, 128: 16, 256: 8}
 """Rows of a tile of the row kernels by width."""

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._chunk_rows import element_sum_kernel, scalar_means_backward_kernel, scalar_means_kernel
-from ._launch import next_power_of_2, triton_dtype
-from ._staged_rows import StagedRows, affine, feed_forward, feed_forward_backward, product
+from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH
+from .chunk_encode_staged_kernels import element_sum_kernel, scalar_means_backward_kernel, scalar_means_kernel
+from .launches import next_power_of_2, triton_dtype
 from .segment_pool import segment_pool, segment_pool_backward
 from .set_attention import set_attention, set_attention_backward
+from .staged_rows import StagedRows, affine, feed_forward, feed_forward_backward, product
 
-SLAB_ROWS_TIMES_WIDTH = 1 << 22
 QUERIES, CHUNK_TILE, ELEMENT_PARTS = 32, 16, 8
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._chunk_forward import load_queries, pool_weights
-from ._slots import slot_range
-from ._tiles import (
+from .chunk_encode_kernels import load_queries, pool_weights
+from .pieces import slot_range
+from .tiles import (
     add_matrix_to,
     add_relu,
     add_to,

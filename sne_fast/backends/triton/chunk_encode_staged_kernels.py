@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tiles import add_to, normed, normed_backward, vector
+from .tiles import add_to, normed, normed_backward, vector
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._slots import WAYS
+from .pieces import WAYS
 
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = (tl.constexpr(code) for code in range(4))
 

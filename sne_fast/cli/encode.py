@@ -1,0 +1,82 @@
+"""`sne-fast encode`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..atomic_files import replacing
+from ..tasks.settings import SetAttention, option
+from .options import options_of
+from .running import PATHS, check_output, expand, run_in_batches, usable_device
+
+if TYPE_CHECKING:
+    from ..nn.encoder import SNE
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """Options of `sne-fast encode`."""
+
+    paths: tuple[Path, ...] = option(help=PATHS, argument=True, metavar="PATH")
+    out: Path = option(help="Output, .npz or .parquet, with columns name and vector.", flags=("--out", "-o"))
+    model: str | None = option(
+        None, help="Folder (or Hub repository) of a trained encoder or predictor.", shown="untrained"
+    )
+    seed: int = option(0, help="Seed of the untrained encoder's parameters.")
+    set_attention: SetAttention = option(
+        "sab", help="Attention of the untrained encoder; isab is for tensors of a million weights and more."
+    )
+    device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+
+
+@options_of(EncodeSettings)
+def encode(settings: EncodeSettings) -> None:
+    """Write one vector per network.
+
+    Without --model the encoder is untrained: its vectors depend on all weights and on --seed.
+    """
+    import numpy as np
+
+    out = settings.out
+    check_output(out, (".npz", ".parquet"))
+    names, files = expand(settings.paths)
+    encoder = _encoder(settings)
+    vectors = run_in_batches(encoder, files, encoder)
+    with replacing(out) as temporary:
+        if out.suffix == ".npz":
+            with open(temporary, "wb") as stream:
+                np.savez(stream, name=np.array(names), vector=vectors)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            flat = pa.array(vectors.ravel())
+            column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+            pq.write_table(pa.table({"name": pa.array(names), "vector": column}), temporary)
+    typer.echo(f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
+
+
+def _encoder(settings: EncodeSettings) -> SNE:
+    import torch
+
+    from ..nn.encoder import SNE
+    from ..nn.predictor import Predictor
+    from ..nn.pretrained import read_config, saved_class
+
+    device = usable_device(settings.device)
+    if settings.model is None:
+        typer.echo(
+            "sne-fast: no --model given: encoding with a freshly initialised, untrained encoder "
+            f"(seed {settings.seed})",
+            err=True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return SNE(set_attention=settings.set_attention).to(device).eval()
+    if saved_class(read_config(settings.model)) == "Predictor":
+        return Predictor.from_pretrained(settings.model, device=device).encoder
+    return SNE.from_pretrained(settings.model, device=device)
