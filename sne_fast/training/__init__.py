@@ -1,4 +1,4 @@
-"""Training a predictor on packed networks: `fit`, on one process or several, and what prepares its data."""
+"""Training of predictors on packed networks: `fit`, on one process or several, its batches and splits."""
 
 from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
 from .loop import Augment, fit, predict
