@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.choices import Chunking, Scale
 from ..zoo.architectures import FAMILIES
 from ..zoo.images import DATASETS
+from .settings import InputScale, scale_of_encoder
 
 if TYPE_CHECKING:
     from ..zoo import Zoo
@@ -37,8 +39,8 @@ class SneSettings:
     batch_weights: int = 24_000
     hidden_dim: int = 32
     chunk_size: int = 32
-    chunking: str = "flat"
-    input_scale: str = "zoo"
+    chunking: Chunking = "flat"
+    input_scale: InputScale = "zoo"
     code_gain: float = 1.0
     head: tuple[int, ...] = (128, 128)
     units: str = "permuted"
@@ -50,9 +52,9 @@ class SneSettings:
     keep_best: bool = True
 
     @property
-    def scale(self) -> str:
+    def scale(self) -> Scale:
         """What networks are packed with."""
-        return "tensor" if self.input_scale == "tensor" else "none"
+        return scale_of_encoder(self.input_scale)
 
 
 @dataclass(frozen=True)
