@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ..data.choices import Chunking, Scale
 from ..zoo.architectures import FAMILIES
 from ..zoo.classifiers import make_classifier_zoo
 from ..zoo.images import DATASETS
 from ..zoo.inrs import make_sine_zoo
 from ..zoo.shards import INDEX
 from ..zoo.table import Zoo
-from .settings import Chunking, InputScale, check_choices
+from .settings import InputScale, check_choices, scale_of_encoder
 
 Progress = Callable[[float], None]
 """Function that is called with the share of the work done, in [0, 1]."""
@@ -63,9 +64,9 @@ class SneSettings:
         check_choices(self, "SneSettings")
 
     @property
-    def scale(self) -> str:
+    def scale(self) -> Scale:
         """The scale of `pack`."""
-        return "tensor" if self.input_scale == "tensor" else "none"
+        return scale_of_encoder(self.input_scale)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from ..data.batch import WeightBatch
 from ..data.tensor_types import CONVOLUTION, KINDS, LINEAR
 from ..nn.encoder import SNE
-from ..nn.input_scales import INPUT_SCALES
 from ..nn.predictor import Predictor
 from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
 from ..training import FitSettings, History, fit, predict
 from ..training.loop import Augment
 from .baselines import Problem
 from .definitions import SneSettings
+from .settings import scale_of_predictor
 
 DRAWS = 5
 """Number of permuted copies of every test network in `invariance_error`."""
@@ -100,7 +100,7 @@ def train_sne(
             settings.head,
             [target],
             "logit" if problem.logit else "identity",
-            normalise_inputs=settings.input_scale in INPUT_SCALES and settings.input_scale,
+            normalise_inputs=scale_of_predictor(settings.input_scale),
         )
     augment = augmentation([symmetries[i] for i in train], settings)
     history = fit(
