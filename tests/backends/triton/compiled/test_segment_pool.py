@@ -71,7 +71,9 @@ def gather(arch: int, values: str, acc: tl.dtype) -> list[Compiled]:
     scatter = common | {"grad": values, "part": scale}
     return [
         compile_kernel(gather_chunks_kernels.gather_kernel, common, constants, arch, sizes.num_warps, sizes.num_stages),
-        compile_kernel(gather_chunks_kernels.scatter_kernel, scatter, constants, arch, sizes.num_warps, sizes.num_stages),
+        compile_kernel(
+            gather_chunks_kernels.scatter_kernel, scatter, constants, arch, sizes.num_warps, sizes.num_stages
+        ),
         compile_kernel(
             gather_chunks_kernels.scale_grad_kernel,
             {"table": "*i64", "part": scale, "grad_scale": scale, "tensors": "i32", "tiles": "i32", "stride": "i32"},
