@@ -68,14 +68,14 @@ def collate(items: list[Item]) -> Item:
     return WeightBatch.collate([networks for networks, _ in items]), torch.stack([target for _, target in items])
 
 
-def run(epochs: int = 25, networks: int = 60, **trainer: Any) -> tuple[SneModule, list[float]]:
+def run(epochs: int = 20, networks: int = 60, **trainer: Any) -> tuple[SneModule, list[float]]:
     """Train on networks of two architectures; return the module and the loss of every epoch."""
     lightning.seed_everything(0)
     made = []
     for i in range(networks):
         width = 8 if i % 2 else 16
         made.append(nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3)))
-        made[-1][0].weight.data *= 0.5 + i / networks
+        made[-1][0].weight.data *= 0.2 + 4 * i / networks
     targets = torch.tensor([[network[0].weight.norm().item()] for network in made])
     module = SneModule(targets)
     packed = module.predictor.encoder.pack(made).detach()

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.checkpoints import load_state_dict, save_state_dict
 from ..extras import require
+from ..version import __version__
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -146,8 +147,6 @@ class PretrainedMixin:
 
 def about(cls: type) -> dict[str, Any]:
     """Return the entries of `config.json` beside the constructor's arguments."""
-    from .. import __version__
-
     return {"architectures": [cls.__name__], "library_name": "sne_fast", "sne_fast_version": __version__}
 
 

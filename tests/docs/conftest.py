@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from published_folders import write_all
 from torch import nn
 
 import sne_fast
-
-
-class LazyNames(dict[str, Any]):
-    """A namespace that makes some names when they are first looked up, so that an example pays for what it uses."""
-
-    def __init__(self, makers: dict[str, Callable[[], Any]]) -> None:
-        super().__init__()
-        self.makers = makers
-
-    def __missing__(self, name: str) -> Any:
-        if name not in self.makers:
-            raise KeyError(name)
-        self[name] = self.makers[name]()
-        return self[name]
+from helpers.lazy_names import LazyNames
+from helpers.published_folders import write_all
 
 
 def _net() -> nn.Module:

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import LazyNames
 
 import sne_fast
+from helpers.lazy_names import LazyNames
 
 PACKAGE = Path(sne_fast.__file__).parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

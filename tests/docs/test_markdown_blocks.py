@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doc_pages import PAGES, blocks, name
+
+from helpers.doc_pages import PAGES, blocks, name
 
 RUNNABLE = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doc_pages import PAGES, ROOT, blocks, name
+
+from helpers.doc_pages import PAGES, ROOT, blocks, name
 
 README = ROOT / "README.md"
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
