@@ -333,4 +333,5 @@ class SNE(PretrainedMixin, nn.Module):
             )
 
     def extra_repr(self) -> str:
+        """Return the constructor's arguments, which `repr` shows."""
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
