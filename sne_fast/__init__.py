@@ -6,6 +6,7 @@ Names and subpackages are imported when they are first used: `import sne_fast` a
 from typing import TYPE_CHECKING
 
 from .lazy import attach
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import backends as backends
@@ -46,7 +47,6 @@ else:
         ],
     )  # fmt: skip
 
-__version__ = "0.1.0"
 
 __all__ = [
     "ISAB",

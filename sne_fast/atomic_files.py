@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,37 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files move into ``folder`` when the block ends; it is removed when it raises.
+
+    A ``folder`` that does not exist appears whole, by one rename; files of one that exists are replaced one by one
+    after all new ones are on the disk, and its other files stay.
+
+    Args:
+        folder: the folder to make or to fill; its parent must exist.
+
+    Raises:
+        OSError: the folder or its parent cannot be written.
+    """
+    exists = folder.exists()
+    stage = (folder if exists else folder.parent) / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    stage.mkdir()
+    try:
+        yield stage
+        files = sorted(stage.iterdir())
+        for file in files:
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        if exists:
+            for file in files:
+                os.replace(file, folder / file.name)
+        else:
+            os.rename(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sne_fast.atomic_files import replacing, write_bytes, write_json, write_text
+from sne_fast.atomic_files import filling, replacing, write_bytes, write_json, write_text
 
 
 def test_the_file_appears_at_the_end_with_all_its_content(tmp_path: Path) -> None:
@@ -70,3 +70,22 @@ def test_a_folder_that_is_missing_or_in_the_way_is_an_error(tmp_path: Path) -> N
     with pytest.raises(OSError):
         write_text(tmp_path / "folder", "")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_new_folder_appears_whole_and_files_of_an_old_one_are_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with filling(folder) as stage:
+        (stage / "a").write_text("1")
+        (stage / "b").write_text("1")
+        assert not folder.exists()
+    (folder / "notes").write_text("kept")
+    with filling(folder) as stage:
+        (stage / "a").write_text("2")
+        assert (folder / "a").read_text() == "1"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "2", "b": "1", "notes": "kept"}
+    for target in (folder, tmp_path / "other"):
+        with pytest.raises(ZeroDivisionError), filling(target) as stage:
+            (stage / "a").write_text("half")
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (folder / "a").read_text() == "2"
+    assert len(list(folder.iterdir())) == 3

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
+from ..version import __version__
 from .bench import bench
 from .demo import demo
 from .encode import encode

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..atomic_files import replacing
 
 __all__ = ["ORDER_KEY", "CheckpointError", "find_state_dict", "load_state_dict", "save_state_dict"]
 
@@ -103,17 +104,11 @@ def save_state_dict(
     strings = {ORDER_KEY: json.dumps(list(tensors)), **(metadata or {})}
     if not all(isinstance(text, str) for item in strings.items() for text in item):
         raise TypeError(f"save_state_dict: metadata must map strings to strings, got {metadata!r}")
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(partial, "xb") as opened:
-            mode = os.fstat(opened.fileno()).st_mode & 0o777
-        save_file(tensors, partial, metadata=strings)
-        os.chmod(partial, mode)  # safetensors leaves files that nobody else may read
-        os.replace(partial, file)
+        with replacing(file) as temporary:
+            save_file(tensors, temporary, metadata=strings)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_state_dict(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:

@@ -6,8 +6,6 @@ import inspect
 import json
 import os
 import re
-import shutil
-import uuid
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..atomic_files import filling
 from ..data.checkpoints import load_state_dict, save_state_dict
 from ..extras import require
+from ..version import __version__
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -66,18 +66,9 @@ class PretrainedMixin:
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"save_pretrained: {target} is a file; give a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
-        stage = (target if target.exists() else target.parent) / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
-        stage.mkdir()
-        try:
+        with filling(target) as stage:
             save_state_dict(self.state_dict(), stage / WEIGHTS_NAME, metadata={"format": "pt"})
             (stage / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
-            if target.exists():
-                for name in (WEIGHTS_NAME, CONFIG_NAME):
-                    os.replace(stage / name, target / name)
-            else:
-                os.rename(stage, target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -146,8 +137,6 @@ class PretrainedMixin:
 
 def about(cls: type) -> dict[str, Any]:
     """Return the entries of `config.json` beside the constructor's arguments."""
-    from .. import __version__
-
     return {"architectures": [cls.__name__], "library_name": "sne_fast", "sne_fast_version": __version__}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..backends.cpu import library
+from ..version import __version__
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def call(*arguments):
 
 
 def fails(*arguments):
-    """Runs a command that must fail as a user should see it; returns its stderr."""
+    """Run a command that must fail as a user should see it; return its stderr."""
     result = call(*arguments)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
@@ -69,7 +69,7 @@ def test_help_names_the_commands_and_is_quiet():
 
 
 def program(*arguments, **environment):
-    """Runs the console script's function in a Python of its own."""
+    """Run the console script's function in a Python of its own."""
     started = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     command = [sys.executable, "-c", "from sne_fast.cli.commands import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**started, **environment})
@@ -164,7 +164,7 @@ def test_a_zoo_folder_stands_for_its_networks(tmp_path, model):
     assert names == [str(tmp_path / "zoo" / f"n{i}") for i in range(2)]
     one = call("predict", "--model", model, tmp_path / "zoo" / "n1", "-o", tmp_path / "one.csv")
     assert one.exit_code == 0, one.output
-    both, alone = (list(csv.reader(open(tmp_path / name))) for name in ("p.csv", "one.csv"))
+    both, alone = (list(csv.reader((tmp_path / name).read_text().splitlines())) for name in ("p.csv", "one.csv"))
     assert alone[1][0] == both[2][0] and float(alone[1][1]) == pytest.approx(float(both[2][1]), rel=1e-4)
     missing = call("predict", "--model", model, tmp_path / "zoo" / "n2")
     assert missing.exit_code == 2 and "has no network 'n2'" in missing.output

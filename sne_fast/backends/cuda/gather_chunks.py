@@ -1,4 +1,4 @@
-"""``gather_chunks`` on the CUDA backend: division into tiles and launches of csrc/cuda/gather_chunks/gather_chunks.cu."""
+"""``gather_chunks`` on the CUDA backend: division into tiles and launches of csrc/cuda/gather_chunks."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from ...ops.schema import named
 from ...ops.supported_widths import pool_width_reasons
 from . import library
 
-# Work items of a block (see csrc/cuda/segment_pool/segments.h): at least so many, because every block first searches its segments,
-# and at most as many as the kernels have room for. In between, BLOCKS for each multiprocessor.
+# Work items of a block (csrc/cuda/segment_pool/segments.h): at least so many, because every block first searches its
+# segments, and at most as many as the kernels have room for. In between, BLOCKS for each multiprocessor.
 MIN_ITEMS, MAX_ITEMS = 128, 16320
 BLOCKS = 8
 

@@ -69,9 +69,9 @@ def gather(arch: int, values: str, acc: tl.dtype) -> list[Compiled]:
     scale = "*fp64" if acc == tl.float64 else "*fp32"
     common = {"table": "*i64", "scale": scale, "values": values, "tensors": "i32", "stride": "i32"}
     scatter = common | {"grad": values, "part": scale}
+    sides = ((gather_chunks_kernels.gather_kernel, common), (gather_chunks_kernels.scatter_kernel, scatter))
     return [
-        compile_kernel(gather_chunks_kernels.gather_kernel, common, constants, arch, sizes.num_warps, sizes.num_stages),
-        compile_kernel(gather_chunks_kernels.scatter_kernel, scatter, constants, arch, sizes.num_warps, sizes.num_stages),
+        *(compile_kernel(k, signature, constants, arch, sizes.num_warps, sizes.num_stages) for k, signature in sides),
         compile_kernel(
             gather_chunks_kernels.scale_grad_kernel,
             {"table": "*i64", "part": scale, "grad_scale": scale, "tensors": "i32", "tiles": "i32", "stride": "i32"},
