@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from helpers.doc_pages import PAGES, ROOT, blocks, name
+from helpers.doc_pages import PAGES, blocks, name
+from helpers.paths import ROOT
 
 README = ROOT / "README.md"
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
