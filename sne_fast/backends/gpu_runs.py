@@ -1,4 +1,4 @@
-"""Which backends have run on which GPUs: a summary of the committed results of ``bench/gpu_suite.py``.
+"""Runs of the backends on GPUs: a summary of the committed results of ``bench/gpu_suite.py``.
 
 The command that writes it::
 

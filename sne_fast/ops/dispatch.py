@@ -191,7 +191,7 @@ for _name in SCHEMAS:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Whether one backend can run one op: ``reasons`` says why not, and is empty where it can."""
+    """Report on one op of one backend: ``reasons`` says why it cannot run, and is empty if it can."""
 
     op: str
     backend: str
