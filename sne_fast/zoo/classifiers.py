@@ -14,8 +14,8 @@ from torch import Tensor
 from .architectures import ARCHITECTURES, FAMILY_OF
 from .images import DATASETS, load_images
 from .making import Group, Made, groups_of, make_zoo
+from .rebuilding import accuracy, compare
 from .table import Zoo
-from .verification import accuracy, compare
 from .vmapped import Recipe, train_together
 
 TARGETS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")

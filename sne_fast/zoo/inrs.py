@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .making import Group, Made, groups_of, make_zoo
+from .rebuilding import compare
 from .table import Zoo
-from .verification import compare
 
 OMEGA = 30.0
 WIDTHS = (1, 32, 32, 1)

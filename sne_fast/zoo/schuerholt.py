@@ -30,8 +30,8 @@ from ..data.checkpoints import load_pickled
 from .architectures import ACTIVATIONS
 from .checkpoint_folder import refuse_dataset
 from .csv_table import one_type
+from .rebuilding import accuracy, check_images, compare
 from .table import FileSource, Zoo
-from .verification import accuracy, check_images, compare
 
 METRICS = ("train_acc", "train_loss", "test_acc", "test_loss")
 TARGETS = (*METRICS, "ggap")

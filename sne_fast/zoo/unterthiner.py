@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from .architectures import unterthiner_cnn
 from .csv_table import read_csv
+from .rebuilding import accuracy, check_images, compare
 from .table import Zoo
-from .verification import accuracy, check_images, compare
 
 TARGETS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
 FINAL_STEP = 86
