@@ -43,7 +43,8 @@ def load_checkpoints(
 
     Example:
         >>> zoo = load_checkpoints("runs", "results.csv", targets=["accuracy"])
-        >>> verify(zoo, build=lambda row: MyNet(row["width"]), measure=lambda net, row: test(net), column="accuracy")
+        >>> zoo.rows[2]
+        {'name': 'net2.safetensors', 'width': 4, 'accuracy': 0.2}
     """
     folder = Path(folder)
     columns = read_csv(folder / table, text=("name", *FILE_COLUMNS, *((file_column,) if file_column else ())))

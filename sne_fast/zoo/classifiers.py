@@ -14,8 +14,8 @@ from torch import Tensor
 from .architectures import ARCHITECTURES, FAMILY_OF
 from .images import DATASETS, load_images
 from .making import Group, Made, groups_of, make_zoo
+from .rebuilding import accuracy, compare
 from .table import Zoo
-from .verification import accuracy, compare
 from .vmapped import Recipe, train_together
 
 TARGETS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
@@ -87,7 +87,10 @@ def make_classifier_zoo(
         ModuleNotFoundError: pyarrow is missing, or scikit-learn for the digits.
 
     Example:
-        >>> cnns = make_classifier_zoo("cnns", 1000, dataset="shapes", architectures=list(FAMILIES["cnn"]))
+        >>> names = ["cnn5-pool", "unterthiner"]
+        >>> cnns = make_classifier_zoo("cnns", 4, dataset="shapes", architectures=names, max_steps=5)
+        >>> cnns.column("architecture").tolist()
+        ['cnn5-pool', 'cnn5-pool', 'unterthiner', 'unterthiner']
     """
     chosen = list(ARCHITECTURES) if architectures is None else list(architectures)
     for name in chosen:

@@ -38,9 +38,9 @@ def make_digits_zoo(
     The arguments are those of :func:`make_classifier_zoo`.
 
     Example:
-        >>> zoo = make_digits_zoo("digits", 180, max_steps=300)
-        >>> verify(zoo, range(10)) < 1e-6
-        True
+        >>> zoo = make_digits_zoo("digits", 18, max_steps=5)
+        >>> len(set(zoo.column("architecture")))
+        9
     """
     return make_classifier_zoo(
         folder,

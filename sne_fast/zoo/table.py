@@ -211,8 +211,9 @@ class Zoo:
             ValueError: the number of values is not that of the networks.
 
         Example:
+            >>> from sne_fast.training import stratified_split
             >>> parts = stratified_split(zoo.column("architecture"), (0.8, 0.1, 0.1))
-            >>> split = {i: name for name, rows in zip(("train", "val", "test"), parts) for i in rows}
+            >>> split = {i: name for name, rows in zip(("train", "validation", "test"), parts) for i in rows}
             >>> zoo = zoo.with_column("split", [split[i] for i in range(len(zoo))])
         """
         listed = values.tolist() if hasattr(values, "tolist") else list(values)
@@ -238,6 +239,7 @@ class Zoo:
 
         Example:
             >>> load_unterthiner("svhn_cropped").save("svhn")
+            Zoo('svhn', 20 networks)
         """
         with ZooWriter(folder, shard_bytes=shard_bytes, **{k: v for k, v in self.about.items() if k != "torch"}) as out:
             for i, row in enumerate(self.rows):

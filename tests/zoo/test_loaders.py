@@ -20,8 +20,8 @@ from sne_fast.zoo import VerifyError, Zoo, load_checkpoints, load_schuerholt, lo
 from sne_fast.zoo.architectures import unterthiner_cnn
 from sne_fast.zoo.csv_table import read_csv
 from sne_fast.zoo.images import load_images
+from sne_fast.zoo.rebuilding import accuracy
 from sne_fast.zoo.schuerholt import SchuerholtCNN
-from sne_fast.zoo.verification import accuracy
 
 pytest.importorskip("pyarrow")
 
