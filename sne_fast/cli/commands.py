@@ -92,7 +92,3 @@ def main() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="sne-fast")
-
-
-if __name__ == "__main__":
-    main()
