@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers.doc_pages import ROOT
+from helpers.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
 

@@ -5,6 +5,7 @@ Exact results are the reference's in float64; PyTorch's own in half precision ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from helpers.op_cases import ChunkCase
 from sne_fast.ops import reference
-import itertools
 
 NAMES = ("values", "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 MIXED = [[32, 32, 1], [31, 17], [2], [16, 16, 5, 1, 1]]
@@ -121,7 +121,7 @@ def nothing_to_encode(backend: ModuleType, width: int) -> None:
 
 
 def slabs(backend: ModuleType, args: tuple[Tensor, ...], shrink: Callable[[], None], tolerance: float) -> None:
-    """Compare two runs to the bit, and within ``tolerance`` the same once ``shrink`` has cut the backward into slabs."""
+    """Compare two runs to the bit, and within ``tolerance`` one whose backward ``shrink`` has cut into slabs."""
     grad = upstream(args)
     whole, again = (backend.chunk_encode_backward(grad, *args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))

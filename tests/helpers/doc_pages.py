@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.paths import ROOT
+
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 
 _BLOCK = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<shown>.*?)^```$|^<!-- python\n(?P<hidden>.*?)^-->$", re.M | re.S)

@@ -6,6 +6,7 @@ batch must be able to hold, `LARGE` are for benchmarks only.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sne_fast.benchmark.networks import ResNet, Transformer, inr, randomise_, zoo_cnn
-import itertools
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small networks
@@ -174,7 +174,7 @@ LARGE = ["resnet18", "vit_tiny"]
 
 
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make the named network with random parameters; the same seed gives the same numbers (up to the dtype's rounding)."""
+    """Make the named network with random parameters, which a seed fixes up to the dtype's rounding."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = FACTORIES[name]()

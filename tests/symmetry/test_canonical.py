@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,6 @@ from helpers.symmetry_networks import CHUNKINGS, CONVOLUTIONS, OTHERS, assert_sa
 from sne_fast import symmetry as sym
 from sne_fast.symmetry import CanonicalAugmentation, SymmetryError, canonicalise, permute
 from sne_fast.zoo.inrs import Siren
-import itertools
 
 FAMILIES = {**CONVOLUTIONS, **OTHERS}
 

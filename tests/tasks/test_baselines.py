@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 
@@ -17,7 +18,6 @@ from sne_fast.tasks.baselines.deepsets import SetOfWeights
 from sne_fast.tasks.baselines.mlp import FlatWeights
 from sne_fast.tasks.baselines.neural import Neural, raw_weights
 from sne_fast.tasks.baselines.nfn import NeuralFunctional
-import itertools
 
 TRAIN, VALIDATION, TEST = list(range(80)), list(range(80, 100)), list(range(100, 120))
 NEURAL = {"deepsets": DeepSets, "mlp": MLP, "nfn": NFN}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,6 @@ from sne_fast.tasks.networks import Networks
 from sne_fast.tasks.run_folder import Run, RunFolder, slug
 from sne_fast.tasks.sne_method import invariance_error, train_sne
 from sne_fast.zoo import Zoo, make_classifier_zoo, make_sine_zoo
-import functools
-import operator
 
 for module in ("sklearn", "scipy", "matplotlib", "pyarrow"):
     pytest.importorskip(module)

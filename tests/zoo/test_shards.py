@@ -15,7 +15,7 @@ from sne_fast.training import network_sizes
 from sne_fast.zoo import WeightBudgetSampler, Zoo, ZooDataset, ZooWriter, networks_at, pack_options, zoo_loader
 
 pa = pytest.importorskip("pyarrow")
-import pyarrow.parquet as pq
+import pyarrow.parquet as pq  # noqa: E402
 
 
 def networks(count=7, seed=0):
