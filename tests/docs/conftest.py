@@ -38,7 +38,7 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
 def docstring_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example_files: tuple[Path, dict[str, Any]]
 ) -> LazyNames:
-    """Make the names of docstring examples, which run from one seed in a folder with links to `example_files`."""
+    """Make the namespace of docstring examples; they run from one seed in a folder of links to `example_files`."""
     folder, data = example_files
     for entry in folder.iterdir():
         (tmp_path / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())

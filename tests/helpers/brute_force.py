@@ -283,7 +283,7 @@ class Oracle:
 
 
 def oracle_for(encoder: nn.Module, **config: object) -> Oracle:
-    """Make the oracle with an encoder's parameters, which gradients reach, and its constructor arguments."""
+    """Make the oracle with an encoder's parameters, which gradients reach, and its constructor's arguments."""
     return Oracle({name: p.double() for name, p in encoder.named_parameters()}, **config)  # type: ignore[arg-type]
 
 

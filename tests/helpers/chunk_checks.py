@@ -121,7 +121,7 @@ def nothing_to_encode(backend: ModuleType, width: int) -> None:
 
 
 def slabs(backend: ModuleType, args: tuple[Tensor, ...], shrink: Callable[[], None], tolerance: float) -> None:
-    """Compare two runs to the bit, and within ``tolerance`` one whose backward ``shrink`` has cut into slabs."""
+    """Compare two runs to the bit, and within ``tolerance`` a third that ``shrink`` cuts into slabs."""
     grad = upstream(args)
     whole, again = (backend.chunk_encode_backward(grad, *args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))

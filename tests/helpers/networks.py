@@ -174,7 +174,7 @@ LARGE = ["resnet18", "vit_tiny"]
 
 
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make the named network with random parameters, which a seed fixes up to the dtype's rounding."""
+    """Make the named network with random parameters; a seed gives the same numbers in every dtype but for rounding."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = FACTORIES[name]()

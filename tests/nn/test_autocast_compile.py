@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import sne_fast
+from helpers.choices import slow_but_every
 from helpers.errors import largest_error
 from helpers.networks import MIXED, SMALL, make, randomise_
 from sne_fast.reference import PaddedSNE
@@ -39,7 +40,7 @@ def rms(x: Tensor) -> float:
     return float(x.detach().double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("attention", ["sab", "isab"])
+@pytest.mark.parametrize("attention", slow_but_every(2, ["sab", "isab"]))
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_autocast_loses_at_most_twice_what_padded_pytorch_loses(layer_norm: bool, attention: str) -> None:
     """bfloat16 on the CPU; errors against float64 over eight encoders. z has the parameters' dtype."""
@@ -97,7 +98,7 @@ def test_gradients_under_autocast(layer_norm: bool) -> None:
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_but_every(2, [torch.bfloat16, torch.float16]))
 def test_half_parameters_lose_at_most_twice_what_padded_pytorch_loses(dtype: torch.dtype, layer_norm: bool) -> None:
     """An encoder and a batch of a half type throughout, against float64 with the very same rounded numbers."""
     ours = theirs = 0.0

@@ -62,9 +62,10 @@ def test_every_switch_equals_brute_force(config: dict[str, Any]) -> None:
     assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    ("width", "heads", "config"), [(*wh, SWITCHES[(37 * n + 5) % 96]) for n, wh in enumerate(WIDTHS)], ids=str
-)
+WIDTHS_WITH_SWITCHES = [(*wh, SWITCHES[(37 * n + 5) % 96]) for n, wh in enumerate(WIDTHS)]
+
+
+@pytest.mark.parametrize(("width", "heads", "config"), slow_but_every(4, WIDTHS_WITH_SWITCHES), ids=str)
 def test_every_width_and_head_count_equals_brute_force(width: int, heads: int, config: dict[str, Any]) -> None:
     n = WIDTHS.index((width, heads))
     config = {**config, "hidden_dim": width, "num_heads": heads, "chunk_size": CHUNK_SIZES[1:][n % 4]}
@@ -73,7 +74,7 @@ def test_every_width_and_head_count_equals_brute_force(width: int, heads: int, c
     assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
-@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("chunk_size", slow_but_every(2, CHUNK_SIZES))
 @pytest.mark.parametrize("chunking", ["flat", "neuron", "kernel"])
 def test_every_chunk_size_equals_brute_force(chunking: str, chunk_size: int) -> None:
     config = {"hidden_dim": 32, "num_heads": 4, "chunking": chunking, "chunk_size": chunk_size}
@@ -285,6 +286,7 @@ def test_networks_encode_the_same_alone_and_together(config: dict, dtype: torch.
 # gradcheck
 
 
+@pytest.mark.slow
 def test_gradcheck_through_pack_and_encoder_to_the_weights() -> None:
     for scale, attention in (("tensor", "sab"), ("none", "isab")):
         encoder = encoder_for(

@@ -59,6 +59,7 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_several_python_threads_at_once():
     with torch_threads(2):
         want = [all_results(seed, torch.float32) for seed in range(4)]
