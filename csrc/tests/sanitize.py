@@ -18,7 +18,7 @@ import cpu_build  # noqa: E402
 import native_build  # noqa: E402
 from native_build import CSRC, Unit  # noqa: E402
 
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0"]
 
 
 def build(program: Path, folder: Path, extra: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sne_fast
-from helpers.cpu_cases import relative_error
+from helpers.errors import relative_error
 from helpers.op_cases import pointer
 
 pytestmark = [

@@ -72,6 +72,7 @@ def test_two_backends_are_measured_on_the_same_work(tmp_path: Path) -> None:
     assert {"chunk_encode", "set_attention_backward"} <= named
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_time_ran_out_is_kept(tmp_path: Path) -> None:
     done, found = run_suite(tmp_path / "gpu.json", "--device", "cpu", "--size", "tiny", "--seconds", "0",
                             "--only", "environment", "ceilings", "ops")  # fmt: skip
@@ -80,6 +81,7 @@ def test_what_was_measured_before_time_ran_out_is_kept(tmp_path: Path) -> None:
     assert found["skipped"]["ceilings"].startswith("out of time") and "skipped: ceilings" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Path) -> None:
     done, found = run_suite(tmp_path / "gpu.json", "--device", "cpu", "--size", "tiny", "--backend", "cuda",
                             "--only", "ops", "environment", "--cases", "zoo")  # fmt: skip

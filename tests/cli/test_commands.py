@@ -90,6 +90,7 @@ def test_help_and_version_import_nothing_heavy():
     assert done.stdout.endswith(f"sne_fast {sne_fast.__version__}\n")
 
 
+@pytest.mark.slow
 def test_openmp_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
     done = program("info", OMP_DISPLAY_ENV="TRUE")
     if "OMP_WAIT_POLICY" not in done.stderr:
@@ -308,6 +309,7 @@ def test_the_memory_probe_runs_what_is_installed(tmp_path, monkeypatch):
     assert probe("single", "forward", "sne_fast", size="tiny", threads=1, limit=1e12)["weights"] == 1153
 
 
+@pytest.mark.slow
 def test_as_a_program(files, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sne_fast", "encode"]

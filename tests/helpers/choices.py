@@ -9,5 +9,9 @@ import pytest
 
 
 def slow_but_every(nth: int, values: Iterable[Any]) -> list[Any]:
-    """Return all values for ``parametrize``, of which all but every ``nth`` are marked slow."""
-    return [value if n % nth == 0 else pytest.param(value, marks=pytest.mark.slow) for n, value in enumerate(values)]
+    """Return all values for ``parametrize``, or tuples for several names, of which all but every ``nth`` are slow."""
+
+    def marked(value: Any) -> Any:
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if n % nth == 0 else marked(value) for n, value in enumerate(values)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from helpers.op_cases import pointer
 from sne_fast.backends.cpu import library as _native
 
 NEEDS_BACKEND = "needs the native library: " + "; ".join(_native.reasons())
@@ -26,20 +26,6 @@ CHUNK_NAMES = (
 )
 
 
-def pointers(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)])
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||, and the largest difference over the largest entry, whichever is worse."""
-    if want.numel() == 0:
-        assert got.shape == want.shape
-        return 0.0
-    difference = got.double() - want.double()
-    norm = max(float(want.double().norm()), 1e-30)
-    return max(float(difference.norm()) / norm, float(difference.abs().max() / max(float(want.abs().max()), 1e-30)))
-
-
 def chunk_encode_case(
     h: int, heads: int, lengths: Sequence[int], layer_norm: bool = True, tensors: int = 3, rows: int | None = None
 ) -> tuple[Tensor, ...]:
@@ -50,7 +36,7 @@ def chunk_encode_case(
         return torch.randn(*shape, generator=g, dtype=torch.float64) * gain
 
     count = len(lengths)
-    ptr = pointers(lengths)
+    ptr = pointer(lengths)
     tensor_ptr = torch.tensor(sorted({0, count, *(count * i // tensors for i in range(1, tensors))}))
     norm = normal(4, 4, h, gain=0.3) + torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
     return (

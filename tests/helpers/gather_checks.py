@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.cpu_cases import relative_error
+from helpers.errors import relative_error
 from sne_fast import reference
 
 SHAPES = [(7, 9), (130, 33), (5, 1), (0, 4), (40, 40), (4099, 1), (1, 70), (300, 9), (3, 3000), (6, 0), (1, 1)]

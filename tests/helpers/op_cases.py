@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,8 @@ def products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def pointer(lengths: list[int]) -> Tensor:
+def pointer(lengths: Sequence[int]) -> Tensor:
+    """Return where segments of the given lengths start, and where the last one ends."""
     return torch.tensor([0, *lengths]).cumsum(0)
 
 

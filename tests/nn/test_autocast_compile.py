@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import sne_fast
+from helpers.choices import slow_but_every
+from helpers.errors import largest_error
 from helpers.networks import MIXED, SMALL, make, randomise_
 from sne_fast.reference import PaddedSNE
 
@@ -30,11 +32,6 @@ def encoder_for(dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> 
     return randomise_(sne_fast.SNE(**config), seed).to(dtype)
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return float((actual.double() - expected.double()).detach().abs().max() / expected.detach().abs().max())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Autocast
 
@@ -43,7 +40,7 @@ def rms(x: Tensor) -> float:
     return float(x.detach().double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("attention", ["sab", "isab"])
+@pytest.mark.parametrize("attention", slow_but_every(2, ["sab", "isab"]))
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_autocast_loses_at_most_twice_what_padded_pytorch_loses(layer_norm: bool, attention: str) -> None:
     """bfloat16 on the CPU; errors against float64 over eight encoders. z has the parameters' dtype."""
@@ -60,7 +57,7 @@ def test_autocast_loses_at_most_twice_what_padded_pytorch_loses(layer_norm: bool
                 z, padded = encoder(batch), PaddedSNE(encoder)(batch)
             assert z.dtype == torch.float32
             full = encoder(batch)
-        assert relative(full, exact) < 2e-5
+        assert largest_error(full, exact) < 2e-5
         assert not torch.equal(z, full)  # autocast does something
         ours += rms(z - exact) ** 2
         theirs += rms(padded - exact) ** 2
@@ -101,7 +98,7 @@ def test_gradients_under_autocast(layer_norm: bool) -> None:
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_but_every(2, [torch.bfloat16, torch.float16]))
 def test_half_parameters_lose_at_most_twice_what_padded_pytorch_loses(dtype: torch.dtype, layer_norm: bool) -> None:
     """An encoder and a batch of a half type throughout, against float64 with the very same rounded numbers."""
     ours = theirs = 0.0
@@ -129,8 +126,8 @@ def test_scales_beyond_a_half_type_are_encoded(factor: float) -> None:
     half = copy.deepcopy(encoder).half()
     with torch.no_grad():
         exact = encoder([tensors])
-        assert relative(half([tensors]), exact) < 0.05
-        assert relative(PaddedSNE(half)(half.pack([tensors])), exact) < 0.05
+        assert largest_error(half([tensors]), exact) < 0.05
+        assert largest_error(PaddedSNE(half)(half.pack([tensors])), exact) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -168,7 +165,7 @@ def compare(encoder: nn.Module, compiled, batch: sne_fast.WeightBatch, tolerance
     expected = outputs_and_gradients(encoder, encoder, batch)
     actual = outputs_and_gradients(compiled, encoder, batch)
     largest = max(float(e.abs().max()) for e in expected[1:])
-    assert relative(actual[0], expected[0]) <= tolerance
+    assert largest_error(actual[0], expected[0]) <= tolerance
     names = [name for name, _ in encoder.named_parameters()]
     for name, a, e in zip(names, actual[1:], expected[1:], strict=True):
         assert float((a - e).abs().max()) <= tolerance * max(float(e.abs().max()), 1e-2 * largest), name
@@ -211,7 +208,7 @@ def test_twenty_batches_of_different_shapes_stay_below_the_recompile_limit(fresh
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for batch in batches:
-            assert relative(compiled(batch), encoder(batch)) <= 1e-5
+            assert largest_error(compiled(batch), encoder(batch)) <= 1e-5
     assert counters["stats"]["unique_graphs"] <= 6, counters["stats"]
     assert not counters["graph_break"]
 
@@ -226,7 +223,7 @@ def test_compiled_with_autocast_equals_eager_with_autocast(fresh_compiler) -> No
         z, expected = compiled(batch), encoder(batch)
     assert z.dtype == expected.dtype == torch.float32
     full = encoder(batch)
-    assert relative(z, expected) <= 0.5 * max(1e-3, relative(expected, full))
+    assert largest_error(z, expected) <= 0.5 * max(1e-3, largest_error(expected, full))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,8 +257,8 @@ def test_copies_after_a_backward_pass_and_changes_of_dtype() -> None:
     encoder(batch).sum().backward()
     before = encoder(batch).detach()
     double = copy.deepcopy(encoder).double()
-    assert relative(double(batch.to(dtype=torch.float64)), before) < 2e-5
-    assert relative(double.float()(batch), before) < 1e-6
+    assert largest_error(double(batch.to(dtype=torch.float64)), before) < 2e-5
+    assert largest_error(double.float()(batch), before) < 1e-6
     with torch.no_grad():
         for p in encoder.parameters():
             p.add_(0.01)

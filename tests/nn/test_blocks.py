@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import sne_fast
 from helpers import brute_force
 from helpers.networks import randomise_
+from helpers.op_cases import pointer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The dense blocks: (batch, n, dim) tensors, every set of the batch of one size, from the formulas of SPEC 2
@@ -85,10 +86,6 @@ CASES = [
 ]
 
 
-def pointers(sizes: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
-
-
 def loaded(dense: nn.Module, packed: nn.Module, seed: int = 0) -> tuple[nn.Module, nn.Module]:
     """Random parameters in `dense` (every one non-zero), the same in `packed` through a strict load."""
     randomise_(dense.double(), seed)
@@ -137,7 +134,7 @@ def test_sab(sizes: list[int], ln: bool, heads: int, dim_in: int) -> None:
     dense, packed = loaded(DenseSAB(dim_in, 16, heads, ln), sne_fast.SAB(dim_in, 16, heads, layer_norm=ln))
     x = rows(sum(sizes), dim_in, 1)
     expected = dense_sets(dense, sizes, x)
-    actual = packed(x, pointers(sizes))
+    actual = packed(x, pointer(sizes))
     close(actual, expected)
     gradients_close(dense, packed, [x], expected, actual)
 
@@ -148,7 +145,7 @@ def test_isab(sizes: list[int], ln: bool, heads: int, inducing: int) -> None:
     dense, packed = loaded(DenseISAB(8, 16, heads, inducing, ln), sne_fast.ISAB(8, 16, heads, inducing, layer_norm=ln))
     x = rows(sum(sizes), 8, 1)
     expected = dense_sets(dense, sizes, x)
-    actual = packed(x, pointers(sizes))
+    actual = packed(x, pointer(sizes))
     close(actual, expected)
     gradients_close(dense, packed, [x], expected, actual)
 
@@ -159,7 +156,7 @@ def test_pma(sizes: list[int], ln: bool, heads: int, seeds: int) -> None:
     dense, packed = loaded(DensePMA(16, heads, seeds, ln), sne_fast.PMA(16, heads, seeds, layer_norm=ln))
     x = rows(sum(sizes), 16, 1)
     expected = torch.stack([dense(one[None])[0] for one in x.split(sizes)])
-    actual = packed(x, pointers(sizes))
+    actual = packed(x, pointer(sizes))
     assert actual.shape == (len(sizes), seeds, 16)
     close(actual, expected)
     gradients_close(dense, packed, [x], expected, actual)
@@ -173,7 +170,7 @@ def test_mab_between_two_different_sets(q_sizes: list[int], k_sizes: list[int], 
     dense, packed = loaded(DenseMAB(6, 10, 16, 2, ln), sne_fast.MAB(6, 10, 16, 2, layer_norm=ln))
     q, k = rows(sum(q_sizes), 6, 1), rows(sum(k_sizes), 10, 2)
     expected = torch.cat([dense(a[None], b[None])[0] for a, b in zip(q.split(q_sizes), k.split(k_sizes), strict=True)])
-    actual = packed(q, k, pointers(q_sizes), pointers(k_sizes))
+    actual = packed(q, k, pointer(q_sizes), pointer(k_sizes))
     close(actual, expected)
     gradients_close(dense, packed, [q, k], expected, actual)
 
@@ -188,7 +185,7 @@ def test_equal_sizes_equal_one_dense_batch(ln: bool) -> None:
     ):
         x = rows(4 * 6, 8, 1)
         expected = dense(x.reshape(4, 6, 8)).reshape(-1)
-        close(packed(x, pointers([6] * 4)).reshape(-1), expected)
+        close(packed(x, pointer([6] * 4)).reshape(-1), expected)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import sne_fast
 from helpers.brute_force import Cut, Network, Oracle, arrays, cut_network, oracle_for
 from helpers.choices import slow_but_every
+from helpers.errors import largest_error
 from helpers.networks import MIXED, make, randomise_, sine_networks
 from sne_fast.reference import PaddedSNE
 
@@ -33,12 +34,6 @@ def encoder_for(config: dict[str, Any], dtype: torch.dtype = F64, seed: int = 0)
     encoder = randomise_(sne_fast.SNE(**config), seed, 1.0 if config.get("layer_norm", True) else 0.35).to(dtype)
     assert all(p.count_nonzero() == p.numel() for p in encoder.parameters())
     return encoder
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest magnitude."""
-    assert actual.shape == expected.shape
-    return float((actual.double() - expected.double()).detach().abs().max() / expected.detach().abs().max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,27 +59,28 @@ def test_every_switch_equals_brute_force(config: dict[str, Any]) -> None:
     config = {**config, "hidden_dim": 32, "num_heads": 2, "chunk_size": 7, "num_inducing": 3}
     encoder = encoder_for(config)
     networks = [make("cnn", 1, F64), make("one_scalar", 2, F64)]
-    assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+    assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    ("width", "heads", "config"), [(*wh, SWITCHES[(37 * n + 5) % 96]) for n, wh in enumerate(WIDTHS)], ids=str
-)
+WIDTHS_WITH_SWITCHES = [(*wh, SWITCHES[(37 * n + 5) % 96]) for n, wh in enumerate(WIDTHS)]
+
+
+@pytest.mark.parametrize(("width", "heads", "config"), slow_but_every(4, WIDTHS_WITH_SWITCHES), ids=str)
 def test_every_width_and_head_count_equals_brute_force(width: int, heads: int, config: dict[str, Any]) -> None:
     n = WIDTHS.index((width, heads))
     config = {**config, "hidden_dim": width, "num_heads": heads, "chunk_size": CHUNK_SIZES[1:][n % 4]}
     encoder = encoder_for(config, seed=n)
     networks = [make(name, n, F64) for name in ("recurrent", "cnn", "mlp")]
-    assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+    assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
-@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("chunk_size", slow_but_every(2, CHUNK_SIZES))
 @pytest.mark.parametrize("chunking", ["flat", "neuron", "kernel"])
 def test_every_chunk_size_equals_brute_force(chunking: str, chunk_size: int) -> None:
     config = {"hidden_dim": 32, "num_heads": 4, "chunking": chunking, "chunk_size": chunk_size}
     encoder = encoder_for(config)
     networks = [make(name, 3, F64) for name in ("mlp", "cnn")]
-    assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+    assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", [*MIXED, "mlp_tiny", "mlp_deep", "transformer_tied", "oddities"])
@@ -93,14 +89,14 @@ def test_every_architecture_equals_brute_force(name: str) -> None:
     encoder = encoder_for(config)
     networks = [make(name, seed, F64) for seed in (1, 2)]
     z = encoder(networks)
-    assert relative(z, oracle_for(encoder, **config)(networks)) <= 1e-12
-    assert relative(z[:1], z[1:]) > 1e-3  # and the two differ
+    assert largest_error(z, oracle_for(encoder, **config)(networks)) <= 1e-12
+    assert largest_error(z[:1], z[1:]) > 1e-3  # and the two differ
 
 
 def test_a_larger_network_with_the_defaults_equals_brute_force() -> None:
     encoder = encoder_for({})
     networks = [make("inr", 0, F64)]
-    assert relative(encoder(networks), oracle_for(encoder)(networks)) <= 1e-12
+    assert largest_error(encoder(networks), oracle_for(encoder)(networks)) <= 1e-12
 
 
 @pytest.mark.parametrize("config", [SWITCHES[n] for n in (0, 29, 42, 71, 93)], ids=name_of)
@@ -133,7 +129,7 @@ def test_float32_within_2e5_of_float64(width: int, heads: int, layer_norm: bool)
     exact = encoder([make(name, 5, torch.float32).double() for name in MIXED])
     z = copy.deepcopy(encoder).float()([make(name, 5, torch.float32) for name in MIXED])
     assert z.dtype == torch.float32
-    assert relative(z, exact) <= 2e-5
+    assert largest_error(z, exact) <= 2e-5
 
 
 def test_the_default_backend_equals_brute_force() -> None:
@@ -141,7 +137,7 @@ def test_the_default_backend_equals_brute_force() -> None:
     encoder = encoder_for(config)
     networks = [make(name, 4, F64) for name in ("mlp", "cnn", "one_scalar")]
     with sne_fast.use_backend("auto"):
-        assert relative(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
+        assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
 def test_levels_given_by_hand_are_the_ones_encoded() -> None:
@@ -154,8 +150,8 @@ def test_levels_given_by_hand_are_the_ones_encoded() -> None:
     moved = dataclasses.replace(batch, layer_level=torch.tensor(levels))
     oracle = oracle_for(encoder, **config)
     expected = oracle.encode_network(oracle.cut(network), levels)[None]
-    assert relative(encoder(moved), expected) <= 1e-12
-    assert relative(encoder(batch), expected) > 1e-3
+    assert largest_error(encoder(moved), expected) <= 1e-12
+    assert largest_error(encoder(batch), expected) > 1e-3
 
 
 def test_codes_far_out_are_computed_in_float64() -> None:
@@ -163,7 +159,7 @@ def test_codes_far_out_are_computed_in_float64() -> None:
     encoder = encoder_for({"hidden_dim": 32, "num_heads": 4})
     batch = encoder.pack([make("mlp", 1, F64)])
     far = dataclasses.replace(batch, layer_level=torch.tensor([70_000, 12_345, 999_999]))
-    assert relative(copy.deepcopy(encoder).float()(far.to(dtype=torch.float32)), encoder(far)) <= 2e-5
+    assert largest_error(copy.deepcopy(encoder).float()(far.to(dtype=torch.float32)), encoder(far)) <= 2e-5
 
 
 def test_scale_is_known_to_the_encoder_and_none_is_the_paper() -> None:
@@ -176,10 +172,10 @@ def test_scale_is_known_to_the_encoder_and_none_is_the_paper() -> None:
     a, b = encoder.pack([single]), encoder.pack([double])
     torch.testing.assert_close(a.values, b.values, rtol=1e-14, atol=0)
     torch.testing.assert_close(2 * a.tensor_scale, b.tensor_scale, rtol=1e-14, atol=0)
-    assert relative(encoder(a), encoder(b)) > 1e-3
+    assert largest_error(encoder(a), encoder(b)) > 1e-3
     with torch.no_grad():
         encoder.tensor_encoder.magnitude_code.zero_()
-    assert relative(encoder(a), encoder(b)) < 1e-12
+    assert largest_error(encoder(a), encoder(b)) < 1e-12
     plain = encoder_for({"hidden_dim": 32, "num_heads": 2, "scale": "none"})
     before = plain([single])
     with torch.no_grad():
@@ -248,7 +244,7 @@ def test_padded_equals_ragged_and_so_do_the_gradients(config: dict[str, Any]) ->
     batch = dataclasses.replace(batch, values=values, tensor_scale=scales)
     padded = PaddedSNE(encoder)
     ragged_z, padded_z = encoder(batch), padded(batch)
-    assert relative(padded_z, ragged_z) <= 1e-12
+    assert largest_error(padded_z, ragged_z) <= 1e-12
     direction = torch.randn(ragged_z.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
     inputs = {"values": values, "scales": scales, **dict(encoder.named_parameters())}
     ragged = torch.autograd.grad((ragged_z * direction).sum(), list(inputs.values()), allow_unused=True)
@@ -278,18 +274,19 @@ def test_networks_encode_the_same_alone_and_together(config: dict, dtype: torch.
     batch = encoder.pack(networks)
     for n, network in enumerate(networks):
         alone = encoder([network])
-        assert relative(together[n : n + 1], alone) <= tolerance, MIXED[n]
-        assert relative(encoder(batch[n]), alone) <= tolerance, MIXED[n]
+        assert largest_error(together[n : n + 1], alone) <= tolerance, MIXED[n]
+        assert largest_error(encoder(batch[n]), alone) <= tolerance, MIXED[n]
     order = [3, 0, 5, 1, 4, 2, 0]
-    assert relative(encoder(batch[order]), together[order]) <= tolerance
+    assert largest_error(encoder(batch[order]), together[order]) <= tolerance
     joined = sne_fast.WeightBatch.cat([batch[4:], encoder.pack(networks[:2])])
-    assert relative(encoder(joined), together[[4, 5, 0, 1]]) <= tolerance
+    assert largest_error(encoder(joined), together[[4, 5, 0, 1]]) <= tolerance
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # gradcheck
 
 
+@pytest.mark.slow
 def test_gradcheck_through_pack_and_encoder_to_the_weights() -> None:
     for scale, attention in (("tensor", "sab"), ("none", "isab")):
         encoder = encoder_for(
@@ -366,7 +363,7 @@ def test_any_batch_by_hand_equals_brute_force(encoders, attention: str) -> None:
     def check(networks: list[Network]) -> None:
         encoder = encoders[True, True, attention]
         oracle = oracle_for(encoder, **CONFIG, set_attention=attention)
-        assert relative(encoder(batch_of(networks)), oracle(networks)) <= 1e-12
+        assert largest_error(encoder(batch_of(networks)), oracle(networks)) <= 1e-12
 
     check()
 
@@ -387,7 +384,7 @@ def test_order_of_elements(encoders, attention: str, on: bool) -> None:
                 moved |= order != sorted(order)
                 tensor.chunks[n] = chunk[order]
         z = encoders[on, True, attention](batch_of([network, other]))
-        error = relative(z[1], z[0])
+        error = largest_error(z[1], z[0])
         assert error > 1e-9 if on and moved else error <= 1e-12
 
     check()
@@ -408,7 +405,7 @@ def test_order_of_chunks(encoders, attention: str, on: bool) -> None:
             moved |= order != sorted(order)
             tensor.chunks = [tensor.chunks[n] for n in order]
         z = encoders[True, on, attention](batch_of([network, other]))
-        error = relative(z[1], z[0])
+        error = largest_error(z[1], z[0])
         assert error > 1e-9 if on and moved else error <= 1e-12
 
     check()
@@ -429,10 +426,10 @@ def test_order_of_tensors_and_of_layers_with_their_levels(encoders, attention: s
         random.shuffle(shuffled)
         other = [other[n] for n in shuffled]
         z = encoders[True, True, attention](batch_of([network, other], [levels, shuffled]))
-        assert relative(z[1], z[0]) <= 1e-12
+        assert largest_error(z[1], z[0]) <= 1e-12
         if shuffled != levels:  # the same layers at other levels
             z = encoders[True, True, attention](batch_of([network, other]))
-            assert relative(z[1], z[0]) > 1e-9
+            assert largest_error(z[1], z[0]) > 1e-9
 
     check()
 
@@ -450,7 +447,7 @@ def test_what_belongs_to_which_set_matters(encoders, attention: str) -> None:
         def differs(other: Network, levels: list[int] | None = None) -> None:
             own = list(range(len(network)))
             z = encoder(batch_of([network, other], [own, own if levels is None else levels]))
-            assert relative(z[1], z[0]) > 1e-9
+            assert largest_error(z[1], z[0]) > 1e-9
 
         for k, layer in enumerate(network):
             for t, tensor in enumerate(layer):
@@ -491,7 +488,7 @@ def test_hidden_neurons_in_another_order_are_another_input() -> None:
     x = torch.randn(4, 5, dtype=F64)
     torch.testing.assert_close(network(x), other(x))
     z = encoder_for({"hidden_dim": 32, "num_heads": 2})([network, other])
-    assert relative(z[1], z[0]) > 1e-4
+    assert largest_error(z[1], z[0]) > 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

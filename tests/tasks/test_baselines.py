@@ -78,6 +78,7 @@ def test_a_baseline_beats_the_mean(key, logit):
     assert error < 0.25 * mean_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["statistics", "statistics_fan_in", "deepsets"])
 def test_any_architecture(key):
     need(key)

@@ -48,6 +48,7 @@ def same(one: Predictor, other: Predictor) -> bool:
 SETTINGS = FitSettings(epochs=6, lr=1e-3, batch_weights=200, invariance=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_after", [1, 4])
 def test_a_killed_training_resumes_to_the_same_bits(killed_after: int, tmp_path: Path) -> None:
     networks, targets = task()
@@ -207,6 +208,7 @@ def test_the_loss_is_saved(loss: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(batch), predictor(batch))
 
 
+@pytest.mark.slow
 def test_half_types_train() -> None:
     networks, targets = task(40)
     losses = {}
@@ -221,6 +223,7 @@ def test_half_types_train() -> None:
     assert losses["bfloat16"][-1] < 0.5 * losses["bfloat16"][0]
 
 
+@pytest.mark.slow
 def test_invariance_needs_augmentation_and_lowers_the_difference() -> None:
     networks, targets = task(40)
     predictor = make()

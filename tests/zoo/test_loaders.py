@@ -252,6 +252,7 @@ def test_schuerholt_epochs_match_their_lines(schuerholt):
     assert verify(every, images=x, labels=y, tolerance=1e-3) <= 1e-3
 
 
+@pytest.mark.slow
 def test_schuerholt_shifted_by_an_epoch_fails_verify(schuerholt):
     x, y = images(28)[1]
     zoo = load_schuerholt(schuerholt, epochs=[1, 2, 3, 4])

@@ -55,6 +55,7 @@ def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
     assert "lacks sne_fast_cpu_of_tomorrow" in cpu.BACKEND.unavailable()[0]
 
 
+@pytest.mark.slow
 @needs_backend
 def test_the_environment_variable_chooses_the_instruction_set(tmp_path):
     def ask(name: str) -> str:

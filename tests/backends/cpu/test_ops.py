@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import sne_fast
-from helpers.cpu_cases import CHUNK_NAMES, NEEDS_BACKEND, cast, chunk_encode_case, pointers, relative_error
+from helpers.cpu_cases import CHUNK_NAMES, NEEDS_BACKEND, cast, chunk_encode_case
+from helpers.errors import relative_error
+from helpers.op_cases import pointer
 from sne_fast import reference
 from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
@@ -164,7 +166,7 @@ def test_chunk_encode_overflow_stays_in_its_chunk(isa, value, layer_norm):
 def test_set_attention(isa, h, heads, queries, keys):
     g = torch.Generator().manual_seed(7)
     q, k, v = (2 * torch.randn(sum(n), h, generator=g, dtype=torch.float64) for n in (queries, keys, keys))
-    ptrs = (pointers(queries), pointers(keys)) * 2
+    ptrs = (pointer(queries), pointer(keys)) * 2
     out, lse = reference.set_attention(q, k, v, *ptrs, heads)
     grad = torch.randn(out.shape, generator=g, dtype=torch.float64)
     grads = reference.set_attention_backward(grad, q, k, v, out, lse, *ptrs, heads)
@@ -188,7 +190,7 @@ def test_segment_pool(isa, h, heads, lengths):
     g = torch.Generator().manual_seed(8)
     x = torch.randn(sum(lengths), h, generator=g, dtype=torch.float64)
     logits = 3 * torch.randn(sum(lengths), heads, generator=g, dtype=torch.float64)
-    ptr = pointers(lengths)
+    ptr = pointer(lengths)
     out, lse = reference.segment_pool(x, logits, ptr, ptr)
     grad = torch.randn(out.shape, generator=g, dtype=torch.float64)
     grads = reference.segment_pool_backward(grad, x, logits, out, lse, ptr, ptr)
@@ -204,10 +206,10 @@ def test_segment_pool(isa, h, heads, lengths):
 
 def test_rows_masked_by_their_logit_have_no_weight(isa):
     g = torch.Generator().manual_seed(3)
-    x, logits, ptr = torch.randn(5000, 32, generator=g), torch.randn(5000, 2, generator=g), pointers([10, 4990])
+    x, logits, ptr = torch.randn(5000, 32, generator=g), torch.randn(5000, 2, generator=g), pointer([10, 4990])
     logits[4:9], logits[20:4500] = float("-inf"), float("-inf")  # whole pieces of the long segment among them
     kept = logits[:, 0].isfinite()
-    few = pointers([5, 510])
+    few = pointer([5, 510])
     want, want_lse = cpu.segment_pool(x[kept], logits[kept], few, few)
     x[~kept] = 1e32
     out, lse = cpu.segment_pool(x, logits, ptr, ptr)
@@ -220,7 +222,7 @@ def test_rows_masked_by_their_logit_have_no_weight(isa):
     q[:, 0], k[:, 0], k[5:140, 0] = 1.0, 0.0, -1e32
     v[5:140] = 1e32
     seen = torch.cat([torch.arange(5), torch.arange(140, 200)])
-    rows, all_keys, few = pointers([70]), pointers([200]), pointers([65])
+    rows, all_keys, few = pointer([70]), pointer([200]), pointer([65])
     got, got_lse = cpu.set_attention(q, k, v, rows, all_keys, rows, all_keys, 1)
     want, want_lse = cpu.set_attention(q, k[seen], v[seen], rows, few, rows, few, 1)
     torch.testing.assert_close(got, want)
@@ -313,7 +315,7 @@ def test_chunk_encode_refuses_wrong_shapes(place):
 
 
 def test_other_ops_refuse_wrong_shapes():
-    x, lse, ptr = torch.randn(6, 32), torch.randn(6, 4), pointers([2, 4])
+    x, lse, ptr = torch.randn(6, 32), torch.randn(6, 4), pointer([2, 4])
     ptrs = (ptr, ptr, ptr, ptr)
     for bad in (x[:5], x[:, :31]):
         with refused("set_attention: v must have shape that of k, (6, 32), got float32 "):
@@ -346,7 +348,7 @@ def test_compiled_calls_are_checked_by_the_backend():
     assert args[5].shape == (4, 32)
     encode = torch.compile(sne_fast.functional.chunk_encode, backend="eager")
     attend = torch.compile(sne_fast.functional.set_attention, backend="eager")
-    x, ptr = torch.randn(6, 32), pointers([2, 4])
+    x, ptr = torch.randn(6, 32), pointer([2, 4])
 
     def call(row_code):
         named = dict(zip(CHUNK_NAMES[2:], args[6:], strict=True))

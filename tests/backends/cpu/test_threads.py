@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from helpers.cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case, pointers
+from helpers.cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case
+from helpers.op_cases import pointer
 from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
 from sne_fast.training.threads import torch_threads
@@ -24,13 +25,13 @@ def all_results(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
     results = [cpu.chunk_encode(*args), *cpu.chunk_encode_backward(grad, *args)]
 
     sets = [*torch.randint(0, 90, (50,), generator=g).tolist(), 3000]
-    ptr = pointers(sets)
+    ptr = pointer(sets)
     q, k, v, grad = (torch.randn(sum(sets), 64, generator=g).to(dtype) for _ in range(4))
     out, lse = cpu.set_attention(q, k, v, ptr, ptr, ptr, ptr, 4)
     results += [out, lse, *cpu.set_attention_backward(grad, q, k, v, out, lse, ptr, ptr, ptr, ptr, 4)]
 
     sets[-1] = 20000
-    ptr = pointers(sets)
+    ptr = pointer(sets)
     x, logits = torch.randn(sum(sets), 64, generator=g).to(dtype), torch.randn(sum(sets), 4, generator=g).to(dtype)
     out, lse = cpu.segment_pool(x, logits, ptr, ptr)
     grad = torch.randn(out.shape, generator=g).to(dtype)
@@ -58,6 +59,7 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_several_python_threads_at_once():
     with torch_threads(2):
         want = [all_results(seed, torch.float32) for seed in range(4)]

@@ -44,12 +44,12 @@ def kernels(file: Path) -> ctypes.CDLL:
     return lib
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
+def address(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def run(lib: ctypes.CDLL, function: str, *args: int | Tensor) -> None:
-    status = getattr(lib, function)(*(pointer(a) if isinstance(a, Tensor) else a for a in args))
+    status = getattr(lib, function)(*(address(a) if isinstance(a, Tensor) else a for a in args))
     assert status == 0, lib.error().decode()
 
 
@@ -126,7 +126,7 @@ def test_threads_that_part_ways_are_reported(kernels: ctypes.CDLL, kind: int, me
     out = torch.zeros(64)
     for seed in (0, *SCHEDULES):
         kernels.schedule(seed)
-        assert kernels.divergence(pointer(out), 64, kind) == 999
+        assert kernels.divergence(address(out), 64, kind) == 999
         assert message in kernels.error().decode()
     kernels.schedule(0)
     run(kernels, "race", out, 64, 1)  # the next launch is not disturbed
@@ -135,7 +135,7 @@ def test_threads_that_part_ways_are_reported(kernels: ctypes.CDLL, kind: int, me
 
 @pytest.mark.parametrize("threads", [0, 33, 2048])
 def test_launches_that_no_gpu_takes(kernels: ctypes.CDLL, threads: int) -> None:
-    assert kernels.unwritten(pointer(torch.zeros(4096)), threads, 1) == 999
+    assert kernels.unwritten(address(torch.zeros(4096)), threads, 1) == 999
     assert f"a launch of {threads} threads" in kernels.error().decode()
 
 
@@ -201,6 +201,6 @@ def test_rounding_to_half_types(kernels: ctypes.CDLL) -> None:
     edges = torch.tensor([3.4e38, -3.4e38, 65519.9, 65520.0, 1e-45])
     values = torch.cat([near, between, near * 1e-5, near * 1e9, edges])
     results = [torch.empty_like(values) for _ in range(3)]
-    kernels.rounded(*map(pointer, (values, *results)), ctypes.c_int64(len(values)))
+    kernels.rounded(*map(address, (values, *results)), ctypes.c_int64(len(values)))
     for got, dtype in zip(results, (torch.float16, torch.bfloat16, torch.float16), strict=True):
         torch.testing.assert_close(got, values.to(dtype).float(), rtol=0, atol=0, equal_nan=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sne_fast
 from helpers import gather_checks as checks
-from helpers.cpu_cases import relative_error
+from helpers.errors import relative_error
 from helpers.gather_checks import SHAPES, backward, case
 from sne_fast import functional, reference
 from sne_fast.backends.cuda import gather_chunks as kernels

@@ -7,7 +7,7 @@ import torch
 
 import sne_fast
 from helpers import set_attention_checks as checks
-from helpers.cpu_cases import relative_error
+from helpers.errors import relative_error
 from helpers.op_cases import pointer
 from helpers.set_attention_checks import BRAIN, HALF, SINGLE, check, compare, exact, inputs, run
 from sne_fast.backends.cuda import library

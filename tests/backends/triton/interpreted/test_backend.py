@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sne_fast
-from helpers.cpu_cases import relative_error
+from helpers.errors import relative_error
 from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pool_case
 from sne_fast import functional
 from sne_fast.backends.triton.backend import BACKEND
