@@ -27,8 +27,8 @@ except ImportError:  # Windows
 
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
-CPU_LIBRARY = "sne_fast/_cpu_engine.so"
-CUDA_LIBRARY = "sne_fast/_cuda_engine.so"
+CPU_LIBRARY = "sne_fast/backends/cpu/libsne_fast_cpu.so"
+CUDA_LIBRARY = "sne_fast/backends/cuda/libsne_fast_cuda.so"
 """The libraries inside the repository and inside the wheel."""
 BUILD_FOLDER = ROOT / "build" / "native"
 INCLUDES = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]

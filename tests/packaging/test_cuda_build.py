@@ -161,7 +161,7 @@ def test_what_the_compiler_says_is_in_the_message(toolkit: Toolkit, tmp_path: Pa
 
 
 def install(toolkit: Toolkit, tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """``setup.py build_ext`` with a CPU compiler that does nothing: what it says, and where the package is."""
+    """Run ``setup.py build_ext`` with a CPU compiler that does nothing; return what it says, and the build's folder."""
     toolkit.program("g++", NVCC.format(known="", log=toolkit.folder / "g++.log", fail="", version=12))
     program = f"""
 import sys; sys.argv[1:] = ["-q", "build_ext", "-b", {str(tmp_path / "lib")!r}, "-t", {str(tmp_path / "temp")!r}]
@@ -173,38 +173,43 @@ exec(compile(open({str(ROOT / "setup.py")!r}).read(), {str(ROOT / "setup.py")!r}
         env={**os.environ, "SNE_FAST_CUDA_ARCHS": "80", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done, tmp_path / "lib" / "sne_fast"
+    return done, tmp_path / "lib"
+
+
+def error_file(folder: Path) -> Path:
+    library = folder / native_build.CUDA_LIBRARY
+    return library.with_name(f"{library.stem}_build_error.txt")
 
 
 def test_a_plain_installation_without_a_gpu_says_nothing_of_cuda(toolkit: Toolkit, tmp_path: Path) -> None:
     if os.path.exists("/proc/driver/nvidia/version"):
         pytest.skip("there is a GPU here")
     toolkit.nvcc()
-    done, package = install(toolkit, tmp_path)
-    assert [path.name for path in package.iterdir()] == ["_cpu_engine.so"]
+    done, folder = install(toolkit, tmp_path)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [folder / native_build.CPU_LIBRARY]
     assert "CUDA" not in done.stdout + done.stderr and toolkit.commands() == []
 
 
 def test_it_is_built_when_asked_for_or_where_there_is_a_gpu(toolkit: Toolkit, tmp_path: Path) -> None:
     toolkit.nvcc()
-    done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
-    assert (package / "_cuda_engine.so").exists() and "CUDA library was built for 80" in done.stderr
-    done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cpu")
-    assert not (package / "_cuda_engine.so").exists()
+    done, folder = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
+    assert (folder / native_build.CUDA_LIBRARY).exists() and "CUDA library was built for 80" in done.stderr
+    done, folder = install(toolkit, tmp_path, SNE_FAST_BUILD="cpu")
+    assert not (folder / native_build.CUDA_LIBRARY).exists()
     toolkit.gpus("9.0")
-    assert (install(toolkit, tmp_path)[1] / "_cuda_engine.so").exists()
-    done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda", SNE_FAST_SKIP_NATIVE="1")
-    assert not (package / "_cuda_engine.so").exists()
+    assert (install(toolkit, tmp_path)[1] / native_build.CUDA_LIBRARY).exists()
+    done, folder = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda", SNE_FAST_SKIP_NATIVE="1")
+    assert not (folder / native_build.CUDA_LIBRARY).exists()
 
 
 def test_a_failure_is_a_message(toolkit: Toolkit, tmp_path: Path) -> None:
-    done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
+    done, folder = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
     assert "sne_fast: the CUDA library was not built: there is no nvcc" in done.stderr
-    assert "there is no nvcc" in (package / "_cuda_engine_build_error.txt").read_text()
+    assert "there is no nvcc" in error_file(folder).read_text()
     toolkit.nvcc(fail="echo broken; exit 1")
-    done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
-    assert "broken" in (package / "_cuda_engine_build_error.txt").read_text()
-    assert (package / "_cpu_engine.so").exists() and not (package / "_cuda_engine.so").exists()
+    done, folder = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
+    assert "broken" in error_file(folder).read_text()
+    assert (folder / native_build.CPU_LIBRARY).exists() and not (folder / native_build.CUDA_LIBRARY).exists()
     toolkit.nvcc()
-    done, package = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
-    assert not (package / "_cuda_engine_build_error.txt").exists()
+    done, folder = install(toolkit, tmp_path, SNE_FAST_BUILD="cuda")
+    assert not error_file(folder).exists()

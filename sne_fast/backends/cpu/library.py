@@ -19,8 +19,8 @@ from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded
 ABI = 1
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
-LIBRARY_FILE = Path(__file__).parents[2] / "_cpu_engine.so"
-ERROR_FILE = Path(__file__).parents[2] / "_cpu_engine_build_error.txt"
+LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cpu.so")
+ERROR_FILE = Path(__file__).with_name("libsne_fast_cpu_build_error.txt")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 

@@ -72,7 +72,7 @@ BACKEND = Backend(
     why_not=why_not,
     auto_devices=("cuda",),
     self_test=True,
-    sources=(FOLDER, FOLDER.parent / "gpu_plans", Path(native_library.__file__), library.LIBRARY_FILE),
+    sources=(FOLDER, FOLDER.parent / "gpu_plans", Path(native_library.__file__)),
     preferred=winners.preferred,
     describe=describe,
 )

@@ -1,6 +1,6 @@
 """Native library of the CUDA backend: its structs and functions in ctypes, and calls on a device's current stream.
 
-``sne_fast/_cuda_engine.so`` is built by ``SNE_FAST_BUILD=cuda pip install .``. With ``SNE_FAST_CUDA_EMULATED`` naming a
+``libsne_fast_cuda.so`` is built by ``SNE_FAST_BUILD=cuda pip install .``. With ``SNE_FAST_CUDA_EMULATED`` naming a
 host build of the same kernels (``python csrc/tests/emulate.py OUT``), calls run on CPU tensors, for tests.
 """
 
@@ -22,8 +22,8 @@ from . import compatibility
 ABI = 1
 EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
 EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
-LIBRARY_FILE = Path(__file__).parents[2] / "_cuda_engine.so"
-ERROR_FILE = Path(__file__).parents[2] / "_cuda_engine_build_error.txt"
+LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cuda.so")
+ERROR_FILE = Path(__file__).with_name("libsne_fast_cuda_build_error.txt")
 
 
 # Field by field as the structs of csrc/include/sne_fast/cuda_abi.h.

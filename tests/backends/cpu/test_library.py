@@ -27,7 +27,7 @@ def fresh_load():
 
 
 def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
-    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "_cpu_engine.so")
+    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "libsne_fast_cpu.so")
     monkeypatch.setattr(_native, "ERROR_FILE", tmp_path / "error.txt")
     (tmp_path / "error.txt").write_text("there is no C++ compiler\n")
     (reason,) = cpu.BACKEND.unavailable()
@@ -38,8 +38,8 @@ def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
 
 
 def test_a_foreign_library_is_refused(monkeypatch, tmp_path, fresh_load):
-    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "_cpu_engine.so")
-    (tmp_path / "_cpu_engine.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "libsne_fast_cpu.so")
+    (tmp_path / "libsne_fast_cpu.so").write_bytes(b"not a library")
     assert "does not load" in cpu.BACKEND.unavailable()[0]
 
 

@@ -30,7 +30,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         cuda.unavailable.cache_clear()
         cuda.device_reasons.cache_clear()
 
-    monkeypatch.setattr(library, "LIBRARY_FILE", tmp_path / "_cuda_engine.so")
+    monkeypatch.setattr(library, "LIBRARY_FILE", tmp_path / "libsne_fast_cuda.so")
     monkeypatch.setattr(library, "ERROR_FILE", tmp_path / "error.txt")
     monkeypatch.setattr(library, "EMULATED", False)
     forget()
@@ -52,7 +52,7 @@ def put_library(folder: Path, leave_out: str = "", **results: int | str) -> None
         )
         code += f'extern "C" {returned}\n'
     (folder / "stub.cpp").write_text(code)
-    out = folder / "_cuda_engine.so"
+    out = folder / "libsne_fast_cuda.so"
     subprocess.run(["g++", "-shared", "-fPIC", str(folder / "stub.cpp"), "-o", str(out)], check=True)
 
 
@@ -78,7 +78,7 @@ def test_a_missing_library_is_explained(place: Path) -> None:
 
 
 def test_a_foreign_library_is_refused(place: Path) -> None:
-    (place / "_cuda_engine.so").write_bytes(b"not a library")
+    (place / "libsne_fast_cuda.so").write_bytes(b"not a library")
     assert "the CUDA library does not load" in library.reasons()[0]
 
 
@@ -194,7 +194,7 @@ def test_a_rebuilt_library_and_changed_sources_are_tested_again(tmp_path: Path) 
     digests = []
     for file in (
         "backends/cuda/set_attention.py", "backends/cuda/winners.json", "backends/gpu_plans/chunks.py",
-        library.LIBRARY_FILE.name, "backends/cuda/backend.py", "kernels.py",
+        "backends/cuda/libsne_fast_cuda.so", "backends/cuda/backend.py", "kernels.py",
     ):  # fmt: skip
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f"changed {file}")

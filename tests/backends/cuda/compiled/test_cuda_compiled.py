@@ -80,7 +80,7 @@ def test_the_library_links_and_loads_without_a_gpu(tmp_path: Path) -> None:
     """With every function that sne_fast calls, and no other one in sight."""
     nvcc = cuda_build.find_nvcc()
     assert nvcc is not None
-    out = tmp_path / "_cuda_engine.so"
+    out = tmp_path / "libsne_fast_cuda.so"
     objects = [str(made.path) for made in all_compiled().values()]
     subprocess.run([*cuda_build.linker(nvcc, ARCHITECTURES), *objects, "-o", str(out)], check=True)
     code = (

@@ -134,7 +134,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_encoder_and_its_gradients(fused: list[str], attention: str, layer_norm: bool) -> None:
     torch.manual_seed(0)
     networks = [torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.Linear(7, 5)), torch.nn.Linear(3, 1)]
-    # Norms at their eps make single precision meaningless for tiny networks: float64, as in test_cpu_engine.py.
+    # Norms at their eps make single precision meaningless for tiny networks, hence float64.
     encoder = sne_fast.SNE(
         hidden_dim=32, num_heads=4, chunk_size=16, layer_norm=layer_norm, set_attention=attention, num_inducing=4
     ).double()
