@@ -137,7 +137,7 @@ def chunk_encode(
 
         >>> encoder = sne_fast.SNE(hidden_dim=32)
         >>> batch = encoder.pack([torch.nn.Linear(3, 2)])
-        >>> pooled = encoder.chunk_encoder.pooled_rows(batch, encoder.type_embedding.weight)  # calls this function
+        >>> pooled = encoder.chunk_encoder.pooled_rows(batch, encoder.type_embedding(batch.tensor_type))
         >>> pooled.shape  # two tensors of one chunk, four heads
         torch.Size([2, 4, 32])
     """

@@ -43,7 +43,12 @@ def load_checkpoints(
 
     Example:
         >>> zoo = load_checkpoints("runs", "results.csv", targets=["accuracy"])
-        >>> verify(zoo, build=lambda row: MyNet(row["width"]), measure=lambda net, row: test(net), column="accuracy")
+        >>> def build(row):
+        ...     return torch.nn.Linear(4, row["width"])
+        >>> def measure(net, row):  # your own test
+        ...     return row["accuracy"]
+        >>> verify(zoo, build=build, measure=measure, column="accuracy")
+        0.0
     """
     folder = Path(folder)
     columns = read_csv(folder / table, text=("name", *FILE_COLUMNS, *((file_column,) if file_column else ())))

@@ -86,7 +86,10 @@ def make_classifier_zoo(
         ModuleNotFoundError: pyarrow is missing, or for the digits scikit-learn.
 
     Example:
-        >>> cnns = make_classifier_zoo("cnns", 1000, dataset="shapes", architectures=list(FAMILIES["cnn"]))
+        >>> from sne_fast.zoo.architectures import FAMILIES
+        >>> cnns = make_classifier_zoo("cnns", 8, dataset="shapes", architectures=list(FAMILIES["cnn"]), max_steps=5)
+        >>> len(cnns)
+        8
     """
     chosen = list(ARCHITECTURES) if architectures is None else list(architectures)
     for name in chosen:

@@ -36,7 +36,7 @@ def make_digits_zoo(
     """`make_classifier_zoo` on scikit-learn's digits with nine small architectures, unless others are named.
 
     Example:
-        >>> zoo = make_digits_zoo("digits", 180, max_steps=300)
+        >>> zoo = make_digits_zoo("digits", 18, max_steps=5)
         >>> verify(zoo, range(10)) < 1e-6
         True
     """

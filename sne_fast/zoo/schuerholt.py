@@ -62,7 +62,8 @@ def load_schuerholt(
 
     Example:
         >>> zoo = load_schuerholt("tune_zoo_mnist_uniform", epochs=50)
-        >>> verify(zoo, range(5), images=mnist_test, labels=mnist_labels)  # (n, 1, 28, 28), standardised as theirs
+        >>> verify(zoo, range(5), images=mnist_test, labels=mnist_labels) < 0.01  # (n, 1, 28, 28), standardised
+        True
     """
     if invalid not in ("drop", "raise", "keep"):
         raise ValueError(f"load_schuerholt: invalid must be 'drop', 'raise' or 'keep', got {invalid!r}")

@@ -111,10 +111,10 @@ class ZooWriter:
         ValueError: with `resume`, an unfinished zoo of other arguments.
 
     Example:
-        >>> with ZooWriter("zoo", source="mine") as writer:
+        >>> with ZooWriter("mine", source="mine") as writer:
         ...     writer.add("first", torch.nn.Linear(4, 3).state_dict(), {"accuracy": 0.9})
-        >>> Zoo.open("zoo")
-        Zoo('zoo', 1 networks)
+        >>> Zoo.open("mine")
+        Zoo('mine', 1 networks)
     """
 
     def __init__(

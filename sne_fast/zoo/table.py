@@ -207,6 +207,7 @@ class Zoo:
             ValueError: another number of values.
 
         Example:
+            >>> from sne_fast.training import stratified_split
             >>> parts = stratified_split(zoo.column("architecture"), (0.8, 0.1, 0.1))
             >>> split = {i: name for name, rows in zip(("train", "val", "test"), parts) for i in rows}
             >>> zoo = zoo.with_column("split", [split[i] for i in range(len(zoo))])
@@ -234,6 +235,7 @@ class Zoo:
 
         Example:
             >>> load_unterthiner("svhn_cropped").save("svhn")
+            Zoo('svhn', 20 networks)
         """
         with ZooWriter(folder, shard_bytes=shard_bytes, **{k: v for k, v in self.about.items() if k != "torch"}) as out:
             for i, row in enumerate(self.rows):

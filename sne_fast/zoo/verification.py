@@ -50,9 +50,10 @@ def verify(zoo: Zoo, networks: Sequence[int] | None = None, *, tolerance: float 
         ValueError: weights that do not fit their architecture, a missing argument, a zoo of unknown source.
 
     Example:
-        >>> verify(make_digits_zoo("digits", 18), tolerance=0.002) < 1e-6
+        >>> verify(make_digits_zoo("digits", 18, max_steps=5), tolerance=0.002) < 1e-6
         True
-        >>> verify(load_unterthiner("svhn_cropped"), range(20), images=svhn_test, labels=svhn_labels, tolerance=0.01)
+        >>> verify(load_unterthiner("svhn_cropped"), range(20), images=svhn_test, labels=svhn_labels) < 0.01
+        True
     """
     chosen = range(len(zoo)) if networks is None else networks
     source = zoo.about.get("source")
