@@ -81,7 +81,7 @@ def plot_scaling(results: Results, path: Path) -> None:
 
 
 def _points(results: Results, info: dict[str, Any]) -> list[dict[str, Any]]:
-    """The measured sizes; the large single networks of the cases continue the line of one growing network."""
+    """Return the measured sizes; the large networks of the cases continue the line of one growing network."""
     points = list(info["points"])
     if info["family"] == "network":
         for case in LARGE_NETWORK_CASES:

@@ -87,7 +87,7 @@ class Suite:
         return self.options.seconds - (time.monotonic() - self.start)
 
     def need(self, seconds: float) -> None:
-        """Raises OutOfTime unless that much is left."""
+        """Raise OutOfTime unless that much is left."""
         if self.left() < seconds:
             raise OutOfTime(f"{self.left():.0f} s left, {seconds:.0f} s needed")
 
@@ -139,7 +139,7 @@ class Suite:
     # ---------------------------------------------------------------------------------------------------------- parts
 
     def build(self) -> Json:
-        """The CUDA backend, into the checkout."""
+        """Build the CUDA library into the checkout."""
         if self.device.type != "cuda" or cuda_library.EMULATED:
             return {"skipped": "not on a GPU"}
         if cuda_build.find_nvcc() is None:

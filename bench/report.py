@@ -214,7 +214,7 @@ def scaling_text(results: Results) -> list[str]:
 
 
 def summary_table(results: Results) -> list[str]:
-    """The README's table: forward and training speed, and peak memory, against eager padded PyTorch."""
+    """Return the README's table: forward and training speed, and peak memory, against eager padded PyTorch."""
     rows = []
     for case in results.cases:
         forward, training = (results.entries.get((case, mode)) for mode in ("forward", "training"))

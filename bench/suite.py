@@ -64,7 +64,7 @@ class Suite:
     _steps: dict[str, Steps] = field(default_factory=dict)
 
     def check(self, case: Case) -> Check:
-        """The correctness of a case's backend, found once; raises again what it raised."""
+        """Check the backend on a case, once; raise again what the check raised."""
         if case.name not in self._checks:
             try:
                 self._checks[case.name] = run_check(case, self.backend, "tiny" if self.size == "tiny" else "check")
@@ -93,7 +93,7 @@ class Suite:
     def contenders(
         self, loaded: Loaded, names: tuple[str, ...], training: bool
     ) -> tuple[Any, dict[str, Any], dict[str, str]]:
-        """The backend, the baselines that fit, and why the others do not; each has agreed with the backend once."""
+        """Return the contender under test, the baselines that fit, and why others do not; all have agreed once."""
 
         def make(name: str) -> Contender:
             return contender(
@@ -146,7 +146,7 @@ class Suite:
         return dataclasses.replace(self, size="full")
 
     def measure(self, benchmark: Any, pairs: Pairs, rounds: int) -> None:
-        """The rounds of `pairs`, the backend's run being the one that pytest-benchmark times."""
+        """Run rounds of `pairs`; pytest-benchmark times the run of this package."""
         benchmark.pedantic(pairs.backend, setup=pairs.before, rounds=rounds)
 
     def probe(self, case: Case, mode: str, name: str) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Suite:
 
 
 def describe(benchmark: Any, loaded: Loaded, mode: str, result: Mapping[str, Any]) -> None:
-    """What the report reads: without a passed check it reads nothing."""
+    """Store what the report reads; without a passed check it reads nothing."""
     benchmark.group = loaded.case.name
     benchmark.extra_info.update(
         case=loaded.case.name,

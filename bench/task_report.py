@@ -52,7 +52,7 @@ def section(folder: Path) -> str:
 
 
 def summary(folder: Path) -> str:
-    """The README's table: mean Kendall's tau over three seeds, fewer where it says so, a row per experiment."""
+    """Return the README's table: mean Kendall's tau over three seeds, fewer where it says so, a row per experiment."""
     lines = [f"| Kendall's tau | {' | '.join(SUMMARY.values())} |", f"|---|{'---:|' * len(SUMMARY)}"]
     for results in read(folder):
         for experiment in results["experiments"].values():
@@ -66,7 +66,7 @@ def summary(folder: Path) -> str:
 
 
 def demo(folder: Path) -> str:
-    """The table of the demo: held-out networks, seed 0, and tau of the other seeds of `demo*.json`."""
+    """Return the table of the demo: held-out networks, seed 0, and tau of the other seeds of `demo*.json`."""
     files = sorted(folder.glob("demo*.json"))
     first, *others = (json.loads(file.read_text(encoding="utf-8"))["held_out"]["models"] for file in files)
     seeds = ", ".join(file.stem.removeprefix("demo_seed") for file in files[1:])

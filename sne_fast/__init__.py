@@ -33,13 +33,13 @@ else:
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "data.batch": ["WeightBatch"],
-            "data.checkpoints": ["CheckpointError"],
-            "data.packing": ["pack"],
-            "nn.blocks": ["ISAB", "MAB", "PMA", "SAB"],
-            "nn.encoder": ["SNE"],
-            "nn.predictor": ["Predictor", "PredictorHead"],
-            "ops.dispatch": ["BackendError", "explain", "use_backend"],
+            ".data.batch": ["WeightBatch"],
+            ".data.checkpoints": ["CheckpointError"],
+            ".data.packing": ["pack"],
+            ".nn.blocks": ["ISAB", "MAB", "PMA", "SAB"],
+            ".nn.encoder": ["SNE"],
+            ".nn.predictor": ["Predictor", "PredictorHead"],
+            ".ops.dispatch": ["BackendError", "explain", "use_backend"],
         },
         submodules=[
             "backends", "benchmark", "cli", "data", "functional", "nn", "ops", "reference", "reports", "symmetry",

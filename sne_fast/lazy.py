@@ -18,17 +18,17 @@ def attach(
 
     Args:
         package: its `__name__`.
-        names: for each module of the package, such as "nn.blocks", the names that the package takes from it.
+        names: for each module, relative as in the import such as ".nn.blocks", the names that are taken from it.
         submodules: modules of the package that are its attributes without having been imported.
     """
     module_of = {name: module for module, taken in names.items() for name in taken}
 
     def get(name: str) -> Any:
         if name in submodules:
-            return importlib.import_module(f"{package}.{name}")
+            return importlib.import_module(f".{name}", package)
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+        value = getattr(importlib.import_module(module_of[name], package), name)
         setattr(sys.modules[package], name, value)  # later uses do not come here
         return value
 

@@ -29,7 +29,7 @@ def imports_for_type_checkers(file):
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     found = {}
     for node in block.body:
-        assert isinstance(node, ast.ImportFrom) and node.level == 1
+        assert isinstance(node, ast.ImportFrom) and node.level
         found.setdefault(node.module or "", []).extend(alias.name for alias in node.names)
     return found
 
@@ -67,6 +67,15 @@ def test_type_checkers_see_what_is_there():
         assert all(getattr(sne_fast, name) is getattr(home, name) for name in names)
 
 
+@pytest.mark.parametrize("package", ["nn", "tasks", "training"])
+def test_lazy_packages_give_what_type_checkers_see(package):
+    module = getattr(sne_fast, package)
+    for_checkers = imports_for_type_checkers(module.__file__)
+    assert sorted(name for names in for_checkers.values() for name in names) == sorted(module.__all__)
+    assert set(module.__all__) <= set(dir(module))
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
 def test_star_import_and_pickle():
     names = {}
     exec("from sne_fast import *", names)
@@ -77,7 +86,7 @@ def test_star_import_and_pickle():
 
 
 def test_a_name_is_looked_up_once():
-    get, _ = attach("sne_fast", {"extras": ["install_command"]})
+    get, _ = attach("sne_fast", {".extras": ["install_command"]})
     try:
         assert get("install_command") is extras.install_command
         assert vars(sne_fast)["install_command"] is extras.install_command

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..data.batch import WeightBatch
+from ..nn.choices import SetAttention
 from ..nn.encoder import SNE
 from .networks import (
     BottleneckResNet,
@@ -40,7 +41,7 @@ class Case:
     name: str
     title: str
     networks: Callable[[str], Sequence[Any]]
-    set_attention: str = "sab"
+    set_attention: SetAttention = "sab"
     trains: bool = True
     rounds: int | None = None
     repeat: int = 1

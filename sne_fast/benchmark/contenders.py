@@ -52,6 +52,7 @@ class Contender:
         self._optimizer = torch.optim.Adam(encoder.parameters(), lr=LEARNING_RATE)
 
     def encode(self) -> Tensor:
+        """Encode the batch on the contender's backend and in its autocast dtype."""
         with (
             use_backend(self.backend),
             torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None),
@@ -60,9 +61,11 @@ class Contender:
 
     @torch.no_grad()
     def output(self) -> Tensor:
+        """Encode the batch without gradients."""
         return self.encode()
 
     def forward(self) -> Phases:
+        """Run a forward pass without gradients; return its seconds."""
         start = now(self.device)
         self.output()
         return {"total": now(self.device) - start}
@@ -85,6 +88,7 @@ class Contender:
         }
 
     def loss(self) -> Tensor:
+        """Return the mean squared error of z against a fixed random target."""
         self._optimizer.zero_grad()
         return (self.encode() - self._target).square().mean()
 

@@ -68,6 +68,7 @@ def _reset_peak() -> None:
 
 
 def main() -> None:
+    """Run one case in this process and print what it took as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case")
     parser.add_argument("mode", choices=["forward", "training"])

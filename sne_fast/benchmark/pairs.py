@@ -26,17 +26,21 @@ class Pairs:
 
     @property
     def rounds(self) -> int:
+        """Number of rounds so far."""
         return len(self.runs["sne_fast"])
 
     def before(self) -> None:
+        """Run the baselines and measure the machine's product rate."""
         for name, run in self._baselines.items():
             self.runs[name].append(run())
         self.rates.append(product_rate())
 
     def backend(self) -> None:
+        """Run this package once, right after :meth:`before`."""
         self.runs["sne_fast"].append(self._backend())
 
     def run(self, rounds: int) -> None:
+        """Run rounds of all contenders."""
         for _ in range(rounds):
             self.before()
             self.backend()

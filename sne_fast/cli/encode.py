@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..atomic_files import replacing
-from ..tasks.settings import SetAttention, option
+from ..nn.choices import SetAttention
+from ..tasks.settings import option
 from .options import options_of
 from .running import PATHS, check_output, expand, run_in_batches, usable_device
 

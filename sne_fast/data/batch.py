@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
+from .choices import Chunking
 from .names import Names, network_name, tensor_name
 from .pointers import join_pointers, ragged_gather
 
@@ -72,7 +73,7 @@ class WeightBatch:
     layer_level: Tensor
     tensor_scale: Tensor
     chunk_size: int
-    chunking: str
+    chunking: Chunking
     names: Names = ()
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     chunk_ptr_host: Tensor = dataclasses.field(init=False)

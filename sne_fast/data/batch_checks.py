@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .choices import Chunking
 from .names import network_name, tensor_name
 
-CHUNKINGS = ("flat", "neuron", "kernel")
+CHUNKINGS = get_args(Chunking)
 NUM_TENSOR_TYPES = 64
 
 POINTERS = ("chunk_ptr", "tensor_ptr", "layer_ptr", "network_ptr")

@@ -26,15 +26,18 @@ class Layer:
     own: list[str] = field(default_factory=list)
 
     def add(self, own: str, tensor: Tensor) -> None:
+        """Append a tensor by its name inside the layer."""
         self.tensors.append((f"{self.name}.{own}" if self.name else own, tensor))
         self.own.append(own)
 
     def resolved_kind(self) -> int:
+        """Return the kind of the layer, inferred from names and shapes where no module said it."""
         if self.kind is None:
             return infer_kind(self.name, ((own, t.ndim) for own, (_, t) in zip(self.own, self.tensors, strict=True)))
         return self.kind
 
     def roles(self) -> list[int]:
+        """Return the role of each tensor."""
         return [role_of(own) for own in self.own]
 
 
@@ -113,7 +116,8 @@ def _from_module(network: nn.Module) -> list[Layer]:
                 layer.add(own, parameter)
         if layer.kind is None or layer.kind == NORMALISATION:
             for own in _STATISTICS:
-                buffer = module._buffers[own] if own in module._buffers else None  # scripted modules have no .get
+                # Not .get, which the buffers of scripted modules lack.
+                buffer = module._buffers[own] if own in module._buffers else None  # noqa: SIM401
                 if buffer is not None and buffer.is_floating_point() and id(buffer) not in seen:
                     seen.add(id(buffer))
                     layer.add(own, buffer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,24 +14,25 @@ from torch import Tensor, nn
 from ..ops.functional import gather_chunks
 from .batch import WeightBatch, scale_dtype
 from .batch_checks import CHUNKINGS
+from .choices import Chunking, NonFinite, Scale
 from .layer_overrides import resolve_kinds, resolve_levels
 from .layers import Network, collect
 from .tensor_scales import tensor_scales
 
 __all__ = ["pack"]
 
-SCALES = ("tensor", "none")
-NONFINITE = ("raise", "zero", "keep")
+SCALES = get_args(Scale)
+NONFINITE = get_args(NonFinite)
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pack(
     networks: Sequence[nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]],
     chunk_size: int = 32,
-    chunking: str = "flat",
+    chunking: Chunking = "flat",
     *,
-    scale: str = "tensor",
-    nonfinite: str = "raise",
+    scale: Scale = "tensor",
+    nonfinite: NonFinite = "raise",
     layer_level: Any = None,
     kinds: Any = None,
     dtype: torch.dtype | None = None,

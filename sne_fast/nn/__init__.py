@@ -1,7 +1,21 @@
 """The modules: set-attention blocks, the encoder and the predictor on top of it."""
 
-from .blocks import ISAB, MAB, PMA, SAB
-from .encoder import SNE
-from .predictor import Predictor, PredictorHead
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .blocks import ISAB, MAB, PMA, SAB
+    from .encoder import SNE
+    from .predictor import Predictor, PredictorHead
+else:
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            ".blocks": ["ISAB", "MAB", "PMA", "SAB"],
+            ".encoder": ["SNE"],
+            ".predictor": ["Predictor", "PredictorHead"],
+        },
+    )
 
 __all__ = ["ISAB", "MAB", "PMA", "SAB", "SNE", "Predictor", "PredictorHead"]

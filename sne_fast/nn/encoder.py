@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
+from ..data.choices import Chunking, Scale
 from ..data.packing import SCALES, pack
 from ..ops import functional
 from .blocks import ISAB, PMA, SAB
 from .bounded_memory import fits_at_once, joined, network_runs, row_runs
+from .choices import SetAttention
 from .position_codes import position_code, reversed_position_code
 from .pretrained import PretrainedMixin
 
 INITIAL_CODE_GAIN = 0.1
-SET_ATTENTIONS = ("sab", "isab")
+SET_ATTENTIONS = get_args(SetAttention)
 
 
 class ChunkEncoder(nn.Module):
@@ -211,12 +213,12 @@ class SNE(PretrainedMixin, nn.Module):
         hidden_dim: int = 64,
         num_heads: int = 4,
         chunk_size: int = 32,
-        chunking: str = "flat",
+        chunking: Chunking = "flat",
         layer_norm: bool = True,
-        scale: str = "tensor",
+        scale: Scale = "tensor",
         element_order: bool = True,
         chunk_order: bool = True,
-        set_attention: str = "sab",
+        set_attention: SetAttention = "sab",
         num_inducing: int = 32,
     ) -> None:
         super().__init__()
@@ -331,4 +333,5 @@ class SNE(PretrainedMixin, nn.Module):
             )
 
     def extra_repr(self) -> str:
+        """Return the constructor's arguments, which `repr` shows."""
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())

@@ -74,6 +74,7 @@ class PaddedSNE(nn.Module):
         self.encoder = encoder
 
     def forward(self, batch: WeightBatch) -> Tensor:
+        """Encode a batch to z ``(B, h)``."""
         encoder, width, c = self.encoder, self.encoder.hidden_dim, batch.chunk_size
         stage1, stage2 = encoder.chunk_encoder, encoder.tensor_encoder
         dtype, device = stage1.code_gain.dtype, batch.values.device

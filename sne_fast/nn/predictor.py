@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
+from .choices import FittedScale, Loss, Transform
 from .encoder import SNE
 from .input_scales import INPUT_SCALES
 from .pretrained import PretrainedMixin, about, arguments, check_config
 
-TRANSFORMS = ("identity", "logit")
-LOSSES = ("mse", "bce", "cross_entropy")
+TRANSFORMS = get_args(Transform)
+LOSSES = get_args(Loss)
 LOGIT_MARGIN = 0.01
 """Distance that targets in [0, 1] are kept from the ends before the logit."""
 
@@ -88,9 +89,9 @@ class Predictor(PretrainedMixin, nn.Module):
         out_features: int = 1,
         hidden_features: Sequence[int] = (512, 512),
         target_names: Sequence[str] | None = None,
-        target_transform: str = "identity",
-        loss: str = "mse",
-        normalise_inputs: bool | str = False,
+        target_transform: Transform = "identity",
+        loss: Loss = "mse",
+        normalise_inputs: bool | FittedScale = False,
     ) -> None:
         super().__init__()
         if normalise_inputs and encoder.config["scale"] != "none":

@@ -1,1 +1,1 @@
-"""What experiments report with: measures, plots, CSV files, and a description of the machine they ran on."""
+"""Reports of experiments: measures, plots, CSV files, and a description of the machine they ran on."""

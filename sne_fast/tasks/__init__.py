@@ -4,20 +4,14 @@
 resumes, and several commands may share the work.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
 
 if TYPE_CHECKING:
     from .definitions import TASKS, Task
     from .runner import run_task
+else:
+    __getattr__, __dir__ = attach(__name__, {".definitions": ["TASKS", "Task"], ".runner": ["run_task"]})
 
 __all__ = ["TASKS", "Task", "run_task"]
-
-_MODULES = {"TASKS": ".definitions", "Task": ".definitions", "run_task": ".runner"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that `sne_fast.tasks.settings` is there without torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name], __name__), name)

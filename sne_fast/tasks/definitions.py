@@ -1,4 +1,4 @@
-"""What each task learns from and is tested on, and how SNE is trained for it."""
+"""The tasks: zoos, experiments, the settings of SNE and its ablations, and the baselines."""
 
 from __future__ import annotations
 
@@ -6,29 +6,40 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from ..data.choices import Chunking, Scale
 from ..zoo.architectures import FAMILIES
+from ..zoo.classifiers import make_classifier_zoo
 from ..zoo.images import DATASETS
-
-if TYPE_CHECKING:
-    from ..zoo import Zoo
-
+from ..zoo.inrs import make_sine_zoo
+from ..zoo.shards import INDEX
+from ..zoo.table import Zoo
+from .settings import InputScale, check_choices, scale_of_encoder
 
 Progress = Callable[[float], None]
+"""Function that is called with the share of the work done, in [0, 1]."""
+Units = Literal["canonical", "permuted", "given"]
 
 
 @dataclass(frozen=True)
 class SneSettings:
-    """How SNE is trained in a task.
+    """Settings of SNE in a task.
 
-    `units`: how hidden units stand, in all methods of the task. "canonical": in the order, and with `odd` with the
-    signs, of `symmetry.canonicalise`, in training with `jitter`; "permuted": at random, fresh for every batch of
-    training; "given": as the zoo has them. `invariance`: weight of the logit-invariance loss between what training
-    draws and the networks as they are; 0 leaves it out. `order`: codes of elements and chunks; False is the paper's
-    ablation. `relative`: see `sne_method.relative_places`. `keep_best`: the epoch that
-    validation likes best, else the last one. `input_scale`: "tensor", "zoo", "fan_in" or "none", as in
-    `TrainSettings`. The other names are those of `SNE`, `FitSettings` and `TrainSettings`.
+    The names that are not listed are those of :class:`sne_fast.SNE`, :class:`sne_fast.training.FitSettings` and
+    :class:`sne_fast.tasks.settings.TrainSettings`.
+
+    Args:
+        units: order of the hidden units, for all methods of the task. "canonical": that of
+            :func:`sne_fast.symmetry.canonicalise`, with `odd` also its signs, and in training with `jitter`;
+            "permuted": random, drawn anew for every training batch; "given": that of the zoo.
+        invariance: weight of the logit-invariance loss between networks as training draws them and as they are.
+        order: give codes to elements and chunks; False is the paper's ablation.
+        relative: replace types and levels by :func:`sne_fast.tasks.sne_method.relative_places`.
+        keep_best: keep the epoch with the lowest validation loss, not the last one.
+
+    Raises:
+        ValueError: a value that is not among a field's choices.
     """
 
     epochs: int = 60
@@ -37,11 +48,11 @@ class SneSettings:
     batch_weights: int = 24_000
     hidden_dim: int = 32
     chunk_size: int = 32
-    chunking: str = "flat"
-    input_scale: str = "zoo"
+    chunking: Chunking = "flat"
+    input_scale: InputScale = "zoo"
     code_gain: float = 1.0
     head: tuple[int, ...] = (128, 128)
-    units: str = "permuted"
+    units: Units = "permuted"
     odd: bool = False
     jitter: float = 0.1
     invariance: float = 0.0
@@ -49,19 +60,22 @@ class SneSettings:
     relative: bool = False
     keep_best: bool = True
 
+    def __post_init__(self) -> None:
+        check_choices(self, "SneSettings")
+
     @property
-    def scale(self) -> str:
-        """What networks are packed with."""
-        return "tensor" if self.input_scale == "tensor" else "none"
+    def scale(self) -> Scale:
+        """The scale of `pack`."""
+        return scale_of_encoder(self.input_scale)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table of a task: where the networks to learn from and those to be tested come from.
+    """One table of a task: which networks of its zoos train and which are tested.
 
     `train` and `test` give the values that columns of the zoos must have, such as `{"family": ("cnn",)}`. Where both
-    are the same, networks are split 80/10/10 within each architecture; else 90 % of the former train, 10 % choose the
-    epoch, and all of the latter are tested.
+    are the same, networks are split 80/10/10 within each architecture. Otherwise 90 % of the networks of `train` train,
+    10 % choose the epoch, and all networks of `test` are tested.
     """
 
     name: str
@@ -73,11 +87,17 @@ class Experiment:
 class Task:
     """A section of the paper: zoos, the column to predict, experiments, and the rows of their tables.
 
-    `zoos`: makes them in a folder, or opens what is there; takes the folder, how many networks in all, and a function
-    that is told the share done. `networks`: how many unless asked otherwise. `sne`: rows of the table that are SNE, the
-    first one the method itself, the others its ablations. `logit`: the target lies in [0, 1] and is modelled as its
-    logit. `sizes`: shares of the training networks for the curve of error against training-set size. `baselines`: rows
-    after them, keys of `baselines.BASELINES`.
+    Args:
+        title: heading of the report.
+        target: the column to predict.
+        zoos: makes the zoos in a folder, or opens those that are there; takes the folder, the number of networks of all
+            zoos, and a function to call with the share done.
+        networks: number of networks by default.
+        experiments: one table each.
+        sne: rows of the tables that are SNE by name; the first is the method itself, the others are its ablations.
+        logit: the target lies in [0, 1] and is modelled as its logit.
+        sizes: shares of the training networks in the curve of error against training-set size.
+        baselines: rows after those of SNE, keys of `baselines.BASELINES`.
     """
 
     title: str
@@ -92,10 +112,8 @@ class Task:
 
 
 def _sines(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
-    from ..zoo import make_sine_zoo
-
-    # The data of section 4.1 are those of Navon et al. 2023, whose first layer starts as the others do. With the first
-    # layer of Sitzmann et al. neither SNE nor statistics learn anything from 800 networks.
+    # Section 4.1 uses the data of Navon et al. 2023, where the first layer is initialised like the others. With the
+    # first layer of Sitzmann et al., neither SNE nor statistics learn anything from 800 networks.
     about = {"networks": networks, "seed": 0, "init": "dwsnets"}
     made = reuse(folder / "sines", about)
     return [made or make_sine_zoo(folder / "sines", networks, seed=0, init="dwsnets", on_progress=progress)]
@@ -105,8 +123,6 @@ def _classifiers(
     datasets: tuple[str, ...], architectures: tuple[str, ...]
 ) -> Callable[[Path, int, Progress], list[Zoo]]:
     def make(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
-        from ..zoo import make_classifier_zoo
-
         zoos, each = [], networks // len(datasets)
         for k, dataset in enumerate(datasets):
             about = {"networks": each, "seed": 0, "dataset": dataset, "architectures": list(architectures)}
@@ -128,14 +144,11 @@ def _part(progress: Progress, k: int, parts: int, done: float) -> None:
 
 
 def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
-    """The finished zoo in `folder`, None if there is none.
+    """Open the finished zoo in a folder; None if there is none.
 
     Raises:
-        ValueError: it was made with other arguments than `about` says.
+        ValueError: the zoo was made with other arguments than those in `about`.
     """
-    from ..zoo import Zoo
-    from ..zoo.shards import INDEX
-
     if not (folder / INDEX).is_file():
         return None
     zoo = Zoo.open(folder)
@@ -145,10 +158,11 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
     return zoo
 
 
-# The sine is odd. At a rate of 2e-3 nothing is learnt with this warm-up: sines need the rate to be low at first.
+# `odd` since the sine is an odd function. With this warm-up nothing is learnt at a rate of 2e-3, since sines need a low
+# rate at first.
 _SINES = SneSettings(epochs=150, units="canonical", odd=True, jitter=0.2)
 _ACCURACY = SneSettings(epochs=25, units="given")
-# What was never seen has no learnt code, and no spread to divide by.
+# Architectures never seen have no learnt codes, and no RMS in the training networks to divide by.
 _ACROSS = SneSettings(epochs=20, units="given", input_scale="fan_in", relative=True, keep_best=False)
 _ACROSS_BASELINES = ("mean", "statistics", "statistics_fan_in", "deepsets")
 _MLPS, _CNNS = tuple(FAMILIES["mlp"]), tuple(FAMILIES["cnn"])

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ..data.batch import WeightBatch
+from ..data.choices import Scale
 from ..data.packing import pack
 from ..data.weight_budgets import stratified_split
 from ..symmetry import Symmetry
@@ -51,7 +52,7 @@ class Networks:
         """
         return np.concatenate([zoo.column(name) for zoo in self.zoos])
 
-    def packed(self, settings: SneSettings, scale: str | None = None) -> WeightBatch:
+    def packed(self, settings: SneSettings, scale: Scale | None = None) -> WeightBatch:
         """Return all networks as one batch, packed and with their hidden units as the settings say; it is cached.
 
         Args:

@@ -1,4 +1,4 @@
-"""What all runs of a task say together: means and standard deviations over seeds, and curves over training-set size."""
+"""Results of all runs of a task: means and standard deviations over seeds, and curves over training-set size."""
 
 from __future__ import annotations
 

@@ -18,12 +18,11 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Loss = Literal["mse", "bce", "cross_entropy"]
-Transform = Literal["identity", "logit"]
-Chunking = Literal["flat", "neuron", "kernel"]
-SetAttention = Literal["sab", "isab"]
-InputScale = Literal["tensor", "zoo", "fan_in", "none"]
-AmpDtype = Literal["bfloat16", "float16"]
+from ..data.choices import Chunking, Scale
+from ..nn.choices import FittedScale, Loss, SetAttention, Transform
+from ..training.settings import AmpDtype
+
+InputScale = Literal["tensor", FittedScale, "none"]
 LogFormat = Literal["csv", "tensorboard"]
 TaskName = Literal["inr", "accuracy", "cross-dataset", "cross-architecture", "transformers"]
 
@@ -48,6 +47,16 @@ def check_choices(settings: Any, command: str) -> None:
         value = getattr(settings, name)
         if choices and value not in choices and not (value is None and get_origin(hint) is not Literal):
             raise ValueError(f"{command}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def scale_of_encoder(input_scale: InputScale) -> Scale:
+    """Return the `scale` of :class:`sne_fast.SNE` that an input scale asks for."""
+    return "tensor" if input_scale == "tensor" else "none"
+
+
+def scale_of_predictor(input_scale: InputScale) -> FittedScale | Literal[False]:
+    """Return the `normalise_inputs` of :class:`sne_fast.Predictor` that an input scale asks for."""
+    return False if input_scale == "tensor" or input_scale == "none" else input_scale
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,33 @@
-"""SNE as a row of a task's tables: trained, its predictions and encodings, and how much permutations change them."""
+"""SNE as a row of a task's tables: training, predictions and encodings, and their change under permutations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.batch import WeightBatch
 from ..data.tensor_types import CONVOLUTION, KINDS, LINEAR
 from ..nn.encoder import SNE
-from ..nn.input_scales import INPUT_SCALES
 from ..nn.predictor import Predictor
 from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
 from ..training import FitSettings, History, fit, predict
 from ..training.loop import Augment
 from .baselines import Problem
 from .definitions import SneSettings
-
-if TYPE_CHECKING:
-    import numpy as np
+from .settings import scale_of_predictor
 
 DRAWS = 5
-"""Permuted copies of every test network for `invariance_error`."""
+"""Number of permuted copies of every test network in `invariance_error`."""
 
 
 @dataclass(frozen=True)
 class SneRun:
-    """`predicted (n,)` and `encodings (n, h)` of all networks, and what happened on the way."""
+    """Predictions `(n,)` and encodings `(n, h)` of all networks, the record of the training, and the predictor."""
 
     predicted: np.ndarray
     encodings: np.ndarray
@@ -38,17 +36,17 @@ class SneRun:
 
 
 def in_form(batch: WeightBatch, symmetries: Sequence[Symmetry], settings: SneSettings) -> WeightBatch:
-    """Networks with their hidden units, and their layers' places, as the settings want them to be looked at."""
+    """Return networks with the order of hidden units, and the types and levels of layers, that the settings ask for."""
     if settings.relative:
         batch = relative_places(batch)
     return canonicalise(batch, symmetries, odd=settings.odd) if settings.units == "canonical" else batch
 
 
 def relative_places(batch: WeightBatch) -> WeightBatch:
-    """Types and levels that mean something in architectures never seen: of those, SNE has learnt no codes.
+    """Replace types and levels by ones that architectures share, since SNE has learnt no codes of others.
 
-    Levels are 0 of a network's first layer, 2 of its last one, 1 of the others (a single layer is the last one);
-    convolutions count as linear layers.
+    The level of a network's first layer becomes 0, of its last one 2, of the others 1; a single layer is the last one.
+    Convolutions count as linear layers.
     """
     level = torch.ones_like(batch.layer_level)
     level[batch.network_ptr[:-1]] = 0
@@ -59,7 +57,7 @@ def relative_places(batch: WeightBatch) -> WeightBatch:
 
 
 def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings) -> Augment | None:
-    """What `settings.units` changes in the batches of training; `symmetries` are those of the training networks."""
+    """Return the change of training batches that `settings.units` asks for, given the training networks' symmetries."""
     if settings.units == "canonical":
         return CanonicalAugmentation(symmetries, odd=settings.odd, jitter=settings.jitter)
     return PermutationAugmentation(symmetries) if settings.units == "permuted" else None
@@ -75,12 +73,16 @@ def train_sne(
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> SneRun:
-    """Train SNE on a problem whose batch was packed with the settings' scale and chunks, its units `in_form`.
+    """Train SNE on a problem.
 
     Args:
-        symmetries: of each of the n networks.
-        test: networks whose permuted copies are compared, see `invariance_error`.
+        problem: its batch is packed with the scale and chunks of the settings, and is `in_form`.
+        settings: of the encoder and the training.
+        symmetries: the symmetry of each of the n networks.
+        test: positions of the networks whose permuted copies are compared, see `invariance_error`.
+        target: name of the target.
         checkpoint: as in :func:`sne_fast.training.fit`.
+        on_epoch: as in :func:`sne_fast.training.fit`.
     """
     batch, train, watched = problem.batch, list(problem.train), list(problem.validation)
     targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())[:, None]
@@ -98,7 +100,7 @@ def train_sne(
             settings.head,
             [target],
             "logit" if problem.logit else "identity",
-            normalise_inputs=settings.input_scale in INPUT_SCALES and settings.input_scale,
+            normalise_inputs=scale_of_predictor(settings.input_scale),
         )
     augment = augmentation([symmetries[i] for i in train], settings)
     history = fit(
@@ -128,7 +130,7 @@ def invariance_error(
     rows: Sequence[int],
     settings: SneSettings,
 ) -> float:
-    """Root mean square difference, in the target's units, between predictions of networks and of permuted copies."""
+    """Return the root mean square difference between predictions of networks and of their permuted copies."""
     part, own = batch[list(rows)], [symmetries[i] for i in rows]
     plain = predict(predictor, part)[0]
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..atomic_files import write_json
 from ..nn.encoder import SNE
-from ..nn.input_scales import INPUT_SCALES
 from ..nn.predictor import Predictor
 from ..reports.files import write_csv
 from ..reports.measures import measures
@@ -26,7 +25,7 @@ from ..zoo.splits import read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
 from .run_folder import RunFolder
-from .settings import TrainSettings
+from .settings import TrainSettings, scale_of_encoder, scale_of_predictor
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +106,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
 def _predictor(settings: TrainSettings, names: Sequence[str]) -> Predictor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        encoder = SNE(**settings.encoder, scale="tensor" if settings.input_scale == "tensor" else "none")
+        encoder = SNE(**settings.encoder, scale=scale_of_encoder(settings.input_scale))
         if settings.code_gain is not None:
             encoder.fill_code_gains(settings.code_gain)
         return Predictor(
@@ -117,7 +116,7 @@ def _predictor(settings: TrainSettings, names: Sequence[str]) -> Predictor:
             names,
             settings.transform,
             settings.loss,
-            settings.input_scale in INPUT_SCALES and settings.input_scale,
+            scale_of_predictor(settings.input_scale),
         ).to(_device(settings.device))
 
 

@@ -1,4 +1,4 @@
-"""Data parallel training: what one process of several must share with the others."""
+"""Data parallel training: the parameters, gradients and sums that processes share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 class World:
-    """The processes that train together; a world of one where none was set up.
+    """Processes that train together; one process where no process group of `torch.distributed` was set up.
 
     Every process holds all parameters and plans the same batches. Each takes its shard of a batch, and gradients are
-    summed: with losses divided by the networks of the whole batch that is the gradient of the whole batch, whatever
-    the shards' sizes, also where a shard is empty.
+    summed: since losses are divided by the number of networks of the whole batch, the sum is the gradient of the whole
+    batch, whatever the sizes of the shards, also where a shard is empty.
     """
 
     def __init__(self) -> None:
@@ -25,17 +25,17 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """True for the one process that writes files and shows progress."""
         return self.rank == 0
 
     def share_parameters(self, module: nn.Module) -> None:
-        """Parameters and buffers of the first process to all."""
+        """Copy the parameters and buffers of the first process to all others."""
         if self.size > 1:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.data, 0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients summed over all processes, in one call per dtype; a missing one counts as zero."""
+        """Sum the gradients over all processes, in one call per dtype; a missing gradient counts as zero."""
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
@@ -50,7 +50,7 @@ class World:
                 p.grad = part.view_as(p)
 
     def sum(self, *numbers: float, device: torch.device) -> list[float]:
-        """Each number summed over all processes."""
+        """Return each number summed over all processes."""
         if self.size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -58,14 +58,14 @@ class World:
         return total.tolist()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def processes() -> Iterator[World]:
-    """Join the processes that `torchrun` started (gloo on CPUs, nccl on GPUs); a world of one without it."""
+    """Join the processes that `torchrun` started, by gloo on CPUs and nccl on GPUs; without it there is one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
@@ -80,5 +80,5 @@ def processes() -> Iterator[World]:
 
 
 def part_of(places: list[int], rows: Tensor) -> Tensor:
-    """Rows of a tensor by their places, as an empty tensor where there are none."""
+    """Return the rows of a tensor at some places; without places, an empty tensor."""
     return rows[torch.tensor(places, dtype=torch.int64, device=rows.device)]

@@ -1,4 +1,4 @@
-"""Training a predictor on packed networks."""
+"""The training loop: `fit` trains a predictor on packed networks, `predict` applies it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,26 @@ from ..data.batch import WeightBatch
 from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights
 from ..nn.predictor import Predictor
 from .distributed import World, part_of
+from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from .progress import Log, Progress
-from .settings import SEED_STRIDE, FitSettings, History
+from .settings import FitSettings, History
 
 
 class Augment(Protocol):
-    """Changes the networks of a batch without changing what they compute, such as `sne_fast.symmetry` does.
+    """A change of the networks of a batch that keeps the functions they compute.
 
-    `rows` are the networks' places in the training set. All randomness comes from `generator`, on the CPU: every
-    process of a data parallel training draws the same.
+    :class:`sne_fast.symmetry.PermutationAugmentation` is one.
     """
 
-    def __call__(self, part: WeightBatch, rows: Sequence[int], generator: torch.Generator, /) -> WeightBatch: ...
+    def __call__(self, part: WeightBatch, rows: Sequence[int], generator: torch.Generator, /) -> WeightBatch:
+        """Return the changed batch.
+
+        Args:
+            part: the networks of a training batch.
+            rows: their positions among the training networks.
+            generator: the source of all randomness, on the CPU, so that every process of a data parallel training draws
+                the same.
+        """
 
 
 def fit(
@@ -43,28 +51,39 @@ def fit(
     on_epoch: Callable[[int, History], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> History:
-    """Train a predictor to give `targets`, by its loss.
+    """Train a predictor on targets by its loss.
 
-    Sets the predictor's target mean and spread from `targets` and its input scale from `batch`, trains in place, and
-    ends in evaluation mode, with the last epoch's parameters without `validation`, else as `settings.keep_best` says.
+    Sets the predictor's target mean and spread from `targets` and its input scale from `batch`, and trains it in place.
+    It ends in evaluation mode, without `validation` with the parameters of the last epoch, with it as
+    `settings.keep_best` says.
 
-    In a process group of `torch.distributed` (see `sne_fast.training.distributed.processes`) every process calls this
-    with the same arguments; each batch is dealt out by weights, and the result is that of one process.
+    In a process group of `torch.distributed` (see :func:`sne_fast.training.distributed.processes`) every process calls
+    this with the same arguments. The processes share the networks of each batch by their numbers of weights, and the
+    result is that of a single process.
 
     Args:
         batch: the training networks, packed by `predictor.encoder.pack`; on any device.
         targets: `(len(batch), out_features)` in their own units; `(len(batch),)` integers for "cross_entropy".
-        validation: networks and targets to choose the epoch by, or to watch.
-        augment: changes every batch before it is encoded, in training only.
-        checkpoint: a file written after every epoch. If it exists, training goes on from it and ends with the bits of a
-            run that never stopped.
+        settings: learning rate, epochs and so on; those of `FitSettings()` by default.
+        validation: networks and targets whose loss is measured after every epoch.
+        augment: changes every training batch before it is encoded.
+        checkpoint: a file that is written after every epoch. If it exists, training resumes from it bit for bit.
         log: takes the numbers of every epoch, see :class:`CsvLog` and :class:`TensorBoardLog`.
         on_epoch: called after each epoch with its number and the history so far.
-        on_batch: called after each step with the number of weights done in this epoch.
+        on_batch: called after each step with the number of weights trained on in this epoch.
+
+    Returns:
+        The losses of all epochs.
 
     Raises:
         ValueError: targets that do not fit the networks, a loss that is not finite, `settings.invariance` without
             `augment`, or a checkpoint of another training.
+
+    Example:
+        >>> accuracy = torch.rand(len(batch), 1)
+        >>> history = fit(sne_fast.Predictor(encoder), batch, accuracy, FitSettings(epochs=2))
+        >>> len(history.train_loss)
+        2
     """
     settings = settings or FitSettings()
     for what, networks, values in (
@@ -76,7 +95,7 @@ def fit(
     if settings.invariance and augment is None:
         raise ValueError("fit: settings.invariance compares a batch with its augmented copy; give augment")
     world = World()
-    batch = batch.detach()  # a batch of modules carries their graph, which the first backward would free
+    batch = batch.detach()  # a batch of modules holds their autograd graph, which the first backward would free
     predictor.set_inputs(batch)
     predictor.set_targets(targets)
     world.share_parameters(predictor)
@@ -123,7 +142,7 @@ def _finished(state: Progress, settings: FitSettings, watched: bool) -> bool:
 
 
 class _Run:
-    """What stays the same over a training: plan, optimiser, goals."""
+    """The parts of a training that stay the same: networks, batches of all epochs, optimiser, normalised targets."""
 
     def __init__(
         self,
@@ -143,12 +162,12 @@ class _Run:
             list(batches_by_weights(self.sizes, settings.batch_weights, generator)) for _ in range(settings.epochs)
         ]
         self.steps = sum(len(epoch) for epoch in self.plan)
-        self.optimiser = torch.optim.AdamW(decay_groups(predictor, settings.weight_decay), lr=settings.lr, fused=True)
+        self.optimiser = adamw(predictor, settings.lr, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.weight.device.type, enabled=settings.amp == "float16")
         self.lr = settings.lr
 
     def epoch(self, state: Progress, on_batch: Callable[[int], None] | None) -> float:
-        """Train one epoch; the mean loss of its networks."""
+        """Train one epoch, and return the mean loss of its networks."""
         self.predictor.train()
         total, done = 0.0, 0
         for rows in self.plan[state.epoch]:
@@ -164,16 +183,13 @@ class _Run:
         return total / len(self.batch)
 
     def step(self, part: WeightBatch, rows: Sequence[int], step: int) -> float:
-        """One step; the summed loss of this process's networks."""
+        """Take one step, and return the summed loss of the networks of this process."""
         settings, predictor = self.settings, self.predictor
         self.lr = settings.lr * warm_cosine(step, self.steps, settings.warmup)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.lr
+        set_learning_rate(self.optimiser, self.lr)
         changed = part
         if self.augment is not None:
-            # A generator of its own for every step: a training that is resumed draws what it would have drawn.
-            generator = torch.Generator().manual_seed((settings.seed * SEED_STRIDE + step) % 2**63)
-            changed = self.augment(part, rows, generator)
+            changed = self.augment(part, rows, draws_of(settings.seed, step))
         places = shards_by_weights(self.sizes, rows, self.world.size)[self.world.rank]
         self.optimiser.zero_grad()
         total = 0.0
@@ -207,9 +223,21 @@ def _autocast(settings: FitSettings, device: torch.device) -> torch.autocast:
 def predict(
     predictor: Predictor, batch: WeightBatch, batch_weights: int = 100_000, *, settings: FitSettings | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Predictions `(B, out_features)` in the targets' units and encodings `(B, h)`, in batches of bounded size.
+    """Predict properties of networks, in batches of bounded size.
 
-    `settings` says whether to encode under autocast; without them in the parameters' own type.
+    Args:
+        batch: the networks, packed by `predictor.encoder.pack`; on any device.
+        batch_weights: largest number of weights in a batch.
+        settings: those of the training, to encode under autocast if it did; without them networks are encoded in the
+            parameters' own type.
+
+    Returns:
+        Predictions `(len(batch), out_features)` in the units of the targets, and encodings `(len(batch), h)`.
+
+    Example:
+        >>> values, z = predict(sne_fast.Predictor(encoder), batch)
+        >>> values.shape, z.shape
+        (torch.Size([2, 1]), torch.Size([2, 32]))
     """
     was_training = predictor.training
     predictor.eval()
@@ -233,16 +261,3 @@ def _loss(predictor: Predictor, batch: WeightBatch, targets: Tensor, settings: F
             total = predictor.losses(predictor.head(z), goals).double().sum().item()
     (total,) = world.sum(total, device=predictor.target_mean.device)
     return total / len(batch)
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
-    vectors = [p for p in module.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def warm_cosine(step: int, total: int, warmup: float) -> float:
-    rise = max(1, round(warmup * total))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))

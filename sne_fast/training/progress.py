@@ -1,4 +1,4 @@
-"""What training leaves behind: a checkpoint to resume from, and a log of its epochs."""
+"""Files of a training: the checkpoint from which it resumes, and the log of its epochs."""
 
 from __future__ import annotations
 
@@ -21,24 +21,35 @@ FORMAT = 1
 
 
 class Log(Protocol):
-    """Takes a row of numbers per epoch. `resume(epochs)` comes first: rows of later epochs are from a lost run."""
+    """A log of a training, for instance :class:`CsvLog`."""
 
-    def resume(self, epochs: int) -> None: ...
+    def resume(self, epochs: int) -> None:
+        """Prepare for the epoch after the first `epochs`, and drop rows of later ones: an interrupted run left them."""
 
-    def __call__(self, epoch: int, row: Mapping[str, float]) -> None: ...
+    def __call__(self, epoch: int, row: Mapping[str, float]) -> None:
+        """Take the numbers of an epoch, by name."""
 
 
 class CsvLog:
-    """A row per epoch in a CSV file; after an interrupted run the file goes on where the checkpoint stood.
+    """A log with one row per epoch in a CSV file; a resumed training continues it where its checkpoint stands.
 
     Args:
-        path: the file; folders are made.
+        path: the file; missing folders are made.
+
+    Example:
+        >>> log = CsvLog("log.csv")
+        >>> log.resume(0)
+        >>> log(0, {"train_loss": 0.5})
+        >>> print(log.path.read_text().strip())
+        epoch,train_loss
+        0,0.5
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
 
     def resume(self, epochs: int) -> None:
+        """Keep the rows of the first `epochs` epochs and drop all others."""
         kept = []
         if epochs and self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:
@@ -51,6 +62,7 @@ class CsvLog:
                 writer.writerows(kept)
 
     def __call__(self, epoch: int, row: Mapping[str, float]) -> None:
+        """Append the row of an epoch; the first one decides the columns."""
         empty = self.path.stat().st_size == 0
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -60,10 +72,10 @@ class CsvLog:
 
 
 class TensorBoardLog:
-    """The same rows for TensorBoard, which the extra `tensorboard` installs.
+    """A log with one row per epoch for TensorBoard, which the extra `tensorboard` installs.
 
     Args:
-        folder: where `tensorboard --logdir` looks.
+        folder: the folder to give to `tensorboard --logdir`.
 
     Raises:
         ModuleNotFoundError: TensorBoard is not installed.
@@ -77,9 +89,11 @@ class TensorBoardLog:
         self._writer: Any = None
 
     def resume(self, epochs: int) -> None:
+        """Open the log, and hide the rows after the first `epochs` epochs."""
         self._writer = self._make(epochs or None)
 
     def __call__(self, epoch: int, row: Mapping[str, float]) -> None:
+        """Add the numbers of an epoch as scalars."""
         for name, value in row.items():
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
@@ -87,7 +101,7 @@ class TensorBoardLog:
 
 @dataclass
 class Progress:
-    """All that training needs to go on after `epoch` epochs as if it had never stopped."""
+    """State of a training after `epoch` epochs: with it, training resumes bit for bit."""
 
     settings: FitSettings
     epoch: int
@@ -97,7 +111,7 @@ class Progress:
     best: dict[str, Tensor] | None
 
     def save(self, path: Path, predictor: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any) -> None:
-        """Write everything in one file, whole or not at all."""
+        """Write it to one file, with the states of predictor, optimiser and scaler, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "format": FORMAT, "settings": dataclasses.asdict(self.settings), "epoch": self.epoch, "step": self.step,
@@ -111,10 +125,10 @@ class Progress:
     def load(
         cls, path: Path, settings: FitSettings, predictor: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any
     ) -> Progress:
-        """Read it back into predictor, optimiser and scaler.
+        """Read it from a file, and load the states of predictor, optimiser and scaler.
 
         Raises:
-            ValueError: the file is of a training with other settings, or of another predictor.
+            ValueError: the file is no checkpoint of `fit`, or of a training with other settings or another predictor.
         """
         device = next(predictor.parameters()).device
         state = torch.load(path, map_location=device, weights_only=True)

@@ -1,26 +1,37 @@
-"""How `fit` trains, and what it tells of it."""
+"""Settings of `fit`, and the history that it returns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-SEED_STRIDE = 1_000_003  # so that neighbouring seeds do not share the draws of their steps or epochs
 AmpDtype = Literal["bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How `fit` trains.
+    """Settings of `fit`.
 
-    `epochs`: passes over the training networks. `lr`: peak learning rate of AdamW, reached after `warmup` (share of
-    all steps) and then lowered to zero along a cosine. `weight_decay`: on matrices only. `batch_weights`: the most
-    weights a batch holds, unless one network alone has more. `clip`: gradients' largest norm. `patience`: epochs
-    without a better validation loss after which training ends; None trains to the end. `keep_best`: end with the
-    parameters of the epoch whose validation loss was lowest, not with the last. `amp`: "bfloat16" or "float16" trains
-    under autocast. `invariance`: weight v of the logit-invariance loss `v mean ||f(g x) - f(x)||^2 / 2` (section 3.6 of
-    the paper; needs `augment`, which draws g), f being what the head gives. `seed`: order of the networks and draws of
-    `augment`.
+    Args:
+        epochs: passes over the training networks.
+        lr: peak learning rate of AdamW.
+        warmup: share of all steps in which the learning rate rises to its peak, before it falls to zero along a cosine.
+        weight_decay: weight decay of matrices; vectors have none.
+        batch_weights: largest number of weights in a batch; a network with more is a batch of its own.
+        clip: largest norm of the gradients.
+        patience: epochs without a better validation loss after which training ends; None trains to the end.
+        keep_best: end with the parameters of the epoch with the lowest validation loss, not with those of the last.
+        amp: train under autocast in this type; None trains in the parameters' own.
+        invariance: weight v of the logit-invariance loss `v mean ||f(g x) - f(x)||^2 / 2`, where f is the output of the
+            head and g a permutation that `augment` draws (see "Predictor and logit invariance" in `docs/method.md`).
+        seed: of the order of the networks and of the draws of `augment`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> FitSettings(epochs=5, batch_weights=50_000).lr
+        0.002
     """
 
     epochs: int = 40
@@ -53,7 +64,11 @@ class FitSettings:
 
 @dataclass
 class History:
-    """What happened in each epoch; losses are the predictor's (without invariance), `kept` the epoch kept."""
+    """Course of a training.
+
+    `train_loss` and `validation_loss` hold the loss of the predictor in each epoch, without the logit-invariance loss;
+    `kept` is the epoch whose parameters the predictor has.
+    """
 
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)

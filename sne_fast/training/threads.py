@@ -1,4 +1,4 @@
-"""How many threads torch, and with it the CPU backend, may use for a while."""
+"""Number of threads that torch, and with it the CPU backend, uses for a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Torch on `count` threads inside the `with` block; the setting is the process's, not the calling thread's."""
+    """Run the `with` block with `count` threads of torch.
+
+    The setting is that of the whole process, not of the calling thread.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""Small classifiers of 8 x 8 grey images with ten classes: MLPs, CNNs and a transformer of comparable size."""
+"""Architectures of the zoos made here: MLPs, CNNs and a transformer for 8 x 8 grey images with ten classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _mlp(*widths: int, norm: bool = False) -> Callable[[], nn.Module]:
 
 
 def _cnn(*widths: int, kernel: int, head: str, norm: str = "") -> Callable[[], nn.Module]:
-    """Convolutions of stride 2 until the map is 2 x 2, then of stride 1; `head` is "flatten" or "pool"."""
+    """Return a constructor of convolutions, of stride 2 until the map is 2 x 2; `head` is "flatten" or "pool"."""
 
     def make() -> nn.Module:
         layers: list[nn.Module] = []
@@ -55,17 +55,26 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "leakyrelu": nn.LeakyReLU,
 }
-"""Activations by the names that data sets use for them."""
+"""Name, as published zoos have it -> activation."""
 
 
 def unterthiner_cnn(activation: str = "relu", padding: int = 0, channels: int = 1) -> nn.Module:
-    """The network of Unterthiner et al. 2020 (arXiv 2002.11448): 4,970 parameters on grey images.
+    """Return the network of Unterthiner et al. 2020 (arXiv 2002.11448), with 4,970 parameters for grey images.
 
-    Three convolutions of 16 filters, 3 x 3, stride 2, each with the activation; the mean over the map; a dense layer
-    to ten classes. The original has no padding (images of 15 x 15 and up); 8 x 8 images need `padding=1`.
+    It has three convolutions of 16 filters of 3 x 3 with stride 2, each followed by the activation, then the mean over
+    the map and a dense layer to ten classes.
+
+    Args:
+        activation: a key of `ACTIVATIONS`.
+        padding: of the convolutions; the original has none and needs images of at least 15 x 15, 8 x 8 images need 1.
+        channels: of the images.
 
     Raises:
         ValueError: an unknown activation.
+
+    Example:
+        >>> sum(p.numel() for p in unterthiner_cnn().parameters())
+        4970
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unterthiner_cnn: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
@@ -78,7 +87,7 @@ def unterthiner_cnn(activation: str = "relu", padding: int = 0, channels: int = 
 
 
 def _cnn_wide_kernels() -> nn.Module:
-    """Kernels of 5 x 5, then flattened into two dense layers."""
+    """Return two convolutions of 5 x 5 and two dense layers on the flattened map."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, stride=2, padding=2),
         nn.ReLU(),
@@ -92,7 +101,7 @@ def _cnn_wide_kernels() -> nn.Module:
 
 
 def _cnn_maxpool() -> nn.Module:
-    """Kernels of 3 x 3 without stride, maxima over 2 x 2."""
+    """Return two convolutions of 3 x 3 without stride, each followed by a maximum over 2 x 2."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.ReLU(),
@@ -134,7 +143,7 @@ class _Block(nn.Module):
 
 
 class SmallViT(nn.Module):
-    """A vision transformer (Dosovitskiy et al. 2021) of 8 x 8 images in 16 patches, its classifier on their mean."""
+    """Vision transformer (Dosovitskiy et al. 2021) for 8 x 8 images in 16 patches, with a classifier on their mean."""
 
     def __init__(self, width: int = 16, depth: int = 2, heads: int = 2) -> None:
         super().__init__()
@@ -146,7 +155,7 @@ class SmallViT(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(n, 10)` of images `(n, 1, 8, 8)`."""
+        """Return the logits `(n, 10)` of images `(n, 1, 8, 8)`."""
         tokens = self.patch(images).flatten(2).transpose(1, 2) + self.position_embed.weight  # [n, 16, width]
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 

@@ -1,4 +1,4 @@
-"""Your own networks: a folder of checkpoints and a CSV file that says what each of them is."""
+"""Your own networks as a zoo: a folder of checkpoints and a CSV file with what is known of each."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def load_checkpoints(
     file_column: str | None = None,
     targets: Sequence[str] = (),
 ) -> Zoo:
-    """A folder of checkpoints with a CSV table, one row per network, as a zoo.
+    """Read a folder of checkpoints with a CSV table, one row per network, as a zoo.
 
-    A checkpoint is whatever `sne_fast.data.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`, `.pth`, `.bin`,
-    `.ckpt`, or a folder holding one. Pickled ones are read with `weights_only=True`; what holds more than tensors and
-    plain values is refused when it is read.
+    A checkpoint is anything that :func:`sne_fast.data.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`,
+    `.pth`, `.bin`, `.ckpt`, or a folder with one of these. Pickled ones are read with `weights_only=True`, and refused
+    if they hold more than tensors and plain values.
 
     Args:
-        folder: where the files of the table are.
+        folder: the folder of the files that the table names.
         table: the CSV (or `.csv.gz`) file, relative to `folder` or absolute.
         file_column: the column with the files, relative to `folder`; by default the first of `file`, `path`,
-            `checkpoint`, `filename` that is there.
-        targets: columns worth predicting, kept in `zoo.about`.
+            `checkpoint`, `filename` that the table has.
+        targets: columns to predict, kept in `zoo.about`.
 
     Returns:
         A zoo whose rows hold the columns of the table and a `name`: its column `name` where that is unique, else the
-        file's path with "-" for "/". Empty cells and NaN are None. `verify` needs `build`, `measure`, `column`.
+        path of the file with "-" for "/". Empty cells and NaN are None. `verify` needs `build`, `measure` and `column`.
 
     Raises:
-        FileNotFoundError: no table, or a file of it is missing.
-        ValueError: no column with files, a target that is no column.
+        FileNotFoundError: the table, or a file that it names, is missing.
+        ValueError: no column with files, or a target that is not a column.
 
     Example:
         >>> zoo = load_checkpoints("runs", "results.csv", targets=["accuracy"])
@@ -68,14 +68,14 @@ def load_checkpoints(
     if "name" not in columns or len(set(columns["name"])) < len(files) or any("/" in n for n in columns["name"]):
         columns["name"] = [str(file).replace("/", "-").replace("\\", "-") for file in columns[chosen]]
         if len(set(columns["name"])) < len(files):
-            raise ValueError(f"{folder / table}: every file may stand in one row only")
+            raise ValueError(f"{folder / table}: every file may appear in one row only")
     others = {name: values for name, values in columns.items() if name not in ("name", chosen, "weights")}
     about = {"source": "checkpoints", "targets": list(targets), "hyperparameters": []}
     return Zoo({"name": columns["name"], **others}, FileSource(files), about, folder)
 
 
 def refuse_dataset(file: Path, advice: str) -> CheckpointError:
-    """The error for a pickled data set, whose classes would run as code: never loaded, always said."""
+    """Return the error for a pickled data set, which would run code of its classes if it were loaded."""
     return CheckpointError(
         f"{file}: refused, a pickled data set holds objects of foreign classes besides tensors, and a pickle's code "
         f"would run on loading; {advice}"

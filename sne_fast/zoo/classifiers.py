@@ -1,4 +1,4 @@
-"""Zoos of small classifiers of 8 x 8 images: any of the data sets of `images`, any of `architectures`."""
+"""Makers of zoos of small classifiers, on any data set of `images` and with any of the `architectures`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .vmapped import Recipe, train_together
 TARGETS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
 HYPERPARAMETERS = ("optimiser", "steps", "lr", "momentum", "weight_decay", "init_gain", "train_fraction", "label_noise")
 GROUP = 128
-"""Networks trained as one vectorised group; also what an interruption can lose, per core."""
+"""Largest number of networks in a vectorised group; an interruption loses at most one group per core."""
 COST = {"mlp": 1.0, "cnn": 3.0, "vit": 12.0}
-"""Time of a training step of one network, relative to an MLP's."""
+"""Time of a training step of a network of each family, relative to that of an MLP."""
 ADAM_LR = 0.05
-"""Transformers hardly learn by SGD; they are trained by Adam, at this share of the rate drawn for SGD."""
+"""Share of the learning rate drawn for SGD with which transformers, which SGD hardly trains, are trained by Adam."""
 
 
 def sample_recipe(networks: int, seed: int, max_steps: int = 600) -> Recipe:
-    """Random hyperparameters for `networks` networks, spread so that accuracies go from chance to above 95 %."""
+    """Draw hyperparameters of networks, spread so that accuracies go from chance to above 95 %."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -63,27 +63,28 @@ def make_classifier_zoo(
 ) -> Zoo:
     """Train a zoo of classifiers with random hyperparameters, write it to `folder` and return it, opened from there.
 
-    The networks are shared out evenly among the architectures, and up to 128 of one architecture are trained as one
-    vectorised group. Interrupted, the same call goes on with the groups that are not done. The same arguments give
-    the same zoo, interrupted or not.
+    The architectures get equal numbers of networks, and up to 128 networks of one architecture are trained as a
+    vectorised group. After an interruption the same call makes the groups that are missing. The same arguments give the
+    same zoo, interrupted or not.
 
     Args:
-        folder: where the files go; made if missing. A finished zoo already there is refused.
-        networks: how many in all, at least one per architecture.
+        folder: the folder of the files, made if missing; a finished zoo there is refused.
+        networks: number of networks, at least one per architecture.
         dataset: a name from `images.DATASETS`: "digits" (scikit-learn), "shapes", "glyphs" or "textures".
         architectures: names from `architectures.ARCHITECTURES`; all of them by default. `architectures.FAMILIES` has
             them by family, for predictors that are trained on one family and tested on another.
-        max_steps: the longest training; short ones are likelier, some networks stay untrained.
-        on_progress: called with the fraction done, in [0, 1].
+        seed: of the hyperparameters, initial weights and trainings.
+        max_steps: largest number of training steps; short trainings are likelier, and some networks stay untrained.
+        on_progress: called with the share done, in [0, 1].
 
     Returns:
         A zoo whose rows hold architecture, family, dataset, the hyperparameters (`vmapped.Recipe`), and accuracy and
         mean cross entropy on test and training images.
 
     Raises:
-        ValueError: too few networks, an unknown architecture or data set, an unfinished zoo of other arguments.
+        ValueError: too few networks, an unknown architecture or data set, or an unfinished zoo of other arguments.
         FileExistsError: `folder` holds a zoo already.
-        ModuleNotFoundError: pyarrow is missing, or for the digits scikit-learn.
+        ModuleNotFoundError: pyarrow is missing, or scikit-learn for the digits.
 
     Example:
         >>> from sne_fast.zoo.architectures import FAMILIES
@@ -115,7 +116,7 @@ def make_classifier_zoo(
 
     def work(group: Group, on_share: Callable[[float], None]) -> Made:
         name, start = architecture_of[group.name]
-        # Seeded by name: leaving an architecture out does not change the others.
+        # The seed depends on the name, so that leaving an architecture out does not change the others.
         key = f"{seed}/{group.name}" if dataset == "digits" else f"{seed}/{dataset}/{group.name}"
         group_seed = zlib.crc32(key.encode())
         recipe = sample_recipe(group.size, group_seed, max_steps)
@@ -155,7 +156,7 @@ def make_classifier_zoo(
 
 
 def verify(zoo: Zoo, networks: Sequence[int]) -> list[tuple[float, str]]:
-    """Accuracy on the held-out images of each network's data set, against the column `test_accuracy`."""
+    """Compare accuracies on the held-out images of each network's data set with the column `test_accuracy`."""
 
     def measure(module: torch.nn.Module, row: object) -> float:
         return accuracy(module, *load_images(row["dataset"])[1])  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""CSV files of others as columns of plain values."""
+"""Reading of CSV files as columns of plain values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNKNOWN = {"", "nan", "none", "null", "na", "n/a", "inf", "-inf"}
 
 
 def parse_cell(text: str) -> int | float | str | None:
-    """An int, a float, the text itself; None for nothing and for numbers that are not finite."""
+    """Return the value of a cell: an int, a float or the text; None if it is empty or not finite."""
     if text.strip().lower() in _UNKNOWN:
         return None
     for kind in (int, float):
@@ -26,7 +26,7 @@ def parse_cell(text: str) -> int | float | str | None:
 
 
 def one_type(values: Sequence[Any]) -> list[Any]:
-    """A column of one type: text where any value is, floats where any is one, else as it is."""
+    """Return a column with values of one type: text if any value is text, else floats if any value is a float."""
     known = [value for value in values if value is not None]
     if any(isinstance(value, str) for value in known):
         return [None if value is None else str(value) for value in values]
@@ -36,14 +36,15 @@ def one_type(values: Sequence[Any]) -> list[Any]:
 
 
 def read_csv(file: Path, text: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """The columns of a `.csv` or `.csv.gz` file; one without a name (pandas' row numbers) is left out.
+    """Read the columns of a `.csv` or `.csv.gz` file; a column without a name (row numbers of pandas) is left out.
 
     Args:
-        text: columns that stay text whatever they look like.
+        file: the file.
+        text: columns that stay text, also where they look like numbers.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no header, or a line without one cell per column.
+        ValueError: no header, or a line that does not have one cell per column.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file")

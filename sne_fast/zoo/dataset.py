@@ -1,4 +1,4 @@
-"""Batches of a zoo for training: cut by a budget of weights, packed in the worker processes of a `DataLoader`."""
+"""Batches of a zoo for training, cut by a budget of weights and packed in the worker processes of a `DataLoader`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..data.batch import WeightBatch
 from ..data.packing import pack
 from ..data.weight_budgets import batches_by_weights
-from ..training.settings import SEED_STRIDE
+from ..training.optimiser import SEED_STRIDE
 from .table import Zoo
 
 Item = tuple[WeightBatch, Tensor]
 
 
 class ZooDataset(Dataset[Item]):
-    """The networks of a zoo, packed, with their targets.
+    """Dataset of the networks of a zoo, packed, with their targets.
 
     Item i is a `WeightBatch` of one network and its targets `(t,)` in the default floating dtype. A `DataLoader` asks
-    for a whole batch at once, which is packed in one call (`__getitems__`); `collate` joins either.
+    for a whole batch at once, which is packed in one call; `collate` takes items and batches.
 
     Args:
-        zoo: any zoo; sources are read lazily, in the worker process where there is one.
-        targets: columns of numbers; one name or several. None of them may lack a value.
-        options: keyword arguments of `sne_fast.pack`; `pack_options(encoder)` gives those an encoder expects.
-        keep: pack all networks once, now, and keep them in memory; batches are then cut from that.
+        zoo: any zoo; its networks are read when they are asked for, in the worker process if there is one.
+        targets: names of columns of numbers, which must not lack a value; one name or several.
+        options: keyword arguments of `sne_fast.pack`; `pack_options(encoder)` gives those of an encoder.
+        keep: pack all networks once, now, and keep them in memory; batches are then selected from those.
 
     Raises:
         KeyError: no such column.
@@ -63,36 +63,44 @@ class ZooDataset(Dataset[Item]):
         self._packed = pack(zoo, **self.options).detach() if keep and len(zoo) else None  # type: ignore[arg-type]
 
     def __len__(self) -> int:
+        """Return the number of networks."""
         return len(self.zoo)
 
     def __getitem__(self, i: int) -> Item:
+        """Return a network as a batch of one, and its targets `(t,)`."""
         return self.batch([i])[0], self.targets[i]
 
     def __getitems__(self, rows: Sequence[int]) -> Item:
+        """Return some networks as one batch, and their targets `(B, t)`."""
         return self.batch(rows), self.targets[list(rows)]
 
     def batch(self, rows: Sequence[int]) -> WeightBatch:
-        """The chosen networks as one batch."""
+        """Return some networks as one batch."""
         if self._packed is not None:
             return self._packed[list(rows)]
         return pack([self.zoo[i] for i in rows], **self.options).detach()
 
     @staticmethod
     def collate(items: Item | Sequence[Item]) -> Item:
-        """Items, or a batch as `__getitems__` gives it, as `(WeightBatch, targets (B, t))`."""
+        """Return items, or a batch that `__getitems__` returned, as `(WeightBatch, targets (B, t))`."""
         if isinstance(items, tuple):
             return items
         return WeightBatch.cat([batch for batch, _ in items]), torch.stack([target for _, target in items])
 
 
 class WeightBudgetSampler(Sampler[list[int]]):
-    """Batches of positions that hold at most `budget` weights each; a larger network is a batch of its own.
+    """Sampler of batches with at most `budget` weights each; a larger network is a batch of its own.
 
     Args:
-        sizes: `(n,)` weights of each network, as `zoo.sizes`.
-        budget: weights per batch, at least 1.
-        shuffle: another order in every epoch, decided by `seed` and the epoch: iterating counts epochs from 0, and
-            `set_epoch` sets the next one, so that a resumed run continues in the same order.
+        sizes: number of weights of each network, `(n,)`, such as `zoo.sizes`.
+        budget: largest number of weights in a batch, at least 1.
+        shuffle: shuffle the networks in every epoch, by `seed` and the number of the epoch. Every iteration is an
+            epoch, counted from 0; `set_epoch` sets the next one, so that a resumed run continues in the same order.
+        seed: of the shuffling.
+
+    Example:
+        >>> [len(rows) for rows in WeightBudgetSampler(torch.tensor([40, 30, 90, 20]), 100, shuffle=False)]
+        [2, 1, 1]
     """
 
     def __init__(self, sizes: Tensor, budget: int, *, shuffle: bool = True, seed: int = 0) -> None:
@@ -101,7 +109,7 @@ class WeightBudgetSampler(Sampler[list[int]]):
         self.sizes, self.budget, self.shuffle, self.seed, self.epoch = sizes, budget, shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration runs through."""
+        """Set the number of the epoch that the next iteration runs through."""
         self.epoch = epoch
 
     def _batches(self) -> Iterator[list[int]]:
@@ -109,17 +117,18 @@ class WeightBudgetSampler(Sampler[list[int]]):
         return batches_by_weights(self.sizes, self.budget, generator)
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Return the batches of the next epoch, as lists of positions."""
         batches = self._batches()
         self.epoch += 1
         return batches
 
     def __len__(self) -> int:
-        """Batches of the next epoch."""
+        """Return the number of batches of the next epoch."""
         return sum(1 for _ in self._batches())
 
 
 def pack_options(encoder: Any) -> dict[str, Any]:
-    """The arguments of `sne_fast.pack` with which an encoder expects its batches cut, on the CPU."""
+    """Return the arguments of `sne_fast.pack` that give batches for an encoder, on the CPU."""
     return {
         "chunk_size": encoder.chunk_size,
         "chunking": encoder.chunking,
@@ -142,14 +151,19 @@ def zoo_loader(
     keep: bool = False,
     pin_memory: bool = False,
 ) -> DataLoader[Item]:
-    """A `DataLoader` of `(WeightBatch, targets (B, t))` over a zoo, its batches cut by a budget of weights.
+    """Return a `DataLoader` of `(WeightBatch, targets (B, t))` over a zoo, with batches cut by a budget of weights.
 
     Args:
-        targets: columns of numbers.
-        encoder: whose way of packing is taken; `options` add to it or stand alone.
-        budget: the most weights a batch holds, unless one network alone has more.
-        workers: processes that read and pack.
-        keep: pack once and keep in memory (see `ZooDataset`); best with `workers=0`.
+        zoo: any zoo.
+        targets: names of columns of numbers; one name or several.
+        encoder: the encoder to pack for.
+        options: keyword arguments of `sne_fast.pack`, besides or instead of those of the encoder.
+        budget: largest number of weights in a batch; a network with more is a batch of its own.
+        shuffle: shuffle the networks in every epoch.
+        seed: of the shuffling.
+        workers: number of processes that read and pack.
+        keep: pack once and keep in memory (see :class:`ZooDataset`); best with `workers=0`.
+        pin_memory: copy batches to pinned memory, as in `torch.utils.data.DataLoader`.
 
     Example:
         >>> for batch, accuracy in zoo_loader(zoo, "test_accuracy", encoder=predictor.encoder):

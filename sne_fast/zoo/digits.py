@@ -1,4 +1,4 @@
-"""A zoo of small classifiers of scikit-learn's handwritten digits: what `sne-fast demo` makes."""
+"""Maker of the zoo of `sne-fast demo`: small classifiers of the handwritten digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = (
     "cnn5-pool",
 )
 ARCHITECTURES = {name: all_architectures.ARCHITECTURES[name] for name in _NAMES}
-"""The nine smallest architectures, 600 to 4,000 parameters: name -> constructor."""
+"""Name -> constructor, of the nine smallest architectures with 600 to 4,000 parameters."""
 
 
 def make_digits_zoo(
@@ -33,7 +33,9 @@ def make_digits_zoo(
     architectures: Sequence[str] | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Zoo:
-    """`make_classifier_zoo` on scikit-learn's digits with nine small architectures, unless others are named.
+    """Train a zoo of classifiers of scikit-learn's digits, of nine small architectures unless others are named.
+
+    The arguments are those of :func:`make_classifier_zoo`.
 
     Example:
         >>> zoo = make_digits_zoo("digits", 18, max_steps=5)

@@ -1,7 +1,7 @@
 """Small data sets of ten classes of 8 x 8 grey images: scikit-learn's digits, and three that are drawn here.
 
-All have images `(n, 1, 8, 8)` float32, standardised by mean and spread of the training images, and labels `(n,)`
-int64, so that a network of any architecture fits all of them: what cross-dataset experiments need. The drawn ones
+All have images `(n, 1, 8, 8)` float32, standardised by the mean and standard deviation of the training images, and
+labels `(n,)` int64, so that every architecture fits every data set, as cross-dataset experiments need. The drawn ones
 depend on nothing but torch's generator on the CPU.
 """
 
@@ -27,7 +27,7 @@ Split = tuple[Tensor, Tensor]
 
 
 def load_digits() -> tuple[Split, Split]:
-    """Scikit-learn's handwritten digits as `(train, test)`: 1197 and 600 images, the same split always.
+    """Load scikit-learn's handwritten digits as `(train, test)`, always the same 1197 and 600 images.
 
     Raises:
         ModuleNotFoundError: scikit-learn is missing.
@@ -43,17 +43,17 @@ def load_digits() -> tuple[Split, Split]:
 
 
 def load_shapes() -> tuple[Split, Split]:
-    """Bars, crosses, rings and boxes at random places, sizes and widths, in noise: 1200 and 600 images."""
+    """Draw 1200 and 600 images of bars, crosses, rings and boxes at random places, sizes and widths, in noise."""
     return _drawn(_shapes, seed=1)
 
 
 def load_glyphs() -> tuple[Split, Split]:
-    """Ten capital letters, turned by up to 25 degrees, scaled and moved, in noise: 1200 and 600 images."""
+    """Draw 1200 and 600 images of ten capital letters, turned by up to 25 degrees, scaled and moved, in noise."""
     return _drawn(_glyphs, seed=2)
 
 
 def load_textures() -> tuple[Split, Split]:
-    """Gratings of four directions and two frequencies, checks and rings of any phase, in noise: 1200 and 600 images."""
+    """Draw 1200 and 600 images of gratings of four directions and two frequencies, checks and rings, in noise."""
     return _drawn(_textures, seed=3)
 
 
@@ -68,7 +68,7 @@ DATASETS: dict[str, Callable[[], tuple[Split, Split]]] = {
 
 @cache
 def load_images(dataset: str) -> tuple[Split, Split]:
-    """The data set of that name as `(train, test)`; kept in memory, so its tensors must not be changed.
+    """Return the data set of a name as `(train, test)`; it is cached, so its tensors must not be changed.
 
     Raises:
         ValueError: no such data set.
@@ -98,7 +98,7 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 
 
 def _grid() -> tuple[Tensor, Tensor]:
-    """x to the right and y down, `(8, 8)` each, centres of pixels in [-1, 1]."""
+    """Return x (to the right) and y (down) of the centres of pixels, in [-1, 1], `(8, 8)` each."""
     at = (torch.arange(SIDE) + 0.5) * 2 / SIDE - 1
     return at.expand(SIDE, SIDE), at[:, None].expand(SIDE, SIDE)
 
@@ -115,7 +115,7 @@ def _shapes(labels: Tensor, generator: torch.Generator) -> Tensor:
     def bar(across: Tensor, along: Tensor) -> Tensor:
         return torch.maximum(across.abs(), along.abs() - size)
 
-    distance = torch.stack(  # to the middle of the stroke, for all ten classes
+    distance = torch.stack(  # to the middle of the stroke, [n, 10, 8, 8]
         [
             bar(y, x),
             bar(x, y),

@@ -1,4 +1,4 @@
-"""Implicit neural representations as the authors of DWSNets and NFN published them.
+"""Loaders of implicit neural representations (INRs) as the authors of DWSNets and NFN published them.
 
 DWSNets (Navon et al. 2023, arXiv 2301.12780), after https://github.com/AvivNavon/DWSNets (experiments/mnist,
 experiments/ssl, nn/inr.py): a SIREN per file, `mnist_png_training_2_23089/checkpoints/model_final.pth` (label 2, image
@@ -38,21 +38,21 @@ Images = Tensor | np.ndarray | Callable[[Mapping[str, Any]], Tensor]
 def load_dwsnets(
     splits: str | PathLike[str], *, root: str | PathLike[str] | None = None, splits_to_take: Sequence[str] = SPLITS
 ) -> Zoo:
-    """INRs in the layout of DWSNets: images (with labels) or sine waves (with two coefficients).
+    """Read INRs in the layout of DWSNets: images (with labels) or sine waves (with two coefficients).
 
     Args:
-        splits: the JSON file of splits; or a folder, whose files `*_png_*/**/*.pth` are then taken with the label and
-            the split (train or test) that their names say.
-        root: where the files are, if not where the JSON says, which has the paths of the machine that wrote it: the
-            longest end of each path that exists below `root`. By default the folder of the JSON.
-        splits_to_take: names of splits in the JSON.
+        splits: the JSON file of splits; or a folder, whose files `*_png_*/**/*.pth` are read, with label and split
+            (train or test) from their names.
+        root: the folder of the networks, since the JSON has the paths of the machine that wrote it: of each path, the
+            longest end that exists below `root` is taken. By default the folder of the JSON.
+        splits_to_take: names of the splits in the JSON to read.
 
     Returns:
         A zoo whose rows hold `split` and, for images, `label` and `image` (its number); for sine waves `coef_0`
         (amplitude) and `coef_1` (frequency), for which every file is read once.
 
     Raises:
-        FileNotFoundError: no such JSON or folder, no networks, or a network that the JSON names is missing.
+        FileNotFoundError: no such JSON or folder, no networks in it, or a missing network that the JSON names.
         ValueError: a JSON of another form.
         CheckpointError: a file that holds more than tensors, numbers and numpy arrays.
 
@@ -98,12 +98,13 @@ def load_nfn(
     prefix: str = "randinit_smaller",
     split_points: tuple[int, int] | None = (45_000, 50_000),
 ) -> Zoo:
-    """INRs in the layout of NFN: `<prefix>_<label>s/net<image>.pth`.
+    """Read INRs in the layout of NFN: `<prefix>_<label>s/net<image>.pth`.
 
     Args:
-        prefix: which of the sets in the folder, such as `randinit_smaller` or `randinit_smaller_aug0`.
-        split_points: image numbers where "val" and "test" begin; None leaves the column `split` out. MNIST and
-            FashionMNIST have (45000, 50000), both parts of the data set having been numbered through.
+        folder: the folder of the sets of networks.
+        prefix: the set to read, such as `randinit_smaller` or `randinit_smaller_aug0`.
+        split_points: image numbers where "val" and "test" begin; None leaves the column `split` out. They are (45000,
+            50000) for MNIST and FashionMNIST, where training and test images are numbered consecutively.
 
     Returns:
         A zoo whose rows hold `label`, `image` and `split`.
@@ -141,7 +142,7 @@ def load_nfn(
 
 
 def read_inr(file: Path) -> dict[str, Tensor]:
-    """The weights of an INR: what is called weight or bias, without the points that some files hold besides."""
+    """Read the weights and biases of an INR, without the points that some files hold besides."""
     content = _extras(file)
     return {
         key: value.clone()
@@ -151,8 +152,8 @@ def read_inr(file: Path) -> dict[str, Tensor]:
 
 
 def _extras(file: Path) -> Mapping[str, Any]:
-    """A checkpoint with numpy arrays and plain values beside the tensors; nothing in it is run."""
-    # What a pickled array names, by either name of numpy's module; none of it runs code of the file.
+    """Read a checkpoint with numpy arrays and plain values beside the tensors, without running any code of it."""
+    # The classes and functions that a pickled array names, by both names of numpy's module; none runs code of the file.
     rebuild, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     known: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]
     for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
@@ -162,7 +163,7 @@ def _extras(file: Path) -> Mapping[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
         if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
             return content
-    except Exception:  # whatever it is, the reader of checkpoints says it well
+    except Exception:  # the reader of checkpoints below gives a better message, whatever the error
         pass
     return load_state_dict(file)
 
@@ -208,7 +209,7 @@ def _find(path: str, base: Path, splits: Path) -> Path:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """Names from as many folders as it takes to tell the files apart."""
+    """Return names of files, each with as many of its folders as it takes to tell the files apart."""
     for depth in range(1, 6):
         names = ["-".join(file.with_suffix("").parts[-depth:]) for file in files]
         if len(set(names)) == len(files):
@@ -228,13 +229,18 @@ def _zoo(
 def verify(
     zoo: Zoo, networks: Sequence[int], *, images: Images | None = None, omega: float = 30.0
 ) -> list[tuple[float, str]]:
-    """Mean squared error between what each network draws and what it was fitted to.
+    """Return the mean squared error between the output of each network and the image or sine it was fitted to.
 
     Args:
-        images: `(n, c, h, w)`, one per network of the zoo, or a function of the row that returns `(c, h, w)`; of the
-            range that the network was fitted to: [0, 1] for DWSNets, [-1, 1] for NFN. Not needed for sine waves, which
-            are compared with `coef_0 sin(coef_1 x)` on [-pi, pi).
+        zoo: of `load_dwsnets` or `load_nfn`.
+        networks: positions of the networks.
+        images: `(n, c, h, w)`, one per network of the zoo, or a function of the row that returns `(c, h, w)`, in the
+            range that the networks were fitted to: [0, 1] for DWSNets, [-1, 1] for NFN. Sine waves need none; they are
+            compared with `coef_0 sin(coef_1 x)` on [-pi, pi).
         omega: factor inside every sine.
+
+    Raises:
+        ValueError: INRs of images without `images`.
     """
     dwsnets = zoo.about["source"] == "dwsnets"
     found = []
@@ -256,6 +262,6 @@ def verify(
 
 
 def _pixels(height: int, width: int, x_first: bool) -> Tensor:
-    """Coordinates `(height * width, 2)` in [-1, 1], rows of the image outermost: (x, y) as DWSNets, (y, x) as NFN."""
+    """Return coordinates `(height * width, 2)` in [-1, 1], row by row: (x, y) as in DWSNets, or (y, x) as in NFN."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     return torch.stack([x, y] if x_first else [y, x], -1).view(-1, 2)

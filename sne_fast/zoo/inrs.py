@@ -1,4 +1,4 @@
-"""Zoos of implicit neural representations: SIRENs (Sitzmann et al. 2020, arXiv 2006.09661) of sine waves.
+"""Makers of zoos of implicit neural representations: SIRENs (Sitzmann et al. 2020, arXiv 2006.09661) of sine waves.
 
 The task is section 4.1 of the SNE paper, after Navon et al. 2023 (arXiv 2301.12780): predict the frequency of the
 sine from the weights of the network that was fitted to it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -27,10 +28,10 @@ TEST_POINTS = 512
 
 
 class Siren(nn.Sequential):
-    """Linear layers with `sin(omega x)` between them: `y = W_n sin(omega (... sin(omega (W_1 x + b_1)) ...)) + b_n`.
+    """SIREN, linear layers with sines between them: `y = W_n sin(omega (... sin(omega (W_1 x + b_1)) ...)) + b_n`.
 
     Args:
-        widths: of input, hidden layers and output, such as `(1, 32, 32, 1)`.
+        widths: those of input, hidden layers and output, such as `(1, 32, 32, 1)`.
         omega: factor inside every sine.
         offset: added to the output.
 
@@ -41,11 +42,11 @@ class Siren(nn.Sequential):
     def __init__(self, widths: Sequence[int] = WIDTHS, omega: float = OMEGA, offset: float = 0.0) -> None:
         if len(widths) < 2:
             raise ValueError(f"Siren: widths must be at least two, got {tuple(widths)}")
-        super().__init__(*(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)))
+        super().__init__(*(nn.Linear(a, b) for a, b in pairwise(widths)))
         self.omega, self.offset = omega, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values `(n, out)` at coordinates `(n, in)`."""
+        """Return the values `(n, out)` at coordinates `(n, in)`."""
         *hidden, last = self
         for layer in hidden:
             x = (self.omega * layer(x)).sin()
@@ -53,10 +54,10 @@ class Siren(nn.Sequential):
 
 
 def siren_of(state_dict: Mapping[str, Tensor], omega: float = OMEGA, offset: float = 0.0) -> Siren:
-    """A Siren with the weights of a state_dict of any names: its matrices and vectors, in their order.
+    """Return a Siren with the matrices and vectors of a state_dict, in their order, whatever their names.
 
     Raises:
-        ValueError: tensors that are no chain of linear layers.
+        ValueError: tensors that are not a chain of linear layers.
     """
     tensors = [t.float() for t in state_dict.values() if t.is_floating_point() and t.ndim in (1, 2)]
     matrices, vectors = [t for t in tensors if t.ndim == 2], [t for t in tensors if t.ndim == 1]
@@ -89,13 +90,19 @@ def fit_sines(
 ) -> dict[str, Tensor]:
     """Fit one SIREN 1-32-32-1 to `sin(a x)` on [-pi, pi] for each of K frequencies a, all at once.
 
-    Adam on the mean squared error at one random point in each of `points` equal parts of the interval, drawn anew in
-    every step; the rate falls to zero along a cosine.
+    Adam minimises the mean squared error at one random point in each of `points` equal parts of the interval, drawn
+    anew in every step; the learning rate falls to zero along a cosine.
 
     Args:
-        frequencies: `(K,)`, the a's.
-        init: "siren", Sitzmann et al.: first layer U(-1, 1), others U(-b, b) with b = sqrt(6 / in) / omega; or
-            "dwsnets", Navon et al.: that b in the sine layers, the first among them, and their biases zero.
+        frequencies: the frequencies a, `(K,)`.
+        seed: of the initial weights and points.
+        steps: number of steps.
+        lr: initial learning rate.
+        points: number of points in each step.
+        omega: factor inside every sine.
+        init: initial weights. "siren", of Sitzmann et al.: U(-1, 1) in the first layer, U(-b, b) in the others, with
+            b = sqrt(6 / in) / omega. "dwsnets", of Navon et al.: U(-b, b) in all layers but the last, with zero biases.
+        on_step: called with the number of each step.
 
     Returns:
         Stacked tensors `(K, ...)`, names and order those of `Siren().state_dict()`.
@@ -108,7 +115,7 @@ def fit_sines(
     g = torch.Generator().manual_seed(seed)
     k = len(frequencies)
     params: dict[str, Tensor] = {}
-    for layer, (a, b) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
+    for layer, (a, b) in enumerate(pairwise(WIDTHS)):
         first, last = layer == 0, layer == len(WIDTHS) - 2
         bound = 1 / a if first and init == "siren" else math.sqrt(6 / a) / omega
         default = 1 / math.sqrt(a)  # of nn.Linear, weights and biases
@@ -126,11 +133,11 @@ def fit_sines(
         optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         x = starts + width * torch.rand(k, points, generator=g)  # [K, points]
         y = _stacked_siren(params, x[..., None], omega)[..., 0]
-        # A sum over networks: each gets the gradient of its own mean.
+        # A sum over networks, so that each gets the gradient of its own mean.
         loss = (y - (frequencies[:, None] * x).sin()).square().mean(1).sum()
         grads = torch.autograd.grad(loss, leaves)
         for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad.contiguous()  # fused Adam reads memory in order, whatever the strides say
+            leaf.grad = grad.contiguous()  # fused Adam ignores strides
         optimiser.step()
         if on_step is not None:
             on_step(step)
@@ -149,7 +156,7 @@ def _stacked_siren(params: Mapping[str, Tensor], x: Tensor, omega: float) -> Ten
 
 @torch.no_grad()
 def sine_error(siren: nn.Module, frequency: float) -> float:
-    """Mean squared error of a network against `sin(a x)` at 512 equally spaced points of [-pi, pi]."""
+    """Return the mean squared error of a network against `sin(a x)` at 512 equally spaced points of [-pi, pi]."""
     x = torch.linspace(-math.pi, math.pi, TEST_POINTS)[:, None]
     return (siren(x) - (frequency * x).sin()).square().mean().item()
 
@@ -169,19 +176,22 @@ def make_sine_zoo(
 ) -> Zoo:
     """Fit SIRENs 1-32-32-1 (1,153 weights) to sines of random frequency, write them to `folder` and return the zoo.
 
-    Groups of 100 are fitted at once. Interrupted, the same call goes on with the groups that are not done; the same
+    Groups of 100 are fitted at once. After an interruption the same call makes the groups that are missing. The same
     arguments give the same zoo, interrupted or not.
 
     Args:
-        folder: where the files go; made if missing. A finished zoo already there is refused.
-        frequencies: a is uniform between these, in radians per unit of x.
-        steps, lr, points, omega, init: as in `fit_sines`.
+        folder: the folder of the files, made if missing; a finished zoo there is refused.
+        networks: number of networks.
+        seed: of the frequencies and of the fits.
+        steps: as in `fit_sines`, like `lr`, `points`, `omega` and `init`.
+        frequencies: bounds of the frequency a, which is uniform between them, in radians per unit of x.
+        on_progress: called with the share done, in [0, 1].
 
     Returns:
         A zoo whose rows hold `a` (the target) and `mse` (against the sine, at 512 points).
 
     Raises:
-        ValueError: fewer than one network, frequencies that are no range.
+        ValueError: fewer than one network, or frequencies that are not a range.
         FileExistsError: `folder` holds a zoo already.
 
     Example:
@@ -223,7 +233,7 @@ def make_sine_zoo(
 
 
 def verify(zoo: Zoo, networks: Sequence[int]) -> list[tuple[float, str]]:
-    """Each network's mean squared error against the sine of its label `a`, against the column `mse`."""
+    """Compare the mean squared error of each network against the sine of its label `a` with the column `mse`."""
 
     def measure(module: nn.Module, row: Mapping[str, Any]) -> float:
         return sine_error(module, row["a"])

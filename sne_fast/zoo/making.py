@@ -1,4 +1,4 @@
-"""Making a zoo group by group: several groups at once, with progress, and taken up again after an interruption."""
+"""Making of a zoo in groups of networks, several at once, with progress; an interrupted call resumes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from .shards import ZooWriter
 from .table import Zoo
 
 Made = tuple[Mapping[str, Tensor], Sequence[tuple[str, Mapping[str, Any]]]]
-"""A group's stacked tensors `(K, *shape)` in module order, and K pairs of name and row."""
+"""Stacked tensors `(K, *shape)` of a group in module order, and K pairs of name and row."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Networks made together: a shard's `name`, the place of its `first` network, its `size`, and its `cost`.
+    """Networks made together, and written as one shard.
 
-    What a group becomes depends on nothing but itself, so that a make that goes on gives what an uninterrupted one
-    would have given. `cost` is in any unit, for progress and for which group starts first.
+    A group is made from nothing but its own fields, so that a resumed call gives the same zoo as an uninterrupted one.
+
+    Args:
+        name: of the shard.
+        first: position of its first network in the zoo.
+        size: number of networks.
+        cost: of making it, in any unit; the costliest group starts first.
     """
 
     name: str
@@ -35,7 +40,7 @@ class Group:
 
 
 def groups_of(name: str, count: int, largest: int, first: int, cost: float) -> list[Group]:
-    """`count` networks as groups of at most `largest`; the first bears `name`, the others a number too."""
+    """Cut `count` networks into groups of at most `largest`; the first group is called `name`, others `name.NUMBER`."""
     starts = range(0, count, largest)
     return [
         Group(
@@ -55,21 +60,23 @@ def make_zoo(
     about: Mapping[str, Any],
     on_progress: Callable[[float], None] | None = None,
 ) -> Zoo:
-    """Make all groups that `folder` does not hold yet, a thread per core, and return the zoo, opened from there.
+    """Make all groups that `folder` does not hold yet, one thread per core, and return the zoo, opened from there.
 
-    Each group is written when it is done. Interrupted, by an error or from outside, the folder keeps the finished
-    groups; the same call again makes the others and gives the same zoo as an uninterrupted one.
+    Each group is written when it is done. If an error or a signal interrupts the call, the folder keeps the finished
+    groups; the same call makes the others and gives the same zoo as an uninterrupted one.
 
     Args:
-        work: makes one group; it calls its second argument with the share of the group done, at every step.
-        about: description of the whole; a call with another one does not go on from what is there, but is refused.
+        folder: the folder of the zoo.
+        groups: all groups of the zoo.
+        work: makes a group; it calls its second argument with the share of the group done, at every step.
+        about: description of the zoo; an unfinished zoo of another description is refused.
         on_progress: called with the share of all work done, in [0, 1].
     """
     with ZooWriter(folder, resume=True, **about) as writer:
         left = [group for group in groups if not writer.has(group.name)]
         progress = _Progress(groups, left, on_progress)
-        # Each thread with one thread of torch: the tensors are far too small to share one among cores, and threads
-        # waiting for each other would take longer than the work, many times longer on a busy machine.
+        # Each thread has one thread of torch: the tensors are far too small to share among cores, and waiting for other
+        # threads would take longer than the work, many times longer on a busy machine.
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool, torch_threads(1):
             longest_first = sorted(left, key=lambda group: -group.cost)
             futures = {pool.submit(work, group, progress.of(group)): group for group in longest_first}
@@ -86,7 +93,7 @@ def make_zoo(
             finally:
                 progress.stop.set()
                 pool.shutdown(cancel_futures=True)
-                # Where one group failed, those that ended beside it are not lost.
+                # If one group failed, those that were finished beside it are not lost.
                 for future in [f for f in unwritten if not f.cancelled() and f.exception() is None]:
                     write(future)
     if on_progress is not None:
@@ -95,7 +102,7 @@ def make_zoo(
 
 
 class _Progress:
-    """The share of the cost done over all groups; also how groups under way are told to stop."""
+    """Progress of all groups by their costs; it also tells the groups under way to stop."""
 
     def __init__(self, groups: Sequence[Group], left: Sequence[Group], report: Callable[[float], None] | None) -> None:
         unfinished = {group.name for group in left}
@@ -106,6 +113,12 @@ class _Progress:
         self.stop = threading.Event()
 
     def of(self, group: Group) -> Callable[[float], None]:
+        """Return the function that a group calls with the share of it that is done.
+
+        Raises:
+            CancelledError: by that function, after `stop` was set.
+        """
+
         def step(share: float) -> None:
             if self.stop.is_set():
                 raise CancelledError("another group failed")

@@ -1,4 +1,4 @@
-"""The model zoos of Schürholt et al. 2022, "Model Zoos: A Dataset of Diverse Populations", arXiv 2209.14764.
+"""Loader of the model zoos of Schürholt et al. 2022, "Model Zoos: A Dataset of Diverse Populations", arXiv 2209.14764.
 
 Layout of the raw zips, after https://github.com/ModelZoos/ModelZooDataset (checkpoints_to_datasets/dataset_base.py,
 model_definitions) and https://github.com/HSG-AIML/NeurIPS_2021-Weight_Space_Learning: per network a folder of Ray Tune,
@@ -10,7 +10,7 @@ model_definitions) and https://github.com/HSG-AIML/NeurIPS_2021-Weight_Space_Lea
   begin with epoch 1. `training_iteration` tells;
 - `params.json`: the configuration, such as `model::type` (CNN, CNN2, CNN3), `model::nlin`, `optim::lr`, `seed`.
 
-The `.pt` files beside the zips are pickled objects of their authors' classes; they are refused, never loaded.
+The `.pt` files beside the zips are pickled objects of the authors' classes; they are refused and never loaded.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _ADVICE = "download the zip of the raw zoo and give the folder that holds its ne
 def load_schuerholt(
     folder: str | PathLike[str], *, epochs: int | str | Iterable[int] = "last", invalid: str = "drop"
 ) -> Zoo:
-    """A raw model zoo of Schürholt et al. as it was published: a folder of Ray Tune runs.
+    """Read a raw model zoo of Schürholt et al. as it was published, a folder of Ray Tune runs.
 
     Args:
-        folder: holds one folder per network, directly or one level down.
-        epochs: which checkpoints of each network: "last", "all", one epoch or several.
-        invalid: what becomes of checkpoints with weights that are not finite, or without a line in `result.json`:
-            "drop" leaves them out, with a warning, and counts them in `zoo.about["dropped"]`; "raise" refuses them.
-            Either reads every checkpoint once. "keep" keeps them unread, with None for what is not known.
+        folder: a folder with one folder per network, directly or one level down.
+        epochs: the checkpoints of each network to read: "last", "all", one epoch or several.
+        invalid: treatment of checkpoints with weights that are not finite, or without a line in `result.json`. "drop"
+            leaves them out, with a warning, and counts them in `zoo.about["dropped"]`; "raise" refuses them; both read
+            every checkpoint once. "keep" keeps them unread, with None for what is not known.
 
     Returns:
         A zoo whose rows hold `epoch`, the four metrics (None where the authors wrote -999 for "not measured"), `ggap`
@@ -57,7 +57,7 @@ def load_schuerholt(
 
     Raises:
         FileNotFoundError: no such folder, no networks in it, or none with such an epoch.
-        ValueError: a damaged `result.json`, or one whose lines cannot be told epochs.
+        ValueError: a damaged `result.json`, or one whose lines cannot be assigned to epochs.
         CheckpointError: `folder` is one of the pickled `.pt` data sets, or a checkpoint holds more than tensors.
 
     Example:
@@ -115,7 +115,7 @@ def load_schuerholt(
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose name has no extension, without running any code of it."""
+    """Read the tensors of a checkpoint whose name has no extension, without running any code of it."""
     return {name: tensor.clone() for name, tensor in load_pickled(file).items()}
 
 
@@ -142,7 +142,7 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 
 
 def _results(run: Path, last_epoch: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """The lines of `result.json` by epoch, and the epoch of the first."""
+    """Return the lines of `result.json` by epoch, and the epoch of the first line."""
     lines = []
     try:
         for text in (run / "result.json").read_text(encoding="utf-8").splitlines():
@@ -151,7 +151,7 @@ def _results(run: Path, last_epoch: int) -> tuple[dict[int, dict[str, Any]], int
     except ValueError as error:
         raise ValueError(f"{run / 'result.json'}: line {len(lines) + 1} is no JSON object: {error}") from error
     if all("training_iteration" in line for line in lines):
-        by_epoch = {int(line["training_iteration"]): line for line in lines}  # a resumed run's later line counts
+        by_epoch = {int(line["training_iteration"]): line for line in lines}  # of a resumed run, the later line counts
         return by_epoch, min(by_epoch, default=1)
     offset = last_epoch - len(lines) + 1
     if offset not in (0, 1):
@@ -190,13 +190,13 @@ def _why_invalid(file: Path, has_line: bool) -> str:
 
 
 class SchuerholtCNN(nn.Module):
-    """The CNNs of the zoos, by the `model::type`: CNN and CNN2 for images of 28 x 28, CNN3 for 32 x 32.
+    """CNN of the zoos, of `model::type` CNN or CNN2 for images of 28 x 28, or CNN3 for images of 32 x 32.
 
-    Layers stand in one `module_list` with pooling, activations and dropout, so their numbers depend on whether there
-    is dropout.
+    Layers, pooling, activations and dropout are numbered together in one `module_list`, so that the names of tensors
+    depend on whether there is dropout.
 
     Raises:
-        ValueError: another type, or an unknown activation.
+        ValueError: an unknown type or activation.
     """
 
     def __init__(self, kind: str, channels: int, activation: str, dropout: bool) -> None:
@@ -220,7 +220,7 @@ class SchuerholtCNN(nn.Module):
         self.module_list = nn.ModuleList(layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(n, 10)`."""
+        """Return the logits `(n, 10)` of images `(n, channels, h, w)`."""
         for layer in self.module_list:
             images = layer(images)
         return images
@@ -237,11 +237,19 @@ _CONVOLUTIONS = {
 def verify(
     zoo: Zoo, networks: Sequence[int], *, images: Tensor | None = None, labels: Tensor | None = None
 ) -> list[tuple[float, str]]:
-    """Accuracy on the test images, against the column `test_acc`.
+    """Compare the accuracy on the test images with the column `test_acc`.
 
     Args:
-        images: `(n, channels, h, w)` float32, standardised as the zoo's generator did; in `dataset.pt` of the zoo.
+        zoo: of `load_schuerholt`.
+        networks: positions of the networks.
+        images: the test images `(n, channels, h, w)` float32, standardised as in `dataset.pt` of the zoo.
         labels: `(n,)` int64.
+
+    Returns:
+        Pairs of difference and name of the network.
+
+    Raises:
+        ValueError: no images or labels, or a network of unknown architecture.
     """
     given, truth = check_images("schuerholt", images, labels, "(n, channels, h, w)")
 

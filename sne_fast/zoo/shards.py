@@ -1,12 +1,12 @@
 """A zoo on disk: safetensors shards of stacked networks, and a parquet index with one row per network.
 
     FOLDER/index.parquet             one row per network: name, what is known about it, shard, position, weights
-    FOLDER/zoo.json                  what the whole is: source, arguments, which columns are targets
+    FOLDER/zoo.json                  description of the zoo: source, arguments, which columns are targets
     FOLDER/shards/NAME.safetensors   networks of the same tensor names and shapes: each tensor is (K, *shape)
 
 Network k of a shard is row k of each of its tensors. The metadata `sne_fast.order` (a JSON list) keeps the module's
-order of the tensors, which safetensors itself does not. Tensors are named `stack.NAME`, so that a shard read as a
-checkpoint is refused, not taken for one large network.
+order of the tensors, which safetensors itself does not keep. Tensors are named `stack.NAME`, so that a shard that is
+read as a checkpoint is refused and not taken for one large network.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ _OPEN_SHARDS = 256
 
 
 class ShardSource:
-    """Reads networks out of mapped shards: only the pages that hold a network are read, when it is asked for."""
+    """Source that reads networks out of mapped shards, of which only the memory pages of those networks are loaded.
+
+    Args:
+        folder: of the zoo.
+        shards: the shard of each network.
+        positions: the position of each network in its shard.
+    """
 
     def __init__(self, folder: Path, shards: Sequence[str], positions: Sequence[int]) -> None:
         self.folder = folder
@@ -48,10 +54,10 @@ class ShardSource:
         self._open: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}  # a worker process maps the files anew
+        return {**self.__dict__, "_open": OrderedDict()}  # a worker process maps the files itself
 
     def read(self, i: int) -> dict[str, Tensor]:
-        """The state_dict of network `i`, copied out of its shard."""
+        """Return the state_dict of network `i`, copied out of its shard."""
         position = self.positions[i]
         stacked = self.stacked(self.shards[i])
         held = next(iter(stacked.values())).shape[0]
@@ -60,7 +66,7 @@ class ShardSource:
         return {name: tensor[position].clone() for name, tensor in stacked.items()}
 
     def stacked(self, shard: str) -> dict[str, Tensor]:
-        """All networks of a shard, `(K, *shape)` per tensor and mapped: the form that `torch.func.vmap` takes."""
+        """Return all networks of a shard as mapped tensors `(K, *shape)`, the form that `torch.func.vmap` takes."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -89,26 +95,26 @@ def _map_shard(file: Path) -> dict[str, Tensor]:
 
 
 def network_weights(state_dict: Mapping[str, Tensor]) -> int:
-    """How many numbers `sne_fast.pack` takes from a state_dict: those of its floating tensors."""
+    """Return the number of weights that `sne_fast.pack` takes from a state_dict, those of its floating tensors."""
     return sum(tensor.numel() for tensor in state_dict.values() if tensor.is_floating_point())
 
 
 class ZooWriter:
-    """Writes networks one by one or group by group, and the index last: a folder with an index is a whole zoo.
+    """Writer of a zoo, network by network or group by group; it writes the index last, so only a whole zoo has one.
 
-    A context manager. When the block raises no index is written: what is there is removed, or with `resume` kept, and
-    a writer with the same arguments goes on from it.
+    It is a context manager. If the block raises, no index is written: the files are removed, or with `resume` kept, and
+    a writer with the same arguments resumes.
 
     Args:
-        folder: made if missing.
-        resume: keep the finished groups of an interrupted run, and go on from those already there.
-        shard_bytes: about how large a shard becomes that `add` fills.
-        about: JSON-serialisable description of the whole, kept in `zoo.json`. `source` names the maker or loader,
-            which `verify` goes by; `targets` and `hyperparameters` list columns.
+        folder: the folder of the zoo, made if missing.
+        resume: keep the finished groups when the block raises, and start from those that are there.
+        shard_bytes: approximate size of a shard that `add` fills.
+        about: description of the zoo, kept in `zoo.json`. `source` names the maker or loader, which tells `verify` how
+            to check the zoo; `targets` and `hyperparameters` list columns.
 
     Raises:
         FileExistsError: the folder holds a zoo, or without `resume` an unfinished one.
-        ValueError: with `resume`, an unfinished zoo of other arguments.
+        ValueError: with `resume`, the folder holds an unfinished zoo of other arguments.
 
     Example:
         >>> with ZooWriter("mine", source="mine") as writer:
@@ -121,7 +127,7 @@ class ZooWriter:
         self, folder: str | PathLike[str], *, resume: bool = False, shard_bytes: int = SHARD_BYTES, **about: Any
     ) -> None:
         self.folder = Path(folder)
-        # torch's version with it: another one may compute other bits, and a zoo is not made half by one
+        # With torch's version, since another version may compute other bits, and no zoo is made by two versions.
         self.about = json.loads(json.dumps({**about, "torch": torch.__version__}))
         self._resume = resume
         self._shard_bytes = shard_bytes
@@ -161,18 +167,20 @@ class ZooWriter:
             self._columns = self._columns or _own_columns(rows[0])
 
     def has(self, group: str) -> bool:
-        """Whether `add_group` has written this group, now or in an interrupted run."""
+        """Return True if `add_group` has written a group, in this run or in an interrupted one."""
         return group in self._parts
 
     def add(self, name: str, state_dict: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
-        """Take one network; it is written with others of the same tensors.
+        """Add one network, which is written together with others of the same tensors.
 
         Args:
-            name: unique in the zoo.
-            row: what is known about it: numbers, strings, booleans, None where something is not known.
+            name: of the network, unique in the zoo.
+            state_dict: its tensors.
+            row: what is known about it: numbers, strings, booleans, and None for what is not known.
 
         Raises:
-            ValueError: a number that is not finite, other columns than the first network's, a name used twice.
+            ValueError: a number that is not finite, other columns than those of the first network, or a name used
+                twice.
             TypeError: a value that is not a plain one.
         """
         entry = self._entry(name, row)
@@ -186,20 +194,24 @@ class ZooWriter:
         self._next += 1
         if self._held_bytes[signature] >= self._shard_bytes:
             self._flush(signature)
-        elif sum(self._held_bytes.values()) >= 4 * self._shard_bytes:  # many kinds of networks, few of each
+        elif sum(self._held_bytes.values()) >= 4 * self._shard_bytes:  # networks of many shapes, few of each
             for each in list(self._held):
                 self._flush(each)
 
     def add_group(
         self, group: str, first: int, stacked: Mapping[str, Tensor], rows: Sequence[tuple[str, Mapping[str, Any]]]
     ) -> None:
-        """Write K networks of the same tensors as one shard, all or nothing; with `resume` it outlives the run.
+        """Write K networks of the same tensors as one shard, whole or not at all.
 
         Args:
-            group: the shard's name.
-            first: place of its first network in the index.
+            group: name of the shard.
+            first: position of its first network in the index.
             stacked: tensors `(K, *shape)` in module order.
-            rows: K pairs of name and row, as for `add`.
+            rows: K pairs of name and row, as in `add`.
+
+        Raises:
+            ValueError: tensors that are not of that shape, a group written already, or what `add` refuses.
+            TypeError: a value that is not a plain one.
         """
         shapes = {key: tuple(t.shape) for key, t in stacked.items()}
         if not shapes or any(not shape or shape[0] != len(rows) for shape in shapes.values()):
@@ -246,7 +258,7 @@ class ZooWriter:
             base.with_name(f"{part}.safetensors"),
             metadata={ORDER_KEY: json.dumps(list(stacked))},
         )
-        write_text(base.with_name(f"{part}.rows.json"), json.dumps(rows))  # last: where it is, the shard is whole
+        write_text(base.with_name(f"{part}.rows.json"), json.dumps(rows))  # written last, so that its shard is whole
         self._parts[part] = rows
 
     def __enter__(self) -> ZooWriter:
@@ -267,7 +279,7 @@ class ZooWriter:
             for part in self._parts:
                 (self.folder / SHARDS / f"{part}.safetensors").unlink(missing_ok=True)
         if kind is None or not self._resume:
-            for left in (self.folder / SHARDS).glob(".*.tmp"):  # of a run that was killed while it wrote
+            for left in (self.folder / SHARDS).glob(".*.tmp"):  # left by a run that was killed while it wrote
                 left.unlink(missing_ok=True)
             (self.folder / UNFINISHED).unlink(missing_ok=True)
             for part in self._parts:
@@ -286,7 +298,11 @@ def _parquet() -> Any:
 
 
 def write_index(columns: Mapping[str, list[Any]], file: Path) -> None:
-    """Columns of plain values as a parquet file, all or nothing; a column that mixes numbers and text is refused."""
+    """Write columns of plain values as a parquet file, whole or not at all.
+
+    Raises:
+        ValueError: a column that mixes numbers and text.
+    """
     arrow = _parquet()
     arrays = {}
     for name, values in columns.items():
@@ -299,7 +315,11 @@ def write_index(columns: Mapping[str, list[Any]], file: Path) -> None:
 
 
 def read_index(file: Path) -> dict[str, list[Any]]:
-    """The columns of an index; what `write_index` wrote."""
+    """Read the columns of an index that `write_index` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     arrow = _parquet()
     try:
         return arrow.parquet.read_table(file).to_pydict()
@@ -308,7 +328,11 @@ def read_index(file: Path) -> dict[str, list[Any]]:
 
 
 def check_places(file: Path, shards: Iterable[Any], positions: Iterable[Any]) -> None:
-    """Shards are plain names, so that an index cannot point outside its folder."""
+    """Check that an index names shards by plain names, so that it cannot point outside its folder.
+
+    Raises:
+        ValueError: a shard that is no plain name, or a position that is no integer.
+    """
     for shard in set(shards):
         if not isinstance(shard, str) or not shard or any(c in shard for c in "/\\:\0") or shard.startswith("."):
             raise ValueError(f"Zoo.open: {file} names the shard {shard!r}, which is no plain name")

@@ -1,13 +1,10 @@
-"""Layer statistics: what a regression on summary numbers of the weights gets to see (the baseline of SNE)."""
+"""Layer statistics: summary numbers of the weights of each layer, the features of a baseline of SNE."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
 
 from ..data.batch import WeightBatch
-
-if TYPE_CHECKING:
-    import numpy as np
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STATISTICS = 2 + len(QUANTILES)
@@ -15,20 +12,20 @@ ROLES = 5
 
 
 def layer_statistics(batch: WeightBatch, layers: int | None = None) -> np.ndarray:
-    """Mean, variance and five quantiles of every tensor (Unterthiner et al. 2020), laid out for any architecture.
+    """Return mean, variance and five quantiles of every tensor (Unterthiner et al. 2020), for any architecture.
 
-    Per network: the statistics of the tensors of each role (weight, bias, running mean, running variance, other) of
-    layer 0, 1, ... from the front; the same for the last two layers; and mean, least and greatest of every statistic
-    over all weight and other tensors. What a network does not have is NaN.
+    The features of a network are the statistics of the tensors of each role (weight, bias, running mean, running
+    variance, other) of layers 0, 1, ... from the front, then those of the last two layers, then the mean, least and
+    greatest value of every statistic over all tensors of the roles weight and other. Features that a network lacks are
+    NaN.
 
     Args:
-        layers: how many layers from the front; by default as many as the deepest network of the batch has.
+        batch: B networks.
+        layers: number of layers from the front; by default that of the deepest network of the batch.
 
     Returns:
         `(B, features)` float64 with `features = 35 (layers + 2) + 21`.
     """
-    import numpy as np
-
     depth = int(batch.network_ptr_host.diff().max()) if layers is None else layers
     rows = np.full((len(batch), ROLES * STATISTICS * (depth + 2) + 3 * STATISTICS), np.nan)
     values, scale = batch.values.detach().double().cpu().numpy(), batch.tensor_scale.double().cpu().tolist()

@@ -1,4 +1,4 @@
-"""`Zoo`: many networks with a table of what is known about each, read one by one when they are asked for."""
+"""`Zoo`: many networks, read one by one when they are asked for, and a table of what is known about each."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ from .shards import ABOUT, INDEX, PLACE, SHARD_BYTES, ShardSource, ZooWriter, ch
 
 
 class Source(Protocol):
-    """Where a zoo's networks come from. Sources are pickled to the worker processes of a `DataLoader`."""
+    """Reader of the networks of a zoo; it is pickled to the worker processes of a `DataLoader`."""
 
     def read(self, i: int) -> dict[str, Tensor]:
-        """The state_dict of network `i` in its module's order, tensors of its own."""
+        """Return the state_dict of network `i` in its module's order, with tensors of its own."""
 
 
 class FileSource:
-    """One checkpoint per network, each read by the same function."""
+    """Source with one checkpoint per network, all read by the same function."""
 
     def __init__(self, files: Sequence[Path], reader: Callable[[Path], dict[str, Tensor]] | None = None) -> None:
         self.files = list(files)
         self.reader = reader
 
     def read(self, i: int) -> dict[str, Tensor]:
-        """The checkpoint's tensors by name."""
+        """Return the tensors of a checkpoint by name."""
         if self.reader is not None:
             return self.reader(self.files[i])
         return {name: tensor.clone() for name, tensor in load_state_dict(self.files[i]).items()}
 
 
 class Zoo:
-    """Networks with a table of what is known about each; a sequence that `sne_fast.pack` and an encoder take as it is.
+    """Networks and a table of what is known about each; `sne_fast.pack` and encoders take it as a sequence of networks.
 
     `zoo[i]` is a network, a mapping of tensor names to tensors that is read on first use; `zoo[a:b]`, `zoo[[2, 0]]` and
-    `zoo[mask]` are zoos. `zoo.rows[i]` is the dict of what is known about network i, `zoo.column(name)` one column.
-    Makers (`make_digits_zoo`, ...) and loaders (`load_unterthiner`, ...) return one, `save` writes one in this
-    package's own form, `Zoo.open` reads that.
+    `zoo[mask]` are zoos. `zoo.rows[i]` is the dict of what is known about network i, `zoo.column(name)` is one column.
+    Makers (`make_digits_zoo`, ...) and loaders (`load_unterthiner`, ...) return a zoo, `save` writes it in this
+    package's own form, and `Zoo.open` reads that.
 
     Args:
-        columns: equally long lists of plain values by name, with `name` among them.
-        source: what reads the networks, see `Source`.
-        about: what the whole is; `source` decides how `verify` checks it, `targets` lists columns worth predicting.
-        folder: where it lies, for messages.
+        columns: lists of plain values of equal length by name; one is called `name`.
+        source: the reader of the networks, see `Source`.
+        about: description of the zoo; `source` decides how `verify` checks it, `targets` lists columns to predict.
+        folder: the folder of the zoo, for messages.
+        places: positions of the networks in the source; those of the rows by default.
 
     Raises:
         ValueError: columns of different lengths, or none called `name`.
@@ -82,10 +83,10 @@ class Zoo:
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> Zoo:
-        """Read the index of a zoo in this package's form; networks are read when asked for, from mapped files.
+        """Open a zoo in this package's own form; its networks are read when they are asked for, from mapped files.
 
         Raises:
-            FileNotFoundError: no zoo in `folder`, or an unfinished one.
+            FileNotFoundError: `folder` holds no zoo, or an unfinished one.
             ValueError: the index is damaged or lacks a column.
             ModuleNotFoundError: pyarrow is missing.
         """
@@ -102,6 +103,7 @@ class Zoo:
         return cls(columns, ShardSource(folder, shards, positions), about, folder)
 
     def __len__(self) -> int:
+        """Return the number of networks."""
         return len(self._places)
 
     def __repr__(self) -> str:
@@ -109,6 +111,7 @@ class Zoo:
         return f"Zoo({where!r}, {len(self)} networks)"
 
     def __iter__(self) -> Iterator[ZooNetwork]:
+        """Iterate over the networks."""
         return (ZooNetwork(self, i) for i in range(len(self)))
 
     @overload
@@ -117,7 +120,7 @@ class Zoo:
     def __getitem__(self, index: slice | Sequence[Any] | np.ndarray | Tensor) -> Zoo: ...
 
     def __getitem__(self, index: Any) -> ZooNetwork | Zoo:
-        """A network, or for a slice, indices or a mask of one boolean per network the zoo of those."""
+        """Return a network; for a slice, indices, or a mask of one boolean per network, the zoo of those networks."""
         if isinstance(index, slice):
             return self._select(list(range(*index.indices(len(self)))))
         array = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
@@ -142,17 +145,17 @@ class Zoo:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """The names of the columns."""
         return list(self._columns)
 
     @property
     def rows(self) -> Rows:
-        """What is known about each network: a sequence of dicts."""
+        """A dict of what is known about each network, as a sequence."""
         return Rows(self._columns)
 
     @property
     def targets(self) -> list[str]:
-        """Columns worth predicting, as the maker or loader said."""
+        """The columns to predict, as the maker or loader lists them."""
         return [name for name in self.about.get("targets", []) if name in self._columns]
 
     @property
@@ -162,23 +165,23 @@ class Zoo:
 
     @property
     def sizes(self) -> Tensor:
-        """Weights of each network as `sne_fast.pack` counts them, `(len(zoo),)` int64.
+        """The number of weights of each network as `sne_fast.pack` counts them, `(len(zoo),)` int64.
 
-        From the column `weights`; a zoo without it reads every network once.
+        They are those of the column `weights`; a zoo without it reads every network once.
         """
         if "weights" not in self._columns:
             self._columns["weights"] = [network_weights(self.state_dict(i)) for i in range(len(self))]
         return torch.tensor(self._columns["weights"], dtype=torch.int64)
 
     def state_dict(self, i: int) -> dict[str, Tensor]:
-        """The weights of network `i` in their module's order; tensors of their own, not the mapped file's."""
+        """Return the weights of network `i` in their module's order, copied out of the file."""
         return self.source.read(self._places[self._at(i)])
 
     def find(self, name: str) -> int:
-        """The position of the network of that name.
+        """Return the position of the network of a name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no such network.
         """
         try:
             return self._columns["name"].index(name)
@@ -186,7 +189,7 @@ class Zoo:
             raise KeyError(f"{self.folder or 'the zoo'} has no network {name!r}") from None
 
     def column(self, name: str) -> np.ndarray:
-        """One column, float64 where it holds numbers only (NaN where one is not known), else objects.
+        """Return a column, as float64 if it holds only numbers (NaN where one is not known), else as objects.
 
         Raises:
             KeyError: no such column.
@@ -198,13 +201,14 @@ class Zoo:
         return np.array(values, dtype=np.float64 if numeric else object)
 
     def with_column(self, name: str, values: Sequence[Any]) -> Zoo:
-        """This zoo with one more column, or another one of that name, such as a `split`; `save` keeps it.
+        """Return this zoo with a column, such as a `split`, added or replaced; `save` keeps it.
 
         Args:
+            name: of the column.
             values: one plain value per network, in the order of the rows; arrays and tensors are converted.
 
         Raises:
-            ValueError: another number of values.
+            ValueError: the number of values is not that of the networks.
 
         Example:
             >>> from sne_fast.training import stratified_split
@@ -226,12 +230,12 @@ class Zoo:
         shard_bytes: int = SHARD_BYTES,
         on_progress: Callable[[float], None] | None = None,
     ) -> Zoo:
-        """Write this zoo in the package's own form, whatever it was read from, and return it opened from there.
+        """Write this zoo in the package's own form, whatever it was read from, and return it, opened from there.
 
         Args:
-            folder: made if missing; a zoo already there is refused.
-            shard_bytes: about how large a shard becomes.
-            on_progress: called with the fraction done, in [0, 1].
+            folder: the folder to write, made if missing; a zoo there is refused.
+            shard_bytes: approximate size of a shard.
+            on_progress: called with the share done, in [0, 1].
 
         Example:
             >>> load_unterthiner("svhn_cropped").save("svhn")
@@ -245,12 +249,12 @@ class Zoo:
         return Zoo.open(folder)
 
     def export(self, i: int, path: str | PathLike[str]) -> None:
-        """Write network `i` alone, as a safetensors checkpoint that `load_state_dict` and `pack` read."""
+        """Write network `i` as a safetensors checkpoint, which `load_state_dict` and `pack` read."""
         save_state_dict(self.state_dict(i), path)
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The rows of a table that is kept by columns."""
+    """Sequence of the rows of a table that is kept by columns."""
 
     def __init__(self, columns: Mapping[str, list[Any]]) -> None:
         self._columns = columns
@@ -273,9 +277,10 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 class ZooNetwork(Mapping[str, Tensor]):
-    """One network of a zoo: its tensors by name in module order, read on first use. `str()` is where it lies.
+    """Network of a zoo: a mapping of its tensors by name in module order, read on first use.
 
-    With `keep=False` they are read again at every use, so that a list of many networks holds no tensors.
+    `str(network)` is its path, `FOLDER/NAME`. With `keep=False` the tensors are read anew at every use, so that a list
+    of many networks holds no tensors.
     """
 
     def __init__(self, zoo: Zoo, i: int, *, keep: bool = True) -> None:
@@ -287,12 +292,12 @@ class ZooNetwork(Mapping[str, Tensor]):
 
     @property
     def name(self) -> str:
-        """Its name in the zoo."""
+        """The name of the network in the zoo."""
         return self._zoo._columns["name"][self._i]
 
     @property
     def row(self) -> dict[str, Any]:
-        """What is known about it."""
+        """A dict of what is known about the network."""
         return self._zoo.rows[self._i]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -313,11 +318,11 @@ class ZooNetwork(Mapping[str, Tensor]):
         return self._tensors()[name]
 
     def items(self) -> ItemsView[str, Tensor]:
-        """Names and tensors, read once."""
+        """Return names and tensors, read once."""
         return self._tensors().items()
 
     def values(self) -> ValuesView[Tensor]:
-        """The tensors, read once."""
+        """Return the tensors, read once."""
         return self._tensors().values()
 
     def __iter__(self) -> Iterator[str]:
@@ -326,7 +331,7 @@ class ZooNetwork(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._keys())
 
-    __eq__ = object.__eq__  # tensors do not compare as a mapping's values must
+    __eq__ = object.__eq__  # a mapping compares its values, which tensors do not support
     __hash__ = object.__hash__
 
     def __str__(self) -> str:
@@ -337,7 +342,7 @@ class ZooNetwork(Mapping[str, Tensor]):
 
 
 def networks_at(path: str | PathLike[str]) -> list[ZooNetwork] | None:
-    """The networks that a path stands for: all of them for a zoo's folder, one for `FOLDER/NAME`, None for any other.
+    """Return the networks at a path: all of them for the folder of a zoo, one for `FOLDER/NAME`, None for other paths.
 
     Raises:
         KeyError: the folder is a zoo, but has neither such a file nor such a network.

@@ -1,7 +1,8 @@
-"""The Small CNN Zoo of Unterthiner et al. 2020, "Predicting Neural Network Accuracy from Weights", arXiv 2002.11448.
+"""Loader of the Small CNN Zoo of Unterthiner et al. 2020, "Predicting Neural Network Accuracy from Weights".
 
-Layout, after https://github.com/google-research/google-research/tree/master/dnn_predict_accuracy (README, notebook):
-per data set (cifar10, fashion_mnist, mnist, svhn_cropped) a folder of
+The paper is arXiv 2002.11448; the layout is described in the README and notebook of
+https://github.com/google-research/google-research/tree/master/dnn_predict_accuracy. Each data set (cifar10,
+fashion_mnist, mnist, svhn_cropped) is a folder of
 
 - `weights.npy` `(N, 4970)` float32: nine checkpoints of each of 30,000 networks. Every layer's bias stands before its
   kernel; convolution kernels are height x width x in x out, dense ones in x out, as in Keras;
@@ -33,7 +34,7 @@ FINAL_STEP = 86
 
 
 class UnterthinerSource:
-    """Reads networks out of `weights.npy`, which is mapped: only the rows asked for are read."""
+    """Source that reads networks out of `weights.npy`, which is mapped, so that only the rows asked for are read."""
 
     def __init__(
         self, file: Path, rows: Sequence[int], layout: Sequence[tuple[str, int, int, tuple[int, ...]]]
@@ -48,20 +49,20 @@ class UnterthinerSource:
 
     @property
     def weights(self) -> np.ndarray:
-        """The matrix, mapped."""
+        """The mapped matrix `(N, 4970)`."""
         if self._weights is None:
             self._weights = np.load(self.file, mmap_mode="r", allow_pickle=False)
         return self._weights
 
     def read(self, i: int) -> dict[str, Tensor]:
-        """The state_dict of `architectures.unterthiner_cnn`, in the module's order."""
+        """Return the state_dict of a network, that of `architectures.unterthiner_cnn`, in module order."""
         flat = torch.from_numpy(np.array(self.weights[self.rows[i]], dtype=np.float32))
         found = {name: to_torch(name, flat[start:end].view(shape)) for name, start, end, shape in self.layout}
         return {name: found[name] for name in sorted(found, key=_module_order)}
 
 
 def to_torch(name: str, tensor: Tensor) -> Tensor:
-    """A Keras tensor as torch has it: `(h, w, in, out)` becomes `(out, in, h, w)`, `(in, out)` becomes `(out, in)`."""
+    """Turn a Keras tensor into torch's layout: `(h, w, in, out)` to `(out, in, h, w)`, `(in, out)` to `(out, in)`."""
     if name.endswith("weight"):
         tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.t()
     return tensor.contiguous()
@@ -73,13 +74,13 @@ def _module_order(name: str) -> tuple[int, int]:
 
 
 def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_STEP, invalid: str = "drop") -> Zoo:
-    """The Small CNN Zoo of one data set, read as it was published and turned into torch's layout network by network.
+    """Read the Small CNN Zoo of one data set as it was published; each network is turned into torch's layout.
 
     Args:
-        folder: holds `weights.npy`, `metrics.csv.gz` (or `metrics.csv`) and `layout.csv`.
-        step: which checkpoint of each network: 86 is the final one; None takes all nine.
-        invalid: what becomes of rows with a weight or one of the four metrics that is not finite: "drop" leaves them
-            out, with a warning, and counts them in `zoo.about["dropped"]`; "raise" refuses them; "keep" keeps them.
+        folder: the folder of `weights.npy`, `metrics.csv.gz` (or `metrics.csv`) and `layout.csv`.
+        step: the checkpoint of each network to read: 86 is the final one; None reads all nine.
+        invalid: treatment of rows with a weight or one of the four metrics that is not finite: "drop" leaves them out,
+            with a warning, and counts them in `zoo.about["dropped"]`; "raise" refuses them; "keep" keeps them.
 
     Returns:
         A zoo whose rows hold the columns of the metrics, with architecture "unterthiner". `zoo.save(folder)` writes
@@ -87,7 +88,7 @@ def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_ST
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: files that do not fit each other, no row of that step, or with `invalid="raise"` an invalid one.
+        ValueError: files that do not fit each other, no row of that step, or an invalid row with `invalid="raise"`.
 
     Example:
         >>> zoo = load_unterthiner("svhn_cropped")
@@ -152,7 +153,7 @@ def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_ST
 
 
 def _read_layout(file: Path) -> list[tuple[str, int, int, tuple[int, ...]]]:
-    """Per tensor its name in the torch module, where it starts and ends, and its Keras shape."""
+    """Return for each tensor its name in the torch module, its first and last column, and its Keras shape."""
     table = read_csv(file, text=("varname", "shape"))
     missing = {"varname", "start_idx", "end_idx", "shape"} - set(table)
     if missing:
@@ -191,12 +192,20 @@ def _invalid(weights: np.ndarray, metrics: Mapping[str, list[Any]], rows: Sequen
 def verify(
     zoo: Zoo, networks: Sequence[int], *, images: Tensor | None = None, labels: Tensor | None = None
 ) -> list[tuple[float, str]]:
-    """Accuracy on the test images, against the column `test_accuracy`.
+    """Compare the accuracy on the test images with the column `test_accuracy`.
 
     Args:
-        images: `(n, 1, h, w)` float32: the data set's test images as the networks saw them: divided by 255, scaled to
-            [-1, 1], colours averaged to grey.
+        zoo: of `load_unterthiner`.
+        networks: positions of the networks.
+        images: the test images of the data set `(n, 1, h, w)` float32, with colours averaged to grey and values in
+            [-1, 1], as the networks saw them.
         labels: `(n,)` int64.
+
+    Returns:
+        Pairs of difference and name of the network.
+
+    Raises:
+        ValueError: no images or labels.
     """
     given, truth = check_images("unterthiner", images, labels, "(n, 1, h, w)")
 

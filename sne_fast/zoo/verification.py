@@ -1,4 +1,4 @@
-"""From weights back to function: networks of a zoo are rebuilt and run, and what they do is compared with the table."""
+"""Verification of zoos: networks are rebuilt from their weights and run, and their results compared with the table."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _VERIFIERS = {
 
 
 class VerifyError(ValueError):
-    """A network that does not do what the table says."""
+    """Error of a network whose result differs from the table."""
 
 
 def verify(zoo: Zoo, networks: Sequence[int] | None = None, *, tolerance: float | None = None, **data: Any) -> float:
-    """Rebuild networks of a zoo from their weights, run them, and compare with what the table says.
+    """Rebuild networks of a zoo from their weights, run them, and compare the results with the table.
 
-    A loader that transposes a kernel wrongly, or a table whose rows are shifted, shows here and nowhere else: the
-    number of weights is right all the same.
+    It finds errors that nothing else shows, such as a loader that transposes a kernel wrongly or a table whose rows are
+    shifted: both leave the number of weights right.
 
     Args:
-        zoo: of a maker or loader of this package, also after `save` and `Zoo.open`; or any, with `build`, `measure`
+        zoo: of a maker or loader of this package, also after `save` and `Zoo.open`; or any zoo, with `build`, `measure`
             and `column`, see `compare`.
-        networks: positions to check; all of them by default.
-        tolerance: raise if a difference is larger.
-        data: what the zoo does not hold: `images` and `labels` for Unterthiner's and Schuerholt's zoos, `images` for
-            INRs of images; see `verify` in `unterthiner`, `schuerholt` and `inr_folders`.
+        networks: positions of the networks to check; all of them by default.
+        tolerance: largest difference that is accepted; any by default.
+        data: data that the zoo does not hold: `images` and `labels` for the zoos of Unterthiner and Schürholt, `images`
+            for INRs of images; see `verify` in `unterthiner`, `schuerholt` and `inr_folders`.
 
     Returns:
         The largest difference found: of accuracies in [0, 1] for classifiers, of mean squared errors for INRs.
 
     Raises:
-        VerifyError: above `tolerance`; the message names the network.
-        ValueError: weights that do not fit their architecture, a missing argument, a zoo of unknown source.
+        VerifyError: a difference above `tolerance`; the message names the network.
+        ValueError: weights that do not fit their architecture, a missing argument, or a zoo of unknown source.
 
     Example:
         >>> verify(make_digits_zoo("digits", 18, max_steps=5), tolerance=0.002) < 1e-6
@@ -80,11 +80,14 @@ def compare(
     measure: Callable[[nn.Module, Row], float],
     column: str,
 ) -> list[tuple[float, str]]:
-    """How far `measure` of each rebuilt network is from its `column`: pairs of difference and name.
+    """Return how far `measure` of each rebuilt network is from its `column`, as pairs of difference and name.
 
     Args:
-        build: makes a module for a row; the network's state_dict is loaded into it, strictly.
+        zoo: any zoo.
+        networks: positions of the networks.
+        build: makes the module of a row; the network's state_dict is loaded into it, strictly.
         measure: runs the module, in evaluation mode and without gradients.
+        column: the column with the number that `measure` returned when the zoo was made.
 
     Raises:
         ValueError: a network that does not fit its module, or without a number in `column`.
@@ -101,7 +104,11 @@ def compare(
 
 
 def fit(module: nn.Module, state_dict: Mapping[str, Tensor], row: Row) -> None:
-    """Load weights into a module, with an error that names the network."""
+    """Load weights into a module.
+
+    Raises:
+        ValueError: they do not fit; the message names the network.
+    """
     try:
         module.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -111,7 +118,7 @@ def fit(module: nn.Module, state_dict: Mapping[str, Tensor], row: Row) -> None:
 
 
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 2048) -> float:
-    """Share of images `(n, ...)` whose largest logit is the label's."""
+    """Return the share of images `(n, ...)` whose largest logit is that of the label."""
     hits = [
         int((module(images[k : k + batch]).argmax(1) == labels[k : k + batch]).sum())
         for k in range(0, len(labels), batch)
@@ -120,7 +127,11 @@ def accuracy(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 204
 
 
 def check_images(source: str, images: Tensor | None, labels: Tensor | None, channels: str) -> tuple[Tensor, Tensor]:
-    """The test images and labels that a foreign zoo does not hold and `verify` therefore needs."""
+    """Return the test images and labels that `verify` needs for zoos that do not hold them.
+
+    Raises:
+        ValueError: they are missing, or do not fit each other.
+    """
     if images is None or labels is None:
         raise ValueError(
             f"verify: zoos of source {source!r} hold no images: give images= {channels} and labels= (n,), the test "

@@ -1,4 +1,4 @@
-"""Training many small networks of one architecture in one vectorised call (`torch.func`)."""
+"""Training of many small networks of one architecture in one vectorised call (`torch.func`)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from ..training.threads import torch_threads
 
-_GLOBAL_GENERATOR = threading.Lock()  # modules draw their initial weights from it; groups may train in threads
+_GLOBAL_GENERATOR = threading.Lock()
+"""Held while modules draw their initial weights from torch's generator, since groups may train in threads."""
 
 BETA2 = 0.999
 LARGEST_WEIGHT = 1e4
-"""Far above anything training reaches; steps of diverging networks stop here."""
+"""Bound of weights, far above any that training reaches; steps of diverging networks end here."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each of K networks is trained: one entry per network in every field, all of shape `(K,)`.
+    """Hyperparameters of K networks: every field is of shape `(K,)`, with one entry per network.
 
-    `steps` int64, 0 and up: minibatch steps until the network is frozen. `lr`, `momentum`, `weight_decay`: SGD as in
-    `torch.optim.SGD`. `init_gain` multiplies the initial weights of dimension 2 and up. `train_fraction` in (0, 1]:
-    share of the training images this network sees. `label_noise` in [0, 1]: share of its labels drawn anew.
+    Args:
+        steps: int64, number of minibatch steps, from 0.
+        lr: learning rate, as in `torch.optim.SGD`.
+        momentum: as in `torch.optim.SGD`.
+        weight_decay: as in `torch.optim.SGD`.
+        init_gain: factor of the initial weights of two and more dimensions.
+        train_fraction: share of the training images that the network sees, in (0, 1].
+        label_noise: share of their labels that are drawn anew, in [0, 1].
+
+    Raises:
+        ValueError: fields of different shapes.
     """
 
     steps: Tensor
@@ -43,19 +52,21 @@ class Recipe:
             raise ValueError(f"Recipe: every field must have the same shape (K,) with K >= 1, got {sizes}")
 
     def __len__(self) -> int:
+        """Return the number of networks."""
         return self.steps.numel()
 
     def __getitem__(self, index: Tensor) -> Recipe:
+        """Return the hyperparameters of some of the networks."""
         return Recipe(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def row(self, i: int) -> dict[str, Any]:
-        """The hyperparameters of network `i` as plain numbers."""
+        """Return the hyperparameters of network `i` as plain numbers."""
         return {f.name: getattr(self, f.name)[i].item() for f in fields(self)}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """K trained networks: stacked parameters and buffers `(K, ...)` in module order, and how well each does."""
+    """K trained networks: stacked parameters and buffers `(K, ...)` in module order, accuracies and losses `(K,)`."""
 
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -66,7 +77,7 @@ class Trained:
     train_loss: Tensor
 
     def state_dict(self, i: int) -> dict[str, Tensor]:
-        """The state_dict of network `i`, in the order of the module's own."""
+        """Return the state_dict of network `i` in module order."""
         both = {**self.parameters, **self.buffers}
         return {name: both[name][i].clone() for name in self.order}
 
@@ -76,7 +87,7 @@ def _per_network(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _subsets(recipe: Recipe, labels: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Each network's own images: a random order (K, n), how many count (K,), and its noisy labels (K, n)."""
+    """Draw the training images of each network: a random order (K, n), how many it sees (K,), noisy labels (K, n)."""
     k, n = len(recipe), labels.numel()
     order = torch.rand(k, n, generator=generator).argsort(dim=1)
     size = (recipe.train_fraction * n).round().clamp(1, n).long()
@@ -85,8 +96,8 @@ def _subsets(recipe: Recipe, labels: Tensor, classes: int, generator: torch.Gene
     return order, size, torch.where(noisy, drawn, labels.expand(k, n))
 
 
-# The ops here are so small that two threads mostly wait for each other: with another process beside it, a zoo took
-# several times longer on two threads than on one.
+# The ops here are so small that two threads mostly wait for each other: beside another process, a zoo took several
+# times longer on two threads than on one.
 @torch_threads(1)
 def train_together(
     make: Callable[[], nn.Module],
@@ -102,20 +113,24 @@ def train_together(
 ) -> Trained:
     """Train `len(recipe)` classifiers of one architecture at once, each with its own hyperparameters.
 
-    The networks are sorted by their number of steps, so those still training are always a prefix of the stack; a
-    network that has ended takes part in nothing any more and keeps its bits. Gradients are clipped to the norm `clip`
-    per network, and a step that would take a weight beyond `LARGEST_WEIGHT`, or to NaN, is left out.
+    The networks are sorted by their number of steps, so that those that still train are the first of the stack, and
+    finished ones are left alone. Gradients are clipped per network. A step that would make a weight larger than
+    `LARGEST_WEIGHT`, or NaN, is not taken.
 
     Args:
-        make: returns a fresh module; called `len(recipe)` times. Normalisation buffers are allowed.
-        train, test: `(images, labels)`, images `(n, ...)` float32, labels `(n,)` int64.
-        seed: decides initial weights, subsets, noise and order of images; the global generator is left alone.
+        make: returns a fresh module; it is called `len(recipe)` times. Normalisation buffers are allowed.
+        recipe: hyperparameters of the networks.
+        train: training images `(n, ...)` float32 and labels `(n,)` int64.
+        test: test images and labels.
+        seed: of the initial weights, subsets, noise and order of images; the global generator is left alone.
+        batch_size: images per step.
+        clip: largest norm of the gradients of a network.
         optimiser: "sgd" as `torch.optim.SGD`, or "adam" as `torch.optim.Adam` with `momentum` as its first beta, 0.999
-            as its second and weight decay added to the gradients.
-        on_step: called with each step's number, for progress.
+            as its second, and weight decay added to the gradients.
+        on_step: called with the number of each step.
 
     Raises:
-        ValueError: another optimiser.
+        ValueError: an unknown optimiser.
     """
     if optimiser not in ("sgd", "adam"):
         raise ValueError(f"train_together: optimiser must be 'sgd' or 'adam', got {optimiser!r}")
@@ -190,7 +205,7 @@ def train_together(
 
 @torch.no_grad()
 def evaluate_together(base: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Logits `(K, n, classes)` of K stacked networks on the same images, in evaluation mode."""
+    """Return the logits `(K, n, classes)` of K stacked networks on the same images, in evaluation mode."""
     base.eval()
 
     def run(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
@@ -200,7 +215,7 @@ def evaluate_together(base: nn.Module, params: dict[str, Tensor], buffers: dict[
 
 
 def _score(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Accuracy and mean cross entropy per network; `weight` (K, n) says which images count."""
+    """Return accuracy and mean cross entropy per network; `weight` (K, n) says which images count."""
     weight = torch.ones(labels.shape) if weight is None else weight
     loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     hit = (logits.argmax(-1) == labels).float()

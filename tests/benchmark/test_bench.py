@@ -132,6 +132,7 @@ def test_a_baseline_that_does_not_fit_is_refused_before_it_runs() -> None:
         contender("x", encoder, batch, training=False, memory_limit=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_predicted_memory_is_near_the_measured(training: bool) -> None:
     case = CASES["mixed"]
@@ -145,6 +146,7 @@ def test_predicted_memory_is_near_the_measured(training: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux only")
 def test_probe_does_not_inherit_the_peak_of_its_parent() -> None:
     ballast = torch.ones(250_000_000)  # 1 GB, four times what a fresh process holds

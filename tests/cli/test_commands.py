@@ -298,6 +298,7 @@ def test_the_program_runs_what_is_installed_whatever_the_folder(tmp_path):
     assert done.stdout == f"sne_fast {sne_fast.__version__}\n"
 
 
+@pytest.mark.slow
 def test_the_memory_probe_runs_what_is_installed(tmp_path, monkeypatch):
     from sne_fast.benchmark import probe
 

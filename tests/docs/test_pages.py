@@ -43,6 +43,29 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
+def method_sections() -> dict[str, str]:
+    """Title of every numbered heading of docs/method.md, by number."""
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^#+ (\d(?:\.\d)?)\.? (.*)$", text, re.M))
+
+
+def test_sections_of_the_method_that_code_cites_exist() -> None:
+    sections = method_sections()
+    titles = "|".join(map(re.escape, sorted(sections.values(), key=len, reverse=True)))
+    cited = 0
+    for folder, pattern in (("sne_fast", "*.py"), ("csrc", "*"), ("tests", "*.py"), ("bench", "*.py")):
+        for file in (ROOT / folder).rglob(pattern):
+            if file.suffix not in (".py", ".h", ".cpp", ".cu", ".md") or file == Path(__file__):
+                continue
+            words = " ".join(re.sub(r"^[\s#/*]+", "", line) for line in file.read_text(encoding="utf-8").splitlines())
+            for match in re.finditer(r"docs/method\.md", words):
+                around = words[max(0, match.start() - 80) : match.end() + 80]
+                number = re.match(r"(?:, section)? (\d(?:\.\d)?)", words[match.end() :])
+                assert number and number[1] in sections or re.search(titles, around), f"{name(file)}: {around}"
+                cited += 1
+    assert cited
+
+
 def sne_fast_commands(page: Path) -> list[list[str]]:
     """The words of every `sne-fast COMMAND ...` in the shell blocks of a page."""
     lines = [line for block in blocks(page) if block.language == "bash" for line in block.text.splitlines()]

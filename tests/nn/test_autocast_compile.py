@@ -67,6 +67,7 @@ def test_autocast_loses_at_most_twice_what_padded_pytorch_loses(layer_norm: bool
     assert ours**0.5 <= 2 * theirs**0.5, (ours**0.5, theirs**0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_gradients_under_autocast(layer_norm: bool) -> None:
     """In the parameters' dtype; no parameter's gradient is off by over twice what it is off by in the padded form.
@@ -173,6 +174,7 @@ def compare(encoder: nn.Module, compiled, batch: sne_fast.WeightBatch, tolerance
         assert float((a - e).abs().max()) <= tolerance * max(float(e.abs().max()), 1e-2 * largest), name
 
 
+@pytest.mark.slow
 @once
 @pytest.mark.parametrize(
     "config",
@@ -199,6 +201,7 @@ def test_compiled_by_inductor_equals_eager(fresh_compiler) -> None:
     compare(encoder, compiled, encoder.pack([make(name, 1) for name in ("mlp", "cnn", "one_scalar")]), 1e-4)
 
 
+@pytest.mark.slow
 @once
 def test_twenty_batches_of_different_shapes_stay_below_the_recompile_limit(fresh_compiler) -> None:
     encoder = encoder_for()
@@ -213,6 +216,7 @@ def test_twenty_batches_of_different_shapes_stay_below_the_recompile_limit(fresh
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @once
 def test_compiled_with_autocast_equals_eager_with_autocast(fresh_compiler) -> None:
     encoder = encoder_for()

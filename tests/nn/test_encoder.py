@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sne_fast
 from helpers.brute_force import Cut, Network, Oracle, arrays, cut_network, oracle_for
+from helpers.choices import slow_but_every
 from helpers.networks import MIXED, make, randomise_, sine_networks
 from sne_fast.reference import PaddedSNE
 
@@ -57,7 +58,7 @@ def name_of(config: dict[str, Any]) -> str:
     return "-".join(str(v) for v in config.values())
 
 
-@pytest.mark.parametrize("config", SWITCHES, ids=name_of)
+@pytest.mark.parametrize("config", slow_but_every(11, SWITCHES), ids=name_of)
 def test_every_switch_equals_brute_force(config: dict[str, Any]) -> None:
     """All 96 combinations, on a network with kernels, biases, norms, running statistics."""
     config = {**config, "hidden_dim": 32, "num_heads": 2, "chunk_size": 7, "num_inducing": 3}
@@ -304,6 +305,7 @@ def test_gradcheck_through_pack_and_encoder_to_the_weights() -> None:
         assert torch.autograd.gradcheck(function, weights)
 
 
+@pytest.mark.slow
 def test_gradcheck_through_encoder_to_its_parameters() -> None:
     encoder = encoder_for({"hidden_dim": 16, "num_heads": 2, "chunk_size": 3})
     batch = encoder.pack([make("one_scalar", 1, F64), make("mlp_tiny", 2, F64)])
@@ -435,6 +437,7 @@ def test_order_of_tensors_and_of_layers_with_their_levels(encoders, attention: s
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_what_belongs_to_which_set_matters(encoders, attention: str) -> None:
     """The same numbers in the same order, cut at another place on any of the four levels, are another network."""

@@ -63,6 +63,7 @@ def test_the_table_has_the_baselines_in_order():
     assert len({baseline.name for baseline in BASELINES.values()}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logit", [False, True])
 @pytest.mark.parametrize("key", [key for key in BASELINES if key != "mean"])
 def test_a_baseline_beats_the_mean(key, logit):

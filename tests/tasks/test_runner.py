@@ -40,6 +40,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return out, call(out, seeds=(0, 1))
 
 
+@pytest.mark.slow
 def test_everything_is_written(done):
     out, results = done
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
@@ -53,6 +54,7 @@ def test_everything_is_written(done):
     assert results["networks"] == 40 and results["weights"] == 40 * 1153
 
 
+@pytest.mark.slow
 def test_measures_are_those_of_the_predictions(done):
     out, results = done
     zoo = Zoo.open(out / "zoos" / "sines")
@@ -71,6 +73,7 @@ def test_measures_are_those_of_the_predictions(done):
         )
 
 
+@pytest.mark.slow
 def test_the_saved_predictor_gives_the_saved_predictions(done):
     out, _ = done
     folder, run = RunFolder(out), Run(TASKS["inr"].experiments[0], "SNE", 0)
@@ -87,12 +90,14 @@ def test_the_saved_predictor_gives_the_saved_predictions(done):
     assert not ablated.encoder.config["element_order"] and not ablated.encoder.config["chunk_order"]
 
 
+@pytest.mark.slow
 def test_curves_of_training_set_size_grow(done):
     curves = done[1]["experiments"]["sines"]["by_training_size"]
     assert [point["networks"] for point in curves["SNE"]] == [4, 8, 16, 32]
     assert "SNE, no order codes" not in curves  # ablations have no curve
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_other_calls_add(done, monkeypatch):
     out, results = done
     monkeypatch.setattr(runner, "train_sne", lambda *a, **k: pytest.fail("trained again"))
@@ -104,6 +109,7 @@ def test_what_is_done_is_not_done_again_and_other_calls_add(done, monkeypatch):
     assert set(fewer["experiments"]["sines"]["methods"]) == set(results["experiments"]["sines"]["methods"])
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(done):
     out, _ = done
     with pytest.raises(ValueError, match="holds a run with other settings"):
@@ -116,6 +122,7 @@ def test_other_settings_are_refused(done):
         call(out, methods=["svm"])
 
 
+@pytest.mark.slow
 def test_what_could_not_be_done_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(BASELINES["mlp"], "why_not", lambda problem: ["a package is missing"], raising=False)
     found = call(tmp_path, methods=["mlp", "mean"])["experiments"]["sines"]["methods"]["MLP on flat weights"]
@@ -126,6 +133,7 @@ def test_what_could_not_be_done_is_tried_again(tmp_path, monkeypatch):
     assert found["mse"]["mean"] > 0 and "why_not" not in found
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_predictions(tmp_path, monkeypatch):
     """Killed in its second epoch, the same call ends with the bits of a run that was not."""
     whole = tmp_path / "whole"
@@ -205,6 +213,7 @@ def test_ablations_take_the_order_away():
     assert TASKS["inr"].sne["SNE"].invariance > 0 == TASKS["inr"].sne["SNE, no logit invariance"].invariance
 
 
+@pytest.mark.slow
 def test_zoos_are_made_once(tmp_path):
     make_sine_zoo(tmp_path / "sines", 20, init="dwsnets", steps=600)
     before = (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns
@@ -214,6 +223,7 @@ def test_zoos_are_made_once(tmp_path):
     assert [set(zoo.column("dataset")) for zoo in made] == [{"digits"}, {"shapes"}, {"glyphs"}, {"textures"}]
 
 
+@pytest.mark.slow
 def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import task_report

@@ -81,6 +81,7 @@ def test_split_refuses_other_shares():
         stratified_split(["a"], (0.5, 0.4))
 
 
+@pytest.mark.slow
 def test_learns_and_keeps_the_best_epoch():
     networks, targets = spread_task(160, seed=0)
     unseen, true = spread_task(60, seed=1)

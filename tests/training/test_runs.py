@@ -157,6 +157,7 @@ def test_several_processes_train_as_one(count: int, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- losses and types
 
 
+@pytest.mark.slow
 def test_binary_cross_entropy_learns_probabilities() -> None:
     networks, spread = task(60)
     predictor = make(loss="bce")
@@ -170,6 +171,7 @@ def test_binary_cross_entropy_learns_probabilities() -> None:
     torch.testing.assert_close(values, predictor.head(z).sigmoid())
 
 
+@pytest.mark.slow
 def test_classes_are_learnt() -> None:
     networks, spread = task(60)
     predictor = make(out_features=3, loss="cross_entropy", target_names=["small", "middle", "large"])

@@ -236,6 +236,7 @@ def schuerholt(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_schuerholt_epochs_match_their_lines(schuerholt):
     x, y = images(28)[1]
     zoo = load_schuerholt(schuerholt)

@@ -53,6 +53,7 @@ def test_unknown_data_set():
         load_images("mnist")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["shapes", "glyphs", "textures"])
 def test_drawn_images_can_be_learnt_by_all_families(tmp_path, dataset):
     names = ["mlp-32-16", "unterthiner"] if dataset != "glyphs" else ["cnn5-dense", "vit"]
@@ -91,6 +92,7 @@ inrs.make_sine_zoo({folder!r}, 160, steps=20, points=16)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_make_goes_on_to_the_same_zoo(tmp_path, monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", KILLED.format(folder=str(tmp_path / "z"))])
     until = time.monotonic() + 60

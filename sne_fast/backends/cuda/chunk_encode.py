@@ -113,7 +113,7 @@ def chunk_encode(
     values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor, tensor_ptr_host: Tensor,
     *parameters: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast.ops.schema`."""
+    """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (values, chunk_ptr, tensor_ptr))
     chunks = chunk_ptr.shape[0] - 1
     out = values.new_empty((chunks, *parameters[-1].shape))
@@ -193,7 +193,7 @@ def chunk_encode_backward(
     grad: Tensor, values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor,
     tensor_ptr_host: Tensor, *parameters: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The op ``chunk_encode_backward``: arguments and results as in :mod:`sne_fast.ops.schema`."""
+    """Compute the op ``chunk_encode_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     grad, values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (grad, values, chunk_ptr, tensor_ptr))
     chunks, width = chunk_ptr.shape[0] - 1, parameters[-1].shape[1]
     values_grad = torch.empty_like(values)

@@ -45,7 +45,7 @@ def _workspace(like: Tensor, *shape: int) -> Tensor:
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
-    """The op ``segment_pool``: arguments and results as in :mod:`sne_fast.ops.schema`."""
+    """Compute the op ``segment_pool``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
     x, logits, ptr = library.aligned(x), library.aligned(logits), ptr.contiguous()
     width, queries, sets = x.shape[1], logits.shape[1], ptr.shape[0] - 1
@@ -63,7 +63,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
 def segment_pool_backward(
     grad: Tensor, x: Tensor, logits: Tensor, out: Tensor, lse: Tensor, ptr: Tensor, ptr_host: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The op ``segment_pool_backward``: arguments and results as in :mod:`sne_fast.ops.schema`."""
+    """Compute the op ``segment_pool_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool_backward", x, logits, ptr, ptr_host)
     grad, x, logits = library.aligned(grad.to(x.dtype)), library.aligned(x), library.aligned(logits)
     lse, ptr = lse.contiguous(), ptr.contiguous()

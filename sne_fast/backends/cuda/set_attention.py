@@ -78,7 +78,7 @@ def set_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op ``set_attention``: arguments and results as in :mod:`sne_fast.ops.schema`; lse in float32."""
+    """Compute the op ``set_attention``, with arguments and results as in :mod:`sne_fast.ops.schema`; lse is float32."""
     q, k, v, q_ptr, k_ptr = (library.aligned(t) for t in (q, k, v, q_ptr, k_ptr))
     out = torch.empty_like(q)
     lse = torch.empty((q.shape[0], num_heads), dtype=torch.float32, device=q.device)
@@ -97,7 +97,7 @@ def set_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_ptr: Tensor, k_ptr: Tensor,
     q_ptr_host: Tensor, k_ptr_host: Tensor, num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op ``set_attention_backward``: arguments and results as in :mod:`sne_fast.ops.schema`."""
+    """Compute the op ``set_attention_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     grad, q, k, v, out, lse, q_ptr, k_ptr = (library.aligned(t) for t in (grad, q, k, v, out, lse, q_ptr, k_ptr))
     grad_q, grad_k, grad_v, mean = (torch.empty_like(t) for t in (q, k, v, lse))
     queries, keys = Lengths.of_both(q_ptr_host, k_ptr_host)

@@ -1,18 +1,20 @@
-"""``chunk_encode`` in Triton: plan, launches, and what the kernels cannot do."""
+"""``chunk_encode`` in Triton: plan, launches, and the limits of the kernels."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ...ops.backend import Arguments
+from ...ops.schema import named
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
-from .chunk_encode_backward import (
+from .chunk_encode_backward import chunk_encode_backward
+from .chunk_encode_kernels import chunk_encode_kernel
+from .chunk_encode_staged import staged_forward
+from .chunk_launches import (
     FUSED_CLASSES,
-    chunk_encode_backward,
     class_constants,
     constants,
     fits_a_tile,
@@ -20,8 +22,6 @@ from .chunk_encode_backward import (
     sizes_for,
     staged_call,
 )
-from .chunk_encode_kernels import chunk_encode_kernel
-from .chunk_encode_staged import staged_forward
 from .launches import on_device
 
 __all__ = ["chunk_encode", "chunk_encode_backward", "why_not"]
@@ -31,7 +31,7 @@ def chunk_encode(
     values: Tensor, chunk_ptr: Tensor, tensor_ptr: Tensor, chunk_ptr_host: Tensor, tensor_ptr_host: Tensor,
     *parameters: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The op ``chunk_encode``: arguments and result as in :mod:`sne_fast.ops.schema`."""
+    """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     values, chunk_ptr, tensor_ptr, *weights = (t.contiguous() for t in (values, chunk_ptr, tensor_ptr, *parameters))
     norm, pool_query = weights[-2:]
     chunks = chunk_ptr.shape[0] - 1
@@ -45,9 +45,9 @@ def chunk_encode(
             staged_forward(staged_call(values, chunk_ptr, chunk_ptr_host, owner, weights), out)
             return out
         plan = plan_chunks(chunk_ptr, counts)
-        for slot_class, blocks in plan.classes(FUSED_CLASSES):
+        for slot_class, bins in plan.classes(FUSED_CLASSES):
             sizes = sizes_for("chunk_encode", pool_query, slot_class)
-            chunk_encode_kernel[(triton.cdiv(blocks, sizes["BLOCKS"]),)](
+            chunk_encode_kernel[(triton.cdiv(bins, sizes["BINS"]),)](
                 values, chunk_ptr, plan.order, owner, plan.table, *weights, out, out, 0, 0,
                 PADDED_HEADS=padded_heads(pool_query.shape[0]), SAVE=False,
                 **constants(pool_query, norm), **class_constants(slot_class), **sizes.blocks, **sizes.options,
@@ -55,15 +55,13 @@ def chunk_encode(
     return out
 
 
-def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    """Why these kernels cannot run ``op`` ("chunk_encode" or its backward) on its arguments; empty if they can."""
-    if op.endswith("_backward"):
-        args = args[1:]
-    values, pool_query, element_code = args[0], args[14], args[6]
-    heads, h = pool_query.shape
+def why_not(op: str, args: Arguments) -> list[str]:
+    """Return why these kernels cannot run a call of ``chunk_encode`` or its backward; empty if they can."""
+    given = named(op, args)
+    values, (heads, h), codes = given["values"], given["pool_query"].shape, given["element_code"].shape[0]
     reasons = width_reasons(h, heads)
-    if element_code.shape[0] > LONGEST_CHUNK:
-        reasons.append(f"chunk size must be at most {LONGEST_CHUNK}, got {element_code.shape[0]}")
+    if codes > LONGEST_CHUNK:
+        reasons.append(f"chunk size must be at most {LONGEST_CHUNK}, got {codes}")
     if values.dtype == torch.float64 and values.device.type == "cuda":
         reasons.append("float64 runs in Triton's interpreter only; on a GPU use the reference")
     return reasons

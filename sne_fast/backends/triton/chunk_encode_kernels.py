@@ -1,111 +1,154 @@
-"""The fused forward kernel of ``chunk_encode``: four blocks and the pooling of a tile of chunks, kept on chip."""
+"""Fused forward kernel of ``chunk_encode``: four blocks and the pooling of a tile of chunks, kept on chip."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .chunk_tiles import (
+    LOG2E,
     attends,
     attention_weights,
-    block_lengths,
+    bin_lengths,
     feed_forward,
     from_heads,
-    linear,
     places,
-    save_rows,
     scalar_attention,
     to_heads,
 )
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def pool_weights(x, query, there, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """softmax over the slots ``there`` [NB, S] of <pool_query_a, x>: x [NB, S, h], query [NB, P, h] -> [NB, S, P]."""
-    logits = tl.dot(x, tl.permute(query, (0, 2, 1)), input_precision=PRECISION, out_dtype=ACC)
-    logits = tl.where(there[:, :, None], logits, float("-inf"))
-    top = tl.max(logits, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)  # no such chunk: weights 0, not NaN
-    p = tl.exp2((logits - top[:, None, :]) * _LOG2E)
-    total = tl.sum(p, 1)
-    return p / tl.where(total == 0.0, 1.0, total)[:, None, :]
+from .tiles import linear, save_rows
 
 
 @triton.jit
-def load_queries(pool_query, BLOCKS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr):
-    """pool_query for each block, with rows of zeros behind: [NB, P, h]."""
-    head, column = tl.arange(0, PADDED), tl.arange(0, WIDTH)
-    query = tl.load(pool_query + head[:, None] * WIDTH + column[None, :], mask=(head < HEADS)[:, None], other=0)
-    return tl.broadcast_to(query[None, :, :], (BLOCKS, PADDED, WIDTH))
+def pool_weights(
+    b_x,
+    b_query,
+    m_element,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return the softmax over the slots ``m_element`` [NB, S] of <pool_query_a, x>.
+
+    x [NB, S, h], query [NB, P, h] -> [NB, S, P].
+    """
+    b_logits = tl.dot(b_x, tl.permute(b_query, (0, 2, 1)), input_precision=PRECISION, out_dtype=ACC)
+    b_logits = tl.where(m_element[:, :, None], b_logits, float("-inf"))  # [NB, S, P]
+    b_max = tl.max(b_logits, 1)
+    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # where there is no chunk: weights 0, not NaN
+    b_p = tl.exp2((b_logits - b_max[:, None, :]) * LOG2E)
+    b_sum = tl.sum(b_p, 1)
+    return b_p / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None, :]
 
 
-@triton.jit(do_not_specialize=["first_block", "slab_rows"])
+@triton.jit
+def load_queries(
+    pool_query,
+    BINS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Load pool_query for each bin, with rows of zeros behind: [NB, P, h]."""
+    i_head, i_column = tl.arange(0, PADDED), tl.arange(0, WIDTH)
+    m_head = (i_head < HEADS)[:, None]
+    b_query = tl.load(pool_query + i_head[:, None] * WIDTH + i_column[None, :], mask=m_head, other=0)  # [P, h]
+    return tl.broadcast_to(b_query[None, :, :], (BINS, PADDED, WIDTH))
+
+
+@triton.jit(do_not_specialize=["first_bin", "slab_rows"])
 def chunk_encode_kernel(
-    values, chunk_ptr, order, owner, table, row_code, element_code, logit, basis, w_qkv, b_qkv, w_o, b_o, norm,
-    pool_query, out, saved, first_block, slab_rows,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, LAYER_NORM: tl.constexpr,
-    SLOTS: tl.constexpr, LOWEST: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr,
-    SAVE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A tile of chunks: pooled rows into ``out (N, H, h)``, or (SAVE) what blocks 1 to 3 and the pool see into
-    ``saved (4, slab_rows, h)``, from block ``first_block`` on."""
-    ROWS: tl.constexpr = BLOCKS * SLOTS
-    operand = values.dtype.element_ty
-    tile = tl.program_id(0).to(tl.int64)
-    block = first_block + tile * BLOCKS + tl.arange(0, BLOCKS)
-    chunk, element, group, there = places(chunk_ptr, order, table, block, LOWEST, SLOTS, SHARED)
-    keys = attends(chunk_ptr, order, table, block, LOWEST, SLOTS, SHARED)
-    x = tl.load(values + tl.load(chunk_ptr + chunk) + element, mask=there, other=0).to(ACC)  # [NB, S]
-    o, mean = scalar_attention(x, keys, logit, basis, HEADS, WIDTH, ROWS, ACC)
-    x = feed_forward(o, w_o, b_o, norm, LAYER_NORM, WIDTH, PRECISION, ACC).to(operand)  # [M, h]
+    values,
+    chunk_ptr,
+    order,
+    owner,
+    table,
+    row_code,
+    element_code,
+    logit,
+    basis,
+    w_qkv,
+    b_qkv,
+    w_o,
+    b_o,
+    norm,
+    pool_query,
+    out,
+    saved,
+    first_bin,
+    slab_rows,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MIN_LENGTH: tl.constexpr,
+    MULTI_CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Encode a tile of chunks from bin ``first_bin`` on.
 
-    column = tl.arange(0, WIDTH)
-    heads_block = first_block + tile * BLOCKS + tl.arange(0, BLOCKS * HEADS) // HEADS
-    keys = attends(chunk_ptr, order, table, heads_block, LOWEST, SLOTS, SHARED)
+    Writes pooled rows into ``out (N, H, h)`` or, with SAVE, the inputs of blocks 1 to 3 and of the pool into
+    ``saved (4, slab_rows, h)``.
+    """
+    ROWS: tl.constexpr = BINS * SLOTS
+    operand = values.dtype.element_ty
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_bin = first_bin + i_tile * BINS + tl.arange(0, BINS)
+    i_chunk, i_element, i_group, m_element = places(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
+    m_keys = attends(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
+    b_x = tl.load(values + tl.load(chunk_ptr + i_chunk) + i_element, mask=m_element, other=0).to(ACC)  # [NB, S]
+    b_res, b_mean = scalar_attention(b_x, m_keys, logit, basis, HEADS, WIDTH, ROWS, ACC)
+    b_x = feed_forward(b_res, w_o, b_o, norm, LAYER_NORM, WIDTH, PRECISION, ACC).to(operand)  # [M, h]
+
+    i_column = tl.arange(0, WIDTH)
+    i_heads_bin = first_bin + i_tile * BINS + tl.arange(0, BINS * HEADS) // HEADS
+    m_keys = attends(chunk_ptr, order, table, i_heads_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
     for full in range(3):
         if full == 1:
-            code_row = tl.reshape(tl.load(owner + chunk, mask=there, other=0), (ROWS,))
-            code_element = tl.reshape(element, (ROWS,))
-            has_code = tl.reshape(there, (ROWS,))[:, None]
-            code = tl.load(row_code + code_row[:, None] * WIDTH + column[None, :], mask=has_code, other=0).to(ACC)
-            at = code_element[:, None] * WIDTH + column[None, :]
-            code += tl.load(element_code + at, mask=has_code, other=0).to(ACC)
-            x = (x.to(ACC) + code).to(operand)
+            i_code_row = tl.reshape(tl.load(owner + i_chunk, mask=m_element, other=0), (ROWS,))
+            i_code_element = tl.reshape(i_element, (ROWS,))
+            m_code = tl.reshape(m_element, (ROWS,))[:, None]
+            p_row_code = row_code + i_code_row[:, None] * WIDTH + i_column[None, :]
+            b_code = tl.load(p_row_code, mask=m_code, other=0).to(ACC)  # [M, h]
+            p_element_code = element_code + (i_code_element[:, None] * WIDTH + i_column[None, :])
+            b_code += tl.load(p_element_code, mask=m_code, other=0).to(ACC)  # [M, h]
+            b_x = (b_x.to(ACC) + b_code).to(operand)
         if SAVE:
-            save_rows(saved + full * slab_rows * WIDTH, tile * ROWS, x, ROWS, WIDTH)
+            save_rows(saved + full * slab_rows * WIDTH, i_tile * ROWS, b_x, ROWS, WIDTH)
         w, b = w_qkv + full * 3 * WIDTH * WIDTH, b_qkv + full * 3 * WIDTH
-        q = linear(x, w, b, WIDTH, PRECISION, ACC)
-        k = linear(x, w + WIDTH * WIDTH, b + WIDTH, WIDTH, PRECISION, ACC).to(operand)
-        v = linear(x, w + 2 * WIDTH * WIDTH, b + 2 * WIDTH, WIDTH, PRECISION, ACC).to(operand)
-        k, v = to_heads(k, BLOCKS, SLOTS, HEADS), to_heads(v, BLOCKS, SLOTS, HEADS)
-        p, q_rows, k, v = attention_weights(
-            to_heads(q.to(operand), BLOCKS, SLOTS, HEADS), k, v, keys, WIDTH, SHARED, PRECISION, ACC
+        b_q = linear(b_x, w, b, WIDTH, PRECISION, ACC)  # [M, h]
+        b_k = linear(b_x, w + WIDTH * WIDTH, b + WIDTH, WIDTH, PRECISION, ACC).to(operand)
+        b_v = linear(b_x, w + 2 * WIDTH * WIDTH, b + 2 * WIDTH, WIDTH, PRECISION, ACC).to(operand)
+        b_k, b_v = to_heads(b_k, BINS, SLOTS, HEADS), to_heads(b_v, BINS, SLOTS, HEADS)  # [NB * H, S, d]
+        b_p, b_q_heads, b_k, b_v = attention_weights(
+            to_heads(b_q.to(operand), BINS, SLOTS, HEADS), b_k, b_v, m_keys, WIDTH, MULTI_CHUNK, PRECISION, ACC
         )
-        attended = tl.dot(p.to(operand), v, input_precision=PRECISION, out_dtype=ACC)  # [NB * H, S, d]
-        o = q + from_heads(attended, BLOCKS, SLOTS, HEADS)
+        b_attended = tl.dot(b_p.to(operand), b_v, input_precision=PRECISION, out_dtype=ACC)  # [NB * H, S, d]
+        b_res = b_q + from_heads(b_attended, BINS, SLOTS, HEADS)
         w, b, n = w_o + (full + 1) * WIDTH * WIDTH, b_o + (full + 1) * WIDTH, norm + (full + 1) * 4 * WIDTH
-        x = feed_forward(o, w, b, n, LAYER_NORM, WIDTH, PRECISION, ACC).to(operand)
+        b_x = feed_forward(b_res, w, b, n, LAYER_NORM, WIDTH, PRECISION, ACC).to(operand)  # [M, h]
 
     if SAVE:
-        save_rows(saved + 3 * slab_rows * WIDTH, tile * ROWS, x, ROWS, WIDTH)
+        save_rows(saved + 3 * slab_rows * WIDTH, i_tile * ROWS, b_x, ROWS, WIDTH)
     else:
-        x = tl.reshape(x, (BLOCKS, SLOTS, WIDTH))
-        query = load_queries(pool_query, BLOCKS, HEADS, PADDED_HEADS, WIDTH)
-        n, begin, end = block_lengths(chunk_ptr, order, table, block, LOWEST, SLOTS, SHARED)
-        head = tl.arange(0, PADDED_HEADS)
-        last = tl.max(end - begin, 0).to(tl.int32) if SHARED else 1
+        b_x = tl.reshape(b_x, (BINS, SLOTS, WIDTH))
+        b_query = load_queries(pool_query, BINS, HEADS, PADDED_HEADS, WIDTH)
+        n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
+        i_head = tl.arange(0, PADDED_HEADS)
+        last = tl.max(end - begin, 0).to(tl.int32) if MULTI_CHUNK else 1
         for place in range(0, last):
-            mine = there & (group == place)
-            if SHARED:
-                rows = tl.where(mine[:, :, None], x, 0.0).to(operand)
+            m_own = m_element & (i_group == place)
+            if MULTI_CHUNK:
+                b_rows = tl.where(m_own[:, :, None], b_x, 0.0).to(operand)
             else:
-                rows = x
-            p = pool_weights(rows, query, mine, PRECISION, ACC).to(operand)  # [NB, S, P]
-            pooled = tl.dot(tl.permute(p, (0, 2, 1)), rows, input_precision=PRECISION, out_dtype=ACC)  # [NB, P, h]
-            exists = begin + place < end
-            to = tl.load(order + begin + place, mask=exists, other=0)
-            at = (to[:, None] * HEADS + head[None, :])[:, :, None] * WIDTH + column[None, None, :]
-            store = (exists[:, None] & (head < HEADS)[None, :])[:, :, None]
-            tl.store(out + at, pooled.to(operand), mask=store)
+                b_rows = b_x
+            b_p = pool_weights(b_rows, b_query, m_own, PRECISION, ACC).to(operand)  # [NB, S, P]
+            b_pooled = tl.dot(tl.permute(b_p, (0, 2, 1)), b_rows, input_precision=PRECISION, out_dtype=ACC)
+            m_chunk = begin + place < end
+            i_target = tl.load(order + begin + place, mask=m_chunk, other=0)  # [NB]
+            i_pooled = (i_target[:, None] * HEADS + i_head[None, :])[:, :, None] * WIDTH + i_column[None, None, :]
+            m_pooled = (m_chunk[:, None] & (i_head < HEADS)[None, :])[:, :, None]
+            tl.store(out + i_pooled, b_pooled.to(operand), mask=m_pooled)  # [NB, P, h]

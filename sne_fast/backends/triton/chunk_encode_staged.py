@@ -1,7 +1,7 @@
-"""The staged ``chunk_encode``, for what a tile cannot hold: widths 128 and 256, chunks of more than 64 elements.
+"""The staged ``chunk_encode``, for calls that a tile cannot hold: widths 128 and 256, chunks of more than 64 elements.
 
 Slabs of whole chunks go through the stages with their rows packed: matrix products are torch's, attention and pooling
-the kernels of ``set_attention`` and ``segment_pool``, the rest ``_chunk_rows``. Workspace is bounded by the slab.
+are the kernels of ``set_attention`` and ``segment_pool``. The workspace is bounded by the slab.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH
 from .chunk_encode_staged_kernels import element_sum_kernel, scalar_means_backward_kernel, scalar_means_kernel
 from .launches import next_power_of_2, triton_dtype
+from .pieces import sum_over_sets
 from .segment_pool import segment_pool, segment_pool_backward
 from .set_attention import set_attention, set_attention_backward
 from .staged_rows import StagedRows, affine, feed_forward, feed_forward_backward, product
@@ -40,7 +41,7 @@ class Slab:
 
 @dataclass
 class Staged(StagedRows):
-    """One call of the chunk stage."""
+    """One call of ``chunk_encode`` or its backward."""
 
     values: Tensor
     chunk_ptr: Tensor
@@ -49,14 +50,16 @@ class Staged(StagedRows):
 
     @property
     def heads(self) -> int:
+        """Number of heads H."""
         return self.weights["pool_query"].shape[0]
 
     def slabs(self) -> Iterator[Slab]:
+        """Cut the chunks into slabs of a bounded number of rows; one chunk alone may exceed it."""
         ends = self.chunk_ptr_host.numpy()
         first, chunks = 0, len(ends) - 1
         while first < chunks:
-            most = ends[first] + SLAB_ROWS_TIMES_WIDTH // self.width
-            last = max(first + 1, int(np.searchsorted(ends, most, side="right")) - 1)
+            max_end = ends[first] + SLAB_ROWS_TIMES_WIDTH // self.width
+            last = max(first + 1, int(np.searchsorted(ends, max_end, side="right")) - 1)
             start, rows = int(ends[first]), int(ends[last] - ends[first])
             longest = int(np.diff(ends[first : last + 1]).max())
             yield Slab(first, last, start, rows, longest, self.chunk_ptr[first : last + 1] - start,
@@ -64,13 +67,14 @@ class Staged(StagedRows):
             first = last
 
     def scalar_options(self, slab: Slab) -> dict[str, Any]:
+        """Return constants and options of the kernels of block 0."""
         slots = max(16, next_power_of_2(slab.longest))
         return {"HEADS": self.heads, "SLOTS": slots, "QUERIES": min(QUERIES, slots), "ACC": triton_dtype(self.acc),
                 "num_warps": 4 if slots > 32 else 1, "enable_fp_fusion": True}  # fmt: skip
 
 
 def scalar_block(call: Staged, slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
-    """Block 0 up to its residual: the direct and the attended part of o, and the means (R, H)."""
+    """Compute block 0 up to its residual: the direct and the attended part of o, and the means (R, H)."""
     means = slab.values.new_empty((slab.rows, call.heads), dtype=call.acc)
     scalar_means_kernel[(slab.last - slab.first,)](
         slab.values, slab.ptr, call.weights["logit"], means, **call.scalar_options(slab)
@@ -82,14 +86,14 @@ def scalar_block(call: Staged, slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention(call: Staged, slab: Slab, x: Tensor, full: int) -> tuple[Tensor, ...]:
-    """q, k, v, softmax(q k^T) v and its log-sums of one of the blocks 1 to 3."""
+    """Compute q, k, v, the attended rows and their lse in one of the blocks 1 to 3."""
     w, b = call.weights["w_qkv"][full], call.weights["b_qkv"][full]
     q, k, v = (affine(x, *wb) for wb in zip(w.chunk(3), b.chunk(3), strict=True))
     return (q, k, v, *set_attention(q, k, v, slab.ptr, slab.ptr, slab.ptr_host, slab.ptr_host, call.heads))
 
 
 def codes(call: Staged, slab: Slab) -> Tensor:
-    """What is added to the rows after block 1, ``(R, h)``."""
+    """Compute the codes that are added to the rows after block 1, ``(R, h)``."""
     lengths = slab.ptr.diff()
     chunk = torch.arange(slab.last - slab.first, device=lengths.device)
     chunk = torch.repeat_interleave(chunk, lengths, output_size=slab.rows)
@@ -99,7 +103,7 @@ def codes(call: Staged, slab: Slab) -> Tensor:
 
 
 def forward_slab(call: Staged, slab: Slab) -> list[Tensor]:
-    """The rows that blocks 1, 2, 3 and the pool see."""
+    """Compute the inputs of blocks 1, 2, 3 and of the pool."""
     direct, attended, _ = scalar_block(call, slab)
     inputs = [feed_forward(call, direct, attended, 0)]
     for full in range(3):
@@ -110,12 +114,13 @@ def forward_slab(call: Staged, slab: Slab) -> list[Tensor]:
 
 
 def pool(call: Staged, slab: Slab, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, pooled rows and their log-sums."""
+    """Compute logits, pooled rows and their lse."""
     logits = x @ call.weights["pool_query"].t()
     return (logits, *segment_pool(x, logits, slab.ptr, slab.ptr_host))
 
 
 def staged_forward(call: Staged, out: Tensor) -> None:
+    """Fill ``out (N, H, h)`` with the pooled rows of every chunk."""
     for slab in call.slabs():
         out[slab.first : slab.last] = pool(call, slab, forward_slab(call, slab)[-1])[1]
 
@@ -161,10 +166,8 @@ def _scalar_backward(call: Staged, slab: Slab, grad: Tensor) -> Tensor:
     return values_grad
 
 
-def staged_backward(
-    call: Staged, grad: Tensor, values_grad: Tensor, chunk_grad: Tensor, sum_over_sets: Any
-) -> dict[str, Tensor]:
-    """Fills ``values_grad (V,)`` and ``chunk_grad (N, h)`` (of the row codes); returns the shared gradients."""
+def staged_backward(call: Staged, grad: Tensor, values_grad: Tensor, chunk_grad: Tensor) -> dict[str, Tensor]:
+    """Fill ``values_grad (V,)`` and ``chunk_grad (N, h)`` (of the row codes); return the other gradients."""
     codes_count = call.weights["element_code"].shape[0]
 
     def zeros(*shape: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""What follows the attention (SPEC 2): residual, ln0, fc_o, ReLU, ln1 in one kernel. Device code: _feed_forward.py.
+"""``feed_forward`` in Triton: residual, ln0, fc_o, ReLU and ln1 in one kernel, or staged.
 
-A launch table that gives ROWS 0 asks for the staged form: the row kernels of ``_staged_rows`` and torch's products.
+A launch table that gives ROWS 0 asks for the staged form: the row kernels of ``staged_rows`` and torch's products.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ...ops.schema import accumulate_dtype
+from ...ops.backend import Arguments
+from ...ops.precision import product_precision
+from ...ops.schema import accumulate_dtype, argument_names, named
 from ...ops.supported_widths import width_reasons
-from . import feed_forward_kernels as device
+from . import feed_forward_kernels as kernels
 from . import staged_rows as staged
-from .launches import Launch, architecture, launch, on_device, product_precision, programs_of, sum_dtype
+from .launches import Launch, architecture, launch, on_device, programs_of, sum_dtype
 
 
 def precision_class(dtype: torch.dtype, precision: str) -> str:
-    """The length class of launches: "ieee" where products of float32 keep full precision, without matrix units."""
+    """Return the length class of launches: "ieee" where products of float32 keep full precision, else ""."""
     return "ieee" if dtype == torch.float32 and precision == "ieee" else ""
 
 
@@ -34,6 +35,7 @@ class Plan:
 
     @classmethod
     def make(cls, kernel: str, attended: Tensor, layer_norm: bool, one_query: bool, arch: int | None = None) -> Plan:
+        """Look up the sizes of ``kernel`` for rows like ``attended``; ``arch`` None asks for its device."""
         dtype, h = attended.dtype, attended.shape[1]
         precision = product_precision(dtype)
         sizes = launch(
@@ -50,24 +52,28 @@ class Plan:
 
     @property
     def is_staged(self) -> bool:
+        """Whether the launch table asks for the staged form."""
         return self.sizes["ROWS"] == 0
 
     def tiles(self, rows: int) -> int:
-        return triton.cdiv(rows, self.sizes["ROWS"])
+        """Return the number of tiles of so many rows."""
+        return -(-rows // self.sizes["ROWS"])
 
     def programs(self, attended: Tensor) -> int:
+        """Return the number of programs of a launch."""
         return min(self.tiles(attended.shape[0]), self.sizes["PROGRAMS"] * programs_of(attended.device))
 
 
 def _ready(q: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor], bool]:
-    """Contiguous tensors; of a query that is one row expanded to many, that row, and True."""
+    """Return contiguous tensors, a query that is one row expanded to many as that row, and whether it is."""
     one_query = q.shape[0] > 1 and q.stride(0) == 0
     return (q[0] if one_query else q).contiguous(), [t.contiguous() for t in others], one_query
 
 
 def _staged_rows(attended: Tensor, parameters: Sequence[Tensor], backward: bool) -> staged.StagedRows:
-    """``backward``: with sums of gradients."""
-    weights = {name: t[None] if t.shape[0] else t for name, t in zip(("w_o", "b_o", "norm"), parameters, strict=True)}
+    """Return a call of the staged form; with ``backward``, with room for the sums of gradients."""
+    names = argument_names("feed_forward")[2:]
+    weights = {name: t[None] if t.shape[0] else t for name, t in zip(names, parameters, strict=True)}
     (_, h, _), programs = weights["w_o"].shape, programs_of(attended.device)
     acc = accumulate_dtype(attended.dtype)
     shapes = {"w_o": (1, h, h), "b_o": (1, programs, h), "norm": (1, programs, 4, h)}
@@ -76,7 +82,7 @@ def _staged_rows(attended: Tensor, parameters: Sequence[Tensor], backward: bool)
 
 
 def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
-    """The op ``feed_forward``: arguments and result as in :mod:`sne_fast.ops.schema`."""
+    """Compute the op ``feed_forward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     q, (attended, *parameters), one_query = _ready(q, attended, w_o, b_o, norm)
     rows, out = attended.shape[0], torch.empty_like(attended)
     if not rows:
@@ -86,7 +92,7 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
         if plan.is_staged:
             call = _staged_rows(attended, parameters, backward=False)
             return staged.feed_forward(call, q.expand_as(attended).contiguous(), attended, 0)
-        device.forward_kernel[(plan.programs(attended),)](
+        kernels.forward_kernel[(plan.programs(attended),)](
             q, attended, *parameters, out, rows, plan.tiles(rows), **plan.constants, **plan.sizes.options
         )
     return out
@@ -112,7 +118,7 @@ def feed_forward_backward(
             programs = plan.programs(attended)
             w_part = attended.new_empty((programs, h, h), dtype=acc)
             b_part, norm_part = (attended.new_zeros((programs, *s), dtype=acc) for s in ((h,), (4, h)))
-            device.backward_kernel[(programs,)](
+            kernels.backward_kernel[(programs,)](
                 grad, q, attended, *parameters, sum_grad, w_part, b_part, norm_part, rows, plan.tiles(rows),
                 **plan.constants, **plan.sizes.options,
             )  # fmt: skip
@@ -121,5 +127,6 @@ def feed_forward_backward(
         return sum_grad, *(t.to(attended.dtype) for t in (w_grad, b_part.sum(0), norm_grad))
 
 
-def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    return width_reasons(args[1 if op.endswith("_backward") else 0].shape[1])
+def why_not(op: str, args: Arguments) -> list[str]:
+    """Return why these kernels cannot run a call; empty if they can."""
+    return width_reasons(named(op, args)["q"].shape[1])

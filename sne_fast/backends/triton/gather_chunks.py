@@ -12,7 +12,7 @@ from ...ops import checks
 from ...ops.schema import accumulate_dtype
 from ..gpu_plans import gather_tables
 from ..gpu_plans.device_tables import on_device_without_waiting
-from . import gather_chunks_kernels as device
+from . import gather_chunks_kernels as kernels
 from .launches import Launch, architecture, launch, on_device, sum_dtype, triton_dtype
 
 
@@ -38,7 +38,7 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
     if tiles:
         count = table.shape[1]
         with on_device(scale):
-            device.gather_kernel[(tiles,)](
+            kernels.gather_kernel[(tiles,)](
                 on_device_without_waiting(table, scale.device, repeats=True), scale.contiguous(), values, count, count,
                 ACC=sum_dtype(dtype), **sizes.blocks, **sizes.options,
             )  # fmt: skip
@@ -57,11 +57,11 @@ def gather_chunks_backward(
         count, part = table.shape[1], torch.empty(tiles, dtype=scale.dtype, device=scale.device)
         with on_device(scale):
             at = on_device_without_waiting(table, scale.device, repeats=False)
-            device.scatter_kernel[(tiles,)](
+            kernels.scatter_kernel[(tiles,)](
                 at, scale.contiguous(), grad.contiguous(), values.contiguous(), part, count, count,
                 ACC=acc, **sizes.blocks, **sizes.options,
             )  # fmt: skip
-            device.scale_grad_kernel[(count,)](
+            kernels.scale_grad_kernel[(count,)](
                 at, part, grad_scale, count, tiles, count, BLOCK=1024, ACC=acc, num_warps=4, enable_fp_fusion=True
             )
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], grad_scale

@@ -1,7 +1,7 @@
-"""Device code of gather_chunks: tiles of all tensors in one launch, each found by a search in the tiles' prefix sum.
+"""Kernels of ``gather_chunks``: tiles of all tensors in one launch, each found by a search in the tiles' prefix sum.
 
 ``table (FIELDS, T)`` int64 holds per tensor: its first tile, the address of its values (in backward: of its gradient),
-the code of its dtype, R, K, where it starts in the result, its place in ``scale``.
+the code of its dtype, R, K, its first value in the result, its index in ``scale``.
 """
 
 from __future__ import annotations
@@ -9,138 +9,197 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import WAYS
+from .pieces_kernels import WAYS
 
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = (tl.constexpr(code) for code in range(4))
 
 
 @triton.jit
-def find_tensor(first_tile, tensors, tile):
-    """The last tensor whose first tile is not after ``tile``; see :func:`_slots.find_set`."""
-    low = tile * 0
-    size = tensors + low
+def find_tensor(
+    first_tile,
+    tensors,
+    i_tile,
+):
+    """Return the last tensor whose first tile is not after ``i_tile``, by the search of ``find_set``."""
+    i_low = i_tile * 0
+    size = tensors + i_low
     while size > 1:
         step = (size + WAYS - 1) // WAYS
-        at = low + tl.arange(0, WAYS) * step
-        inside = at < low + size
-        first = tl.load(first_tile + at, mask=inside, other=0)
-        below = tl.sum((inside & (first <= tile)).to(tl.int64), 0) - 1
-        end = low + size
-        low += below * step
-        size = tl.minimum(step, end - low)
-    return low
+        i_tensor = i_low + tl.arange(0, WAYS) * step
+        m_tensor = i_tensor < i_low + size
+        b_first = tl.load(first_tile + i_tensor, mask=m_tensor, other=0)  # [WAYS]
+        below = tl.sum((m_tensor & (b_first <= i_tile)).to(tl.int64), 0) - 1
+        end = i_low + size
+        i_low += below * step
+        size = tl.minimum(step, end - i_low)
+    return i_low
 
 
 @triton.jit
-def divided(a, b, ACC: tl.constexpr):
-    """a / b rounded as IEEE says: the plain ``/`` of float32 is an approximation on a GPU."""
+def divided(
+    a,
+    b,
+    ACC: tl.constexpr,
+):
+    """Return a / b rounded to nearest: the plain ``/`` of float32 is an approximation on a GPU."""
     if ACC == tl.float32:
         return tl.div_rn(a, b)
     return a / b
 
 
 @triton.jit
-def load_as(address, at, mask, code, ACC: tl.constexpr):
-    """Values at ``at`` of an array of any of the four dtypes, as ACC."""
+def load_as(
+    address,
+    i_value,
+    m_value,
+    code,
+    ACC: tl.constexpr,
+):
+    """Load values ``i_value`` of an array of any of the four dtypes, as ACC."""
     if code == FLOAT32:
-        values = tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0).to(ACC)
+        b_values = tl.load(address.to(tl.pointer_type(tl.float32)) + i_value, mask=m_value, other=0).to(ACC)
     elif code == FLOAT64:
-        values = tl.load(address.to(tl.pointer_type(tl.float64)) + at, mask=mask, other=0).to(ACC)
+        b_values = tl.load(address.to(tl.pointer_type(tl.float64)) + i_value, mask=m_value, other=0).to(ACC)
     elif code == FLOAT16:
-        values = tl.load(address.to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0).to(ACC)
+        b_values = tl.load(address.to(tl.pointer_type(tl.float16)) + i_value, mask=m_value, other=0).to(ACC)
     else:
-        values = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + at, mask=mask, other=0).to(ACC)
-    return values
+        b_values = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + i_value, mask=m_value, other=0).to(ACC)
+    return b_values
 
 
 @triton.jit
-def flat_tile(local, rows, positions, TILE: tl.constexpr):
-    """Of a matrix of one row or one column: places in it, places in the result (the same), and what is inside."""
-    at = local * TILE + tl.arange(0, TILE)
-    return at, at < rows * positions
+def store_as(
+    address,
+    i_value,
+    b_values,
+    m_value,
+    code,
+):
+    """Store values into an array of any of the four dtypes."""
+    if code == FLOAT32:
+        tl.store(address.to(tl.pointer_type(tl.float32)) + i_value, b_values.to(tl.float32), mask=m_value)
+    elif code == FLOAT64:
+        tl.store(address.to(tl.pointer_type(tl.float64)) + i_value, b_values.to(tl.float64), mask=m_value)
+    elif code == FLOAT16:
+        tl.store(address.to(tl.pointer_type(tl.float16)) + i_value, b_values.to(tl.float16), mask=m_value)
+    else:
+        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + i_value, b_values.to(tl.bfloat16), mask=m_value)
 
 
 @triton.jit
-def transposed_tile(local, rows, positions, TILE: tl.constexpr, TILE_K: tl.constexpr):
-    """[TILE / TILE_K, TILE_K]: places in the matrix (R, K), in its transpose, and what is inside."""
+def flat_tile(
+    i_local,
+    rows,
+    positions,
+    TILE: tl.constexpr,
+):
+    """Return the values of a tile of a matrix of one row or column, which is its own transpose, and their mask."""
+    i_value = i_local * TILE + tl.arange(0, TILE)
+    return i_value, i_value < rows * positions
+
+
+@triton.jit
+def transposed_tile(
+    i_local,
+    rows,
+    positions,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Return a tile's values in the matrix (R, K), in its transpose, and their mask: [TILE / TILE_K, TILE_K]."""
     TILE_R: tl.constexpr = TILE // TILE_K
     along_k = (positions + TILE_K - 1) // TILE_K
-    r = (local // along_k) * TILE_R + tl.arange(0, TILE_R)[:, None]
-    k = (local % along_k) * TILE_K + tl.arange(0, TILE_K)[None, :]
-    return r * positions + k, k * rows + r, (r < rows) & (k < positions)
+    i_row = (i_local // along_k) * TILE_R + tl.arange(0, TILE_R)[:, None]
+    i_position = (i_local % along_k) * TILE_K + tl.arange(0, TILE_K)[None, :]
+    i_value, i_transposed = i_row * positions + i_position, i_position * rows + i_row
+    return i_value, i_transposed, (i_row < rows) & (i_position < positions)
 
 
 @triton.jit(do_not_specialize=["tensors", "stride"])
-def gather_kernel(table, scale, values, tensors, stride, TILE: tl.constexpr, TILE_K: tl.constexpr, ACC: tl.constexpr):
-    tile = tl.program_id(0).to(tl.int64)
-    own = find_tensor(table, tensors, tile)
-    local = tile - tl.load(table + own)
-    address = tl.load(table + stride + own)
-    code = tl.load(table + 2 * stride + own)
-    rows = tl.load(table + 3 * stride + own)
-    positions = tl.load(table + 4 * stride + own)
-    result = values + tl.load(table + 5 * stride + own)
-    divisor = tl.load(scale + tl.load(table + 6 * stride + own)).to(ACC)
+def gather_kernel(
+    table,
+    scale,
+    values,
+    tensors,
+    stride,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write one tile of one tensor's transpose over its scale."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_tensor = find_tensor(table, tensors, i_tile)
+    i_local = i_tile - tl.load(table + i_tensor)
+    address = tl.load(table + stride + i_tensor)
+    code = tl.load(table + 2 * stride + i_tensor)
+    rows = tl.load(table + 3 * stride + i_tensor)
+    positions = tl.load(table + 4 * stride + i_tensor)
+    p_result = values + tl.load(table + 5 * stride + i_tensor)
+    divisor = tl.load(scale + tl.load(table + 6 * stride + i_tensor)).to(ACC)
     if (rows == 1) | (positions == 1):
-        at, mask = flat_tile(local, rows, positions, TILE)
-        quotient = divided(load_as(address, at, mask, code, ACC), divisor, ACC)
-        tl.store(result + at, quotient.to(values.dtype.element_ty), mask=mask)
+        i_value, m_value = flat_tile(i_local, rows, positions, TILE)
+        b_flat = divided(load_as(address, i_value, m_value, code, ACC), divisor, ACC)  # [TILE]
+        tl.store(p_result + i_value, b_flat.to(values.dtype.element_ty), mask=m_value)
     else:
-        source, to, mask2 = transposed_tile(local, rows, positions, TILE, TILE_K)
-        quotient2 = divided(load_as(address, source, mask2, code, ACC), divisor, ACC)
-        tl.store(result + to, quotient2.to(values.dtype.element_ty), mask=mask2)
-
-
-@triton.jit
-def store_as(address, at, tile, mask, code):
-    """The inverse of :func:`load_as`."""
-    if code == FLOAT32:
-        tl.store(address.to(tl.pointer_type(tl.float32)) + at, tile.to(tl.float32), mask=mask)
-    elif code == FLOAT64:
-        tl.store(address.to(tl.pointer_type(tl.float64)) + at, tile.to(tl.float64), mask=mask)
-    elif code == FLOAT16:
-        tl.store(address.to(tl.pointer_type(tl.float16)) + at, tile.to(tl.float16), mask=mask)
-    else:
-        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + at, tile.to(tl.bfloat16), mask=mask)
+        i_source, i_target, m_tile = transposed_tile(i_local, rows, positions, TILE, TILE_K)
+        b_tile = divided(load_as(address, i_source, m_tile, code, ACC), divisor, ACC)  # [TILE_R, TILE_K]
+        tl.store(p_result + i_target, b_tile.to(values.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["tensors", "stride"])
 def scatter_kernel(
-    table, scale, grad, values, part, tensors, stride,
-    TILE: tl.constexpr, TILE_K: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the tensors, and per tile what it adds to the gradient of its scale."""
-    tile = tl.program_id(0).to(tl.int64)
-    own = find_tensor(table, tensors, tile)
-    local = tile - tl.load(table + own)
-    address = tl.load(table + stride + own)
-    code = tl.load(table + 2 * stride + own)
-    rows = tl.load(table + 3 * stride + own)
-    positions = tl.load(table + 4 * stride + own)
-    begin = tl.load(table + 5 * stride + own)
-    divisor = tl.load(scale + tl.load(table + 6 * stride + own)).to(ACC)
+    table,
+    scale,
+    grad,
+    values,
+    part,
+    tensors,
+    stride,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write one tile of one tensor's gradient, and the tile's part of the gradient of its scale."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_tensor = find_tensor(table, tensors, i_tile)
+    i_local = i_tile - tl.load(table + i_tensor)
+    address = tl.load(table + stride + i_tensor)
+    code = tl.load(table + 2 * stride + i_tensor)
+    rows = tl.load(table + 3 * stride + i_tensor)
+    positions = tl.load(table + 4 * stride + i_tensor)
+    begin = tl.load(table + 5 * stride + i_tensor)
+    divisor = tl.load(scale + tl.load(table + 6 * stride + i_tensor)).to(ACC)
     if (rows == 1) | (positions == 1):
-        at, mask = flat_tile(local, rows, positions, TILE)
-        by_value = divided(tl.load(grad + begin + at, mask=mask, other=0).to(ACC), divisor, ACC)
-        store_as(address, at, by_value, mask, code)
-        total = tl.sum(by_value * tl.load(values + begin + at, mask=mask, other=0).to(ACC), 0)
+        i_value, m_value = flat_tile(i_local, rows, positions, TILE)
+        b_flat = divided(tl.load(grad + begin + i_value, mask=m_value, other=0).to(ACC), divisor, ACC)  # [TILE]
+        store_as(address, i_value, b_flat, m_value, code)
+        total = tl.sum(b_flat * tl.load(values + begin + i_value, mask=m_value, other=0).to(ACC), 0)
     else:
-        target, source, mask2 = transposed_tile(local, rows, positions, TILE, TILE_K)
-        by_value2 = divided(tl.load(grad + begin + source, mask=mask2, other=0).to(ACC), divisor, ACC)
-        store_as(address, target, by_value2, mask2, code)
-        products = by_value2 * tl.load(values + begin + source, mask=mask2, other=0).to(ACC)
-        total = tl.sum(tl.sum(products, 1), 0)
-    tl.store(part + tile, total)
+        i_target, i_source, m_tile = transposed_tile(i_local, rows, positions, TILE, TILE_K)
+        b_tile = divided(tl.load(grad + begin + i_source, mask=m_tile, other=0).to(ACC), divisor, ACC)
+        store_as(address, i_target, b_tile, m_tile, code)
+        b_products = b_tile * tl.load(values + begin + i_source, mask=m_tile, other=0).to(ACC)  # [TILE_R, TILE_K]
+        total = tl.sum(tl.sum(b_products, 1), 0)
+    tl.store(part + i_tile, total)
 
 
 @triton.jit(do_not_specialize=["tensors", "tiles", "stride"])
-def scale_grad_kernel(table, part, grad_scale, tensors, tiles, stride, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Minus the sum of a tensor's tiles, in their order."""
-    own = tl.program_id(0).to(tl.int64)
-    first = tl.load(table + own)
-    end = tl.load(table + own + 1, mask=own + 1 < tensors, other=tiles)
-    total = tl.zeros([BLOCK], ACC)
+def scale_grad_kernel(
+    table,
+    part,
+    grad_scale,
+    tensors,
+    tiles,
+    stride,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write the gradient of one tensor's scale: minus the sum of its tiles, in their order."""
+    i_tensor = tl.program_id(0).to(tl.int64)
+    first = tl.load(table + i_tensor)
+    end = tl.load(table + i_tensor + 1, mask=i_tensor + 1 < tensors, other=tiles)
+    b_sum = tl.zeros([BLOCK], ACC)
     for start in range(first, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(part + at, mask=at < end, other=0)
-    tl.store(grad_scale + tl.load(table + 6 * stride + own), -tl.sum(total, 0))
+        i_tile = start + tl.arange(0, BLOCK)
+        b_sum += tl.load(part + i_tile, mask=i_tile < end, other=0)  # [BLOCK]
+    tl.store(grad_scale + tl.load(table + 6 * stride + i_tensor), -tl.sum(b_sum, 0))

@@ -1,4 +1,4 @@
-"""What every launch needs: sizes from the committed tables, dtypes of operands and sums, the device.
+"""Launches: sizes from the committed tables, dtypes of operands and sums, and the device.
 
 ``tables/OP.json`` holds rules ``{"when": {...}, "num_warps": 4, "num_stages": 2, "blocks": {"BLOCK": 64}}``; the first
 whose ``when`` matches is taken (a value or a list of values per key; a key left out matches all). ``python -m
@@ -16,18 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.precision import product_precision
+from ...ops import devices
 from ...ops.schema import accumulate_dtype
 
-__all__ = ["Launch", "architecture", "launch", "next_power_of_2", "on_device", "product_precision", "programs_of",
-           "sum_dtype", "table", "trial", "triton_dtype"]  # fmt: skip
-
 TABLES = Path(__file__).with_name("tables")
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -53,7 +48,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the launch that are not the kernel's; Triton 3.10 flips the default of the last."""
+        """Keyword arguments of a launch that are not the kernel's. Triton 3.10 flips the default of the last one."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
@@ -63,7 +58,7 @@ def _matches(when: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def table(op: str) -> tuple[dict[str, Any], ...]:
-    """The rules of ``tables/OP.json``, first match first."""
+    """Return the rules of ``tables/OP.json``, of which the first match counts."""
     return tuple(json.loads((TABLES / f"{op}.json").read_text(encoding="utf-8")))
 
 
@@ -78,10 +73,10 @@ def launch(
     dtype: torch.dtype | None = None,
     arch: int | None = None,
 ) -> Launch:
-    """Sizes of ``op`` by kernel (where it has several), width, heads, length class, dtype and :func:`architecture`.
+    """Return the sizes of ``op`` by kernel (if it has several), width, heads, length class, dtype and architecture.
 
     Raises:
-        KeyError: where no rule matches.
+        KeyError: if no rule matches.
     """
     name = DTYPE_NAMES[dtype] if dtype is not None else None
     d = h // heads if h and heads else None
@@ -94,7 +89,7 @@ def launch(
 
 @contextmanager
 def trial(op: str, rule: dict[str, Any]) -> Iterator[None]:
-    """Inside the ``with`` block ``rule`` stands before those of the table (for the tuner)."""
+    """Put ``rule`` before those of the table inside the ``with`` block (for the tuner)."""
     _trials.setdefault(op, []).insert(0, rule)
     launch.cache_clear()
     try:
@@ -104,44 +99,34 @@ def trial(op: str, rule: dict[str, Any]) -> Iterator[None]:
         launch.cache_clear()
 
 
-@functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+def architecture(device: torch.device) -> int:
+    """Return 80, 90, 100, ... for a CUDA device, 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = devices.capability(device)
     return 10 * major + minor
 
 
-def architecture(device: torch.device) -> int:
-    """80, 90, 100, ... for a CUDA device; 0 in the interpreter."""
-    if device.type != "cuda":
-        return 0
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def programs_of(device: torch.device) -> int:
-    """Programs that share out tiles and sum parameter gradients: one per multiprocessor, or a small multiple."""
-    if device.type != "cuda":
-        return 1  # the interpreter: few programs, each with several tiles
-    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+    """Return the number of programs that share out tiles and sum parameter gradients: the multiprocessor count."""
+    return devices.multiprocessors(device) if device.type == "cuda" else 1  # the interpreter: several tiles a program
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return Triton's name of a dtype."""
     return TRITON_DTYPES[dtype]
 
 
 def sum_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of :func:`accumulate_dtype`: what softmax, norms and sums are computed in."""
+    """Return Triton's name of the dtype of softmax, norms and sums."""
     return TRITON_DTYPES[accumulate_dtype(dtype)]
 
 
 def on_device(tensor: Tensor) -> Any:
-    """Context in which ``tensor``'s GPU is the current one, as Triton launches on that; nothing for CPU tensors."""
+    """Make the GPU of ``tensor`` the current one, on which Triton launches; do nothing for CPU tensors."""
     return torch.cuda.device_of(tensor)
 
 
 def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()

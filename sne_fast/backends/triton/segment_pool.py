@@ -1,4 +1,4 @@
-"""Softmax pooling of ragged segments (SPEC 4.2): sizes, allocation and launches; device code in _segment_pool.py."""
+"""``segment_pool`` in Triton: sizes, allocation and launches."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ import torch
 import triton
 from torch import Tensor
 
-from ...ops.schema import accumulate_dtype
-from . import segment_pool_kernels as device
+from ...ops.backend import Arguments
+from ...ops.schema import accumulate_dtype, named
+from ...ops.supported_widths import pool_width_reasons
+from . import segment_pool_kernels as kernels
 from .launches import Launch, architecture, launch, next_power_of_2, on_device, sum_dtype
-from .pieces import slot_count, sum_slots
+from .pieces import piece_count, sum_pieces
 
-# Programs that a launch on long segments should have: several for each multiprocessor of the largest chips.
+# Programs that a launch on long segments should have: several for each multiprocessor of the largest GPUs.
 PROGRAMS = 1024
-SHORTEST_SPLIT, LONGEST_SPLIT = 128, 4096
+MIN_SPLIT, MAX_SPLIT = 128, 4096
 
 
 @dataclass(frozen=True)
 class Plan:
+    """Launch of one kernel."""
+
     sizes: Launch
     programs: int
-    slots: int  # of partial results, 0 for none
+    pieces: int  # that write partial results, 0 for none
     constants: dict[str, Any]
 
     @classmethod
     def make(
         cls, kernel: str, x: Tensor, queries: int, lengths: np.ndarray, arch: int | None = None, rows: int | None = None
     ) -> Plan:
-        """Sizes for segments of ``lengths``; a program holds about ELEMENTS sums in its registers."""
+        """Choose sizes for segments of ``lengths``; a program holds about ELEMENTS sums in its registers."""
         rows, h = x.shape if rows is None else (rows, x.shape[1])
         sets, longest = len(lengths), int(lengths.max(initial=0))
         sizes = launch(
@@ -44,21 +48,23 @@ class Plan:
         a_block = min(next_power_of_2(queries), max(1, elements // columns))
         lanes = max(1, min(32, elements // (a_block * columns)))
         one = longest > sizes["SHORT"]
-        split = min(LONGEST_SPLIT, max(SHORTEST_SPLIT, next_power_of_2(rows // PROGRAMS)))
+        split = min(MAX_SPLIT, max(MIN_SPLIT, next_power_of_2(rows // PROGRAMS)))
         split = split if one and longest >= 2 * split else 0
-        slots = slot_count(rows, sets, split) if split else 0
-        programs = slots if split else sets if one else triton.cdiv(sets, lanes)
+        pieces = piece_count(rows, sets, split) if split else 0
+        programs = pieces if split else sets if one else triton.cdiv(sets, lanes)
         constants = {
             "WIDTH": h, "A": queries, "COLUMNS": columns, "A_BLOCK": a_block, "LANES": lanes, "ONE": one,
             "SPLIT": split, "STAGES": sizes.num_stages, "ACC": sum_dtype(x.dtype),
         }  # fmt: skip
-        return cls(sizes, programs, slots, constants)
+        return cls(sizes, programs, pieces, constants)
 
     def chosen(self, *names: str) -> dict[str, Any]:
+        """Return some of the constants, and the options of the launch."""
         return {**{name: self.constants[name] for name in names}, **self.sizes.options}
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the op ``segment_pool``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     x, logits, ptr = (t.contiguous() for t in (x, logits, ptr))
     (_, h), queries, sets, acc = x.shape, logits.shape[1], ptr.shape[0] - 1, accumulate_dtype(x.dtype)
     out = torch.empty((sets, queries, h), dtype=x.dtype, device=x.device)
@@ -67,18 +73,18 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
         return out, lse
     plan = Plan.make("forward", x, queries, np.diff(ptr_host.numpy()))
     part, part_lse = out, lse
-    if plan.slots:
-        part = torch.empty((plan.slots, queries, h), dtype=acc, device=x.device)
-        part_lse = torch.empty((plan.slots, queries), dtype=acc, device=x.device)
+    if plan.pieces:
+        part = torch.empty((plan.pieces, queries, h), dtype=acc, device=x.device)
+        part_lse = torch.empty((plan.pieces, queries), dtype=acc, device=x.device)
     constants = plan.constants
     grid = (plan.programs, triton.cdiv(queries, constants["A_BLOCK"]), triton.cdiv(h, constants["COLUMNS"]))
     with on_device(x):
-        device.forward_kernel[grid](
+        kernels.forward_kernel[grid](
             x, logits, out, lse, part, part_lse, ptr, sets, **constants, **plan.sizes.options
         )  # fmt: skip
-        if plan.slots:
+        if plan.pieces:
             columns = min(1024, next_power_of_2(queries * h))
-            device.combine_kernel[(sets, triton.cdiv(queries * h, columns))](
+            kernels.combine_kernel[(sets, triton.cdiv(queries * h, columns))](
                 part, part_lse, out, lse, ptr,
                 WIDTH=h, A=queries, COLUMNS=columns, SPLIT=constants["SPLIT"], ACC=constants["ACC"],
                 num_warps=4, enable_fp_fusion=True,
@@ -89,6 +95,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
 def segment_pool_backward(
     grad: Tensor, x: Tensor, logits: Tensor, out: Tensor, lse: Tensor, ptr: Tensor, ptr_host: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Compute the op ``segment_pool_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     grad, x, logits, lse, ptr = (t.contiguous() for t in (grad, x, logits, lse, ptr))
     queries, sets, acc = logits.shape[1], ptr.shape[0] - 1, accumulate_dtype(x.dtype)
     grad_logits = torch.empty_like(logits)
@@ -100,22 +107,22 @@ def segment_pool_backward(
     grad_x = torch.empty_like(x, dtype=x.dtype if len(passes) == 1 else acc)
     weights_grad = torch.empty_like(logits, dtype=acc)
     mean = torch.empty_like(lse)
-    part = torch.empty((plan.slots, 1, queries), dtype=acc, device=x.device) if plan.slots else mean
+    part = torch.empty((plan.pieces, 1, queries), dtype=acc, device=x.device) if plan.pieces else mean
     with on_device(x):
         for first in passes:
-            device.backward_kernel[(plan.programs,)](
+            kernels.backward_kernel[(plan.programs,)](
                 grad, x, logits, lse, grad_x, weights_grad, part, ptr, sets, first,
                 ADD=first > 0, **constants, **plan.sizes.options,
             )  # fmt: skip
-        if plan.slots:
-            sum_slots(part, mean, ptr, None, constants["SPLIT"])
-        device.logits_grad_kernel[(plan.programs, len(passes))](
+        if plan.pieces:
+            sum_pieces(part, mean, ptr, None, constants["SPLIT"])
+        kernels.logits_grad_kernel[(plan.programs, len(passes))](
             logits, lse, weights_grad, mean, grad_logits, ptr, sets,
             **plan.chosen("A", "A_BLOCK", "LANES", "ONE", "SPLIT", "ACC"),
         )  # fmt: skip
     return grad_x.to(x.dtype), grad_logits
 
 
-def why_not(op: str, args: tuple[Any, ...]) -> list[str]:
-    h = args[1 if op.endswith("_backward") else 0].shape[1]
-    return [f"width must be a multiple of 16, got {h}"] if h % 16 or not h else []
+def why_not(op: str, args: Arguments) -> list[str]:
+    """Return why these kernels cannot run a call; empty if they can."""
+    return pool_width_reasons(named(op, args)["x"].shape[1])

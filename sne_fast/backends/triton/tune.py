@@ -1,7 +1,7 @@
 """Measure launch sizes on this GPU and write them into the tables: ``python -m sne_fast.backends.triton.tune``.
 
-For every case it checks the table's own choice against the reference, then each candidate against that choice, and
-times those that agree; the fastest becomes a rule for this architecture, in front of the others.
+For every case, the table's own choice is checked against the reference, then each candidate against that choice, and
+those that agree are timed; the fastest becomes a rule for this architecture, in front of the others.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.testing import do_bench
 
+from ...atomic_files import write_text
 from ...ops import selftest, selftest_cases
+from ...ops.precision import product_precision
+from ..gpu_plans.lengths import Lengths
+from . import chunk_encode, feed_forward, gather_chunks, segment_pool, set_attention
 from .backend import BACKEND
+from .launches import TABLES, architecture, table, trial
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode", "feed_forward")
@@ -29,7 +35,7 @@ Rule = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One rule to be found: ``table``, what it is for, the call to time, and the candidates' sizes."""
+    """One rule to be found: its table and condition, the call to time, and the candidates' sizes."""
 
     table: str
     when: Mapping[str, Any]
@@ -38,7 +44,7 @@ class Case:
 
 
 def sizes(warps: tuple[int, ...], stages: tuple[int, ...], **blocks: tuple[int, ...]) -> tuple[Rule, ...]:
-    """Every combination."""
+    """Return every combination of warps, stages and blocks."""
     return tuple(
         {"num_warps": w, "num_stages": s, "blocks": dict(zip(blocks, values, strict=True))}
         for w, s, *values in itertools.product(warps, stages, *blocks.values())
@@ -60,16 +66,15 @@ def _flat(result: Any) -> tuple[Tensor, ...]:
 
 
 def attention_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
-    from . import set_attention as op
-
+    """Yield the cases of ``set_attention``: kernels by lengths of sets."""
     for length, sets in ((12, 20000), (28, 8000), (60, 3000), (1000, 60)):
         ptr = _pointer([length] * sets)
         q, k, v, grad = (_normal(length * sets, h, dtype=dtype) for _ in range(4))
         pointers = (ptr.cuda(), ptr.cuda(), ptr, ptr)
-        out, lse = op.set_attention(q, k, v, *pointers, heads)
-        block = op.own_block(op.Lengths.of(ptr))
-        forward = functools.partial(op.set_attention, q, k, v, *pointers, heads)
-        backward = functools.partial(op.set_attention_backward, grad, q, k, v, out, lse, *pointers, heads)
+        out, lse = set_attention.set_attention(q, k, v, *pointers, heads)
+        block = set_attention.own_block(Lengths.of(ptr))
+        forward = functools.partial(set_attention.set_attention, q, k, v, *pointers, heads)
+        backward = functools.partial(set_attention.set_attention_backward, grad, q, k, v, out, lse, *pointers, heads)
         for kernel, run in (("forward", forward), ("query_grad", backward), ("key_grad", backward)):
             when = {"kernel": kernel, "h": h, "heads": heads, "length": block}
             blocks = (16, 32, 64, 128) if block == 128 else tuple({16, block})
@@ -80,19 +85,18 @@ def attention_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def pooling_cases(h: int, queries: int, dtype: torch.dtype) -> Iterator[Case]:
-    from . import segment_pool as op
-
+    """Yield the cases of ``segment_pool``."""
     lengths = [1 << 20, *[3000] * 300, *[20] * 20000]
     ptr = _pointer(lengths)
     x, logits = _normal(sum(lengths), h, dtype=dtype), _normal(sum(lengths), queries, dtype=dtype)
-    out, lse = op.segment_pool(x, logits, ptr.cuda(), ptr)
+    out, lse = segment_pool.segment_pool(x, logits, ptr.cuda(), ptr)
     on_gpu = ptr.cuda()
 
     def forward() -> tuple[Tensor, ...]:
-        return op.segment_pool(x, logits, on_gpu, ptr)
+        return segment_pool.segment_pool(x, logits, on_gpu, ptr)
 
     def backward() -> tuple[Tensor, ...]:
-        return op.segment_pool_backward(out, x, logits, out, lse, on_gpu, ptr)
+        return segment_pool.segment_pool_backward(out, x, logits, out, lse, on_gpu, ptr)
 
     for kernel, run in (("forward", forward), ("backward", backward)):
         elements = (2048, 4096, 8192, 16384)
@@ -103,24 +107,20 @@ def pooling_cases(h: int, queries: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def gather_cases(dtype: torch.dtype) -> Iterator[Case]:
-    from . import gather_chunks as op
-
+    """Yield the case of ``gather_chunks``."""
     plan = torch.tensor([[512 * 512, 9], [1000 * 2048, 1], [64 * 3, 49], *[[256 * 64, 1]] * 200])
     tensors = [_normal(r, k, dtype=torch.float32) for r, k in plan.tolist()]
     scale = torch.rand(len(tensors), device="cuda") + 0.5
 
     def run() -> tuple[Tensor, ...]:
-        values = op.gather_chunks(tensors, scale, plan, dtype)
-        return _flat((values, op.gather_chunks_backward(values, values, tensors, scale, plan)))
+        values = gather_chunks.gather_chunks(tensors, scale, plan, dtype)
+        return _flat((values, gather_chunks.gather_chunks_backward(values, values, tensors, scale, plan)))
 
     yield Case("gather_chunks", {}, run, sizes((4, 8), (1,), TILE=(1024, 2048, 4096), TILE_K=(8, 16, 32)))
 
 
 def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Warps and stages around the rules that the tables hold for this width; their blocks stay."""
-    from . import chunk_encode as op
-    from .launches import TABLES, table
-
+    """Yield the rules that the tables hold for this width, with other warps and stages; their blocks stay."""
     count = 20000
     calls = selftest_cases.Variant("chunk_encode", dtype, h, heads, True)
     args = list(selftest_cases.example(calls, torch.device("cuda")))
@@ -134,36 +134,36 @@ def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
                 continue
             backward = path.stem != "chunk_encode"
 
-            def run(backward=backward) -> tuple[Tensor, ...]:
-                return _flat(op.chunk_encode_backward(grad, *args) if backward else op.chunk_encode(*args))
+            def run(backward: bool = backward) -> tuple[Tensor, ...]:
+                return _flat(
+                    chunk_encode.chunk_encode_backward(grad, *args) if backward else chunk_encode.chunk_encode(*args)
+                )
 
             blocks = {name: (value,) for name, value in rule["blocks"].items()}
             yield Case(path.stem, {**rule["when"], "h": h, "heads": heads}, run, sizes((4, 8, 16), (1, 2), **blocks))
 
 
 def feed_forward_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
-    """``heads`` plays no part."""
-    from . import feed_forward as op
-    from .launches import product_precision
-
+    """Yield the cases of ``feed_forward``, for which ``heads`` does not matter."""
     rows = (1 << 26) // h
     q, attended, grad = (_normal(rows, h, dtype=dtype) for _ in range(3))
     args = (q, attended, _normal(h, h, dtype=dtype) * h**-0.5, _normal(h, dtype=dtype), _normal(4, h, dtype=dtype))
 
     def forward() -> tuple[Tensor, ...]:
-        return (op.feed_forward(*args),)
+        return (feed_forward.feed_forward(*args),)
 
     def backward() -> tuple[Tensor, ...]:
-        return op.feed_forward_backward(grad, *args)
+        return feed_forward.feed_forward_backward(grad, *args)
 
     staged = sizes((4,), (1,), ROWS=(0,), INNER=(0,), PROGRAMS=(0,))
     for kernel, run, inner in (("forward", forward, tuple({32, 64, h})), ("backward", backward, (h,))):
-        when = {"kernel": kernel, "h": h, "length": op.precision_class(dtype, product_precision(dtype))}
+        when = {"kernel": kernel, "h": h, "length": feed_forward.precision_class(dtype, product_precision(dtype))}
         tiles = sizes((4, 8), (1, 2, 3), ROWS=(16, 32, 64, 128), INNER=inner, PROGRAMS=(1, 2, 3, 4))
         yield Case("feed_forward", when, run, (*staged, *tiles))
 
 
 def all_cases(op: str, widths: list[int], heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases of an op."""
     if op == "gather_chunks":
         yield from gather_cases(dtype)
         return
@@ -180,11 +180,7 @@ def _agrees(got: tuple[Tensor, ...], want: tuple[Tensor, ...], dtype: torch.dtyp
 
 
 def tune(case: Case, dtype: torch.dtype, arch: int) -> Rule | None:
-    """The fastest candidate as a rule, or None where the table's own choice is not beaten by two per cent."""
-    from triton.testing import do_bench
-
-    from .launches import trial
-
+    """Return the fastest candidate as a rule, or None if it beats the table's own choice by less than two per cent."""
     want = case.run()
     usual = best = do_bench(case.run, return_mode="median")
     found = None
@@ -194,11 +190,11 @@ def tune(case: Case, dtype: torch.dtype, arch: int) -> Rule | None:
         with trial(case.table, rule):
             try:
                 if not _agrees(case.run(), want, dtype):
-                    print(f"  wrong results, passed by: {candidate}")
+                    print(f"  wrong results, skipped: {candidate}")
                     continue
                 time = do_bench(case.run, return_mode="median")
             except Exception as error:  # too much shared memory, a shape the compiler refuses
-                print(f"  {type(error).__name__}, passed by: {candidate}")
+                print(f"  {type(error).__name__}, skipped: {candidate}")
                 continue
         if time < 0.98 * usual and time < best:
             best, found = time, rule
@@ -207,17 +203,18 @@ def tune(case: Case, dtype: torch.dtype, arch: int) -> Rule | None:
 
 
 def merged(rules: list[Rule], new: list[Rule]) -> list[Rule]:
-    """``new`` in front, in place of older rules for the same case."""
+    """Put new rules in front, in place of older rules for the same case."""
     replaced = [rule["when"] for rule in new]
     return [*new, *(rule for rule in rules if rule.get("when", {}) not in replaced)]
 
 
 def write(path: Path, rules: list[Rule]) -> None:
-    """One rule a line."""
-    path.write_text("[\n" + ",\n".join("  " + json.dumps(rule) for rule in rules) + "\n]\n", encoding="utf-8")
+    """Write a table, one rule a line."""
+    write_text(path, "[\n" + ",\n".join("  " + json.dumps(rule) for rule in rules) + "\n]\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m sne_fast.backends.triton.tune", description=__doc__.splitlines()[0]
     )
@@ -230,8 +227,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("sne_fast.backends.triton.tune: needs a CUDA GPU, and torch finds none here", file=sys.stderr)
         return 2
-    from .launches import TABLES, architecture, table
-
     device, out = torch.device("cuda"), options.out or TABLES
     out.mkdir(parents=True, exist_ok=True)
     for op, dtype_name in itertools.product(options.op or OPS, options.dtype or ["bfloat16", "float32"]):

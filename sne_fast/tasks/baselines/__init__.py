@@ -1,9 +1,11 @@
-"""What SNE is compared with: methods that predict one number of each network from its weights, on the same split.
+"""Baselines: methods that predict one number of each network from its weights, on the same split as SNE.
 
-problem = Problem(batch, targets, train=range(800), validation=range(800, 900))
-for baseline in BASELINES.values():
-    if not baseline.why_not(problem):
-        predicted = baseline.fit_predict(problem)  # (n,), of all networks
+Example:
+    >>> problem = Problem(encoder.pack(zoo), zoo.column("test_accuracy"), train=range(12), validation=range(12, 15))
+    >>> BASELINES["mean"].why_not(problem)
+    []
+    >>> BASELINES["mean"].fit_predict(problem).shape
+    (18,)
 """
 
 from __future__ import annotations
@@ -22,5 +24,6 @@ BASELINES: dict[str, Baseline] = {
     "statistics_fan_in": StatisticsByFanIn(),
     "deepsets": DeepSets(),
     "mlp": MLP(),
-    "nfn": NFN(epochs=70),  # about as long as DeepSets; 100 epochs predict no better
+    "nfn": NFN(epochs=70),  # takes about as long as DeepSets; 100 epochs predict no better
 }
+"""Key, as `sne-fast task --method` takes it -> baseline."""

@@ -1,4 +1,4 @@
-"""DeepSets: the weights of a network as one set."""
+"""DeepSets (Zaheer et al. 2017, arXiv 1703.06114): the weights of a network as one set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .neural import Neural, raw_weights, tensor_sizes
 
 
 class SetOfWeights(nn.Module):
-    """DeepSets of all weights of a network: `rho(mean_i phi(x_i), log n)`; `WeightBatch` to `(B, 1)`.
+    """DeepSets of all n weights of a network: `rho(mean_i phi(x_i), log n)`, from a `WeightBatch` to `(B, 1)`.
 
     The features x_i of a weight are its value, the value relative to its tensor, a signed logarithm, kind and role of
-    its tensor (one-hot), and sinusoids of its layer's level. phi is two layers: a third, linear one would commute with
-    the mean into rho.
+    its tensor (one-hot), and sinusoids of its layer's level. phi has two layers: a third, linear layer would commute
+    with the mean and merge with rho.
     """
 
     rms: Tensor
@@ -33,7 +33,7 @@ class SetOfWeights(nn.Module):
         self.rho = PredictorHead(width + 1, 1, (4 * width, 4 * width))
 
     def features(self, batch: WeightBatch) -> Tensor:
-        """`(V, 24)`."""
+        """Return the features of all weights, `(V, 24)`."""
         value = raw_weights(batch) / self.rms
         numbers = torch.stack([value, batch.values, (100 * value).asinh() / 5], 1)
         level = batch.layer_level.repeat_interleave(batch.layer_ptr.diff()).float()
@@ -43,7 +43,8 @@ class SetOfWeights(nn.Module):
         return torch.cat([numbers, place.repeat_interleave(tensor_sizes(batch).to(batch.device), 0)], 1)
 
     def forward(self, batch: WeightBatch) -> Tensor:
-        # One mean per network: index_add depends on the order of threads on a GPU.
+        """Return one number per network, `(B, 1)`."""
+        # One mean per network, since the result of index_add depends on the order of threads on a GPU.
         sizes = network_sizes(batch)
         pooled = torch.stack([x.mean(0) for x in self.phi(self.features(batch)).split(sizes.tolist())])
         count = sizes.to(pooled).log() - self.log_size
@@ -51,7 +52,7 @@ class SetOfWeights(nn.Module):
 
 
 class DeepSets(Neural):
-    """The weights of a network as one set, whatever its architecture (Zaheer et al. 2017, arXiv 1703.06114)."""
+    """DeepSets on the weights of a network as one set, whatever its architecture."""
 
     name = "DeepSets"
     module = SetOfWeights

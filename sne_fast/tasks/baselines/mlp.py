@@ -1,4 +1,4 @@
-"""An MLP on flat weights, where shapes agree."""
+"""An MLP on the flattened weights of networks of one architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .problem import Problem, differing_shapes, problems
 
 
 class FlatWeights(nn.Module):
-    """All weights in a row, standardised, through an MLP; `WeightBatch` of P weights each to `(B, 1)`."""
+    """An MLP on the standardised weights of a network in a row, from a `WeightBatch` of P weights each to `(B, 1)`."""
 
     mean: Tensor
     std: Tensor
@@ -28,14 +28,16 @@ class FlatWeights(nn.Module):
         self.head = PredictorHead(rows.shape[1], 1, widths)
 
     def forward(self, batch: WeightBatch) -> Tensor:
+        """Return one number per network, `(B, 1)`."""
         return self.head((raw_weights(batch).view(len(batch), -1) - self.mean) / self.std)
 
 
 class MLP(Neural):
-    """An MLP on the flattened weights of networks of one architecture; knows nothing of their symmetry."""
+    """An MLP on flattened weights; it needs networks of one architecture and knows nothing of their symmetry."""
 
     name = "MLP on flat weights"
     module = FlatWeights
 
     def why_not(self, problem: Problem) -> list[str]:
+        """Return the reasons against this problem, see :class:`Baseline`."""
         return problems(problem) + differing_shapes(problem.batch)

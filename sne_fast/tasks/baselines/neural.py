@@ -1,60 +1,61 @@
-"""How the neural baselines are trained, and the weights as they see them."""
+"""Training of the neural baselines, and the raw weights that they read."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.batch import WeightBatch
 from ...nn.predictor import LOGIT_MARGIN
-from ...training.loop import decay_groups, warm_cosine
-from ...training.settings import SEED_STRIDE
+from ...training.optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from .problem import Problem, check, problems
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def tensor_sizes(batch: WeightBatch) -> Tensor:
-    """Weights of each tensor: `(T,)` int64 on the CPU."""
+    """Return the number of weights of each tensor, `(T,)` int64 on the CPU."""
     return batch.chunk_ptr_host[batch.tensor_ptr_host].diff()
 
 
 def raw_weights(batch: WeightBatch) -> Tensor:
-    """The weights as they were before `pack` divided them: `(V,)`."""
+    """Return the weights as they were before `pack` divided them by their scale, `(V,)`."""
     return batch.values * batch.tensor_scale.repeat_interleave(tensor_sizes(batch).to(batch.device))
 
 
 class Neural:
-    """A module from `(B networks)` to `(B, 1)`, trained on normalised targets; the epoch is chosen by validation.
+    """A baseline that trains a module from B networks to `(B, 1)` on normalised targets.
 
-    AdamW on the squared error in batches of networks, warm cosine, gradients clipped to norm 1. Weight decay, warm-up
-    and clipping are those of `sne_fast.training.FitSettings`. The same seed gives the same bits (on the CPU), and
-    torch's global generators are left alone.
+    It minimises the squared error by AdamW in batches of a fixed number of networks, with a warm-up, a cosine and
+    gradients clipped to norm 1, and keeps the epoch with the lowest validation error. Weight decay, warm-up and
+    clipping are those of :class:`sne_fast.training.FitSettings`. On a CPU the same seed gives the same
+    bits; torch's global generators are left alone.
+
+    :func:`sne_fast.training.fit` is another loop: its batches hold a budget of weights, it trains a predictor by the
+    predictor's own loss, on several processes and under autocast, and it resumes.
 
     Args:
         epochs: passes over the training networks; the last one is kept if there are no validation networks.
-        lr: the highest learning rate.
+        lr: peak learning rate.
         batch_size: networks per step.
     """
 
     name = ""
-    module: type[nn.Module]  # made from the training networks, by which it normalises its inputs
+    module: type[nn.Module]
+    """Class of the module; it takes the training networks, by which it normalises its inputs."""
     warmup, weight_decay, clip = 0.1, 1e-2, 1.0
 
     def __init__(self, epochs: int = 100, lr: float = 1e-3, batch_size: int = 16) -> None:
         self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
 
     def why_not(self, problem: Problem) -> list[str]:
+        """Return the reasons against this problem, see :class:`Baseline`."""
         return problems(problem)
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
-        import numpy as np
-
+        """Train, and return predictions for all networks, see :class:`Baseline`."""
         check(self, problem)
         batch = problem.batch.detach().to(torch.float32)
         train, validation = list(problem.train), list(problem.validation)
@@ -66,7 +67,7 @@ class Neural:
         std = std if std > 0 else torch.ones_like(std)
         goals = ((targets - mean) / std).float().to(batch.device)
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the accelerators too.
+            # torch.manual_seed would seed the accelerators too.
             torch.default_generator.manual_seed(problem.seed)
             model = self.module(known).to(batch.device, torch.float32)
         self._fit(model, known, goals[: len(train)], batch[validation], goals[len(train) :], problem)
@@ -82,20 +83,18 @@ class Neural:
         watched_goals: Tensor,
         problem: Problem,
     ) -> None:
-        optimiser = torch.optim.AdamW(decay_groups(model, self.weight_decay), lr=self.lr, fused=True)
+        optimiser = adamw(model, self.lr, self.weight_decay)
         order = torch.Generator().manual_seed(problem.seed)
         steps = self.epochs * math.ceil(len(known) / self.batch_size)
         step, lowest, best = 0, math.inf, None
         for epoch in range(self.epochs):
             model.train()
             for places in torch.randperm(len(known), generator=order).split(self.batch_size):
-                for group in optimiser.param_groups:
-                    group["lr"] = self.lr * warm_cosine(step, steps, self.warmup)
+                set_learning_rate(optimiser, self.lr * warm_cosine(step, steps, self.warmup))
                 rows = places.tolist()
                 part = known[rows]
                 if problem.augment is not None:
-                    draws = torch.Generator().manual_seed((problem.seed * SEED_STRIDE + step) % 2**63)
-                    part = problem.augment(part, rows, draws)
+                    part = problem.augment(part, rows, draws_of(problem.seed, step))
                 loss = F.mse_loss(model(part).squeeze(1), goals[places.to(goals.device)])
                 optimiser.zero_grad()
                 loss.backward()

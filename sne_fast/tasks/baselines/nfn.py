@@ -1,8 +1,9 @@
-"""NFN: neural functional networks, on chains of linear layers."""
+"""NFN: neural functional networks (Zhou et al. 2023, arXiv 2302.14040), on chains of linear layers."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,15 +16,20 @@ from .problem import Problem, differing_shapes, missing, problems
 
 
 class NeuralFunctional(nn.Module):
-    """Three equivariant layers, invariant pooling and an MLP; `WeightBatch` of Linear chains to `(B, 1)`.
+    """Three equivariant layers, invariant pooling and an MLP, from a `WeightBatch` of Linear chains to `(B, 1)`.
 
-    HNP layers, which do not mix up inputs or outputs, grow with the square of their number: networks with many have NP
-    layers and sinusoids of the places of inputs and outputs, as in the paper.
+    HNP layers tell inputs and outputs apart, and grow with the square of their number. Networks with many inputs and
+    outputs get NP layers instead, with sinusoids of the positions of inputs and outputs, as in the paper.
+
+    Args:
+        known: the training networks, by which inputs are normalised.
+        channels: width of the equivariant layers.
+        max_ends: largest number of inputs and outputs together for which HNP layers are used.
     """
 
     scale: Tensor
 
-    def __init__(self, known: WeightBatch, channels: int = 32, most_ends: int = 16) -> None:
+    def __init__(self, known: WeightBatch, channels: int = 32, max_ends: int = 16) -> None:
         from nfn import layers
         from nfn.common import network_spec_from_wsfeat
 
@@ -35,7 +41,7 @@ class NeuralFunctional(nn.Module):
         std = std.where(std > 0, torch.ones_like(std))
         self.register_buffer("scale", std.repeat_interleave(torch.tensor(self.sizes, device=std.device)))
         spec = network_spec_from_wsfeat(self.features(known[:1]))
-        few = sum(spec.get_io()) <= most_ends
+        few = sum(spec.get_io()) <= max_ends
         linear = layers.HNPLinear if few else layers.NPLinear
         width, blocks = 1, []  # type: int, list[Any]
         if not few:
@@ -48,27 +54,29 @@ class NeuralFunctional(nn.Module):
         self.head = PredictorHead(channels * layers.HNPPool.get_num_outs(spec), 1)
 
     def features(self, batch: WeightBatch) -> Any:
-        """nfn's `WeightSpaceFeatures`: matrices `(B, 1, out, in)` and biases `(B, 1, out)`."""
+        """Return nfn's `WeightSpaceFeatures`: matrices `(B, 1, out, in)` and biases `(B, 1, out)`."""
         from nfn.common import WeightSpaceFeatures
 
         rows = raw_weights(batch).view(len(batch), -1) / self.scale
-        # The chunks of a matrix are its rows in order, in every chunking.
+        # In every chunking, the chunks of a matrix are its rows in order.
         tensors = [
             x.reshape(len(batch), 1, *shape) for x, shape in zip(rows.split(self.sizes, 1), self.shapes, strict=True)
         ]
         return WeightSpaceFeatures(tensors[::2], tensors[1::2])
 
     def forward(self, batch: WeightBatch) -> Tensor:
+        """Return one number per network, `(B, 1)`."""
         return self.head(self.body(self.features(batch)))
 
 
 class NFN(Neural):
-    """Neural functional networks (Zhou et al. 2023, arXiv 2302.14040), by their authors' package `nfn`."""
+    """Neural functional networks, by the package `nfn` of their authors."""
 
     name = "NFN"
     module = NeuralFunctional
 
     def why_not(self, problem: Problem) -> list[str]:
+        """Return the reasons against this problem, see :class:`Baseline`."""
         batch = problem.batch
         reasons = problems(problem) + differing_shapes(batch)
         if not reasons and len(batch):
@@ -83,7 +91,7 @@ class NFN(Neural):
         chain = (
             len(weights) == len(biases)
             and all(len(w) == 2 and b == w[:1] for w, b in zip(weights, biases, strict=True))
-            and all(after[1] == before[0] for before, after in zip(weights, weights[1:], strict=False))
+            and all(after[1] == before[0] for before, after in pairwise(weights))
             and bool((types[:, ::2] == 0).all() and (types[:, 1::2] == 1).all())
         )
         if not chain:

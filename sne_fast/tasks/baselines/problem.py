@@ -1,33 +1,32 @@
-"""What a baseline is given and what it can say of it."""
+"""The problem that baselines solve, their interface, and the checks they share."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from ...data.batch import WeightBatch
 from ...extras import install_command
 from ...training.loop import Augment
 
-if TYPE_CHECKING:
-    import numpy as np
-
 
 @dataclass(frozen=True)
 class Problem:
-    """One regression problem: networks, their label, who trains and who chooses the epoch.
+    """A regression problem: networks, a target, and which networks train and choose the epoch.
 
     Args:
         batch: n networks, packed with `scale="tensor"`.
-        targets: `(n,)` float64 in their own units; only those of `train` and `validation` are looked at.
+        targets: `(n,)` float64 in their own units; only those of `train` and `validation` are read.
         train: positions of the networks to fit.
-        validation: positions of the networks to choose the epoch by. Baselines without epochs fit these too.
-        seed: of everything random.
-        logit: targets lie in [0, 1] and are modelled as logits; predictions are again in [0, 1].
-        augment: changes each training batch of the neural baselines, as in `sne_fast.training.fit`; `rows` are
-            positions in `train`.
+        validation: positions of the networks that choose the epoch. Baselines without epochs fit these too.
+        seed: of all random numbers.
+        logit: targets lie in [0, 1] and are modelled as logits; predictions lie in [0, 1] again.
+        augment: changes each training batch of the neural baselines, as in :func:`sne_fast.training.fit`; its `rows`
+            are positions in `train`.
     """
 
     batch: WeightBatch
@@ -40,27 +39,25 @@ class Problem:
 
 
 class Baseline(Protocol):
-    """A method of the tables."""
+    """A method that SNE is compared with, a row of the tables; `name` is its title there."""
 
     name: str
 
     def why_not(self, problem: Problem) -> list[str]:
-        """Sentences saying why it cannot do this problem; empty if it can."""
+        """Return the reasons why the method cannot solve a problem, as sentences; an empty list if it can."""
         ...
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
-        """Predictions `(n,)` float64 for all networks of the batch, in the targets' units.
+        """Fit the training networks, and return predictions `(n,)` float64 for all, in the units of the targets.
 
         Raises:
-            ValueError: what `why_not` says, or a loss that is not finite.
+            ValueError: the method cannot solve the problem, or its loss is not finite.
         """
         ...
 
 
 def problems(problem: Problem) -> list[str]:
-    """What no baseline can do."""
-    import numpy as np
-
+    """Return the reasons why no baseline can solve a problem."""
     if len(problem.targets) != len(problem.batch):
         return [f"{len(problem.targets)} targets for {len(problem.batch)} networks"]
     if not len(problem.train):
@@ -74,6 +71,7 @@ def problems(problem: Problem) -> list[str]:
 
 
 def differing_shapes(batch: WeightBatch) -> list[str]:
+    """Return the reason against a method that needs networks of one shape."""
     if not batch.shapes:
         return ["a batch without the shapes of its tensors, which pack keeps"]
     for b, shapes in enumerate(batch.shapes):
@@ -83,6 +81,7 @@ def differing_shapes(batch: WeightBatch) -> list[str]:
 
 
 def missing(module: str, name: str) -> list[str]:
+    """Return the reason against a method whose package cannot be imported."""
     try:
         importlib.import_module(module)
     except ImportError:
@@ -91,5 +90,10 @@ def missing(module: str, name: str) -> list[str]:
 
 
 def check(baseline: Baseline, problem: Problem) -> None:
+    """Check that a baseline can solve a problem.
+
+    Raises:
+        ValueError: it cannot; the message gives the reasons.
+    """
     if reasons := baseline.why_not(problem):
         raise ValueError(f"{baseline.name}: {'; '.join(reasons)}")

@@ -119,5 +119,7 @@ def test_why_not_names_what_does_not_fit():
     assert "got 16" in cpu.why_not("chunk_encode", (*args[:14], torch.zeros(16, 64)))[0]  # d = 4
     long = chunk_encode_case(64, 4, [300])
     assert "at most 256 long, got 300" in cpu.why_not("chunk_encode", long)[0]
-    assert "got torch.int64" in cpu.why_not("set_attention", (torch.zeros(2, 64, dtype=torch.int64), 4))[0]
-    assert "multiple of 16, got 20" in cpu.why_not("segment_pool", (torch.zeros(2, 20),))[0]
+    whole, ptr = torch.zeros(2, 64, dtype=torch.int64), torch.tensor([0, 2])
+    attention = (whole, whole, whole, ptr, ptr, ptr, ptr, 4)
+    assert "got torch.int64" in cpu.why_not("set_attention", attention)[0]
+    assert "multiple of 16, got 20" in cpu.why_not("segment_pool", (torch.zeros(2, 20), whole[:, :1], ptr, ptr))[0]

@@ -10,17 +10,22 @@ import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 from sne_fast.backends.gpu_plans.chunks import SlotClass
-from sne_fast.backends.triton import chunk_encode_backward_kernels, chunk_encode_kernels, chunk_encode_staged_kernels
-from sne_fast.backends.triton.chunk_encode_backward import FUSED_CLASSES, class_constants, length_class, padded_heads
+from sne_fast.backends.triton import (
+    chunk_encode_backward_kernels,
+    chunk_encode_kernels,
+    chunk_encode_staged_kernels,
+    staged_rows_kernels,
+)
+from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES, class_constants, length_class, padded_heads
 from sne_fast.backends.triton.launches import launch
 
 pytestmark = pytest.mark.build
 
-SHARED, FULL, LONG = FUSED_CLASSES
+MULTI, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDICES = {"chunk_ptr", "order", "owner", "table", "ptr"}
 SUMS = {"rows_grad", "chunk_grad", "values_grad_sum", "means", "means_grad", "rows", "partial"}
-COUNTS = {"first_block", "slab_rows", "tiles", "codes", "sets", "chunks"}
+COUNTS = {"first_bin", "slab_rows", "tiles", "codes", "sets", "chunks"}
 KERNELS = {
     "chunk_encode": chunk_encode_kernels.chunk_encode_kernel,
     "chunk_encode_pool_backward": chunk_encode_backward_kernels.pool_backward_kernel,
@@ -72,7 +77,7 @@ class Variant:
 def signature(fn, operand: str, constants: dict) -> dict[str, str]:
     def kind(name: str) -> str:
         if name in COUNTS:
-            return "i64" if name == "first_block" else "i32"
+            return "i64" if name == "first_bin" else "i32"
         if name in INDICES:
             return "*i64"
         return "*fp32" if name in SUMS or name.endswith("_part") else f"*{operand}"
@@ -82,7 +87,7 @@ def signature(fn, operand: str, constants: dict) -> dict[str, str]:
 
 # Local memory per thread, in bytes, that a kernel may spill: none in the forward kernel at h = 64 for the classes of
 # full chunks; the backward keeps four products' factors at once, and what it spills stays in the first-level cache.
-FORWARD_SPILL = {SHARED: 128, FULL: 0, LONG: 256}
+FORWARD_SPILL = {MULTI: 128, FULL: 0, LONG: 256}
 BACKWARD_SPILL = 1024
 
 
@@ -116,7 +121,7 @@ TF32 = torch.float32
 PARTS = ("pool_backward", "codes_backward", "scalar_backward", "weight_grad")
 REPRESENTATIVE = [
     *(Variant("chunk_encode", arch, dtype) for arch in ARCHITECTURES for dtype in (torch.bfloat16, TF32)),
-    Variant("chunk_encode", 90, slots=SHARED),
+    Variant("chunk_encode", 90, slots=MULTI),
     Variant("chunk_encode", 90, slots=LONG),
     Variant("chunk_encode", 90, heads=8, save=True),
     Variant("chunk_encode", 90, TF32, precision="ieee"),
@@ -155,9 +160,9 @@ def test_rows_of_the_staged_form(arch: int) -> None:
     for fn, constants in (
         (chunk_encode_staged_kernels.scalar_means_kernel, {"HEADS": 4, "SLOTS": 256, "QUERIES": 32}),
         (chunk_encode_staged_kernels.scalar_means_backward_kernel, {"HEADS": 4, "SLOTS": 256, "QUERIES": 32}),
-        (chunk_encode_staged_kernels.add_normed_kernel, {"RELU": True, "LAYER_NORM": True, "ROWS": 8, "WIDTH": 256}),
+        (staged_rows_kernels.add_normed_kernel, {"RELU": True, "LAYER_NORM": True, "ROWS": 8, "WIDTH": 256}),
         (
-            chunk_encode_staged_kernels.add_normed_backward_kernel,
+            staged_rows_kernels.add_normed_backward_kernel,
             {"RELU": True, "LAYER_NORM": True, "ROWS": 8, "WIDTH": 256},
         ),
         (chunk_encode_staged_kernels.element_sum_kernel, {"TILE": 16, "WIDTH": 256}),

@@ -9,15 +9,15 @@ import torch
 
 from helpers.op_cases import products
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
-from sne_fast.backends.triton import feed_forward_kernels as device
+from sne_fast.backends.triton import feed_forward_kernels as kernels
 from sne_fast.backends.triton.feed_forward import Plan
 
 pytestmark = pytest.mark.build
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {
-    "forward": (device.forward_kernel, "q attended w_o b_o norm out", ""),
-    "backward": (device.backward_kernel, "grad q attended w_o b_o norm sum_grad", "w_part b_part norm_part"),
+    "forward": (kernels.forward_kernel, "q attended w_o b_o norm out", ""),
+    "backward": (kernels.backward_kernel, "grad q attended w_o b_o norm sum_grad", "w_part b_part norm_part"),
 }
 # float32 has the products of full precision ("highest") or tf32 ("high"), by torch's setting.
 KINDS = [(torch.bfloat16, "highest"), (torch.float16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]

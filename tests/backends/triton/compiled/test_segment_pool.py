@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
-from sne_fast.backends.triton import gather_chunks_kernels, pieces, segment_pool_kernels
+from sne_fast.backends.triton import gather_chunks_kernels, pieces_kernels, segment_pool_kernels
 from sne_fast.backends.triton.launches import launch
 from sne_fast.backends.triton.segment_pool import Plan
 
@@ -68,10 +68,10 @@ def gather(arch: int, values: str, acc: tl.dtype) -> list[Compiled]:
     constants = {"TILE": sizes["TILE"], "TILE_K": sizes["TILE_K"], "ACC": acc}
     scale = "*fp64" if acc == tl.float64 else "*fp32"
     common = {"table": "*i64", "scale": scale, "values": values, "tensors": "i32", "stride": "i32"}
-    scatter = common | {"grad": values, "part": scale}
-    sides = ((gather_chunks_kernels.gather_kernel, common), (gather_chunks_kernels.scatter_kernel, scatter))
+    scatter, launched = common | {"grad": values, "part": scale}, (sizes.num_warps, sizes.num_stages)
     return [
-        *(compile_kernel(k, signature, constants, arch, sizes.num_warps, sizes.num_stages) for k, signature in sides),
+        compile_kernel(gather_chunks_kernels.gather_kernel, common, constants, arch, *launched),
+        compile_kernel(gather_chunks_kernels.scatter_kernel, scatter, constants, arch, *launched),
         compile_kernel(
             gather_chunks_kernels.scale_grad_kernel,
             {"table": "*i64", "part": scale, "grad_scale": scale, "tensors": "i32", "tiles": "i32", "stride": "i32"},
@@ -99,10 +99,10 @@ def test_all_gathering_variants(arch: int, values: str, acc: tl.dtype) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("one_row", [False, True])
-def test_summing_slots(arch: int, one_row: bool) -> None:
+def test_summing_pieces(arch: int, one_row: bool) -> None:
     signature = {"partial": "*fp32", "out": "*bf16", "ptr": "*i64", "row_ptr": "*i64", "stride": "i32", "width": "i32"}
     constants = {"ONE_ROW": one_row, "BLOCK": 1024, "COLUMNS": 1024, "ACC": tl.float32}
-    result = compile_kernel(pieces.sum_slots_kernel, signature, constants, arch)
+    result = compile_kernel(pieces_kernels.sum_pieces_kernel, signature, constants, arch)
     assert result.local_bytes == 0 and result.registers <= 128
 
 

@@ -9,17 +9,17 @@ import torch
 import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
-from sne_fast.backends.triton import set_attention_kernels as device
+from sne_fast.backends.triton import set_attention_kernels as kernels
 from sne_fast.backends.triton.set_attention import Lengths, Plan
 
 pytestmark = pytest.mark.build
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {
-    "forward": (device.forward_kernel, "q k v out", "lse"),
-    "query_grad": (device.query_grad_kernel, "grad q k v out grad_q", "lse mean"),
-    "key_grad": (device.key_grad_kernel, "grad q k v grad_k grad_v", "lse mean"),
-    "mean": (device.mean_kernel, "grad q k v", "lse mean"),
+    "forward": (kernels.forward_kernel, "q k v out", "lse"),
+    "query_grad": (kernels.query_grad_kernel, "grad q k v out grad_q", "lse mean"),
+    "key_grad": (kernels.key_grad_kernel, "grad q k v grad_k grad_v", "lse mean"),
+    "mean": (kernels.mean_kernel, "grad q k v", "lse mean"),
 }
 LONG, FEW = Lengths(8, 4096, 4096), Lengths(8, 32, 32)
 
@@ -34,7 +34,7 @@ def compiled(
     signature = {name: TYPES[dtype] for name in of_dtype.split()} | {name: "*fp32" for name in sums.split()}
     if plan.split:  # partial results
         signature |= {name: "*fp32" for name in ("out" if kernel == "forward" else "", "grad_q", "grad_k", "grad_v")}
-    signature |= {"q_ptr": "*i64", "k_ptr": "*i64", "sets": "i32", "most": "i32"}
+    signature |= {"q_ptr": "*i64", "k_ptr": "*i64", "sets": "i32", "max_own_rows": "i32"}
     mode = "read" if plan.split else "keys" if dtype != torch.float32 else "out"
     constants = plan.constants | ({"MEAN": mode} if kernel == "query_grad" else {})
     names = set(fn.arg_names)
@@ -89,10 +89,10 @@ def test_all_variants_fit(kernel: str, sizes: tuple[int, int], dtype: torch.dtyp
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_combining_splits(arch: int) -> None:
-    signature = {"partial": "*fp32", "partial_lse": "*fp32", "out": "*bf16", "lse": "*fp32", "most": "i32"}
+    signature = {"partial": "*fp32", "partial_lse": "*fp32", "out": "*bf16", "lse": "*fp32", "max_own_rows": "i32"}
     constants = {"WIDTH": 64, "HEADS": 4, "D": 16, "COLUMNS": 64, "ROWS": 4, "SPLIT": 1024, "ACC": tl.float32}
     pointers = {"q_ptr": "*i64", "k_ptr": "*i64"}
-    result = compile_kernel(device.combine_kernel, signature | pointers, constants, arch)
+    result = compile_kernel(kernels.combine_kernel, signature | pointers, constants, arch)
     assert result.local_bytes == 0 and result.registers <= 128
 
 

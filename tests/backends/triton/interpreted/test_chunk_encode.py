@@ -19,7 +19,7 @@ from helpers.op_cases import GRADED, ChunkCase, pointer
 from sne_fast import reference
 from sne_fast.backends.gpu_plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan_chunks
 from sne_fast.backends.triton.chunk_encode import chunk_encode, chunk_encode_backward, why_not
-from sne_fast.backends.triton.chunk_encode_backward import fits_a_tile
+from sne_fast.backends.triton.chunk_launches import fits_a_tile
 
 pytestmark = pytest.mark.build
 

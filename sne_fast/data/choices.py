@@ -1,0 +1,7 @@
+"""Values that options of packing take, as types; light enough for the help of the command line."""
+
+from typing import Literal
+
+Chunking = Literal["flat", "neuron", "kernel"]
+Scale = Literal["tensor", "none"]
+NonFinite = Literal["raise", "zero", "keep"]
