@@ -1,4 +1,4 @@
-"""Which backends have run on which GPUs: a summary of the committed results of ``bench/gpu_suite.py``.
+"""Runs of the backends on GPUs: a summary of the committed results of ``bench/gpu_suite.py``.
 
 The command that writes it::
 
@@ -63,11 +63,13 @@ def is_result(content: Any) -> bool:
 
 
 def read(file: Path = FILE) -> tuple[Run, ...]:
+    """Read the runs of a summary."""
     found = json.loads(file.read_text(encoding="utf-8"))["runs"]
     return tuple(Run(**{**run, "ops": tuple(run["ops"]), "failed": tuple(run["failed"])}) for run in found)
 
 
 def write(runs: Sequence[Run], file: Path = FILE) -> None:
+    """Write a summary of runs."""
     write_json(file, {"runs": [asdict(run) for run in runs]})
 
 

@@ -23,14 +23,18 @@ def _refuse_double_backward(op: str) -> None:
 
 
 class GatherChunks(torch.autograd.Function):
+    """Autograd function of the op ``gather_chunks``."""
+
     @staticmethod
     def forward(ctx: Any, scale: Tensor, plan: Tensor, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        """Call the forward op and save the inputs of the backward op."""
         values: Tensor = OPS.gather_chunks(list(tensors), scale, plan, dtype)
         ctx.save_for_backward(values, scale, plan, *tensors)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Call the backward op."""
         _refuse_double_backward("gather_chunks")
         values, scale, plan, *tensors = ctx.saved_tensors
         grads, grad_scale = OPS.gather_chunks_backward(grad, values, tensors, scale, plan)
@@ -38,22 +42,29 @@ class GatherChunks(torch.autograd.Function):
 
 
 class ChunkEncode(torch.autograd.Function):
+    """Autograd function of the op ``chunk_encode``."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, *args: Tensor) -> Tensor:
+        """Call the forward op and save the inputs of the backward op."""
         ctx.save_for_backward(values, *args)
         pooled: Tensor = OPS.chunk_encode(values, *args)
         return pooled
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Call the backward op."""
         _refuse_double_backward("chunk_encode")
         grad_values, *grads = OPS.chunk_encode_backward(grad, *ctx.saved_tensors)
         return (grad_values, None, None, None, None, *grads)
 
 
 class SetAttention(torch.autograd.Function):
+    """Autograd function of the op ``set_attention``."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+        """Call the forward op and save the inputs of the backward op."""
         *pointers, num_heads = args
         out: Tensor
         out, lse = OPS.set_attention(q, k, v, *pointers, num_heads)
@@ -63,14 +74,18 @@ class SetAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Call the backward op."""
         _refuse_double_backward("set_attention")
         grads = OPS.set_attention_backward(grad, *ctx.saved_tensors, ctx.num_heads)
         return (*grads, None, None, None, None, None)
 
 
 class SegmentPool(torch.autograd.Function):
+    """Autograd function of the op ``segment_pool``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
+        """Call the forward op and save the inputs of the backward op."""
         out: Tensor
         out, lse = OPS.segment_pool(x, logits, ptr, ptr_host)
         ctx.save_for_backward(x, logits, out, lse, ptr, ptr_host)
@@ -78,19 +93,24 @@ class SegmentPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Call the backward op."""
         _refuse_double_backward("segment_pool")
         return (*OPS.segment_pool_backward(grad, *ctx.saved_tensors), None, None)
 
 
 class FeedForward(torch.autograd.Function):
+    """Autograd function of the op ``feed_forward``."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, attended: Tensor, *parameters: Tensor) -> Tensor:
+        """Call the forward op and save the inputs of the backward op."""
         ctx.save_for_backward(q, attended, *parameters)
         out: Tensor = OPS.feed_forward(q, attended, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Call the backward op."""
         _refuse_double_backward("feed_forward")
         grad_sum, *grads = OPS.feed_forward_backward(grad, *ctx.saved_tensors)
         return (grad_sum, grad_sum, *grads)

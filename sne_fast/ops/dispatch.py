@@ -25,11 +25,19 @@ REFERENCE = "reference"
 # a choice kept per thread would be lost there.
 _choice: str | None = None
 
-# Functions import found_backends late, because that imports all backends, which `import sne_fast` must not do.
-
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run an op; the message joins all its reasons."""
+
+
+# Functions import found_backends late, because that imports all backends, which `import sne_fast` must not do.
+
+
+def _found() -> tuple[dict[str, Backend], dict[str, str]]:
+    """Return the backends by name, and the reasons of those that cannot be imported."""
+    from .found_backends import BACKENDS, FAILED
+
+    return BACKENDS, FAILED
 
 
 def backend_names() -> tuple[str, ...]:
@@ -99,11 +107,10 @@ def fuses(op: str, device: torch.device) -> bool:
 
 def _reasons(name: str, op: str, device: torch.device | None, args: Arguments | None) -> list[str]:
     """Return why backend ``name`` cannot run ``op`` on ``device``; None for either asks in general."""
-    from .found_backends import BACKENDS, FAILED
-
-    if name in FAILED:
-        return [FAILED[name]]
-    backend = BACKENDS[name]
+    backends, failed = _found()
+    if name in failed:
+        return [failed[name]]
+    backend = backends[name]
     reasons = list(backend.unavailable())
     if op not in backend.kernels:
         optional = op.removesuffix("_backward") in OPTIONAL_OPS
@@ -137,27 +144,27 @@ def _auto_reasons(backend: Backend, op: str, device: torch.device, args: Argumen
 
 def _in_turn(op: str, device: torch.device, args: Arguments) -> list[Backend]:
     """Return the backends as ``auto`` asks them: those that prefer this call first, then by descending priority."""
-    from .found_backends import BACKENDS
+    backends, _ = _found()
 
     def place(backend: Backend) -> tuple[bool, int]:
         return not (backend.serves_auto_on(device.type) and backend.preferred(op, args)), -backend.priority
 
-    return sorted(BACKENDS.values(), key=place)
+    return sorted(backends.values(), key=place)
 
 
 def _choose(op: str, args: Arguments) -> Kernel:
-    from .found_backends import BACKENDS, FUSIONS
-
+    backends, _ = _found()
     device = _device_of(args)
     name = current_backend()
     forward = op.removesuffix("_backward")
-    if name != "auto" and op != forward and forward in OPTIONAL_OPS and forward not in FUSIONS.get(name, ()):
+    fusions = backends[name].fusions if name in backends else ()
+    if name != "auto" and op != forward and forward in OPTIONAL_OPS and forward not in fusions:
         name = REFERENCE  # the forward ran on the backend of that moment; the one chosen now has no backward of it
     if name != "auto":
         reasons = _reasons(name, op, device, args)
         if reasons:
             raise BackendError(f"{op}: backend {name!r} cannot run it: " + "; ".join(reasons))
-        return BACKENDS[name].kernels[op]
+        return backends[name].kernels[op]
     refusals = []
     for backend in _in_turn(op, device, args):
         reasons = _auto_reasons(backend, op, device, args)
@@ -184,7 +191,7 @@ for _name in SCHEMAS:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Whether one backend can run one op: ``reasons`` says why not, and is empty where it can."""
+    """Report on one op of one backend: ``reasons`` says why it cannot run, and is empty if it can."""
 
     op: str
     backend: str

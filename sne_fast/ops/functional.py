@@ -137,8 +137,8 @@ def chunk_encode(
 
         >>> encoder = sne_fast.SNE(hidden_dim=32)
         >>> batch = encoder.pack([torch.nn.Linear(3, 2)])
-        >>> pooled = encoder.chunk_encoder.pooled_rows(batch, encoder.type_embedding(batch.tensor_type))
-        >>> pooled.shape  # two tensors of one chunk, four heads
+        >>> row_code = torch.zeros(2, 32)  # of two tensors, each of one chunk
+        >>> encoder.chunk_encoder.pooled_rows(batch, row_code).shape  # calls this function
         torch.Size([2, 4, 32])
     """
     values, *parameters = _autocast(

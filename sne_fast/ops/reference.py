@@ -69,6 +69,7 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
 def gather_chunks_backward(
     grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients of the tensors and of their scale."""
     grads, grad_scale, at = [], torch.zeros_like(scale), 0
     for t, (tensor, (rows, positions)) in enumerate(zip(tensors, plan.tolist(), strict=True)):
         part = slice(at, at + tensor.numel())
@@ -139,6 +140,7 @@ def chunk_encode(
     element_code: Tensor,
     *parameters: Tensor,
 ) -> Tensor:
+    """Encode every chunk up to its pooled rows, ``(N, H, h)``."""
     acc, owner = accumulate_dtype(values.dtype), _tensor_of_chunk(tensor_ptr_host)
     pooled = values.new_empty((chunk_ptr.shape[0] - 1, *parameters[-1].shape))
     row_code, element_code, *weights = (t.to(acc) for t in (row_code, element_code, *parameters))
@@ -225,6 +227,7 @@ def set_attention(
     k_ptr_host: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor]:
+    """Attend inside each set; return the attended rows and lse, the log-sum of the softmax of each row and head."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((q.shape[0], num_heads), -math.inf, dtype=accumulate_dtype(q.dtype))
     for q_rows, k_rows in _attention_tiles(q_ptr_host, k_ptr_host, num_heads):
@@ -250,6 +253,7 @@ def set_attention_backward(
     k_ptr_host: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
     acc, scale = accumulate_dtype(q.dtype), 1 / math.sqrt(q.shape[1])
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) for t in (q, k, v))
     for q_rows, k_rows in _attention_tiles(q_ptr_host, k_ptr_host, num_heads):
@@ -280,6 +284,7 @@ def _segment_tiles(x: Tensor, logits: Tensor, ptr_host: Tensor) -> Iterator[tupl
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool the rows of each segment; return the pooled rows and lse, the log-sum of each softmax."""
     acc, segments = accumulate_dtype(x.dtype), ptr.shape[0] - 1
     out = x.new_zeros((segments, logits.shape[1], x.shape[1]))
     lse = x.new_full((segments, logits.shape[1]), -math.inf, dtype=acc)
@@ -294,6 +299,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
 def segment_pool_backward(
     grad: Tensor, x: Tensor, logits: Tensor, out: Tensor, lse: Tensor, ptr: Tensor, ptr_host: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the logits."""
     acc = accumulate_dtype(x.dtype)
     grad_x, grad_logits = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, logits))
     for ids, rows in _segment_tiles(x, logits, ptr_host):
@@ -320,6 +326,7 @@ def _optional(norm: Tensor) -> Tensor | None:
 
 
 def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
+    """Compute the feed-forward half of an attention block, row by row."""
     acc, out = accumulate_dtype(q.dtype), torch.empty_like(attended, memory_format=torch.contiguous_format)
     w, b, n = (t.to(acc) for t in (w_o, b_o, norm))
     for tile in _row_tiles(q):

@@ -56,12 +56,12 @@ def same(one: WeightBatch, other: WeightBatch) -> None:
 
 
 def valid(one: WeightBatch) -> None:
-    """Internal constructors do not check what they make; the public one does."""
+    """Check what internal constructors made, which they do not check themselves."""
     same(one, dataclasses.replace(one))
 
 
 def random_batch(lengths: list[list[list[list[int]]]]) -> WeightBatch:
-    """networks > layers > tensors > chunk lengths."""
+    """Make a batch of networks > layers > tensors > chunk lengths."""
     layers = [layer for network in lengths for layer in network]
     tensors = [tensor for layer in layers for tensor in layer]
     chunks = [chunk for tensor in tensors for chunk in tensor]
@@ -305,7 +305,7 @@ def test_to() -> None:
     assert double.values.dtype == double.tensor_scale.dtype == torch.float64 and double.chunk_ptr is b.chunk_ptr
     half = b.to("cpu", torch.bfloat16, non_blocking=True)
     assert half.values.dtype == torch.bfloat16 and half.tensor_scale.dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype must be floating, got torch.int64"):
+    with pytest.raises(ValueError, match=r"dtype must be floating, got torch.int64"):
         b.to(dtype=torch.int64)
     with pytest.raises(TypeError, match="dtype given twice"):
         b.to(torch.float64, torch.float64)

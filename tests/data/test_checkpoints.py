@@ -73,7 +73,7 @@ def test_natural_order() -> None:
 @pytest.mark.parametrize("order", ["{", "3", '["a.weight"]', '["x"]', "null", '{"a.weight": 1}', "[1, 2, 3, 4, 5]"])
 def test_an_order_that_does_not_fit_is_refused(tmp_path, state, order: str) -> None:
     save_file(state, tmp_path / "n.safetensors", {ORDER_KEY: order})
-    with pytest.raises(CheckpointError, match="n.safetensors: its metadata 'sne_fast.order' must be a JSON list of"):
+    with pytest.raises(CheckpointError, match=r"n.safetensors: its metadata 'sne_fast.order' must be a JSON list of"):
         load_state_dict(tmp_path / "n.safetensors")
 
 
@@ -143,7 +143,7 @@ def test_folders(tmp_path, state) -> None:
         CheckpointError, match=r"several checkpoints, a.safetensors, b.safetensors; give the path of one"
     ):
         load_state_dict(folder("a.safetensors", "b.safetensors"))
-    with pytest.raises(CheckpointError, match="several checkpoints, a.pt, b.ckpt"):
+    with pytest.raises(CheckpointError, match=r"several checkpoints, a.pt, b.ckpt"):
         load_state_dict(folder("b.ckpt", "a.pt"))
     with pytest.raises(CheckpointError, match=r"holds no checkpoint \(.safetensors, .* but config.json"):
         load_state_dict(folder("config.json"))
@@ -278,7 +278,7 @@ def test_shards_that_are_missing_or_lack_a_tensor(tmp_path, state) -> None:
     second.unlink()
     refused(index, "its shard model-00002-of-00002.safetensors is missing; fetch it into")
     second.write_bytes(b"12345678901")
-    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: is damaged"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: is damaged"):
         load_state_dict(index)
 
 
@@ -343,7 +343,7 @@ def test_writing_is_all_or_nothing(tmp_path, state, monkeypatch) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(module_under_test.os, "replace", full)
-    with pytest.raises(CheckpointError, match="n.safetensors: cannot be written: No space left"):
+    with pytest.raises(CheckpointError, match=r"n.safetensors: cannot be written: No space left"):
         save_state_dict({"w": torch.ones(1)}, file)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="cannot be written"):

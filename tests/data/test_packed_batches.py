@@ -44,7 +44,7 @@ def check(batch: sne_fast.WeightBatch, expected: list[Network], rtol: float = 1e
 
 
 def pieces(tensor: Tensor, chunk_size: int, chunking: str) -> list[list[float]]:
-    """What pack makes of one tensor, as lists."""
+    """Return what pack makes of one tensor, as lists."""
     batch = sne_fast.pack([{"0.weight": tensor}], chunk_size, chunking, scale="none", dtype=F64)
     return [p.tolist() for p in batch.values.split(batch.chunk_ptr.diff().tolist())]
 

@@ -289,7 +289,7 @@ def test_networks_that_are_none() -> None:
         with pytest.raises(TypeError, match="networks must be a sequence of modules, state_dicts or paths, got"):
             pack(wrong)  # type: ignore[arg-type]
     with pytest.raises(
-        TypeError, match="network 1 must be an nn.Module, a state_dict or a path to a checkpoint, got int"
+        TypeError, match=r"network 1 must be an nn.Module, a state_dict or a path to a checkpoint, got int"
     ):
         pack([nn.Linear(2, 2), 3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"network 1 \('Sequential'\) has no floating-point parameters"):
@@ -353,7 +353,7 @@ def test_packing_on_a_gpu() -> None:
     on_cpu = pack([network])
     mixed = [network, nn.Linear(2, 2).cuda()]
     with pytest.raises(
-        ValueError, match="all tensors must be on one device, got network 0 .* on cpu; network 1 .* cuda:0"
+        ValueError, match=r"all tensors must be on one device, got network 0 .* on cpu; network 1 .* cuda:0"
     ):
         pack(mixed)
     assert pack(mixed, device="cuda").device.type == pack(mixed, device="cuda")[0].device.type == "cuda"

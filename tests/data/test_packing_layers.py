@@ -117,11 +117,11 @@ def test_kinds_by_class() -> None:
         att=nn.MultiheadAttention(2, 1, add_bias_kv=True), cross=nn.MultiheadAttention(2, 1, kdim=3, vdim=3),
         prelu=nn.PReLU(), bilinear=nn.Bilinear(2, 2, 2), listed=nn.ParameterList([torch.ones(2)]),
     )  # fmt: skip
-    want = dict.fromkeys(("fc", "own", "att.out_proj", "cross.out_proj"), {LINEAR})
-    want |= dict.fromkeys(("c1", "c3"), {CONVOLUTION}) | {"up": {TRANSPOSED}}
-    want |= dict.fromkeys(("bn", "sync", "ln", "gn", "inorm", "rms"), {NORM})
-    want |= dict.fromkeys(("e", "bag"), {EMBEDDING}) | dict.fromkeys(("rnn", "lstm", "cell"), {RECURRENT})
-    want |= dict.fromkeys(("att", "cross"), {ATTENTION}) | dict.fromkeys(("prelu", "bilinear", "listed"), {OTHER})
+    want = {key: {LINEAR} for key in ("fc", "own", "att.out_proj", "cross.out_proj")}
+    want |= {key: {CONVOLUTION} for key in ("c1", "c3")} | {"up": {TRANSPOSED}}
+    want |= {key: {NORM} for key in ("bn", "sync", "ln", "gn", "inorm", "rms")}
+    want |= {key: {EMBEDDING} for key in ("e", "bag")} | {key: {RECURRENT} for key in ("rnn", "lstm", "cell")}
+    want |= {key: {ATTENTION} for key in ("att", "cross")} | {key: {OTHER} for key in ("prelu", "bilinear", "listed")}
     assert kinds(network) == want
 
 

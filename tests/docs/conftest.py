@@ -22,7 +22,7 @@ def _net() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def example_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder with zoos of every published form and of this package, and the data to verify them with."""
+    """Make a folder with zoos of every published form and of this package, and the data to verify them with."""
     folder = tmp_path_factory.mktemp("published")
     data = write_all(folder)
     if all(importlib.util.find_spec(name) for name in ("pyarrow", "sklearn")):
@@ -38,7 +38,7 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
 def docstring_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example_files: tuple[Path, dict[str, Any]]
 ) -> LazyNames:
-    """The namespace of docstring examples, which run from one seed in a folder that holds links to `example_files`."""
+    """Make the namespace of docstring examples; they run from one seed in a folder of links to `example_files`."""
     folder, data = example_files
     for entry in folder.iterdir():
         (tmp_path / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())

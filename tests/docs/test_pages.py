@@ -67,7 +67,7 @@ def test_sections_of_the_method_that_code_cites_exist() -> None:
 
 
 def sne_fast_commands(page: Path) -> list[list[str]]:
-    """The words of every `sne-fast COMMAND ...` in the shell blocks of a page."""
+    """Return the words of every `sne-fast COMMAND ...` in the shell blocks of a page."""
     lines = [line for block in blocks(page) if block.language == "bash" for line in block.text.splitlines()]
     commands = [shlex.split(line.partition("sne-fast ")[2], comments=True) for line in lines if "sne-fast " in line]
     return [words for words in commands if words]
@@ -92,7 +92,7 @@ def test_commands_exist_with_their_options(page: Path) -> None:
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """The modules `report` and `task_report` of bench/."""
+    """Import the modules `report` and `task_report` of bench/."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import report
     import task_report

@@ -88,7 +88,7 @@ def layers_of(network: nn.Module) -> list[list[Source]]:
 
 
 def cut_indices(shape: tuple[int, ...], chunk_size: int, chunking: str) -> list[list[tuple[int, ...]]]:
-    """The index of every element, grouped into chunks, in the order of the batch."""
+    """Return the index of every element, grouped into chunks, in the order of the batch."""
     if len(shape) == 0:
         return [[()]]
     if len(shape) == 1:
@@ -187,7 +187,7 @@ def isab(state: State, prefix: str, x: Tensor, heads: int, norm: bool) -> Tensor
 
 
 def pma(state: State, prefix: str, x: Tensor, heads: int, norm: bool) -> Tensor:
-    """x (n, h) -> (seeds, h)."""
+    """Pool x (n, h) -> (seeds, h)."""
     return mab(state, prefix + "mab.", state[prefix + "S"][0], x, heads, norm)
 
 
@@ -283,7 +283,7 @@ class Oracle:
 
 
 def oracle_for(encoder: nn.Module, **config: object) -> Oracle:
-    """The oracle with an encoder's parameters (gradients reach them) and the constructor arguments it was made with."""
+    """Make the oracle with an encoder's parameters, which gradients reach, and its constructor's arguments."""
     return Oracle({name: p.double() for name, p in encoder.named_parameters()}, **config)  # type: ignore[arg-type]
 
 
@@ -292,7 +292,7 @@ def oracle_for(encoder: nn.Module, **config: object) -> Oracle:
 
 
 def arrays(networks: list[Network], levels: list[list[int]] | None = None) -> dict[str, Tensor]:
-    """The fields of WeightBatch for these networks, built by appending."""
+    """Build the fields of WeightBatch for these networks, built by appending."""
     if levels is None:
         levels = [list(range(len(network))) for network in networks]
     values: list[Tensor] = []

@@ -5,6 +5,7 @@ Exact results are the reference's in float64; PyTorch's own in half precision ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -45,7 +46,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def half_by_torch(grad: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What PyTorch's own half-precision ops make of it, chunk by chunk."""
+    """Compute the same with PyTorch's own half-precision ops, chunk by chunk."""
     values, chunk_ptr, tensor_ptr, _, _, *rest = (
         a.clone().requires_grad_() if a.is_floating_point() else a for a in args
     )
@@ -53,7 +54,7 @@ def half_by_torch(grad: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, tuple
     ends = chunk_ptr.tolist()
     pooled = [
         reference.chunk_tile(values[None, a:b], rest[0][owner[t], None], rest[1][: b - a], *rest[2:])
-        for t, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+        for t, (a, b) in enumerate(itertools.pairwise(ends))
     ]
     out = torch.cat(pooled)
     return out.detach(), torch.autograd.grad(out, [values, *rest], grad, allow_unused=True)
@@ -120,7 +121,7 @@ def nothing_to_encode(backend: ModuleType, width: int) -> None:
 
 
 def slabs(backend: ModuleType, args: tuple[Tensor, ...], shrink: Callable[[], None], tolerance: float) -> None:
-    """The same bits twice, and within ``tolerance`` the same once ``shrink`` has cut the backward into slabs."""
+    """Compare two runs to the bit, and within ``tolerance`` a third that ``shrink`` cuts into slabs."""
     grad = upstream(args)
     whole, again = (backend.chunk_encode_backward(grad, *args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))

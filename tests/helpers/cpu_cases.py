@@ -43,7 +43,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def chunk_encode_case(
     h: int, heads: int, lengths: Sequence[int], layer_norm: bool = True, tensors: int = 3, rows: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The 15 arguments of the op in float64; ``rows`` of element_code may exceed the longest chunk."""
+    """Make the 15 arguments of the op in float64; ``rows`` of element_code may exceed the longest chunk."""
     g = torch.Generator().manual_seed(h * 1000 + heads * 10 + len(lengths))
 
     def normal(*shape: int, gain: float = 1.0) -> Tensor:

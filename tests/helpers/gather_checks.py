@@ -70,11 +70,11 @@ def other_types_strides_and_no_tensors(backend: ModuleType, gather: Callable[...
 
 def wrong_sizes_are_refused(backend: ModuleType) -> None:
     tensors, scale, plan = case([torch.float32])
-    with pytest.raises(ValueError, match="tensors.0. must be floating with plan.0. = 7 x 9 elements, got "):
+    with pytest.raises(ValueError, match=r"tensors.0. must be floating with plan.0. = 7 x 9 elements, got "):
         backend.gather_chunks([tensors[1], *tensors[1:]], scale, plan, torch.float32)
-    with pytest.raises(TypeError, match="scale must be float32 or float64 of shape .T,. = .[0-9]+,., got "):
+    with pytest.raises(TypeError, match=r"scale must be float32 or float64 of shape .T,. = .[0-9]+,., got "):
         backend.gather_chunks(tensors, scale[1:], plan, torch.float32)
-    with pytest.raises(ValueError, match="gather_chunks_backward: grad must have shape .[0-9]+,., got "):
+    with pytest.raises(ValueError, match=r"gather_chunks_backward: grad must have shape .[0-9]+,., got "):
         backend.gather_chunks_backward(scale, scale, tensors, scale, plan)
     assert backend.why_not("gather_chunks", (tensors, scale, plan, torch.float8_e5m2))
     assert backend.why_not("gather_chunks_backward", (scale, scale, tensors, scale, plan)) == []

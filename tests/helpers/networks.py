@@ -6,6 +6,7 @@ batch must be able to hold, `LARGE` are for benchmarks only.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from sne_fast.benchmark.networks import ResNet, Transformer, inr, randomise_, zo
 
 def mlp(*widths: int) -> nn.Sequential:
     modules: list[nn.Module] = []
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+    for n_in, n_out in itertools.pairwise(widths):
         modules += [nn.Linear(n_in, n_out), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
 
@@ -173,7 +174,7 @@ LARGE = ["resnet18", "vit_tiny"]
 
 
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The named network with random parameters; the same seed gives the same numbers (up to the dtype's rounding)."""
+    """Make the named network with random parameters; a seed gives the same numbers in every dtype but for rounding."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = FACTORIES[name]()

@@ -68,7 +68,7 @@ def check(backend: ModuleType, case: Case, heads: int) -> tuple[Tensor, ...]:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """What a user would write for one set."""
+    """Attend within one set, as a user would write it."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
     return (torch.softmax(q @ k.mT / math.sqrt(heads * q.shape[-1]), dim=-1) @ v).transpose(0, 1).flatten(1)
 

@@ -13,7 +13,7 @@ from sne_fast.ops.backend import Backend
 
 
 def backend(name: str = "triton", **changes: Any) -> Backend:
-    """A backend that pools by returning sevens."""
+    """Make a backend that pools by returning sevens."""
 
     def segment_pool(x, logits, ptr, ptr_host):
         segments, queries = ptr.shape[0] - 1, logits.shape[1]

@@ -98,7 +98,7 @@ def loaded(dense: nn.Module, packed: nn.Module, seed: int = 0) -> tuple[nn.Modul
 
 
 def dense_sets(dense: nn.Module, sizes: list[int], *rows: Tensor) -> Tensor:
-    """The dense block, one set at a time (`rows` of one size list), outputs stacked as packed rows."""
+    """Run the dense block, one set at a time (`rows` of one size list), outputs stacked as packed rows."""
     parts = [x.split(sizes) for x in rows]
     return torch.cat([dense(*(x[None] for x in sets))[0] for sets in zip(*parts, strict=True)])
 
@@ -289,7 +289,7 @@ def test_start_of_sne(attention: str) -> None:
     encoder = sne_fast.SNE(hidden_dim=64, num_heads=4, set_attention=attention)
     for name, p in encoder.named_parameters():
         p = p.detach()
-        if name.endswith("bias") or name.endswith("pool.S"):
+        if name.endswith(("bias", "pool.S")):
             assert p.count_nonzero() == 0, name
         elif name.endswith("code_gain"):
             assert p.item() == pytest.approx(0.1)

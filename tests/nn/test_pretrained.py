@@ -143,7 +143,7 @@ def test_keys_of_the_encoder_are_checked_too(saved):
     with pytest.raises(ValueError, match="does not fit SNE: missing num_heads"):
         Predictor.from_pretrained(saved)
     edit_config(saved, encoder="SNE")
-    with pytest.raises(ValueError, match="encoder in config.json must be an object"):
+    with pytest.raises(ValueError, match=r"encoder in config.json must be an object"):
         Predictor.from_pretrained(saved)
 
 
@@ -156,7 +156,7 @@ def test_values_of_the_wrong_type(saved):
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
 def test_broken_config(saved, text):
     (saved / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="not valid JSON|must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"not valid JSON|must hold a JSON object"):
         Predictor.from_pretrained(saved)
 
 
@@ -214,7 +214,7 @@ def test_hub_missing_or_out_of_reach(monkeypatch, tmp_path):
         raise ConnectionError("no route to host\nsecond line")
 
     fake_hub(monkeypatch, hf_hub_download=down)
-    with pytest.raises(OSError, match="config.json could not be read from the Hub: no route to host$"):
+    with pytest.raises(OSError, match=r"config.json could not be read from the Hub: no route to host$"):
         SNE.from_pretrained("user/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r'needs huggingface_hub: pip install "sne_fast\[hub\]"'):

@@ -31,11 +31,11 @@ def test_auto_takes_the_highest_priority_and_falls_back(install) -> None:
 
 def test_an_explicit_choice_never_falls_back(install) -> None:
     install(backend(unavailable=lambda: ["no driver"], devices=("cuda",)))
-    with sne_fast.use_backend("triton"):
-        with pytest.raises(
-            sne_fast.BackendError, match="segment_pool: backend 'triton' cannot run it: no driver; runs"
-        ):
-            pooled()
+    with (
+        sne_fast.use_backend("triton"),
+        pytest.raises(sne_fast.BackendError, match="segment_pool: backend 'triton' cannot run it: no driver; runs"),
+    ):
+        pooled()
     install(backend(why_not=lambda op, args: ["width 8 is not one of 32, 64"]))
     with sne_fast.use_backend("triton"), pytest.raises(sne_fast.BackendError, match="width 8 is not one of"):
         pooled()
@@ -66,9 +66,8 @@ def test_blocks_nest_and_restore(install) -> None:
         with pytest.raises(ZeroDivisionError), sne_fast.use_backend("cpu"):
             raise ZeroDivisionError
         assert dispatch.current_backend() == "reference"
-    with pytest.raises(ValueError, match="use_backend: backend must be one of"):
-        with sne_fast.use_backend("numpy"):
-            pass
+    with pytest.raises(ValueError, match="use_backend: backend must be one of"), sne_fast.use_backend("numpy"):
+        pass
 
 
 def test_backward_in_another_thread_sees_the_choice(install) -> None:

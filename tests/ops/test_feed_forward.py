@@ -187,7 +187,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def encoded(encoder: torch.nn.Module, batch: sne_fast.WeightBatch, run=None) -> list[Tensor]:
-    """z and the gradients of every parameter."""
+    """Return z and the gradients of every parameter."""
     encoder.zero_grad()
     z = (encoder if run is None else run)(batch)
     z.square().sum().backward()

@@ -228,7 +228,21 @@ def test_the_backend_computes_outside_autocast() -> None:
 
 
 def broken(change: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = "values chunk_ptr tensor_ptr row_code element_code logit basis w_qkv b_qkv w_o b_o norm pool_query".split()
+    names = [
+        "values",
+        "chunk_ptr",
+        "tensor_ptr",
+        "row_code",
+        "element_code",
+        "logit",
+        "basis",
+        "w_qkv",
+        "b_qkv",
+        "w_o",
+        "b_o",
+        "norm",
+        "pool_query",
+    ]
     return {**dict(zip(names, ChunkCase.make(TENSORS, 8, 2, 5, dtype=torch.float32).args, strict=True)), **change}
 
 
@@ -273,13 +287,15 @@ def test_encoder_argument_errors(arguments: dict, message: str) -> None:
 def test_encoder_refuses_batches_of_another_kind() -> None:
     encoder = sne_fast.SNE(hidden_dim=32)
     network = [torch.nn.Linear(4, 3)]
-    with pytest.raises(ValueError, match="SNE: batch must be cut with chunk_size 32 .*, got 16; use encoder.pack"):
+    with pytest.raises(ValueError, match=r"SNE: batch must be cut with chunk_size 32 .*, got 16; use encoder.pack"):
         encoder(sne_fast.pack(network, 16))
-    with pytest.raises(ValueError, match="SNE: batch must be cut with chunking 'flat' .*, got 'neuron'"):
+    with pytest.raises(ValueError, match=r"SNE: batch must be cut with chunking 'flat' .*, got 'neuron'"):
         encoder(sne_fast.pack(network, chunking="neuron"))
-    with pytest.raises(ValueError, match="SNE: batch must have the encoder's dtype torch.float32 .* got torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"SNE: batch must have the encoder's dtype torch.float32 .* got torch.float64"
+    ):
         encoder(sne_fast.pack(network, dtype=torch.float64))
-    with pytest.raises(ValueError, match="SNE: batch must have the encoder's dtype .* device cpu, got .* on meta"):
+    with pytest.raises(ValueError, match=r"SNE: batch must have the encoder's dtype .* device cpu, got .* on meta"):
         encoder(sne_fast.pack(network).to("meta"))
 
 

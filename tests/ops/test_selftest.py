@@ -20,7 +20,7 @@ HONEST = found_backends.BACKENDS["reference"].kernels
 
 
 def backend(spoil: str = "", fail: bool = False) -> Backend:
-    """The reference's kernels under the name of a GPU backend; ``spoil`` names the op that gives twice its results."""
+    """Make the reference's kernels a GPU backend's; ``spoil`` names the op that gives twice its results."""
 
     def kernel(op: str):
         def run(*args):

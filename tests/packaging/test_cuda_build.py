@@ -112,7 +112,7 @@ def test_architectures_by_name(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
     for wrong in ("sm_80", "9.0", "compute_80+ptx", "all"):
         with pytest.raises(RuntimeError, match="is not like 80, 90a"):
             cuda_build.code_flags([wrong])
-    with pytest.raises(RuntimeError, match="75: the kernels need compute capability 8.0"):
+    with pytest.raises(RuntimeError, match=r"75: the kernels need compute capability 8.0"):
         cuda_build.code_flags(["75"])
 
 
@@ -152,7 +152,7 @@ def test_what_the_compiler_says_is_in_the_message(toolkit: Toolkit, tmp_path: Pa
     with pytest.raises(RuntimeError, match="no such thing"):
         cuda_build.build(tmp_path / "backend.so", tmp_path / "objects", ["80"])
     toolkit.nvcc(fail="echo '#error -- unsupported GNU version! gcc versions later than 15 are not supported!'; exit 1")
-    with pytest.raises(RuntimeError, match="nvcc refuses the host compiler: set CXX to an older one.*later than 15"):
+    with pytest.raises(RuntimeError, match=r"nvcc refuses the host compiler: set CXX to an older one.*later than 15"):
         cuda_build.build(tmp_path / "backend.so", tmp_path / "objects", ["80"])
     assert not (tmp_path / "backend.so").exists()
 

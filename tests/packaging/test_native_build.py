@@ -78,7 +78,7 @@ def test_an_old_library_stays_until_the_new_one_is_whole(project: Project) -> No
     project.build()
     before, inode = project.target.read_bytes(), os.stat(project.target).st_ino
     project.write("two.cpp", "int two() { return; }")
-    with pytest.raises(RuntimeError, match="two.cpp:1:13: error"):
+    with pytest.raises(RuntimeError, match=r"two.cpp:1:13: error"):
         project.build()
     assert project.target.read_bytes() == before
     project.write("two.cpp", "int two() { return 4; }")

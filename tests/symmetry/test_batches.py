@@ -158,7 +158,7 @@ def test_batches_that_do_not_fit_are_refused(zoo):
     with pytest.raises(sym.SymmetryError, match=r"permute: permutations must be one per network \(2\), got 1"):
         sym.permute(batch, symmetries[:2], permutations=sym.draw(symmetries[0], 1))
     other = symmetries[names.index("cnn3-flatten")]
-    with pytest.raises(sym.SymmetryError, match="permute: network 0 .*'cnn3-flatten'.* must be among the weights"):
+    with pytest.raises(sym.SymmetryError, match=r"permute: network 0 .*'cnn3-flatten'.* must be among the weights"):
         sym.permute(batch, other)
     with pytest.raises(sym.SymmetryError, match=r"network 1 .*'1.weight' must have shape \(10, 64\), got \(12, 64\)"):
         wider = {k: torch.randn(12, 64) if k == "1.weight" else t for k, t in states[0].items()}
@@ -177,7 +177,7 @@ def test_an_encoder_changes_only_by_the_order_inside_sets():
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     symmetry = sym.trace(net, torch.randn(2, 5))
     torch.manual_seed(0)
-    options = dict(hidden_dim=32, chunk_size=8, chunking="neuron")
+    options = {"hidden_dim": 32, "chunk_size": 8, "chunking": "neuron"}
     unordered = sne_fast.SNE(**options, element_order=False, chunk_order=False).double()
     ordered = sne_fast.SNE(**options).double()
     batch = sne_fast.pack([weights(net, 0)], 8, "neuron", dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ def turned(net, seed):
     """Return the weights of a chain of linear layers with the signs of random units turned."""
     state, g = {k: v.clone() for k, v in net.state_dict().items()}, generator(seed)
     layers = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
-    for one, after in zip(layers, layers[1:], strict=False):
+    for one, after in itertools.pairwise(layers):
         sign = torch.randint(2, (len(state[f"{one}.bias"]),), generator=g) * 2.0 - 1
         state[f"{one}.weight"] *= sign[:, None]
         state[f"{one}.bias"] *= sign
@@ -38,9 +40,7 @@ def turned(net, seed):
 
 def chain(widths=(1, 12, 9, 1), seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(
-        *(m for a, b in zip(widths[:-1], widths[1:], strict=True) for m in (nn.Linear(a, b), nn.Tanh()))
-    )[:-1]
+    return nn.Sequential(*(m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())))[:-1]
 
 
 @pytest.mark.parametrize("chunking", CHUNKINGS)
@@ -158,5 +158,5 @@ def test_unsupported_networks_are_refused():
         canonicalise(sne_fast.pack([chain((1, 5, 9, 1))]).detach(), symmetry)
     normed = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
     found = sym.trace(normed, torch.randn(2, 3))
-    with pytest.raises(SymmetryError, match="'1.weight' is neither"):
+    with pytest.raises(SymmetryError, match=r"'1.weight' is neither"):
         canonicalise(sne_fast.pack([normed]).detach(), found, odd=True)

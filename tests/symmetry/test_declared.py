@@ -157,7 +157,9 @@ def test_chains_are_what_trace_finds(name):
 
 
 def test_networks_that_are_not_chains_are_refused_by_name():
-    with pytest.raises(sym.SymmetryError, match="norm '1' after a convolution has no running statistics.*norm_groups="):
+    with pytest.raises(
+        sym.SymmetryError, match=r"norm '1' after a convolution has no running statistics.*norm_groups="
+    ):
         sym.chain_symmetry(conv_net(nn.GroupNorm(2, 4)).state_dict())
     grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(sym.SymmetryError, match="layer '1' takes 2 inputs after 4 units: not a plain chain, or a gr"):

@@ -227,7 +227,7 @@ def test_unknown_operations_freeze_what_they_touch():
     assert symmetry.frozen["a.weight[0]"] == why
     assert symmetry.frozen["idle.weight[0]"] == "not used by the example"
     assert symmetry.frozen["a.weight[1]"] == "input" and symmetry.frozen["c.weight[0]"] == "output"
-    with pytest.raises(sym.SymmetryError, match="no rule for aten._linalg_svd.*strict=False"):
+    with pytest.raises(sym.SymmetryError, match=r"no rule for aten._linalg_svd.*strict=False"):
         sym.trace(net, x, strict=True)
 
 
@@ -376,7 +376,7 @@ def test_order_of_a_symmetry():
 def test_state_dicts_that_do_not_fit():
     symmetry = sym.trace(make("mlp"), torch.randn(2, 5))
     state = make("mlp").state_dict()
-    with pytest.raises(sym.SymmetryError, match="'0.bias' must be among the weights, as its units are permuted"):
+    with pytest.raises(sym.SymmetryError, match=r"'0.bias' must be among the weights, as its units are permuted"):
         symmetry.permute_state_dict({k: t for k, t in state.items() if k != "0.bias"})
     with pytest.raises(sym.SymmetryError, match=r"'0.bias' must have shape \(7,\), got \(8,\); these weights are of"):
         symmetry.permute_state_dict({**state, "0.bias": torch.zeros(8)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 
@@ -23,9 +24,9 @@ NEURAL = {"deepsets": DeepSets, "mlp": MLP, "nfn": NFN}
 
 
 def network(scale: float, generator: torch.Generator, widths: tuple[int, ...] = (2, 6, 5, 1)) -> dict[str, Tensor]:
-    """An MLP whose first matrix holds magnitudes around `scale`."""
+    """Make an MLP whose first matrix holds magnitudes around `scale`."""
     state = {}
-    for layer, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (n, m) in enumerate(itertools.pairwise(widths)):
         size = scale if layer == 0 else 1.0
         state[f"{layer}.weight"] = size * (1 + 0.1 * torch.randn(m, n, generator=generator))
         state[f"{layer}.bias"] = 0.1 * torch.randn(m, generator=generator)

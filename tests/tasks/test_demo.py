@@ -53,7 +53,7 @@ def test_writes_everything(result):
 
 
 def test_reports_what_was_measured(result):
-    out, metrics, text = result
+    _out, metrics, text = result
     parts = metrics["networks"]
     assert parts["train"] + parts["validation"] + parts["test"] == parts["all"] == 36
     models = metrics["held_out"]["models"]

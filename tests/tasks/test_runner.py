@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def test_other_settings_are_refused(done):
         call(out, networks=50)
     with pytest.raises(ValueError, match="name must be one of inr, accuracy"):
         run_task("nothing", out, Console(quiet=True))
-    with pytest.raises(ValueError, match="methods must be among SNE.*got svm"):
+    with pytest.raises(ValueError, match=r"methods must be among SNE.*got svm"):
         call(out, methods=["svm"])
 
 
@@ -178,7 +180,7 @@ def test_splits_keep_families_apart(families):
     parts = families.split(to_vit, 1)
     assert set(family[parts["train"]]) == {"mlp", "cnn"} and set(family[parts["test"]]) == {"vit"}
     everything = families.split(Experiment("all"), 2)
-    assert sorted(sum(everything.values(), [])) == list(range(50))
+    assert sorted(functools.reduce(operator.iadd, everything.values(), [])) == list(range(50))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -254,7 +256,7 @@ def test_relative_places_mean_the_same_everywhere(families):
         layers = found.network_ptr[b + 1] - found.network_ptr[b]
         levels = found[b].layer_level.tolist()
         assert levels == [0, *[1] * (int(layers) - 2), 2], name
-    conv = [b for b, name in enumerate(families.groups) if name == "cnn3-flatten"][0]
+    conv = next(b for b, name in enumerate(families.groups) if name == "cnn3-flatten")
     assert set(batch[conv].tensor_type.tolist()) == {0, 1, 8, 9} and set(found[conv].tensor_type.tolist()) == {0, 1}
     assert torch.equal(families.packed(dataclasses.replace(settings, relative=True)).layer_level, found.layer_level)
 

@@ -165,7 +165,7 @@ def test_binary_cross_entropy_learns_probabilities() -> None:
     batch = predictor.encoder.pack(networks)
     history = fit(predictor, batch, targets, FitSettings(epochs=30, lr=1e-3, batch_weights=400))
     values, z = predict(predictor, batch)
-    assert 0 <= values.min() and values.max() <= 1
+    assert values.min() >= 0 and values.max() <= 1
     entropy = -(targets * targets.log() + (1 - targets) * (1 - targets).log()).mean().item()
     assert entropy <= history.train_loss[-1] < entropy + 0.05 < history.train_loss[0]
     torch.testing.assert_close(values, predictor.head(z).sigmoid())

@@ -16,15 +16,15 @@ pytest.importorskip("sklearn")
 
 def recipe(**changes):
     k = len(next(iter(changes.values())))
-    fields = dict(
-        steps=[5] * k,
-        lr=[0.1] * k,
-        momentum=[0.9] * k,
-        weight_decay=[1e-3] * k,
-        init_gain=[1.0] * k,
-        train_fraction=[1.0] * k,
-        label_noise=[0.0] * k,
-    )
+    fields = {
+        "steps": [5] * k,
+        "lr": [0.1] * k,
+        "momentum": [0.9] * k,
+        "weight_decay": [1e-3] * k,
+        "init_gain": [1.0] * k,
+        "train_fraction": [1.0] * k,
+        "label_noise": [0.0] * k,
+    }
     return Recipe(**{name: torch.tensor(changes.get(name, value)) for name, value in fields.items()})
 
 
@@ -67,7 +67,7 @@ def test_vectorised_training_equals_a_plain_loop(architecture, optimiser, digits
                 p *= gain if p.ndim > 1 else 1.0
     optimisers = []
     for module, row in ((modules[i], plan.row(i)) for i in range(3)):
-        options = dict(lr=row["lr"], weight_decay=row["weight_decay"])
+        options = {"lr": row["lr"], "weight_decay": row["weight_decay"]}
         optimisers.append(
             torch.optim.SGD(module.parameters(), momentum=row["momentum"], **options)
             if optimiser == "sgd"
@@ -177,7 +177,7 @@ def test_same_seed_same_zoo(tmp_path, small_zoo):
 
 
 def rewritten(zoo, folder, change):
-    """A copy of a zoo with the weights of its first network replaced."""
+    """Make a copy of a zoo with the weights of its first network replaced."""
     with ZooWriter(folder, **{k: v for k, v in zoo.about.items() if k != "torch"}) as writer:
         for i, row in enumerate(zoo.rows):
             row.pop("weights")
@@ -191,7 +191,7 @@ def test_verify_notices_other_weights(tmp_path):
     negative = rewritten(zoo, tmp_path / "n", lambda weights: {k: -v for k, v in weights.items()})
     assert verify(negative, [1]) <= 1 / 600 + 1e-6
     assert verify(negative) > 0.02
-    with pytest.raises(VerifyError, match="mlp-10-000 differs by .* from the table, more than 0.01"):
+    with pytest.raises(VerifyError, match=r"mlp-10-000 differs by .* from the table, more than 0.01"):
         verify(negative, tolerance=0.01)
     with pytest.raises(ValueError, match="mlp-10-000 does not fit mlp-10"):
         verify(rewritten(zoo, tmp_path / "o", lambda _: ARCHITECTURES["mlp-10-10"]().state_dict()))

@@ -148,14 +148,14 @@ def test_dwsnets_that_do_not_fit(dwsnets, tmp_path):
     with pytest.raises(FileNotFoundError, match="names no networks in the splits train, val, test"):
         load_dwsnets(splits)
     splits.write_text('{"train": {"path": ["/x/gone.pth"], "label": ["1"]}}')
-    with pytest.raises(FileNotFoundError, match="names /x/gone.pth, which is missing, also below .*; give root="):
+    with pytest.raises(FileNotFoundError, match=r"names /x/gone.pth, which is missing, also below .*; give root="):
         load_dwsnets(splits)
     splits.write_text('{"train": ["/x/a.pth"]}')
     torch.save({"w": torch.ones(1), "coef": object()}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="refused, it holds"):
         load_dwsnets(splits)
     torch.save({"w": torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="a.pth: holds no coef, the label of a sine wave"):
+    with pytest.raises(ValueError, match=r"a.pth: holds no coef, the label of a sine wave"):
         load_dwsnets(splits)
 
 
@@ -176,7 +176,7 @@ def test_nfn_folders(sirens, tmp_path):
     with pytest.raises(VerifyError):
         verify(zoo, images=2 * pictures().transpose(1, 2) - 1, tolerance=0.05)
     assert len(load_nfn(tmp_path, "randinit_smaller_aug0", split_points=None)) == 4
-    with pytest.raises(FileNotFoundError, match="holds no other_<label>s/net<image>.pth, but randinit_smaller_3s"):
+    with pytest.raises(FileNotFoundError, match=r"holds no other_<label>s/net<image>.pth, but randinit_smaller_3s"):
         load_nfn(tmp_path, "other")
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         load_nfn(tmp_path / "no")

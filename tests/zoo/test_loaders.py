@@ -51,7 +51,7 @@ LAYERS = [("conv0", "conv2d"), ("conv1", "conv2d_1"), ("conv2", "conv2d_2"), ("d
 
 
 def keras_flat(module):
-    """The flat vector of a network as the data set has it, and the lines of its layout."""
+    """Return the flat vector of a network as the data set has it, and the lines of its layout."""
     parts, layout, start = [], [], 0
     weights = module.state_dict()
     for name, keras in LAYERS:
@@ -176,11 +176,11 @@ def test_unterthiner_files_that_do_not_fit(unterthiner, tmp_path):
         load(invalid="fix")
     with pytest.raises(ValueError, match=r"cannot read sequential/conv2d/bias:0, columns 0 to 16 of shape \(3, 3\)"):
         load(layout=[["sequential/conv2d/bias:0", 0, 16, "(3, 3)"], *layout[1:]])
-    with pytest.raises(ValueError, match="the shape of .* must be a tuple, got .__import__"):
+    with pytest.raises(ValueError, match=r"the shape of .* must be a tuple, got .__import__"):
         load(layout=[["sequential/conv2d/bias:0", 0, 16, "__import__('os').abort()"], *layout[1:]])
     with pytest.raises(ValueError, match="must describe three convolutions and a dense layer"):
         load(flats=[f[:4800] for f in flats[:4]], layout=layout[:6])
-    with pytest.raises(ValueError, match="only networks of architecture 'cnn' are known, got .*'cnnbn'"):
+    with pytest.raises(ValueError, match=r"only networks of architecture 'cnn' are known, got .*'cnnbn'"):
         load(rows=[{**row, "config.dnn_architecture": "cnnbn"} for row in rows[:4]])
     with pytest.raises(ValueError, match=r"lacks the column\(s\) test_loss"):
         load(rows=[{k: v for k, v in row.items() if k != "test_loss"} for row in rows[:4]])
@@ -231,7 +231,7 @@ def schuerholt(tmp_path_factory):
     for k, (first, named) in enumerate([(0, True), (1, True), (0, False), (1, False)]):
         module = SchuerholtCNN("CNN", 1, "tanh", dropout=k == 3)
         name = f"NN_tune_trainable_{k:05d}_{k}_seed={k}"
-        options = dict(named=named, padded=k != 1, dropout=0.1 if k == 3 else 0.0, seed=k)
+        options = {"named": named, "padded": k != 1, "dropout": 0.1 if k == 3 else 0.0, "seed": k}
         write_run(folder / name, module, 4, first, 28, **options)
     return folder
 
@@ -256,7 +256,7 @@ def test_schuerholt_shifted_by_an_epoch_fails_verify(schuerholt):
     x, y = images(28)[1]
     zoo = load_schuerholt(schuerholt, epochs=[1, 2, 3, 4])
     columns = {name: list(zoo.column(name)) for name in zoo.columns}
-    columns["test_acc"] = [a for k in range(4) for a in (columns["test_acc"][4 * k + 1 : 4 * k + 4] + [0.5])]
+    columns["test_acc"] = [a for k in range(4) for a in ([*columns["test_acc"][4 * k + 1 : 4 * k + 4], 0.5])]
     columns = {name: [v.item() if isinstance(v, np.generic) else v for v in values] for name, values in columns.items()}
     with pytest.raises(VerifyError):
         verify(Zoo(columns, zoo.source, zoo.about), images=x, labels=y, tolerance=0.01)
@@ -270,7 +270,7 @@ def test_schuerholt_saves_and_drops(schuerholt, tmp_path):
     saved = zoo.save(tmp_path / "saved")
     assert verify(saved, images=x, labels=y, tolerance=1e-3) <= 1e-3
     assert np.isnan(saved.column("train_loss").astype(float)).all()
-    with pytest.raises(ValueError, match="result.json has no line for this epoch"):
+    with pytest.raises(ValueError, match=r"result.json has no line for this epoch"):
         load_schuerholt(schuerholt, epochs=0, invalid="raise")
     assert len(load_schuerholt(schuerholt, epochs="all", invalid="keep")) == 20
     with pytest.raises(FileNotFoundError, match="none of its 4 networks has a usable checkpoint of epoch 9"):
@@ -302,14 +302,14 @@ def test_pickled_data_sets_are_refused(tmp_path, schuerholt):
     torch.save(Foreign(), tmp_path / "a.pt")
     (tmp_path / "index.csv").write_text("file,accuracy\na.pt,0.5\n")
     zoo = load_checkpoints(tmp_path)
-    with pytest.raises(CheckpointError, match="a.pt: refused, it holds code or objects .*Foreign"):
+    with pytest.raises(CheckpointError, match=r"a.pt: refused, it holds code or objects .*Foreign"):
         zoo.state_dict(0)
     run = tmp_path / "raw" / "NN_0"
     (run / "checkpoint_000001").mkdir(parents=True)
     (run / "result.json").write_text(json.dumps({"training_iteration": 1, "test_acc": 0.5}))
     with open(run / "checkpoint_000001" / "checkpoints", "wb") as stream:
         pickle.dump(Foreign(), stream, protocol=2)
-    with pytest.raises(CheckpointError, match="refused, it holds .* a pickle's code would run on loading"):
+    with pytest.raises(CheckpointError, match=r"refused, it holds .* a pickle's code would run on loading"):
         load_schuerholt(tmp_path / "raw")
 
 
@@ -325,7 +325,7 @@ def test_schuerholt_folders_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="its 7 lines do not name their epochs"):
         load_schuerholt(tmp_path)
     (run / "result.json").write_text('{"training_iteration": 1}\n{"train')
-    with pytest.raises(ValueError, match="result.json: line 2 is no JSON object"):
+    with pytest.raises(ValueError, match=r"result.json: line 2 is no JSON object"):
         load_schuerholt(tmp_path)
     with pytest.raises(ValueError, match="epochs must be 'last', 'all' or integers, got 'best'"):
         load_schuerholt(tmp_path, epochs="best")
@@ -356,23 +356,23 @@ def test_a_folder_of_checkpoints_and_a_table(tmp_path):
     zoo = load_checkpoints(tmp_path, "results.csv", targets=["output"])
     assert zoo.targets == ["output"] and zoo.column("width").tolist() == [3, 4, 5]
     assert zoo.column("note").tolist() == ["nice", None, "nice"] and zoo.rows[0]["name"] == "runs-net0.safetensors"
-    check = dict(
-        build=lambda row: nn.Sequential(nn.Linear(4, row["width"]), nn.ReLU(), nn.Linear(row["width"], 1)),
-        measure=lambda module, row: module(x).mean().item(),
-        column="output",
-    )
+    check = {
+        "build": lambda row: nn.Sequential(nn.Linear(4, row["width"]), nn.ReLU(), nn.Linear(row["width"], 1)),
+        "measure": lambda module, row: module(x).mean().item(),
+        "column": "output",
+    }
     assert verify(zoo, **check) < 1e-6
     saved = zoo.save(tmp_path / "saved")
     assert verify(saved, **check, tolerance=1e-6) < 1e-6 and saved.sizes.tolist() == [19, 25, 31]
     assert torch.equal(sne_fast.pack(saved).values, sne_fast.pack([m.state_dict() for m in modules]).values)
-    with pytest.raises(ValueError, match="runs-net0.safetensors has no number in column 'note'"):
+    with pytest.raises(ValueError, match=r"runs-net0.safetensors has no number in column 'note'"):
         verify(saved, **{**check, "column": "note"})
     with pytest.raises(ValueError, match="has no column 'tau' for a target"):
         load_checkpoints(tmp_path, "results.csv", targets=["tau"])
     with pytest.raises(ValueError, match=r"must have a column with the files \(weights\)"):
         load_checkpoints(tmp_path, "results.csv", file_column="weights")
     (tmp_path / "runs" / "net1.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="names .*net1.pt, which is missing"):
+    with pytest.raises(FileNotFoundError, match=r"names .*net1.pt, which is missing"):
         load_checkpoints(tmp_path, "results.csv")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         load_checkpoints(tmp_path)

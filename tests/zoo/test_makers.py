@@ -39,7 +39,7 @@ def stop_at(share):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_data_sets(name):
-    (images, labels), (test_images, test_labels) = load_images(name)
+    (images, labels), (_test_images, test_labels) = load_images(name)
     assert images.shape[1:] == (1, 8, 8) and images.dtype == torch.float32 and len(test_labels) == 600
     assert len(images) == len(labels) >= 1190
     assert torch.bincount(labels, minlength=10).min() > 80 and torch.bincount(test_labels, minlength=10).min() > 35
@@ -65,7 +65,7 @@ def test_drawn_images_can_be_learnt_by_all_families(tmp_path, dataset):
 
 def test_an_interrupted_make_goes_on_to_the_same_zoo(tmp_path, monkeypatch):
     monkeypatch.setattr("sne_fast.zoo.classifiers.GROUP", 2)
-    arguments = dict(dataset="shapes", architectures=["mlp-10", "cnn3-pool-batchnorm"], max_steps=12, seed=5)
+    arguments = {"dataset": "shapes", "architectures": ["mlp-10", "cnn3-pool-batchnorm"], "max_steps": 12, "seed": 5}
     whole = make_classifier_zoo(tmp_path / "whole", 9, **arguments)
     with pytest.raises(Stop), torch_threads(1):  # one group after another: some are done at 60 % of the work
         make_classifier_zoo(tmp_path / "z", 9, **arguments, on_progress=stop_at(0.6))
@@ -104,7 +104,7 @@ def test_a_killed_make_goes_on_to_the_same_zoo(tmp_path, monkeypatch):
     done = len(list((tmp_path / "z").glob("shards/*.rows.json")))
     assert 0 < done < 80 and not (tmp_path / "z" / "index.parquet").exists()
     monkeypatch.setattr("sne_fast.zoo.inrs.GROUP", 2)
-    arguments = dict(steps=20, points=16)
+    arguments = {"steps": 20, "points": 16}
     same_zoo(make_sine_zoo(tmp_path / "z", 160, **arguments), make_sine_zoo(tmp_path / "whole", 160, **arguments))
 
 
@@ -157,7 +157,7 @@ def test_stacked_fit_equals_a_plain_loop(init):
 
 def test_sine_zoo_fits_resumes_and_verifies(tmp_path, monkeypatch):
     monkeypatch.setattr("sne_fast.zoo.inrs.GROUP", 4)
-    arguments = dict(networks=10, steps=250, points=64, seed=2)
+    arguments = {"networks": 10, "steps": 250, "points": 64, "seed": 2}
     whole = make_sine_zoo(tmp_path / "whole", **arguments)
     a = whole.column("a")
     assert a.min() >= 0.5 and a.max() <= 10 and len(set(a)) == 10 and whole.sizes.tolist() == [1153] * 10
@@ -180,7 +180,7 @@ def test_verify_notices_a_transposed_layer(tmp_path):
 
     wrong = Zoo({name: zoo.column(name).tolist() for name in zoo.columns}, Transposed(), zoo.about)
     assert verify(zoo, tolerance=1e-5) < 1e-5
-    with pytest.raises(VerifyError, match="siren-000. differs by"):
+    with pytest.raises(VerifyError, match=r"siren-000. differs by"):
         verify(wrong, tolerance=0.05)
 
 

@@ -150,7 +150,7 @@ def test_a_zoo_goes_to_other_processes(tmp_path):
 
 def test_a_shard_is_no_checkpoint(tmp_path):
     written(tmp_path / "z")
-    with pytest.raises(CheckpointError, match="sne_fast.order"):
+    with pytest.raises(CheckpointError, match=r"sne_fast.order"):
         load_state_dict(next((tmp_path / "z" / "shards").iterdir()))
 
 
@@ -230,7 +230,7 @@ def test_damaged_zoos_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="names this shard, but it is missing"):
         reopened(index.set_column(at, "shard", pa.array(["gone"] * 7))).state_dict(0)
     at = index.schema.get_field_index("position")
-    with pytest.raises(CheckpointError, match="holds . networks, the index wants 99"):
+    with pytest.raises(CheckpointError, match=r"holds . networks, the index wants 99"):
         reopened(index.set_column(at, "position", pa.array([99] * 7))).state_dict(0)
     reopened(index)
     shard.write_bytes(b"nonsense")

@@ -98,16 +98,15 @@ struct ProductRows {
 };
 
 template <class T>
-SNE_DEVICE ProductRows<T> product_rows(const ChunkSpace &space, const WarpBin &bin, int64_t rows, int width) {
-  return {bin.there ? (T *)space.products + bin.row * width : nullptr, rows * width};
+SNE_DEVICE ProductRows<T> product_rows(const ChunkSpace &space, bool there, int64_t row, int64_t rows, int width) {
+  return {there ? (T *)space.products + row * width : nullptr, rows * width};
 }
 
 // Loads the gradient of a warp's rows, zeros where the warp has no bin.
 template <int NT>
-SNE_DEVICE void load_grad(Tile (&grad)[NT], const ChunkSpace &space, const WarpBin &bin) {
-  const float *at = space.rows_grad + bin.row * (8 * NT);
+SNE_DEVICE void load_grad(Tile (&grad)[NT], const ChunkSpace &space, bool there, int64_t row) {
   SNE_UNROLL
-  for (int j = 0; j < NT; ++j) grad[j] = bin.there ? load_tile(at + 8 * j, 8 * NT) : Tile{};
+  for (int j = 0; j < NT; ++j) grad[j] = there ? load_tile(space.rows_grad + row * 8 * NT + 8 * j, 8 * NT) : Tile{};
 }
 
 // Backward of the feed-forward half of a block, which it computes again: turns grad from the gradient of the result

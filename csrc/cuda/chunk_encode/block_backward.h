@@ -216,24 +216,27 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1) chunk_block_backward(ChunkCall<typename Op::S
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
   const int64_t per_step = num_warps() / set.warps, rows = call.count * call.cls.slots;
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
-    const WarpBin bin = load_bin<Shape>(memory, call, set, step);
+    const int64_t local = step * per_step + warp_id() / set.warps;
+    const bool there = local < call.count;
+    load_bin<Shape>(memory, call, set, local);
+    const int64_t row = local * call.cls.slots + set.part * Shape::ROWS;
     Rows16<Op> x[1][Shape::KT];
     Tile o[1][NT], grad[1][NT];
-    const T *saved = (const T *)space.saved + ((block - 1) * rows + bin.row) * W;
+    const T *saved = (const T *)space.saved + ((block - 1) * rows + row) * W;
     SNE_UNROLL
-    for (int k = 0; k < Shape::KT; ++k) x[0][k] = bin.there ? load_rows16<Op>(saved + 16 * k, W) : Rows16<Op>{};
+    for (int k = 0; k < Shape::KT; ++k) x[0][k] = there ? load_rows16<Op>(saved + 16 * k, W) : Rows16<Op>{};
     attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
-    load_grad(grad[0], space, bin);
-    const ProductRows<T> products = product_rows<T>(space, bin, rows, W);
+    load_grad(grad[0], space, there, row);
+    const ProductRows<T> products = product_rows<T>(space, there, row, rows, W);
     feed_forward_backward<Op, Shape>(grad, o, weights, layout.out(block), out_transposed, layout.out_transposed(block),
                                      vectors + at.out_bias(block), sums + warp_id() * kNormSums<W>, layer_norm,
                                      products);
     Tile dx[1][NT] = {};
     attention_backward<Op, Shape>(dx, grad, x, weights, transposed, block, vectors + at.qkv_bias(block), memory, set,
                                   products);
-    if (bin.there) {
+    if (there) {
       SNE_UNROLL
-      for (int j = 0; j < NT; ++j) store_tile(space.rows_grad + bin.row * W + 8 * j, W, dx[0][j]);
+      for (int j = 0; j < NT; ++j) store_tile(space.rows_grad + row * W + 8 * j, W, dx[0][j]);
     }
     set.sync();
   }

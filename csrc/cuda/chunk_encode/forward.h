@@ -28,33 +28,21 @@ SNE_DEVICE void load_slots(const Memory &memory, const ChunkCall<T> &call, const
   }
 }
 
-// The bin of slots that a warp works on, alone or with the other warps of its set, in one step of a kernel's loop.
-struct WarpBin {
-  int64_t local;  // number of the bin in the launch
-  bool there;     // the launch has so many
-  int64_t row;    // first row of this warp among those of the launch
-  Chunks chunks;
-};
-
-// Finds the bin of a warp with `rows` rows. All lanes of the warp call it together.
+// Returns the chunks in bin `local` of the launch, none if there is no such bin. All lanes of the warp call it
+// together.
 template <class T>
-SNE_DEVICE WarpBin find_bin(const ChunkCall<T> &call, const SetOfWarps &set, int64_t step, int rows) {
-  WarpBin out;
-  out.local = step * (num_warps() / set.warps) + warp_id() / set.warps;
-  out.there = out.local < call.count;
-  out.row = out.local * call.cls.slots + set.part * rows;
-  out.chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + out.local,
-                           out.there ? call.bins : 0);
-  return out;
+SNE_DEVICE Chunks chunks_of_bin(const ChunkCall<T> &call, int64_t local) {
+  return find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local,
+                     local < call.count ? call.bins : 0);
 }
 
-// Finds the bin and loads its slots and values into shared memory, for all warps of the set.
+// The same, and loads the bin's slots and values into shared memory, for all warps of the set.
 template <class Shape, class Memory, class T>
-SNE_DEVICE WarpBin load_bin(const Memory &memory, const ChunkCall<T> &call, const SetOfWarps &set, int64_t step) {
-  const WarpBin bin = find_bin(call, set, step, Shape::ROWS);
-  load_slots<Shape>(memory, call, bin.chunks, set.part);
+SNE_DEVICE Chunks load_bin(const Memory &memory, const ChunkCall<T> &call, const SetOfWarps &set, int64_t local) {
+  const Chunks chunks = chunks_of_bin(call, local);
+  load_slots<Shape>(memory, call, chunks, set.part);
   set.sync();
-  return bin;
+  return chunks;
 }
 
 // Adds the codes of each row's tensor and element to x, after rounding x to the operand type.
@@ -196,24 +184,25 @@ SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool 
   const int64_t per_step = num_warps() / set.warps;
   const int64_t plane = call.count * call.cls.slots * Shape::W;
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
-    const WarpBin bin = load_bin<Shape>(memory, call, set, step);
+    const int64_t local = step * per_step + warp_id() / set.warps;
+    const Chunks chunks = load_bin<Shape>(memory, call, set, local);
     scalar_means<Shape>(memory, set, call.logit, Shape::HEADS);
     Tile o[MT][Shape::NT];
     scalar_rows<Shape>(o, memory, vectors, Shape::HEADS);
     feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
     Rows16<Op> x[MT][Shape::KT];
-    typename Op::Storage *to = saved ? saved + bin.row * Shape::W : nullptr;
+    typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * Shape::W : nullptr;
     for (int block = 1; block < 4; ++block) {
       if (block == 2) add_codes<Op, Shape>(o, memory, call);
       to_operands<Op>(x, o);
-      if (saved && bin.there) save_rows<Op, Shape>(to + (block - 1) * plane, x);
+      if (saved && local < call.count) save_rows<Op, Shape>(to + (block - 1) * plane, x);
       attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
       feed_forward<Op, Shape>(o, weights, layout.out(block), vectors + at.out_bias(block), layer_norm);
     }
     to_operands<Op>(x, o);
     if (!saved)
-      pool<Op, Shape>(o, x, weights, memory, set, call, bin.chunks, out);
-    else if (bin.there)
+      pool<Op, Shape>(o, x, weights, memory, set, call, chunks, out);
+    else if (local < call.count)
       save_rows<Op, Shape>(to + 3 * plane, x);
     set.sync();
   }

@@ -41,10 +41,13 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
   const int lane = lane_id();
   const int64_t per_step = num_warps() / set.warps;
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
-    const WarpBin bin = find_bin(call, set, step, 32);
-    const Slot slot = slot_of(bin.chunks, call.order, set.part * 32 + lane);
+    const int64_t local = step * per_step + warp_id() / set.warps;
+    const bool there = local < call.count;
+    const Chunks chunks = chunks_of_bin(call, local);
+    const Slot slot = slot_of(chunks, call.order, set.part * 32 + lane);
     own.slots[lane] = slot;
-    const T *rows = x + bin.row * width;
+    const int64_t row = local * call.cls.slots + set.part * 32;
+    const T *rows = x + row * width;
     const bool real = slot.chunk >= 0;
     for (int a = 0; a < heads; ++a)
       own.weight[lane * heads + a] = real ? dot(rows + lane * width, call.pool_query + a * width, width) : 0.0f;
@@ -74,7 +77,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
       own.slope[lane * heads + a] = real ? p * (own.slope[lane * heads + a] - mean) : 0.0f;
     }
     sync_warp();
-    for (int i = 0; i < 32 && bin.there; ++i) {
+    for (int i = 0; i < 32 && there; ++i) {
       const int64_t chunk = own.slots[i].chunk;
       for (int c = lane; c < width; c += 32) {
         float sum = 0;
@@ -87,7 +90,7 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
             query_sums[a * width + c] += d * value;
           }
         }
-        rows_grad[(bin.row + i) * width + c] = sum;
+        rows_grad[(row + i) * width + c] = sum;
       }
     }
     set.sync();
@@ -100,8 +103,7 @@ template <class T>
 SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_sums(ChunkCall<T> call, const float *rows_grad, int width, float *chunk_grad) {
   for (int64_t first = block_id() * num_warps(); first < call.count; first += num_blocks() * num_warps()) {
     const int64_t local = first + warp_id();
-    const Chunks chunks = find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local,
-                                      local < call.count ? call.bins : 0);
+    const Chunks chunks = chunks_of_bin(call, local);
     for (int group = 0; group < chunks.count; ++group) {
       const float *rows = rows_grad + (local * call.cls.slots + group * chunks.length) * width;
       float *to = chunk_grad + call.order[chunks.first + group] * width;

@@ -115,12 +115,15 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
   const int64_t per_step = num_warps() / set.warps, rows = call.count * call.cls.slots;
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
-    const WarpBin bin = load_bin<Shape>(memory, call, set, step);
+    const int64_t local = step * per_step + warp_id() / set.warps;
+    const bool there = local < call.count;
+    load_bin<Shape>(memory, call, set, local);
     record_rows<Op, width>(memory, set, call.logit, heads);
+    const int64_t row = local * call.cls.slots + set.part * Shape::ROWS;
     Tile o[1][NT], grad[1][NT];
     scalar_rows<Shape>(o, memory, vectors, heads);
-    load_grad(grad[0], space, bin);
-    const ProductRows<T> products = product_rows<T>(space, bin, rows, W);
+    load_grad(grad[0], space, there, row);
+    const ProductRows<T> products = product_rows<T>(space, there, row, rows, W);
     feed_forward_backward<Op, Shape>(grad, o, out, layout.out(0), transposed, layout.out_transposed(0),
                                      vectors + at.out_bias(0), norm_sums + warp_id() * 4 * W, layer_norm, products);
 

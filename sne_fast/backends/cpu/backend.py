@@ -75,6 +75,7 @@ def _chunk_encode_args(
 
 
 def chunk_encode(*args: Tensor) -> Tensor:
+    """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     struct, dtype, _kept = _chunk_encode_args("chunk_encode", args)
     out = torch.empty(struct.num_chunks, struct.heads, struct.hidden, dtype=dtype)
     _run("sne_fast_cpu_chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr())
@@ -82,6 +83,7 @@ def chunk_encode(*args: Tensor) -> Tensor:
 
 
 def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    """Compute the op ``chunk_encode_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     struct, dtype, kept = _chunk_encode_args("chunk_encode_backward", args, grad)
     grad = _ready(grad, dtype)
     inputs = (args[0], *args[5:])
@@ -107,6 +109,7 @@ def _set_attention_args(
 def set_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_host: Tensor, k_host: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
+    """Compute the op ``set_attention``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.set_attention("set_attention", q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
     dtype = accumulate_dtype(q.dtype)
     queries, keys, values = (_ready(t, dtype) for t in (q, k, v))
@@ -121,6 +124,7 @@ def set_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_ptr: Tensor, k_ptr: Tensor, q_host: Tensor, k_host: Tensor, num_heads: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compute the op ``set_attention_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     op = "set_attention_backward"
     checks.set_attention(op, q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
     for name, tensor, shape in (("grad", grad, q.shape), ("out", out, q.shape), ("lse", lse, (q.shape[0], num_heads))):
@@ -150,6 +154,7 @@ def _segment_pool_args(x: Tensor, logits: Tensor, ptr: Tensor, out: Tensor, lse:
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the op ``segment_pool``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
     dtype = accumulate_dtype(x.dtype)
     rows, weights, ptr_host = _ready(x, dtype), _ready(logits, dtype), ptr_host.contiguous()
@@ -164,6 +169,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
 def segment_pool_backward(
     grad: Tensor, x: Tensor, logits: Tensor, out: Tensor, lse: Tensor, ptr: Tensor, ptr_host: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Compute the op ``segment_pool_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool_backward", x, logits, ptr, ptr_host)
     pooled = (ptr.shape[0] - 1, logits.shape[1], x.shape[1])
     for name, tensor, shape in (("grad", grad, pooled), ("out", out, pooled), ("lse", lse, pooled[:2])):
@@ -198,6 +204,7 @@ def _gather_args(matrices: Sequence[Tensor], scale: Tensor, plan: Tensor, values
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the op ``gather_chunks``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.gather_chunks("gather_chunks", tensors, scale, plan)
     computed = accumulate_dtype(dtype)
     matrices = [(t if t.dtype in library.DTYPES else t.to(computed)).contiguous() for t in tensors]  # fp8 and the like
@@ -210,6 +217,7 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
 def gather_chunks_backward(
     grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
+    """Compute the op ``gather_chunks_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.gather_chunks_backward("gather_chunks_backward", grad, values, tensors, scale, plan)
     computed = accumulate_dtype(values.dtype)
     grad, values = _ready(grad, computed), _ready(values, computed)

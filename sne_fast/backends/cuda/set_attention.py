@@ -45,6 +45,7 @@ class Plan:
     def make(
         cls, own: Lengths, inner: Lengths, own_rows: int, inner_rows: int, heads: int, multiprocessors: int
     ) -> Plan:
+        """Divide the work of a kernel on a GPU of so many multiprocessors."""
         split = MAX_SPLIT
         while split > MIN_SPLIT and inner_rows * heads < split * WARPS_PER_MULTIPROCESSOR * multiprocessors:
             split //= 2

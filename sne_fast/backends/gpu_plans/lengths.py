@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the sets of one pointer: their number, the longest, and the mean length weighted by rows, ``typical``."""
+    """Number of sets of one pointer, length of the longest, and mean length weighted by rows, ``typical``."""
 
     sets: int
     longest: int

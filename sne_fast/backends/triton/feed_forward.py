@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def is_staged(self) -> bool:
-        """Whether the launch table asks for the staged form."""
+        """True if the launch table asks for the staged form."""
         return self.sizes["ROWS"] == 0
 
     def tiles(self, rows: int) -> int:

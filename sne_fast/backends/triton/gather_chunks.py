@@ -30,6 +30,7 @@ def _table(tensors: Sequence[Tensor], plan: Tensor, sizes: Launch) -> tuple[np.n
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the op ``gather_chunks``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.gather_chunks("gather_chunks", tensors, scale, plan)
     matrices = gather_tables.sources(tensors, accumulate_dtype(dtype))
     values = scale.new_empty((sum(t.numel() for t in matrices),), dtype=dtype)
@@ -48,6 +49,7 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
 def gather_chunks_backward(
     grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
+    """Compute the op ``gather_chunks_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.gather_chunks_backward("gather_chunks_backward", grad, values, tensors, scale, plan)
     grads = gather_tables.empty_gradients(tensors, accumulate_dtype(values.dtype))
     grad_scale = torch.zeros_like(scale, memory_format=torch.contiguous_format)

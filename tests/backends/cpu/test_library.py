@@ -80,7 +80,7 @@ def test_a_wrong_instruction_set_is_an_error():
 
 @needs_backend
 def test_structs_have_the_size_of_the_header(tmp_path):
-    """ctypes mirrors the header by hand: count the fields there."""
+    """Count the fields in the header, which ctypes mirrors by hand."""
     header = (ROOT / "csrc" / "include" / "sne_fast" / "cpu_abi.h").read_text()
     assert f"#define SNE_FAST_CPU_ABI {_native.ABI}\n" in header
     for name, struct in {

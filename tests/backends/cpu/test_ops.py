@@ -303,7 +303,7 @@ def test_chunk_encode_refuses_wrong_shapes(place):
     grad = torch.randn(3, 4, 32)
     with refused("chunk_encode_backward: grad must have shape (3, 4, 32), got float32 (2, 4, 32) on cpu"):
         cpu.chunk_encode_backward(grad[:2], *args)
-    with pytest.raises(TypeError, match="chunk_encode: .* must have the dtype and device of values .float.*, got flo"):
+    with pytest.raises(TypeError, match=r"chunk_encode: .* must have the dtype and device of values .float.*, got flo"):
         cpu.chunk_encode(*args[:place], args[place].half(), *args[place + 1 :])
     args[place] = args[place][..., :-1]
     name = CHUNK_NAMES[max(0, place - 4)]

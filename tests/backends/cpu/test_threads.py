@@ -23,7 +23,7 @@ def all_results(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
     grad = torch.randn(len(lengths), 4, 64, generator=g).to(dtype)
     results = [cpu.chunk_encode(*args), *cpu.chunk_encode_backward(grad, *args)]
 
-    sets = torch.randint(0, 90, (50,), generator=g).tolist() + [3000]
+    sets = [*torch.randint(0, 90, (50,), generator=g).tolist(), 3000]
     ptr = pointers(sets)
     q, k, v, grad = (torch.randn(sum(sets), 64, generator=g).to(dtype) for _ in range(4))
     out, lse = cpu.set_attention(q, k, v, ptr, ptr, ptr, ptr, 4)

@@ -39,7 +39,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def put_library(folder: Path, leave_out: str = "", **results: int | str) -> None:
-    """A library with every symbol, whose functions return what is given."""
+    """Make a library with every symbol, whose functions return what is given."""
     values: dict[str, int | str] = {"abi": library.ABI, "architectures": "80+ptx 90a", "runtime_version": 13000,
                                     "driver_version": 13000, **results}  # fmt: skip
     code = ""
@@ -176,7 +176,7 @@ def test_the_default_build_runs_on_every_gpu_from_ampere() -> None:
 
 
 def test_the_header_says_the_same() -> None:
-    """ctypes mirrors it by hand: number, functions, structs and their fields."""
+    """Count functions, structs and their fields in the header, which ctypes mirrors by hand."""
     assert f"#define SNE_FAST_CUDA_ABI {library.ABI}\n" in HEADER
     assert set(re.findall(r"\b(sne_fast_cuda_\w+)\(", HEADER)) == set(library.SYMBOLS)
     text = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)

@@ -22,7 +22,7 @@ from sne_fast.ops import devices, found_backends
 MEASURED = Call("set_attention", "9.0", "bfloat16", "ieee", 64, 4, 16.0, 1 << 20)
 
 
-def test_a_preferred_backend_is_asked_before_one_of_higher_priority(install) -> None:  # noqa: F811
+def test_a_preferred_backend_is_asked_before_one_of_higher_priority(install) -> None:
     wanted: list[tuple[str, int]] = []
 
     def preferred(op: str, args: tuple[Any, ...]) -> bool:
@@ -41,12 +41,12 @@ def test_a_preferred_backend_is_asked_before_one_of_higher_priority(install) -> 
         pooled()
 
 
-def test_a_preferred_backend_that_cannot_run_is_passed_by(install) -> None:  # noqa: F811
+def test_a_preferred_backend_that_cannot_run_is_passed_by(install) -> None:
     install(backend("cuda", preferred=lambda op, args: True, why_not=lambda op, args: ["not this width"]))
     assert pooled() != 7
 
 
-def test_without_triton_cuda_is_taken_before_the_reference(install, monkeypatch) -> None:  # noqa: F811
+def test_without_triton_cuda_is_taken_before_the_reference(install, monkeypatch) -> None:
     """By priority alone, with no rule for the call."""
     loaded = dict(found_backends.BACKENDS)
     assert loaded["triton"].priority > loaded["cuda"].priority > loaded["reference"].priority

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sne_fast.backends.triton import launches, tune  # noqa: E402
+from sne_fast.backends.triton import launches, tune
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

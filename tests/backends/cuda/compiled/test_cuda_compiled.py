@@ -58,8 +58,10 @@ def test_forward_kernels_of_narrow_widths_spill_nothing(file: str) -> None:
 @needs_cuobjdump
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_for_a_kind_of_operand_use_tensor_cores(file: str) -> None:
-    """Those with an ``Op`` among their template arguments multiply, but for the one that puts weights in order; those
-    named after Hopper's instruction are empty elsewhere."""
+    """Find matrix instructions in kernels with an ``Op`` among their template arguments.
+
+    One of them only puts weights in order, and those named after Hopper's instruction are empty elsewhere.
+    """
     for kernel in compiled(file).kernels:
         elsewhere = "wgmma" in kernel.name and kernel.arch != "90a"
         if re.search(r"<.*\bsne::Op[A-Z]", kernel.name) and "::prepare<" not in kernel.name and not elsewhere:

@@ -123,5 +123,5 @@ def test_the_division_follows_the_number_of_items() -> None:
 def test_why_not() -> None:
     checks.why_not(kernels)
     x, logits, ptr, _ = case([2], 48, 3, SINGLE)
-    with pytest.raises(ValueError, match="segment_pool: logits must have shape .rows, A. with rows = 2, got "):
+    with pytest.raises(ValueError, match=r"segment_pool: logits must have shape .rows, A. with rows = 2, got "):
         kernels.segment_pool(x, logits[:1], ptr, ptr)

@@ -21,7 +21,7 @@ CASES = {**checks.CASES, "long": ([1, 70, 2, 130], [1, 70, 2, 130]), "many seeds
 
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets of a hundred rows count as long ones."""
+    """Let sets of a hundred rows count as long ones."""
     monkeypatch.setattr(backend, "LONGEST_SPLIT", 64)
     monkeypatch.setattr(backend, "SHORTEST_SPLIT", 64)
 

@@ -34,7 +34,7 @@ def compiled(
         plan = Plan.make(kernel, torch.empty(1, h, dtype=dtype, device="meta"), layer_norm, one_query, arch)
     if plan.is_staged:
         return None
-    signature = {name: TYPES[dtype] for name in operands.split()} | {name: "*fp32" for name in sums.split()}
+    signature = dict.fromkeys(operands.split(), TYPES[dtype]) | dict.fromkeys(sums.split(), "*fp32")
     signature |= {"rows": "i32", "tiles": "i32"}
     return compile_kernel(fn, signature, plan.constants, arch, plan.sizes.num_warps, plan.sizes.num_stages)
 

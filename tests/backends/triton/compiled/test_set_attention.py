@@ -31,9 +31,9 @@ def compiled(
     q = torch.empty(1, h, dtype=dtype, device="meta")
     sized = "query_grad" if kernel == "mean" else kernel
     plan = Plan.make(sized, q, own, inner, 8 * own.longest, 8 * inner.longest, heads, arch=arch)
-    signature = {name: TYPES[dtype] for name in of_dtype.split()} | {name: "*fp32" for name in sums.split()}
+    signature = dict.fromkeys(of_dtype.split(), TYPES[dtype]) | dict.fromkeys(sums.split(), "*fp32")
     if plan.split:  # partial results
-        signature |= {name: "*fp32" for name in ("out" if kernel == "forward" else "", "grad_q", "grad_k", "grad_v")}
+        signature |= dict.fromkeys(("out" if kernel == "forward" else "", "grad_q", "grad_k", "grad_v"), "*fp32")
     signature |= {"q_ptr": "*i64", "k_ptr": "*i64", "sets": "i32", "max_own_rows": "i32"}
     mode = "read" if plan.split else "keys" if dtype != torch.float32 else "out"
     constants = plan.constants | ({"MEAN": mode} if kernel == "query_grad" else {})

@@ -103,7 +103,9 @@ def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_why_not() -> None:
     x, logits, ptr = pool_case([2, 3], 24, 3, SINGLE)
-    with pytest.raises(sne_fast.BackendError, match="segment_pool: backend 'triton' .* width must be a multiple of 16"):
+    with pytest.raises(
+        sne_fast.BackendError, match=r"segment_pool: backend 'triton' .* width must be a multiple of 16"
+    ):
         functional.segment_pool(x, logits, ptr)
     x, logits, ptr = pool_case([2, 3], 16, 3, torch.bfloat16)
     with pytest.raises(sne_fast.BackendError, match="interpreter does not compute bfloat16"):
@@ -118,7 +120,7 @@ def test_the_backend_passes_its_self_test(op: str) -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls of the kernels of feed_forward."""
+    """Record the calls of the kernels of feed_forward."""
     calls: list[str] = []
     for op in ("feed_forward", "feed_forward_backward"):
         kernel = BACKEND.kernels[op]
@@ -168,7 +170,7 @@ def test_widths_without_kernels_are_ordinary_torch(fused: list[str]) -> None:
     pool = sne_fast.PMA(48, num_heads=3, num_seeds=1, layer_norm=True)
     assert pool(torch.randn(5, 48), torch.tensor([0, 2, 5])).shape == (2, 1, 48) and fused == []
     with pytest.raises(
-        sne_fast.BackendError, match="feed_forward: backend 'triton' .* width must be one of 32, 64, 12"
+        sne_fast.BackendError, match=r"feed_forward: backend 'triton' .* width must be one of 32, 64, 12"
     ):
         functional.feed_forward(*feed_forward_case(3, 48, dtype=SINGLE))
 

@@ -102,7 +102,7 @@ def test_arguments_that_are_not_contiguous(form) -> None:
 
 
 def eager(q: Tensor, attended: Tensor, w: Tensor, b: Tensor, norm: Tensor) -> Tensor:
-    """What MAB does on other backends."""
+    """Compute what MAB does on other backends."""
     h, o = (q.shape[1],), q + attended
     o = nnf.layer_norm(o, h, norm[0], norm[1]) if len(norm) else o
     o = o + nnf.relu(nnf.linear(o, w, b))

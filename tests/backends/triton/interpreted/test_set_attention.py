@@ -18,7 +18,7 @@ CASES = {**checks.CASES, "one long": ([130], [130])}
 
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter is slow: sets of a hundred rows count as long ones."""
+    """Let sets of a hundred rows count as long ones, as the interpreter is slow."""
     launch = kernels.launch
 
     def smaller(*args, **kwargs):
