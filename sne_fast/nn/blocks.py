@@ -176,7 +176,7 @@ class ISAB(nn.Module):
 class PMA(nn.Module):
     """Pooling by multihead attention, ``MAB(S, X)`` with k learned seeds S (Lee et al. 2019, eq. 11).
 
-    Rows are pooled before they are projected (docs/method.md, "The algebra of the fast paths"): the logits are
+    Rows are pooled before they are projected (docs/method.md, "Algebra of the fast code"): the logits are
     ``X (fc_k^T q)``, one vector per seed and head, and ``fc_v`` acts on the pooled rows only.
 
     Args:

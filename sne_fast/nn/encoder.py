@@ -79,7 +79,7 @@ class ChunkEncoder(nn.Module):
     def folded_parameters(self) -> dict[str, Tensor]:
         """Fold the named parameters into the arguments of :func:`sne_fast.functional.chunk_encode`.
 
-        The algebra is in docs/method.md, "The algebra of the fast paths".
+        The algebra is in docs/method.md, "Algebra of the fast code".
         """
         mabs = [cast(SAB, block).mab for block in self.blocks]
         first, *rest = mabs

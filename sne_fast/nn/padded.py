@@ -64,7 +64,9 @@ class PaddedSNE(nn.Module):
 
     Example::
 
-        torch.testing.assert_close(PaddedSNE(encoder)(batch), encoder(batch))
+        >>> encoder = sne_fast.SNE(hidden_dim=32)
+        >>> batch = encoder.pack([torch.nn.Linear(4, 3)])
+        >>> torch.testing.assert_close(PaddedSNE(encoder)(batch), encoder(batch))
     """
 
     def __init__(self, encoder: SNE) -> None:

@@ -73,8 +73,9 @@ class Predictor(PretrainedMixin, nn.Module):
 
     Example::
 
-        predictor = Predictor(sne_fast.SNE(hidden_dim=32), target_names=["accuracy"], target_transform="logit")
-        predictor([model, "other.safetensors"])         # (2, 1)
+        >>> predictor = Predictor(sne_fast.SNE(hidden_dim=32), target_names=["accuracy"], target_transform="logit")
+        >>> predictor([torch.nn.Linear(4, 3), "mlp.safetensors"]).shape
+        torch.Size([2, 1])
     """
 
     target_mean: Tensor
