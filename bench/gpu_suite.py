@@ -1,4 +1,4 @@
-"""Everything there is to check and measure on a machine with a GPU, in one command, under nine minutes, no network:
+"""Check and measure everything on a machine with a GPU, in one command, under nine minutes, without network.
 
     python bench/gpu_suite.py --out gpu.json
 

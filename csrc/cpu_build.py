@@ -1,4 +1,6 @@
-"""Builds the CPU library from csrc/cpu with g++: for setup.py, or alone: python csrc/cpu_build.py [OUT.so]
+"""Build the CPU library from csrc/cpu with g++.
+
+Used by setup.py, and alone: python csrc/cpu_build.py [OUT.so]
 
 Environment:
 

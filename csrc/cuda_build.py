@@ -1,4 +1,6 @@
-"""Builds the CUDA library from csrc/cuda with nvcc: for setup.py, or alone: python csrc/cuda_build.py [OUT.so]
+"""Build the CUDA library from csrc/cuda with nvcc.
+
+Used by setup.py, and alone: python csrc/cuda_build.py [OUT.so]
 
 Environment:
 
@@ -62,13 +64,13 @@ def gpu_capabilities() -> list[tuple[int, int]]:
 
 @functools.cache
 def known_architectures(nvcc: str) -> tuple[int, ...]:
-    """What this nvcc compiles for: 80, 86, ..."""
+    """Return what this nvcc compiles for: 80, 86, ..."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     return tuple(sorted(int(number) for number in re.findall(r"compute_(\d+)\b", listed)))
 
 
 def architectures(nvcc: str) -> list[str]:
-    """The list of ``SNE_FAST_CUDA_ARCHS``, or the default for this machine."""
+    """Return the list of ``SNE_FAST_CUDA_ARCHS``, or the default for this machine."""
     if asked := os.environ.get("SNE_FAST_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split():
         return asked
     known = known_architectures(nvcc)
@@ -126,7 +128,7 @@ def code_flags(names: Sequence[str], only: str = "") -> list[str]:
 
 
 def sources() -> list[Path]:
-    """The longest compilations first, so that they do not run alone at the end."""
+    """Return the sources, the longest compilations first, so that they do not run alone at the end."""
     files = sorted((CSRC / "cuda").rglob("*.cu"), key=lambda path: -path.stat().st_size)
     # Small files that instantiate large templates; float32 products, each of three TF32 ones, take the longest.
     return sorted(files, key=lambda path: (path.stem != "operands_float", "operands" not in path.stem))

@@ -47,7 +47,7 @@ class Unit:
 
 
 def host_compiler() -> list[str]:
-    """The C++ compiler and its flags from ``CXX``, by default g++."""
+    """Return the C++ compiler and its flags from ``CXX``, by default g++."""
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 

@@ -1,4 +1,6 @@
-"""Builds the CUDA kernels for the host, every CUDA thread a fiber: python csrc/tests/emulate.py OUT.so
+"""Build the CUDA kernels for the host, every CUDA thread a fiber.
+
+Used by tests, and alone: python csrc/tests/emulate.py OUT.so
 
 ``SNE_FAST_CUDA_EMULATED=OUT.so python -m pytest tests/backends/cuda/emulated`` runs the kernels' tests on it.
 """
@@ -10,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cuda_build  # noqa: E402
-import native_build  # noqa: E402
-from native_build import CSRC, INCLUDES, Unit  # noqa: E402
+import cuda_build
+import native_build
+from native_build import CSRC, INCLUDES, Unit
 
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSNE_EMULATED", "-Wall",
          "-Wextra", *INCLUDES]  # fmt: skip

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cpu_build  # noqa: E402
-import native_build  # noqa: E402
-from native_build import CSRC, Unit  # noqa: E402
+import cpu_build
+import native_build
+from native_build import CSRC, Unit
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0"]
 

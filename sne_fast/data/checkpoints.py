@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -250,8 +251,6 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
 
 def _is_whole_pickle(file: Path) -> bool:
     """Return whether the file is a pickle to its end, judged without running it; damage is reported otherwise."""
-    import pickletools
-
     with open(file, "rb") as opened:
         try:
             first = [argument for _, argument, _ in pickletools.genops(opened)]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.autograd import apply
 from .layers import Network
 
 # Elements at once, 128 KiB in float64. It stays in cache, and torch starts no threads below 32768 elements: on a busy
@@ -73,7 +74,7 @@ def tensor_scales(
     if scale == "none":
         divisors = torch.ones_like(divisors)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        divisors = _Scale.apply(divisors, divides, *tensors)
+        divisors = apply(_Scale, divisors, divides, *tensors)
     return divisors, tensors
 
 

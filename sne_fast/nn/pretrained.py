@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import tempfile
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,8 +126,6 @@ class PretrainedMixin:
         Raises:
             ModuleNotFoundError: `huggingface_hub` is missing.
         """
-        import tempfile
-
         api = _hub(f"push_to_hub: uploading to {repo_id!r}").HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:

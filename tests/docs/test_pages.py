@@ -61,7 +61,7 @@ def test_sections_of_the_method_that_code_cites_exist() -> None:
             for match in re.finditer(r"docs/method\.md", words):
                 around = words[max(0, match.start() - 80) : match.end() + 80]
                 number = re.match(r"(?:, section)? (\d(?:\.\d)?)", words[match.end() :])
-                assert number and number[1] in sections or re.search(titles, around), f"{name(file)}: {around}"
+                assert (number and number[1] in sections) or re.search(titles, around), f"{name(file)}: {around}"
                 cited += 1
     assert cited
 

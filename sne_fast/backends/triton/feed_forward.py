@@ -101,7 +101,7 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
 def feed_forward_backward(
     grad: Tensor, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor
 ) -> tuple[Tensor, ...]:
-    """The op ``feed_forward_backward``: the gradient of q + attended, and those of w_o, b_o and norm."""
+    """Run the op ``feed_forward_backward``: return the gradients of q + attended, w_o, b_o and norm."""
     q, (grad, attended, *parameters), one_query = _ready(q, grad, attended, w_o, b_o, norm)
     (rows, h), layer_norm, acc = attended.shape, norm.shape[0] > 0, accumulate_dtype(attended.dtype)
     sum_grad = torch.empty_like(attended)

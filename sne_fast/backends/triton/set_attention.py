@@ -104,7 +104,7 @@ def _query_grads(
     plan: Plan, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_ptr: Tensor, k_ptr: Tensor,
     sets: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq and the mean of each row's weights' gradient."""
+    """Return the gradient of q and, per row, the mean of its weights' gradients."""
     grad_q, mean = torch.empty_like(q), torch.empty_like(lse)
     # Where ``out`` is as exact as the products, <grad, out> is that mean at no cost.
     mode = "out" if q.dtype == accumulate_dtype(q.dtype) and plan.constants["PRECISION"] == "ieee" else "keys"

@@ -37,7 +37,7 @@ def add_normed_kernel(
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """out = ln(a + b), or with RELU ln(a + relu(b)); without layer norm the sum itself: all ``(R, h)``."""
+    """Add rows ``(R, h)`` and normalise: ``ln(a + b)``, with RELU ``ln(a + relu(b))``; without layer norm the sum."""
     i_value, m_row = _tile_at(tl.program_id(0).to(tl.int64), rows, ROWS, WIDTH)
     b_sum = tl.load(a + i_value, mask=m_row, other=0).to(ACC)  # [M, h]
     b_z = tl.load(b + i_value, mask=m_row, other=0).to(ACC)  # [M, h]
