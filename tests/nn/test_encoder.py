@@ -74,7 +74,7 @@ def test_every_width_and_head_count_equals_brute_force(width: int, heads: int, c
     assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
-@pytest.mark.parametrize("chunk_size", slow_but_every(2, CHUNK_SIZES))
+@pytest.mark.parametrize("chunk_size", slow_but_every(3, CHUNK_SIZES))
 @pytest.mark.parametrize("chunking", ["flat", "neuron", "kernel"])
 def test_every_chunk_size_equals_brute_force(chunking: str, chunk_size: int) -> None:
     config = {"hidden_dim": 32, "num_heads": 4, "chunking": chunking, "chunk_size": chunk_size}
@@ -83,7 +83,7 @@ def test_every_chunk_size_equals_brute_force(chunking: str, chunk_size: int) -> 
     assert largest_error(encoder(networks), oracle_for(encoder, **config)(networks)) <= 1e-12
 
 
-@pytest.mark.parametrize("name", [*MIXED, "mlp_tiny", "mlp_deep", "transformer_tied", "oddities"])
+@pytest.mark.parametrize("name", slow_but_every(2, [*MIXED, "mlp_tiny", "mlp_deep", "transformer_tied", "oddities"]))
 def test_every_architecture_equals_brute_force(name: str) -> None:
     config = {"hidden_dim": 32, "num_heads": 4, "chunk_size": 8}
     encoder = encoder_for(config)

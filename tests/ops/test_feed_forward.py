@@ -225,6 +225,7 @@ def test_compiled_into_one_graph_that_follows_the_choice_of_backend(calls, as_on
     assert calls.count((7, 32)) >= 3
 
 
+@pytest.mark.slow
 def test_the_encoder_compiled_with_it(as_on_a_gpu) -> None:
     encoder, batch = model_and_batch()
     got, want = (
