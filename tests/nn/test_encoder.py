@@ -1,4 +1,4 @@
-"""SPEC 3: SNE equals the brute-force oracle; padding, company, order of sets, initialisation."""
+"""SNE equals the brute-force oracle; padding, company, order of sets, initialisation."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ FORMS = [
 
 @pytest.mark.parametrize("config", FORMS, ids=name_of)
 def test_all_calling_forms_agree(config: dict[str, Any], tmp_path) -> None:
-    """A batch, modules, state_dicts and paths: SPEC 3's calling forms. The network has only unmistakable tensors."""
+    """A batch, modules, state_dicts and paths: all calling forms. The network has only unmistakable tensors."""
     encoder = encoder_for({"hidden_dim": 32, "num_heads": 4, **config})
     networks = [make("cnn", 1, F64), make("mlp", 2, F64)]
     keys = {"chunk_size": 32, "chunking": "flat", "scale": "tensor"}
@@ -492,7 +492,7 @@ def test_hidden_neurons_in_another_order_are_another_input() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# It trains (SPEC 3, "Initialisation decides whether this trains at all")
+# It trains, which its initialisation decides
 
 
 def spread_over_size(z: Tensor) -> float:
@@ -511,7 +511,7 @@ def test_spread_of_z_at_step_0(sines: list[nn.Module]) -> None:
     with torch.no_grad(), sne_fast.use_backend("auto"):
         batch = encoder.pack(sines)
         assert spread_over_size(encoder(batch)) >= 0.3
-        for name, p in encoder.named_parameters():  # the modules' defaults, as SPEC says, lose it
+        for name, p in encoder.named_parameters():  # with the modules' defaults it is lost
             if name.endswith("bias") and ".ln" not in name:
                 p.uniform_(-0.2, 0.2)
             elif name.endswith("pool.S"):
