@@ -54,18 +54,21 @@ def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, se
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def _both(forward: Callable[[], Tensor], inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
-    """Seconds of the forward call without gradients, and of forward and backward together."""
-    with torch.no_grad():
-        alone = median_seconds(forward, device)
-    for tensor in inputs:
-        tensor.requires_grad_()
-    direction = torch.randn_like(forward())
+def _both(
+    forward: Callable[[], Tensor], inputs: list[Tensor], device: torch.device, backend: str
+) -> tuple[float, float]:
+    """Return the seconds of the forward without gradients, and of forward and backward, both on ``backend``."""
+    with use_backend(backend):  # around the step as a whole: a backward runs on the backend chosen at that moment
+        with torch.no_grad():
+            alone = median_seconds(forward, device)
+        for tensor in inputs:
+            tensor.requires_grad_()
+        direction = torch.randn_like(forward())
 
-    def step() -> None:
-        torch.autograd.grad(forward(), inputs, direction)
+        def step() -> None:
+            torch.autograd.grad(forward(), inputs, direction)
 
-    return alone, median_seconds(step, device)
+        return alone, median_seconds(step, device)
 
 
 # ------------------------------------------------------------------------------------------------------- chunk_encode
@@ -95,7 +98,7 @@ def chunk_encode(
 
     with torch.no_grad():
         error = _agree("chunk_encode", run(small, backend), run(small, "reference"), dtype)
-    forward, step = _both(lambda: run(batch, backend), [stage.code_gain], device)
+    forward, step = _both(lambda: run(batch, backend), [stage.code_gain], device, backend)
     operations = chunk_operations(batch, WIDTH)
     chunks = batch.chunk_ptr.shape[0] - 1
     yield {
@@ -178,7 +181,7 @@ def set_attention(
             off = relative_error(run(*inputs), expected)
         if not off <= LOSS_RATIO * HALF_TOLERANCE[dtype]:
             raise CheckFailed(f"set_attention and {name} differ by {off:.1e}; nothing is reported")
-        forward, step = _both(lambda: run(*inputs), inputs, device)
+        forward, step = _both(lambda: run(*inputs), inputs, device, backend)
         return {
             **row, "by": name, "error": error, "forward_seconds": forward, "step_seconds": step,
             "forward_fraction_of_products": operations / forward / product_rate,
@@ -233,7 +236,7 @@ def feed_forward(
     row = {"op": "feed_forward", "dtype": str(dtype), "rows": rows}
 
     def measured(name: str, run: Callable[..., Tensor], error: float) -> Row:
-        forward, step = _both(functools.partial(run, *inputs), inputs, device)
+        forward, step = _both(functools.partial(run, *inputs), inputs, device, backend)
         return {
             **row, "by": name, "error": error, "forward_seconds": forward, "step_seconds": step,
             "forward_fraction_of_copy": 3 * moved / forward / bandwidth,
@@ -274,7 +277,7 @@ def segment_pool(
     few = max(1, min(segments, 4096 // length))
     with torch.no_grad():
         error = _agree("segment_pool", run(few), run(few, "reference"), dtype)
-    forward, step = _both(run, [x, logits], device)
+    forward, step = _both(run, [x, logits], device, backend)
     size = x.element_size()
     moved = size * (rows * (WIDTH + queries) + segments * queries * WIDTH)
     yield {
