@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -11,9 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-if TYPE_CHECKING:
-    from report import Results
+from measured import Results
 
 # Keys of `seconds` in the results, in the order of the bars.
 NAMES = {"sne_fast": "sne_fast", "eager": "eager padded", "compile": "torch.compile", "loop": "eager, one by one"}

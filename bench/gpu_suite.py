@@ -127,7 +127,7 @@ class Suite:
                 return kept
 
     def backends(self, op: str = "") -> list[str]:
-        """Those asked for, else those for a GPU that run this op here (all ops, for none), else what auto chooses."""
+        """Return the backends asked for, else those for a GPU that run this op here, else what auto chooses."""
         if self.options.backend:
             without = {name for name, ops in FUSIONS.items() if op in OPTIONAL_OPS and op not in ops}
             return [name for name in self.options.backend if name not in without]

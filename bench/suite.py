@@ -142,7 +142,7 @@ class Suite:
         return self._steps[case.name]
 
     def at_full_size(self) -> Suite:
-        """For scaling cases, whose own names give their size."""
+        """Return a suite for scaling cases, whose own names give their size."""
         return dataclasses.replace(self, size="full")
 
     def measure(self, benchmark: Any, pairs: Pairs, rounds: int) -> None:

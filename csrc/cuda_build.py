@@ -53,7 +53,7 @@ def _nvidia_smi(*arguments: str) -> list[str]:
 
 
 def gpu_capabilities() -> list[tuple[int, int]]:
-    """Of the GPUs here, as the driver lists them."""
+    """Return the compute capabilities of the GPUs here, as the driver lists them."""
     found = (re.fullmatch(r"\s*(\d+)\.(\d+)\s*", line) for line in
              _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader"))  # fmt: skip
     return sorted({(int(match[1]), int(match[2])) for match in found if match})

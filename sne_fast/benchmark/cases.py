@@ -121,7 +121,7 @@ GPU_CASES: dict[str, Case] = {
 """The cases of `bench/gpu_suite.py`."""
 
 FAMILIES = ("networks", "network")
-"""How size grows: more networks (zoo CNNs, SAB), or one larger network (three square matrices, ISAB)."""
+"""Families of scaling cases: more networks (zoo CNNs, SAB), or one larger network (three square matrices, ISAB)."""
 
 
 def scaling_case(family: str, weights: int) -> Case:

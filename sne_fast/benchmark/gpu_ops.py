@@ -32,7 +32,7 @@ HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3
 
 
 def _shape(backend: str, dtype: torch.dtype, width: int, heads: int, length: float, rows: int) -> Row:
-    """Who was measured on what, as :mod:`sne_fast.backends.cuda.winners` reads it: ``length`` is the mean of a set."""
+    """Return the fields of a row that say what was measured; ``length`` is the mean length of a set."""
     return {"backend": backend, "dtype": str(dtype), "products": product_precision(dtype), "width": width,
             "heads": heads, "length": length, "rows": rows}  # fmt: skip
 

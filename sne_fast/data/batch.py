@@ -15,6 +15,7 @@ from torch import Tensor
 from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
 from .choices import Chunking
 from .names import Names, network_name, tensor_name
+from .network_index import NetworkIndex, chosen_networks
 from .pointers import join_pointers, ragged_gather
 
 __all__ = ["CHUNKINGS", "WeightBatch"]
@@ -291,47 +292,15 @@ class WeightBatch:
     def __iter__(self) -> Iterator[WeightBatch]:
         return (self[b] for b in range(len(self)))
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray) -> WeightBatch:
+    def __getitem__(self, index: NetworkIndex) -> WeightBatch:
         """Select networks: by an index (a batch of one), a slice, a sequence of indices, or a mask of B booleans.
 
         Raises:
             IndexError: an index outside -B..B-1, or a mask of another length than B.
             TypeError: anything else.
         """
-        count = len(self)
-        if isinstance(index, slice):
-            start, stop, step = index.indices(count)
-            if step == 1:
-                return self._slice(start, max(start, stop))
-            return self._take(np.arange(start, stop, step, dtype=np.int64))
-        if (isinstance(index, (Tensor, np.ndarray)) and index.ndim == 0) or not hasattr(index, "__len__"):
-            if isinstance(index, (bool, np.bool_)) or getattr(index, "dtype", None) in (torch.bool, np.bool_):
-                raise TypeError("WeightBatch: a single boolean is no index; use a mask of one boolean per network")
-            try:
-                b = operator.index(index)
-            except TypeError:
-                raise TypeError(
-                    "WeightBatch: index must be an int, a slice, a sequence of ints or a mask, "
-                    f"got {type(index).__name__}"
-                ) from None
-            if not -count <= b < count:
-                raise IndexError(f"WeightBatch: index {b} is outside a batch of {count} networks")
-            return self._slice(b % count, b % count + 1)
-        indices = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
-        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iub"):
-            raise TypeError(
-                "WeightBatch: index must be ints or booleans in one dimension, "
-                f"got {indices.dtype} of shape {indices.shape}"
-            )
-        if indices.dtype.kind == "b":
-            if indices.size != count:
-                raise IndexError(f"WeightBatch: mask must have one entry per network, got {indices.size} for {count}")
-            return self._take(np.flatnonzero(indices))
-        indices = indices.astype(np.int64)
-        wrong = (indices < -count) | (indices >= count)
-        if wrong.any():
-            raise IndexError(f"WeightBatch: index {indices[wrong][0]} is outside a batch of {count} networks")
-        return self._take(np.where(indices < 0, indices + count, indices))
+        chosen = chosen_networks(index, len(self))
+        return self._slice(chosen.start, chosen.stop) if isinstance(chosen, slice) else self._take(chosen)
 
     def _slice(self, first: int, last: int) -> WeightBatch:
         if first == 0 and last == len(self):

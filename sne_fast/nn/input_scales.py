@@ -135,4 +135,4 @@ def _fan_in_roots(shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...]) 
 
 
 INPUT_SCALES: dict[str, type[InputNormaliser | FanInScale]] = {"zoo": InputNormaliser, "fan_in": FanInScale}
-"""What `Predictor(normalise_inputs=...)` takes."""
+"""Choices of `Predictor(normalise_inputs=...)`."""

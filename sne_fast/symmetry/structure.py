@@ -13,7 +13,7 @@ _Placed: TypeAlias = tuple[Axis, int, int]  # an axis, the dimension along which
 
 
 class Structure(NamedTuple):
-    """What a `Symmetry` knows of its tensors: their shapes and boxes by name, and all axes."""
+    """Shapes and boxes of a symmetry's tensors by name, and all its axes."""
 
     shapes: dict[str, tuple[int, ...]]
     axes: tuple[AxisInfo, ...]

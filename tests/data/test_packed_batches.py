@@ -1,4 +1,4 @@
-"""SPEC 1: what `pack` puts into a WeightBatch, against cutting element by element."""
+"""Contents of the WeightBatch that `pack` makes, against cutting element by element."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_it_is_a_frozen_dataclass_with_the_fields_in_order() -> None:
 
 
 def test_only_parameters_and_running_statistics() -> None:
-    """Of `oddities`: no complex parameter, no plain buffer, no counter; frozen and strided parameters are in."""
+    """Check `oddities`: no complex parameter, no plain buffer, no counter; frozen and strided parameters are in."""
     batch = sne_fast.pack([make("oddities", 1)])
     names = set(batch.names[0][1])
     assert names.isdisjoint({"constant", "phase", "batch.num_batches_tracked", "tied.weight", "again.weight"})
@@ -323,7 +323,7 @@ def test_dtype_follows_the_default_unless_given() -> None:
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 @pytest.mark.parametrize("scale", ["tensor", "none"])
 def test_gradients_reach_the_tensors(chunking: str, scale: str) -> None:
-    """Of values and of tensor_scale, as the oracle's autograd has them."""
+    """Gradients of values and of tensor_scale are those of the oracle's autograd."""
     for name in ("cnn", "oddities", "transformer_tied"):
         network = make(name, 1, F64)
         parameters = [p for p in network.parameters() if p.requires_grad and p.is_floating_point()]

@@ -26,7 +26,7 @@ NAMES = ("mlp", "cnn", "resnet_block", "transformer", "transformer_tied", "recur
 
 
 def cut(tensor: Tensor, chunk_size: int, chunking: str) -> list[list[float]]:
-    """SPEC 1, one element after another."""
+    """Cut one element after another."""
     if tensor.ndim == 0:
         return [[tensor.item()]]
     if tensor.ndim == 1:

@@ -1,4 +1,4 @@
-"""SPEC 2: the blocks against a dense Set Transformer with the public implementation's names, loaded by state_dict."""
+"""The blocks against a dense Set Transformer with the public implementation's names, loaded by state_dict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.networks import randomise_
 from helpers.op_cases import pointer
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The dense blocks: (batch, n, dim) tensors, every set of the batch of one size, from the formulas of SPEC 2
+# The dense blocks: (batch, n, dim) tensors, every set of the batch of one size, by the formulas of the blocks
 
 
 class DenseMAB(nn.Module):
@@ -210,7 +210,7 @@ def test_state_dicts_are_exchangeable_and_norms_default_to_off(block) -> None:
 
 
 def test_module_defaults_are_linear_and_xavier() -> None:
-    """SPEC 2: nn.Linear initialisation, xavier_uniform_ for S and I: inside their bounds and filling them."""
+    """Modules start as nn.Linear does, S and I by xavier_uniform_: inside their bounds and filling them."""
     torch.manual_seed(0)
     sab = sne_fast.SAB(25, 64, 4)
     for m in (sab.mab.fc_q, sab.mab.fc_k, sab.mab.fc_v, sab.mab.fc_o):
@@ -225,7 +225,7 @@ def test_module_defaults_are_linear_and_xavier() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The names of SPEC 3
+# The names of parameters
 
 
 def expected_names(h: int, ln: bool, attention: str, m: int) -> dict[str, tuple[int, ...]]:
@@ -281,7 +281,7 @@ def test_sne_defaults_are_those_of_the_contract() -> None:
 
 @pytest.mark.parametrize("attention", ["sab", "isab"])
 def test_start_of_sne(attention: str) -> None:
-    """SPEC 3: biases and seeds zero, E and u normal(0, 1), gains 0.1, inducing points xavier, weights random."""
+    """Biases and seeds start at zero, E and u normal(0, 1), gains 0.1, inducing points xavier, weights random."""
     torch.manual_seed(0)
     encoder = sne_fast.SNE(hidden_dim=64, num_heads=4, set_attention=attention)
     for name, p in encoder.named_parameters():

@@ -209,6 +209,7 @@ def test_a_backend_is_added_by_files_alone(tmp_path: Path, how: str, package: st
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_first_call_that_loads_backends_may_be_compiled() -> None:
     """`fuses` finds the backends while torch.compile traces it."""
     code = (

@@ -32,7 +32,7 @@ def with_gradients(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def plain(q: Tensor, attended: Tensor, w: Tensor, b: Tensor, norm: Tensor) -> Tensor:
-    """SPEC 2 by torch's own functions."""
+    """Compute the formula by torch's own functions."""
     h, o = (q.shape[1],), q + attended
     o = nnf.layer_norm(o, h, norm[0], norm[1]) if len(norm) else o
     o = o + torch.relu(o @ w.T + b)
@@ -225,6 +225,7 @@ def test_compiled_into_one_graph_that_follows_the_choice_of_backend(calls, as_on
     assert calls.count((7, 32)) >= 3
 
 
+@pytest.mark.slow
 def test_the_encoder_compiled_with_it(as_on_a_gpu) -> None:
     encoder, batch = model_and_batch()
     got, want = (

@@ -50,10 +50,10 @@ def test_any_number_of_queries_and_width(h: int, queries: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-@pytest.mark.parametrize("fewest", [128, 700, 4096])
-def test_parts_of_every_size(dtype: torch.dtype, fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("min_items", [128, 700, 4096])
+def test_parts_of_every_size(dtype: torch.dtype, min_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments that lanes, a warp or the whole block have, cut and whole, as blocks get more items."""
-    monkeypatch.setattr(kernels, "FEWEST", fewest)
+    monkeypatch.setattr(kernels, "MIN_ITEMS", min_items)
     for lengths in ([1100, 3, 1, 90, 0, 300], [4, 1, 0, 2] * 30 + [600] + [3] * 70):
         check(kernels, case(lengths, 64, 4, dtype))
 

@@ -22,8 +22,8 @@ CASES = {**checks.CASES, "long": ([1, 70, 2, 130], [1, 70, 2, 130]), "many seeds
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sets of a hundred rows count as long ones."""
-    monkeypatch.setattr(backend, "LONGEST_SPLIT", 64)
-    monkeypatch.setattr(backend, "SHORTEST_SPLIT", 64)
+    monkeypatch.setattr(backend, "MAX_SPLIT", 64)
+    monkeypatch.setattr(backend, "MIN_SPLIT", 64)
 
 
 @pytest.fixture
@@ -104,14 +104,14 @@ def test_the_same_bits_in_every_order_of_threads(lengths, dtype: torch.dtype) ->
 @pytest.mark.parametrize(("heads", "dtype"), [(4, BRAIN), (1, BRAIN), (2, SINGLE), (1, SINGLE)])
 def test_teams_of_any_size(monkeypatch, warps: int, heads: int, dtype: torch.dtype) -> None:
     """Every size of team on sets shorter and longer than it, found by search and by number."""
-    monkeypatch.setattr(backend, "MOST_WARPS", warps)
+    monkeypatch.setattr(backend, "MAX_WARPS", warps)
     for lengths in ([9, 0, 33, 2], [1, 5, 16, 3]):
         check(backend, inputs(lengths, lengths, 64 if heads == 1 else 32, dtype), heads)
 
 
 def test_plans(monkeypatch) -> None:
-    monkeypatch.setattr(backend, "LONGEST_SPLIT", 1024)
-    monkeypatch.setattr(backend, "SHORTEST_SPLIT", 256)
+    monkeypatch.setattr(backend, "MAX_SPLIT", 1024)
+    monkeypatch.setattr(backend, "MIN_SPLIT", 256)
 
     def plan(own: list[int], inner: list[int], heads: int = 4) -> tuple[int, ...]:
         p = backend.Plan.make(*(Lengths.of(pointer(x)) for x in (own, inner)), sum(own), sum(inner), heads, 132)
@@ -129,7 +129,7 @@ def test_plans(monkeypatch) -> None:
 
 def test_more_than_2_to_31_values(monkeypatch) -> None:
     """Of keys and values: pages of memory that nothing touches, but for the last set's."""
-    monkeypatch.setattr(backend, "LONGEST_SPLIT", 1 << 20)
+    monkeypatch.setattr(backend, "MAX_SPLIT", 1 << 20)
     torch.use_deterministic_algorithms(False)
     (q, few, _), _, _ = inputs([3], [5], 32, HALF)
     rows = (1 << 26) + 100
