@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sne_fast
+from helpers.choices import slow_but_every
 from helpers.toy_backend import backend, pooled
 from sne_fast import functional
 from sne_fast.ops import dispatch, found_backends
@@ -201,7 +202,10 @@ assert fused == (sys.argv[3] == "torch"), "auto calls a fusion where its package
 """
 
 
-@pytest.mark.parametrize(("how", "package"), [("eager", "torch"), ("compiled", "torch"), ("eager", "no_such_package")])
+HOW_AND_PACKAGE = [("eager", "torch"), ("compiled", "torch"), ("eager", "no_such_package")]
+
+
+@pytest.mark.parametrize(("how", "package"), slow_but_every(3, HOW_AND_PACKAGE))
 def test_a_backend_is_added_by_files_alone(tmp_path: Path, how: str, package: str) -> None:
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "backend.py").write_text(TOY.replace("PACKAGE", package))
@@ -224,7 +228,10 @@ def test_the_first_call_that_loads_backends_may_be_compiled() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("content", ["", "BACKEND = 3", TOY.replace('"toy"', '"other"')], ids=["none", "int", "name"])
+CONTENTS = ["", "BACKEND = 3", TOY.replace('"toy"', '"other"')]
+
+
+@pytest.mark.parametrize("content", slow_but_every(3, CONTENTS), ids=["none", "int", "name"])
 def test_a_folder_that_declares_no_backend_is_explained(tmp_path: Path, content: str) -> None:
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "backend.py").write_text(content)
