@@ -49,6 +49,11 @@ def _agree(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> f
     return error
 
 
+def _fraction(rate: float, limit: float | None) -> float | None:
+    """Return the share of a limit of the device that a rate is, None where the limit could not be measured."""
+    return None if limit is None else rate / limit
+
+
 def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -82,7 +87,7 @@ def zoo_batch(weights: int, device: torch.device) -> WeightBatch:
 
 
 def chunk_encode(
-    device: torch.device, dtype: torch.dtype, weights: int, product_rate: float, backend: str
+    device: torch.device, dtype: torch.dtype, weights: int, product_rate: float | None, backend: str
 ) -> Iterator[Row]:
     """Weights per second of the chunk stage, h = 64, 4 heads, chunks of 32, forward and training step."""
     encoder = CASES["zoo"].encoder().to(device)
@@ -106,8 +111,8 @@ def chunk_encode(
         "weights": batch.num_weights, "error": error,
         "forward_seconds": forward, "step_seconds": step,
         "forward_weights_per_second": batch.num_weights / forward, "step_weights_per_second": batch.num_weights / step,
-        "forward_fraction_of_products": operations / forward / product_rate,
-        "step_fraction_of_products": FORWARDS_PER_STEP * operations / step / product_rate,
+        "forward_fraction_of_products": _fraction(operations / forward, product_rate),
+        "step_fraction_of_products": _fraction(FORWARDS_PER_STEP * operations / step, product_rate),
     }  # fmt: skip
 
 
@@ -149,7 +154,7 @@ def set_attention(
     rows: int,
     longest: int,
     heads: int,
-    product_rate: float,
+    product_rate: float | None,
     backend: str,
     rivals: bool = True,
 ) -> Iterator[Row]:
@@ -184,7 +189,7 @@ def set_attention(
         forward, step = _both(lambda: run(*inputs), inputs, device, backend)
         return {
             **row, "by": name, "error": error, "forward_seconds": forward, "step_seconds": step,
-            "forward_fraction_of_products": operations / forward / product_rate,
+            "forward_fraction_of_products": _fraction(operations / forward, product_rate),
         }  # fmt: skip
 
     yield {**measured("sne_fast", ours), **own}
@@ -209,7 +214,7 @@ def set_attention(
 
 
 def feed_forward(
-    device: torch.device, dtype: torch.dtype, rows: int, bandwidth: float, backend: str, rivals: bool = True
+    device: torch.device, dtype: torch.dtype, rows: int, bandwidth: float | None, backend: str, rivals: bool = True
 ) -> Iterator[Row]:
     """Residual, norms and fc_o of `rows` rows, h = 64: ours, then, as rivals, the operations it fuses, also compiled.
 
@@ -239,8 +244,8 @@ def feed_forward(
         forward, step = _both(functools.partial(run, *inputs), inputs, device, backend)
         return {
             **row, "by": name, "error": error, "forward_seconds": forward, "step_seconds": step,
-            "forward_fraction_of_copy": 3 * moved / forward / bandwidth,
-            "step_fraction_of_copy": 7 * moved / step / bandwidth,
+            "forward_fraction_of_copy": _fraction(3 * moved / forward, bandwidth),
+            "step_fraction_of_copy": _fraction(7 * moved / step, bandwidth),
         }  # fmt: skip
 
     with torch.no_grad():
@@ -261,7 +266,7 @@ def feed_forward(
 
 
 def segment_pool(
-    device: torch.device, dtype: torch.dtype, rows: int, length: int, bandwidth: float, backend: str
+    device: torch.device, dtype: torch.dtype, rows: int, length: int, bandwidth: float | None, backend: str
 ) -> Iterator[Row]:
     """Pooling of segments of `length` rows by four queries, h = 64: share of the copy bandwidth."""
     queries, segments = 4, max(1, rows // length)
@@ -282,12 +287,13 @@ def segment_pool(
     moved = size * (rows * (WIDTH + queries) + segments * queries * WIDTH)
     yield {
         "op": "segment_pool", **_shape(backend, dtype, WIDTH, queries, length, rows), "error": error,
-        "forward_seconds": forward, "step_seconds": step, "forward_fraction_of_copy": moved / forward / bandwidth,
+        "forward_seconds": forward, "step_seconds": step,
+        "forward_fraction_of_copy": _fraction(moved / forward, bandwidth),
     }  # fmt: skip
 
 
 def gather_chunks(
-    device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float, backend: str
+    device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float | None, backend: str
 ) -> Iterator[Row]:
     """ResNet-50's float32 tensors, several copies, cut into chunk order in one call: share of the copy bandwidth.
 
@@ -311,5 +317,5 @@ def gather_chunks(
     yield {
         "op": "gather_chunks", **_shape(backend, dtype, 0, 0, 0, count), "weights": count, "tensors": len(tensors),
         "error": error,
-        "forward_seconds": forward, "forward_fraction_of_copy": moved / forward / bandwidth,
+        "forward_seconds": forward, "forward_fraction_of_copy": _fraction(moved / forward, bandwidth),
     }  # fmt: skip

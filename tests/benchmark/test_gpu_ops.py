@@ -43,3 +43,10 @@ def test_the_step_that_is_timed_runs_backward_on_the_same_backend(op: str, monke
     packing = "gather_chunks"  # of the networks, before anything is timed
     assert {backend for backend, name in calls if name != packing} == {"reference"}
     assert calls["reference", op] > 0 and calls["reference", f"{op}_backward"] > 0
+
+
+def test_without_a_measured_limit_a_row_has_no_share_of_it() -> None:
+    [row] = gpu_ops.segment_pool(CPU, torch.float32, 256, 32, None, "reference")
+    assert row["forward_seconds"] > 0 and row["forward_fraction_of_copy"] is None
+    [row] = gpu_ops.segment_pool(CPU, torch.float32, 256, 32, 1e9, "reference")
+    assert row["forward_fraction_of_copy"] > 0
