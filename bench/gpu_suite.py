@@ -2,11 +2,12 @@
 
     python bench/gpu_suite.py --out gpu.json
 
-The CUDA backend is built where there is nvcc. Environment; tests marked `gpu`; compute-sanitizer on small shapes; the
-device's ceilings; the ops against them, by every backend for a GPU that runs here; the cases of `bench/` and ResNet-50
-by the same, against eager padded and torch.compile. After every part the JSON is written anew, so a run that is cut off
-loses one part. A part that fails is recorded with its error and does not stop the others; the exit status is 1 then.
-`--size tiny --device cpu` runs the same code on a CPU, to try it.
+The CUDA backend is built where there is nvcc. Environment; the device's ceilings; tests marked `gpu`; the cases of
+`bench/` and ResNet-50 by every backend for a GPU that runs here, against eager padded; the ops by the same, against the
+ceilings, and what rivals them; compute-sanitizer on small shapes. The time is shared by the parts that are asked for:
+what one does not need, those after it have. After every row the JSON is written anew, so a run that is cut off loses
+one row. What fails is recorded with its error and does not stop the rest; the exit status is 1 then. `--size tiny
+--device cpu` runs the same code on a CPU, to try it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -30,32 +29,27 @@ if importlib.util.find_spec("sne_fast") is None:  # on a lent machine nothing is
     sys.path.insert(0, str(ROOT))
 
 import cuda_build  # noqa: E402
+import gpu_cases  # noqa: E402
+import gpu_commands  # noqa: E402
 import gpu_tables  # noqa: E402
 import torch  # noqa: E402
+from gpu_cases import OutOfTime  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import sne_fast  # noqa: E402
+from sne_fast.atomic_files import write_text  # noqa: E402
 from sne_fast.backends.cuda import library as cuda_library  # noqa: E402
-from sne_fast.benchmark import (  # noqa: E402
-    GPU_CASES,
-    Contender,
-    DoesNotFit,
-    check_agreement,
-    contender,
-    gpu_limits,
-    gpu_ops,
-    run_check,
-)
+from sne_fast.benchmark import GPU_CASES, gpu_limits, gpu_ops  # noqa: E402
 from sne_fast.ops.found_backends import FUSIONS  # noqa: E402
-from sne_fast.ops.schema import OPTIONAL_OPS, REQUIRED_OPS  # noqa: E402
+from sne_fast.ops.schema import FORWARD_OPS, OPTIONAL_OPS, REQUIRED_OPS  # noqa: E402
 from sne_fast.reports.machine import gpu, nvidia_smi, revision, versions  # noqa: E402
 
 Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 BASELINES = ("eager", "compile")
 BACKENDS = ("cuda", "triton")  # those for a GPU; the first that runs is the one that baselines are compared with
-# What a missing barrier or a wrong one shows in: Triton places its own.
-SANITIZERS = {"cuda": ("memcheck", "racecheck", "synccheck"), "other": ("memcheck", "racecheck")}
+PARTS = ("build", "environment", "ceilings", "tests", "cases", "ops", "sanitizer")  # in the order in which they run
+SHARES = {"tests": 4, "cases": 2, "ops": 3, "sanitizer": 3}  # of the time; the others take what they need
 CASE_ORDER = ("zoo", "mixed", "resnet", "resnet50", "single", "inr", "gpt2")
 SIZES: dict[str, Json] = {
     "full": {
@@ -69,10 +63,6 @@ SIZES: dict[str, Json] = {
 }  # fmt: skip
 
 
-class OutOfTime(RuntimeError):
-    """The command's time is spent."""
-
-
 class Suite:
     """The parts, the time they may take together, and the JSON they fill."""
 
@@ -80,11 +70,13 @@ class Suite:
         self.options, self.device = options, torch.device(options.device)
         self.size = SIZES[options.size]
         self.start = time.monotonic()
+        self.end = self.deadline = self.start + options.seconds
         self.results: Json = {"parts": {}, "errors": {}, "skipped": {}}
         self.console = Console(width=140)
 
     def left(self) -> float:
-        return self.options.seconds - (time.monotonic() - self.start)
+        """Return the seconds that the running part may still take."""
+        return self.deadline - time.monotonic()
 
     def need(self, seconds: float) -> None:
         """Raise OutOfTime unless that much is left."""
@@ -93,16 +85,22 @@ class Suite:
 
     def write(self) -> None:
         self.results["seconds"] = time.monotonic() - self.start
-        part = Path(f"{self.options.out}.part")
-        part.write_text(json.dumps(self.results, indent=1, default=str) + "\n", encoding="utf-8")
-        part.replace(self.options.out)
+        write_text(Path(self.options.out), json.dumps(self.results, indent=1, default=str) + "\n")
 
     def fail(self, name: str, error: Exception) -> None:
         self.results["errors"][name] = "".join(traceback.format_exception(error))[-4000:]
+        self.write()
+
+    def run(self) -> None:
+        """Run the parts that are asked for, each in its share of the time that those before it have left."""
+        chosen = [name for name in PARTS if not self.options.only or name in self.options.only]
+        for place, name in enumerate(chosen):
+            now, to_come = time.monotonic(), sum(SHARES.get(other, 0) for other in chosen[place:])
+            share = SHARES[name] / to_come if name in SHARES else 1.0
+            self.deadline = now + share * max(0.0, self.end - now)
+            self.part(name, getattr(self, name))
 
     def part(self, name: str, run: Callable[[], Any]) -> None:
-        if self.options.only and name not in self.options.only:
-            return
         begin = time.monotonic()
         try:
             found = run()
@@ -123,6 +121,7 @@ class Suite:
         while True:
             try:
                 kept.append(next(rows))
+                self.write()
             except StopIteration:
                 return kept
             except OutOfTime as late:
@@ -165,38 +164,6 @@ class Suite:
         found["cuda_backend"] = cuda_library.reasons() or cuda_library.architectures()
         return found
 
-    def tests(self) -> Json:
-        self.need(60)
-        limit = min(self.left() - 30, 0.35 * self.options.seconds)
-        return self._pytest(["-m", "gpu"], limit, [sys.executable])
-
-    def sanitizer(self) -> Json:
-        tool = shutil.which("compute-sanitizer")
-        if tool is None:
-            return {"skipped": "compute-sanitizer is not on the PATH"}
-        found: Json = {}
-        until = self.left() - 0.4 * self.options.seconds
-        for backend in self.backends():
-            for check in SANITIZERS.get(backend, SANITIZERS["other"]):
-                self.need(60)
-                if (limit := min(self.left() - until, 0.15 * self.options.seconds)) < 15:
-                    raise OutOfTime(f"{check} of {backend} and what follows; --only sanitizer has more")
-                command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "--exercise",
-                           "--device", self.options.device, "--backend", backend]  # fmt: skip
-                name = f"{backend} {check}"
-                self.results["parts"]["sanitizer"] = found
-                found[name] = _finished(command, limit)
-                if found[name]["status"]:
-                    self.results["errors"][f"sanitizer {name}"] = found[name]["tail"]
-        return found
-
-    def _pytest(self, arguments: list[str], limit: float, python: list[str]) -> Json:
-        command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsx", *arguments, str(ROOT / "tests")]
-        found = _finished(command, limit)
-        if found["status"]:
-            raise RuntimeError(f"pytest ended with {found['status']}:\n{found['tail']}")
-        return found
-
     def ceilings(self) -> Json:
         """Measure the device's limits; one that cannot be measured is recorded as an error, and None."""
         self.need(20)
@@ -216,122 +183,94 @@ class Suite:
                 self.fail(f"ceilings {name}", error)
         return found
 
+    def tests(self) -> Json:
+        found: Json = {}
+        for run in gpu_commands.TEST_RUNS:
+            self.need(30)
+            self._command("tests", run.name, found, run.command(), run.share * self.left())
+        return found
+
     def ops(self) -> Iterator[Json]:
         ceilings = self.results["parts"].get("ceilings") or self.ceilings()
         bandwidth, products = ceilings["copy_bytes_per_second"], ceilings["products_per_second"] or {}
-        failed: list[Exception] = []
+        chosen, size = self.options.ops, self.size
 
-        def attempt(seconds: float, measure: Callable[..., Iterator[Json]], *args: Any) -> Iterator[Json]:
+        def attempt(seconds: float, op: str, *args: Any) -> Iterator[Json]:
             """One backend's failure does not cost the others their rows."""
+            if op not in chosen:
+                return
             self.need(seconds)
             try:
-                yield from measure(self.device, *args)
+                yield from getattr(gpu_ops, op)(self.device, *args)
             except Exception as error:
-                failed.append(error)
+                line = f"{type(error).__name__}: {error}"[:400]
+                before = self.results["errors"].get("ops", "")
+                if line not in before:
+                    self.results["errors"]["ops"] = f"{before}{line}\n"
+                    self.write()
 
-        for name in ("bfloat16", "float16", "float32"):
-            dtype = getattr(torch, name)
-            kind = name
-            if name == "float32" and torch.get_float32_matmul_precision() != "highest":
-                kind = "tf32"
-            rate = products.get(kind)
-            size = self.size
-            for backend in self.backends("chunk_encode"):
-                yield from attempt(15, gpu_ops.chunk_encode, dtype, size["weights"], rate, backend)
-            if name == "float16":
-                continue
+        def rate_of(dtype: torch.dtype) -> float | None:
+            name = str(dtype).removeprefix("torch.")
+            tf32 = name == "float32" and torch.get_float32_matmul_precision() != "highest"
+            return products.get("tf32" if tf32 else name)
+
+        def attention(dtype: torch.dtype, backend: str, rivals: bool) -> Iterator[Json]:
             for longest in size["longest"]:
                 for heads in (4, 2, 1):  # d = 16, 32, 64
-                    for place, backend in enumerate(self.backends("set_attention")):
-                        yield from attempt(
-                            20, gpu_ops.set_attention, dtype, size["rows"], longest, heads, rate, backend, place == 0
-                        )
+                    yield from attempt(20, "set_attention", dtype, size["rows"], longest, heads, rate_of(dtype),
+                                       backend, rivals)  # fmt: skip
+
+        def feed_forward(dtype: torch.dtype, backend: str, rivals: bool) -> Iterator[Json]:
+            yield from attempt(15, "feed_forward", dtype, size["pool_rows"] // 4, bandwidth, backend, rivals)
+
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for backend in self.backends("chunk_encode"):
+                yield from attempt(15, "chunk_encode", dtype, size["weights"], rate_of(dtype), backend)
+        for dtype in (torch.bfloat16, torch.float32):
+            for backend in self.backends("set_attention"):
+                yield from attention(dtype, backend, False)
             for length in (32, 4096):
                 for backend in self.backends("segment_pool"):
-                    yield from attempt(10, gpu_ops.segment_pool, dtype, size["pool_rows"], length, bandwidth, backend)
-            for place, backend in enumerate(self.backends("feed_forward")):
-                yield from attempt(
-                    15, gpu_ops.feed_forward, dtype, size["pool_rows"] // 4, bandwidth, backend, place == 0
-                )
+                    yield from attempt(10, "segment_pool", dtype, size["pool_rows"], length, bandwidth, backend)
+            for backend in self.backends("feed_forward"):
+                yield from feed_forward(dtype, backend, False)
             for backend in self.backends("gather_chunks"):
-                yield from attempt(10, gpu_ops.gather_chunks, dtype, size["copies"], bandwidth, backend)
-        if failed:
-            texts = dict.fromkeys(f"{type(error).__name__}: {error}"[:400] for error in failed)
-            raise RuntimeError("\n".join(texts)) from failed[0]
+                yield from attempt(10, "gather_chunks", dtype, size["copies"], bandwidth, backend)
+        if not self.options.rivals:
+            return
+        for dtype in (torch.bfloat16, torch.float32):  # last: FlexAttention is compiled for every shape
+            for backend in self.backends("feed_forward")[:1]:
+                yield from feed_forward(dtype, backend, True)
+            for backend in self.backends("set_attention")[:1]:
+                yield from attention(dtype, backend, True)
 
     def cases(self) -> Iterator[Json]:
-        for name in self.options.cases:
-            for kind, autocast in DTYPES.items():
-                if kind == "float16" or (name in ("single", "gpt2", "inr") and kind != "bfloat16"):
-                    continue
-                self.need(20)
-                yield self._case(name, kind, autocast)
+        return gpu_cases.measure(self)
 
-    def _case(self, name: str, kind: str, autocast: torch.dtype | None) -> Json:
-        case, backends = GPU_CASES[name], self.backends()
-        size = "tiny" if self.size["cases"] == "tiny" else "check"
-        # Every backend is checked before any is measured.
-        check, *others = [run_check(case, e, size, device=self.device, autocast=autocast) for e in backends]
-        encoder = case.encoder().to(self.device)
-        batch = case.batch(encoder, self.size["cases"]).to(self.device)
-        row: Json = {"case": name, "dtype": kind, "weights": batch.num_weights, "networks": len(batch),
-                     "backend": backends[0], "check": vars(check), "skipped": {},
-                     "checks": {e: vars(c) for e, c in zip(backends[1:], others, strict=True)}}  # fmt: skip
-        z = None
-        for who in ("sne_fast", *backends[1:], *self.options.baselines):
-            for mode in ("forward", "training") if case.trains else ("forward",):
-                try:
-                    self.need(15)
-                    backend = backends[0] if who == "sne_fast" else who
-                    entrant = contender(
-                        "sne_fast" if who in backends else who, encoder, batch, backend=backend,
-                        training=mode == "training", memory_limit=self._free_bytes(), autocast=autocast,
-                    )  # fmt: skip
-                    if z is None:
-                        z = entrant.output()
-                    elif mode == "forward":
-                        check_agreement(case, who, z, entrant.output(), 2 * check.output_allowed)
-                    row[f"{who} {mode}"] = self._timed(entrant, mode)
-                except (DoesNotFit, OutOfTime, torch.OutOfMemoryError) as reason:
-                    row["skipped"][f"{who} {mode}"] = f"{type(reason).__name__}: {str(reason)[:200]}"
-        for mode in ("forward", "training"):
-            if (backend := row.get(f"sne_fast {mode}")) is None:
-                continue
-            row[f"ratios {mode}"] = {
-                who: row[f"{who} {mode}"]["seconds"] / backend["seconds"]
-                for who in (*backends[1:], *self.options.baselines)
-                if f"{who} {mode}" in row
-            }
-        return row
-
-    def _timed(self, entrant: Contender, mode: str) -> Json:
-        """Median seconds of a run, and the most memory it held above what was there before."""
-        run = entrant.step if mode == "training" else entrant.forward
-        run()
-        found: Json = {}
-        if self.device.type == "cuda":
-            before = torch.cuda.memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            run()
-            found["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) - before
-        found["seconds"] = gpu_limits.median_seconds(run, self.device, 1.5)
+    def sanitizer(self) -> Json:
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            return {"skipped": "compute-sanitizer is not on the PATH"}
+        sanitizers, found = gpu_commands.SANITIZERS, {}
+        runs = [(name, check) for name in self.backends() for check in sanitizers.get(name, sanitizers["other"])]
+        for place, (backend, check) in enumerate(runs):
+            self.need(15)
+            self._command(
+                "sanitizer", f"{backend} {check}", found,
+                gpu_commands.sanitizer_command(tool, check, backend, self.options.device),
+                self.left() / (len(runs) - place),
+            )  # fmt: skip
         return found
 
-    def _free_bytes(self) -> float:
-        if self.device.type != "cuda":
-            return float(2**31)
-        return 0.9 * torch.cuda.mem_get_info(self.device)[0]
-
-
-def _finished(command: list[str], limit: float) -> Json:
-    """Status and end of the output of a command, 124 where it ran past its limit."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, limit), env=environment)
-    except subprocess.TimeoutExpired as late:
-        text = late.stdout.decode() if isinstance(late.stdout, bytes) else (late.stdout or "")
-        return {"status": 124, "tail": f"{text[-3000:]}\nran past {limit:.0f} s"}
-    return {"status": done.returncode, "tail": (done.stdout + done.stderr)[-3000:]}
+    def _command(self, part: str, name: str, into: Json, command: list[str], limit: float, **environment: str) -> None:
+        """Run one command of a part; what it found is written before the next begins."""
+        self.results["parts"][part] = into
+        found = into[name] = gpu_commands.finished(command, limit, **environment)
+        if gpu_commands.only_late(found):
+            self.results["skipped"][f"{part} {name}"] = f"out of time: ran past {limit:.0f} s"
+        elif found["status"]:
+            self.results["errors"][f"{part} {name}"] = found["tail"]
+        self.write()
 
 
 def exercise(device: torch.device, backend: str) -> None:
@@ -359,15 +298,20 @@ def exercise(device: torch.device, backend: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="gpu_suite.json", help="the JSON, written after every part")
+    parser.add_argument("--out", default="gpu_suite.json", help="the JSON, written after every row")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", nargs="*", help="backends under test, as sne_fast.use_backend takes them",
                         default=[])  # fmt: skip
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seconds", type=float, default=530, help="what all parts may take together")
-    parser.add_argument("--only", nargs="*", help="parts: build environment tests sanitizer ceilings ops cases")
+    parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=f"of {' '.join(PARTS)}")
+    parser.add_argument("--ops", nargs="*", choices=FORWARD_OPS, default=FORWARD_OPS, metavar="OP",
+                        help=f"ops to measure, of {' '.join(FORWARD_OPS)}")  # fmt: skip
+    parser.add_argument("--no-rivals", dest="rivals", action="store_false",
+                        help="leave out PyTorch's own forms of the ops, which take minutes to compile")  # fmt: skip
     parser.add_argument("--cases", nargs="*", choices=GPU_CASES, default=CASE_ORDER)
-    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=BASELINES)
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=("eager",),
+                        help="what cases are compared with; compile takes more than a minute per case")  # fmt: skip
     parser.add_argument("--commit", help="commit to record where the checkout has no git")
     parser.add_argument("--exercise", action="store_true", help="run every op once, for compute-sanitizer, and stop")
     return parser
@@ -383,9 +327,8 @@ def main() -> int:
             exercise(torch.device(options.device), backend)
         return 0
     suite = Suite(options)
-    for name in ("build", "environment", "tests", "sanitizer", "ceilings", "ops", "cases"):
-        suite.part(name, getattr(suite, name))
-    gpu_tables.show(suite.results, BACKENDS, BASELINES, suite.console)
+    suite.run()
+    gpu_tables.show(suite.results, BACKENDS, options.baselines, suite.console)
     return 1 if suite.results["errors"] else 0
 
 

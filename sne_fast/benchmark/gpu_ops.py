@@ -156,9 +156,12 @@ def set_attention(
     heads: int,
     product_rate: float | None,
     backend: str,
-    rivals: bool = True,
+    rivals: bool = False,
 ) -> Iterator[Row]:
-    """Self attention in sets of 1 to `longest` rows, h = 64: ours, then, as rivals, `varlen_attn` and FlexAttention."""
+    """Measure self attention in sets of 1 to `longest` rows, h = 64: ours or, as `rivals`, those of PyTorch.
+
+    Those are `varlen_attn` and FlexAttention, on a GPU only; `backend` is then what they must agree with.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, longest + 1, (max(1, 2 * rows // (longest + 1)),), generator=generator)
     host = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -192,8 +195,10 @@ def set_attention(
             "forward_fraction_of_products": _fraction(operations / forward, product_rate),
         }  # fmt: skip
 
-    yield {**measured("sne_fast", ours), **own}
-    if device.type != "cuda" or not rivals:
+    if not rivals:
+        yield {**measured("sne_fast", ours), **own}
+        return
+    if device.type != "cuda":
         return
     others: dict[str, Callable[[], Row]] = {}
     if dtype != torch.float32:
@@ -214,9 +219,9 @@ def set_attention(
 
 
 def feed_forward(
-    device: torch.device, dtype: torch.dtype, rows: int, bandwidth: float | None, backend: str, rivals: bool = True
+    device: torch.device, dtype: torch.dtype, rows: int, bandwidth: float | None, backend: str, rivals: bool = False
 ) -> Iterator[Row]:
-    """Residual, norms and fc_o of `rows` rows, h = 64: ours, then, as rivals, the operations it fuses, also compiled.
+    """Measure residual, norms and fc_o of `rows` rows, h = 64: ours or, as `rivals` on a GPU, the operations it fuses.
 
     The limit is the copy bandwidth: two tensors of rows read and one written, in a step four more.
     """
@@ -248,10 +253,12 @@ def feed_forward(
             "step_fraction_of_copy": _fraction(7 * moved / step, bandwidth),
         }  # fmt: skip
 
-    with torch.no_grad():
-        error = _agree("feed_forward", ours(*few), right, dtype)
-    yield {**measured("sne_fast", ours, error), **_shape(backend, dtype, WIDTH, 0, 0, rows)}
-    if device.type != "cuda" or not rivals:
+    if not rivals:
+        with torch.no_grad():
+            error = _agree("feed_forward", ours(*few), right, dtype)
+        yield {**measured("sne_fast", ours, error), **_shape(backend, dtype, WIDTH, 0, 0, rows)}
+        return
+    if device.type != "cuda":
         return
     for name, run in {"eager": eager, "torch.compile": torch.compile(eager)}.items():
         try:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
 import gpu_suite
 import pytest
 import torch
 
 from helpers.paths import ROOT
 from sne_fast.backends.cuda import winners
-from sne_fast.benchmark import gpu_limits, gpu_ops
+from sne_fast.benchmark import Check, CheckFailed, Contender, contender, gpu_limits, gpu_ops, run_check
 from sne_fast.benchmark.gpu_ops import shape_of
 from sne_fast.ops.schema import FORWARD_OPS
 
@@ -112,7 +113,7 @@ def test_a_ceiling_that_cannot_be_measured_costs_no_other_and_no_op(
     monkeypatch.setattr(gpu_limits, "copy_bandwidth", fails)
     for name in FORWARD_OPS:
         monkeypatch.setattr(gpu_ops, name, measures)
-    suite = make_suite(tmp_path / "gpu.json")
+    suite = make_suite(tmp_path / "gpu.json", "--no-rivals")
     suite.part("ceilings", suite.ceilings)
     suite.part("ops", suite.ops)
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -122,6 +123,103 @@ def test_a_ceiling_that_cannot_be_measured_costs_no_other_and_no_op(
     assert "RuntimeError: no copies today" in found["errors"]["ceilings copy_bytes_per_second"]
     limits = [row["limits"] for row in found["parts"]["ops"]]
     assert limits.count([ceilings["products_per_second"]["float16"]]) == 1 and limits.count([None]) == 8
+
+
+def test_every_row_is_written_before_the_next_is_measured(tmp_path: Path) -> None:
+    suite = make_suite(tmp_path / "gpu.json")
+    written: list[int] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            if number:
+                written.append(len(json.loads((tmp_path / "gpu.json").read_text())["parts"]["ops"]))
+            yield {"row": number}
+
+    suite.part("ops", rows)
+    assert written == [1, 2] and len(suite.results["parts"]["ops"]) == 3
+
+
+def test_parts_share_the_time_and_leave_to_others_what_they_do_not_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = make_suite(tmp_path / "gpu.json", "--seconds", "1000")
+    left: dict[str, float] = {}
+    for name in gpu_suite.PARTS:
+        monkeypatch.setattr(suite, name, lambda name=name: left.update({name: suite.left()}))
+    suite.run()
+    assert list(left) == ["build", "environment", "ceilings", "tests", "cases", "ops", "sanitizer"]
+    share = {"tests": 4 / 12, "cases": 2 / 8, "ops": 3 / 6}
+    for name, seconds in left.items():
+        assert 1000 * share.get(name, 1.0) == pytest.approx(seconds, abs=20)
+    alone = make_suite(tmp_path / "gpu.json", "--seconds", "1000", "--only", "cases")
+    monkeypatch.setattr(alone, "cases", lambda: left.update(alone=alone.left()))
+    alone.run()
+    assert left["alone"] == pytest.approx(1000, abs=20)
+
+
+def test_a_backend_that_is_wrong_costs_a_case_that_backend_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checked(case: Any, backend: str, *args: Any, **options: Any) -> Check:
+        if backend == "cpu" or case.name == "mixed":
+            raise CheckFailed(f"{case.name}: {backend} is off")
+        return run_check(case, backend, *args, **options)
+
+    monkeypatch.setattr(gpu_cases, "run_check", checked)
+    monkeypatch.setattr(gpu_cases, "DTYPES", {"bfloat16": torch.bfloat16})
+    monkeypatch.setattr(gpu_cases, "MEASURED_SECONDS", 0.01)
+    suite = make_suite(tmp_path / "gpu.json", "--only", "cases", "--cases", "mixed", "zoo", "--backend", "cpu",
+                       "reference", "--baselines")  # fmt: skip
+    suite.run()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    [row] = found["parts"]["cases"]
+    assert row["case"] == "zoo" and row["backend"] == "reference" and row["sne_fast training"]["seconds"] > 0
+    assert list(found["errors"]) == [
+        "cases mixed bfloat16 cpu", "cases mixed bfloat16 reference", "cases zoo bfloat16 cpu",
+    ]  # fmt: skip
+    assert "CheckFailed: zoo: cpu is off" in found["errors"]["cases zoo bfloat16 cpu"]
+
+
+def test_a_case_that_fails_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disagree(case: Any, *args: Any) -> float:
+        if case.name == "mixed":
+            raise CheckFailed("the full case differs")
+        return 0.0
+
+    def breaks(name: str, *args: Any, training: bool, **options: Any) -> Contender:
+        if name == "eager" and training:
+            raise RuntimeError("eager does not train")
+        return contender(name, *args, training=training, **options)
+
+    monkeypatch.setattr(gpu_cases, "check_agreement", disagree)
+    monkeypatch.setattr(gpu_cases, "contender", breaks)
+    monkeypatch.setattr(gpu_cases, "DTYPES", {"bfloat16": torch.bfloat16})
+    monkeypatch.setattr(gpu_cases, "MEASURED_SECONDS", 0.01)
+    suite = make_suite(tmp_path / "gpu.json", "--only", "cases", "--cases", "mixed", "zoo")
+    suite.run()
+    [row] = suite.results["parts"]["cases"]
+    assert row["case"] == "zoo" and list(row["ratios forward"]) == ["eager"] and row["ratios training"] == {}
+    assert list(suite.results["errors"]) == ["cases mixed bfloat16", "cases zoo bfloat16 eager training"]
+
+
+def test_what_rivals_the_ops_is_measured_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measures(*args: Any) -> Iterator[dict[str, Any]]:
+        yield {"rivals": args[-1] is True}
+
+    for name in FORWARD_OPS:
+        monkeypatch.setattr(gpu_ops, name, measures)
+    for backends, count in (([], 2 * (1 + 3)), (["--backend", "cpu", "reference"], 2 * 3)):  # these do not fuse
+        suite = make_suite(tmp_path / "gpu.json", *backends)
+        suite.part("ops", suite.ops)
+        rivals = [row["rivals"] for row in suite.results["parts"]["ops"]]
+        assert not suite.results["errors"] and rivals == sorted(rivals) and rivals.count(True) == count
+        assert rivals.count(False) > count
+
+
+def test_only_the_ops_asked_for_are_measured(tmp_path: Path) -> None:
+    suite = make_suite(tmp_path / "gpu.json", "--only", "ops", "--ops", "gather_chunks", "--no-rivals")
+    suite.run()
+    assert not suite.results["errors"] and {row["op"] for row in suite.results["parts"]["ops"]} == {"gather_chunks"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,0 +1,127 @@
+"""Part `cases` of `bench/gpu_suite.py`: whole encoders by every backend, against the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sne_fast.benchmark import (
+    GPU_CASES,
+    Check,
+    CheckFailed,
+    Contender,
+    DoesNotFit,
+    check_agreement,
+    contender,
+    gpu_limits,
+    run_check,
+)
+
+if TYPE_CHECKING:
+    from gpu_suite import Suite
+
+Json = dict[str, Any]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": None}
+ONLY_HALF = ("single", "gpt2", "inr")
+MEASURED_SECONDS = 1.5
+
+
+class OutOfTime(RuntimeError):
+    """The time of a part, or of all, is spent."""
+
+
+def measure(suite: Suite) -> Iterator[Json]:
+    """Yield a row per case and dtype; a case that fails is recorded and does not stop the others."""
+    for name in suite.options.cases:
+        for kind, autocast in DTYPES.items():
+            if name in ONLY_HALF and kind != "bfloat16":
+                continue
+            suite.need(20)
+            try:
+                row = _row(suite, name, kind, autocast)
+            except OutOfTime:
+                raise
+            except Exception as error:
+                suite.fail(f"cases {name} {kind}", error)
+            else:
+                if row is not None:
+                    yield row
+
+
+def _checks(suite: Suite, name: str, kind: str, autocast: torch.dtype | None) -> dict[str, Check]:
+    """Check every backend before any is measured; one that is wrong is recorded and left out."""
+    size = "tiny" if suite.size["cases"] == "tiny" else "check"
+    checks = {}
+    for backend in suite.backends():
+        try:
+            checks[backend] = run_check(GPU_CASES[name], backend, size, device=suite.device, autocast=autocast)
+        except Exception as error:
+            suite.fail(f"cases {name} {kind} {backend}", error)
+    return checks
+
+
+def _row(suite: Suite, name: str, kind: str, autocast: torch.dtype | None) -> Json | None:
+    """Return the times of a case, None where no backend passed the check.
+
+    Raises:
+        CheckFailed: two contenders differ on the full case, so that no time of it counts.
+    """
+    checks = _checks(suite, name, kind, autocast)
+    if not checks:
+        return None
+    case = GPU_CASES[name]
+    first, *others = checks
+    encoder = case.encoder().to(suite.device)
+    batch = case.batch(encoder, suite.size["cases"]).to(suite.device)
+    row: Json = {"case": name, "dtype": kind, "weights": batch.num_weights, "networks": len(batch), "backend": first,
+                 "check": vars(checks[first]), "skipped": {},
+                 "checks": {other: vars(checks[other]) for other in others}}  # fmt: skip
+    z = None
+    for who in ("sne_fast", *others, *suite.options.baselines):
+        for mode in ("forward", "training") if case.trains else ("forward",):
+            try:
+                suite.need(15)
+                entrant = contender(
+                    "sne_fast" if who in others else who, encoder, batch, backend=who if who in others else first,
+                    training=mode == "training", memory_limit=_free_bytes(suite.device), autocast=autocast,
+                )  # fmt: skip
+                if z is None:
+                    z = entrant.output()
+                elif mode == "forward":
+                    check_agreement(case, who, z, entrant.output(), 2 * checks[first].output_allowed)
+                row[f"{who} {mode}"] = _timed(entrant, mode, suite.device)
+            except (DoesNotFit, OutOfTime, torch.OutOfMemoryError) as reason:
+                row["skipped"][f"{who} {mode}"] = f"{type(reason).__name__}: {str(reason)[:200]}"
+            except CheckFailed:
+                raise
+            except Exception as error:
+                suite.fail(f"cases {name} {kind} {who} {mode}", error)
+    for mode in ("forward", "training"):
+        if (own := row.get(f"sne_fast {mode}")) is None:
+            continue
+        row[f"ratios {mode}"] = {
+            who: row[f"{who} {mode}"]["seconds"] / own["seconds"]
+            for who in (*others, *suite.options.baselines)
+            if f"{who} {mode}" in row
+        }
+    return row
+
+
+def _timed(entrant: Contender, mode: str, device: torch.device) -> Json:
+    """Return the median seconds of a run, and the most memory it held above what was there before."""
+    run = entrant.step if mode == "training" else entrant.forward
+    run()
+    found: Json = {}
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    found["seconds"] = gpu_limits.median_seconds(run, device, MEASURED_SECONDS)
+    return found
+
+
+def _free_bytes(device: torch.device) -> float:
+    return 0.9 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float(2**31)
