@@ -258,7 +258,7 @@ class Suite:
             self._command(
                 "sanitizer", f"{backend} {check}", found,
                 gpu_commands.sanitizer_command(tool, check, backend, self.options.device),
-                self.left() / (len(runs) - place),
+                self.left() / (len(runs) - place), **gpu_commands.SANITIZER_ENVIRONMENT.get(check, {}),
             )  # fmt: skip
         return found
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import stat
 import sys
 import time
 from pathlib import Path
 
 import gpu_commands
+import gpu_suite
 import pytest
 
 from helpers.paths import ROOT
@@ -69,3 +73,22 @@ def test_every_file_with_a_test_of_a_gpu_is_run() -> None:
     named = {ROOT / name for run in gpu_commands.TEST_RUNS for name in run.files}
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text("utf-8")]
     assert named == set(marked) - {Path(__file__)}
+
+
+def test_memcheck_sees_the_ends_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator is switched off under it, and under no other check."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$2 ${PYTORCH_NO_CUDA_MEMORY_CACHING:-unset} $*"\n', encoding="utf-8")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
+    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--only", "sanitizer", "--backend", "cuda", "triton", "--out", str(out)]
+    gpu_suite.Suite(gpu_suite.parser().parse_args(arguments)).run()
+    found = json.loads(out.read_text())["parts"]["sanitizer"]
+    assert list(found) == ["cuda memcheck", "cuda racecheck", "cuda synccheck", "triton memcheck", "triton racecheck"]
+    for name, said in found.items():
+        backend, check = name.split()
+        caching = "1" if check == "memcheck" else "unset"
+        assert said["status"] == 0 and said["tail"].startswith(f"{check} {caching} --tool {check}")
+        assert said["tail"].rstrip().endswith(f"gpu_suite.py --exercise --device cpu --backend {backend}")
