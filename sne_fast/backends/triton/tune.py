@@ -23,10 +23,12 @@ from triton.testing import do_bench
 from ...atomic_files import write_text
 from ...ops import selftest, selftest_cases
 from ...ops.precision import product_precision
+from ..gpu_plans.chunks import LONGEST_SHARED, count_lengths
 from ..gpu_plans.lengths import Lengths
 from . import chunk_encode, feed_forward, gather_chunks, segment_pool, set_attention
 from .backend import BACKEND
-from .launches import TABLES, architecture, table, trial
+from .chunk_launches import FUSED_CLASSES, fits_a_tile, length_class
+from .launches import TABLES, architecture, launch, table, trial
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = ("set_attention", "segment_pool", "gather_chunks", "chunk_encode", "feed_forward")
@@ -119,28 +121,52 @@ def gather_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("gather_chunks", {}, run, sizes((4, 8), (1,), TILE=(1024, 2048, 4096), TILE_K=(8, 16, 32)))
 
 
-def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Yield the rules that the tables hold for this width, with other warps and stages; their blocks stay."""
-    count = 20000
-    calls = selftest_cases.Variant("chunk_encode", dtype, h, heads, True)
-    args = list(selftest_cases.example(calls, torch.device("cuda")))
-    ptr, tensor_ptr = _pointer([32] * count), _pointer([count // 2, 0, count - count // 2])
-    args[:5] = [_normal(32 * count, dtype=dtype), ptr.cuda(), tensor_ptr.cuda(), ptr, tensor_ptr]
-    grad = _normal(count, heads, h, dtype=dtype)
-    for path in sorted(TABLES.glob("chunk_encode*.json")):
-        for rule in table(path.stem):
-            widths = rule["when"].get("h", h)
-            if h not in (widths if isinstance(widths, list) else [widths]) or "32" not in str(rule["when"]):
+@dataclass(frozen=True)
+class ChunkRule:
+    """A rule to be found for the chunk kernels: chunks of ``length`` fill the slot class that ``when`` names."""
+
+    table: str
+    length: int
+    when: Mapping[str, Any]
+    candidates: tuple[Rule, ...]
+
+
+def chunk_rules(h: int, heads: int, dtype: torch.dtype, arch: int) -> Iterator[ChunkRule]:
+    """Yield a rule per slot class and kernel that calls of this width use: other warps and stages, the same blocks."""
+    precision = product_precision(dtype) if dtype == torch.float32 else ""
+    for slot_class in FUSED_CLASSES:
+        length = LONGEST_SHARED // 2 if slot_class.multi_chunk else slot_class.slots
+        counts, name = count_lengths(_pointer([length])), length_class(slot_class, precision)
+        for path in sorted(TABLES.glob("chunk_encode*.json")):
+            forward = path.stem == "chunk_encode"
+            if not fits_a_tile(h, counts, dtype if forward else None):
                 continue
-            backward = path.stem != "chunk_encode"
+            usual = launch(path.stem, h=h, heads=heads, length=name, dtype=dtype, arch=arch)
+            blocks = {block: (value,) for block, value in usual.blocks.items()}
+            when = {"h": h, "heads": heads, "length": name}
+            yield ChunkRule(path.stem, length, when, sizes((4, 8, 16), (1, 2), **blocks))
 
-            def run(backward: bool = backward) -> tuple[Tensor, ...]:
-                return _flat(
-                    chunk_encode.chunk_encode_backward(grad, *args) if backward else chunk_encode.chunk_encode(*args)
-                )
 
-            blocks = {name: (value,) for name, value in rule["blocks"].items()}
-            yield Case(path.stem, {**rule["when"], "h": h, "heads": heads}, run, sizes((4, 8, 16), (1, 2), **blocks))
+def chunk_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases of ``chunk_encode`` and of the kernels of its backward."""
+    device = torch.device("cuda")
+    calls = selftest_cases.Variant("chunk_encode", dtype, h, heads, True)
+    args = list(selftest_cases.example(calls, device))
+    rules = chunk_rules(h, heads, dtype, architecture(device))
+    for length, group in itertools.groupby(rules, key=lambda rule: rule.length):
+        count = 640_000 // length
+        ptr, tensor_ptr = _pointer([length] * count), _pointer([count // 2, 0, count - count // 2])
+        args[:5] = [_normal(length * count, dtype=dtype), ptr.cuda(), tensor_ptr.cuda(), ptr, tensor_ptr]
+        grad = _normal(count, heads, h, dtype=dtype)
+        forward = functools.partial(chunk_encode.chunk_encode, *args)
+        backward = functools.partial(chunk_encode.chunk_encode_backward, grad, *args)
+        for rule in group:
+            run = forward if rule.table == "chunk_encode" else backward
+
+            def flat(run: Callable[[], Any] = run) -> tuple[Tensor, ...]:
+                return _flat(run())
+
+            yield Case(rule.table, rule.when, flat, rule.candidates)
 
 
 def feed_forward_cases(h: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:

@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from sne_fast.backends.gpu_plans.chunks import ChunkPlan, count_lengths
 from sne_fast.backends.triton import launches, tune
+from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES, length_class
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -48,6 +50,34 @@ def test_the_first_rule_that_matches_is_taken() -> None:
     )
     with pytest.raises(KeyError, match="segment_pool: no launch sizes for"):
         launches.launch("segment_pool", kernel="sideways")
+
+
+CHUNK_TABLES = sorted(path.stem for path in launches.TABLES.glob("chunk_encode*.json"))
+
+
+@pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, ""), (torch.float32, "ieee")])
+def test_chunk_kernels_are_tuned_on_chunks_that_use_the_rule(dtype: torch.dtype, precision: str) -> None:
+    rules = list(tune.chunk_rules(64, 4, dtype, 90))
+    assert len(CHUNK_TABLES) == 6 and len(rules) == len(CHUNK_TABLES) * len(FUSED_CLASSES)
+    for slot_class in FUSED_CLASSES:
+        name = length_class(slot_class, precision)
+        of_class = [rule for rule in rules if rule.when == {"h": 64, "heads": 4, "length": name}]
+        assert [rule.table for rule in of_class] == CHUNK_TABLES
+        for rule in of_class:
+            counts = count_lengths(torch.tensor([0, rule.length]))
+            plan = ChunkPlan(torch.empty(0), torch.empty(0), counts)
+            assert [found for found, _ in plan.classes()] == [slot_class]
+            query = {**rule.when, "dtype": dtype, "arch": 90}
+            usual = launches.launch(rule.table, **query)
+            assert all(candidate["blocks"] == usual.blocks for candidate in rule.candidates)
+            new = {"when": {**rule.when, "dtype": str(dtype).removeprefix("torch."), "arch": 90}, **rule.candidates[-1]}
+            with launches.trial(rule.table, new):
+                assert launches.launch(rule.table, **query).num_warps == 16
+
+
+def test_kernels_that_do_not_take_a_width_are_not_tuned_for_it() -> None:
+    assert {rule.table for rule in tune.chunk_rules(128, 4, torch.bfloat16, 90)} == {"chunk_encode"}
+    assert not list(tune.chunk_rules(128, 4, torch.float32, 90))
 
 
 @pytest.mark.parametrize("path", sorted(launches.TABLES.glob("*.json")), ids=lambda path: path.stem)
