@@ -13,6 +13,7 @@ one row. What fails is recorded with its error and does not stop the rest; the e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -160,6 +161,8 @@ class Suite:
         }  # fmt: skip
         if self.device.type == "cuda":
             found |= gpu(self.device)
+        if self.options.trial:  # sizes that no committed table holds
+            found |= {"trial": self.options.trial, "dirty": True}
         found["backends"] = str(sne_fast.explain(self.device))
         found["cuda_backend"] = cuda_library.reasons() or cuda_library.architectures()
         return found
@@ -296,6 +299,21 @@ def exercise(device: torch.device, backend: str) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def trials(rules: list[list[str]]) -> Iterator[None]:
+    """Put rules before those of the Triton backend's launch tables, in this process; the first given comes first."""
+    if not rules:
+        yield
+        return
+    from sne_fast.backends.triton import launches
+
+    with contextlib.ExitStack() as stack:
+        for table, rule in reversed(rules):
+            launches.table(table)  # raises for a name that is none
+            stack.enter_context(launches.trial(table, json.loads(rule)))
+        yield
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu_suite.json", help="the JSON, written after every row")
@@ -309,6 +327,8 @@ def parser() -> argparse.ArgumentParser:
                         help=f"ops to measure, of {' '.join(FORWARD_OPS)}")  # fmt: skip
     parser.add_argument("--no-rivals", dest="rivals", action="store_false",
                         help="leave out PyTorch's own forms of the ops, which take minutes to compile")  # fmt: skip
+    parser.add_argument("--trial", nargs=2, action="append", default=[], metavar=("TABLE", "RULE"),
+                        help="a rule, in JSON, to put before those of a launch table of Triton kernels")  # fmt: skip
     parser.add_argument("--cases", nargs="*", choices=GPU_CASES, default=CASE_ORDER)
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=("eager",),
                         help="what cases are compared with; compile takes more than a minute per case")  # fmt: skip
@@ -323,11 +343,13 @@ def main() -> int:
         print("gpu_suite: torch sees no GPU here; --device cpu --size tiny tries the suite itself", file=sys.stderr)
         return 2
     if options.exercise:
-        for backend in options.backend or ["auto"]:
-            exercise(torch.device(options.device), backend)
+        with trials(options.trial):
+            for backend in options.backend or ["auto"]:
+                exercise(torch.device(options.device), backend)
         return 0
     suite = Suite(options)
-    suite.run()
+    with trials(options.trial):
+        suite.run()
     gpu_tables.show(suite.results, BACKENDS, options.baselines, suite.console)
     return 1 if suite.results["errors"] else 0
 

@@ -216,6 +216,20 @@ def test_what_rivals_the_ops_is_measured_last(tmp_path: Path, monkeypatch: pytes
         assert rivals.count(False) > count
 
 
+def test_a_launch_rule_can_be_tried(tmp_path: Path) -> None:
+    launches = pytest.importorskip("sne_fast.backends.triton.launches", exc_type=ImportError)
+    rules = [["chunk_encode", json.dumps({"num_warps": warps, "num_stages": 1, "maxnreg": 128})] for warps in (2, 16)]
+    suite = make_suite(tmp_path / "gpu.json", *(word for rule in rules for word in ("--trial", *rule)))
+    with gpu_suite.trials(suite.options.trial):
+        tried = launches.launch("chunk_encode", h=64, heads=4, length="32", dtype=torch.bfloat16, arch=90)
+    after = launches.launch("chunk_encode", h=64, heads=4, length="32", dtype=torch.bfloat16, arch=90)
+    assert (tried.num_warps, tried.maxnreg) == (2, 128) and after.maxnreg is None
+    environment = suite.environment()
+    assert environment["trial"] == rules and environment["dirty"], "no table is made from this result"
+    with pytest.raises(FileNotFoundError), gpu_suite.trials([["chunk_decode", "{}"]]):
+        pass
+
+
 def test_only_the_ops_asked_for_are_measured(tmp_path: Path) -> None:
     suite = make_suite(tmp_path / "gpu.json", "--only", "ops", "--ops", "gather_chunks", "--no-rivals")
     suite.run()

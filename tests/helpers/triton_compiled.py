@@ -59,6 +59,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 2,
     divisible: tuple[str, ...] | None = None,
+    maxnreg: int | None = None,
 ) -> Compiled:
     """Compile ``@triton.jit`` function ``fn`` for ``sm_{arch}``.
 
@@ -68,6 +69,7 @@ def compile_kernel(
         constexprs: values of the others.
         arch: 80, 90, 100, 120.
         divisible: names of arguments known to be multiples of 16, as torch's pointers are; None for all pointers.
+        maxnreg: the most registers of a thread; None for as many as the compiler takes.
     """
     names = fn.arg_names
     unknown = (set(signature) | set(constexprs)) ^ set(names)
@@ -78,6 +80,8 @@ def compile_kernel(
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(fn, types, {(names.index(name),): value for name, value in constexprs.items()}, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -1,8 +1,9 @@
 """Launches: sizes from the committed tables, dtypes of operands and sums, and the device.
 
 ``tables/OP.json`` holds rules ``{"when": {...}, "num_warps": 4, "num_stages": 2, "blocks": {"BLOCK": 64}}``; the first
-whose ``when`` matches is taken (a value or a list of values per key; a key left out matches all). ``python -m
-sne_fast.backends.triton.tune`` puts measured rules in front of the general ones.
+whose ``when`` matches is taken (a value or a list of values per key; a key left out matches all). A rule may also hold
+``maxnreg``, the most registers of a thread. ``python -m sne_fast.backends.triton.tune`` puts measured rules in front of
+the general ones.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Launch:
     num_warps: int
     num_stages: int
     blocks: Mapping[str, int]
+    maxnreg: int | None = None
 
     def __getitem__(self, name: str) -> int:
         return self.blocks[name]
@@ -49,7 +51,8 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a launch that are not the kernel's. Triton 3.10 flips the default of the last one."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
 def _matches(when: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
@@ -83,13 +86,13 @@ def launch(
     query = {"kernel": kernel, "h": h, "heads": heads, "d": d, "length": length, "dtype": name, "arch": arch}
     for rule in (*_trials.get(op, ()), *table(op)):
         if _matches(rule.get("when", {}), query):
-            return Launch(rule["num_warps"], rule["num_stages"], rule.get("blocks", {}))
+            return Launch(rule["num_warps"], rule["num_stages"], rule.get("blocks", {}), rule.get("maxnreg"))
     raise KeyError(f"{op}: no launch sizes for {query} in {TABLES / f'{op}.json'}")
 
 
 @contextmanager
 def trial(op: str, rule: dict[str, Any]) -> Iterator[None]:
-    """Put ``rule`` before those of the table inside the ``with`` block (for the tuner)."""
+    """Put ``rule`` before those of the table inside the ``with`` block, for measurements."""
     _trials.setdefault(op, []).insert(0, rule)
     launch.cache_clear()
     try:

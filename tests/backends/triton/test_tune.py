@@ -45,6 +45,10 @@ def test_the_first_rule_that_matches_is_taken() -> None:
         tried = launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
         other = launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=80)
     assert tried.num_warps == 16 and tried["SHORT"] == 3 and tried.options["enable_fp_fusion"]
+    assert "maxnreg" not in tried.options
+    with launches.trial("segment_pool", rule | {"maxnreg": 96}):
+        limited = launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
+    assert limited.options == tried.options | {"maxnreg": 96}
     assert (
         other == usual == launches.launch("segment_pool", kernel="forward", h=64, heads=4, dtype=torch.float32, arch=90)
     )

@@ -17,7 +17,7 @@ from sne_fast.backends.triton import (
     staged_rows_kernels,
 )
 from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES, class_constants, length_class, padded_heads
-from sne_fast.backends.triton.launches import launch
+from sne_fast.backends.triton.launches import launch, trial
 
 pytestmark = pytest.mark.build
 
@@ -71,7 +71,8 @@ class Variant:
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in names}
         return compile_kernel(fn, signature(fn, TYPES[self.dtype], constants), constants, self.arch,
-                              num_warps=sizes.num_warps, num_stages=sizes.num_stages)  # fmt: skip
+                              num_warps=sizes.num_warps, num_stages=sizes.num_stages,
+                              maxnreg=sizes.maxnreg)  # fmt: skip
 
 
 def signature(fn, operand: str, constants: dict) -> dict[str, str]:
@@ -172,3 +173,12 @@ def test_rows_of_the_staged_form(arch: int) -> None:
         types |= {name: "*fp32" for name in types if name in ("grad", "values_grad")}
         compiled = compile_kernel(fn, types, constants | {"ACC": tl.float32}, arch, num_warps=4)
         assert compiled.local_bytes <= 64 and compiled.shared_bytes <= SHARED_LIMIT[arch]
+
+
+def test_a_rule_may_limit_the_registers() -> None:
+    """At the cost of some spills, for more warps on a multiprocessor."""
+    rule = {"when": {}, "num_warps": 4, "num_stages": 1, "maxnreg": 128, "blocks": {"BINS": 2}}
+    usual = Variant("chunk_encode", 90).compile()
+    with trial("chunk_encode", rule):
+        limited = Variant("chunk_encode", 90).compile()
+    assert usual.registers > 128 >= limited.registers and limited.local_bytes <= 512
