@@ -97,6 +97,9 @@ class Suite:
         part.write_text(json.dumps(self.results, indent=1, default=str) + "\n", encoding="utf-8")
         part.replace(self.options.out)
 
+    def fail(self, name: str, error: Exception) -> None:
+        self.results["errors"][name] = "".join(traceback.format_exception(error))[-4000:]
+
     def part(self, name: str, run: Callable[[], Any]) -> None:
         if self.options.only and name not in self.options.only:
             return
@@ -108,7 +111,7 @@ class Suite:
         except OutOfTime as late:
             self.results["skipped"][name] = f"out of time: {late}"
         except Exception as error:
-            self.results["errors"][name] = "".join(traceback.format_exception(error))[-4000:]
+            self.fail(name, error)
         self.results.setdefault("part_seconds", {})[name] = time.monotonic() - begin
         self.write()
         state = "failed" if name in self.results["errors"] else self.results["skipped"].get(name, "done")
@@ -195,18 +198,27 @@ class Suite:
         return found
 
     def ceilings(self) -> Json:
+        """Measure the device's limits; one that cannot be measured is recorded as an error, and None."""
         self.need(20)
-        found: Json = {
-            "copy_bytes_per_second": gpu_limits.copy_bandwidth(self.device, self.size["copied"]),
-            "products_per_second": gpu_limits.product_rates(self.device, self.size["product"]),
+        measures = {
+            "copy_bytes_per_second": lambda: gpu_limits.copy_bandwidth(self.device, self.size["copied"]),
+            "products_per_second": lambda: gpu_limits.product_rates(self.device, self.size["product"]),
         }
         if self.device.type == "cuda":
-            found["exponentials_per_second"] = gpu_limits.exponential_rate(self.device, self.size["elements"])
+            elements = self.size["elements"]
+            measures["exponentials_per_second"] = lambda: gpu_limits.exponential_rate(self.device, elements)
+        found: Json = {}
+        for name, measure in measures.items():
+            try:
+                found[name] = measure()
+            except Exception as error:
+                found[name] = None
+                self.fail(f"ceilings {name}", error)
         return found
 
     def ops(self) -> Iterator[Json]:
         ceilings = self.results["parts"].get("ceilings") or self.ceilings()
-        bandwidth, products = ceilings["copy_bytes_per_second"], ceilings["products_per_second"]
+        bandwidth, products = ceilings["copy_bytes_per_second"], ceilings["products_per_second"] or {}
         failed: list[Exception] = []
 
         def attempt(seconds: float, measure: Callable[..., Iterator[Json]], *args: Any) -> Iterator[Json]:
@@ -222,7 +234,7 @@ class Suite:
             kind = name
             if name == "float32" and torch.get_float32_matmul_precision() != "highest":
                 kind = "tf32"
-            rate = products[kind]
+            rate = products.get(kind)
             size = self.size
             for backend in self.backends("chunk_encode"):
                 yield from attempt(15, gpu_ops.chunk_encode, dtype, size["weights"], rate, backend)
@@ -345,7 +357,7 @@ def exercise(device: torch.device, backend: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu_suite.json", help="the JSON, written after every part")
     parser.add_argument("--device", default="cuda")
@@ -358,7 +370,11 @@ def main() -> int:
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=BASELINES)
     parser.add_argument("--commit", help="commit to record where the checkout has no git")
     parser.add_argument("--exercise", action="store_true", help="run every op once, for compute-sanitizer, and stop")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         print("gpu_suite: torch sees no GPU here; --device cpu --size tiny tries the suite itself", file=sys.stderr)
         return 2

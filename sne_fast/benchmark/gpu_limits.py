@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from .contenders import now
 COPIED_BYTES = 1 << 31
 PRODUCT_SIZE = 8192
 EXPONENTIALS_PER_ELEMENT = 256
+EXPONENTIAL_BLOCK = 1024
 LEAST_RUNS = 5
 
 
@@ -71,19 +71,11 @@ def exponential_rate(device: torch.device, elements: int = 1 << 26) -> float:
     Raises:
         ImportError: Triton is not installed.
     """
-    import triton
-    import triton.language as tl
+    from .exponential_kernels import exponential_chain_kernel
 
-    @triton.jit
-    def chain(x_ptr: Any, out_ptr: Any, STEPS: tl.constexpr, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at)
-        for _ in range(STEPS):
-            x = tl.exp2(-x)  # stays between 0 and 1
-        tl.store(out_ptr + at, x)
-
-    block = 1024
     x, out = torch.rand(elements, device=device), torch.empty(elements, device=device)
-    grid = (elements // block,)
-    seconds = median_seconds(lambda: chain[grid](x, out, EXPONENTIALS_PER_ELEMENT, block), device)
-    return elements * EXPONENTIALS_PER_ELEMENT / seconds
+    grid = (elements // EXPONENTIAL_BLOCK,)
+    seconds = median_seconds(
+        lambda: exponential_chain_kernel[grid](x, out, EXPONENTIALS_PER_ELEMENT, EXPONENTIAL_BLOCK), device
+    )
+    return grid[0] * EXPONENTIAL_BLOCK * EXPONENTIALS_PER_ELEMENT / seconds

@@ -49,23 +49,31 @@ def _agree(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> f
     return error
 
 
+def _fraction(rate: float, limit: float | None) -> float | None:
+    """Return the share of a limit of the device that a rate is, None where the limit could not be measured."""
+    return None if limit is None else rate / limit
+
+
 def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def _both(forward: Callable[[], Tensor], inputs: list[Tensor], device: torch.device) -> tuple[float, float]:
-    """Seconds of the forward call without gradients, and of forward and backward together."""
-    with torch.no_grad():
-        alone = median_seconds(forward, device)
-    for tensor in inputs:
-        tensor.requires_grad_()
-    direction = torch.randn_like(forward())
+def _both(
+    forward: Callable[[], Tensor], inputs: list[Tensor], device: torch.device, backend: str
+) -> tuple[float, float]:
+    """Return the seconds of the forward without gradients, and of forward and backward, both on ``backend``."""
+    with use_backend(backend):  # around the step as a whole: a backward runs on the backend chosen at that moment
+        with torch.no_grad():
+            alone = median_seconds(forward, device)
+        for tensor in inputs:
+            tensor.requires_grad_()
+        direction = torch.randn_like(forward())
 
-    def step() -> None:
-        torch.autograd.grad(forward(), inputs, direction)
+        def step() -> None:
+            torch.autograd.grad(forward(), inputs, direction)
 
-    return alone, median_seconds(step, device)
+        return alone, median_seconds(step, device)
 
 
 # ------------------------------------------------------------------------------------------------------- chunk_encode
@@ -79,7 +87,7 @@ def zoo_batch(weights: int, device: torch.device) -> WeightBatch:
 
 
 def chunk_encode(
-    device: torch.device, dtype: torch.dtype, weights: int, product_rate: float, backend: str
+    device: torch.device, dtype: torch.dtype, weights: int, product_rate: float | None, backend: str
 ) -> Iterator[Row]:
     """Weights per second of the chunk stage, h = 64, 4 heads, chunks of 32, forward and training step."""
     encoder = CASES["zoo"].encoder().to(device)
@@ -95,7 +103,7 @@ def chunk_encode(
 
     with torch.no_grad():
         error = _agree("chunk_encode", run(small, backend), run(small, "reference"), dtype)
-    forward, step = _both(lambda: run(batch, backend), [stage.code_gain], device)
+    forward, step = _both(lambda: run(batch, backend), [stage.code_gain], device, backend)
     operations = chunk_operations(batch, WIDTH)
     chunks = batch.chunk_ptr.shape[0] - 1
     yield {
@@ -103,8 +111,8 @@ def chunk_encode(
         "weights": batch.num_weights, "error": error,
         "forward_seconds": forward, "step_seconds": step,
         "forward_weights_per_second": batch.num_weights / forward, "step_weights_per_second": batch.num_weights / step,
-        "forward_fraction_of_products": operations / forward / product_rate,
-        "step_fraction_of_products": FORWARDS_PER_STEP * operations / step / product_rate,
+        "forward_fraction_of_products": _fraction(operations / forward, product_rate),
+        "step_fraction_of_products": _fraction(FORWARDS_PER_STEP * operations / step, product_rate),
     }  # fmt: skip
 
 
@@ -146,7 +154,7 @@ def set_attention(
     rows: int,
     longest: int,
     heads: int,
-    product_rate: float,
+    product_rate: float | None,
     backend: str,
     rivals: bool = True,
 ) -> Iterator[Row]:
@@ -178,10 +186,10 @@ def set_attention(
             off = relative_error(run(*inputs), expected)
         if not off <= LOSS_RATIO * HALF_TOLERANCE[dtype]:
             raise CheckFailed(f"set_attention and {name} differ by {off:.1e}; nothing is reported")
-        forward, step = _both(lambda: run(*inputs), inputs, device)
+        forward, step = _both(lambda: run(*inputs), inputs, device, backend)
         return {
             **row, "by": name, "error": error, "forward_seconds": forward, "step_seconds": step,
-            "forward_fraction_of_products": operations / forward / product_rate,
+            "forward_fraction_of_products": _fraction(operations / forward, product_rate),
         }  # fmt: skip
 
     yield {**measured("sne_fast", ours), **own}
@@ -206,7 +214,7 @@ def set_attention(
 
 
 def feed_forward(
-    device: torch.device, dtype: torch.dtype, rows: int, bandwidth: float, backend: str, rivals: bool = True
+    device: torch.device, dtype: torch.dtype, rows: int, bandwidth: float | None, backend: str, rivals: bool = True
 ) -> Iterator[Row]:
     """Residual, norms and fc_o of `rows` rows, h = 64: ours, then, as rivals, the operations it fuses, also compiled.
 
@@ -233,11 +241,11 @@ def feed_forward(
     row = {"op": "feed_forward", "dtype": str(dtype), "rows": rows}
 
     def measured(name: str, run: Callable[..., Tensor], error: float) -> Row:
-        forward, step = _both(functools.partial(run, *inputs), inputs, device)
+        forward, step = _both(functools.partial(run, *inputs), inputs, device, backend)
         return {
             **row, "by": name, "error": error, "forward_seconds": forward, "step_seconds": step,
-            "forward_fraction_of_copy": 3 * moved / forward / bandwidth,
-            "step_fraction_of_copy": 7 * moved / step / bandwidth,
+            "forward_fraction_of_copy": _fraction(3 * moved / forward, bandwidth),
+            "step_fraction_of_copy": _fraction(7 * moved / step, bandwidth),
         }  # fmt: skip
 
     with torch.no_grad():
@@ -258,7 +266,7 @@ def feed_forward(
 
 
 def segment_pool(
-    device: torch.device, dtype: torch.dtype, rows: int, length: int, bandwidth: float, backend: str
+    device: torch.device, dtype: torch.dtype, rows: int, length: int, bandwidth: float | None, backend: str
 ) -> Iterator[Row]:
     """Pooling of segments of `length` rows by four queries, h = 64: share of the copy bandwidth."""
     queries, segments = 4, max(1, rows // length)
@@ -274,17 +282,18 @@ def segment_pool(
     few = max(1, min(segments, 4096 // length))
     with torch.no_grad():
         error = _agree("segment_pool", run(few), run(few, "reference"), dtype)
-    forward, step = _both(run, [x, logits], device)
+    forward, step = _both(run, [x, logits], device, backend)
     size = x.element_size()
     moved = size * (rows * (WIDTH + queries) + segments * queries * WIDTH)
     yield {
         "op": "segment_pool", **_shape(backend, dtype, WIDTH, queries, length, rows), "error": error,
-        "forward_seconds": forward, "step_seconds": step, "forward_fraction_of_copy": moved / forward / bandwidth,
+        "forward_seconds": forward, "step_seconds": step,
+        "forward_fraction_of_copy": _fraction(moved / forward, bandwidth),
     }  # fmt: skip
 
 
 def gather_chunks(
-    device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float, backend: str
+    device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float | None, backend: str
 ) -> Iterator[Row]:
     """ResNet-50's float32 tensors, several copies, cut into chunk order in one call: share of the copy bandwidth.
 
@@ -308,5 +317,5 @@ def gather_chunks(
     yield {
         "op": "gather_chunks", **_shape(backend, dtype, 0, 0, 0, count), "weights": count, "tensors": len(tensors),
         "error": error,
-        "forward_seconds": forward, "forward_fraction_of_copy": moved / forward / bandwidth,
+        "forward_seconds": forward, "forward_fraction_of_copy": _fraction(moved / forward, bandwidth),
     }  # fmt: skip

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_suite
 import pytest
 import torch
 
 from helpers.paths import ROOT
 from sne_fast.backends.cuda import winners
+from sne_fast.benchmark import gpu_limits, gpu_ops
 from sne_fast.benchmark.gpu_ops import shape_of
 from sne_fast.ops.schema import FORWARD_OPS
 
@@ -90,6 +93,35 @@ def test_a_part_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Pa
     tried = [op for op in ("chunk_encode", "set_attention", "segment_pool", "gather_chunks")
              if f"{op}: backend 'cuda' cannot run it" in found["errors"]["ops"]]  # fmt: skip
     assert len(tried) == 4, "one backend's failure does not stop the other ops"
+
+
+def make_suite(out: Path, *arguments: str) -> gpu_suite.Suite:
+    tiny = ["--device", "cpu", "--size", "tiny", "--out", str(out), *arguments]
+    return gpu_suite.Suite(gpu_suite.parser().parse_args(tiny))
+
+
+def test_a_ceiling_that_cannot_be_measured_costs_no_other_and_no_op(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> float:
+        raise RuntimeError("no copies today")
+
+    def measures(device: torch.device, *args: Any) -> Iterator[dict[str, Any]]:
+        yield {"limits": [arg for arg in args if arg is None or isinstance(arg, float)]}
+
+    monkeypatch.setattr(gpu_limits, "copy_bandwidth", fails)
+    for name in FORWARD_OPS:
+        monkeypatch.setattr(gpu_ops, name, measures)
+    suite = make_suite(tmp_path / "gpu.json")
+    suite.part("ceilings", suite.ceilings)
+    suite.part("ops", suite.ops)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    ceilings = found["parts"]["ceilings"]
+    assert ceilings["copy_bytes_per_second"] is None and ceilings["products_per_second"]["bfloat16"] > 0
+    assert list(found["errors"]) == ["ceilings copy_bytes_per_second"]
+    assert "RuntimeError: no copies today" in found["errors"]["ceilings copy_bytes_per_second"]
+    limits = [row["limits"] for row in found["parts"]["ops"]]
+    assert limits.count([ceilings["products_per_second"]["float16"]]) == 1 and limits.count([None]) == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
