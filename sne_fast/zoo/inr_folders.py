@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.checkpoints import load_state_dict, natural_key
+from ..data.checkpoints import CheckpointError, load_state_dict, natural_key, read_pickled, tensors_of
+from ..data.pickles import RefusedArray, as_array
 from .csv_table import one_type
 from .inrs import siren_of
 from .table import FileSource, Zoo
@@ -32,6 +33,7 @@ from .table import FileSource, Zoo
 SPLITS = ("train", "val", "test")
 _IMAGE_FOLDER = re.compile(r"_(train[a-z]*|test[a-z]*)_([A-Za-z0-9]+)_(\d+)$")  # split, label, number
 _NFN_FILE = re.compile(r"net(\d+)\.pth$")
+_MOST_COEFFICIENTS = 100  # a sine wave has two; iterating over a tensor of the file without a limit could take for ever
 Images = Tensor | np.ndarray | Callable[[Mapping[str, Any]], Tensor]
 
 
@@ -88,6 +90,11 @@ def load_dwsnets(
         targets = ["label"]
     else:
         coefficients = [_coefficients(file) for file in files]
+        for file, found in zip(files, coefficients, strict=True):
+            if len(found) != len(coefficients[0]):
+                raise CheckpointError(
+                    f"{file}: its coef has {len(found)} numbers, that of others {len(coefficients[0])}"
+                )
         columns.update({f"coef_{k}": [c[k] for c in coefficients] for k in range(len(coefficients[0]))})
         targets = [name for name in columns if name.startswith("coef_")]
     return _zoo("dwsnets", columns, files, read_inr, targets, base)
@@ -148,32 +155,33 @@ def read_inr(file: Path) -> dict[str, Tensor]:
     return {
         key: value.clone()
         for key, value in content.items()
-        if isinstance(value, Tensor) and key.rpartition(".")[2] in ("weight", "bias")
+        if isinstance(value, Tensor) and isinstance(key, str) and key.rpartition(".")[2] in ("weight", "bias")
     }
 
 
 def _extras(file: Path) -> Mapping[str, Any]:
     """Read a checkpoint with numpy arrays and plain values beside the tensors, without running any code of it."""
-    # The classes and functions that a pickled array names, by both names of numpy's module; none runs code of the file.
-    rebuild, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
-    known: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]
-    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-        known += [(rebuild, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    try:
-        with torch.serialization.safe_globals(known):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
-            return content
-    except Exception:  # the reader of checkpoints below gives a better message, whatever the error
-        pass
-    return load_state_dict(file)
+    if file.suffix == ".safetensors" or not file.is_file():
+        return load_state_dict(file)
+    content = read_pickled(file, arrays=True)
+    if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    return tensors_of(content, file)
 
 
 def _coefficients(file: Path) -> list[float]:
     found = _extras(file).get("coef")
     if found is None:
         raise ValueError(f"{file}: holds no coef, the label of a sine wave; splits without labels list sine waves")
-    return [float(c) for c in found]
+    try:
+        found = as_array(found)
+        if not isinstance(found, list | tuple | np.ndarray | Tensor) or not 1 <= len(found) <= _MOST_COEFFICIENTS:
+            raise TypeError(f"got {type(found).__name__}")
+        if any(isinstance(c, str | bytes | bytearray) for c in found):
+            raise TypeError("got text")
+        return [float(c) for c in found]
+    except (RefusedArray, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: its coef must be a few numbers, the label of a sine wave, {error}") from error
 
 
 def _dwsnets_folder(folder: Path) -> Zoo:
