@@ -128,7 +128,7 @@ def test_plans(monkeypatch) -> None:
 
 
 def test_more_than_2_to_31_values(monkeypatch) -> None:
-    """Of keys and values: pages of memory that nothing touches, but for the last set's."""
+    """Check addresses of keys and values: memory that nothing touches, but for the last set's."""
     monkeypatch.setattr(backend, "MAX_SPLIT", 1 << 20)
     torch.use_deterministic_algorithms(False)
     (q, few, _), _, _ = inputs([3], [5], 32, HALF)
