@@ -54,7 +54,7 @@ Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 BASELINES = ("eager", "compile")
 BACKENDS = ("cuda", "triton")  # those for a GPU; the first that runs is the one that baselines are compared with
-# What a missing barrier or a wrong one shows in: Triton places its own.
+# racecheck and synccheck find missing and wrong barriers, which Triton places by itself.
 SANITIZERS = {"cuda": ("memcheck", "racecheck", "synccheck"), "other": ("memcheck", "racecheck")}
 CASE_ORDER = ("zoo", "mixed", "resnet", "resnet50", "single", "inr", "gpt2")
 SIZES: dict[str, Json] = {
@@ -222,7 +222,7 @@ class Suite:
         failed: list[Exception] = []
 
         def attempt(seconds: float, measure: Callable[..., Iterator[Json]], *args: Any) -> Iterator[Json]:
-            """One backend's failure does not cost the others their rows."""
+            """Yield the rows of a measurement, and note its failure, so that the others still get their rows."""
             self.need(seconds)
             try:
                 yield from measure(self.device, *args)
@@ -305,7 +305,7 @@ class Suite:
         return row
 
     def _timed(self, entrant: Contender, mode: str) -> Json:
-        """Median seconds of a run, and the most memory it held above what was there before."""
+        """Return the median seconds of a run, and the most memory it held above what was there before."""
         run = entrant.step if mode == "training" else entrant.forward
         run()
         found: Json = {}
@@ -324,7 +324,7 @@ class Suite:
 
 
 def _finished(command: list[str], limit: float) -> Json:
-    """Status and end of the output of a command, 124 where it ran past its limit."""
+    """Run a command, and return its status and the end of its output; 124 where it ran past its limit."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, limit), env=environment)
@@ -335,7 +335,7 @@ def _finished(command: list[str], limit: float) -> Json:
 
 
 def exercise(device: torch.device, backend: str) -> None:
-    """Every op once, forward and backward, on small ragged shapes: what compute-sanitizer watches."""
+    """Run every op once, forward and backward, on small ragged shapes, for compute-sanitizer to watch."""
     for name, dtype in DTYPES.items():
         case = GPU_CASES["mixed"]
         encoder = case.encoder().to(device)

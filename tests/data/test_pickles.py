@@ -48,7 +48,7 @@ def folders(tmp_path):
 
 
 def refused(file: Path, message: str) -> None:
-    """Every reader refuses the file in one sentence that names it."""
+    """Check that every reader refuses the file in one sentence that names it."""
     readers = (
         lambda: load_nfn(file.parent.parent).state_dict(0),
         lambda: load_dwsnets(file.parent.parent / "splits.json", root=file.parent),

@@ -93,7 +93,7 @@ def test_a_larger_network_with_the_defaults_equals_brute_force() -> None:
 
 @pytest.mark.parametrize("config", [SWITCHES[n] for n in (0, 29, 42, 71, 93)], ids=name_of)
 def test_gradients_equal_brute_force(config: dict[str, Any]) -> None:
-    """Of every parameter of the encoder and every weight of the networks, through packing and its scale."""
+    """Check gradients of every parameter and of every weight of the networks, through packing and its scale."""
     config = {**config, "hidden_dim": 32, "num_heads": 2, "chunk_size": 5, "num_inducing": 3}
     encoder = encoder_for(config)
     networks = [make("cnn", 1, F64), make("mlp_tiny", 2, F64)]
@@ -311,7 +311,7 @@ def test_gradcheck_through_encoder_to_its_parameters() -> None:
 
 
 def spread_over_size(z: Tensor) -> float:
-    """Root mean square distance from the mean over the root mean square length, across networks."""
+    """Return the root mean square distance from the mean over the root mean square length, across networks."""
     return float((z - z.mean(0)).square().sum(1).mean().sqrt() / z.square().sum(1).mean().sqrt())
 
 

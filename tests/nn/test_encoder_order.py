@@ -35,7 +35,7 @@ def batch_of(networks: list[Network], levels: list[list[int]] | None = None) -> 
 
 @st.composite
 def random_network(draw: st.DrawFn) -> Network:
-    """1-3 layers of 1-3 tensors of 1-4 chunks of 1-4 numbers, any types; numbers all different."""
+    """Draw 1-3 layers of 1-3 tensors of 1-4 chunks of 1-4 numbers, any types; numbers all different."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     layers = []
     for _ in range(draw(st.integers(1, 3))):

@@ -18,7 +18,7 @@ IMAGES = 4
 
 
 def pictures():
-    """Four pictures (n, 7, 7) in [0, 1], none of them its own transpose."""
+    """Return four pictures (n, 7, 7) in [0, 1], none of them its own transpose."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, SIDE), torch.linspace(-1, 1, SIDE), indexing="ij")
     return torch.stack([0.5 + 0.4 * (2 * x + k * y).sin() for k in range(IMAGES)])
 
@@ -35,7 +35,7 @@ def fitted(siren, inputs, values, steps=150):
 
 
 def small_start(siren):
-    """As DWSNets starts: no layer's weights beyond sqrt(6 / in) / 30, no biases."""
+    """Initialise as DWSNets does: no layer's weights beyond sqrt(6 / in) / 30, no biases."""
     with torch.no_grad():
         for layer in list(siren)[:-1]:
             layer.weight.uniform_(-1, 1).mul_((6 / layer.in_features) ** 0.5 / 30)
