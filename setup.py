@@ -37,7 +37,7 @@ INSTEAD = {
 
 
 def cuda_wanted() -> bool:
-    """By SNE_FAST_BUILD, else by whether there is a GPU's driver."""
+    """Return whether to build the CUDA library: by SNE_FAST_BUILD, else where there is a GPU's driver."""
     asked = os.environ.get("SNE_FAST_BUILD", "").replace(",", " ").split()
     if unknown := set(asked) - {"cpu", "cuda"}:
         print(f"sne_fast: SNE_FAST_BUILD: {', '.join(sorted(unknown))} is not cpu or cuda", file=sys.stderr)

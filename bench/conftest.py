@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Case by case, so that one batch is held at a time; backward after the training steps whose phases it uses."""
+    """Order tests case by case, so that one batch is held at a time, with backward after the training that it uses."""
     order = ["chunk_encode", "forward", "training", "backward", "memory", "scaling"]
 
     def place(item: pytest.Item) -> tuple[int, int]:

@@ -21,7 +21,7 @@ LARGE_TESTS = ("tests/backends/test_gpu_large.py",)
 OUT_OF_TIME = 124  # the status that timeout(1) gives too
 TAIL = 8000
 GRACE = 10.0  # seconds in which pytest, interrupted, reports what has failed until then
-# What a missing barrier or a wrong one shows in: Triton places its own.
+# racecheck and synccheck find missing and wrong barriers, which Triton places by itself.
 SANITIZERS = {"cuda": ("memcheck", "racecheck", "synccheck"), "other": ("memcheck", "racecheck")}
 # Inside the blocks that torch's allocator keeps, memcheck does not see a read past the end of a tensor.
 SANITIZER_ENVIRONMENT = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}

@@ -199,7 +199,7 @@ class Suite:
         chosen, size = self.options.ops, self.size
 
         def attempt(seconds: float, op: str, *args: Any) -> Iterator[Json]:
-            """One backend's failure does not cost the others their rows."""
+            """Yield the rows of a measurement, and note its failure, so that the others still get their rows."""
             if op not in chosen:
                 return
             self.need(seconds)
@@ -277,7 +277,7 @@ class Suite:
 
 
 def exercise(device: torch.device, backend: str) -> None:
-    """Every op once, forward and backward, on small ragged shapes: what compute-sanitizer watches."""
+    """Run every op once, forward and backward, on small ragged shapes, for compute-sanitizer to watch."""
     for name, dtype in DTYPES.items():
         case = GPU_CASES["mixed"]
         encoder = case.encoder().to(device)

@@ -17,7 +17,7 @@ SHAPES = {"chunk_encode": ("weights",), "gather_chunks": ("weights",), "segment_
 
 
 def show(results: Json, backends: Sequence[str], baselines: Sequence[str], console: Console) -> None:
-    """Ops and cases, as far as they were measured; then what was left out or failed, a line each."""
+    """Print ops and cases, as far as they were measured; then a line for each part that was left out or failed."""
     console.print(_ops(results["parts"].get("ops", [])))
     console.print(_cases(results["parts"].get("cases", []), backends, baselines))
     for kind in ("skipped", "errors"):

@@ -86,7 +86,7 @@ class Suite:
         return self._loaded
 
     def rounds_of(self, case: Case) -> int:
-        """More of what takes milliseconds, fewer of what takes minutes."""
+        """Return the number of rounds of a case: more where one takes milliseconds, fewer where it takes minutes."""
         few = self._loaded is not None and self._loaded.batch.num_weights < SMALL
         return min(self.rounds * (10 if few and self.rounds > 2 else 1), case.rounds or 10 * self.rounds)
 

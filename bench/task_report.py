@@ -33,12 +33,12 @@ SUMMARY = {
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Contents of every `task_*.json` in `folder`, by name."""
+    """Return the contents of every `task_*.json` in `folder`, by name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("task_*.json"))]
 
 
 def section(folder: Path) -> str:
-    """One table of all tasks: experiment, method, tau, R2, MSE, seeds."""
+    """Return one table of all tasks: experiment, method, tau, R2, MSE, seeds."""
     lines = ["| experiment | method | Kendall's tau | R2 | MSE | seeds |", "|---|---|---|---|---|---|"]
     for results in read(folder):
         for experiment in results["experiments"].values():

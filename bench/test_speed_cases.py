@@ -24,7 +24,7 @@ def test_forward(case: Case, suite: Suite, benchmark: Any) -> None:
 
 @pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.name)
 def test_training(case: Case, suite: Suite, benchmark: Any) -> None:
-    """One step: forward, backward, Adam."""
+    """Time one step: forward, backward, Adam."""
     steps = suite.steps(case)
     suite.measure(benchmark, steps.pairs, suite.rounds_of(case))
     phases = {phase: steps.pairs.seconds(phase) for phase in ("forward", "backward", "optimizer")}
@@ -35,7 +35,7 @@ def test_training(case: Case, suite: Suite, benchmark: Any) -> None:
 
 @pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.name)
 def test_backward(case: Case, suite: Suite, benchmark: Any) -> None:
-    """The backend alone is timed again; ratios are those of the backward phases of the interleaved training steps."""
+    """Time the backend alone; ratios are those of the backward phases of the interleaved training steps."""
     loaded, steps = suite.load(case), suite.steps(case)
     if not steps.pairs.rounds:
         steps.pairs.run(suite.rounds_of(case))
@@ -51,7 +51,7 @@ def test_backward(case: Case, suite: Suite, benchmark: Any) -> None:
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 def test_memory(case: Case, suite: Suite, benchmark: Any) -> None:
-    """Highest resident memory above that of the loaded batch, each contender in a process of its own."""
+    """Measure the peak memory above that of the loaded batch, each contender in a process of its own."""
     mode = "training" if case.trains else "forward"
     loaded = suite.load(case)
     names = ("sne_fast", *(name for name in suite.baselines if name == "eager"))

@@ -18,7 +18,7 @@ TRAINING = {"forward": False, "training": True}
 @pytest.mark.parametrize("mode", TRAINING)
 @pytest.mark.parametrize("name", ["zoo", "mixed"])
 def test_chunk_encode(name: str, mode: str, suite: Suite, benchmark: Any) -> None:
-    """Forward, or forward and backward counted as four forwards, on the chunks of a case."""
+    """Time the forward, or forward and backward counted as four forwards, on the chunks of a case."""
     loaded = suite.load(CASES[name])
     stage, batch, training = loaded.encoder.chunk_encoder, loaded.batch, TRAINING[mode]
     code = torch.randn(len(batch.tensor_type), loaded.encoder.hidden_dim, generator=torch.Generator().manual_seed(4))

@@ -25,7 +25,7 @@ ROUNDS = 3
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scaling(family: str, suite: Suite, benchmark: Any) -> None:
-    """Every round times all sizes, small ones repeated; then each size once in a process of its own, for memory."""
+    """Time all sizes in every round, small ones repeated; then measure the memory of each in a process of its own."""
     sizes = SIZES[suite.size]
     cases = {weights: scaling_case(family, weights) for weights in sizes}
     suite.check(cases[sizes[0]])

@@ -31,7 +31,7 @@ FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden
 
 
 def find_nvcc() -> str | None:
-    """CUDA_HOME before PATH, as a machine may have several toolkits."""
+    """Return nvcc, of CUDA_HOME before PATH, as a machine may have several toolkits."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if folder := os.environ.get(name):
             return shutil.which("nvcc", path=os.path.join(folder, "bin"))

@@ -24,7 +24,7 @@ def run(code):
 
 
 def imports_for_type_checkers(file):
-    """Names that a package imports under `if TYPE_CHECKING:`, by module; "" holds submodules."""
+    """Return the names that a package imports under `if TYPE_CHECKING:`, by module; "" holds submodules."""
     tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     found = {}

@@ -1,4 +1,4 @@
-// What the library is: its ABI number, the architectures in it, its status codes in words.
+// Facts about the library: its ABI number, the architectures in it, its status codes in words.
 #include "cuda/ptx/simt.h"
 #include "sne_fast/cuda_abi.h"
 

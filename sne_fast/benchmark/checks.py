@@ -43,7 +43,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether both errors are within what is allowed."""
+        """True if both errors are within what is allowed."""
         # Written so that NaN does not pass.
         return self.output_error <= self.output_allowed and self.gradient_error <= self.gradient_allowed
 

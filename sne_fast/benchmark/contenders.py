@@ -71,7 +71,7 @@ class Contender:
         return {"total": now(self.device) - start}
 
     def step(self) -> Phases:
-        """Run forward, backward of a mean squared error and an optimizer step; return their seconds."""
+        """Run forward, backward of a mean squared error and an optimiser step; return their seconds."""
         with use_backend(self.backend):  # for the backward pass too
             start = now(self.device)
             loss = self.loss()

@@ -80,7 +80,7 @@ def _both(
 
 
 def zoo_batch(weights: int, device: torch.device) -> WeightBatch:
-    """Zoo CNNs, 4,970 weights each, until there are about `weights`."""
+    """Pack CNNs of 4,970 weights, as in the case `zoo`, about `weights` in all."""
     case = CASES["zoo"]
     some = case.batch(case.encoder(), "full" if weights > 1_000_000 else "tiny")
     return WeightBatch.cat([some] * max(1, round(weights / some.num_weights))).to(device)
@@ -89,7 +89,7 @@ def zoo_batch(weights: int, device: torch.device) -> WeightBatch:
 def chunk_encode(
     device: torch.device, dtype: torch.dtype, weights: int, product_rate: float | None, backend: str
 ) -> Iterator[Row]:
-    """Weights per second of the chunk stage, h = 64, 4 heads, chunks of 32, forward and training step."""
+    """Measure weights per second of the chunk stage, h = 64, 4 heads, chunks of 32, forward and training step."""
     encoder = CASES["zoo"].encoder().to(device)
     stage, heads = encoder.chunk_encoder, int(encoder.config["num_heads"])
     batch = zoo_batch(weights, device)
@@ -275,7 +275,7 @@ def feed_forward(
 def segment_pool(
     device: torch.device, dtype: torch.dtype, rows: int, length: int, bandwidth: float | None, backend: str
 ) -> Iterator[Row]:
-    """Pooling of segments of `length` rows by four queries, h = 64: share of the copy bandwidth."""
+    """Measure the pooling of segments of `length` rows by four queries, h = 64: share of the copy bandwidth."""
     queries, segments = 4, max(1, rows // length)
     host = torch.arange(segments + 1) * length
     ptr, rows = host.to(device), segments * length
@@ -302,7 +302,7 @@ def segment_pool(
 def gather_chunks(
     device: torch.device, dtype: torch.dtype, copies: int, bandwidth: float | None, backend: str
 ) -> Iterator[Row]:
-    """ResNet-50's float32 tensors, several copies, cut into chunk order in one call: share of the copy bandwidth.
+    """Measure ResNet-50's float32 tensors, several copies, put in chunk order: share of the copy bandwidth.
 
     Without a copy, the tensors of a much smaller one.
     """

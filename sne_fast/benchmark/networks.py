@@ -43,7 +43,7 @@ class Sine(nn.Module):
 
 
 def inr(hidden: int = 32) -> nn.Sequential:
-    """1-hidden-hidden-1 with sine activations; 1,153 weights at 32."""
+    """Make a network 1-hidden-hidden-1 with sine activations; 1,153 weights at 32."""
     return nn.Sequential(nn.Linear(1, hidden), Sine(), nn.Linear(hidden, hidden), Sine(), nn.Linear(hidden, 1))
 
 
@@ -56,7 +56,7 @@ def zoo_cnn() -> nn.Sequential:
 
 
 def small_lenet() -> nn.Sequential:
-    """LeNet for 28 x 28 images with narrow dense layers: 22,262 weights, 15,420 of them in the largest layer."""
+    """Make a LeNet for 28 x 28 images with narrow dense layers: 22,262 weights, 15,420 in the largest layer."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(256, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 10),
@@ -64,7 +64,7 @@ def small_lenet() -> nn.Sequential:
 
 
 def square_mlp(weights: int) -> nn.Sequential:
-    """Three square matrices of about ``weights`` numbers in all."""
+    """Make a network of three square matrices, about ``weights`` numbers in all."""
     width = max(1, round(math.sqrt(weights / 3)))
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
 
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
 def gpt2_state_dict(
     layers: int = 12, width: int = 768, vocabulary: int = 50257, length: int = 1024
 ) -> dict[str, Tensor]:
-    """Names and shapes of GPT-2 (124,439,808 weights with the defaults), random numbers."""
+    """Make random tensors of the names and shapes of GPT-2 (124,439,808 weights with the defaults)."""
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (vocabulary, width), "wpe.weight": (length, width)}
     for n in range(layers):
         h = f"h.{n}."

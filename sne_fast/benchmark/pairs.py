@@ -46,11 +46,11 @@ class Pairs:
             self.backend()
 
     def seconds(self, phase: str = "total") -> dict[str, float]:
-        """Median seconds of every contender."""
+        """Return the median seconds of every contender."""
         return {name: median(run[phase] for run in runs) for name, runs in self.runs.items()}
 
     def ratios(self, phase: str = "total") -> dict[str, float]:
-        """Median over the rounds of how many times longer each baseline took than the backend beside it."""
+        """Return by baseline how many times longer it took than the backend beside it, median over the rounds."""
         backend = self.runs["sne_fast"]
         return {
             name: median(slow[phase] / fast[phase] for slow, fast in zip(runs, backend, strict=True))
@@ -59,13 +59,13 @@ class Pairs:
         }
 
     def fraction(self, phase: str = "total") -> float:
-        """Median over the rounds of the share of the product rate, measured just before, that the backend reached."""
+        """Return the fraction of the product rate, measured just before, that the backend reached; a median."""
         return median(
             self.operations / run[phase] / rate for run, rate in zip(self.runs["sne_fast"], self.rates, strict=True)
         )
 
     def summary(self, phase: str = "total") -> dict[str, Any]:
-        """Everything above, for the JSON."""
+        """Return everything above, for the JSON."""
         return {
             "rounds": self.rounds,
             "seconds": self.seconds(phase),

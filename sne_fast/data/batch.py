@@ -394,5 +394,5 @@ class WeightBatch:
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
-        """`cat` by the name a loader wants: `DataLoader(list_of_batches, 16, collate_fn=WeightBatch.collate)`."""
+        """Concatenate batches, for a loader: `DataLoader(list_of_batches, 16, collate_fn=WeightBatch.collate)`."""
         return cls.cat(batches)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import replacing
+from .pickles import RefusedArray, load_plain
 
 __all__ = ["ORDER_KEY", "CheckpointError", "find_state_dict", "load_state_dict", "save_state_dict"]
 
@@ -204,6 +205,20 @@ def _load_sharded(index: Path) -> dict[str, Tensor]:
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
+    """Load the tensors of a pickled checkpoint, as `load_state_dict` does."""
+    return tensors_of(read_pickled(file), file)
+
+
+def read_pickled(file: Path, *, arrays: bool = False) -> Any:
+    """Return all that a pickled checkpoint holds, without running code of it.
+
+    Args:
+        file: the checkpoint.
+        arrays: whether it may hold numpy's arrays and numbers besides tensors, for `pickles.as_array`.
+
+    Raises:
+        CheckpointError: a file that is damaged, or holds anything but tensors and plain data.
+    """
     try:
         with open(file, "rb") as opened:
             zipped = opened.read(4) == b"PK\x03\x04"
@@ -214,9 +229,11 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
                 raise CheckpointError(
                     f"{file}: refused, it is a TorchScript program and not weights; save its state_dict()"
                 )
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        return load_plain(file, mmap=zipped, arrays=arrays)
     except CheckpointError:
         raise
+    except RefusedArray as error:
+        raise CheckpointError(f"{file}: refused, {error}") from error
     except pickle.UnpicklingError as error:
         if not zipped and not _is_whole_pickle(file):
             raise CheckpointError(f"{file}: is damaged or no checkpoint of torch; fetch or write it again") from error
@@ -229,6 +246,10 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a damaged file makes the reader do
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file}: is damaged or no checkpoint of torch: {reason}") from error
+
+
+def tensors_of(content: Any, file: Path) -> dict[str, Tensor]:
+    """Return the tensors of what a pickled checkpoint holds, at the top or nested under one of the known names."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file}: must hold a state_dict, got {type(content).__name__}; save state_dict()")
     state_dict = find_state_dict(content)

@@ -177,7 +177,7 @@ def _on_one_device(tensors: list[Tensor], where: list[tuple[Network, str]], devi
 
 
 def _cuts(shapes: list[tuple[int, ...]], chunking: str) -> tuple[Tensor, list[int], list[int]]:
-    """Per tensor the matrix `(R, K)` whose transpose is written, and how many rows of what length are cut from that."""
+    """Return per tensor the matrix `(R, K)` whose transpose is written, and number and length of the rows to cut."""
     plan, rows, lengths = [], [], []
     for shape in shapes:
         size, pairs = 1, 1
@@ -199,7 +199,7 @@ def _cuts(shapes: list[tuple[int, ...]], chunking: str) -> tuple[Tensor, list[in
 
 
 def _chunk_pointers(rows: list[int], lengths: list[int], chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk and tensor pointers: each row of each tensor is cut every `chunk_size`, its last piece may be shorter."""
+    """Return chunk and tensor pointers: each row is cut every `chunk_size`, and its last piece may be shorter."""
     row, length = np.array(rows, np.int64), np.array(lengths, np.int64)
     per_row = -(-length // chunk_size)
     tensor_ptr = np.zeros(len(rows) + 1, np.int64)

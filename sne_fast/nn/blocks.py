@@ -102,7 +102,7 @@ class MAB(nn.Module):
         return o if self.ln1 is None else self.ln1(o)
 
     def norm_parameters(self) -> Tensor | None:
-        """``(4, h)``: ln0.weight, ln0.bias, ln1.weight, ln1.bias; None without layer norm."""
+        """Return ln0.weight, ln0.bias, ln1.weight, ln1.bias as ``(4, h)``; None without layer norm."""
         if self.ln0 is None or self.ln1 is None:
             return None
         return torch.stack([self.ln0.weight, self.ln0.bias, self.ln1.weight, self.ln1.bias])

@@ -276,7 +276,7 @@ class SNE(PretrainedMixin, nn.Module):
             stage.code_gain.fill_(gain)
 
     def pack(self, networks: Any, **options: Any) -> WeightBatch:
-        """:func:`sne_fast.pack` as this encoder expects it: its chunking, scale, dtype and device.
+        """Pack networks as this encoder expects them, by :func:`sne_fast.pack`: its chunking, scale, dtype and device.
 
         Args:
             networks: modules, state_dicts or paths.

@@ -237,7 +237,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, *, ptr_host: Tensor | N
 
 
 def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
-    """Feed-forward half of an attention block: residual add, LayerNorm, linear, ReLU, residual add, LayerNorm, fused.
+    """Compute the feed-forward half of an attention block, fused: residual add, norm, linear, ReLU, residual add, norm.
 
     ``ln1(o + relu(fc_o(o)))`` with ``o = ln0(q + attended)``, row by row; see docs/method.md, Set blocks.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic_files import replacing
+from ..data.pickles import load_plain
 from ..extras import require
 from .settings import FitSettings, History
 
@@ -131,7 +132,7 @@ class Progress:
             ValueError: the file is no checkpoint of `fit`, or of a training with other settings or another predictor.
         """
         device = next(predictor.parameters()).device
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = load_plain(path, device=device)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"fit: checkpoint {str(path)!r} is not one of fit's; give another path or remove it")
         now, then = dataclasses.asdict(settings), state["settings"]

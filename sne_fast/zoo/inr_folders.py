@@ -14,8 +14,9 @@ siren_utils.py): `<prefix>_<label>s/net<image>.pth`; splits are ranges of the im
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.checkpoints import load_state_dict, natural_key
+from ..data.checkpoints import CheckpointError, load_state_dict, natural_key, read_pickled, tensors_of
+from ..data.pickles import RefusedArray, as_array
 from .csv_table import one_type
 from .inrs import siren_of
 from .table import FileSource, Zoo
@@ -32,6 +34,7 @@ from .table import FileSource, Zoo
 SPLITS = ("train", "val", "test")
 _IMAGE_FOLDER = re.compile(r"_(train[a-z]*|test[a-z]*)_([A-Za-z0-9]+)_(\d+)$")  # split, label, number
 _NFN_FILE = re.compile(r"net(\d+)\.pth$")
+_MOST_COEFFICIENTS = 100  # a sine wave has two; iterating over a tensor of the file without a limit could take for ever
 Images = Tensor | np.ndarray | Callable[[Mapping[str, Any]], Tensor]
 
 
@@ -43,8 +46,8 @@ def load_dwsnets(
     Args:
         splits: the JSON file of splits; or a folder, whose files `*_png_*/**/*.pth` are read, with label and split
             (train or test) from their names.
-        root: the folder of the networks, since the JSON has the paths of the machine that wrote it: of each path, the
-            longest end that exists below `root` is taken. By default the folder of the JSON.
+        root: the folder of the networks, by default that of the JSON. A relative path is one below it; since the JSON
+            has the paths of the machine that wrote it, of each the longest end that exists below `root` is taken.
         splits_to_take: names of the splits in the JSON to read.
 
     Returns:
@@ -52,9 +55,10 @@ def load_dwsnets(
         (amplitude) and `coef_1` (frequency), for which every file is read once.
 
     Raises:
-        FileNotFoundError: no such JSON or folder, no networks in it, or a missing network that the JSON names.
+        FileNotFoundError: no such JSON or folder, no networks in it, or a missing network that the JSON names, also
+            where a file of the same name lies elsewhere below `root`.
         ValueError: a JSON of another form.
-        CheckpointError: a file that holds more than tensors, numbers and numpy arrays.
+        CheckpointError: a file that holds more than tensors, numbers and numpy arrays, a path outside `root`.
 
     Example:
         >>> zoo = load_dwsnets("dataset/mnist_splits.json", root="dataset/mnist-inrs")
@@ -80,7 +84,7 @@ def load_dwsnets(
     if not listed:
         raise FileNotFoundError(f"{splits}: names no networks in the splits {', '.join(splits_to_take)}")
     base = Path(root) if root is not None else splits.parent
-    files = [_find(p, base, splits) for _, p, _ in listed]
+    files = _find_all([p for _, p, _ in listed], base, splits, elsewhere=root is not None)
     columns: dict[str, list[Any]] = {"name": _names(files), "split": [name for name, _, _ in listed]}
     if any(label is not None for _, _, label in listed):
         columns["label"] = one_type([_number(label) for _, _, label in listed])
@@ -88,6 +92,11 @@ def load_dwsnets(
         targets = ["label"]
     else:
         coefficients = [_coefficients(file) for file in files]
+        for file, found in zip(files, coefficients, strict=True):
+            if len(found) != len(coefficients[0]):
+                raise CheckpointError(
+                    f"{file}: its coef has {len(found)} numbers, that of others {len(coefficients[0])}"
+                )
         columns.update({f"coef_{k}": [c[k] for c in coefficients] for k in range(len(coefficients[0]))})
         targets = [name for name in columns if name.startswith("coef_")]
     return _zoo("dwsnets", columns, files, read_inr, targets, base)
@@ -148,32 +157,33 @@ def read_inr(file: Path) -> dict[str, Tensor]:
     return {
         key: value.clone()
         for key, value in content.items()
-        if isinstance(value, Tensor) and key.rpartition(".")[2] in ("weight", "bias")
+        if isinstance(value, Tensor) and isinstance(key, str) and key.rpartition(".")[2] in ("weight", "bias")
     }
 
 
 def _extras(file: Path) -> Mapping[str, Any]:
     """Read a checkpoint with numpy arrays and plain values beside the tensors, without running any code of it."""
-    # The classes and functions that a pickled array names, by both names of numpy's module; none runs code of the file.
-    rebuild, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
-    known: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]
-    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-        known += [(rebuild, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    try:
-        with torch.serialization.safe_globals(known):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
-            return content
-    except Exception:  # the reader of checkpoints below gives a better message, whatever the error
-        pass
-    return load_state_dict(file)
+    if file.suffix == ".safetensors" or not file.is_file():
+        return load_state_dict(file)
+    content = read_pickled(file, arrays=True)
+    if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    return tensors_of(content, file)
 
 
 def _coefficients(file: Path) -> list[float]:
     found = _extras(file).get("coef")
     if found is None:
         raise ValueError(f"{file}: holds no coef, the label of a sine wave; splits without labels list sine waves")
-    return [float(c) for c in found]
+    try:
+        found = as_array(found)
+        if not isinstance(found, list | tuple | np.ndarray | Tensor) or not 1 <= len(found) <= _MOST_COEFFICIENTS:
+            raise TypeError(f"got {type(found).__name__}")
+        if any(isinstance(c, str | bytes | bytearray) for c in found):
+            raise TypeError("got text")
+        return [float(c) for c in found]
+    except (RefusedArray, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: its coef must be a few numbers, the label of a sine wave, {error}") from error
 
 
 def _dwsnets_folder(folder: Path) -> Zoo:
@@ -199,14 +209,68 @@ def _matched(file: Path) -> re.Match[str] | None:
     return next((match for part in reversed(file.parts[:-1]) if (match := _IMAGE_FOLDER.search(part))), None)
 
 
-def _find(path: str, base: Path, splits: Path) -> Path:
-    if Path(path).is_file():
-        return Path(path)
-    parts = Path(path).parts
-    for k in range(1, len(parts)):
-        if ".." not in parts[k:] and (base / Path(*parts[k:])).is_file():
-            return base / Path(*parts[k:])
-    raise FileNotFoundError(f"{splits} names {path}, which is missing, also below {base}; give root=")
+def _find_all(paths: Sequence[str], base: Path, splits: Path, elsewhere: bool) -> list[Path]:
+    """Return the files below `base` that paths of perhaps another machine name.
+
+    Paths are compared by their letters and not resolved, since folders of networks may be made of links.
+
+    Args:
+        paths: as the JSON has them.
+        base: the folder of the networks.
+        splits: the JSON, for messages.
+        elsewhere: whether the user has said that the networks lie in `base`, wherever the paths lead.
+    """
+    folders = {Path(os.path.abspath(base)), Path(os.path.realpath(base))}
+    found = [_find(path, base, folders, splits, elsewhere) for path in paths]
+    starts = {start for _, start in found}
+    meant: dict[Path, tuple[str, str]] = {}
+    for path, (file, start) in zip(paths, found, strict=True):
+        # `base` stands for one folder of the other machine: what is missing there is not looked for farther down.
+        if any(start[:k] in starts for k in range(len(start))):
+            raise FileNotFoundError(
+                f"{splits} names {_shown(path)}, which is missing where its other networks lie; {file} is another place"
+            )
+        one = os.path.normpath(path) if start else str(file)
+        other, as_written = meant.setdefault(file, (one, path))
+        if one != other:
+            raise FileNotFoundError(
+                f"{splits} names {_shown(as_written)} and {_shown(path)}, for which there is only one file, {file}"
+            )
+    return [file for file, _ in found]
+
+
+def _find(path: str, base: Path, folders: Set[Path], splits: Path, elsewhere: bool) -> tuple[Path, tuple[str, ...]]:
+    """Return the file below `base` with the longest end of the path, and the start of the path that was left out.
+
+    `folders` holds the absolute names of `base`: a path that begins with one has no other machine's start.
+    """
+    normal = Path(os.path.normpath(path))
+    parts = normal.parts
+    missing = f"{splits} names {_shown(path)}, which is missing, also below {base}; give root="
+    outside = f"{splits}: refused, it names {_shown(path)}, which lies outside {base}; give root="
+    if "\0" in path:  # some versions of normpath end there
+        raise FileNotFoundError(missing)
+    if ".." in parts:
+        raise CheckpointError(outside)
+    if normal.anchor:
+        for folder in folders:
+            if normal.is_relative_to(folder):
+                if os.path.isfile(normal):
+                    return base / normal.relative_to(folder), ()
+                raise FileNotFoundError(missing)
+        if not elsewhere and os.path.isfile(normal):
+            raise CheckpointError(outside)
+    for k in range(1 if normal.anchor else 0, len(parts)):
+        file = base.joinpath(*parts[k:])
+        if os.path.isfile(file):
+            return file, parts[:k]
+    if normal.anchor and os.path.isfile(normal):
+        raise CheckpointError(outside)
+    raise FileNotFoundError(missing)
+
+
+def _shown(path: str) -> str:
+    return path if path.isprintable() else repr(path)
 
 
 def _names(files: Sequence[Path]) -> list[str]:

@@ -110,7 +110,7 @@ def encoding(dtype: torch.dtype, h: int = 64, heads: int = 4) -> Call:
 
 
 def feeding_forward(dtype: torch.dtype, rows: int = 60001, h: int = 64, layer_norm: bool = True) -> Call:
-    """Enough rows for several tiles a program. No argument of the ReLU is near 0, where rounding would decide."""
+    """Make rows for several tiles per program, without arguments of the ReLU near 0, where rounding would decide."""
     q, attended, w, b, norm = feed_forward_case(rows, h, layer_norm)
     return Call(functional.feed_forward, [q, attended, 0.3 * w, 3 * b.sign(), norm], dtype)
 

@@ -1,4 +1,4 @@
-"""What the package says of runs on GPUs is what the committed results say, and the README says the same."""
+"""Package and README say of runs on GPUs what the committed results say."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_two_backends_are_measured_on_the_same_work(tmp_path: Path) -> None:
         assert case["backend"] == "cpu" and set(case["checks"]) == {"reference"}
         ratio = case["reference forward"]["seconds"] / case["sne_fast forward"]["seconds"]
         assert case["ratios forward"] == {"reference": pytest.approx(ratio)}
-    # What was measured is what the dispatcher's table is made of. Who won here is left to chance: times are set.
+    # The dispatcher's table is made of these measurements. Who won here is left to chance: times are set.
     for row in rows:
         row["backend"] = {"cpu": "cuda", "reference": "triton"}[row["backend"]]
         for key in row.keys() & {"forward_seconds", "step_seconds"}:

@@ -23,7 +23,7 @@ TENSORS = ("values", *POINTERS, "tensor_type", "layer_level", "tensor_scale")
 
 
 def fields() -> dict:
-    """Two networks: 'a' of one layer with one 2x3 tensor, 'b' of two layers, the first with two tensors."""
+    """Return the fields of two networks: 'a' of one layer with one 2x3 tensor, 'b' of two layers with three tensors."""
     return {
         "values": torch.arange(14.0),
         "chunk_ptr": torch.tensor([0, 3, 6, 7, 9, 12, 14]),

@@ -166,7 +166,7 @@ def test_large_files_are_mapped_and_dtypes_survive(tmp_path) -> None:
 
 
 def refused(path: Path, message: str) -> None:
-    """By load_state_dict, naming the file; and by pack, naming the network as well."""
+    """Check that load_state_dict refuses, naming the file, and pack, naming the network as well."""
     with pytest.raises(CheckpointError, match=message) as raised:
         load_state_dict(path)
     assert str(path) in str(raised.value)
@@ -212,7 +212,7 @@ def test_files_of_something_else(tmp_path) -> None:
 
 
 class Touch:
-    """What a malicious pickle does: it runs a command when it is loaded."""
+    """A malicious object, whose pickle runs a command when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

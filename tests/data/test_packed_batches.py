@@ -25,7 +25,7 @@ EXACT = [*POINTERS, "tensor_type", "layer_level"]
 
 
 def check(batch: sne_fast.WeightBatch, expected: list[Network], rtol: float = 1e-14) -> None:
-    """Every field of the batch against nested lists."""
+    """Compare every field of the batch with nested lists."""
     want = arrays(expected)
     for field in EXACT:
         got = getattr(batch, field)

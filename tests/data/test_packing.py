@@ -44,7 +44,7 @@ def cut(tensor: Tensor, chunk_size: int, chunking: str) -> list[list[float]]:
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, list[tuple[str, Tensor]]]]:
-    """Layers of a module: floating parameters at their first place, running statistics of normalisation layers."""
+    """Return a module's layers: floating parameters at their first place, running statistics of normalisations."""
     seen: set[int] = set()
     layers = []
     for layer, owner in module.named_modules():

@@ -100,7 +100,7 @@ class Bag(nn.Module):
 
 
 def kinds(network, **options) -> dict[str, set[int]]:
-    """Kinds by layer name."""
+    """Return kinds by layer name."""
     b = pack([network], **options)
     found: dict[str, set[int]] = {}
     for name, kind in zip(b.names[0][1], (b.tensor_type // 8).tolist(), strict=True):
@@ -236,7 +236,7 @@ def test_kinds_that_fit_nothing(given, error: type, message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is left out, tied, wrapped
+# Tensors left out, tied or wrapped
 
 
 def test_only_floating_parameters_and_running_statistics() -> None:

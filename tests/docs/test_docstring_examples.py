@@ -23,13 +23,13 @@ EXAMPLE = re.compile(r"^\s*Examples?::?\s*$", re.M)
 
 
 def modules() -> list[str]:
-    """Names of all modules of the package, found without importing them."""
+    """Return the names of all modules of the package, found without importing them."""
     names = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "sne_fast.")]
     return ["sne_fast", *(name for name in names if not name.endswith("__main__"))]
 
 
 def docstrings(name: str) -> list[tuple[str, str, int]]:
-    """Qualified name, text and line of every docstring in the source of a module."""
+    """Return qualified name, text and line of every docstring in the source of a module."""
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     if not spec.origin.endswith(".py"):
@@ -59,7 +59,7 @@ def test_example(module: str, name: str, text: str, line: int, docstring_names: 
     imported = _import(module)
     package = importlib.import_module(imported.__package__ or module)
     public = {key: getattr(package, key) for key in getattr(package, "__all__", ())}
-    # What a user imports from the package comes before names of the module itself.
+    # Public names of the package come before names of the module itself.
     for namespace in (public, vars(imported)):
         for key, value in namespace.items():
             if not key.startswith("__") and key not in docstring_names.makers:

@@ -35,7 +35,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings of a page, as GitHub and mkdocs make them."""
+    """Return the anchors of the headings of a page, as GitHub and mkdocs make them."""
     found = set()
     for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M):
         words = re.sub(r"[^\w\s-]", "", heading.lower()).strip()
@@ -44,7 +44,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def method_sections() -> dict[str, str]:
-    """Title of every numbered heading of docs/method.md, by number."""
+    """Return the title of every numbered heading of docs/method.md, by number."""
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     return dict(re.findall(r"^#+ (\d(?:\.\d)?)\.? (.*)$", text, re.M))
 

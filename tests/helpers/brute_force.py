@@ -39,7 +39,7 @@ def kind_of(module: nn.Module) -> int:
 
 
 def role_of(name: str) -> int:
-    """`weight`, `bias` and the numbered forms of recurrent layers and attention (`weight_ih_l0`, `in_proj_bias`)."""
+    """Return the role of a name: `weight`, `bias`, or a form of recurrent layers and attention (`weight_ih_l0`)."""
     exact = {"running_mean": 2, "running_var": 3}
     if name in exact:
         return exact[name]
@@ -61,7 +61,7 @@ class Source:
 
 
 def layers_of(network: nn.Module) -> list[list[Source]]:
-    """Layers in definition order: per module its own floating-point parameters, then its running statistics."""
+    """Return layers in definition order: per module its own floating-point parameters, then its running statistics."""
     layers: list[list[Source]] = []
     seen: list[Tensor] = []
     for prefix, module in network.named_modules():
@@ -156,13 +156,13 @@ def layer_norm(state: State, prefix: str, x: Tensor) -> Tensor:
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension, written out."""
+    """Compute the softmax over the last dimension, written out."""
     e = (logits - logits.max(1, keepdim=True).values.detach()).exp()
     return e / e.sum(1, keepdim=True)
 
 
 def mab(state: State, prefix: str, q_in: Tensor, k_in: Tensor, heads: int, norm: bool) -> Tensor:
-    """q_in (n, dq), k_in (m, dk) -> (n, h)."""
+    """Compute MAB: q_in (n, dq), k_in (m, dk) -> (n, h)."""
     q, k, v = (linear(state, prefix + f"fc_{name}.", x) for name, x in (("q", q_in), ("k", k_in), ("v", k_in)))
     h = q.shape[1]
     d = h // heads
@@ -196,7 +196,7 @@ def pma(state: State, prefix: str, x: Tensor, heads: int, norm: bool) -> Tensor:
 
 
 def position(n: int, h: int) -> Tensor:
-    """P(n): sin and cos interleaved."""
+    """Return P(n): sin and cos interleaved."""
     code = torch.zeros(h, dtype=torch.float64)
     for i in range(h // 2):
         angle = n / 10000 ** (2 * i / h)
@@ -205,7 +205,7 @@ def position(n: int, h: int) -> Tensor:
 
 
 def reversed_position(n: int, h: int) -> Tensor:
-    """R(n): P(n) with its channels reversed."""
+    """Return R(n): P(n) with its channels reversed."""
     return position(n, h).flip(0)
 
 

@@ -1,4 +1,4 @@
-"""Which of many parameters the inner loop of development runs."""
+"""Choice of the parameters that the inner loop of development runs."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def arguments(case: ChunkCase) -> tuple[Tensor, ...]:
 
 
 def gentle(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Without layer norm activations grow until softmax saturates and rounding counts thousandfold: smaller inputs."""
+    """Shrink the inputs: without layer norm, large ones saturate softmax, and rounding counts thousandfold."""
     values, pool_query, *rest = args[0], args[-1], *args[1:-1]
     rest[8] = rest[8] / 2  # w_qkv
     return values / 2, *rest, pool_query / 2
@@ -73,7 +73,7 @@ def check(backend: ModuleType, args: tuple[Tensor, ...], forward: float, backwar
 
 
 def loses_at_most_twice_what_torch_loses(backend: ModuleType, args: tuple[Tensor, ...]) -> list[float]:
-    """Of the result; how many times as much every gradient loses is returned."""
+    """Check this of the result; return how many times as much every gradient loses."""
     grad, exact = upstream(args), in_float64(args)
     out, grads = half_by_torch(grad, args)
     want = reference.chunk_encode(*exact)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from helpers.op_cases import pointer
-from sne_fast.backends.cpu import library as _native
+from sne_fast.backends.cpu import library
 
-NEEDS_BACKEND = "needs the native library: " + "; ".join(_native.reasons())
+NEEDS_BACKEND = "needs the native library: " + "; ".join(library.reasons())
 CHUNK_NAMES = (
     "values",
     "row_code",

@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda, kernel by kernel: resources from ptxas, machine code from cuobjdump.
+"""Kernels of csrc/cuda as nvcc compiles them: resources from ptxas, machine code from cuobjdump.
 
     from helpers.cuda_compiled import kernels, needs_nvcc
 
@@ -51,7 +51,7 @@ class Kernel:
     words: dict[str, int] = field(repr=False)  # of its machine code, with how often they stand there
 
     def count(self, instruction: str) -> int:
-        """How often an instruction (``HGMMA``, ``HMMA``, ``LDSM``, ...) stands in the machine code."""
+        """Return how often an instruction (``HGMMA``, ``HMMA``, ``LDSM``, ...) stands in the machine code."""
         assert self.words, "needs cuobjdump, which comes with Triton and with a CUDA toolkit"
         return self.words.get(instruction, 0)
 
@@ -78,7 +78,7 @@ class Object:
 
 @functools.cache
 def cuobjdump() -> str | None:
-    """Triton's, as it knows all architectures, else the toolkit's."""
+    """Return the path of Triton's cuobjdump, which knows all architectures, else of the toolkit's."""
     spec = importlib.util.find_spec("triton")
     places = [Path(spec.origin).parent / "backends" / "nvidia" / "bin"] if spec and spec.origin else []
     nvcc = cuda_build.find_nvcc()
@@ -90,14 +90,14 @@ def cuobjdump() -> str | None:
 
 
 def kernels(file: str, name: str = "", arch: str | None = None) -> list[Kernel]:
-    """Kernels of ``csrc/cuda/FILE.cu`` whose name matches a regular expression; at least one, or it fails."""
+    """Return the kernels of ``csrc/cuda/FILE.cu`` whose name matches a regular expression; there must be one."""
     found = [k for k in compiled(file).kernels if re.search(name, k.name) and arch in (None, k.arch)]
     assert found, f"no kernel of {file}.cu is called like {name!r}: {sorted({k.name for k in compiled(file).kernels})}"
     return found
 
 
 def compiled(file: str) -> Object:
-    """``csrc/cuda/FILE.cu`` for all architectures, warnings being errors."""
+    """Compile ``csrc/cuda/FILE.cu`` for all architectures, warnings being errors."""
     start([file])
     return _futures[file].result()
 
@@ -140,7 +140,7 @@ def compile_file(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> 
         done = subprocess.run([*command, "-c", str(source), "-o", str(out)], capture_output=True, text=True)
         said = done.stdout + done.stderr
         assert done.returncode == 0, f"{source.name}:\n{said[:8000]}"
-        # What ptxas calls information: registers of a running wgmma are touched, and it has to wait.
+        # ptxas only calls it information: registers of a running wgmma are touched, and it has to wait.
         assert not re.search(r"\(C75\d\d\)", said), f"{source.name}: {said}"
         seconds = time.monotonic() - begin
         words, found = _machine_code(out), _resources(said)
@@ -159,7 +159,7 @@ def compile_file(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> 
 
 
 def _resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
-    """By mangled name and architecture, from what ptxas prints about every kernel."""
+    """Return resources by mangled name and architecture, from what ptxas prints about every kernel."""
     found = {}
     for entry in re.split(r"(?=ptxas info\s*: Compiling entry function)", log)[1:]:
         name, arch = re.findall(r"entry function '(\S+)' for 'sm_(\w+)'", entry)[0]
@@ -178,7 +178,7 @@ def _resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
 
 
 def _machine_code(path: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """Words of the machine code and how often they stand in it, by mangled name and architecture."""
+    """Return the words of the machine code with their counts, by mangled name and architecture."""
     tool = cuobjdump()
     if tool is None:
         return {}

@@ -36,7 +36,7 @@ def backward(
 def values_are_the_references_to_the_bit(
     gather: Callable[..., Tensor], dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor
 ) -> None:
-    """``gather`` is the backend's ``gather_chunks`` or what leads to it."""
+    """Check values to the bit; ``gather`` is the backend's ``gather_chunks`` or what leads to it."""
     tensors[2][0], tensors[2][1], tensors[2][2] = 3e-7, float("inf"), -0.0  # a subnormal half among them
     values = gather(tensors, scale, plan, dtype)
     assert values.dtype == dtype and torch.equal(values, reference.gather_chunks(tensors, scale, plan, dtype))
@@ -45,7 +45,7 @@ def values_are_the_references_to_the_bit(
 def gradients(
     backend: ModuleType, dtype: torch.dtype, tensors: list[Tensor], scale: Tensor, plan: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Those of tensors to the bit; that of scale is a sum in another order."""
+    """Check gradients: of tensors to the bit; that of scale is a sum in another order."""
     grads, grad_scale = backward(backend, dtype, tensors, scale, plan)
     want, want_scale = backward(reference, dtype, tensors, scale, plan)
     for a, b, tensor in zip(grads, want, tensors, strict=True):

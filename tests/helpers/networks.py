@@ -94,7 +94,7 @@ class Oddities(nn.Module):
 
 
 def lenet() -> nn.Sequential:
-    """LeNet-5, 61,706 weights."""
+    """Make LeNet-5, 61,706 weights."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2),
         nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10),
@@ -102,7 +102,7 @@ def lenet() -> nn.Sequential:
 
 
 def sine_networks(count: int, hidden: int = 32, steps: int = 200, seed: int = 0) -> list[nn.Sequential]:
-    """`count` INRs, each really fitted to its own `amplitude * sin(frequency x)` (all at once, by stacked products).
+    """Fit `count` INRs, each to its own `amplitude * sin(frequency x)` (all at once, by stacked products).
 
     Each starts from weights of its own spread, as networks of a zoo with random hyperparameters do.
     """

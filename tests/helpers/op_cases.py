@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
-    """float32 products on a GPU by torch's setting: "highest", or "high" for tf32."""
+    """Set torch's precision of float32 products for a while: "highest", or "high" for tf32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -71,13 +71,13 @@ class ChunkCase:
 
 
 GRADED = (0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
-"""Which arguments of ``chunk_encode`` are floating and have gradients."""
+"""Places of the arguments of ``chunk_encode`` that are floating and have gradients."""
 
 
 def attention_case(
     q_lengths: list[int], k_lengths: list[int], width: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """q, k, v, q_ptr, k_ptr."""
+    """Return q, k, v, q_ptr, k_ptr."""
     g = torch.Generator().manual_seed(seed)
     rows = (sum(q_lengths), sum(k_lengths), sum(k_lengths))
     q, k, v = (torch.randn(n, width, generator=g, dtype=torch.float64).to(dtype) for n in rows)
@@ -87,7 +87,7 @@ def attention_case(
 def pool_case(
     lengths: list[int], width: int, queries: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """x, logits, ptr."""
+    """Return x, logits, ptr."""
     g = torch.Generator().manual_seed(seed)
     x, logits = (torch.randn(sum(lengths), n, generator=g, dtype=torch.float64).to(dtype) for n in (width, queries))
     return x, logits, pointer(lengths)
@@ -101,7 +101,7 @@ def feed_forward_case(
     one_query: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    """q, attended, w_o, b_o, norm; q is one row expanded to all with ``one_query``."""
+    """Return q, attended, w_o, b_o, norm; q is one row expanded to all with ``one_query``."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, spread: float = 1.0) -> Tensor:

@@ -89,7 +89,7 @@ def _named(siren: nn.Module, pattern: str, last: str) -> dict[str, Tensor]:
 
 
 def _write_dwsnets(folder: Path) -> dict[int, Tensor]:
-    """Ten networks; return what each of them draws, by the number of its image."""
+    """Write ten networks; return what each of them draws, by the number of its image."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
     splits: dict[str, dict[str, list[str]]] = {name: {"path": [], "label": []} for name in ("train", "val", "test")}
     pictures = {}

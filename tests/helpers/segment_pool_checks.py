@@ -14,7 +14,7 @@ from sne_fast import reference
 
 SINGLE, DOUBLE, HALF, BRAIN = torch.float32, torch.float64, torch.float16, torch.bfloat16
 TOLERANCE = {SINGLE: (2e-6, 1e-5), DOUBLE: (1e-13, 1e-12), HALF: (5e-4, 1e-3), BRAIN: (4e-3, 6e-3)}
-"""Of results and of gradients."""
+"""Tolerances of results and of gradients."""
 
 LENGTHS = {
     "short": [1, 2, 0, 7, 1, 30, 3],
@@ -30,7 +30,7 @@ WITH_NAN = [[5, 9, 3] + [1] * 60, [90, 80, 3], [400, 300, 20]]
 
 
 def run(backend: ModuleType, x: Tensor, logits: Tensor, ptr: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """out, lse, dx, dlogits."""
+    """Return out, lse, dx, dlogits."""
     out, lse = backend.segment_pool(x, logits, ptr, ptr)
     return out, lse, *backend.segment_pool_backward(grad, x, logits, out, lse, ptr, ptr)
 
@@ -56,7 +56,7 @@ def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], forward: float, b
 
 
 def check(backend: ModuleType, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Results, within the tolerance of their type."""
+    """Check results within the tolerance of their type."""
     got = run(backend, *inputs)
     compare(got, exact(*inputs), *TOLERANCE[inputs[0].dtype])
     return got

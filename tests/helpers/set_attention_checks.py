@@ -15,7 +15,7 @@ from sne_fast import reference
 
 SINGLE, DOUBLE, HALF, BRAIN = torch.float32, torch.float64, torch.float16, torch.bfloat16
 TOLERANCE = {SINGLE: (2e-6, 1e-5), DOUBLE: (1e-13, 1e-12), HALF: (1e-3, 2e-3), BRAIN: (8e-3, 1.6e-2)}
-"""Of results and of gradients."""
+"""Tolerances of results and of gradients."""
 
 Lengths: TypeAlias = tuple[list[int], list[int]]
 CASES: dict[str, Lengths] = {
@@ -34,7 +34,7 @@ Case: TypeAlias = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 
 
 def inputs(q_lengths: list[int], k_lengths: list[int], h: int, dtype: torch.dtype, seed: int = 0) -> Case:
-    """(q, k, v), four pointers, and a gradient of the result, in ``dtype``."""
+    """Return (q, k, v), four pointers, and a gradient of the result, in ``dtype``."""
     g = torch.Generator().manual_seed(seed)
     rows = (sum(q_lengths), sum(k_lengths), sum(k_lengths), sum(q_lengths))
     q, k, v, grad = ((1.5 * torch.randn(n, h, generator=g, dtype=torch.float64)).to(dtype) for n in rows)
@@ -42,7 +42,7 @@ def inputs(q_lengths: list[int], k_lengths: list[int], h: int, dtype: torch.dtyp
 
 
 def run(backend: ModuleType, qkv, pointers, grad: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk, dv."""
+    """Return out, lse, dq, dk, dv."""
     out, lse = backend.set_attention(*qkv, *pointers, heads)
     return out, lse, *backend.set_attention_backward(grad, *qkv, out, lse, *pointers, heads)
 
@@ -61,7 +61,7 @@ def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], forward: float, b
 
 
 def check(backend: ModuleType, case: Case, heads: int) -> tuple[Tensor, ...]:
-    """Results, within the tolerance of their type."""
+    """Check results within the tolerance of their type."""
     got = run(backend, *case, heads)
     compare(got, exact(*case, heads), *TOLERANCE[case[2].dtype])
     return got
@@ -88,7 +88,7 @@ def loses_at_most_twice_what_pytorch_does(backend: ModuleType, lengths: tuple[in
 def mean_of_the_gradient_does_not_come_from_a_rounded_result(
     backend: ModuleType, lengths: tuple[int, int], dtype: torch.dtype, bound: float
 ) -> None:
-    """Values far from zero: the gradient of logits is a small difference, which <grad, out> of a rounded out misses."""
+    """Check values far from zero: logits have small gradients, differences that <grad, out> of a rounded out misses."""
     (q, k, v), pointers, grad = inputs([lengths[0]], [lengths[1]], 32, dtype)
     v = (100 + 0.1 * v.float()).to(dtype)
     want, got = exact((q, k, v), pointers, grad, 1), run(backend, (q, k, v), pointers, grad, 1)
@@ -110,7 +110,7 @@ def nan_stays_in_its_set(backend: ModuleType, lengths: Lengths, place: int, dtyp
 
 
 def masked_rows_and_large_logits(backend: ModuleType) -> None:
-    """Logits of -1e32 have no weight, and logits of ten thousand do not overflow."""
+    """Check that logits of -1e32 have no weight, and that logits of ten thousand do not overflow."""
     (q, k, v), pointers, grad = inputs([9], [70], 32, SINGLE)
     q[:, 0], k[:, 0] = 1.0, 0.0
     k[5:60, 0], v[5:60] = -1e32, 1e32

@@ -14,13 +14,13 @@ from sne_fast.training.distributed import processes
 
 
 def jitter(batch: WeightBatch, rows: object, generator: torch.Generator) -> WeightBatch:
-    """Not a symmetry, but random and the same on every process, which is what these tests need."""
+    """Add noise: no symmetry, but random and the same on every process, as these tests need."""
     noise = torch.randn(batch.values.shape, generator=generator, dtype=batch.values.dtype)
     return dataclasses.replace(batch, values=batch.values + 0.01 * noise)
 
 
 def train(epochs: int = 4) -> tuple[Predictor, list[float]]:
-    """Twenty steps on networks of very different sizes, in float64."""
+    """Train twenty steps on networks of very different sizes, in float64."""
     generator = torch.Generator().manual_seed(0)
     networks = [
         {"0.weight": torch.randn(4 + 5 * (n % 7), 6, generator=generator, dtype=torch.float64) * (1 + n)}

@@ -32,7 +32,7 @@ class Compiled:
     kernel: Any
 
     def count(self, instruction: str) -> int:
-        """How often an instruction (``HGMMA``, ``HMMA``, ``LDL``, ...) stands in the machine code."""
+        """Return how often an instruction (``HGMMA``, ``HMMA``, ``LDL``, ...) stands in the machine code."""
         return len(re.findall(rf"\b{instruction}\b", self.sass))
 
     @property

@@ -87,7 +87,7 @@ CASES = [
 
 
 def loaded(dense: nn.Module, packed: nn.Module, seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    """Random parameters in `dense` (every one non-zero), the same in `packed` through a strict load."""
+    """Set random parameters in `dense`, none of them zero, and the same in `packed` through a strict load."""
     randomise_(dense.double(), seed)
     packed = packed.double()
     packed.load_state_dict(dense.state_dict(), strict=True)

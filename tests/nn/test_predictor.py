@@ -115,7 +115,7 @@ def test_a_batch_cut_otherwise_is_refused(networks):
 
 
 def zoo_like(scale, seed=0):
-    """Networks of two shapes; `scale` multiplies the first layer's matrix."""
+    """Make networks of two shapes; `scale` multiplies the first layer's matrix."""
     torch.manual_seed(seed)
     found = []
     for k in range(6):

@@ -258,7 +258,7 @@ def test_sets_of_several_seeds(calls, as_on_a_gpu) -> None:
 
 
 def test_a_backward_under_another_backend_is_the_references() -> None:
-    """What forward saved is the same for all backends, and a backend without the op has no backward of it."""
+    """Forward saves the same for all backends, and a backend without the op has no backward of it."""
     generator = torch.Generator().manual_seed(0)
     args = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
             for shape in ((5, 32), (5, 32), (32, 32), (32,), (4, 32))]  # fmt: skip

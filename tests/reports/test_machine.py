@@ -1,4 +1,4 @@
-"""What reports say of where they were made."""
+"""Description of the machine in reports."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_zoo_transformer():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is found
+# Symmetries that are found
 
 
 def test_conv_flatten_linear_permutes_blocks_of_columns():
@@ -200,7 +200,7 @@ def test_keyword_and_several_inputs():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is frozen or refused
+# Units that are frozen, and modules that are refused
 
 
 class Unknown(nn.Module):

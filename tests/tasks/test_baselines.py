@@ -42,7 +42,7 @@ def problem(chunking: str = "flat", **changes) -> Problem:
 
 
 def mixed() -> Problem:
-    """Networks of two depths and many widths."""
+    """Make networks of two depths and many widths."""
     generator = torch.Generator().manual_seed(1)
     targets = torch.rand(120, generator=generator).double()
     widths = [(2, 3 + i % 5, 1) if i % 2 else (2, 4, 3 + i % 3, 1) for i in range(120)]

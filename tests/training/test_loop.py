@@ -18,7 +18,7 @@ from sne_fast.training import (
 
 
 def spread_task(count, seed):
-    """Networks whose label is the log of the spread of their first layer."""
+    """Make networks whose label is the log of the spread of their first layer."""
     generator = torch.Generator().manual_seed(seed)
     networks, labels = [], []
     for _ in range(count):

@@ -18,7 +18,7 @@ IMAGES = 4
 
 
 def pictures():
-    """Four pictures (n, 7, 7) in [0, 1], none of them its own transpose."""
+    """Return four pictures (n, 7, 7) in [0, 1], none of them its own transpose."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, SIDE), torch.linspace(-1, 1, SIDE), indexing="ij")
     return torch.stack([0.5 + 0.4 * (2 * x + k * y).sin() for k in range(IMAGES)])
 
@@ -35,7 +35,7 @@ def fitted(siren, inputs, values, steps=150):
 
 
 def small_start(siren):
-    """As DWSNets starts: no layer's weights beyond sqrt(6 / in) / 30, no biases."""
+    """Initialise as DWSNets does: no layer's weights beyond sqrt(6 / in) / 30, no biases."""
     with torch.no_grad():
         for layer in list(siren)[:-1]:
             layer.weight.uniform_(-1, 1).mul_((6 / layer.in_features) ** 0.5 / 30)
@@ -157,6 +157,118 @@ def test_dwsnets_that_do_not_fit(dwsnets, tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a.pth: holds no coef, the label of a sine wave"):
         load_dwsnets(splits)
+
+
+# ----------------------------------------------------------------------------------------------- paths in the JSON
+
+
+def write_network(file, number):
+    """Write a network whose only weight is a number, which tells it from others."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"seq.0.weight": torch.full((1, 2), float(number))}, file)
+    return file
+
+
+def numbers_read(folder, *paths, root=None):
+    """Return the numbers of the networks that a JSON in the folder names."""
+    splits = folder / "splits.json"
+    splits.write_text(json.dumps({"train": {"path": [str(path) for path in paths], "label": ["1"] * len(paths)}}))
+    zoo = load_dwsnets(splits, root=root)
+    return [int(zoo.state_dict(i)["seq.0.weight"][0, 0]) for i in range(len(zoo))]
+
+
+@pytest.fixture
+def nested(tmp_path, monkeypatch):
+    """Networks of one name at several depths of a folder, and others in the folder where the program runs."""
+    folder = tmp_path / "inrs"
+    for number, path in enumerate(["x.pth", "sub/x.pth", "sub/sub/x.pth", "other/sub/x.pth", "sub/y.pth"]):
+        write_network(folder / path, number)
+        write_network(tmp_path / "here" / path, 100 + number)
+    write_network(tmp_path / "outside.pth", 200)
+    write_network(tmp_path / "here" / "only_here.pth", 300)
+    monkeypatch.chdir(tmp_path / "here")
+    return folder
+
+
+def test_a_relative_path_names_the_file_below_the_folder_of_the_json(nested):
+    for path, number in (
+        ("x.pth", 0), ("sub/x.pth", 1), ("sub/sub/x.pth", 2), ("other/sub/x.pth", 3), ("./sub/x.pth", 1),
+        ("sub//x.pth", 1), ("sub/../x.pth", 0), ("sub/../sub/y.pth", 4),
+    ):  # fmt: skip
+        assert numbers_read(nested, path) == [number], path
+        assert numbers_read(nested.parent, path, root=nested) == [number], path
+    assert numbers_read(nested, "sub/x.pth", "x.pth", "sub/x.pth", "./x.pth") == [1, 0, 1, 0]
+    assert numbers_read(nested, nested / "sub" / "x.pth", "x.pth") == [1, 0]
+
+
+def test_a_relative_json_and_root_are_taken_from_where_the_program_runs(nested, monkeypatch):
+    monkeypatch.chdir(nested.parent)
+    relative = nested.relative_to(nested.parent)
+    assert numbers_read(relative, "sub/x.pth", nested / "x.pth", "x.pth") == [1, 0, 0]
+    assert numbers_read(nested.parent, "sub/x.pth", root="inrs") == [1]
+
+
+def test_the_longest_end_of_a_path_of_another_machine_is_taken(nested):
+    assert numbers_read(nested, "/home/them/inrs/sub/x.pth", "/home/them/inrs/x.pth") == [1, 0]
+    assert numbers_read(nested, "/home/them/run/../inrs/sub/sub/x.pth") == [2]
+    assert numbers_read(nested, "artifacts/x.pth", "artifacts/sub/y.pth") == [0, 4]
+    assert numbers_read(nested, "/a/inrs/sub/x.pth", "/b/inrs/sub/y.pth") == [1, 4]
+
+
+@pytest.mark.parametrize("paths", [
+    ["gone/x.pth", "sub/x.pth"], ["sub/gone/x.pth", "sub/y.pth"], ["/them/inrs/gone/y.pth", "/them/inrs/sub/x.pth"],
+    ["gone/x.pth", "/them/inrs/sub/x.pth", "sub/y.pth"],
+])  # fmt: skip
+def test_a_missing_network_is_not_taken_from_another_place(nested, paths):
+    (nested / "y.pth").write_bytes((nested / "sub" / "y.pth").read_bytes())
+    for order in (paths, paths[::-1]):
+        with pytest.raises(FileNotFoundError, match=r"splits.json names .*, which is missing where its other networks"):
+            numbers_read(nested, *order)
+
+
+def test_two_networks_are_never_read_from_one_file(nested):
+    with pytest.raises(
+        FileNotFoundError, match=r"names /a/x.pth and /b/x.pth, for which there is only one file, .*x.pth"
+    ):
+        numbers_read(nested, "/a/x.pth", "/b/x.pth")
+    assert numbers_read(nested, "/a/x.pth", "/a/x.pth", "/a/./x.pth") == [0, 0, 0]
+
+
+def test_a_missing_path_is_not_looked_for_where_the_program_runs(nested):
+    for path in (
+        "only_here.pth", "sub/only_here.pth", "", ".", "sub", "/", "x" * 5000 + ".pth", "a\0.pth", "x.pth\0",
+        "/x/a\n.pth", nested / "gone" / "x.pth",
+    ):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=r"splits.json names .*, which is missing, also below") as raised:
+            numbers_read(nested, path)
+        assert "\n" not in str(raised.value)
+
+
+def test_paths_outside_the_folder_are_refused(nested):
+    outside = nested.parent / "outside.pth"
+    write_network(nested / "outside.pth", 9)  # not what these paths name
+    for path in ("../outside.pth", "sub/../../outside.pth", "../inrs/../outside.pth", "../here/x.pth", "..", outside,
+                 f"{nested}/../outside.pth"):  # fmt: skip
+        with pytest.raises(
+            CheckpointError, match=r"splits.json: refused, it names .*, which lies outside .*; give root="
+        ):
+            numbers_read(nested, path)
+    assert numbers_read(nested, outside, root=nested.parent) == [200]
+    assert numbers_read(nested, outside, root=nested) == [9]  # the user says that the networks lie there
+    with pytest.raises(CheckpointError, match="which lies outside"):
+        numbers_read(nested, nested.parent / "here" / "only_here.pth", root=nested)
+
+
+def test_folders_made_of_links_are_read(nested, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    try:
+        (links / "x.pth").symlink_to(nested / "sub" / "x.pth")
+        (tmp_path / "again").symlink_to(nested, target_is_directory=True)
+    except OSError:
+        pytest.skip("no links on this system")
+    assert numbers_read(links, "x.pth") == [1]
+    assert numbers_read(tmp_path / "again", tmp_path / "again" / "x.pth", nested / "sub" / "x.pth") == [0, 1]
 
 
 def test_nfn_folders(sirens, tmp_path):

@@ -27,7 +27,7 @@ pytest.importorskip("pyarrow")
 
 
 def images(side):
-    """Shapes enlarged to `side`: (train, test), each images (n, 1, side, side) and labels."""
+    """Return shapes enlarged to `side`: (train, test), each images (n, 1, side, side) and labels."""
     resize = torch.nn.functional.interpolate
     return tuple((resize(x[:800], size=(side, side)), y[:800]) for x, y in load_images("shapes"))
 
@@ -199,7 +199,7 @@ def test_unterthiner_files_that_do_not_fit(unterthiner, tmp_path):
 
 
 def write_run(folder, module, epochs, first_epoch, side, *, kind="CNN", named=True, padded=True, dropout=0.0, seed=0):
-    """One network as Ray Tune left it: a checkpoint and a line per epoch, epoch 0 with train metrics of -999."""
+    """Write a network as Ray Tune leaves it: a checkpoint and a line per epoch, epoch 0 with train metrics of -999."""
     folder.mkdir(parents=True)
     config = {
         "seed": seed, "cuda": False, "model::type": kind, "model::channels_in": 1, "model::nlin": "tanh",

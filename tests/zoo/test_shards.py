@@ -19,7 +19,7 @@ import pyarrow.parquet as pq  # noqa: E402
 
 
 def networks(count=7, seed=0):
-    """Two architectures in turn, their tensors not in the order of their names."""
+    """Make networks of two architectures in turn, their tensors not in the order of their names."""
     torch.manual_seed(seed)
     makers = (
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)),

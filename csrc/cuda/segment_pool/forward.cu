@@ -39,7 +39,7 @@ struct Sums {
   }
 };
 
-// What a lane pools: queries first_query.. and 16 bytes of columns.
+// Work of one lane: to pool queries first_query.. and 16 bytes of columns.
 template <class T, int kQueries>
 struct Lane {
   static constexpr int kCount = kRows<kQueries>, kColumns = kVector<T>;

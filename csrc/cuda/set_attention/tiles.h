@@ -225,7 +225,7 @@ struct Own {
 // lse in base 2, as what logits are shifted by: 0 where a row saw nothing, so that exp2(-inf - 0) = 0.
 SNE_DEVICE float base2_shift(float lse) { return lse == -INFINITY ? 0.0f : lse * kLog2e; }
 
-// Of rows g and g + 8: sums over columns of products of two matrices' values.
+// Sums over the columns of the products of two matrices' values, for rows g and g + 8.
 template <class Op, int D>
 SNE_DEVICE void row_products(float (&out)[2], const Own<Op, D> &x, const Own<Op, D> &y) {
   SNE_UNROLL

@@ -209,11 +209,11 @@ def chunk_encode_backward(
     chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
     classes = list(call.plan.classes(CLASSES))
     max_bins = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]
-    rows = max(min(most, bins) * c.slots for (c, bins), most in zip(classes, max_bins, strict=True))
+    rows = max(min(max_count, bins) * c.slots for (c, bins), max_count in zip(classes, max_bins, strict=True))
     slab = _Slab.empty(call, rows)
-    for (slot_class, bins), most in zip(classes, max_bins, strict=True):
-        for first in range(0, bins, most):
-            args = call.args(slot_class, bins, first, min(most, bins - first))
+    for (slot_class, bins), max_count in zip(classes, max_bins, strict=True):
+        for first in range(0, bins, max_count):
+            args = call.args(slot_class, bins, first, min(max_count, bins - first))
             _slab_backward(call, slab, args, grad, parts, values_grad, chunk_grad)
     shared = {name: part.sum(1 if name in BY_BLOCK else 0) for name, part in parts.items()}
     grads = [segment_sum(chunk_grad, tensor_ptr), *(shared[name] for name in CHUNK_PARAMETERS[1:])]

@@ -70,7 +70,7 @@ def sum_pieces_kernel(
     COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """out[row_ptr[s] + i] = sum over the pieces of set s of partial[piece, i], i = 0.., each of ``width`` values."""
+    """Compute ``out[row_ptr[s] + i]``, ``width`` values: the sum over the pieces of set s of ``partial[piece, i]``."""
     i_set = tl.program_id(0).to(tl.int64)
     i_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if ONE_ROW:

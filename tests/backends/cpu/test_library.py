@@ -14,21 +14,21 @@ import sne_fast
 from helpers.cpu_cases import NEEDS_BACKEND, chunk_encode_case
 from helpers.paths import ROOT
 from sne_fast.backends.cpu import backend as cpu
-from sne_fast.backends.cpu import library as _native
+from sne_fast.backends.cpu import library
 
-needs_backend = pytest.mark.skipif(bool(_native.reasons()), reason=NEEDS_BACKEND)
+needs_backend = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
 
 
 @pytest.fixture
 def fresh_load():
-    _native.NATIVE.forget()
+    library.NATIVE.forget()
     yield
-    _native.NATIVE.forget()
+    library.NATIVE.forget()
 
 
 def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
-    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "libsne_fast_cpu.so")
-    monkeypatch.setattr(_native, "ERROR_FILE", tmp_path / "error.txt")
+    monkeypatch.setattr(library, "LIBRARY_FILE", tmp_path / "libsne_fast_cpu.so")
+    monkeypatch.setattr(library, "ERROR_FILE", tmp_path / "error.txt")
     (tmp_path / "error.txt").write_text("there is no C++ compiler\n")
     (reason,) = cpu.BACKEND.unavailable()
     assert reason == "the native library was not built: there is no C++ compiler; reinstall with g++"
@@ -38,20 +38,20 @@ def test_a_missing_library_is_explained(monkeypatch, tmp_path, fresh_load):
 
 
 def test_a_foreign_library_is_refused(monkeypatch, tmp_path, fresh_load):
-    monkeypatch.setattr(_native, "LIBRARY_FILE", tmp_path / "libsne_fast_cpu.so")
+    monkeypatch.setattr(library, "LIBRARY_FILE", tmp_path / "libsne_fast_cpu.so")
     (tmp_path / "libsne_fast_cpu.so").write_bytes(b"not a library")
     assert "does not load" in cpu.BACKEND.unavailable()[0]
 
 
 @needs_backend
 def test_another_abi_is_refused(monkeypatch, fresh_load):
-    monkeypatch.setattr(_native, "ABI", 999)
+    monkeypatch.setattr(library, "ABI", 999)
     assert "needs 999: reinstall" in cpu.BACKEND.unavailable()[0]
 
 
 @needs_backend
 def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
-    monkeypatch.setitem(_native.SYMBOLS, "sne_fast_cpu_of_tomorrow", (ctypes.c_int, []))
+    monkeypatch.setitem(library.SYMBOLS, "sne_fast_cpu_of_tomorrow", (ctypes.c_int, []))
     assert "lacks sne_fast_cpu_of_tomorrow" in cpu.BACKEND.unavailable()[0]
 
 
@@ -59,23 +59,23 @@ def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
 @needs_backend
 def test_the_environment_variable_chooses_the_instruction_set(tmp_path):
     def ask(name: str) -> str:
-        code = "from sne_fast.backends.cpu import library as _native; print(_native.reasons() or _native.isa())"
-        environment = {**os.environ, _native.ISA_ENVIRONMENT_VARIABLE: name, "OMP_NUM_THREADS": "1"}
+        code = "from sne_fast.backends.cpu import library; print(library.reasons() or library.isa())"
+        environment = {**os.environ, library.ISA_ENVIRONMENT_VARIABLE: name, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
-    for name in _native.supported_isas():
+    for name in library.supported_isas():
         assert ask(name) == name
-    assert ask("") == _native.supported_isas()[-1]
+    assert ask("") == library.supported_isas()[-1]
     assert "must be one that this machine can run: portable" in ask("mmx")
 
 
 @needs_backend
 def test_a_wrong_instruction_set_is_an_error():
-    with pytest.raises(RuntimeError, match="instruction set unknown"), _native.use_isa("mmx"):
+    with pytest.raises(RuntimeError, match="instruction set unknown"), library.use_isa("mmx"):
         pass
 
 
@@ -83,12 +83,12 @@ def test_a_wrong_instruction_set_is_an_error():
 def test_structs_have_the_size_of_the_header(tmp_path):
     """Count the fields in the header, which ctypes mirrors by hand."""
     header = (ROOT / "csrc" / "include" / "sne_fast" / "cpu_abi.h").read_text()
-    assert f"#define SNE_FAST_CPU_ABI {_native.ABI}\n" in header
+    assert f"#define SNE_FAST_CPU_ABI {library.ABI}\n" in header
     for name, struct in {
-        "chunk_encode_args": _native.ChunkEncodeArgs, "chunk_encode_grads": _native.ChunkEncodeGrads,
-        "set_attention_args": _native.SetAttentionArgs, "set_attention_grads": _native.SetAttentionGrads,
-        "segment_pool_args": _native.SegmentPoolArgs, "segment_pool_grads": _native.SegmentPoolGrads,
-        "gather_chunks_args": _native.GatherChunksArgs,
+        "chunk_encode_args": library.ChunkEncodeArgs, "chunk_encode_grads": library.ChunkEncodeGrads,
+        "set_attention_args": library.SetAttentionArgs, "set_attention_grads": library.SetAttentionGrads,
+        "segment_pool_args": library.SegmentPoolArgs, "segment_pool_grads": library.SegmentPoolGrads,
+        "gather_chunks_args": library.GatherChunksArgs,
     }.items():  # fmt: skip
         body = header[: header.index("} sne_fast_" + name + ";")].rpartition("typedef struct {")[2]
         fields: list[str] = []

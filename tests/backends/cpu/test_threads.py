@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
 
 
 def all_results(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Results and gradients of every op on one set of inputs, large enough for several threads to have work."""
+    """Return results and gradients of every op on one set of inputs, large enough for several threads to have work."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 33, (400,), generator=g).tolist() + [32] * 200
     args = cast(chunk_encode_case(64, 4, lengths), dtype)

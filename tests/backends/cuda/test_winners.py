@@ -1,4 +1,4 @@
-"""Which of two GPU backends ``auto`` asks first: Triton's, but for calls that a committed measurement names."""
+"""The GPU backend that ``auto`` asks first: Triton's, but for calls that a committed measurement names."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_calls_are_described_by_their_arguments(monkeypatch: pytest.MonkeyPatch)
 
 
 def result(**changes: Any) -> dict[str, Any]:
-    """As bench/gpu_suite.py writes it: cuda is faster in the forward, Triton in the step."""
+    """Return a result as bench/gpu_suite.py writes it: cuda is faster in the forward, Triton in the step."""
     shape = {"op": "set_attention", "dtype": "torch.bfloat16", "products": "ieee", "width": 64, "heads": 4,
              "length": 16.0, "rows": 1 << 20, "error": 1e-3}  # fmt: skip
     rows = [

@@ -34,7 +34,7 @@ def is_forward(kernel: Kernel) -> bool:
 
 
 def is_wide(kernel: Kernel) -> bool:
-    """Whether a template argument says that it is for a width above 64; a number behind a shape is of threads."""
+    """Return True if a template argument is a width above 64; a number behind a shape is one of threads."""
     shape = re.search(r"ChunkShape<[^,]+, (\d+)", kernel.name)
     numbers = [shape[1]] if shape else re.findall(r"\b\d+\b", kernel.name.partition("<")[2])
     return any(int(number) > 64 for number in numbers)

@@ -16,7 +16,7 @@ collect_ignore_glob = [] if EMULATED else ["test_*.py"]
 
 @pytest.fixture(autouse=True)
 def always_poisoned_outputs(poisoned_outputs: None) -> None:
-    """Of every test here."""
+    """Poison the outputs of every test here."""
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import chunk_checks as checks
 from helpers.chunk_checks import MIXED, NAMES, arguments, error, gentle, in_float64, upstream
-from helpers.op_cases import ChunkCase
+from helpers.op_cases import ChunkCase, products
 from sne_fast import reference
 from sne_fast.backends.cuda import chunk_encode as module
 from sne_fast.backends.cuda import library
@@ -48,13 +48,9 @@ def test_long_chunks(width: int) -> None:
 
 def test_tf32() -> None:
     args = arguments(ChunkCase.make(SMALL, 64, 4, dtype=torch.float32))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with products("high"):
         rounded = chunk_encode(*args)
         check(args, 2e-3, 2e-2)
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert error(rounded, reference.chunk_encode(*in_float64(args))) > 2e-5  # the setting was taken
 
 

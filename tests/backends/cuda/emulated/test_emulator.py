@@ -1,4 +1,4 @@
-"""What the emulator notices (a missing barrier, threads that part ways, unwritten shared memory), and its matrices."""
+"""The emulator notices missing barriers, threads that part ways and unwritten shared memory; its matrices are right."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from sne_fast.backends.cuda.library import library
 
 pytestmark = pytest.mark.build
 
-# Of every way to lay tiles: whole rows, whole columns, neither; edges of 1 and of nearly a tile.
+# Shapes for every way to lay tiles: whole rows, whole columns, neither; edges of 1 and of nearly a tile.
 MORE_SHAPES = [(460, 9), (64, 100), (66, 130), (70, 65), (65, 64), (2, 2), (513, 8), (17, 512), (8200, 2), (1000, 49)]
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float32]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

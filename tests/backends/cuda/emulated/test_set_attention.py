@@ -8,7 +8,7 @@ import torch
 import sne_fast
 from helpers import set_attention_checks as checks
 from helpers.errors import relative_error
-from helpers.op_cases import pointer
+from helpers.op_cases import pointer, products
 from helpers.set_attention_checks import BRAIN, HALF, SINGLE, check, compare, exact, inputs, run
 from sne_fast.backends.cuda import library
 from sne_fast.backends.cuda import set_attention as backend
@@ -26,23 +26,16 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "MIN_SPLIT", 64)
 
 
-@pytest.fixture
-def tf32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
 def test_float32(lengths) -> None:
     check(backend, inputs(*lengths, 32, SINGLE), 2)
 
 
 @pytest.mark.parametrize("lengths", checks.RAGGED_OR_FEW, ids=str)
-def test_tf32(lengths, tf32) -> None:
+def test_tf32(lengths) -> None:
     case = inputs(*lengths, 32, SINGLE)
-    got, want = run(backend, *case, 2), exact(*case, 2)
+    with products("high"):
+        got, want = run(backend, *case, 2), exact(*case, 2)
     compare(got, want, 2e-3, 3e-3)
     assert relative_error(got[0], want[0]) > 1e-5, "products were rounded"
 
@@ -128,7 +121,7 @@ def test_plans(monkeypatch) -> None:
 
 
 def test_more_than_2_to_31_values(monkeypatch) -> None:
-    """Of keys and values: pages of memory that nothing touches, but for the last set's."""
+    """Check addresses of keys and values: memory that nothing touches, but for the last set's."""
     monkeypatch.setattr(backend, "MAX_SPLIT", 1 << 20)
     torch.use_deterministic_algorithms(False)
     (q, few, _), _, _ = inputs([3], [5], 32, HALF)

@@ -133,7 +133,7 @@ REPRESENTATIVE = [
 
 
 def every_variant() -> list[Variant]:
-    """One axis at a time around the common shapes, on every architecture: some 350 variants, half an hour."""
+    """Return some 350 variants (half an hour): one axis at a time around the common shapes, on every architecture."""
     kinds = ((torch.bfloat16, ""), (torch.float16, ""), (TF32, "tf32"), (TF32, "ieee"))
     found = []
     for arch in ALL_ARCHITECTURES:

@@ -28,7 +28,7 @@ def compiled(
     kernel: str, arch: int, h: int = 64, dtype: torch.dtype = BRAIN, precision: str = "highest",
     layer_norm: bool = True, one_query: bool = False,
 ) -> Compiled | None:  # fmt: skip
-    """None where the table takes the staged form."""
+    """Compile a kernel; return None where the table takes the staged form."""
     fn, operands, sums = KERNELS[kernel]
     with products(precision):
         plan = Plan.make(kernel, torch.empty(1, h, dtype=dtype, device="meta"), layer_norm, one_query, arch)

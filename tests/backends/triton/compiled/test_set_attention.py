@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 
+from helpers.op_cases import products
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 from sne_fast.backends.triton import set_attention_kernels as kernels
 from sne_fast.backends.triton.set_attention import Lengths, Plan
@@ -98,9 +99,5 @@ def test_combining_splits(arch: int) -> None:
 
 @pytest.mark.parametrize("kernel", ["forward", "query_grad", "key_grad"])
 def test_tf32_where_torch_allows_it(kernel: str) -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with products("high"):
         check(compiled(kernel, torch.float32, 64, 4, 90), 90, ("HGMMA",), 255)
-    finally:
-        torch.set_float32_matmul_precision(before)

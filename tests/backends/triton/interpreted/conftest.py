@@ -17,7 +17,7 @@ collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 
 @pytest.fixture(autouse=True)
 def always_poisoned_outputs(poisoned_outputs: None) -> None:
-    """Of every test here."""
+    """Poison the outputs of every test here."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,7 +54,10 @@ def test_staged(
     width: int, heads: int, chunk_size: int, tensors: list[list[int]], dtype: torch.dtype, layer_norm: bool
 ) -> None:
     case = ChunkCase.make(tensors, width, heads, chunk_size, layer_norm, dtype)
-    check(module, arguments(case), *TOLERANCE[dtype])
+    # The gradient of pool_query is a small difference of large sums. The processor decides how much of it the
+    # interpreter's float32 products lose: 1.4e-5 at width 128 on an Intel Xeon, less than 1e-5 on an AMD EPYC.
+    forward, backward = TOLERANCE[dtype]
+    check(module, arguments(case), forward, max(backward, 2e-5) if dtype == torch.float32 else backward)
 
 
 @pytest.mark.parametrize(

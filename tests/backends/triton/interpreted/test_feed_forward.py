@@ -36,14 +36,14 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def case(rows: int, h: int, dtype: torch.dtype, layer_norm: bool = True, one_query: bool = False) -> Inputs:
-    """Arguments of the op, and a gradient of its result."""
+    """Make arguments of the op, and a gradient of its result."""
     g = torch.Generator().manual_seed(5)
     grad = torch.randn(rows, h, generator=g, dtype=DOUBLE).to(dtype)
     return feed_forward_case(rows, h, layer_norm, dtype, one_query), grad
 
 
 def run(backend, args: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """out, the gradient of q + attended, dw_o, db_o, dnorm."""
+    """Return out, the gradient of q + attended, dw_o, db_o, dnorm."""
     return backend.feed_forward(*args), *backend.feed_forward_backward(grad, *args)
 
 
