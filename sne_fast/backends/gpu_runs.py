@@ -9,8 +9,8 @@ A backend that no result names has only been emulated and compiled, and ``sne-fa
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +79,14 @@ def sentence(backend: str, otherwise: str) -> str:
     return f"has run {'; '.join(map(str, found))}" if found else f"has not run on a GPU yet: {otherwise} only"
 
 
-if __name__ == "__main__":
-    results = [(Path(name).name, json.loads(Path(name).read_text(encoding="utf-8"))) for name in sys.argv[1:]]
-    write([run for name, content in results if is_result(content) for run in runs_of(content, name)])
+def main() -> None:
+    """Write the runs of the results named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="results of bench/gpu_suite.py; other files are skipped")
+    contents = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in parser.parse_args().results}
+    write([run for name, content in contents.items() if is_result(content) for run in runs_of(content, name)])
     print(*read(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,10 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from helpers.op_cases import ChunkCase
+from helpers.op_cases import GRADED_NAMES, ChunkCase
 from sne_fast.ops import reference
 
-NAMES = ("values", "row_code", "element_code", "logit", "basis", "w_qkv", "b_qkv", "w_o", "b_o", "norm", "pool_query")
 MIXED = [[32, 32, 1], [31, 17], [2], [16, 16, 5, 1, 1]]
 
 
@@ -67,7 +66,7 @@ def check(backend: ModuleType, args: tuple[Tensor, ...], forward: float, backwar
     assert error(out, reference.chunk_encode(*exact)) <= forward
     got = backend.chunk_encode_backward(grad, *args)
     want = reference.chunk_encode_backward(grad.double(), *exact)
-    for name, ours, theirs, argument in zip(NAMES, got, want, (args[0], *args[5:]), strict=True):
+    for name, ours, theirs, argument in zip(GRADED_NAMES, got, want, (args[0], *args[5:]), strict=True):
         assert ours.dtype == argument.dtype, name
         assert error(ours, theirs) <= backward, name
 
@@ -126,7 +125,7 @@ def slabs(backend: ModuleType, args: tuple[Tensor, ...], shrink: Callable[[], No
     whole, again = (backend.chunk_encode_backward(grad, *args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     shrink()
-    for name, a, b in zip(NAMES, whole, backend.chunk_encode_backward(grad, *args), strict=True):
+    for name, a, b in zip(GRADED_NAMES, whole, backend.chunk_encode_backward(grad, *args), strict=True):
         assert error(b, a.double()) <= tolerance, name
 
 

@@ -11,19 +11,6 @@ from helpers.op_cases import pointer
 from sne_fast.backends.cpu import library
 
 NEEDS_BACKEND = "needs the native library: " + "; ".join(library.reasons())
-CHUNK_NAMES = (
-    "values",
-    "row_code",
-    "element_code",
-    "logit",
-    "basis",
-    "w_qkv",
-    "b_qkv",
-    "w_o",
-    "b_o",
-    "norm",
-    "pool_query",
-)
 
 
 def chunk_encode_case(

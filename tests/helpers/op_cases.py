@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sne_fast.ops.schema import CHUNK_PARAMETERS
+
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
@@ -72,6 +74,8 @@ class ChunkCase:
 
 GRADED = (0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 """Places of the arguments of ``chunk_encode`` that are floating and have gradients."""
+GRADED_NAMES = ("values", *CHUNK_PARAMETERS)
+"""Their names."""
 
 
 def attention_case(

@@ -11,7 +11,7 @@ from torch import Tensor
 import sne_fast
 from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pointer, pool_case
 from sne_fast import functional as F
-from sne_fast.ops.schema import SCHEMAS
+from sne_fast.ops.schema import CHUNK_PARAMETERS, SCHEMAS
 
 TENSORS = [[5, 5, 3], [1], [2, 1], [5]]
 
@@ -83,21 +83,7 @@ def test_the_backend_computes_outside_autocast() -> None:
 
 
 def broken(change: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = [
-        "values",
-        "chunk_ptr",
-        "tensor_ptr",
-        "row_code",
-        "element_code",
-        "logit",
-        "basis",
-        "w_qkv",
-        "b_qkv",
-        "w_o",
-        "b_o",
-        "norm",
-        "pool_query",
-    ]
+    names = ("values", "chunk_ptr", "tensor_ptr", *CHUNK_PARAMETERS)
     return {**dict(zip(names, ChunkCase.make(TENSORS, 8, 2, 5, dtype=torch.float32).args, strict=True)), **change}
 
 

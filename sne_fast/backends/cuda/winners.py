@@ -11,9 +11,9 @@ length within a factor of two of the measured one and at least a sixteenth of it
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,9 +144,10 @@ def rules_from(result: Mapping[str, Any], measured: str) -> list[Rule]:
 
 def main() -> None:
     """Write the rules of the results named on the command line."""
-    found = [rule for name in sys.argv[1:] for rule in rules_from(json.loads(Path(name).read_text()), Path(name).name)]
-    if not sys.argv[1:]:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="results of bench/gpu_suite.py")
+    files = parser.parse_args().results
+    found = [rule for file in files for rule in rules_from(json.loads(file.read_text(encoding="utf-8")), file.name)]
     write(found)
     print(f"{FILE}: {len(found)} rules")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import sne_fast
-from helpers.cpu_cases import CHUNK_NAMES, NEEDS_BACKEND, cast, chunk_encode_case
+from helpers.cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case
 from helpers.errors import relative_error
-from helpers.op_cases import pointer
+from helpers.op_cases import GRADED_NAMES, pointer
 from sne_fast import reference
 from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
@@ -46,7 +46,7 @@ def compare_chunk_encode(args64, tolerance=PRECISIONS):
         args = cast(args64, dtype)
         got = cpu.chunk_encode(*args)
         assert got.dtype == dtype and relative_error(got, want) < forward
-        for name, a, b in zip(CHUNK_NAMES, cpu.chunk_encode_backward(grad.to(dtype), *args), want_grads, strict=True):
+        for name, a, b in zip(GRADED_NAMES, cpu.chunk_encode_backward(grad.to(dtype), *args), want_grads, strict=True):
             assert a.shape == b.shape and a.dtype == dtype, name
             assert relative_error(a, b) < backward, (name, dtype)
 
@@ -84,7 +84,7 @@ def test_chunk_encode_gradcheck(isa):
     grads = cpu.chunk_encode_backward(grad, *args)
     places = [0, *range(5, 15)]
     g = torch.Generator().manual_seed(0)
-    for name, place, gradient in zip(CHUNK_NAMES, places, grads, strict=True):
+    for name, place, gradient in zip(GRADED_NAMES, places, grads, strict=True):
         direction = torch.randn(args[place].shape, generator=g, dtype=torch.float64)
         step = 1e-6
 
@@ -121,7 +121,7 @@ def test_chunk_encode_saturated_softmax_in_float32(isa, size, lengths):
 
     exact = results(reference, *cast((grad, *args), torch.float64))
     single, got = results(reference, grad, *args), results(cpu, grad, *args)
-    for name, a, b, want in zip(("out", *CHUNK_NAMES), got, single, exact, strict=True):
+    for name, a, b, want in zip(("out", *GRADED_NAMES), got, single, exact, strict=True):
         # The gradient of logit vanishes, down to exact zeros.
         small = float(want.norm()) < 1e-6
         lost, allowed = (float((t.double() - want).norm()) if small else relative_error(t, want) for t in (a, b))
@@ -308,7 +308,7 @@ def test_chunk_encode_refuses_wrong_shapes(place):
     with pytest.raises(TypeError, match=r"chunk_encode: .* must have the dtype and device of values .float.*, got flo"):
         cpu.chunk_encode(*args[:place], args[place].half(), *args[place + 1 :])
     args[place] = args[place][..., :-1]
-    name = CHUNK_NAMES[max(0, place - 4)]
+    name = GRADED_NAMES[max(0, place - 4)]
     message = "do not fit together" if place == 0 else f"chunk_encode: {name} must have shape .*, got "
     with pytest.raises(Exception, match=message):
         cpu.chunk_encode(*args)
@@ -351,7 +351,7 @@ def test_compiled_calls_are_checked_by_the_backend():
     x, ptr = torch.randn(6, 32), pointer([2, 4])
 
     def call(row_code):
-        named = dict(zip(CHUNK_NAMES[2:], args[6:], strict=True))
+        named = dict(zip(GRADED_NAMES[2:], args[6:], strict=True))
         return encode(args[0], args[1], args[2], row_code=row_code, **named)
 
     with sne_fast.use_backend("cpu"):

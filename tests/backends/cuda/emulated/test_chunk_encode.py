@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from helpers import chunk_checks as checks
-from helpers.chunk_checks import MIXED, NAMES, arguments, error, gentle, in_float64, upstream
-from helpers.op_cases import ChunkCase, products
+from helpers.chunk_checks import MIXED, arguments, error, gentle, in_float64, upstream
+from helpers.op_cases import GRADED_NAMES, ChunkCase, products
 from sne_fast import reference
 from sne_fast.backends.cuda import chunk_encode as module
 from sne_fast.backends.cuda import library
@@ -64,7 +64,7 @@ def test_half_types_lose_at_most_twice_what_torch_loses(
     for seed in range(5 if width < 256 else 3):
         args = arguments(ChunkCase.make(tensors, width, heads, dtype=dtype, seed=seed))
         ratios.append(checks.loses_at_most_twice_what_torch_loses(module, args))
-    for name, ratio in zip(NAMES, torch.tensor(ratios).median(0).values.tolist(), strict=True):
+    for name, ratio in zip(GRADED_NAMES, torch.tensor(ratios).median(0).values.tolist(), strict=True):
         assert ratio <= 2, name
 
 
@@ -86,7 +86,7 @@ def test_weights_in_pieces_and_any_order_of_threads_give_the_same_bits(monkeypat
             library.library().sne_fast_cuda_emulated_schedule(seed)
             pieces = both()
             assert torch.equal(pieces[0], first[0]) and torch.equal(pieces[1], first[1])
-            for name, a, b in zip(NAMES, pieces[1:], first[1:], strict=True):
+            for name, a, b in zip(GRADED_NAMES, pieces[1:], first[1:], strict=True):
                 assert error(a, b.double()) <= 1e-2, name  # fewer warps: sums over other rows
     finally:
         library.library().sne_fast_cuda_emulated_schedule(0)

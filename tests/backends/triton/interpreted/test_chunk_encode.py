@@ -14,8 +14,8 @@ import sne_fast.backends.triton.chunk_encode as module
 import sne_fast.backends.triton.chunk_encode_backward as backward_module
 import sne_fast.backends.triton.chunk_encode_staged as staged_module
 from helpers import chunk_checks as checks
-from helpers.chunk_checks import MIXED, NAMES, arguments, check, error, gentle, half_by_torch, in_float64, upstream
-from helpers.op_cases import GRADED, ChunkCase, pointer
+from helpers.chunk_checks import MIXED, arguments, check, error, gentle, half_by_torch, in_float64, upstream
+from helpers.op_cases import GRADED, GRADED_NAMES, ChunkCase, pointer
 from sne_fast import reference
 from sne_fast.backends.gpu_plans.chunks import SHARED_STARTS, TABLE_ENTRIES, ChunkPlan, plan_chunks
 from sne_fast.backends.triton.chunk_encode import chunk_encode, chunk_encode_backward, why_not
@@ -70,7 +70,7 @@ def test_float16_loses_at_most_twice_what_torch_loses(
     # A relu that flips by rounding costs either side the same: the seed is one where neither is unlucky.
     args = arguments(ChunkCase.make(tensors, width, heads, layer_norm=layer_norm, dtype=torch.float16, seed=1))
     ratios = checks.loses_at_most_twice_what_torch_loses(module, args)
-    for name, ratio in zip(NAMES, ratios, strict=True):
+    for name, ratio in zip(GRADED_NAMES, ratios, strict=True):
         assert ratio <= 2, name
 
 
@@ -185,4 +185,4 @@ def test_why_not(width: int, heads: int, chunk_size: int, says: str) -> None:
 def test_why_not_is_silent_on_what_runs() -> None:
     for width, heads in ((32, 4), (64, 8), (128, 2), (256, 32)):
         assert why_not("chunk_encode", arguments(ChunkCase.make([[3]], width=width, heads=heads))) == []
-    assert len(GRADED) == len(NAMES)
+    assert len(GRADED) == len(GRADED_NAMES)
