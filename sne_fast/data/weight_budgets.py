@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .batch import WeightBatch
 
+SEED_STRIDE = 1_000_003
+"""Distance between the random draws of neighbouring seeds, so that they share no step or epoch."""
+
 
 def network_sizes(batch: WeightBatch) -> Tensor:
     """Return the number of weights of each network, `(B,)` int64 on the CPU."""

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import nn
 
-SEED_STRIDE = 1_000_003
-"""Distance between the random draws of neighbouring seeds, so that they share no step or epoch."""
+from ..data.weight_budgets import SEED_STRIDE
 
 
 def adamw(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.batch import WeightBatch
 from ..data.packing import pack
-from ..data.weight_budgets import batches_by_weights
-from ..training.optimiser import SEED_STRIDE
+from ..data.weight_budgets import SEED_STRIDE, batches_by_weights
 from .table import Zoo
 
 Item = tuple[WeightBatch, Tensor]
