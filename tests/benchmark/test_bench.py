@@ -287,13 +287,15 @@ def test_report_refuses_a_readme_without_markers_and_foreign_files(tmp_path: Pat
 def test_suite_runs_and_its_json_is_reported(tmp_path: Path, readme: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "out.json"
+    # pytest-benchmark writes no JSON in a worker of xdist, which this session would take itself for.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", f"--benchmark-json={out}",
             "--size", "tiny", "--rounds", "2", "--threads", "1", "--memory-limit", "2", "--baselines", "eager,loop",
             "-k", "zoo or networks",
         ],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     content = json.loads(out.read_text(encoding="utf-8"))
