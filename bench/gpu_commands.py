@@ -62,6 +62,11 @@ def sanitizer_command(tool: str, check: str, backend: str, device: str) -> list[
             "--device", device, "--backend", backend]  # fmt: skip
 
 
+def _hear_interrupts() -> None:
+    # What a shell starts in the background ignores SIGINT, and so would its children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def finished(command: list[str], limit: float, **environment: str) -> dict[str, Any]:
     """Return the status and the end of the output of a command; past its limit it is interrupted, then killed."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -69,7 +74,7 @@ def finished(command: list[str], limit: float, **environment: str) -> dict[str, 
         # A session of its own, so that none of its processes goes on, and on the GPU, after it.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env={**os.environ, "PYTHONPATH": path, **environment}, preexec_fn=_hear_interrupts,
         )  # fmt: skip
         try:
             status = process.wait(max(1.0, limit - GRACE))
