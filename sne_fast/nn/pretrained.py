@@ -136,7 +136,8 @@ class PretrainedMixin:
         digest = config.get(DIGEST)
         if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise ValueError(
-                f"from_pretrained: {CONFIG_NAME} of {name!r}: {DIGEST} must be 64 hexadecimal digits, got {shown(digest)}"
+                f"from_pretrained: {CONFIG_NAME} of {name!r}: {DIGEST} must be 64 hexadecimal digits, got "
+                f"{shown(digest)}"
             )
         version = shown(config.get("sne_fast_version", "unknown"))
         module = _build(cls, config, f"from_pretrained: {CONFIG_NAME} of {name!r} (written by sne_fast {version})")
