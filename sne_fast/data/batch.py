@@ -46,6 +46,7 @@ class WeightBatch:
         chunking: "flat", "neuron" or "kernel".
         names: per network `(network name, (tensor names...))`, or () if unknown. For messages only.
         shapes: per network the tuple of its tensors' shapes, or () if unknown.
+        prepared: steps of a predictor's preparation that were done since packing, see `Predictor.prepare`.
 
     Attributes:
         chunk_ptr_host, tensor_ptr_host, layer_ptr_host, network_ptr_host: int64 copies of the pointers on the CPU
@@ -77,6 +78,7 @@ class WeightBatch:
     chunking: Chunking
     names: Names = ()
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    prepared: tuple[str, ...] = ()
     chunk_ptr_host: Tensor = dataclasses.field(init=False)
     tensor_ptr_host: Tensor = dataclasses.field(init=False)
     layer_ptr_host: Tensor = dataclasses.field(init=False)
@@ -86,6 +88,7 @@ class WeightBatch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
         object.__setattr__(self, "shapes", tuple(tuple(tuple(s) for s in network) for network in self.shapes))
+        object.__setattr__(self, "prepared", tuple(str(step) for step in self.prepared))
         fields = self._fields()
         check_fields(fields)
         object.__setattr__(self, "chunk_size", operator.index(self.chunk_size))
@@ -103,7 +106,7 @@ class WeightBatch:
 
         Args:
             hosts: CPU copies of the pointers by name, as in `{"chunk_ptr": ...}`; the pointers themselves by default.
-            fields: all of the constructor's arguments.
+            fields: all of the constructor's arguments that have no default.
         """
         batch = object.__new__(cls)
         for name, value in fields.items():
@@ -113,8 +116,8 @@ class WeightBatch:
         batch._derive()
         return batch
 
-    def with_fields(self, **changes: Tensor) -> WeightBatch:
-        """Replace fields other than pointers by tensors of the same shape, dtype and device; nothing is checked."""
+    def with_fields(self, **changes: Any) -> WeightBatch:
+        """Replace fields other than pointers, tensors by such of the same shape, dtype and device, unchecked."""
         return WeightBatch.trusted(self.pointers_host, **{**self._fields(), **changes})
 
     def _derive(self) -> None:
@@ -358,7 +361,7 @@ class WeightBatch:
         """Concatenate batches in order; names and shapes are kept where every batch has them.
 
         Raises:
-            ValueError: no batches, or batches that differ in chunk size, chunking, dtype or device.
+            ValueError: no batches, or batches that differ in chunk size, chunking, preparation, dtype or device.
         """
         batches = list(batches)
         if not batches:
@@ -366,7 +369,7 @@ class WeightBatch:
         for i, batch in enumerate(batches):
             if not isinstance(batch, WeightBatch):
                 raise TypeError(f"WeightBatch.cat: item {i} must be a WeightBatch, got {type(batch).__name__}")
-            for field in ("chunk_size", "chunking", "dtype", "device"):
+            for field in ("chunk_size", "chunking", "prepared", "dtype", "device"):
                 one, other = getattr(batches[0], field), getattr(batch, field)
                 if one != other:
                     raise ValueError(
@@ -384,6 +387,7 @@ class WeightBatch:
             "tensor_scale": torch.cat([b.tensor_scale.to(scale) for b in batches]),
             "chunk_size": first.chunk_size,
             "chunking": first.chunking,
+            "prepared": first.prepared,
         }
         hosts = {field: join_pointers([getattr(b, f"{field}_host") for b in batches]) for field in POINTERS}
         fields.update({field: host.to(first.device) for field, host in hosts.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -17,6 +17,7 @@ from .batch_checks import CHUNKINGS
 from .choices import Chunking, NonFinite, Scale
 from .layer_overrides import resolve_kinds, resolve_levels
 from .layers import Network, collect
+from .networks import Networks
 from .tensor_scales import tensor_scales
 
 __all__ = ["pack"]
@@ -27,7 +28,7 @@ VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pack(
-    networks: Sequence[nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]],
+    networks: Networks,
     chunk_size: int = 32,
     chunking: Chunking = "flat",
     *,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from collections.abc import Callable
 from typing import Any, cast, get_args
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ..data.batch import WeightBatch
 from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
 from ..data.choices import Chunking, Scale
+from ..data.networks import Networks
 from ..data.packing import SCALES, pack
 from ..ops import functional
 from .blocks import ISAB, PMA, SAB
@@ -273,7 +273,7 @@ class SNE(PretrainedMixin, nn.Module):
         for stage in (self.chunk_encoder, self.tensor_encoder, self.network_encoder):
             stage.code_gain.fill_(gain)
 
-    def pack(self, networks: Any, **options: Any) -> WeightBatch:
+    def pack(self, networks: Networks, **options: Any) -> WeightBatch:
         """Pack networks as this encoder expects them, by :func:`sne_fast.pack`: its chunking, scale, dtype and device.
 
         Args:
@@ -284,9 +284,7 @@ class SNE(PretrainedMixin, nn.Module):
         defaults = {"scale": self.config["scale"], "dtype": weight.dtype, "device": weight.device}
         return pack(networks, self.chunk_size, self.chunking, **{**defaults, **options})
 
-    def forward(
-        self, networks: WeightBatch | nn.Module | Mapping[str, Any] | str | PathLike[str] | Sequence[Any]
-    ) -> Tensor:
+    def forward(self, networks: WeightBatch | Networks) -> Tensor:
         """Encode a batch, or networks, which are packed first, to one vector each.
 
         Returns:

@@ -130,7 +130,8 @@ class CanonicalAugmentation:
         """Return `part` in a canonical form; `rows` are the networks' places in the training batch."""
         symmetries = self.symmetries
         own = symmetries if isinstance(symmetries, Symmetry) else [symmetries[row] for row in rows]
-        return canonicalise(part, own, generator, odd=self.odd, jitter=self.jitter)
+        changed = canonicalise(part, own, generator, odd=self.odd, jitter=self.jitter)
+        return changed.with_fields(prepared=part.prepared)  # else a predictor would sort the units again
 
 
 def _key_index(batch: WeightBatch, b: int, symmetry: Symmetry, odd: bool) -> _KeyIndex:

@@ -76,7 +76,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     architectures = [str(name) for name in zoo.column("architecture")]
     parts = dict(zip(PARTS, stratified_split(architectures, SHARES, settings.seed), strict=True))
     with clock("packing"):
-        batch = predictor.encoder.pack(zoo)
+        batch = predictor.pack(zoo)
     # Batches are small, and most of the thousand operations of a step are too small to share: two threads, which sleep
     # while they wait, meet 330 times in a step and train at 287k weights/s, one thread at 431k.
     with clock("training"), torch_threads(1):

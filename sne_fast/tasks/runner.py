@@ -169,7 +169,7 @@ class _Job:
         batch = data.packed(settings)
         problem = Problem(batch, data.targets, parts["train"], parts["validation"], run.seed, self.task.logit)
         done = train_sne(
-            problem, settings, data.symmetries, parts["test"], target=self.task.target,
+            problem, settings, data.preparation(settings), data.symmetries, parts["test"], target=self.task.target,
             checkpoint=self.folder.checkpoint(run),
             on_epoch=lambda epoch, history: show(f"epoch {epoch + 1}, loss {history.train_loss[-1]:.3f}"),
         )  # fmt: skip
@@ -179,7 +179,8 @@ class _Job:
     def _fit_baseline(self, run: Run, parts: Mapping[str, list[int]]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Fit a baseline to networks in the form that SNE gets; those trained by batches get its augmentation too."""
         data, settings = self.data, next(iter(self.sne.values()))
-        augment = augmentation([data.symmetries[i] for i in parts["train"]], settings)
+        own = [data.symmetries[i] for i in parts["train"]]
+        augment = augmentation(own, settings, data.preparation(settings))
         problem = Problem(
             data.packed(settings, "tensor"), data.targets, parts["train"], parts["validation"], run.seed,
             self.task.logit, augment,

@@ -56,7 +56,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     names = classes if classes is not None else list(settings.targets)
     predictor = _predictor(settings, names)
     with console.status("packing"):
-        batch = predictor.encoder.pack(zoo, device="cpu")
+        batch = predictor.pack(zoo, device="cpu")
     augment = None
     if settings.permute:
         with console.status("finding symmetries"):

@@ -62,11 +62,12 @@ def fit(
     result is that of a single process.
 
     Args:
-        batch: the training networks, packed by `predictor.encoder.pack`; on any device.
+        batch: the training networks, packed by `predictor.pack`; on any device.
         targets: `(len(batch), out_features)` in their own units; `(len(batch),)` integers for "cross_entropy".
         settings: learning rate, epochs and so on; those of `FitSettings()` by default.
         validation: networks and targets whose loss is measured after every epoch.
-        augment: changes every training batch before it is encoded.
+        augment: changes every training batch before it is encoded; by default as the predictor's preparation says,
+            with jitter if it has any.
         checkpoint: a file that is written after every epoch. If it exists, training resumes from it bit for bit.
         log: takes the numbers of every epoch, see :class:`CsvLog` and :class:`TensorBoardLog`.
         on_epoch: called after each epoch with its number and the history so far.
@@ -92,10 +93,15 @@ def fit(
     ):
         if len(networks) != len(values) or not len(networks):
             raise ValueError(f"fit: {what} must have one row per network ({len(networks)}), got {len(values)}")
+    if augment is None and predictor.preparation.draws:
+        augment = predictor.preparation.augment
     if settings.invariance and augment is None:
         raise ValueError("fit: settings.invariance compares a batch with its augmented copy; give augment")
     world = World()
-    batch = batch.detach()  # a batch of modules holds their autograd graph, which the first backward would free
+    # Detached: a batch of modules holds their autograd graph, which the first backward would free.
+    batch = predictor.prepare(batch.detach())
+    if validation is not None:
+        validation = predictor.prepare(validation[0].detach()), validation[1]
     predictor.set_inputs(batch)
     predictor.set_targets(targets)
     world.share_parameters(predictor)
@@ -226,7 +232,7 @@ def predict(
     """Predict properties of networks, in batches of bounded size.
 
     Args:
-        batch: the networks, packed by `predictor.encoder.pack`; on any device.
+        batch: the networks, packed by `predictor.pack`; on any device.
         batch_weights: largest number of weights in a batch.
         settings: those of the training, to encode under autocast if it did; without them networks are encoded in the
             parameters' own type.
