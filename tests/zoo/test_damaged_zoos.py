@@ -27,7 +27,7 @@ SHAPES = [(16,), (3, 3, 1, 16), (16,), (3, 3, 16, 16), (16,), (3, 3, 16, 16), (1
 
 @pytest.fixture
 def unterthiner(tmp_path):
-    """A folder of three networks of random weights."""
+    """Write a folder of three networks of random weights."""
     lines, start = ["varname,start_idx,end_idx,shape"], 0
     for k, shape in enumerate(SHAPES):
         layer = ("conv2d", "conv2d_1", "conv2d_2", "dense")[k // 2]
@@ -151,7 +151,7 @@ def test_any_damage_of_the_compressed_metrics(unterthiner):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of one run of Ray Tune, with a checkpoint of epoch 1."""
+    """Write the folder of one run of Ray Tune, with a checkpoint of epoch 1."""
     folder = tmp_path / "zoo" / "NN_0"
     (folder / "checkpoint_000001").mkdir(parents=True)
     torch.save({"w": torch.ones(2)}, folder / "checkpoint_000001" / "checkpoints")
@@ -201,7 +201,7 @@ def test_a_configuration_in_the_results_that_is_none(run):
 
 @pytest.fixture
 def zoo(tmp_path):
-    """The folder of a zoo of two networks."""
+    """Write a zoo of two networks and return its folder."""
     with ZooWriter(tmp_path / "z", targets=["a"]) as writer:
         for k in range(2):
             writer.add(f"n{k}", torch.nn.Linear(2, 1).state_dict(), {"a": 0.5 * k})
