@@ -35,8 +35,8 @@ def load_checkpoints(
 
     Returns:
         A zoo whose rows hold the columns of the table and a `name`: its column `name` where that is unique, else the
-        path of the file with "-" for "/". A column is numbers if every cell of it is one, and None where a cell is empty
-        or NaN; else it is text as it is written. `verify` needs `build`, `measure` and `column`.
+        path of the file with "-" for "/". A column is numbers if every cell of it is one, with None where a cell is
+        empty or NaN; else it is text as it is written. `verify` needs `build`, `measure` and `column`.
 
     Raises:
         FileNotFoundError: the table, or a file that it names, is missing.

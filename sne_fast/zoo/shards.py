@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic_files import remove_leftovers, write_json, write_text
+from ..atomic_files import remove_leftovers, to_json, write_json, write_text
 from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
 from ..regular_files import FileError, check_regular, parse_json, read_json
 from .index import ABOUT, INDEX, PLACE, write_index
@@ -130,7 +130,7 @@ class ZooWriter:
     ) -> None:
         self.folder = Path(folder)
         # With torch's version, since another version may compute other bits, and no zoo is made by two versions.
-        self.about = json.loads(json.dumps({**about, "torch": torch.__version__}))
+        self.about = json.loads(to_json({**about, "torch": torch.__version__}))
         self._resume = resume
         self._shard_bytes = shard_bytes
         self._columns: list[str] | None = None
@@ -260,7 +260,9 @@ class ZooWriter:
             base.with_name(f"{part}.safetensors"),
             metadata={ORDER_KEY: json.dumps(list(stacked))},
         )
-        write_text(base.with_name(f"{part}.rows.json"), json.dumps(rows))  # written last, so that its shard is whole
+        write_text(
+            base.with_name(f"{part}.rows.json"), to_json(rows, indent=None)
+        )  # written last, so that its shard is whole
         self._parts[part] = rows
 
     def __enter__(self) -> ZooWriter:
