@@ -17,6 +17,7 @@ from torch import nn
 from ..atomic_files import filling
 from ..data.checkpoints import load_state_dict, save_state_dict
 from ..extras import require
+from ..regular_files import read_json
 from ..version import __version__
 
 WEIGHTS_NAME = "model.safetensors"
@@ -157,13 +158,7 @@ def read_config(pretrained_model_name_or_path: str | PathLike[str], **hub: Any) 
         FileNotFoundError, ModuleNotFoundError, OSError: as `PretrainedMixin.from_pretrained`.
         ValueError: the file is not a JSON object.
     """
-    path = _find(os.fspath(pretrained_model_name_or_path), CONFIG_NAME, hub)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also covers bytes that are not UTF-8
-        raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"from_pretrained: {path} must hold a JSON object, got {type(config).__name__}")
+    config: dict[str, Any] = read_json(_find(os.fspath(pretrained_model_name_or_path), CONFIG_NAME, hub), dict)
     return config
 
 
