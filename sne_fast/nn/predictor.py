@@ -143,7 +143,8 @@ class Predictor(PretrainedMixin, nn.Module):
         if not isinstance(encoder, dict):
             raise ValueError(f"Predictor: encoder in config.json must be an object, got {type(encoder).__name__}")
         check_config(SNE, encoder, "encoder")
-        return cls(SNE._from_config(arguments(encoder)), **{k: v for k, v in config.items() if k != "encoder"})
+        options = {k: v for k, v in config.items() if k != "encoder"}
+        return cls(SNE._from_config(arguments(encoder)), **{**cls.older_values, **options})
 
     def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
         """Predict `(B, out_features)` in the targets' units from a batch, or from networks, which are packed first."""

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -37,7 +38,12 @@ class PretrainedMixin:
 
         encoder.save_pretrained("encoder")
         encoder = sne_fast.SNE.from_pretrained("encoder")          # or "user/name" on the Hub
+
+    Attributes:
+        older_values: the value that each option had before it could be chosen; a configuration without it means that.
     """
+
+    older_values: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -47,7 +53,7 @@ class PretrainedMixin:
     @classmethod
     def _from_config(cls: type[T], config: dict[str, Any]) -> T:
         """Build the module from the constructor's arguments as they stood in `config.json`."""
-        return cls(**config)
+        return cls(**{**cls.older_values, **config})
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` into a folder, made if missing.
@@ -167,8 +173,8 @@ def read_config(pretrained_model_name_or_path: str | PathLike[str], **hub: Any) 
     return config
 
 
-def check_config(cls: type, config: dict[str, Any], name: str) -> None:
-    """Check that `cls` wrote the configuration and that it holds exactly its constructor's arguments.
+def check_config(cls: type[PretrainedMixin], config: dict[str, Any], name: str) -> None:
+    """Check that `cls` wrote the configuration and that it holds its constructor's arguments, except `older_values`.
 
     Raises:
         ValueError: it does not; the message says what is unknown or missing.
@@ -182,7 +188,7 @@ def check_config(cls: type, config: dict[str, Any], name: str) -> None:
     # An argument left out would silently become today's default, which need not be what was trained.
     problems = [
         f"{what} {', '.join(sorted(keys))}"
-        for what, keys in (("unknown", given - expected), ("missing", expected - given))
+        for what, keys in (("unknown", given - expected), ("missing", expected - given - set(cls.older_values)))
         if keys
     ]
     if problems:
