@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
-from .choices import Chunking
-from .names import Names, network_name, tensor_name
+from .batch_checks import CHUNKINGS, PACKED_BY, PER_NETWORK, POINTERS, TENSORS, check_contents, check_fields
+from .choices import Chunking, Order, Scale
+from .names import Names, Skipped, network_name, tensor_name
 from .network_index import NetworkIndex, chosen_networks
 from .pointers import join_pointers, ragged_gather
 
@@ -44,8 +44,11 @@ class WeightBatch:
         tensor_scale: (T,) floating: what the values of the tensor were divided by, 1 if by nothing.
         chunk_size: the longest a chunk may be, at least 1.
         chunking: "flat", "neuron" or "kernel".
-        names: per network `(network name, (tensor names...))`, or () if unknown. For messages only.
+        scale: "tensor" if each tensor was divided by its root mean square, "none" if by nothing.
+        order: of the layers: "names" or "definition".
+        names: per network `(network name, (tensor names...))`, or () if unknown.
         shapes: per network the tuple of its tensors' shapes, or () if unknown.
+        skipped: per network the tuple of `(name, reason)` of what was left out of it, or () if unknown.
         prepared: steps of a predictor's preparation that were done since packing, see `Predictor.prepare`.
 
     Attributes:
@@ -76,8 +79,11 @@ class WeightBatch:
     tensor_scale: Tensor
     chunk_size: int
     chunking: Chunking
+    scale: Scale = "tensor"
+    order: Order = "names"
     names: Names = ()
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    skipped: Skipped = ()
     prepared: tuple[str, ...] = ()
     chunk_ptr_host: Tensor = dataclasses.field(init=False)
     tensor_ptr_host: Tensor = dataclasses.field(init=False)
@@ -88,6 +94,8 @@ class WeightBatch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
         object.__setattr__(self, "shapes", tuple(tuple(tuple(s) for s in network) for network in self.shapes))
+        entries = tuple(tuple((str(name), str(why)) for name, why in network) for network in self.skipped)
+        object.__setattr__(self, "skipped", entries)
         object.__setattr__(self, "prepared", tuple(str(step) for step in self.prepared))
         fields = self._fields()
         check_fields(fields)
@@ -207,7 +215,8 @@ class WeightBatch:
         return (
             f"WeightBatch({self.num_networks} networks, {self.num_layers} layers, {self.num_tensors} tensors, "
             f"{self.num_chunks} chunks, {self.num_weights} weights, chunk_size={self.chunk_size}, "
-            f"chunking={self.chunking!r}, dtype={self.dtype}, device={str(self.device)!r})"
+            f"chunking={self.chunking!r}, scale={self.scale!r}, order={self.order!r}, dtype={self.dtype}, "
+            f"device={str(self.device)!r})"
         )
 
     # Moving
@@ -325,7 +334,7 @@ class WeightBatch:
         fields.update(tensor_type=self.tensor_type[a:b], tensor_scale=self.tensor_scale[a:b])
         a, b = bounds["layer_ptr"]
         fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
-        fields.update(names=self.names[first:last], shapes=self.shapes[first:last])
+        fields.update({field: fields[field][first:last] for field in PER_NETWORK})
         return WeightBatch.trusted(hosts, **fields)
 
     def _take(self, networks: np.ndarray) -> WeightBatch:
@@ -351,17 +360,18 @@ class WeightBatch:
         layers = torch.from_numpy(rows["layer_ptr"]).to(self.device)
         fields.update(tensor_type=self.tensor_type[tensors], tensor_scale=self.tensor_scale[tensors])
         fields["layer_level"] = self.layer_level[layers]
-        for field in ("names", "shapes"):
+        for field in PER_NETWORK:
             entries = fields[field]
             fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
         return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, **fields)
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
-        """Concatenate batches in order; names and shapes are kept where every batch has them.
+        """Concatenate batches in order; names, shapes and what was skipped are kept where every batch has them.
 
         Raises:
-            ValueError: no batches, or batches that differ in chunk size, chunking, preparation, dtype or device.
+            ValueError: no batches, or batches that differ in chunk size, chunking, scale, order, preparation, dtype or
+                device.
         """
         batches = list(batches)
         if not batches:
@@ -369,7 +379,7 @@ class WeightBatch:
         for i, batch in enumerate(batches):
             if not isinstance(batch, WeightBatch):
                 raise TypeError(f"WeightBatch.cat: item {i} must be a WeightBatch, got {type(batch).__name__}")
-            for field in ("chunk_size", "chunking", "prepared", "dtype", "device"):
+            for field in (*PACKED_BY, "prepared", "dtype", "device"):
                 one, other = getattr(batches[0], field), getattr(batch, field)
                 if one != other:
                     raise ValueError(
@@ -385,13 +395,11 @@ class WeightBatch:
             "tensor_type": torch.cat([b.tensor_type for b in batches]),
             "layer_level": torch.cat([b.layer_level for b in batches]),
             "tensor_scale": torch.cat([b.tensor_scale.to(scale) for b in batches]),
-            "chunk_size": first.chunk_size,
-            "chunking": first.chunking,
-            "prepared": first.prepared,
+            **{field: getattr(first, field) for field in (*PACKED_BY, "prepared")},
         }
         hosts = {field: join_pointers([getattr(b, f"{field}_host") for b in batches]) for field in POINTERS}
         fields.update({field: host.to(first.device) for field, host in hosts.items()})
-        for field in ("names", "shapes"):
+        for field in PER_NETWORK:
             known = all(getattr(b, field) or not len(b) for b in batches)
             fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
         return cls.trusted(hosts if first.device.type != "cpu" else None, **fields)

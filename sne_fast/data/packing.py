@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..ops.functional import gather_chunks
 from .batch import WeightBatch, scale_dtype
-from .batch_checks import CHUNKINGS
-from .choices import Chunking, NonFinite, Scale
+from .batch_checks import CHUNKINGS, ORDERS, SCALES
+from .choices import Chunking, NonFinite, Order, Scale
 from .layer_overrides import resolve_kinds, resolve_levels
 from .layers import Network, collect
 from .networks import Networks
@@ -22,7 +22,6 @@ from .tensor_scales import tensor_scales
 
 __all__ = ["pack"]
 
-SCALES = get_args(Scale)
 NONFINITE = get_args(NonFinite)
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,15 +32,16 @@ def pack(
     chunking: Chunking = "flat",
     *,
     scale: Scale = "tensor",
+    order: Order = "names",
     nonfinite: NonFinite = "raise",
     layer_level: Any = None,
-    kinds: Any = None,
+    kinds: Literal["names"] | Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
 ) -> WeightBatch:
     """Cut the weights of networks into chunks, as one ragged `WeightBatch` (section 3.2 of the paper).
 
-    A layer is a module that owns tensors itself; layers stand in definition order. From a module come all floating
+    A layer is a module that owns tensors itself. From a module come all floating
     parameters, tied ones once at their first place, and the running mean and variance of normalisation layers. Complex
     and integer tensors are left out everywhere. Prefixes `module.` (on all names) and `_orig_mod.` are dropped. Tensors
     are cut as they are stored: fused projections and gates are not split, nothing is transposed.
@@ -57,11 +57,18 @@ def pack(
             chunk of one.
         scale: "tensor" divides each tensor by its root mean square (computed in float64; by 1 where that is 0 or
             not finite) and keeps it in `tensor_scale`; "none" divides by nothing, as the paper.
+        order: of the layers, and of tensors inside them. "names": a function of the names alone, the same for a module,
+            its state_dict and every file of it: names are compared part by part and numbers by value; inside one
+            parent known entries (embeddings, stems) come first and known exits (final norms, heads) last, a
+            normalisation stands behind the convolution of its number, blocks of known families are in the order of
+            their data flow, and all else is in natural order. "definition": the paper's order, of modules,
+            state_dicts and files that keep it.
         nonfinite: what NaN and infinities do: "raise" a ValueError, "zero" replaces them by 0 before scaling, "keep"
             leaves them.
         layer_level: depth of each layer instead of its place in the network: a sequence with, per network, None, one
             int per layer, or a mapping of layer names or patterns to ints; or a mapping for all networks; or (L,) ints.
-        kinds: kind of layers instead of what module or names say: a mapping of layer (module) names or `fnmatch`
+        kinds: kind of layers instead of what module or names say: "names" types modules by the names and shapes of
+            their tensors, as their files are; a mapping of layer (module) names or `fnmatch`
             patterns to "linear", "convolution", "transposed convolution", "normalisation", "embedding", "recurrent",
             "attention projection", "other" or their ids 0..7; or a sequence with one mapping or None per network. The
             exact name wins, then the first pattern that fits.
@@ -78,7 +85,7 @@ def pack(
     - a transposed convolution is taken for a convolution, and so is any other weight of 3 to 5 dimensions (`Bilinear`);
     - a matrix is an embedding only if it is alone in a layer named so (`embed_tokens`, `wte`), else linear; a 1-D
       weight always belongs to a normalisation (`PReLU`); a parametrised weight has no kind but "other";
-    - tied tensors appear once per name, and floating buffers (attention masks, position tables) count as weights.
+    - floating buffers (attention masks, position tables) count as weights.
 
     `kinds=` overrides the first two. Modules of classes from outside torch.nn are typed by the same inference.
 
@@ -94,7 +101,7 @@ def pack(
         >>> batch.tensor_type.tolist(), batch.chunk_ptr_host.diff()[:3].tolist()
         ([8, 9, 0, 1], [16, 8, 16])
     """
-    chunk_size = _check_options(chunk_size, chunking, scale, nonfinite)
+    chunk_size = _check_options(chunk_size, chunking, scale, order, nonfinite)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in VALUE_DTYPES:
         raise ValueError(f"pack: dtype must be one of {', '.join(map(str, VALUE_DTYPES))}, got {dtype}")
@@ -104,10 +111,11 @@ def pack(
         raise TypeError(
             f"pack: networks must be a sequence of modules, state_dicts or paths, got {type(networks).__name__}"
         )
-    found = [collect(i, network) for i, network in enumerate(networks)]
+    by_names = isinstance(kinds, str) and kinds == "names"
+    found = [collect(i, network, order, kinds_by_names=by_names) for i, network in enumerate(networks)]
     if not found:
         raise ValueError("pack: networks must hold at least one network, got an empty sequence")
-    types = resolve_kinds(found, kinds)
+    types = resolve_kinds(found, None if by_names else kinds)
     levels = resolve_levels(found, layer_level)
 
     where = [(network, name) for network in found for layer in network.layers for name, _ in layer.tensors]
@@ -144,14 +152,17 @@ def pack(
         tensor_scale=divisors.to(target),
         chunk_size=chunk_size,
         chunking=chunking,
+        scale=scale,
+        order=order,
         names=tuple(
             (network.name, tuple(name for _, name in where[a:b])) for network, (a, b) in zip(found, pieces, strict=True)
         ),
         shapes=tuple(tuple(shapes[a:b]) for a, b in pieces),
+        skipped=tuple(tuple(network.skipped) for network in found),
     )
 
 
-def _check_options(chunk_size: Any, chunking: str, scale: str, nonfinite: str) -> int:
+def _check_options(chunk_size: Any, chunking: str, scale: str, order: str, nonfinite: str) -> int:
     try:
         if isinstance(chunk_size, bool) or operator.index(chunk_size) < 1:
             raise TypeError
@@ -160,6 +171,7 @@ def _check_options(chunk_size: Any, chunking: str, scale: str, nonfinite: str) -
     for name, value, allowed in (
         ("chunking", chunking, CHUNKINGS),
         ("scale", scale, SCALES),
+        ("order", order, ORDERS),
         ("nonfinite", nonfinite, NONFINITE),
     ):
         if value not in allowed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -76,9 +76,9 @@ def role_of(name: str) -> int:
     return 0 if "weight" in name else 1 if "bias" in name else 4
 
 
-def infer_kind(layer: str, tensors: Iterable[tuple[str, int]]) -> int:
-    """Infer the kind of a layer from its name and its tensors' names and numbers of dimensions."""
-    dims = dict(tensors)
+def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Infer the kind of a layer from its name and the names and shapes of its tensors."""
+    dims = {name: len(shape) for name, shape in shapes.items()}
     if "running_mean" in dims or "running_var" in dims:
         return NORMALISATION
     if any(_RECURRENT_NAME.match(name) for name in dims):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
-from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
-from ..data.choices import Chunking, Scale
+from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, SCALES
+from ..data.choices import Chunking, Order, Scale
 from ..data.networks import Networks
-from ..data.packing import SCALES, pack
+from ..data.packing import pack
 from ..ops import functional
 from .blocks import ISAB, PMA, SAB
 from .bounded_memory import fits_at_once, joined, network_runs, row_runs
@@ -192,12 +192,13 @@ class SNE(PretrainedMixin, nn.Module):
         chunk_size: c, the largest number of scalars in a chunk, at most 65536.
         chunking: ``"flat"``, ``"neuron"`` or ``"kernel"``; see :func:`sne_fast.pack`.
         layer_norm: norms in every block; without them training is much harder, see the note above.
-        scale: ``"tensor"`` divides each tensor by its root mean square when packing; ``"none"`` is the paper. A batch
-            does not say how it was scaled, so pack with ``encoder.pack``, or with the same ``scale`` here and there.
+        scale: ``"tensor"`` divides each tensor by its root mean square when packing; ``"none"`` is the paper.
         element_order: add a code of the element's place to the elements of a chunk.
         chunk_order: add a code of the chunk's place to the chunks of a tensor.
         set_attention: ``"sab"``, quadratic in the chunks of a tensor, or ``"isab"``, linear, for stages 2 to 4.
         num_inducing: inducing points of ``"isab"``.
+        order: ``"names"``, an order of layers that modules and all files share, or ``"definition"``, the paper's, which
+            many files have lost; see :func:`sne_fast.pack`.
 
     Raises:
         ValueError: for an argument outside these.
@@ -211,6 +212,8 @@ class SNE(PretrainedMixin, nn.Module):
 
     __call__: Callable[..., Tensor]
 
+    older_values: ClassVar = {"order": "definition"}
+
     def __init__(
         self,
         hidden_dim: int = 64,
@@ -223,6 +226,7 @@ class SNE(PretrainedMixin, nn.Module):
         chunk_order: bool = True,
         set_attention: SetAttention = "sab",
         num_inducing: int = 32,
+        order: Order = "names",
     ) -> None:
         super().__init__()
         hidden_dim = integer("SNE", "hidden_dim", hidden_dim)
@@ -234,6 +238,7 @@ class SNE(PretrainedMixin, nn.Module):
         choice("SNE", "chunking", chunking, CHUNKINGS)
         choice("SNE", "scale", scale, SCALES)
         choice("SNE", "set_attention", set_attention, SET_ATTENTIONS)
+        choice("SNE", "order", order, ORDERS)
         flag("SNE", "layer_norm", layer_norm)
         flag("SNE", "element_order", element_order)
         flag("SNE", "chunk_order", chunk_order)
@@ -241,6 +246,7 @@ class SNE(PretrainedMixin, nn.Module):
             "hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
             "layer_norm": layer_norm, "scale": scale, "element_order": element_order, "chunk_order": chunk_order,
             "set_attention": set_attention, "num_inducing": num_inducing,
+            "order": order,
         }  # fmt: skip
         self.chunk_size, self.chunking, self.hidden_dim = chunk_size, chunking, hidden_dim
         sets = (hidden_dim, num_heads, layer_norm, num_inducing if set_attention == "isab" else None)
@@ -274,15 +280,15 @@ class SNE(PretrainedMixin, nn.Module):
             stage.code_gain.fill_(gain)
 
     def pack(self, networks: Networks, **options: Any) -> WeightBatch:
-        """Pack networks as this encoder expects them, by :func:`sne_fast.pack`: its chunking, scale, dtype and device.
+        """Pack networks as this encoder expects them: with its chunk size, chunking, scale, order, dtype and device.
 
         Args:
             networks: modules, state_dicts or paths.
             options: further arguments of :func:`sne_fast.pack`.
         """
         weight = self.type_embedding.weight
-        defaults = {"scale": self.config["scale"], "dtype": weight.dtype, "device": weight.device}
-        return pack(networks, self.chunk_size, self.chunking, **{**defaults, **options})
+        expected = {field: self._config[field] for field in PACKED_BY}
+        return pack(networks, **{**expected, "dtype": weight.dtype, "device": weight.device, **options})
 
     def forward(self, networks: WeightBatch | Networks) -> Tensor:
         """Encode a batch, or networks, which are packed first, to one vector each.
@@ -291,7 +297,8 @@ class SNE(PretrainedMixin, nn.Module):
             z ``(B, hidden_dim)`` in the dtype of the parameters, a row per network.
 
         Raises:
-            ValueError: the batch was cut otherwise than this encoder expects, or has another dtype or device.
+            ValueError: the batch was cut, scaled or ordered otherwise than this encoder expects, or has another dtype
+                or device.
         """
         batch = networks if isinstance(networks, WeightBatch) else self.pack(networks)
         self._check_batch(batch)
@@ -314,11 +321,11 @@ class SNE(PretrainedMixin, nn.Module):
         return self.network_encoder.encode(layers, batch, level_code).to(dtype)  # [B, h]
 
     def _check_batch(self, batch: WeightBatch) -> None:
-        for name in ("chunk_size", "chunking"):
-            want, got = getattr(self, name), getattr(batch, name)
+        for field in PACKED_BY:
+            want, got = self._config[field], getattr(batch, field)
             if want != got:
                 raise ValueError(
-                    f"SNE: batch must be cut with {name} {want!r} as this encoder was made, got {got!r}; "
+                    f"SNE: batch must be packed with {field}={want!r} as this encoder was made, got {got!r}; "
                     f"use encoder.pack(networks)"
                 )
         weight = self.type_embedding.weight

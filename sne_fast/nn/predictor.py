@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +108,7 @@ class Predictor(PretrainedMixin, nn.Module):
     target_std: Tensor
 
     __call__: Callable[..., Tensor]
-    config_before = MappingProxyType({"preparation": Preparation().config})
+    older_values: ClassVar = {"preparation": Preparation().config}
 
     def __init__(
         self,
@@ -188,18 +187,17 @@ class Predictor(PretrainedMixin, nn.Module):
         if config["target_names"] is None:  # would be made up, however many they are
             raise ValueError("target_names must be a list of names, got None")
         preparation = Preparation.from_config(config["preparation"])
-        return cls(
-            made, **{k: v for k, v in config.items() if k not in ("encoder", "preparation")}, preparation=preparation
-        )
+        return cls(**{**config, "encoder": made, "preparation": preparation})
 
     def pack(self, networks: Networks, **options: Any) -> WeightBatch:
-        """Pack networks as this predictor expects them: as its encoder packs, with `nonfinite` of its preparation.
+        """Pack networks as this predictor expects them: as its encoder and as its preparation say.
 
         Args:
             networks: modules, state_dicts or paths, or a zoo.
             options: further arguments of :func:`sne_fast.pack`.
         """
-        return self._sne.pack(networks, **{"nonfinite": self.preparation.nonfinite, **options})
+        own = {"nonfinite": self.preparation.nonfinite, "kinds": self.preparation.kinds}
+        return self._sne.pack(networks, **{**own, **options})
 
     def prepare(self, batch: WeightBatch) -> WeightBatch:
         """Do the steps of `preparation` that the batch does not say were done; `encode` does so by itself.

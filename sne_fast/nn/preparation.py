@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -34,9 +34,9 @@ Shapes = tuple[tuple[int, ...], ...]
 class Preparation:
     """What is done to networks between packing and the encoder; part of a predictor, and saved with it.
 
-    The order is: `pack` with the encoder's chunk size, cut and scale and with `nonfinite`; then `relative`, then
+    The order is: `pack` as the encoder's configuration says and with `nonfinite` and `kinds`; then `relative`, then
     `units`, which together are `apply`; then the predictor's input scale. Each step happens once: a batch says in
-    `WeightBatch.prepared` which of the steps of `apply` were done to it.
+    `WeightBatch.prepared` which were done to it.
 
     Args:
         units: "given" leaves hidden units in the order they have; "canonical" sorts them by
@@ -46,6 +46,7 @@ class Preparation:
             `fit` uses unless it is given another augmentation.
         relative: replace types and levels by :func:`relative_places`.
         nonfinite: of `pack`: what NaN and infinities do.
+        kinds: of `pack`: "names" types modules by names and shapes, as their files are; None by what they are.
         symmetries: of "canonical": those of architectures whose names and shapes do not tell them. A network takes the
             first that knows all its tensors; one that none of them knows must be a plain chain of layers, whose
             symmetry is read off by :func:`sne_fast.symmetry.chain_symmetry`. `for_networks` finds which are needed.
@@ -65,6 +66,7 @@ class Preparation:
     jitter: float = 0.0
     relative: bool = False
     nonfinite: NonFinite = "raise"
+    kinds: Literal["names"] | None = None
     symmetries: tuple[Symmetry, ...] = ()
     _found: dict[tuple[tuple[str, ...], Shapes], Symmetry] = field(default_factory=dict, init=False, repr=False)
 
@@ -73,6 +75,7 @@ class Preparation:
         flag("Preparation", "odd", self.odd)
         flag("Preparation", "relative", self.relative)
         choice("Preparation", "nonfinite", self.nonfinite, get_args(NonFinite))
+        choice("Preparation", "kinds", self.kinds, (None, "names"))
         number = isinstance(self.jitter, (int, float)) and not isinstance(self.jitter, bool)
         if not number or not 0 <= self.jitter < float("inf"):
             raise ValueError(f"Preparation: jitter must be a number of at least 0, got {shown(self.jitter)}")

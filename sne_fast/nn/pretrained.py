@@ -47,10 +47,12 @@ class PretrainedMixin:
 
         encoder.save_pretrained("encoder")
         encoder = sne_fast.SNE.from_pretrained("encoder")          # or "user/name" on the Hub
+
+    Attributes:
+        older_values: the value that each option had before it could be chosen; a configuration without it means that.
     """
 
-    config_before: ClassVar[Mapping[str, Any]] = {}
-    """Values that arguments had before they were arguments, for a `config.json` that is older than they are."""
+    older_values: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def checked_arguments(cls: type[PretrainedMixin], config: dict[str, Any]) -> dic
     """
     expected = set(inspect.signature(cls).parameters)
     given = {key: value for key, value in config.items() if key not in ABOUT}
-    found = {**copy.deepcopy({k: v for k, v in cls.config_before.items() if k not in given}), **given}
+    found = {**copy.deepcopy({k: v for k, v in cls.older_values.items() if k not in given}), **given}
     # An argument left out would silently become today's default, which need not be what was trained.
     problems = [
         f"{what} {', '.join(sorted(shortened(key) for key in keys))}"

@@ -75,7 +75,9 @@ def _axes(content: Sequence[Any]) -> tuple[AxisInfo, ...]:
     infos, offset = [], 0
     for number, (size, frozen, within) in enumerate(parsed):
         if len(set(within)) < len(within) or number in within or any(axis >= len(parsed) for axis in within):
-            raise SymmetryError(f"axis {number} depends on axes {within}, which are not others of the {len(parsed)}")
+            raise SymmetryError(
+                f"axis {number} depends on axes {within!s:.80}, which are not others of the {len(parsed)}"
+            )
         if frozen is not None:
             infos.append(AxisInfo(size, frozen, (), 1, -1))
             continue
@@ -95,14 +97,14 @@ def _box(content: Any, shape: tuple[int, ...], axes: tuple[AxisInfo, ...], name:
     for placement in box.placements:
         last[placement.dim] += placement.step * (axes[placement.axis].size - 1)
     if len(box.start) != len(shape) or any(at >= n for at, n in zip(last, shape, strict=True)):
-        raise SymmetryError(f"a box of {name!r} stands outside of its shape {shape}")
+        raise SymmetryError(f"a box of {name!r:.80} stands outside of its shape {shape!s:.80}")
     held = [placement.axis for placement in box.placements]
     if math.prod(axes[axis].size for axis in held) > math.prod(shape):
-        raise SymmetryError(f"a box of {name!r} has more elements than its shape {shape}")
+        raise SymmetryError(f"a box of {name!r:.80} has more elements than its shape {shape!s:.80}")
     for axis in set(held):
         within = axes[axis].within
         if within and any(held.count(other) != 1 for other in (axis, *within)):
-            raise SymmetryError(f"a box of {name!r} lacks an axis on which the permutation of axis {axis} depends")
+            raise SymmetryError(f"a box of {name!r:.80} lacks an axis on which the permutation of axis {axis} depends")
     return box
 
 

@@ -66,7 +66,7 @@ def own_tensors(module: nn.Module) -> list[tuple[str, list[tuple[str, Tensor]]]]
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_are_cut_element_by_element(name: str, chunking: str) -> None:
     network = make(name, seed=3)
-    b = pack([network], 5, chunking, scale="none", dtype=F64)
+    b = pack([network], 5, chunking, scale="none", order="definition", dtype=F64)
     layers = own_tensors(network)
     tensors = [t for _, held in layers for _, t in held]
     chunks = [chunk for t in tensors for chunk in cut(t.double(), 5, chunking)]
@@ -174,8 +174,10 @@ def test_squares_that_leave_float64_do_not_matter(exponent: int, size: int) -> N
 def test_nan_and_infinity(size: int, source: torch.dtype) -> None:
     tensor = torch.ones(size)
     tensor[1], tensor[2], tensor[4] = math.nan, math.inf, -math.inf
-    networks = [nn.Linear(2, 2), {"fc.bias": torch.ones(2), "fc.weight": tensor.to(source)}]
-    message = rf"network 1 \('state_dict'\), tensor 'fc.weight' has 1 NaN and 2 inf among {size} values; use nonfinite"
+    networks = [nn.Linear(2, 2), {"fc.bias": torch.ones(2), "head.weight": tensor.to(source)}]
+    message = (
+        rf"network 1 \('state_dict'\), tensor 'head.weight' has 1 NaN and 2 inf among {size} values; use nonfinite"
+    )
     for scale in ("tensor", "none"):
         with pytest.raises(ValueError, match=message):
             pack(networks, scale=scale)

@@ -145,7 +145,7 @@ def test_any_missing_key(saved, data):
         with pytest.raises(ValueError, match=rf"preparation: missing {place[-1]}"):
             Predictor.from_pretrained(folder)
         return
-    optional = ABOUT - {"architectures"} | set(Predictor.config_before) | set(SNE.config_before)
+    optional = ABOUT - {"architectures"} | set(Predictor.older_values) | set(SNE.older_values)
     if place[-1] in optional:
         with torch.no_grad():
             assert Predictor.from_pretrained(folder)(networks()).isfinite().all()

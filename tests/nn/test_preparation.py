@@ -51,6 +51,7 @@ OPTIONS = {
     "relative": {"relative": True},
     "relative and canonical": {"units": "canonical", "relative": True},
     "zeros for nan": {"nonfinite": "zero"},
+    "kinds by names": {"kinds": "names"},
 }
 
 
@@ -76,7 +77,7 @@ def test_modules_batches_and_files_of_a_saved_predictor_give_the_same(tmp_path, 
         assert torch.equal(values(loaded, networks), wanted)
     parts = [loaded.prepare(raw)[2], loaded.prepare(raw[:2])]
     assert torch.equal(values(loaded, sne_fast.WeightBatch.cat(parts)), wanted[[2, 0, 1]])
-    if name != "zeros for nan":
+    if name not in ("zeros for nan", "kinds by names"):  # these networks have neither
         assert not torch.equal(wanted, values(make(None, scale), chains())), "the option changes nothing"
 
 
@@ -141,6 +142,34 @@ def test_nonfinite_weights_are_taken_as_the_predictor_says(tmp_path):
     predictor = make(Preparation(nonfinite="zero"))
     predictor.save_pretrained(tmp_path / "m")
     assert torch.equal(values(Predictor.from_pretrained(tmp_path / "m"), [net]), values(make(), [zeros]))
+
+
+def test_modules_may_be_typed_as_their_files_are(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.ConvTranspose1d(6, 2, 3))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    predictor = make(Preparation(kinds="names"))
+    predictor.save_pretrained(tmp_path / "m")
+    loaded = Predictor.from_pretrained(tmp_path / "m")
+    assert torch.equal(values(loaded, [net]), values(loaded, [tmp_path / "net.pt"]))
+    assert not torch.equal(values(loaded, [net]), values(make(), [net]))
+
+
+@pytest.mark.parametrize("scale", ["zoo", "fan_in"])
+def test_a_batch_is_scaled_once_and_only_one_that_was_not(scale):
+    predictor = make(None, scale)
+    raw = predictor.pack(chains())
+    scaled = predictor.input_normaliser(raw)
+    assert torch.equal(predictor.encoder(scaled), predictor.encode(raw))
+    with pytest.raises(ValueError, match="batch was prepared otherwise, with an input scale"):
+        predictor(scaled)
+    with pytest.raises(ValueError, match="must be packed with scale='none', got one that was scaled already"):
+        predictor.input_normaliser(scaled)
+    for use in (predictor, predictor.input_normaliser):
+        with pytest.raises(ValueError, match="must be packed with scale='none', got scale='tensor'"):
+            use(make().pack(chains()))
+    if scale == "zoo":
+        with pytest.raises(ValueError, match="must be packed with scale='none'"):
+            predictor.set_inputs(make().pack(chains()))
 
 
 # Training
@@ -279,6 +308,7 @@ def test_stored_symmetries_are_the_same_symmetries():
         ({"units": "canonical", "odd": 1}, "odd must be True or False, got 1"),
         ({"relative": None}, "relative must be True or False, got None"),
         ({"nonfinite": "drop"}, "nonfinite must be one of 'raise', 'zero', 'keep', got 'drop'"),
+        ({"kinds": "modules"}, "kinds must be one of None, 'names', got 'modules'"),
         ({"units": "canonical", "jitter": -0.1}, "jitter must be a number of at least 0, got -0.1"),
         ({"units": "canonical", "jitter": float("nan")}, "jitter must be a number of at least 0, got nan"),
         ({"units": "canonical", "jitter": True}, "jitter must be a number"),
