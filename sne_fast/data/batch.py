@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .batch_checks import CHUNKINGS, PACKED_BY, PER_NETWORK, POINTERS, TENSORS, check_contents, check_fields
 from .choices import Chunking, Order, Scale
+from .cutting import has_kernel
 from .names import Names, Skipped, network_name, tensor_name
 from .network_index import NetworkIndex, chosen_networks
 from .pointers import join_pointers, ragged_gather
@@ -56,6 +57,8 @@ class WeightBatch:
             (the same objects where the batch is there), so that a forward pass never waits for the device.
         chunk_positions: (longest,) int64, 0, 1, ...: as many as the tensor of most chunks has. A tensor, not an
             int, because torch.compile makes a new graph for every new int.
+        kernels: (T,) bool on the CPU: which tensors were cut as weights of convolutions, with kernel dimensions. It
+            stays what it was when `with_fields` replaces types.
 
     Raises:
         TypeError, ValueError: a field that does not fit; the message names it, and the network and tensor where it can.
@@ -90,6 +93,7 @@ class WeightBatch:
     layer_ptr_host: Tensor = dataclasses.field(init=False)
     network_ptr_host: Tensor = dataclasses.field(init=False)
     chunk_positions: Tensor = dataclasses.field(init=False)
+    kernels: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
@@ -106,17 +110,22 @@ class WeightBatch:
             for field in POINTERS:
                 object.__setattr__(self, f"{field}_host", getattr(self, field))
         check_contents(fields, self.pointers_host)
+        ndims = [len(shape) for network in self.shapes for shape in network] or [0] * self.num_tensors
+        types = zip(self.tensor_type.tolist(), ndims, strict=True)
+        object.__setattr__(self, "kernels", torch.tensor([has_kernel(*pair) for pair in types], dtype=torch.bool))
         self._derive()
 
     @classmethod
-    def trusted(cls, hosts: dict[str, Tensor] | None = None, **fields: Any) -> WeightBatch:
+    def trusted(cls, hosts: dict[str, Tensor] | None = None, *, kernels: Tensor, **fields: Any) -> WeightBatch:
         """Make a batch from fields known to be right, unchecked; for code that derives one batch from another.
 
         Args:
             hosts: CPU copies of the pointers by name, as in `{"chunk_ptr": ...}`; the pointers themselves by default.
+            kernels: which tensors were cut as weights of convolutions, `(T,)` bool on the CPU.
             fields: all of the constructor's arguments that have no default.
         """
         batch = object.__new__(cls)
+        object.__setattr__(batch, "kernels", kernels)
         for name, value in fields.items():
             object.__setattr__(batch, name, value)
         for field in POINTERS:
@@ -126,7 +135,7 @@ class WeightBatch:
 
     def with_fields(self, **changes: Any) -> WeightBatch:
         """Replace fields other than pointers, tensors by such of the same shape, dtype and device, unchecked."""
-        return WeightBatch.trusted(self.pointers_host, **{**self._fields(), **changes})
+        return WeightBatch.trusted(self.pointers_host, kernels=self.kernels, **{**self._fields(), **changes})
 
     def _derive(self) -> None:
         lengths = self.tensor_ptr_host.diff()
@@ -250,7 +259,7 @@ class WeightBatch:
         fields["tensor_scale"] = fields["tensor_scale"].to(scale)
         if all(fields[field] is getattr(self, field) for field in TENSORS):
             return self
-        return WeightBatch.trusted(hosts, **fields)
+        return WeightBatch.trusted(hosts, kernels=self.kernels, **fields)
 
     def detach(self) -> WeightBatch:
         """Detach the batch from the parameters it was packed from, for use in many training steps.
@@ -273,14 +282,14 @@ class WeightBatch:
         fields = self._fields()
         for field in TENSORS:
             fields[field] = fields[field].pin_memory()
-        return WeightBatch.trusted(**fields)
+        return WeightBatch.trusted(kernels=self.kernels, **fields)
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def __getstate__(self) -> dict[str, Any]:
         # Slices are views: without the copy a worker process would send the storage of the whole batch along.
-        state = self._fields()
+        state = {**self._fields(), "kernels": self.kernels.clone()}
         for field in TENSORS:
             tensor = state[field]
             if not (tensor.requires_grad and tensor.is_leaf):  # a graph cannot leave the process
@@ -335,7 +344,7 @@ class WeightBatch:
         a, b = bounds["layer_ptr"]
         fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
         fields.update({field: fields[field][first:last] for field in PER_NETWORK})
-        return WeightBatch.trusted(hosts, **fields)
+        return WeightBatch.trusted(hosts, kernels=self.kernels[slice(*bounds["tensor_ptr"])], **fields)
 
     def _take(self, networks: np.ndarray) -> WeightBatch:
         """Gather networks: pointers by one ragged gather per level on the host, values by copies of whole networks."""
@@ -363,7 +372,8 @@ class WeightBatch:
         for field in PER_NETWORK:
             entries = fields[field]
             fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
-        return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, **fields)
+        kernels = self.kernels[torch.from_numpy(rows["tensor_ptr"])]
+        return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, kernels=kernels, **fields)
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
@@ -402,7 +412,8 @@ class WeightBatch:
         for field in PER_NETWORK:
             known = all(getattr(b, field) or not len(b) for b in batches)
             fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
-        return cls.trusted(hosts if first.device.type != "cpu" else None, **fields)
+        kernels = torch.cat([b.kernels for b in batches])
+        return cls.trusted(hosts if first.device.type != "cpu" else None, kernels=kernels, **fields)
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:

@@ -15,6 +15,7 @@ from ..ops.functional import gather_chunks
 from .batch import WeightBatch, scale_dtype
 from .batch_checks import CHUNKINGS, ORDERS, SCALES
 from .choices import Chunking, NonFinite, Order, Scale
+from .cutting import cut_of, has_kernel
 from .layer_overrides import resolve_kinds, resolve_levels
 from .layers import Network, collect
 from .networks import Networks
@@ -53,8 +54,10 @@ def pack(
         chunk_size: c, the longest a chunk may be; the last piece of a row may be shorter.
         chunking: how `W[out, in, *k]` is cut. "flat": for every kernel position the row-major `out x in` vector, every
             c elements; "neuron": as flat, but cut also at every output neuron; "kernel": one row per kernel,
-            `(out, in)` outermost, and as "neuron" without kernel dimensions. A 1-D tensor is one vector, a 0-d one a
-            chunk of one.
+            `(out, in)` outermost, and as "neuron" without kernel dimensions. Only weights of convolutions have kernel
+            dimensions; any other tensor of three and more dimensions (`cls_token`, stacked experts, position tables)
+            is cut as the matrix of its last dimension by all others. A 1-D tensor is one vector, a 0-d one a chunk of
+            one.
         scale: "tensor" divides each tensor by its root mean square (computed in float64; by 1 where that is 0 or
             not finite) and keeps it in `tensor_scale`; "none" divides by nothing, as the paper.
         order: of the layers, and of tensors inside them. "names": a function of the names alone, the same for a module,
@@ -82,7 +85,8 @@ def pack(
 
     A state_dict knows no modules: kinds are inferred by names and shapes. What may differ from packing the module:
 
-    - a transposed convolution is taken for a convolution, and so is any other weight of 3 to 5 dimensions (`Bilinear`);
+    - a transposed convolution is taken for a convolution, and so is any other weight of 3 to 5 dimensions for which
+      neither name (`experts`, `bilinear`, `pos_embed`) nor shape (of its bias, of kernels) says otherwise;
     - a matrix is an embedding only if it is alone in a layer named so (`embed_tokens`, `wte`), else linear; a 1-D
       weight always belongs to a normalisation (`PReLU`); a parametrised weight has no kind but "other";
     - floating buffers (attention masks, position tables) count as weights.
@@ -126,7 +130,8 @@ def pack(
         tensors = [t.detach() for t in tensors]
 
     shapes = [tuple(t.shape) for t in tensors]
-    plan, rows, lengths = _cuts(shapes, chunking)
+    kernels = [has_kernel(tensor_type, len(shape)) for tensor_type, shape in zip(types, shapes, strict=True)]
+    plan, rows, lengths = _cuts(shapes, kernels, chunking)
     divisors, tensors = tensor_scales(tensors, where, scale, nonfinite, dtype, scale_dtype(dtype))
     values = gather_chunks(tensors, divisors, plan, dtype)
     chunk_ptr, tensor_ptr = _chunk_pointers(rows, lengths, chunk_size)
@@ -145,6 +150,7 @@ def pack(
     pieces = list(zip(starts, [*ends, len(tensors)], strict=True))
     return WeightBatch.trusted(
         hosts if target.type != "cpu" else None,
+        kernels=torch.tensor(kernels, device="cpu"),
         values=values.to(target),
         **{field: host.to(target) for field, host in hosts.items()},
         tensor_type=torch.tensor(types, device="cpu").to(target),
@@ -189,26 +195,11 @@ def _on_one_device(tensors: list[Tensor], where: list[tuple[Network, str]], devi
     return [tensor.to(device) for tensor in tensors]
 
 
-def _cuts(shapes: list[tuple[int, ...]], chunking: str) -> tuple[Tensor, list[int], list[int]]:
+def _cuts(shapes: list[tuple[int, ...]], kernels: list[bool], chunking: str) -> tuple[Tensor, list[int], list[int]]:
     """Return per tensor the matrix `(R, K)` whose transpose is written, and number and length of the rows to cut."""
-    plan, rows, lengths = [], [], []
-    for shape in shapes:
-        size, pairs = 1, 1
-        for dim, extent in enumerate(shape):
-            size *= extent
-            pairs *= extent if dim < 2 else 1
-        positions = size // pairs
-        if len(shape) < 2:
-            plan.append((size, 1))
-            rows.append(1)
-        elif chunking == "kernel" and len(shape) > 2:
-            plan.append((size, 1))  # kernels stand as they are stored
-            rows.append(pairs)
-        else:
-            plan.append((pairs, positions))
-            rows.append(positions if chunking == "flat" else positions * shape[0])
-        lengths.append(size // rows[-1])
-    return torch.tensor(plan, device="cpu"), rows, lengths
+    cuts = [cut_of(shape, kernel, chunking) for shape, kernel in zip(shapes, kernels, strict=True)]
+    lengths = [cut.matrix[0] * cut.matrix[1] // cut.rows for cut in cuts]
+    return torch.tensor([cut.matrix for cut in cuts], device="cpu"), [cut.rows for cut in cuts], lengths
 
 
 def _chunk_pointers(rows: list[int], lengths: list[int], chunk_size: int) -> tuple[np.ndarray, np.ndarray]:

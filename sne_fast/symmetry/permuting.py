@@ -11,7 +11,7 @@ from ..data.batch import WeightBatch
 from .boxes import SymmetryError
 from .core import Symmetry
 from .gather import GatherIndex
-from .per_network import check_named, for_network, group_by_identity, one_per_network
+from .per_network import check_named, for_network, group_by_identity, kernels_of, one_per_network
 
 CANONICAL = "canonical units"
 """How the steps of `WeightBatch.prepared` begin that permuting undoes."""
@@ -110,9 +110,9 @@ def permute(
 
 
 def _gather_index(batch: WeightBatch, b: int, symmetry: Symmetry) -> GatherIndex:
-    names, shapes = batch.names[b][1], batch.shapes[b]
+    names, shapes, kernels = batch.names[b][1], batch.shapes[b], kernels_of(batch, b)
     return for_network(
-        batch, b, "permute", lambda: symmetry.gather_index(names, shapes, batch.chunking, batch.device)
+        batch, b, "permute", lambda: symmetry.gather_index(names, shapes, kernels, batch.chunking, batch.device)
     )  # fmt: skip
 
 
