@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.batch import WeightBatch
 from ..data.choices import Scale
 from ..data.packing import pack
 from ..data.weight_budgets import stratified_split
 from ..symmetry import Symmetry
+from ..training.fingerprint import of_batch, of_targets, of_values
 from ..zoo.splits import PARTS, SHARES
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
@@ -34,7 +37,7 @@ class Networks:
         self.zoos = list(zoos)
         self.targets = np.concatenate([zoo.column(target).astype(np.float64) for zoo in zoos])
         self.groups = [str(name) for name in self.column("architecture")]
-        self._batches: dict[tuple[object, ...], WeightBatch] = {}
+        self._batches: dict[tuple[object, ...], tuple[WeightBatch, dict[str, Any]]] = {}
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -43,6 +46,15 @@ class Networks:
     def symmetries(self) -> list[Symmetry]:
         """The symmetry of every network."""
         return [symmetry for zoo in self.zoos for symmetry in symmetries_of(zoo)]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Fingerprint of the zoos' tables and of the targets, which all runs share."""
+        tables = [(zoo.about, zoo.rows) for zoo in self.zoos]
+        return {
+            "zoos": {"size": f"{len(self)} networks", "sha256": of_values(tables)},
+            "targets": of_targets(torch.from_numpy(self.targets)),
+        }
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of the zoos, `(n,)`.
@@ -58,6 +70,13 @@ class Networks:
         Args:
             scale: the scale of `pack`, if not that of the settings.
         """
+        return self._packed(settings, scale)[0]
+
+    def fingerprint_of(self, settings: SneSettings, scale: Scale | None = None) -> dict[str, Any]:
+        """Return the fingerprint of what `packed` returns."""
+        return self._packed(settings, scale)[1]
+
+    def _packed(self, settings: SneSettings, scale: Scale | None) -> tuple[WeightBatch, dict[str, Any]]:
         scale = scale or settings.scale
         key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd, settings.relative
         if key not in self._batches:
@@ -65,7 +84,8 @@ class Networks:
             batch = WeightBatch.cat(
                 [pack(list(zoo), scale=scale, chunk_size=size, chunking=chunking).detach() for zoo in self.zoos]
             )
-            self._batches[key] = in_form(batch, self.symmetries, settings)
+            batch = in_form(batch, self.symmetries, settings)
+            self._batches[key] = batch, of_batch(batch)
         return self._batches[key]
 
     def where(self, wanted: Mapping[str, tuple[str, ...]]) -> np.ndarray:
