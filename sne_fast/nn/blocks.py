@@ -102,10 +102,6 @@ class MAB(nn.Module):
         o = o + F.relu(self.fc_o(o))
         return o if self.ln1 is None else self.ln1(o)
 
-    def has_plain_attention(self) -> bool:
-        """Return whether fused code may read the parameters of fc_q, fc_k and fc_v instead of calling this block."""
-        return is_plain(self, MAB) and are_linear(self.fc_q, self.fc_k, self.fc_v)
-
     def has_plain_feed_forward(self) -> bool:
         """Return whether fused code may read the parameters of fc_o and of both norms instead of calling them."""
         normed = is_norm(self.ln0, self.dim_v) and is_norm(self.ln1, self.dim_v)
@@ -116,6 +112,11 @@ class MAB(nn.Module):
         if self.ln0 is None or self.ln1 is None:
             return None
         return torch.stack([self.ln0.weight, self.ln0.bias, self.ln1.weight, self.ln1.bias])
+
+
+def has_plain_attention(mab: nn.Module) -> bool:
+    """Return whether fused code may read a MAB's parameters of fc_q, fc_k and fc_v instead of calling it."""
+    return isinstance(mab, MAB) and is_plain(mab, MAB) and are_linear(mab.fc_q, mab.fc_k, mab.fc_v)
 
 
 class SAB(nn.Module):
@@ -219,7 +220,7 @@ class PMA(nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
         """Pool rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64; returns ``(S, num_seeds, dim)``."""
-        if not self.mab.has_plain_attention():
+        if not has_plain_attention(self.mab):
             query, seed_ptr, seed_host = _for_every_set(self.S, ptr)
             return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).view(-1, *self.S.shape[1:])
         pooled = functional.segment_pool(x, F.linear(x, self.folded_query()), ptr, ptr_host=ptr_host)

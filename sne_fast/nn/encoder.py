@@ -15,10 +15,13 @@ from ..data.choices import Chunking, Scale
 from ..data.packing import SCALES, pack
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention
+from .config_checks import choice, flag, integer
 from .position_codes import position_code
 from .pretrained import PretrainedMixin
 from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder, owners
 
+MAX_CHUNK_SIZE = 2**16
+"""Attention inside a chunk is quadratic in its size, and every forward pass makes a code for each place in a chunk."""
 SET_ATTENTIONS = get_args(SetAttention)
 
 
@@ -35,7 +38,7 @@ class SNE(PretrainedMixin, nn.Module):
     Args:
         hidden_dim: h, the width of every stage and of z.
         num_heads: H, a divisor of ``hidden_dim``.
-        chunk_size: c, the largest number of scalars in a chunk.
+        chunk_size: c, the largest number of scalars in a chunk, at most 65536.
         chunking: ``"flat"``, ``"neuron"`` or ``"kernel"``; see :func:`sne_fast.pack`.
         layer_norm: norms in every block; without them training is much harder, see the note above.
         scale: ``"tensor"`` divides each tensor by its root mean square when packing; ``"none"`` is the paper. A batch
@@ -71,23 +74,18 @@ class SNE(PretrainedMixin, nn.Module):
         num_inducing: int = 32,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("hidden_dim", hidden_dim),
-            ("num_heads", num_heads),
-            ("chunk_size", chunk_size),
-            ("num_inducing", num_inducing),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"SNE: {name} must be an integer of at least 1, got {value!r}")
+        hidden_dim = integer("SNE", "hidden_dim", hidden_dim)
+        num_heads = integer("SNE", "num_heads", num_heads)
+        chunk_size = integer("SNE", "chunk_size", chunk_size, high=MAX_CHUNK_SIZE)
+        num_inducing = integer("SNE", "num_inducing", num_inducing)
         if hidden_dim % num_heads:
             raise ValueError(f"SNE: num_heads must divide hidden_dim {hidden_dim}, got {num_heads}")
-        for name, choice, allowed in (
-            ("chunking", chunking, CHUNKINGS),
-            ("scale", scale, SCALES),
-            ("set_attention", set_attention, SET_ATTENTIONS),
-        ):
-            if choice not in allowed:
-                raise ValueError(f"SNE: {name} must be one of {', '.join(map(repr, allowed))}, got {choice!r}")
+        choice("SNE", "chunking", chunking, CHUNKINGS)
+        choice("SNE", "scale", scale, SCALES)
+        choice("SNE", "set_attention", set_attention, SET_ATTENTIONS)
+        flag("SNE", "layer_norm", layer_norm)
+        flag("SNE", "element_order", element_order)
+        flag("SNE", "chunk_order", chunk_order)
         self._config: dict[str, Any] = {
             "hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
             "layer_norm": layer_norm, "scale": scale, "element_order": element_order, "chunk_order": chunk_order,
@@ -106,6 +104,14 @@ class SNE(PretrainedMixin, nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments by name, as :meth:`save_pretrained` stores them."""
         return dict(self._config)
+
+    @property
+    def sample_parameter(self) -> Tensor:
+        """A parameter, whose dtype and device batches must have; of the type embedding, unless it has been replaced."""
+        weight = getattr(self.type_embedding, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight
+        return next(parameter for parameter in self.parameters() if parameter.is_floating_point())
 
     @torch.no_grad()
     def _zero_constants(self) -> None:
@@ -131,7 +137,7 @@ class SNE(PretrainedMixin, nn.Module):
             networks: modules, state_dicts or paths.
             options: further arguments of :func:`sne_fast.pack`.
         """
-        weight = self.type_embedding.weight
+        weight = self.sample_parameter
         defaults = {"scale": self.config["scale"], "dtype": weight.dtype, "device": weight.device}
         return pack(networks, self.chunk_size, self.chunking, **{**defaults, **options})
 
@@ -153,7 +159,7 @@ class SNE(PretrainedMixin, nn.Module):
         return torch.cat([self._encode(batch[run]) for run in network_runs(batch.network_starts, batch.device)])
 
     def _encode(self, batch: WeightBatch) -> Tensor:
-        dtype = self.type_embedding.weight.dtype
+        dtype = self.sample_parameter.dtype
         level_code = position_code(batch.layer_level, self.hidden_dim, dtype)  # [L, h]
         layer_of_tensor = owners(batch.layer_ptr, batch.tensor_type.shape[0])
         tensor_level_code = level_code.index_select(0, layer_of_tensor)  # [T, h]
@@ -170,7 +176,7 @@ class SNE(PretrainedMixin, nn.Module):
                     f"SNE: batch must be cut with {name} {want!r} as this encoder was made, got {got!r}; "
                     f"use encoder.pack(networks)"
                 )
-        weight = self.type_embedding.weight
+        weight = self.sample_parameter
         if batch.values.dtype != weight.dtype or batch.values.device != weight.device:
             raise ValueError(
                 f"SNE: batch must have the encoder's dtype {weight.dtype} and device {weight.device}, got "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..ops import functional
-from .blocks import ISAB, MAB, PMA, SAB
+from .blocks import ISAB, PMA, SAB, has_plain_attention
 from .bounded_memory import joined, row_runs
 from .plain_modules import is_plain
 from .position_codes import reversed_position_code
@@ -71,14 +71,14 @@ class ChunkEncoder(nn.Module):
     def is_plain(self) -> bool:
         """Return whether ``chunk_encode`` computes what the blocks and the pool would compute if they were called."""
         blocks, pool = list(self.blocks), self.pool
-        if len(blocks) != 4 or not is_plain(pool, PMA) or not pool.mab.has_plain_attention():
+        if len(blocks) != 4 or not is_plain(pool, PMA) or not has_plain_attention(pool.mab):
             return False
         heads, normed = pool.mab.num_heads, None
         for block in blocks:
             if not is_plain(block, SAB):
                 return False
             mab = block.mab
-            if not (is_plain(mab, MAB) and mab.has_plain_attention() and mab.has_plain_feed_forward()):
+            if not (has_plain_attention(mab) and mab.has_plain_feed_forward()):
                 return False
             normed = mab.ln0 is not None if normed is None else normed
             if mab.num_heads != heads or normed != (mab.ln0 is not None):

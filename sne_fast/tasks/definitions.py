@@ -12,8 +12,8 @@ from ..data.choices import Chunking, Scale
 from ..zoo.architectures import FAMILIES
 from ..zoo.classifiers import make_classifier_zoo
 from ..zoo.images import DATASETS
+from ..zoo.index import INDEX
 from ..zoo.inrs import make_sine_zoo
-from ..zoo.shards import INDEX
 from ..zoo.table import Zoo
 from .settings import InputScale, check_choices, scale_of_encoder
 

@@ -68,6 +68,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "std": float(np.std(np.subtract(values, values[0]), ddof=1)) if known and len(values) > 1 else None,
         }
     if "invariance_rms" in runs[0]:
-        shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs]
-        summary["invariance_rms_over_rmse"] = float(np.max(shares))
+        shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs if run["test"]["rmse"]]
+        if len(shares) == len(runs):  # not without an error to compare with
+            summary["invariance_rms_over_rmse"] = float(np.max(shares))
     return summary

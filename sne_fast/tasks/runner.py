@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..atomic_files import write_json
+from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
 from ..reports.measures import measures
 from ..training.threads import torch_threads
@@ -128,7 +128,7 @@ class _Job:
             "method": run.method if settings else BASELINES[run.method].name,
             "seed": run.seed,
             "networks": {"all": len(self.data), **{name: len(part) for name, part in parts.items()}},
-            "settings": json.loads(json.dumps(dataclasses.asdict(settings))) if settings else None,
+            "settings": json.loads(to_json(dataclasses.asdict(settings))) if settings else None,
         }
         found = self.folder.read_result(run)
         if found is not None:
@@ -192,9 +192,7 @@ class _Job:
 
 def _measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
     found = measures(predicted, true)
-    rmse = found["rmse"]
-    assert rmse is not None
-    return {**found, "mse": rmse**2}
+    return {**found, "mse": None if found["rmse"] is None else found["rmse"] ** 2}
 
 
 def _line(test: Mapping[str, float | None]) -> str:

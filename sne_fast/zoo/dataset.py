@@ -132,7 +132,7 @@ def pack_options(encoder: Any) -> dict[str, Any]:
         "chunk_size": encoder.chunk_size,
         "chunking": encoder.chunking,
         "scale": encoder.config["scale"],
-        "dtype": encoder.type_embedding.weight.dtype,
+        "dtype": encoder.sample_parameter.dtype,
         "device": "cpu",
     }
 

@@ -255,7 +255,7 @@ def test_a_subclass_of_a_block_is_called(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["chunk_encoder.blocks.0.mab.fc_v", "chunk_encoder.pool", "tensor_encoder.pool.mab.fc_o"]
+    "name", ["chunk_encoder.blocks.0.mab.fc_v", "chunk_encoder.pool", "layer_encoder.pool.mab.fc_o"]
 )
 def test_a_forward_set_on_an_instance_is_called(name: str) -> None:
     encoder = encoder_of()
@@ -383,10 +383,8 @@ def test_parametrised_layers_train_and_equal_layers_of_the_resulting_weight(name
     torch.testing.assert_close(encoder(batch), z, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("owner", "parameter"), [("chunk_encoder.pool", "S"), ("tensor_encoder.pool", "S"), ("", None)]
-)
-def test_parametrised_seeds_and_gains_are_honoured(owner: str, parameter: str | None) -> None:
+@pytest.mark.parametrize("name", ["chunk_encoder.pool.S", "tensor_encoder.pool.S", "chunk_encoder.code_gain"])
+def test_parametrised_seeds_and_gains_are_honoured(name: str) -> None:
     encoder = encoder_of()
     batch = batch_for(encoder)
     halved = copy.deepcopy(encoder)
