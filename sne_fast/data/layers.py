@@ -60,7 +60,8 @@ def collect(index: int, network: Any) -> Network:
     if isinstance(network, nn.Module):
         found = Network(index, type(network).__name__, _from_module(network))
     elif isinstance(network, Mapping):
-        found = Network(index, "state_dict", [])
+        name = getattr(network, "name", None)  # of a network of a zoo
+        found = Network(index, name if isinstance(name, str) else "state_dict", [])
         found.layers = _from_state_dict(network, found.label)
     elif isinstance(network, (str, os.PathLike)):
         found = Network(index, os.fspath(network), [])

@@ -17,6 +17,7 @@ from sne_fast import Predictor
 from sne_fast.atomic_files import write_json
 from sne_fast.reports.files import write_csv
 from sne_fast.reports.measures import measures
+from sne_fast.tasks import demo
 from sne_fast.tasks.baselines.statistics import statistics_regression
 from sne_fast.tasks.demo import Demo, run
 from sne_fast.tasks.requirements import check_extra
@@ -91,6 +92,29 @@ def test_refuses_a_folder_with_something_in_it(result, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is not an empty folder"):
         run(tmp_path / "file", TINY)
+
+
+def test_an_interrupted_run_resumes_and_gives_the_same(result, tmp_path, monkeypatch):
+    _, whole, _ = result
+    real, calls = demo.fit, []
+
+    def interrupted(*args, **kwargs):
+        def on_epoch(epoch, history):
+            raise KeyboardInterrupt
+
+        return real(*args, **{**kwargs, "on_epoch": on_epoch})
+
+    console = Console(quiet=True)
+    monkeypatch.setattr(demo, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", TINY, console)
+    with pytest.raises(ValueError, match=r"holds an interrupted run of other settings \(epochs 2 there, 3 here\)"):
+        run(tmp_path / "out", TINY.replace(epochs=3), console)
+    monkeypatch.setattr(demo, "fit", real)
+    monkeypatch.setattr(demo, "make_digits_zoo", lambda *a, **k: calls.append(a))
+    again = run(tmp_path / "out", TINY, console)
+    assert not calls and again["held_out"] == whole["held_out"] and again["train_loss"] == whole["train_loss"]
+    assert not (tmp_path / "out" / "unfinished.json").exists() and not (tmp_path / "out" / "fit.pt").exists()
 
 
 def test_missing_extra_is_one_sentence(monkeypatch):
