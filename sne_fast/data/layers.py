@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import NESTED, CheckpointError, find_state_dict, load_state_dict
+from .checkpoints import CheckpointError, find_state_dict, load_state_dict
 from .tensor_types import NORMALISATION, infer_kind, kind_of_module, role_of
 
 _STATISTICS = ("running_mean", "running_var")
@@ -146,7 +146,10 @@ def strip_wrappers(names: list[str]) -> list[str]:
 
 
 def _from_state_dict(state_dict: Mapping[Any, Any], label: str) -> list[Layer]:
-    state_dict = find_state_dict(state_dict)
+    try:
+        state_dict = find_state_dict(state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f"pack: {label} {error}") from error
     keys, tensors = [], []
     for key, value in state_dict.items():
         if isinstance(value, Tensor):
@@ -157,7 +160,7 @@ def _from_state_dict(state_dict: Mapping[Any, Any], label: str) -> list[Layer]:
     if not tensors:
         held = ", ".join(repr(key) for key in list(state_dict)[:8]) or "nothing"
         raise ValueError(
-            f"pack: {label} must map names to tensors (at the top or under {', '.join(NESTED)}), it holds {held}"
+            f"pack: {label} must map names to tensors, at the top or in one mapping inside; it holds {held}"
         )
     for key, value in state_dict.items():
         # numbers, None and extra state may stand beside tensors; these would be weights left out without a word
