@@ -18,10 +18,13 @@ from ..ops import functional
 from .blocks import ISAB, PMA, SAB
 from .bounded_memory import fits_at_once, joined, network_runs, row_runs
 from .choices import SetAttention
+from .config_checks import choice, flag, integer
 from .position_codes import position_code, reversed_position_code
 from .pretrained import PretrainedMixin
 
 INITIAL_CODE_GAIN = 0.1
+MAX_CHUNK_SIZE = 2**16
+"""Attention inside a chunk is quadratic in its size, and every forward pass makes a code for each place in a chunk."""
 SET_ATTENTIONS = get_args(SetAttention)
 
 
@@ -186,7 +189,7 @@ class SNE(PretrainedMixin, nn.Module):
     Args:
         hidden_dim: h, the width of every stage and of z.
         num_heads: H, a divisor of ``hidden_dim``.
-        chunk_size: c, the largest number of scalars in a chunk.
+        chunk_size: c, the largest number of scalars in a chunk, at most 65536.
         chunking: ``"flat"``, ``"neuron"`` or ``"kernel"``; see :func:`sne_fast.pack`.
         layer_norm: norms in every block; without them training is much harder, see the note above.
         scale: ``"tensor"`` divides each tensor by its root mean square when packing; ``"none"`` is the paper. A batch
@@ -222,23 +225,18 @@ class SNE(PretrainedMixin, nn.Module):
         num_inducing: int = 32,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("hidden_dim", hidden_dim),
-            ("num_heads", num_heads),
-            ("chunk_size", chunk_size),
-            ("num_inducing", num_inducing),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"SNE: {name} must be an integer of at least 1, got {value!r}")
+        hidden_dim = integer("SNE", "hidden_dim", hidden_dim)
+        num_heads = integer("SNE", "num_heads", num_heads)
+        chunk_size = integer("SNE", "chunk_size", chunk_size, high=MAX_CHUNK_SIZE)
+        num_inducing = integer("SNE", "num_inducing", num_inducing)
         if hidden_dim % num_heads:
             raise ValueError(f"SNE: num_heads must divide hidden_dim {hidden_dim}, got {num_heads}")
-        for name, choice, allowed in (
-            ("chunking", chunking, CHUNKINGS),
-            ("scale", scale, SCALES),
-            ("set_attention", set_attention, SET_ATTENTIONS),
-        ):
-            if choice not in allowed:
-                raise ValueError(f"SNE: {name} must be one of {', '.join(map(repr, allowed))}, got {choice!r}")
+        choice("SNE", "chunking", chunking, CHUNKINGS)
+        choice("SNE", "scale", scale, SCALES)
+        choice("SNE", "set_attention", set_attention, SET_ATTENTIONS)
+        flag("SNE", "layer_norm", layer_norm)
+        flag("SNE", "element_order", element_order)
+        flag("SNE", "chunk_order", chunk_order)
         self._config: dict[str, Any] = {
             "hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
             "layer_norm": layer_norm, "scale": scale, "element_order": element_order, "chunk_order": chunk_order,

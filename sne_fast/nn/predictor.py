@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from .choices import FittedScale, Loss, Transform
+from .config_checks import choice, integer, integers, shown
 from .encoder import SNE
 from .input_scales import INPUT_SCALES
-from .pretrained import PretrainedMixin, about, arguments, check_config
+from .plain_state import unwrapped
+from .pretrained import PretrainedMixin, about, checked_arguments, saved_class
 
 TRANSFORMS = get_args(Transform)
 LOSSES = get_args(Loss)
+MAX_HIDDEN_LAYERS = 1000
 LOGIT_MARGIN = 0.01
 """Distance that targets in [0, 1] are kept from the ends before the logit."""
 
@@ -33,17 +36,35 @@ class PredictorHead(nn.Sequential):
     Shapes: `(B, in_features)` to `(B, out_features)`.
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: a width that is no integer or below 1, or more than 1000 hidden layers.
     """
 
     def __init__(self, in_features: int, out_features: int = 1, hidden_features: Sequence[int] = (512, 512)) -> None:
-        widths = [in_features, *hidden_features, out_features]
-        if min(widths) < 1:
-            raise ValueError(f"PredictorHead: every width must be at least 1, got {widths}")
+        hidden = integers("PredictorHead", "hidden_features", hidden_features, MAX_HIDDEN_LAYERS)
+        widths = [
+            integer("PredictorHead", "in_features", in_features),
+            *hidden,
+            integer("PredictorHead", "out_features", out_features),
+        ]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def _target_names(given: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return one name per output, numbered ones if none are given."""
+    if given is None:
+        return tuple(f"target_{i}" for i in range(count))
+    names = () if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) else tuple(given)
+    if len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"Predictor: target_names must hold {count} name(s), one for each of out_features, got {shown(given)}"
+        )
+    if len(set(names)) < count:
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"Predictor: target_names must differ, got {shown(twice)} twice")
+    return names
 
 
 class Predictor(PretrainedMixin, nn.Module):
@@ -57,7 +78,7 @@ class Predictor(PretrainedMixin, nn.Module):
     sigmoids; with `loss="cross_entropy"` it gives logits of classes, and outputs are probabilities. Neither normalises.
 
     Args:
-        encoder: an `sne_fast.SNE`.
+        encoder: an `sne_fast.SNE`, also one wrapped by `torch.compile` or `DataParallel`; it is saved without.
         out_features: number of predicted values, or of classes.
         hidden_features: widths of the head's hidden layers.
         target_names: what the outputs are called, one name each.
@@ -68,6 +89,7 @@ class Predictor(PretrainedMixin, nn.Module):
             fan-in (`FanInScale`). For an encoder with `scale="none"`.
 
     Raises:
+        TypeError: `encoder` is no `SNE`.
         ValueError: a transform or loss that does not exist or does not fit, not one name per output, or
             `normalise_inputs` with an encoder that divides by itself.
 
@@ -94,28 +116,26 @@ class Predictor(PretrainedMixin, nn.Module):
         normalise_inputs: bool | FittedScale = False,
     ) -> None:
         super().__init__()
-        if normalise_inputs and encoder.config["scale"] != "none":
+        inner = unwrapped(encoder)
+        if not isinstance(inner, SNE):
+            raise TypeError(f"Predictor: encoder must be an sne_fast.SNE, got {type(inner).__name__}")
+        choice("Predictor", "normalise_inputs", normalise_inputs, (False, True, *INPUT_SCALES))
+        if normalise_inputs and inner.config["scale"] != "none":
             raise ValueError(
-                f"Predictor: normalise_inputs needs an encoder with scale='none', got {encoder.config['scale']!r}"
+                f"Predictor: normalise_inputs needs an encoder with scale='none', got {inner.config['scale']!r}"
             )
         scale = "zoo" if normalise_inputs is True else normalise_inputs
-        if scale and scale not in INPUT_SCALES:
-            raise ValueError(
-                f"Predictor: normalise_inputs must be a bool or one of {', '.join(INPUT_SCALES)}, got {scale!r}"
-            )
-        if target_transform not in TRANSFORMS:
-            raise ValueError(f"Predictor: target_transform must be one of {TRANSFORMS}, got {target_transform!r}")
-        if loss not in LOSSES:
-            raise ValueError(f"Predictor: loss must be one of {LOSSES}, got {loss!r}")
+        choice("Predictor", "target_transform", target_transform, TRANSFORMS)
+        choice("Predictor", "loss", loss, LOSSES)
         if loss != "mse" and target_transform != "identity":
             raise ValueError(f"Predictor: loss {loss!r} takes target_transform 'identity', got {target_transform!r}")
-        names = tuple(target_names) if target_names is not None else tuple(f"target_{i}" for i in range(out_features))
-        if len(names) != out_features or isinstance(target_names, str):
-            raise ValueError(f"Predictor: target_names must hold {out_features} name(s), got {target_names!r}")
+        out_features = integer("Predictor", "out_features", out_features)
+        hidden_features = integers("Predictor", "hidden_features", hidden_features, MAX_HIDDEN_LAYERS)
+        names = _target_names(target_names, out_features)
         self.encoder = encoder
-        self.head = PredictorHead(encoder.config["hidden_dim"], out_features, hidden_features)
+        self.head = PredictorHead(inner.config["hidden_dim"], out_features, hidden_features)
         self.out_features = out_features
-        self.hidden_features = tuple(hidden_features)
+        self.hidden_features = hidden_features
         self.target_names = names
         self.target_transform = target_transform
         self.loss = loss
@@ -128,7 +148,7 @@ class Predictor(PretrainedMixin, nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments by name; the encoder as its own configuration."""
         return {
-            "encoder": {**about(type(self.encoder)), **self.encoder.config},
+            "encoder": {**about(SNE), **unwrapped(self.encoder).config},
             "out_features": self.out_features,
             "hidden_features": list(self.hidden_features),
             "target_names": list(self.target_names),
@@ -141,9 +161,16 @@ class Predictor(PretrainedMixin, nn.Module):
     def _from_config(cls, config: dict[str, Any]) -> Predictor:
         encoder = config["encoder"]
         if not isinstance(encoder, dict):
-            raise ValueError(f"Predictor: encoder in config.json must be an object, got {type(encoder).__name__}")
-        check_config(SNE, encoder, "encoder")
-        return cls(SNE._from_config(arguments(encoder)), **{k: v for k, v in config.items() if k != "encoder"})
+            raise ValueError(f"encoder must be an object, got {shown(encoder)}")
+        if saved_class(encoder) != "SNE":
+            raise ValueError(f"encoder must be an SNE, its architectures say {shown(encoder.get('architectures'))}")
+        try:
+            made = SNE._from_config(checked_arguments(SNE, encoder))
+        except ValueError as error:
+            raise ValueError(f"encoder does not fit SNE: {error}") from error
+        if config["target_names"] is None:  # would be made up, however many they are
+            raise ValueError("target_names must be a list of names, got None")
+        return cls(made, **{k: v for k, v in config.items() if k != "encoder"})
 
     def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
         """Predict `(B, out_features)` in the targets' units from a batch, or from networks, which are packed first."""
