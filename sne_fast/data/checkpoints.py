@@ -46,7 +46,7 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
             - a folder: its `model.safetensors`, else its only checkpoint; of a sentence-transformers model the weights
               of all modules, each under its number if there are several.
         key: where the weights are in a pickled file that has several places, names joined by dots ("generator",
-            "model.encoder"); all tensors below are taken.
+            "model.encoder"); all tensors below are taken, for "" all of the file.
 
     Returns:
         A dict of CPU tensors in memory of their own; those that shared memory when they were saved share it.
@@ -127,7 +127,7 @@ def find_state_dict(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
     if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
         return checkpoint
     try:
-        holder = choose_weights(checkpoint).holder
+        holder = choose_weights(checkpoint, remedy="give one of them").holder
     except NoWeights:
         return checkpoint
     return holder if isinstance(holder, Mapping) else checkpoint

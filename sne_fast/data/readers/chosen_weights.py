@@ -25,6 +25,8 @@ from .stored import Storage, StoredTensor
 
 __all__ = ["NoWeights", "Weights", "choose_weights"]
 
+BY_KEY = "choose with load_state_dict(path, key=...)"
+
 _OPTIMISER = re.compile(r"(.*[_.-])?(optim|optims|optimi[sz]ers?|optimi[sz]er[_.-].*|optim[_.-].*)")
 _BOOKKEEPING = re.compile(
     r"(.*[_.-])?(lr_?sched\w*|schedulers?|scheduler_state\w*|scaler|scaler_state\w*|amp|rng|rng_states?|random_states?|"
@@ -54,7 +56,7 @@ class Weights:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def choose_weights(content: Any, key: str | None = None) -> Weights:
+def choose_weights(content: Any, key: str | None = None, remedy: str = BY_KEY) -> Weights:
     """Return the weights of a checkpoint.
 
     Without `key`, the one container of tensors that is no optimiser's state or other bookkeeping, at any depth; a
@@ -63,7 +65,8 @@ def choose_weights(content: Any, key: str | None = None) -> Weights:
 
     Args:
         content: mappings, sequences, tensors (in memory or `StoredTensor`) and placeholders.
-        key: the path to the weights, names joined by dots; all tensors below it are taken.
+        key: the path to the weights, names joined by dots; all tensors below it are taken, "" for all there are.
+        remedy: what to do about several candidates, for the message.
 
     Raises:
         CheckpointError: no tensors, several candidates, tensors without names, no such key; without a file's name.
@@ -71,7 +74,7 @@ def choose_weights(content: Any, key: str | None = None) -> Weights:
     if not is_container(content):
         held = content.path if isinstance(content, Placeholder | Name) else _kind(content)
         raise CheckpointError(f"must hold a state_dict, got {held}; save state_dict()")
-    search = _Search(content)
+    search = _Search(content, remedy)
     try:
         return search.at(key) if key is not None else search.only()
     except TooDeep as error:
@@ -83,8 +86,8 @@ def _kind(value: Any) -> str:
 
 
 class _Search:
-    def __init__(self, content: Any) -> None:
-        self.content = content
+    def __init__(self, content: Any, remedy: str) -> None:
+        self.content, self.remedy = content, remedy
         self.holding = holding(content)
         self.seen: set[int] = set()
         self.candidates: list[Weights] = []
@@ -109,11 +112,11 @@ class _Search:
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             raise CheckpointError(
                 f"holds tensors in {len(found)} places, {listed}{more}, and it is not said which are the weights; "
-                f"choose with key="
+                f"{self.remedy}"
             )
         if self.unnamed:
             path, kind = self.unnamed[0]
-            chosen = f"; choose with key={found[0].path!r}" if found and found[0].path else ""
+            chosen = f"; {self.remedy}" if found and found[0].path else ""
             raise CheckpointError(
                 f"refused, it holds tensors without names in {kind} at {_shown_path(path)}"
                 f"{chosen or '; save the state_dict() of the model'}"

@@ -14,6 +14,7 @@ __all__ = ["children", "holding", "is_container", "is_module", "is_optimiser", "
 
 MAX_DEPTH = 100
 MAX_TENSORS = 1_000_000
+MAX_MODULES = 100_000
 
 
 class TooDeep(Exception):
@@ -104,7 +105,7 @@ def module_tensors(module: Placeholder, prefix: str = "") -> dict[str, Any]:
     while waiting:
         one, prefix = waiting.pop()
         visits += 1
-        if visits > MAX_TENSORS or len(found) > MAX_TENSORS or prefix.count(".") > MAX_DEPTH:
+        if visits > MAX_MODULES or len(found) > MAX_TENSORS or prefix.count(".") > MAX_DEPTH:
             raise TooDeep("its modules are nested too deeply or are too many")
         for key, value in _own_tensors(one):
             if not is_tensor(value) or not isinstance(key, str):
@@ -121,9 +122,11 @@ def module_tensors(module: Placeholder, prefix: str = "") -> dict[str, Any]:
 def _own_tensors(module: Placeholder) -> list[tuple[Any, Any]]:
     """Return the parameters of one module and the buffers that its `state_dict` has."""
     temporary = module.state.get("_non_persistent_buffers_set")
-    left_out = (
-        [name for name in temporary.entries if isinstance(name, str)] if isinstance(temporary, Placeholder) else []
-    )
+    names: list[Any] = []
+    if isinstance(temporary, Placeholder):
+        names = [*temporary.entries, *(name for made in temporary.arguments if isinstance(made, list) for name in made)]
+    left_out = {name for name in names if isinstance(name, str)}
     buffers = module.state.get("_buffers")
-    kept = [(key, value) for key, value in buffers.items() if key not in left_out] if isinstance(buffers, dict) else []
+    entries = buffers.items() if isinstance(buffers, dict) else ()
+    kept = [(key, value) for key, value in entries if key not in left_out]
     return [(key, value) for key, value in [*module.state["_parameters"].items(), *kept] if value is not None]

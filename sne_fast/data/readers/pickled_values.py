@@ -160,7 +160,7 @@ class _Machine:
         if self.strict:
             raise RefusedName(self._shown(function))
         if isinstance(function, Placeholder):
-            return Placeholder(f"{function.path}()", (function, *arguments))
+            return Placeholder("the result of a call", (function, *arguments))
         raise BadPickle(f"it calls a value of type {type(function).__name__}")
 
     def _shown(self, value: Any) -> str:
