@@ -1,11 +1,11 @@
-// Calls the exported functions of the CPU library with sizes, pointers and values taken from bytes, and checks what they
-// promise: what does not fit together is refused and nothing is written; else all results are written, NaN stays NaN
-// and stays where it came in. The sanitizers watch every access.
+// Calls the exported functions of the CPU library with sizes, pointers and values taken from bytes, and checks what
+// they promise: what does not fit together is refused and nothing is written; else all results are written, NaN stays
+// NaN and stays where it came in. The sanitizers watch every access.
 //
 //   python csrc/fuzz/run.py
 //
-// Bytes, in order: op (0 to 3: chunk_encode, set_attention, segment_pool, gather_chunks), dtype, instruction set, width,
-// heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes are 0.
+// Bytes, in order: op (0 to 3: chunk_encode, set_attention, segment_pool, gather_chunks), dtype, instruction set,
+// width, heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes are 0.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -196,9 +196,9 @@ void chunk_encode(Bytes &bytes, int dtype, const Shape &shape, bool norms, bool 
   Array<T> *inputs[] = {&x, &row_code, &element_code, &logit, &basis, &w_qkv, &b_qkv, &w_o, &b_o, &norm, &pool_query};
   std::vector<Array<T>> grads;
   for (Array<T> *input : inputs) grads.push_back(unwritten<T>(input->size()));
-  sne_fast_chunk_encode_grads to = {grad.data(), grads[0].data(), grads[1].data(), grads[2].data(), grads[3].data(),
-                                    grads[4].data(), grads[5].data(), grads[6].data(), grads[7].data(),
-                                    grads[8].data(), grads[9].data(), grads[10].data()};
+  sne_fast_chunk_encode_grads to = {grad.data(),     grads[0].data(), grads[1].data(), grads[2].data(),
+                                    grads[3].data(), grads[4].data(), grads[5].data(), grads[6].data(),
+                                    grads[7].data(), grads[8].data(), grads[9].data(), grads[10].data()};
   status = sne_fast_cpu_chunk_encode_backward(dtype, &args, &to);
   int64_t total = 0, all = 0;
   for (Array<T> &g : grads) total += written(g), all += g.size();
@@ -236,19 +236,9 @@ void set_attention(Bytes &bytes, int dtype, const Shape &shape, bool raw) {
     if (array.size()) array[at % array.size()] = value_of<T>(bytes.next());
   }
   Array<T> out = unwritten<T>(queries.rows * h), lse = unwritten<T>(queries.rows * H);
-  const sne_fast_set_attention_args args = {sets,
-                                            queries.rows,
-                                            keys.rows,
-                                            shape.h,
-                                            shape.heads,
-                                            threads,
-                                            queries.ptr.data(),
-                                            keys.ptr.data(),
-                                            q.data(),
-                                            k.data(),
-                                            v.data(),
-                                            out.data(),
-                                            lse.data()};
+  const sne_fast_set_attention_args args = {sets,     queries.rows,       keys.rows,       shape.h,  shape.heads,
+                                            threads,  queries.ptr.data(), keys.ptr.data(), q.data(), k.data(),
+                                            v.data(), out.data(),         lse.data()};
   int status = sne_fast_cpu_set_attention(dtype, &args);
   const bool done = judge(status, good, written(out) + written(lse), "status of set_attention");
   Array<T> gq = unwritten<T>(q.size()), gk = unwritten<T>(k.size()), gv = unwritten<T>(v.size());
