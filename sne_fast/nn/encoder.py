@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
-from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES
-from ..data.choices import Chunking, Scale
-from ..data.packing import SCALES, pack
+from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, SCALES
+from ..data.choices import Chunking, Order, Scale
+from ..data.networks import Networks
+from ..data.packing import pack
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention
 from .config_checks import choice, flag, integer
@@ -41,12 +41,13 @@ class SNE(PretrainedMixin, nn.Module):
         chunk_size: c, the largest number of scalars in a chunk, at most 65536.
         chunking: ``"flat"``, ``"neuron"`` or ``"kernel"``; see :func:`sne_fast.pack`.
         layer_norm: norms in every block; without them training is much harder, see the note above.
-        scale: ``"tensor"`` divides each tensor by its root mean square when packing; ``"none"`` is the paper. A batch
-            does not say how it was scaled, so pack with ``encoder.pack``, or with the same ``scale`` here and there.
+        scale: ``"tensor"`` divides each tensor by its root mean square when packing; ``"none"`` is the paper.
         element_order: add a code of the element's place to the elements of a chunk.
         chunk_order: add a code of the chunk's place to the chunks of a tensor.
         set_attention: ``"sab"``, quadratic in the chunks of a tensor, or ``"isab"``, linear, for stages 2 to 4.
         num_inducing: inducing points of ``"isab"``.
+        order: ``"names"``, an order of layers that modules and all files share, or ``"definition"``, the paper's, which
+            many files have lost; see :func:`sne_fast.pack`.
 
     Raises:
         ValueError: for an argument outside these.
@@ -60,6 +61,8 @@ class SNE(PretrainedMixin, nn.Module):
 
     __call__: Callable[..., Tensor]
 
+    older_values: ClassVar = {"order": "definition"}
+
     def __init__(
         self,
         hidden_dim: int = 64,
@@ -72,6 +75,7 @@ class SNE(PretrainedMixin, nn.Module):
         chunk_order: bool = True,
         set_attention: SetAttention = "sab",
         num_inducing: int = 32,
+        order: Order = "names",
     ) -> None:
         super().__init__()
         hidden_dim = integer("SNE", "hidden_dim", hidden_dim)
@@ -83,6 +87,7 @@ class SNE(PretrainedMixin, nn.Module):
         choice("SNE", "chunking", chunking, CHUNKINGS)
         choice("SNE", "scale", scale, SCALES)
         choice("SNE", "set_attention", set_attention, SET_ATTENTIONS)
+        choice("SNE", "order", order, ORDERS)
         flag("SNE", "layer_norm", layer_norm)
         flag("SNE", "element_order", element_order)
         flag("SNE", "chunk_order", chunk_order)
@@ -90,6 +95,7 @@ class SNE(PretrainedMixin, nn.Module):
             "hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
             "layer_norm": layer_norm, "scale": scale, "element_order": element_order, "chunk_order": chunk_order,
             "set_attention": set_attention, "num_inducing": num_inducing,
+            "order": order,
         }  # fmt: skip
         self.chunk_size, self.chunking, self.hidden_dim = chunk_size, chunking, hidden_dim
         sets = (hidden_dim, num_heads, layer_norm, num_inducing if set_attention == "isab" else None)
@@ -130,27 +136,26 @@ class SNE(PretrainedMixin, nn.Module):
         for stage in (self.chunk_encoder, self.tensor_encoder, self.network_encoder):
             stage.code_gain.fill_(gain)
 
-    def pack(self, networks: Any, **options: Any) -> WeightBatch:
-        """Pack networks as this encoder expects them, by :func:`sne_fast.pack`: its chunking, scale, dtype and device.
+    def pack(self, networks: Networks, **options: Any) -> WeightBatch:
+        """Pack networks as this encoder expects them: with its chunk size, chunking, scale, order, dtype and device.
 
         Args:
             networks: modules, state_dicts or paths.
             options: further arguments of :func:`sne_fast.pack`.
         """
         weight = self.sample_parameter
-        defaults = {"scale": self.config["scale"], "dtype": weight.dtype, "device": weight.device}
-        return pack(networks, self.chunk_size, self.chunking, **{**defaults, **options})
+        expected = {field: self._config[field] for field in PACKED_BY}
+        return pack(networks, **{**expected, "dtype": weight.dtype, "device": weight.device, **options})
 
-    def forward(
-        self, networks: WeightBatch | nn.Module | Mapping[str, Any] | str | PathLike[str] | Sequence[Any]
-    ) -> Tensor:
+    def forward(self, networks: WeightBatch | Networks) -> Tensor:
         """Encode a batch, or networks, which are packed first, to one vector each.
 
         Returns:
             z ``(B, hidden_dim)`` in the dtype of the parameters, a row per network.
 
         Raises:
-            ValueError: the batch was cut otherwise than this encoder expects, or has another dtype or device.
+            ValueError: the batch was cut, scaled or ordered otherwise than this encoder expects, or has another dtype
+                or device.
         """
         batch = networks if isinstance(networks, WeightBatch) else self.pack(networks)
         self._check_batch(batch)
@@ -169,11 +174,11 @@ class SNE(PretrainedMixin, nn.Module):
         return self.network_encoder(layers, batch, level_code).to(dtype)  # [B, h]
 
     def _check_batch(self, batch: WeightBatch) -> None:
-        for name in ("chunk_size", "chunking"):
-            want, got = getattr(self, name), getattr(batch, name)
+        for field in PACKED_BY:
+            want, got = self._config[field], getattr(batch, field)
             if want != got:
                 raise ValueError(
-                    f"SNE: batch must be cut with {name} {want!r} as this encoder was made, got {got!r}; "
+                    f"SNE: batch must be packed with {field}={want!r} as this encoder was made, got {got!r}; "
                     f"use encoder.pack(networks)"
                 )
         weight = self.sample_parameter

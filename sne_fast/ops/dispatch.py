@@ -19,7 +19,7 @@ import torch
 
 from . import selftest
 from .backend import Arguments, Backend, Kernel
-from .schema import FORWARD_OPS, LIBRARY, OPTIONAL_OPS, REQUIRED_OPS, SCHEMAS
+from .schema import FORWARD_OPS, LIBRARY, OPTIONAL_OPS, SCHEMAS
 from .transforms import carries_tangent
 
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
@@ -121,7 +121,7 @@ def _change_blocks(entered: _Block | None = None, left: _Block | None = None) ->
 
 
 def current_backend() -> str:
-    """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND``, else ``"auto"``."""
+    """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND`` if not empty, else ``"auto"``."""
     for block in reversed(_own_blocks.get()):
         if block.active:
             return block.name
@@ -289,11 +289,8 @@ class Explanation(tuple[BackendReport, ...]):
     """Reports on every op and backend; ``print`` shows them as a table."""
 
     def __repr__(self) -> str:
-        ready = dict.fromkeys(report.backend for report in self)
-        for report in self:
-            if report.reasons and report.op in REQUIRED_OPS:
-                ready.pop(report.backend, None)
-        return f"Explanation(ready: {', '.join(ready) or 'none'}; print it for all {len(self)} reports)"
+        ready = sum(not report.reasons for report in self)
+        return f"Explanation({ready} of {len(self)} ready: str() says which, and why the others are not)"
 
     def __str__(self) -> str:
         lines = []

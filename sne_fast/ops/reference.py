@@ -243,10 +243,9 @@ def set_attention(
     for q_rows, k_rows in attention_tiles(q_ptr_host, k_ptr_host, num_heads):
         q_rows, k_rows = q_rows.to(q.device), k_rows.to(q.device)
         logits = _heads(q, q_rows, num_heads) @ _heads(k, k_rows, num_heads).mT / math.sqrt(q.shape[1])  # [m, H, a, l]
-        log_sum = torch.logsumexp(logits, dim=-1)
-        attended = torch.exp(logits - log_sum[..., None]) @ _heads(v, k_rows, num_heads)
+        attended = torch.softmax(logits, dim=-1) @ _heads(v, k_rows, num_heads)
         out[q_rows] = attended.transpose(1, 2).flatten(2).to(q.dtype)
-        lse[q_rows] = log_sum.transpose(1, 2)
+        lse[q_rows] = torch.logsumexp(logits, dim=-1).transpose(1, 2)
     return out, lse
 
 
@@ -270,7 +269,8 @@ def set_attention_backward(
         q_rows, k_rows = q_rows.to(q.device), k_rows.to(q.device)
         qh, gh = (_heads(t, q_rows, num_heads) for t in (q, grad))
         kh, vh = (_heads(t, k_rows, num_heads) for t in (k, v))
-        weights = torch.exp(qh @ kh.mT * scale - lse[q_rows].transpose(1, 2)[..., None])  # [m, H, a, l]
+        # Not by lse: where logits are large, its rounding error is as large as the logarithm of the sum.
+        weights = torch.softmax(qh @ kh.mT * scale, dim=-1)  # [m, H, a, l]
         grad_weights = gh @ vh.mT
         # The mean equals <grad, out>, but out may be rounded to a half type, and the difference below nearly cancels.
         grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
@@ -302,7 +302,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
         ids, rows = ids.to(x.device), rows.to(x.device)
         tile = logits[rows].to(acc)  # [m, n, A]
         lse[ids] = torch.logsumexp(tile, dim=1)
-        weights = torch.exp(tile - lse[ids][:, None])
+        weights = torch.softmax(tile, dim=1)
         out[ids] = (weights.mT @ x[rows].to(acc)).to(x.dtype)
     return out, lse
 
@@ -316,7 +316,7 @@ def segment_pool_backward(
     for ids, rows in segment_tiles(x, logits, ptr_host):
         ids, rows = ids.to(x.device), rows.to(x.device)
         tile_grad = grad[ids].to(acc)  # [m, A, h]
-        weights = torch.exp(logits[rows].to(acc) - lse[ids][:, None])  # [m, n, A]
+        weights = torch.softmax(logits[rows].to(acc), dim=1)  # [m, n, A]; not by lse, as in set_attention_backward
         grad_weights = x[rows].to(acc) @ tile_grad.mT  # [m, n, A]
         mean = (weights * grad_weights).sum(1, keepdim=True)  # [m, 1, A]; not <grad, out>: out may be rounded
         grad_x[rows] = (weights @ tile_grad).to(x.dtype)
