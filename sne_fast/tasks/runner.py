@@ -16,12 +16,13 @@ import torch
 from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
 from ..reports.measures import measures, why_undefined
+from ..reports.terminal import progress, say
 from ..training.fingerprint import of_values
 from ..training.threads import torch_threads
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, SneSettings, Task
 from .networks import Networks
-from .report import table, write_report
+from .report import show_experiment, write_report
 from .requirements import check_extra
 from .results import check_runs, collect
 from .run_folder import Run, RunFolder
@@ -74,12 +75,8 @@ def run_task(
     if unknown:
         raise ValueError(f"task: methods must be among {', '.join(rows)}, got {', '.join(unknown)}")
     folder, at = RunFolder(out), commit()  # the commit is read now, since the checkout may change while this runs
-    with console.status("zoos") as status:
-
-        def progress(done: float) -> None:
-            status.update(f"making the zoos: {done:.0%}")
-
-        zoos = task.zoos(folder.zoos, networks or task.networks, progress)
+    with progress(console, "making the zoos") as update:
+        zoos = task.zoos(folder.zoos, networks or task.networks, update)
     job = _Job(task, Networks(zoos, task.target), sne, folder, console, at)
     job.check(list(methods) or rows)
     for run in job.runs(list(methods) or rows, seeds):
@@ -88,7 +85,7 @@ def run_task(
     write_json(folder.results, results)
     write_report(folder, task, job.data, results)
     for experiment in results["experiments"].values():
-        console.print(table(experiment))
+        show_experiment(console, experiment)
     return results
 
 
@@ -135,9 +132,9 @@ class _Job:
         clock = time.perf_counter()
         label = f"{run.experiment.name}, {asked['method']}, seed {run.seed}, {len(parts['train'])} networks"
         # One thread: batches are small, and most operations of a step are too small to share (see demo.py).
-        with self.console.status(label) as status, torch_threads(1):
+        with progress(self.console, label) as update, torch_threads(1):
             if settings is not None:
-                arrays, about = self._train_sne(run, settings, parts, lambda text: status.update(f"{label}: {text}"))
+                arrays, about = self._train_sne(run, settings, parts, lambda text: update(note=text))
             else:
                 arrays, about = self._fit_baseline(run, parts)
         about |= {"seconds": time.perf_counter() - clock, "commit": self.commit}
@@ -149,7 +146,7 @@ class _Job:
                 about["undefined"] = undefined
         self.folder.write_result(run, {**asked, **about}, arrays)
         text = "; ".join(about["why_not"]) if "why_not" in about else _line(about["test"])
-        self.console.print(f"{label}: {text} ({about['seconds']:.0f} s)", highlight=False, soft_wrap=True)
+        say(self.console, f"{label}: {text} ({about['seconds']:.0f} s)")
 
     def check(self, rows: Sequence[str]) -> None:
         """Check that what the folder holds of some rows is of this call's settings and networks.
@@ -199,7 +196,7 @@ class _Job:
         batch = data.packed(settings)
         problem = Problem(batch, data.targets, parts["train"], parts["validation"], run.seed, self.task.logit)
         done = train_sne(
-            problem, settings, data.symmetries, parts["test"], target=self.task.target,
+            problem, settings, data.preparation(settings), data.symmetries, parts["test"], target=self.task.target,
             checkpoint=self.folder.checkpoint(run),
             on_epoch=lambda epoch, history: show(f"epoch {epoch + 1}, loss {history.train_loss[-1]:.3f}"),
         )  # fmt: skip
@@ -209,7 +206,8 @@ class _Job:
     def _fit_baseline(self, run: Run, parts: Mapping[str, list[int]]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Fit a baseline to networks in the form that SNE gets; those trained by batches get its augmentation too."""
         data, settings = self.data, next(iter(self.sne.values()))
-        augment = augmentation([data.symmetries[i] for i in parts["train"]], settings)
+        own = [data.symmetries[i] for i in parts["train"]]
+        augment = augmentation(own, settings, data.preparation(settings))
         problem = Problem(
             data.packed(settings, "tensor"), data.targets, parts["train"], parts["validation"], run.seed,
             self.task.logit, augment,

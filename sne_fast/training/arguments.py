@@ -55,15 +55,16 @@ def check_settings(settings: Any) -> FitSettings:
 
 
 def check_batch(batch: Any, predictor: Predictor, what: str = "batch") -> WeightBatch:
-    """Return the networks, detached from the parameters they were packed from, if they fit the predictor.
+    """Return the networks, detached from the parameters they were packed from and prepared, if they fit the predictor.
 
     Raises:
         TypeError: they are no `WeightBatch`.
-        ValueError: they are packed otherwise than the encoder asks for, or under `torch.inference_mode`.
+        ValueError: they are packed otherwise than the encoder asks for, or under `torch.inference_mode`, or cannot be
+            prepared as the predictor asks for.
     """
     if not isinstance(batch, WeightBatch):
         raise TypeError(f"fit: {what} must be a WeightBatch, got {_kind(batch)}; use predictor.encoder.pack(networks)")
-    config = predictor.encoder.config
+    config = predictor.config["encoder"]
     for name in CUT:
         want, got = config.get(name), getattr(batch, name, None)
         if want is not None and got is not None and want != got:
@@ -74,7 +75,7 @@ def check_batch(batch: Any, predictor: Predictor, what: str = "batch") -> Weight
     if batch.values.is_inference():
         raise ValueError(f"fit: {what} was packed under torch.inference_mode, of which no training can use tensors; "
                          "pack it under torch.no_grad")  # fmt: skip
-    return batch.detach()
+    return predictor.prepare(batch.detach())
 
 
 def check_targets(targets: Any, predictor: Predictor, networks: int, what: str = "targets") -> Tensor:

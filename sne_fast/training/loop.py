@@ -88,12 +88,13 @@ def fit(
     result is that of a single process.
 
     Args:
-        batch: the training networks, packed by `predictor.encoder.pack`; on any device.
+        batch: the training networks, packed by `predictor.pack`; on any device.
         targets: `(len(batch), out_features)` in their own units, as a tensor, an array or a list; `(len(batch),)` is
             enough for a single output. `(len(batch),)` integers for "cross_entropy".
         settings: learning rate, epochs and so on; those of `FitSettings()` by default.
         validation: networks and targets whose loss is measured after every epoch.
-        augment: changes every training batch before it is encoded.
+        augment: changes every training batch before it is encoded; by default as the predictor's preparation says,
+            with jitter if it has any.
         checkpoint: a file that is written after every epoch. If it exists, training resumes from it bit for bit.
         log: takes the numbers of every epoch, see :class:`CsvLog` and :class:`TensorBoardLog`.
         on_epoch: called after each epoch with its number and the history so far.
@@ -117,6 +118,8 @@ def fit(
         2
     """
     predictor, settings = check_predictor(predictor), check_settings(settings)
+    if augment is None and predictor.preparation.draws:
+        augment = predictor.preparation.augment
     batch = check_batch(batch, predictor)  # detached: the first backward would free the graph of a batch of modules
     goals = check_targets(targets, predictor, len(batch))
     watched = check_validation(validation, predictor)
@@ -317,7 +320,7 @@ def predict(
     """Predict properties of networks, in batches of bounded size.
 
     Args:
-        batch: the networks, packed by `predictor.encoder.pack`; on any device.
+        batch: the networks, packed by `predictor.pack`; on any device.
         batch_weights: largest number of weights in a batch.
         settings: those of the training, to encode under autocast if it did; without them networks are encoded in the
             parameters' own type.

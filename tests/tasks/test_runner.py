@@ -17,7 +17,6 @@ from rich.console import Console
 
 import sne_fast
 from helpers.paths import ROOT
-from sne_fast.symmetry import canonicalise, chain_symmetry
 from sne_fast.tasks import TASKS, run_task, runner
 from sne_fast.tasks.baselines import BASELINES, Problem
 from sne_fast.tasks.definitions import Experiment, SneSettings
@@ -82,11 +81,12 @@ def test_the_saved_predictor_gives_the_saved_predictions(done):
     folder, run = RunFolder(out), Run(TASKS["inr"].experiments[0], "SNE", 0)
     predictor = sne_fast.Predictor.from_pretrained(folder.predictor(run))
     assert predictor.input_normaliser is not None and predictor.target_names == ("a",)
-    sines = list(Zoo.open(out / "zoos" / "sines"))
-    symmetry = chain_symmetry(sines[0])
-    values = predictor(canonicalise(predictor.encoder.pack(sines).detach(), symmetry, odd=True))
-    values = values[:, 0].detach().double().numpy()
-    np.testing.assert_allclose(values, np.load(folder.arrays(run))["predicted"], rtol=1e-4)
+    assert predictor.preparation.steps == ("canonical units and signs",) and predictor.preparation.jitter == 0.2
+    wanted, zoo = np.load(folder.arrays(run)), Zoo.open(out / "zoos" / "sines")
+    with torch.no_grad():
+        values, encodings = predictor(zoo)[:, 0].double().numpy(), predictor.encode(zoo).double().numpy()
+    np.testing.assert_allclose(values, wanted["predicted"], rtol=1e-4)
+    np.testing.assert_allclose(encodings, wanted["encodings"], rtol=1e-4, atol=1e-5)
     ablated = sne_fast.Predictor.from_pretrained(
         folder.predictor(dataclasses.replace(run, method="SNE, no order codes"))
     )
@@ -244,13 +244,14 @@ def test_mixed_architectures_train_with_permutations(families):
     parts = families.split(Experiment("all"), 0)
     settings = SneSettings(epochs=1, batch_weights=8_000, invariance=0.1)
     problem = Problem(families.packed(settings), families.targets, parts["train"], parts["validation"], 0, logit=True)
-    run = train_sne(problem, settings, families.symmetries, parts["test"], target="test_accuracy")
+    preparation = families.preparation(settings)
+    run = train_sne(problem, settings, preparation, families.symmetries, parts["test"], target="test_accuracy")
     assert run.predicted.shape == (50,) and run.encodings.shape == (50, 32)
     assert ((run.predicted >= 0) & (run.predicted <= 1)).all() and run.about["invariance_rms"] > 0
     with torch.no_grad():
         for p in run.predictor.head.parameters():
             p.zero_()
-    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"], settings) == 0
+    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"]) == 0
 
 
 def test_ablations_take_the_order_away():
@@ -291,7 +292,7 @@ def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
 
 
 def test_relative_places_mean_the_same_everywhere(families):
-    from sne_fast.tasks.sne_method import relative_places
+    from sne_fast.nn.preparation import relative_places
 
     settings = SneSettings(units="given")
     batch = families.packed(settings)
