@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic_files import replacing, write_json
+from ..atomic_files import write_json
 from ..tasks.settings import option
 from .options import options_of
 from .running import PATHS, check_output, expand, print_table, run_in_batches, usable_device
@@ -24,9 +24,8 @@ class PredictSettings:
 @options_of(PredictSettings)
 def predict(settings: PredictSettings) -> None:
     """Predict properties of networks with a trained predictor."""
-    import csv
-
     from ..nn.predictor import Predictor
+    from ..reports.files import distinct_columns, write_csv
 
     out = settings.out
     if out is not None:
@@ -34,19 +33,10 @@ def predict(settings: PredictSettings) -> None:
     names, files = expand(settings.paths)
     predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
     values = run_in_batches(predictor, files, predictor.pack)
-    targets = predictor.target_names
-    rows = [
-        {"name": name, **{target: float(value) for target, value in zip(targets, row, strict=True)}}
-        for name, row in zip(names, values, strict=True)
-    ]
+    columns = distinct_columns(["name", *predictor.target_names])
+    rows = [[name, *map(float, row)] for name, row in zip(names, values, strict=True)]
     if out is not None and out.suffix == ".json":
-        write_json(out, rows)
+        write_json(out, [dict(zip(columns, row, strict=True)) for row in rows])
     elif out is not None:
-        with replacing(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    print_table(
-        ["name", *targets],
-        [[name, *(f"{float(value):.4g}" for value in row)] for name, row in zip(names, values, strict=True)],
-    )
+        write_csv(out, columns, rows)
+    print_table(columns, [[name, *(f"{value:.4g}" for value in row)] for name, *row in rows])
