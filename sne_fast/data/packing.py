@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import gather_chunks
+from ..ops.transforms import is_transformed
 from .batch import WeightBatch, scale_dtype
 from .batch_checks import CHUNKINGS, ORDERS, SCALES
 from .choices import Chunking, NonFinite, Order, Scale
@@ -126,7 +127,7 @@ def pack(
     tensors = [tensor for network in found for layer in network.layers for _, tensor in layer.tensors]
     tensors = _on_one_device(tensors, where, device)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not differentiable:
+    if not differentiable and not is_transformed(tensors):
         tensors = [t.detach() for t in tensors]
 
     shapes = [tuple(t.shape) for t in tensors]

@@ -128,6 +128,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if _is_group(one) and _is_group(other):
             parts = differences(one, other)
             found += [f"other {key} ({'; '.join(parts)})"] if key == SETTINGS else parts
+        elif _MISSING in (one, other) and (_is_group(one) or _is_group(other)):
+            found.append(f"no record of {key} {'then' if one is _MISSING else 'now'}")
         elif _is_digest(one) or _is_digest(other):
             sizes = [_shown(value) for value in (one, other)]
             verb = "differ" if key.endswith("s") else "differs"

@@ -173,17 +173,12 @@ def fit(
 
 def _hold(path: Path, stack: ExitStack) -> Exception | None:
     """Lock a checkpoint until the stack ends, or return why it cannot be written."""
-    what = f"fit: checkpoint {str(path)!r}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
-        stack.enter_context(holding(path.with_name(f".{path.name}.lock"), what, "give another path"))
-    except BlockingIOError as error:
-        return error
+        lock = path.with_name(f".{path.name}.lock")
+        stack.enter_context(holding(lock, f"fit: checkpoint {str(path)!r}", "give another path"))
     except OSError as error:
-        failed = type(error)(f"{what} cannot be written: {error.strerror or error}")
-        failed.errno = error.errno
-        return failed
+        return error
+    remove_leftovers(path.parent)
     return None
 
 

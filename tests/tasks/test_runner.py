@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import operator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,49 @@ def test_other_settings_are_refused(done):
         run_task("nothing", out, Console(quiet=True))
     with pytest.raises(ValueError, match=r"methods must be among SNE.*got svm"):
         call(out, methods=["svm"])
+
+
+def test_runs_of_other_networks_or_settings_are_not_taken_for_this_calls(tmp_path):
+    make_sine_zoo(tmp_path / "zoos" / "sines", 40, init="dwsnets", steps=2)
+    zoo = Zoo.open(tmp_path / "zoos" / "sines")
+    call(tmp_path, methods=["mean"])
+    call(tmp_path, methods=["SNE"], epochs=1)
+    with pytest.raises(ValueError, match=r"with other settings .*SNE, seed 0: other settings .epochs 1 then, 2 now"):
+        call(tmp_path, methods=["SNE"], seeds=(1,), epochs=2)
+    assert not RunFolder(tmp_path).result(Run(TASKS["inr"].experiments[0], "SNE", 1)).exists()
+    about = dict(zoo.about)
+    zoo.with_column("a", (zoo.column("a") + 1.0).tolist()).save(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "zoos" / "sines")
+    (tmp_path / "moved").rename(tmp_path / "zoos" / "sines")
+    assert {key: Zoo.open(tmp_path / "zoos" / "sines").about[key] for key in about} == about
+    with pytest.raises(ValueError, match=r"holds a run with other settings or data .*zoos differ; targets differ"):
+        call(tmp_path, methods=["mean"])
+    with pytest.raises(ValueError, match=r"holds a run with other settings or data .*SNE, seed 0: zoos differ"):
+        call(tmp_path, methods=["SNE"], epochs=1)
+
+
+def test_a_run_that_was_begun_with_other_settings_is_not_continued(tmp_path):
+    folder, run = RunFolder(tmp_path), Run(Experiment("sines"), "SNE", 0)
+    folder.begin({"settings": {"epochs": 2}}, "task", run)
+    folder.begin({"settings": {"epochs": 3}}, "task", run)  # nothing was done yet
+    folder.checkpoint(run).write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"unfinished run with other settings or data \(other settings \(epochs 3 then, 4"
+    ):
+        folder.begin({"settings": {"epochs": 4}}, "task", run)
+    folder.begin({"settings": {"epochs": 3}}, "task", run)
+    folder.write_result(run, {"seed": 0, "networks": {"train": 1}}, {})
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sne-seed0.json"]
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    folder, run = RunFolder(tmp_path), Run(Experiment("sines"), "mean", 0)
+    folder.result(run).parent.mkdir(parents=True)
+    for content in ("", "[]", "{}", '{"seed": 0, "networks": 3}', '{"seed": NaN}'):
+        folder.result(run).write_text(content)
+        for read in (lambda: folder.read_result(run), lambda: folder.results_of(run.experiment, "mean")):
+            with pytest.raises(ValueError, match=r"mean-seed0.json"):
+                read()
 
 
 @pytest.mark.slow
