@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..atomic_files import write_json
 from ..tasks.settings import option
@@ -34,7 +35,7 @@ def predict(settings: PredictSettings) -> None:
     predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
     values = run_in_batches(predictor, files, predictor.pack)
     columns = distinct_columns(["name", *predictor.target_names])
-    rows = [[name, *map(float, row)] for name, row in zip(names, values, strict=True)]
+    rows: list[list[Any]] = [[name, *map(float, row)] for name, row in zip(names, values, strict=True)]
     if out is not None and out.suffix == ".json":
         write_json(out, [dict(zip(columns, row, strict=True)) for row in rows])
     elif out is not None:
