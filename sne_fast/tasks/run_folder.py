@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..atomic_files import replacing, write_json
+from ..regular_files import FileError, open_regular, read_json
 from .definitions import Experiment
 
 
@@ -123,7 +123,7 @@ class RunFolder:
     def read_result(self, run: Run) -> dict[str, Any] | None:
         """Read the settings and measures of a run; None if there are none."""
         path = self.result(run)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _read_result(path) if path.exists() else None
 
     def write_result(self, run: Run, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Write the arrays of a run if it has any, then its result, and remove its checkpoint.
@@ -153,11 +153,40 @@ class RunFolder:
             files = [file for file in folder.glob(f"{stem}*.json") if "-share" not in file.stem]
         else:
             files = [*folder.glob(f"{stem}{seed}-share*.json"), self.result(Run(experiment, method, seed))]
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        found = [_read_result(file) for file in files]
         return sorted(found, key=lambda result: (result["seed"], result["networks"]["train"]))
 
     def _of(self, run: Run, suffix: str) -> Path:
         return self.path / "runs" / f"{run.name}{suffix}"
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """Read the result of a run.
+
+    Raises:
+        FileError: the file is damaged, or none that a run has written.
+    """
+    found: dict[str, Any] = read_json(path, dict)
+    networks = found.get("networks")
+    counted = isinstance(networks, dict) and isinstance(networks.get("train"), int)
+    if not counted or not isinstance(found.get("seed"), int) or not {"method", "settings", "seconds"} <= set(found):
+        raise FileError(f"{path}: is no result of a run; remove it to make the run again")
+    return found
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the predictions and encodings that a run has written.
+
+    Raises:
+        FileError: the file is damaged, or none that a run has written.
+    """
+    try:
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileError:
+        raise
+    except Exception as error:  # zip files and numpy's headers fail in many ways
+        raise FileError(f"{path}: is damaged or no .npz file: {error}; remove it to make the run again") from error
 
 
 def slug(text: str) -> str:

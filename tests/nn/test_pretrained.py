@@ -157,7 +157,7 @@ def test_values_of_the_wrong_type(saved):
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
 def test_broken_config(saved, text):
     (saved / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json: is no valid JSON|config\.json: must hold an object"):
+    with pytest.raises(ValueError, match=r"config\.json: is not valid JSON|config\.json: must hold a JSON object"):
         Predictor.from_pretrained(saved)
 
 
