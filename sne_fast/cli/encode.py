@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -25,7 +26,9 @@ from .running import (
 )
 
 if TYPE_CHECKING:
-    from ..nn.encoder import SNE
+    from torch import Tensor
+
+    from ..data.batch import WeightBatch
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class EncodeSettings:
         "sab", help="Attention of the untrained encoder; isab is for tensors of a million weights and more."
     )
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
-    nonfinite: NonFinite = option("raise", help=NONFINITE)
+    nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
 
     def __post_init__(self) -> None:
         check_choices(self, "encode")
@@ -62,8 +65,8 @@ def encode(settings: EncodeSettings) -> None:
     out = settings.out
     check_output(out, (".npz", ".parquet"))
     networks = expand(settings.paths)
-    encoder = _encoder(settings)
-    results = run_in_batches(encoder, networks, encoder, stdout(), nonfinite=settings.nonfinite)
+    encode, pack = _encoder(settings)
+    results = run_in_batches(encode, networks, pack, stdout(), nonfinite=settings.nonfinite)
     names, vectors = results.names, results.values
     with replacing(out) as temporary:
         if out.suffix == ".npz":
@@ -80,7 +83,11 @@ def encode(settings: EncodeSettings) -> None:
     report_failures(results, f"written to {out}")
 
 
-def _encoder(settings: EncodeSettings) -> SNE:
+def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor], Callable[[Any], WeightBatch]]:
+    """Return the functions that encode a batch and that pack networks for it.
+
+    Those of a predictor do all that it does to networks, so that vectors are those that its head takes.
+    """
     import torch
 
     from ..nn.encoder import SNE
@@ -96,7 +103,10 @@ def _encoder(settings: EncodeSettings) -> SNE:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            return SNE(set_attention=settings.set_attention).to(device).eval()
-    if saved_class(read_config(settings.model)) == "Predictor":
-        return Predictor.from_pretrained(settings.model, device=device).encoder
-    return SNE.from_pretrained(settings.model, device=device)
+            encoder = SNE(set_attention=settings.set_attention).to(device).eval()
+    elif saved_class(read_config(settings.model)) == "Predictor":
+        predictor = Predictor.from_pretrained(settings.model, device=device)
+        return predictor.encode, predictor.pack
+    else:
+        encoder = SNE.from_pretrained(settings.model, device=device)
+    return encoder, encoder.pack

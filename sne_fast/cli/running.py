@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from rich.console import Console
+    from torch import Tensor
 
     from ..data.batch import WeightBatch
-    from ..nn.encoder import SNE
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
@@ -118,23 +118,23 @@ class Results:
 
 
 def run_in_batches(
-    module: Callable[[Any], Any],
+    module: Callable[[WeightBatch], Tensor],
     networks: Sequence[tuple[str, Any]],
-    encoder: SNE,
+    pack: Callable[..., WeightBatch],
     console: Console,
     *,
     load: Callable[[Any], Any] = lambda file: file,
-    nonfinite: str = "raise",
+    nonfinite: str | None = None,
 ) -> Results:
     """Run a module on all networks, in batches of bounded weights; one that fails does not take others with it.
 
     Args:
         module: the encoder or predictor.
         networks: names and files, or networks.
-        encoder: the one whose batches `module` takes.
+        pack: packs a list of networks for `module`.
         console: of the results; progress is shown beside it.
         load: reads a file.
-        nonfinite: as in :func:`sne_fast.pack`.
+        nonfinite: as in :func:`sne_fast.pack`; None is what `pack` does by itself.
 
     Raises:
         ValueError: all networks failed.
@@ -165,10 +165,12 @@ def run_in_batches(
             for one in held:
                 run([one])
 
-    def pack(i: int) -> WeightBatch | None:
+    options = {} if nonfinite is None else {"nonfinite": nonfinite}
+
+    def packed(i: int) -> WeightBatch | None:
         name, file = networks[i]
         try:
-            return encoder.pack([load(file)], nonfinite=nonfinite)
+            return pack([load(file)], **options)
         except Exception as error:
             if not is_expected(error):
                 raise
@@ -178,7 +180,7 @@ def run_in_batches(
     with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
         held: list[tuple[int, WeightBatch]] = []
         for i in range(len(networks)):
-            batch = pack(i)
+            batch = packed(i)
             if batch is not None:
                 if held and sum(b.num_weights for _, b in held) + batch.num_weights > BATCH_WEIGHTS:
                     run(held)

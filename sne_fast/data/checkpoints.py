@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import replacing
+from .layer_order import natural_key
 from .pickles import RefusedArray, load_plain
 
 __all__ = ["ORDER_KEY", "CheckpointError", "find_state_dict", "load_state_dict", "save_state_dict"]
@@ -56,6 +57,15 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         >>> list(load_state_dict("linear.safetensors"))
         ['weight', 'bias']
     """
+    return load_with_order(path)[0]
+
+
+def load_with_order(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bool]:
+    """Load the tensors of a checkpoint as `load_state_dict` does, and whether the file knows their order of definition.
+
+    Raises:
+        CheckpointError: as `load_state_dict`.
+    """
     file = Path(os.fsdecode(path))
     if file.is_dir():
         file = _file_in(file)
@@ -70,7 +80,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if not tensors:
             raise CheckpointError(f"{file}: holds no tensors")
         return _in_order(tensors, metadata.get(ORDER_KEY), file)
-    return load_pickled(file)
+    return load_pickled(file), True
 
 
 def save_state_dict(
@@ -137,11 +147,6 @@ def find_state_dict(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return checkpoint
 
 
-def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
-    """Return a sort key that compares numbers inside names by value."""
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))), name
-
-
 def _file_in(folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder / "model.safetensors"
@@ -156,7 +161,7 @@ def _file_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: holds no checkpoint ({_READABLE.rpartition(', or')[0]}) but {held}")
 
 
-def _in_order(tensors: dict[str, Tensor], order: Any, file: Path) -> dict[str, Tensor]:
+def _in_order(tensors: dict[str, Tensor], order: Any, file: Path) -> tuple[dict[str, Tensor], bool]:
     if order is None:
         names = sorted(tensors, key=natural_key)
     else:
@@ -170,7 +175,7 @@ def _in_order(tensors: dict[str, Tensor], order: Any, file: Path) -> dict[str, T
                 f"{file}: its metadata {ORDER_KEY!r} must be a JSON list of the names of its {len(tensors)} tensors; "
                 f"write the file again with save_state_dict"
             )
-    return {name: tensors[name] for name in names}
+    return {name: tensors[name] for name in names}, order is not None
 
 
 def _load_safetensors(file: Path, names: list[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -189,7 +194,7 @@ def _load_safetensors(file: Path, names: list[str] | None = None) -> tuple[dict[
         raise CheckpointError(f"{file}: is damaged or no safetensors file: {error}; fetch or write it again") from error
 
 
-def _load_sharded(index: Path) -> dict[str, Tensor]:
+def _load_sharded(index: Path) -> tuple[dict[str, Tensor], bool]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         weight_map = content["weight_map"]

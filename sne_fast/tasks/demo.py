@@ -21,7 +21,6 @@ from ..data.batch import WeightBatch
 from ..data.weight_budgets import stratified_split
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from ..regular_files import read_json
 from ..reports.files import write_csv
 from ..reports.machine import machine
 from ..reports.measures import COLUMNS, measure_rows, measures
@@ -31,10 +30,10 @@ from ..training.loop import fit, predict
 from ..training.settings import FitSettings, History
 from ..training.threads import torch_threads
 from ..zoo.digits import ARCHITECTURES, make_digits_zoo
-from ..zoo.index import INDEX
 from ..zoo.splits import PARTS
 from ..zoo.table import Zoo
 from .baselines.statistics import Statistics, statistics_regression
+from .definitions import reuse
 from .requirements import check_extra
 from .run_folder import RunFolder
 from .settings import Demo
@@ -49,9 +48,11 @@ SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", Statistics.name, "mean of the trai
 def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Console | None = None) -> dict[str, Any]:
     """Make the zoo, train the predictor, report, and write everything into a folder.
 
+    After an interruption a call with the same settings resumes: finished groups of the zoo and epochs of the training
+    are not made again.
+
     Writes `zoo/` (`Zoo.open` reads it), `predictor/` (`Predictor.from_pretrained` reads it),
-    `metrics.json`, `predictions.csv` (held-out networks), `scatter.png` and `embedding.png`. An interrupted run resumes
-    in its folder, from the networks it has trained or the last epoch of the predictor.
+    `metrics.json`, `predictions.csv` (held-out networks), `scatter.png` and `embedding.png`.
 
     Args:
         out: a folder that does not exist yet, is empty, or holds an interrupted run of the same settings.
@@ -60,17 +61,25 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         The content of `metrics.json`.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        BlockingIOError: another process writes into the folder.
+        FileExistsError: the folder is not empty.
         ModuleNotFoundError: scikit-learn, scipy, matplotlib or pyarrow is missing.
-        ValueError: invalid settings, or the folder holds an interrupted run of others.
+        ValueError: invalid settings, or an interrupted run of other ones.
     """
     check_extra("the demo")
     settings = settings or Demo()
     console = console or Console()
     folder = RunFolder(out)
     _check(settings)
-    predictor = _predictor(settings)
-    _take_up(folder, settings)
+    predictor = _predictor(settings)  # an encoder that cannot be made leaves no folder
+    if folder.in_use():
+        raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
+    with folder.held("demo"):
+        return _run(folder, predictor, settings, console)
+
+
+def _run(folder: RunFolder, predictor: Predictor, settings: Demo, console: Console) -> dict[str, Any]:
+    folder.begin({"settings": dataclasses.asdict(settings), "torch": torch.__version__}, "demo")
     clock = Clock()
 
     with clock("zoo"):
@@ -79,11 +88,11 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     architectures = [str(name) for name in zoo.column("architecture")]
     parts = dict(zip(PARTS, stratified_split(architectures, SHARES, settings.seed), strict=True))
     with clock("packing"):
-        batch = predictor.encoder.pack(zoo)
+        batch = predictor.pack(zoo)
     # Batches are small, and most of the thousand operations of a step are too small to share: two threads, which sleep
     # while they wait, meet 330 times in a step and train at 287k weights/s, one thread at 431k.
     with clock("training"), torch_threads(1):
-        history = _train(predictor, batch, accuracy, parts, settings, console, folder.checkpoint())
+        history = _train(predictor, batch, accuracy, parts, settings, folder, console)
         predictor.save_pretrained(folder.predictor())
     with clock("report"):
         results = _report(folder, predictor, batch, zoo, parts, settings, console)
@@ -100,8 +109,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "machine": machine(),
     }
     write_json(folder.result(), metrics)
-    folder.checkpoint().unlink(missing_ok=True)
-    folder.unfinished.unlink(missing_ok=True)
+    folder.end()
     if library.reasons():
         why = "; ".join(library.reasons())
         say(console, "", f"Without the C++ backend all this took several times longer: {why}")
@@ -113,31 +121,6 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         f"Try: sne-fast predict --model {shlex.join([str(folder.predictor()), str(zoo[parts['test'][0]])])}",
     )
     return metrics
-
-
-def _take_up(folder: RunFolder, settings: Demo) -> None:
-    """Prepare the folder: a new one, or that of an interrupted run of the same settings.
-
-    Raises:
-        FileExistsError: it holds something else.
-        ValueError: it holds an interrupted run of other settings.
-    """
-    asked = dataclasses.asdict(settings)
-    if not folder.in_use():
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(folder.unfinished, asked)
-        return
-    if not folder.unfinished.exists():
-        raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
-    there = read_json(folder.unfinished, dict)
-    differ = [
-        f"{key} {there.get(key)!r} there, {value!r} here" for key, value in asked.items() if there.get(key) != value
-    ]
-    if differ:
-        raise ValueError(
-            f"demo: {str(folder)!r} holds an interrupted run of other settings ({'; '.join(differ)}); give the same "
-            "ones to go on, or choose another folder"
-        )
 
 
 def _check(settings: Demo) -> None:
@@ -192,13 +175,11 @@ def _predictor(settings: Demo) -> Predictor:
 
 
 def _make_zoo(folder: Path, settings: Demo, console: Console) -> Zoo:
+    about = {"networks": settings.networks, "seed": settings.seed, "max_steps": settings.max_steps}
     with progress(console, f"1. Training {settings.networks} digit classifiers", bar=True, stays=True) as update:
-        if (folder / INDEX).exists():  # finished by a run that was interrupted later
-            zoo = Zoo.open(folder)
-        else:
-            zoo = make_digits_zoo(
-                folder, settings.networks, seed=settings.seed, max_steps=settings.max_steps, on_progress=update
-            )
+        zoo = reuse(folder, about) or make_digits_zoo(
+            folder, settings.networks, seed=settings.seed, max_steps=settings.max_steps, on_progress=update
+        )
     accuracy = zoo.column(TARGET)
     say(
         console,
@@ -214,8 +195,8 @@ def _train(
     accuracy: np.ndarray,
     parts: dict[str, list[int]],
     settings: Demo,
+    folder: RunFolder,
     console: Console,
-    checkpoint: Path,
 ) -> History:
     targets = torch.tensor(accuracy, dtype=torch.get_default_dtype())[:, None]
     train, validation = parts["train"], parts["validation"]
@@ -238,7 +219,7 @@ def _train(
             targets[train],
             _fit_settings(settings),
             validation=(batch[validation], targets[validation]),
-            checkpoint=checkpoint,
+            checkpoint=folder.checkpoint(),
             on_batch=on_batch,
             on_epoch=on_epoch,
         )

@@ -87,7 +87,7 @@ class DemoSettings:
 
     out: Path = option(
         Path("sne-demo"),
-        help="Folder for everything it makes; new, empty, or of an interrupted run, which it resumes.",
+        help="Folder for everything it makes; new, empty, or of an interrupted run, which resumes.",
         flags=("--out", "-o"),
     )
     seed: int = option(0, help="Seed of the zoo, the split and the training.", min=0, max=2**32 - 1)

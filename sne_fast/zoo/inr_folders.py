@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.checkpoints import CheckpointError, load_state_dict, natural_key, read_pickled, tensors_of
+from ..data.checkpoints import CheckpointError, load_state_dict, read_pickled, tensors_of
+from ..data.layer_order import natural_key
 from ..data.pickles import RefusedArray, as_array
 from ..regular_files import FileError, read_json
 from .csv_table import one_type
