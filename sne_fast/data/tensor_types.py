@@ -55,6 +55,7 @@ _STACKED_NAME = re.compile(r"(^|[._])(experts?|moe|bilinear|mixture)([._]|$)|bil
 _LINEAR_NAME = re.compile(
     r"^(w[123qkvo]?|[qkvo]|wi(_[01])?|wo|fc\d*|c_fc|lin\d*|linear\d*|dense\d*|(lm_)?head)$|(gate|up|down|[qkvo])_proj$"
 )
+_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj)$")
 _TABLE_NAME = re.compile(r"pos|token|table|codebook|quer(y|ies)|memory|relative")
 _LONGEST_KERNEL = 64
 _NOT_EMBEDDING_NAME = re.compile(r"patch|(proj|projection|projector|out|output|linear|fc|dense|mapping)\d*$")
@@ -100,7 +101,8 @@ def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     dim = next((dims[name] for name in _WEIGHT_NAMES if name in dims), 0)
     if dim == 0 and "bias" in dims:  # its weight is tied or parametrised, and counts elsewhere
         last = layer.rpartition(".")[2].lower()
-        return CONVOLUTION if "conv" in last else LINEAR if _LINEAR_NAME.search(last) else OTHER
+        linear = _LINEAR_NAME.search(last) or _LINEAR_BEHIND.search(last)
+        return CONVOLUTION if "conv" in last else LINEAR if linear else OTHER
     if dim == 1:
         return NORMALISATION
     if dim == 2:
