@@ -18,6 +18,7 @@ from torch import Tensor
 from ..atomic_files import replacing
 from .layer_order import natural_key
 from .pickles import RefusedArray, load_plain
+from .tied_names import identity_of, with_tied_names
 
 __all__ = ["ORDER_KEY", "CheckpointError", "find_state_dict", "load_state_dict", "save_state_dict"]
 
@@ -39,7 +40,8 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Args:
         path: `.safetensors`: in the order of its metadata `sne_fast.order` (a JSON list of names), else in natural
-            order of the names (`layers.2` before `layers.10`), for the format sorts them;
+            order of the names (`layers.2` before `layers.10`), for the format sorts them; tensors that `safetensors.torch.save_model`
+            wrote under one of their names have the others too;
             `.safetensors.index.json`: the same over its shards, from the index's metadata;
             `.pt/.pth/.bin/.ckpt`: `torch.load(weights_only=True)`, whose state_dict may be nested under "state_dict",
             "model" or "model_state_dict", the first of these that is there; a folder: its `model.safetensors`, else its
@@ -79,7 +81,7 @@ def load_with_order(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bo
         tensors, metadata = _load_safetensors(file)
         if not tensors:
             raise CheckpointError(f"{file}: holds no tensors")
-        return _in_order(tensors, metadata.get(ORDER_KEY), file)
+        return _in_order(with_tied_names(tensors, metadata), metadata.get(ORDER_KEY), file)
     return load_pickled(file), True
 
 
@@ -89,7 +91,8 @@ def save_state_dict(
     """Write tensors as safetensors with their order in the metadata, all or nothing; the same tensors give one file.
 
     Args:
-        state_dict: tensors by name, of any dtype that safetensors has; tied ones are written once per name.
+        state_dict: tensors by name, of any dtype that safetensors has; tied ones are written once, and their
+            other names stand in the metadata, as `safetensors.torch.save_model` has it.
         path: the file, replaced if it is there; a failure leaves it as it was.
         metadata: further strings to store.
 
@@ -103,17 +106,24 @@ def save_state_dict(
 
     file = Path(os.fsdecode(path))
     tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[object, str] = {}
     storages = set()
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
             raise TypeError(f"save_state_dict: {name!r} must name a tensor, got {type(tensor).__name__}")
+        identity = identity_of(tensor)
+        if identity in first and name not in {ORDER_KEY, *(metadata or {})}:
+            tied[name] = first[identity]
+            continue
+        first.setdefault(identity, name)
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
         storages.add(storage)
     if not tensors:
         raise ValueError("save_state_dict: state_dict must hold at least one tensor, got none")
-    strings = {ORDER_KEY: json.dumps(list(tensors)), **(metadata or {})}
+    strings = {**tied, ORDER_KEY: json.dumps(list(state_dict)), **(metadata or {})}
     if not all(isinstance(text, str) for item in strings.items() for text in item):
         raise TypeError(f"save_state_dict: metadata must map strings to strings, got {metadata!r}")
     try:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .checkpoints import NESTED, CheckpointError, find_state_dict, load_with_order
 from .layer_order import order_by_names
 from .tensor_types import NORMALISATION, infer_kind, kind_of_module, role_of
+from .tied_names import identity_of
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -196,20 +196,11 @@ def _once(entries: Sequence[Entry]) -> list[Entry]:
     seen: set[object] = set()
     kept = []
     for name, tensor in entries:
-        identity = _identity(tensor)
+        identity = identity_of(tensor)
         if identity not in seen:
             seen.add(identity)
             kept.append((name, tensor))
     return kept
-
-
-def _identity(tensor: Tensor) -> object:
-    """Return what two names of one tensor share: its memory and the way it is read, else the object."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
-    if not plain or nn.parameter.is_lazy(tensor) or is_functorch_wrapped_tensor(tensor) or tensor.numel() == 0:
-        return id(tensor)
-    storage = tensor.untyped_storage().data_ptr()
-    return tensor.device, storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def strip_wrappers(names: list[str]) -> list[str]:
