@@ -40,8 +40,8 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Args:
         path: `.safetensors`: in the order of its metadata `sne_fast.order` (a JSON list of names), else in natural
-            order of the names (`layers.2` before `layers.10`), for the format sorts them; tensors that `safetensors.torch.save_model`
-            wrote under one of their names have the others too;
+            order of the names (`layers.2` before `layers.10`), for the format sorts them; tensors that
+            `safetensors.torch.save_model` wrote under one of their names have the others too;
             `.safetensors.index.json`: the same over its shards, from the index's metadata;
             `.pt/.pth/.bin/.ckpt`: `torch.load(weights_only=True)`, whose state_dict may be nested under "state_dict",
             "model" or "model_state_dict", the first of these that is there; a folder: its `model.safetensors`, else its

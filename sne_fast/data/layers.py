@@ -173,7 +173,7 @@ def _modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _layers(entries: Sequence[Entry], order: str) -> list[Layer]:
     """Return the layers that own these tensors, in order, each tensor once: at the first of its names."""
-    kept = _once(_ordered(entries, order))
+    kept: Sequence[Entry] = _once(_ordered(entries, order))
     if len(kept) < len(entries):  # by the names that count: a file may have lost the others
         kept = _ordered(kept, order)
     layers: dict[str, Layer] = {}

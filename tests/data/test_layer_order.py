@@ -172,6 +172,21 @@ def test_a_module_and_all_its_files_give_the_same_batch(name: str, tmp_path: Pat
         assert torch.equal(batch.tensor_type, want.tensor_type)
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text(".01_aAbBnNcovm²ß", max_size=12), min_size=1, max_size=12, unique=True), st.randoms())
+def test_names_of_any_form_have_one_order(names: list[str], rng: random.Random) -> None:
+    shuffled = rng.sample(names, len(names))
+    ordered = [names[i] for i in order_by_names(names)]
+    assert ordered == [shuffled[i] for i in order_by_names(shuffled)] and sorted(ordered) == sorted(names)
+
+
+def test_names_of_hostile_length_and_depth_are_ordered_too() -> None:
+    names = ["a." * 100_000 + "w", "a." * 99_999 + "w", "position" * 20_000 + ".w", "bn3.w"]
+    assert sorted(names) == sorted(names[i] for i in order_by_names(names))
+    many = [f"bn{i}.w" for i in range(2000)]
+    assert arranged(*many) == many
+
+
 def test_the_order_of_definition_is_refused_where_a_source_has_lost_it(tmp_path: Path) -> None:
     state = {"b.weight": torch.ones(2, 2), "a.weight": torch.ones(2, 2)}
     save_file(state, tmp_path / "x.safetensors")
