@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -95,14 +95,7 @@ class FanInScale(nn.Module):
         ValueError: a batch without the shapes of its tensors.
     """
 
-    scaled: Tensor
-
     __call__: Callable[..., WeightBatch]
-
-    def __init__(self) -> None:
-        super().__init__()
-        kinds = torch.arange(TYPES) // len(KINDS)
-        self.register_buffer("scaled", torch.isin(kinds, torch.tensor(FAN_IN_KINDS)), persistent=False)
 
     def fit(self, batch: WeightBatch) -> None:
         """Do nothing: there is nothing to fit; the interface is that of `InputNormaliser`."""
@@ -117,14 +110,17 @@ class FanInScale(nn.Module):
             starts = tensors[layers[b] : layers[b + 1] + 1]
             roots += _fan_in_roots(shapes, tuple(after - before for before, after in pairwise(starts)))
         factor = torch.tensor(roots, dtype=batch.values.dtype, device=batch.device)
-        factor = torch.where(self.scaled[batch.tensor_type], factor, 1.0)
+        # Computed at every use: a buffer that no file holds is garbage after the meta device and `to_empty`.
+        kind = batch.tensor_type // len(KINDS)
+        scaled = functools.reduce(torch.logical_or, (kind == one for one in FAN_IN_KINDS))
+        factor = torch.where(scaled, factor, 1.0)
         sizes = batch.chunk_ptr.index_select(0, batch.tensor_ptr).diff()
         return batch.with_fields(
             values=batch.values * torch.repeat_interleave(factor, sizes, output_size=batch.num_weights)
         )
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _fan_in_roots(shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...]) -> tuple[float, ...]:
     """Return one number per tensor of a network whose layers have `counts` tensors each."""
     found: list[float] = []

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic_files import replacing, write_json, write_text
+from ..atomic_files import remove_leftovers, replacing, write_json, write_text
 from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
 from ..extras import require
 
@@ -279,8 +279,7 @@ class ZooWriter:
             for part in self._parts:
                 (self.folder / SHARDS / f"{part}.safetensors").unlink(missing_ok=True)
         if kind is None or not self._resume:
-            for left in (self.folder / SHARDS).glob(".*.tmp"):  # left by a run that was killed while it wrote
-                left.unlink(missing_ok=True)
+            remove_leftovers(self.folder / SHARDS)
             (self.folder / UNFINISHED).unlink(missing_ok=True)
             for part in self._parts:
                 (self.folder / SHARDS / f"{part}.rows.json").unlink(missing_ok=True)
