@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,37 @@ def write_json(path: Path, content: Any) -> None:
     """Write ``content`` to ``path`` as indented JSON with a final newline, whole or not at all.
 
     Raises:
-        TypeError: ``content`` holds what JSON cannot; ``path`` is left as it was.
+        TypeError, ValueError: as `to_json`; ``path`` is left as it was.
     """
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, to_json(content) + "\n")
+
+
+def to_json(content: Any, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
+    """Return ``content`` as JSON that every reader takes: NaN and infinities, which JSON does not have, are null.
+
+    Args:
+        content: dicts, lists, strings, numbers, truth values and None.
+        indent: spaces of each level; None writes one line.
+        default: turns anything else into one of these.
+
+    Raises:
+        TypeError: ``content`` holds what JSON cannot.
+        ValueError: ``content`` is nested too deeply, or holds itself.
+
+    Example::
+
+        >>> to_json({"r2": float("nan"), "mae": 0.5}, indent=None)
+        '{"r2": null, "mae": 0.5}'
+    """
+    try:
+        return json.dumps(_finite(content), indent=indent, allow_nan=False, default=default)
+    except RecursionError:
+        raise ValueError("to_json: the content is nested too deeply, or holds itself") from None
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -17,7 +17,18 @@ import zlib
 from os import PathLike
 from typing import IO, Any, Literal, overload
 
-__all__ = ["MAX_BYTES", "FileError", "open_regular", "parse_json", "read_bytes", "read_gzip", "read_json", "read_text"]
+__all__ = [
+    "MAX_BYTES",
+    "FileError",
+    "check_regular",
+    "decode",
+    "open_regular",
+    "parse_json",
+    "read_bytes",
+    "read_gzip",
+    "read_json",
+    "read_text",
+]
 
 MAX_BYTES = 64 * 2**20
 """Largest text or JSON file that is read, unless a call says otherwise."""
@@ -33,7 +44,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-_JSON_NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+_JSON_NAMES: dict[type, str] = {dict: "a JSON object", list: "a JSON list", str: "a JSON string"}
 
 
 class FileError(ValueError):
@@ -85,24 +96,35 @@ def open_regular(
     def opener(file: str, flags: int) -> int:
         descriptor = os.open(file, flags | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            _check_regular(os.fstat(descriptor), name)
+            _check_kind(os.fstat(descriptor), name)
         except FileError:
             os.close(descriptor)
             raise
         return descriptor
 
+    check_regular(name)
+    if mode == "rb":
+        return open(name, "rb", opener=opener)
+    return open(name, encoding=encoding or "utf-8", newline=newline, opener=opener)
+
+
+def check_regular(path: str | PathLike[str]) -> None:
+    """Check that a path is a regular file, for libraries that open files themselves.
+
+    Raises:
+        FileError: it is something else.
+        OSError: there is nothing, or it may not be looked at.
+    """
+    name = os.fsdecode(path)
     try:
-        _check_regular(os.stat(name), name)
-        if mode == "rb":
-            return open(name, "rb", opener=opener)
-        return open(name, encoding=encoding or "utf-8", newline=newline, opener=opener)
+        _check_kind(os.stat(name), name)
     except FileError:
         raise
     except ValueError as error:  # a path with a NUL character, or with one that no file system can name
         raise FileError(f"{name!r}: cannot be the path of a file: {error}") from error
 
 
-def _check_regular(found: os.stat_result, name: str) -> None:
+def _check_kind(found: os.stat_result, name: str) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = next((text for is_kind, text in _KINDS if is_kind(found.st_mode)), "something else")
         raise FileError(f"{name}: must be a regular file, is {kind}")
@@ -238,13 +260,13 @@ def parse_json(
     except RecursionError:
         raise FileError(f"{where}: is nested too deeply, more than {max_depth} levels") from None
     except ValueError as error:
-        raise FileError(f"{where}: is no valid JSON: {error}") from error
+        raise FileError(f"{where}: is not valid JSON: {error}") from error
     _check_depth(content, where, max_depth)
     if "\\u" in text:
         try:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise FileError(f"{where}: is no valid JSON: a string has half of a surrogate pair") from error
+            raise FileError(f"{where}: is not valid JSON: a string has half of a surrogate pair") from error
     if not isinstance(content, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(_JSON_NAMES.get(one, one.__name__) for one in kinds)

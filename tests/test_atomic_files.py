@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from sne_fast.atomic_files import TEMPORARY, filling, remove_leftovers, replacing, write_bytes, write_json, write_text
+from sne_fast.atomic_files import (
+    TEMPORARY,
+    filling,
+    remove_leftovers,
+    replacing,
+    to_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def test_the_file_appears_at_the_end_with_all_its_content(tmp_path: Path) -> None:
@@ -176,3 +185,27 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_no_part(tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert raised.value.errno == errno.EFBIG and raised.value.filename == str(tmp_path / "kept")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"kept": "old"}
+
+
+def test_json_has_no_nan_and_no_infinity(tmp_path: Path) -> None:
+    content = {
+        "r2": float("-inf"),
+        "each": [1.5, float("nan"), (float("inf"), None)],
+        "deep": {"a": {"b": float("nan")}},
+    }
+    write_json(tmp_path / "a.json", content)
+
+    def refused(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=refused)
+    assert found == {"r2": None, "each": [1.5, None, [None, None]], "deep": {"a": {"b": None}}}
+
+
+def test_content_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    itself: list[object] = []
+    itself.append(itself)
+    with pytest.raises(ValueError, match="nested too deeply, or holds itself"):
+        write_json(tmp_path / "a.json", itself)
+    assert list(tmp_path.iterdir()) == []
+    assert to_json({"path": Path("a")}, indent=None, default=str) == '{"path": "a"}'

@@ -136,7 +136,7 @@ def test_little_stack_left_is_no_recursion_error():
 
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "1e999", "[-1e400]"])
 def test_numbers_that_are_not_finite_are_refused_unless_wanted(text):
-    with pytest.raises(FileError, match=r"here: is no valid JSON: .* is no finite number"):
+    with pytest.raises(FileError, match=r"here: is not valid JSON: .* is no finite number"):
         parse_json(text, "here")
     assert repr(parse_json(text, "here", nonfinite=True)) == repr(json.loads(text))
 
@@ -159,11 +159,11 @@ def test_a_name_twice_and_half_a_surrogate_pair_are_refused():
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("[]", dict, "must hold an object, holds a list"),
-        ("null", (dict, list), "must hold an object or a list, holds null"),
-        ("true", list, "must hold a list, holds true"),
-        ("3", dict, "must hold an object, holds a number"),
-        ('"x"', dict, "must hold an object, holds a string"),
+        ("[]", dict, "must hold a JSON object, holds a JSON list"),
+        ("null", (dict, list), "must hold a JSON object or a JSON list, holds null"),
+        ("true", list, "must hold a JSON list, holds true"),
+        ("3", dict, "must hold a JSON object, holds a number"),
+        ('"x"', dict, "must hold a JSON object, holds a JSON string"),
     ],
 )
 def test_another_kind_of_content_is_refused(tmp_path, text, kind, message):

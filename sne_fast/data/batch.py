@@ -50,6 +50,7 @@ class WeightBatch:
         names: per network `(network name, (tensor names...))`, or () if unknown.
         shapes: per network the tuple of its tensors' shapes, or () if unknown.
         skipped: per network the tuple of `(name, reason)` of what was left out of it, or () if unknown.
+        prepared: steps of a predictor's preparation that were done since packing, see `Predictor.prepare`.
 
     Attributes:
         chunk_ptr_host, tensor_ptr_host, layer_ptr_host, network_ptr_host: int64 copies of the pointers on the CPU
@@ -86,6 +87,7 @@ class WeightBatch:
     names: Names = ()
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     skipped: Skipped = ()
+    prepared: tuple[str, ...] = ()
     chunk_ptr_host: Tensor = dataclasses.field(init=False)
     tensor_ptr_host: Tensor = dataclasses.field(init=False)
     layer_ptr_host: Tensor = dataclasses.field(init=False)
@@ -98,6 +100,7 @@ class WeightBatch:
         object.__setattr__(self, "shapes", tuple(tuple(tuple(s) for s in network) for network in self.shapes))
         entries = tuple(tuple((str(name), str(why)) for name, why in network) for network in self.skipped)
         object.__setattr__(self, "skipped", entries)
+        object.__setattr__(self, "prepared", tuple(str(step) for step in self.prepared))
         fields = self._fields()
         check_fields(fields)
         object.__setattr__(self, "chunk_size", operator.index(self.chunk_size))
@@ -119,7 +122,7 @@ class WeightBatch:
         Args:
             hosts: CPU copies of the pointers by name, as in `{"chunk_ptr": ...}`; the pointers themselves by default.
             kernels: which tensors were cut as weights of convolutions, `(T,)` bool on the CPU.
-            fields: all of the constructor's arguments.
+            fields: all of the constructor's arguments that have no default.
         """
         batch = object.__new__(cls)
         object.__setattr__(batch, "kernels", kernels)
@@ -130,8 +133,8 @@ class WeightBatch:
         batch._derive()
         return batch
 
-    def with_fields(self, **changes: Tensor) -> WeightBatch:
-        """Replace fields other than pointers by tensors of the same shape, dtype and device; nothing is checked."""
+    def with_fields(self, **changes: Any) -> WeightBatch:
+        """Replace fields other than pointers, tensors by such of the same shape, dtype and device, unchecked."""
         return WeightBatch.trusted(self.pointers_host, kernels=self.kernels, **{**self._fields(), **changes})
 
     def _derive(self) -> None:
@@ -377,7 +380,8 @@ class WeightBatch:
         """Concatenate batches in order; names, shapes and what was skipped are kept where every batch has them.
 
         Raises:
-            ValueError: no batches, or batches that differ in chunk size, chunking, scale, order, dtype or device.
+            ValueError: no batches, or batches that differ in chunk size, chunking, scale, order, preparation, dtype or
+                device.
         """
         batches = list(batches)
         if not batches:
@@ -385,7 +389,7 @@ class WeightBatch:
         for i, batch in enumerate(batches):
             if not isinstance(batch, WeightBatch):
                 raise TypeError(f"WeightBatch.cat: item {i} must be a WeightBatch, got {type(batch).__name__}")
-            for field in (*PACKED_BY, "dtype", "device"):
+            for field in (*PACKED_BY, "prepared", "dtype", "device"):
                 one, other = getattr(batches[0], field), getattr(batch, field)
                 if one != other:
                     raise ValueError(
@@ -401,7 +405,7 @@ class WeightBatch:
             "tensor_type": torch.cat([b.tensor_type for b in batches]),
             "layer_level": torch.cat([b.layer_level for b in batches]),
             "tensor_scale": torch.cat([b.tensor_scale.to(scale) for b in batches]),
-            **{field: getattr(first, field) for field in PACKED_BY},
+            **{field: getattr(first, field) for field in (*PACKED_BY, "prepared")},
         }
         hosts = {field: join_pointers([getattr(b, f"{field}_host") for b in batches]) for field in POINTERS}
         fields.update({field: host.to(first.device) for field, host in hosts.items()})

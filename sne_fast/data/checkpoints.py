@@ -86,7 +86,7 @@ def load_with_order(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], bo
 def save_state_dict(
     state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors with their order in the metadata, all or nothing.
+    """Write tensors as safetensors with their order in the metadata, all or nothing; the same tensors give one file.
 
     Args:
         state_dict: tensors by name, of any dtype that safetensors has; tied ones are written once per name.
@@ -119,8 +119,22 @@ def save_state_dict(
     try:
         with replacing(file) as temporary:
             save_file(tensors, temporary, metadata=strings)
+            _order_header(temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be written: {error}") from error
+
+
+def _order_header(file: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, which the library writes in another order every time."""
+    with open(file, "rb+") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise ValueError(f"save_state_dict: the header of {file} has grown from {size} to {len(text)} bytes")
+        opened.seek(8)
+        opened.write(text.ljust(size))
 
 
 def find_state_dict(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:

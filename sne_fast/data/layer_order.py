@@ -133,7 +133,7 @@ def _key(part: str, siblings: Iterable[str], blocks: bool, table: _Table) -> Key
         if pattern.fits.fullmatch(part) and _holds(pattern, part, siblings, blocks, table):
             return _LAST, i
     for i, pattern in enumerate(table.entries):
-        if pattern.fits.fullmatch(part):
+        if pattern.fits.fullmatch(part) and _holds(pattern, part, siblings, blocks, table):
             return _FIRST, i
     for i, fits in enumerate(table.middle):
         if fits.fullmatch(part):
@@ -171,7 +171,7 @@ def _layer_before(part: str, siblings: Iterable[str]) -> str | None:
     best: tuple[int, str] | None = None
     for other in sorted(siblings, key=natural_key):
         unit = table.unit.search(other)
-        if not rest and not re.search("conv|proj", other):  # `norm` may as well stand before `fc`
+        if not rest and not re.search("conv|^proj$", other):  # `norm` may as well stand before `fc`
             continue
         if unit is None or table.norm.search(other) or _bare(other[: unit.start()] + other[unit.end() :]) != rest:
             continue

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import gather_chunks
+from ..ops.transforms import is_transformed
 from .batch import WeightBatch, scale_dtype
 from .batch_checks import CHUNKINGS, ORDERS, SCALES
 from .choices import Chunking, NonFinite, Order, Scale
 from .cutting import cut_of, has_kernel
 from .layer_overrides import resolve_kinds, resolve_levels
 from .layers import Network, collect
+from .networks import Networks
 from .tensor_scales import tensor_scales
 
 __all__ = ["pack"]
@@ -27,7 +29,7 @@ VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pack(
-    networks: Sequence[nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]],
+    networks: Networks,
     chunk_size: int = 32,
     chunking: Chunking = "flat",
     *,
@@ -128,7 +130,7 @@ def pack(
     tensors = [tensor for network in found for layer in network.layers for _, tensor in layer.tensors]
     tensors = _on_one_device(tensors, where, device)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not differentiable:
+    if not differentiable and not is_transformed(tensors):
         tensors = [t.detach() for t in tensors]
 
     shapes = [tuple(t.shape) for t in tensors]

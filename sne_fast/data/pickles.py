@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
@@ -36,14 +36,16 @@ class RefusedArray(Exception):
     """A numpy value in a pickle that is not of the few forms that are read; the message ends a sentence."""
 
 
-def load_plain(file: Path, *, device: torch.device | str = "cpu", mmap: bool = False, arrays: bool = False) -> Any:
+def load_plain(
+    file: Path | IO[bytes], *, device: torch.device | str = "cpu", mmap: bool = False, arrays: bool = False
+) -> Any:
     """Return the content of a checkpoint of `torch.save` that holds tensors and plain data, running no code of it.
 
     This is the only place of the package that reads pickles. Names of numpy that the program has put on torch's list
     by `torch.serialization.add_safe_globals` are off the list meanwhile.
 
     Args:
-        file: the checkpoint.
+        file: the checkpoint, by its path or opened.
         device: where tensors go.
         mmap: whether tensors are mapped, not read, until they are used; of a zipped file only.
         arrays: whether numpy's arrays and scalars are read too: arrays as values for `as_array`, scalars as numbers.

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from ..atomic_files import write_text
-from ..reports.plots import embedding_map, new_figure, save_figure
+from ..reports.plots import embedding_map, literal, new_figure, save_figure
 from .baselines import BASELINES
 from .definitions import Experiment, Task
 from .networks import Networks
@@ -115,10 +115,10 @@ def _scatter(path: Path, task: Task, data: Networks, test: list[int], prediction
     for axis, (name, predicted) in zip(axes, shown.items(), strict=True):
         axis.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0)
         axis.scatter(true, predicted, s=12, linewidth=0, alpha=0.6)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel(f"true {task.target}", fontsize=8)
+        axis.set_title(literal(name), fontsize=9)
+        axis.set_xlabel(f"true {literal(task.target)}", fontsize=8)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"predicted {task.target}", fontsize=8)
+    axes[0].set_ylabel(f"predicted {literal(task.target)}", fontsize=8)
     save_figure(figure, path)
 
 
@@ -127,7 +127,9 @@ def _curves(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
     figure = new_figure(6.0, 4.2)
     axis = figure.subplots()
     for name, points in curves.items():
-        axis.plot([p["networks"] for p in points], [p["mse"] for p in points], marker="o", markersize=4, label=name)
+        axis.plot(
+            [p["networks"] for p in points], [p["mse"] for p in points], marker="o", markersize=4, label=literal(name)
+        )
     axis.set(xscale="log", yscale="log", xlabel="training networks", ylabel="mean squared error on test networks")
     axis.grid(alpha=0.25, which="both")
     axis.legend(frameon=False, fontsize=8)

@@ -131,7 +131,7 @@ def pack_options(encoder: Any) -> dict[str, Any]:
     """Return the arguments of `sne_fast.pack` that give batches for an encoder, on the CPU."""
     return {
         **{field: encoder.config[field] for field in PACKED_BY},
-        "dtype": encoder.type_embedding.weight.dtype,
+        "dtype": encoder.sample_parameter.dtype,
         "device": "cpu",
     }
 

@@ -41,7 +41,7 @@ ARCHITECTURES = {
     "VGG": ["features.0", "features.3", "features.10", "classifier.0", "classifier.3"],
     "LeNet": ["conv1", "conv2", "fc1", "fc2", "fc3"],
     "ViT": [
-        "cls_token", "pos_embed", "patch_embed.proj", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj",
+        "patch_embed.proj", "pos_embed", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj",
         "blocks.0.norm2", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.10.norm1", "norm", "head",
     ],
     "GPT-2": [
@@ -91,6 +91,18 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_known_architectures_stand_as_data_flows_through_them(name: str) -> None:
     assert layers(*ARCHITECTURES[name]) == ARCHITECTURES[name]
+
+
+def test_a_module_that_owns_tensors_stands_before_the_modules_inside_it() -> None:
+    names = [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.gamma",
+        "blocks.0.attn.qkv.weight",
+        "head.bias",
+    ]
+    assert arranged(*names) == names
 
 
 def test_tensors_of_a_layer_stand_as_their_module_has_them() -> None:

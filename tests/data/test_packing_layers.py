@@ -169,6 +169,15 @@ INFERRED = [
     ("", {"weight": 0}, OTHER),
     ("x", {"weight": 6}, OTHER),
     ("x", {"bias": 1}, OTHER),
+    ("lm_head", {"bias": 1}, LINEAR),
+    ("cls.predictions.decoder", {"bias": 1}, LINEAR),
+    ("conv", {"bias": 1}, CONVOLUTION),
+    ("shared", {"weight": 2}, EMBEDDING),
+    ("mask_tokens", {"weight": 2}, EMBEDDING),
+    ("patch_embedding", {"weight": 2}, LINEAR),
+    ("experts", {"weight": 3}, OTHER),
+    ("bilinear", {"weight": 3, "bias": 1}, OTHER),
+    ("patch_embed.proj", {"weight": 4, "bias": 1}, CONVOLUTION),
 ]
 
 
