@@ -65,10 +65,10 @@ class FlatEntries:
         elif isinstance(value, (list, tuple, Mapping)) and holds_tensors(value):
             if id(value) in inside or len(inside) > _MAX_DEPTH or len(self._names) > _MAX_ENTRIES:
                 raise ValueError(f"pack: {self.label}, {name!r} nests containers in themselves or too deep; flatten it")
-            if isinstance(value, Mapping) and not inside:
+            if isinstance(value, Mapping):
                 raise self._no_tensor(name, type(value).__name__)
-            for key, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
-                self.add(f"{name}.{key}", entry, (*inside, id(value)))
+            for i, entry in enumerate(value):
+                self.add(f"{name}.{i}", entry, (*inside, id(value)))
         else:
             reason = _reason_of_value(name, value)
             if reason is None:

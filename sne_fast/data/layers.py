@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError, load_with_order
+from .checkpoints import CheckpointError, read_checkpoint
 from .layer_order import order_by_names
 from .tensor_identity import identity
 from .tensor_types import infer_kind, kind_of_module, role_of
@@ -82,15 +82,16 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
     elif isinstance(network, (str, os.PathLike)):
         found = Network(index, os.fspath(network), [])
         try:
-            state_dict, defined = load_with_order(network)
+            checkpoint = read_checkpoint(network)
         except CheckpointError as error:
             raise CheckpointError(f"pack: network {index}: {error}") from error
-        if order == "definition" and not defined:
+        if order == "definition" and not checkpoint.keeps_order:
             raise CheckpointError(
                 f"pack: {found.label} does not say in which order its layers were defined, which order='definition' "
                 f"needs; write it with sne_fast.data.checkpoints.save_state_dict, or use order='names'"
             )
-        entries = entries_of_mapping(state_dict, found.label)
+        entries = entries_of_mapping(checkpoint.tensors, found.label)
+        entries.skipped = [*checkpoint.left_out.items(), *entries.skipped]
     else:
         raise TypeError(
             f"pack: network {index} must be an nn.Module, a state_dict or a path to a checkpoint, "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import NESTED, find_state_dict
+from .checkpoints import CheckpointError, find_state_dict
 from .flat_entries import FlatEntries, holds_tensors, quantised_recurrent_weights, refuse_hidden, saved_besides
 from .known_names import buffer_by_name, counter_by_name, is_optimiser_state, is_weight_name
 from .network_copies import averaged_copies, refuse_pairs
@@ -45,11 +45,12 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
 
     Raises:
         ValueError: no tensors, a quantised weight of an unknown format, copies of a network that are ambiguous.
+        CheckpointError: tensors in several places.
         TypeError: a mapping, a module or an array among the values, or tensors under a key that is no string.
     """
     flat = FlatEntries(label)
     refused: TypeError | None = None
-    mapping, beside = _inner(mapping)
+    mapping, beside = _inner(mapping, label)
     for key, value in mapping.items():
         if not isinstance(key, str):
             if holds_tensors(value):
@@ -63,7 +64,7 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
     if not flat.tensors:
         held = ", ".join(repr(key) for key in list(mapping)[:8]) or "nothing"
         raise ValueError(
-            f"pack: {label} must map names to tensors (at the top or under {', '.join(NESTED)}), it holds {held}"
+            f"pack: {label} must map names to tensors, at the top or in one mapping inside; it holds {held}"
         )
     if refused is not None:
         raise refused
@@ -111,17 +112,32 @@ def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> 
 # Entries to tensors
 
 
-def _inner(mapping: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], list[tuple[str, str]]]:
+def _inner(mapping: Mapping[Any, Any], label: str) -> tuple[Mapping[Any, Any], list[tuple[str, str]]]:
     """Return the state_dict inside a checkpoint, and what lies beside it."""
-    inner = find_state_dict(mapping)
-    path, beside = "", []
-    while mapping is not inner:
-        key = next((k for k, v in mapping.items() if v is inner), None)
-        if key is None:
-            key = next(k for k in NESTED if isinstance(mapping.get(k), Mapping))
-        beside += [(f"{path}{other}", f"entry beside {key!r}") for other in mapping if other is not key]
-        path, mapping = f"{path}{key}.", mapping[key]
-    return mapping, beside
+    try:
+        inner = find_state_dict(mapping)
+    except CheckpointError as error:
+        raise CheckpointError(f"pack: {label} {error}") from error
+    beside: list[tuple[str, str]] = []
+    prefix, outer = "", mapping
+    for key in _path(mapping, inner):
+        beside += [(f"{prefix}{other}", f"entry beside {key!r}") for other in outer if other is not key]
+        prefix, outer = f"{prefix}{key}.", outer[key]
+    return outer, beside
+
+
+def _path(outer: Mapping[Any, Any], inner: Mapping[Any, Any]) -> list[Any]:
+    """Return the keys that lead from a mapping to one inside it; none if there is no such way through mappings."""
+    waiting: list[tuple[Mapping[Any, Any], list[Any]]] = [(outer, [])]
+    seen = set()
+    while waiting:
+        one, keys = waiting.pop(0)
+        if one is inner:
+            return keys
+        if id(one) not in seen:
+            seen.add(id(one))
+            waiting += [(value, [*keys, key]) for key, value in one.items() if isinstance(value, Mapping)]
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
