@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .tensor_identity import has_plain_values
+from .tied_names import has_plain_values
 
 __all__ = ["buffer_by_name", "counter_by_name", "is_optimiser_state", "is_quantisation_record", "is_weight_name"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .checkpoints import CheckpointError, read_checkpoint
 from .layer_order import order_by_names
-from .tensor_identity import identity
 from .tensor_types import infer_kind, kind_of_module, role_of
+from .tied_names import identity_of
 from .weight_entries import entries_of_mapping, entries_of_modules
 
 Entry = tuple[str, Tensor]
@@ -77,7 +77,8 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
         kinds = {name: kind_of_module(module) for name, module in modules}
         entries = entries_of_modules(modules, found.label)
     elif isinstance(network, Mapping):
-        found = Network(index, "state_dict", [])
+        name = getattr(network, "name", None)  # of a network of a zoo
+        found = Network(index, name if isinstance(name, str) else "state_dict", [])
         entries = entries_of_mapping(network, found.label)
     elif isinstance(network, (str, os.PathLike)):
         found = Network(index, os.fspath(network), [])
@@ -136,7 +137,7 @@ def _layers(entries: Sequence[Entry], order: str) -> tuple[list[Layer], dict[int
     firsts: dict[object, int] = {}
     tied = {}
     for i in ordered:
-        first = firsts.setdefault(identity(entries[i][1]), i)
+        first = firsts.setdefault(identity_of(entries[i][1]), i)
         if first != i:
             tied[i] = entries[first][0]
     kept: Sequence[int] = [i for i in ordered if i not in tied]

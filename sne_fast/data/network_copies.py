@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .tensor_identity import identity
+from .tied_names import identity_of
 
 __all__ = ["averaged_copies", "refuse_pairs"]
 
@@ -96,7 +96,7 @@ def refuse_pairs(tensors: Mapping[str, Tensor], label: str) -> None:
 
 
 def _is_copy(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and identity(one) != identity(other)
+    return one.shape == other.shape and identity_of(one) != identity_of(other)
 
 
 def _copies_of(part: str) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import dequantise
 from .known_names import is_quantisation_record
-from .tensor_identity import identity
+from .tied_names import identity_of
 
 __all__ = ["Decoded", "decode"]
 
@@ -64,7 +64,7 @@ def decode(tensors: Mapping[str, Tensor], label: str) -> Decoded:
                 raise ValueError(
                     f"pack: {label}, tensor {part!r} is on the meta device and has no values; load its weights"
                 )
-        same = identity(tensor)  # tied weights stay tied
+        same = identity_of(tensor)  # tied weights stay tied
         try:
             if same not in memo:
                 memo[same] = parts.values()

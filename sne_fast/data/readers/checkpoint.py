@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layer_order import natural_key
+from ..tied_names import with_tied_names
 from .chosen_weights import choose_weights
 from .errors import CheckpointError, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
@@ -107,7 +108,7 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
     order = metadata.get(ORDER_KEY)
-    return Checkpoint(in_order(tensors, order, file), order is not None)
+    return Checkpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
 
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:
