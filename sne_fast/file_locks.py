@@ -98,7 +98,7 @@ def holding(lock: Path, what: str, remedy: str) -> Iterator[None]:
     """Hold a lock for the `with` block, and say in its file who holds it.
 
     Args:
-        lock: the lock file, removed at the end.
+        lock: the lock file, removed at the end; its folder is made.
         what: the subject of the error's sentence, such as "fit: checkpoint 'fit.pt'".
         remedy: what else can be done than to wait, such as "give another path".
 
@@ -116,16 +116,32 @@ def holding(lock: Path, what: str, remedy: str) -> Iterator[None]:
         >>> lock.exists()
         False
     """
-    descriptor = take(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = take(lock)
+        if descriptor is not None:
+            _sign(lock, descriptor)
+    except OSError as error:
+        failed = type(error)(f"{what} cannot be written: {error.strerror or error}; {remedy}")
+        failed.errno = error.errno
+        raise failed from error
     if descriptor is None:
         raise BlockingIOError(f"{what} is in use by {_holder(lock)}; wait until that ends, or {remedy}")
     try:
-        since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
         yield
     finally:
         release(lock, descriptor)
+
+
+def _sign(lock: Path, descriptor: int) -> None:
+    since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    signature = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(signature).encode())
+    except BaseException:
+        release(lock, descriptor)
+        raise
 
 
 def _holder(lock: Path) -> str:

@@ -54,39 +54,55 @@ bool width(int64_t h, int64_t H) {
          (H & (H - 1)) == 0;
 }
 
-bool pointers(int64_t n, const int64_t *ptr, int64_t rows) {
-  if (ptr[0] != 0 || ptr[n] != rows) return false;
-  for (int64_t i = 0; i < n; ++i)
-    if (ptr[i + 1] < ptr[i]) return false;
-  return true;
+// Threads that a call may ask for: beyond this the system might not be able to start them.
+constexpr int64_t kMaxThreads = 1024;
+
+// Runs body(args) with a number of threads that the system can start, while the interpreter's lock is free.
+template <class Args, class Body>
+int call(const Args &args, Body body) {
+  Args a = args;
+  a.num_threads = a.num_threads < 1 ? 1 : a.num_threads > kMaxThreads ? kMaxThreads : a.num_threads;
+  sne::Interrupt interrupt;
+  try {
+    return body(a, interrupt);
+  } catch (const std::exception &) {
+    return SNE_FAST_NO_MEMORY;
+  }
 }
 
-// Makes the tile plan, then runs body(kernels, plan).
+// Makes the tile plan, then runs body(kernels, args, plan, interrupt).
 template <class Body>
-int with_plan(int dtype, const sne_fast_chunk_encode_args *a, Body body) {
+int with_plan(int dtype, const sne_fast_chunk_encode_args *args, Body body) {
   if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
-  if (!width(a->hidden, a->heads) || a->num_chunks < 0 || a->element_rows < 0) return SNE_FAST_BAD_ARGUMENT;
-  const Kernels &k = kernels();
-  const int which = dtype == SNE_FAST_F64;
-  TilePlan plan;
-  int status = sne::make_tile_plan(dtype, *a, k.lanes[which], k.panel[which], &plan);
-  if (status == SNE_FAST_OK) status = body(k, plan);
-  sne::free_tile_plan(&plan);
-  return status;
+  if (!width(args->hidden, args->heads) || args->element_rows < 0) return SNE_FAST_BAD_ARGUMENT;
+  return call(*args, [&](const sne_fast_chunk_encode_args &a, sne::Interrupt &interrupt) {
+    const Kernels &k = kernels();
+    const int which = dtype == SNE_FAST_F64;
+    TilePlan plan;
+    int status = sne::make_tile_plan(a, k.lanes[which], k.panel[which], &plan);
+    if (status == SNE_FAST_OK) status = body(k, a, plan, interrupt);
+    sne::free_tile_plan(&plan);
+    return status;
+  });
 }
 
 int check(int dtype, const sne_fast_set_attention_args *a) {
   if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
-  if (!width(a->hidden, a->heads) || a->num_sets < 0) return SNE_FAST_BAD_ARGUMENT;
-  if (!pointers(a->num_sets, a->q_ptr, a->rows_q) || !pointers(a->num_sets, a->k_ptr, a->rows_k))
+  if (!width(a->hidden, a->heads)) return SNE_FAST_BAD_ARGUMENT;
+  if (!sne::pointers_fit(a->num_sets, a->q_ptr, a->rows_q) || !sne::pointers_fit(a->num_sets, a->k_ptr, a->rows_k))
     return SNE_FAST_BAD_ARGUMENT;
   return SNE_FAST_OK;
 }
 
 int check(int dtype, const sne_fast_segment_pool_args *a) {
   if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
-  if (a->hidden < 16 || a->hidden % 16 || a->heads < 1 || a->num_segments < 0) return SNE_FAST_BAD_ARGUMENT;
-  return pointers(a->num_segments, a->ptr, a->rows) ? SNE_FAST_OK : SNE_FAST_BAD_ARGUMENT;
+  if (a->hidden < 16 || a->hidden % 16 || a->heads < 1) return SNE_FAST_BAD_ARGUMENT;
+  return sne::pointers_fit(a->num_segments, a->ptr, a->rows) ? SNE_FAST_OK : SNE_FAST_BAD_ARGUMENT;
+}
+
+int check(int dtype, const sne_fast_gather_chunks_args *a) {
+  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
+  return a->num_matrices < 0 || a->num_values < 0 ? SNE_FAST_BAD_ARGUMENT : SNE_FAST_OK;
 }
 
 }  // namespace
@@ -102,6 +118,7 @@ const char *sne_fast_cpu_status(int status) {
     case SNE_FAST_NO_MEMORY: return "out of memory";
     case SNE_FAST_BAD_DTYPE: return "unsupported dtype";
     case SNE_FAST_BAD_ISA: return "instruction set unknown, not built in, or not supported by this processor";
+    case SNE_FAST_INTERRUPTED: return "interrupted";
     default: return "unknown status";
   }
 }
@@ -118,61 +135,63 @@ int sne_fast_cpu_select_isa(const char *name) {
 }
 
 int sne_fast_cpu_chunk_encode(int dtype, const sne_fast_chunk_encode_args *args, void *out) {
-  return with_plan(dtype, args,
-                   [&](const Kernels &k, const TilePlan &plan) { return k.chunk_encode(dtype, *args, plan, out); });
+  return with_plan(dtype, args, [&](const Kernels &k, const auto &a, const TilePlan &plan, sne::Interrupt &i) {
+    return k.chunk_encode(dtype, a, plan, out, i);
+  });
 }
 
 int sne_fast_cpu_chunk_encode_backward(int dtype, const sne_fast_chunk_encode_args *args,
                                        const sne_fast_chunk_encode_grads *grads) {
-  return with_plan(dtype, args, [&](const Kernels &k, const TilePlan &plan) {
-    return k.chunk_encode_backward(dtype, *args, plan, *grads);
+  return with_plan(dtype, args, [&](const Kernels &k, const auto &a, const TilePlan &plan, sne::Interrupt &i) {
+    return k.chunk_encode_backward(dtype, a, plan, *grads, i);
   });
 }
 
 int sne_fast_cpu_set_attention(int dtype, const sne_fast_set_attention_args *args) {
   const int status = check(dtype, args);
-  return status ? status : kernels().set_attention(dtype, *args);
+  if (status) return status;
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels().set_attention(dtype, a, i); });
 }
 
 int sne_fast_cpu_set_attention_backward(int dtype, const sne_fast_set_attention_args *args,
                                         const sne_fast_set_attention_grads *grads) {
   const int status = check(dtype, args);
-  return status ? status : kernels().set_attention_backward(dtype, *args, *grads);
+  if (status) return status;
+  return call(*args,
+              [&](const auto &a, sne::Interrupt &i) { return kernels().set_attention_backward(dtype, a, *grads, i); });
 }
 
 int sne_fast_cpu_segment_pool(int dtype, const sne_fast_segment_pool_args *args) {
   const int status = check(dtype, args);
-  return status ? status : kernels().segment_pool(dtype, *args);
+  if (status) return status;
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels().segment_pool(dtype, a, i); });
 }
 
 int sne_fast_cpu_segment_pool_backward(int dtype, const sne_fast_segment_pool_args *args,
                                        const sne_fast_segment_pool_grads *grads) {
   const int status = check(dtype, args);
-  return status ? status : kernels().segment_pool_backward(dtype, *args, *grads);
+  if (status) return status;
+  return call(*args,
+              [&](const auto &a, sne::Interrupt &i) { return kernels().segment_pool_backward(dtype, a, *grads, i); });
 }
 
 int sne_fast_cpu_gather_chunks(int dtype, const sne_fast_gather_chunks_args *args) {
-  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
-  try {
-    return sne::gather_chunks(dtype, *args);
-  } catch (const std::exception &) {
-    return SNE_FAST_NO_MEMORY;
-  }
+  const int status = check(dtype, args);
+  if (status) return status;
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return sne::gather_chunks(dtype, a, i); });
 }
 
 int sne_fast_cpu_gather_chunks_backward(int dtype, const sne_fast_gather_chunks_args *args) {
-  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
-  try {
-    return sne::gather_chunks_backward(dtype, *args);
-  } catch (const std::exception &) {
-    return SNE_FAST_NO_MEMORY;
-  }
+  const int status = check(dtype, args);
+  if (status) return status;
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return sne::gather_chunks_backward(dtype, a, i); });
 }
 
 int sne_fast_cpu_product_rate(int dtype, int64_t rows, int64_t inner, int64_t columns, int64_t repeats,
                               int64_t num_threads) {
   if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
   if (rows < 1 || inner < 1 || columns < 1 || repeats < 1 || num_threads < 1) return SNE_FAST_BAD_ARGUMENT;
+  sne::Interrupt interrupt;  // gives the interpreter's lock back
   return kernels().product_rate(dtype, rows, inner, columns, repeats, int(num_threads));
 }
 

@@ -135,32 +135,31 @@ void attention_head(const Tile<T> &tile, long h, long d, long head, const T *qkv
       Vec<T> top[NV], sum[NV];
       Mask<T> own[NV];
       for (int v = 0; v < NV; ++v) {
-        top[v] = splat(T(-1e30));
+        top[v] = splat(kLowest<T>);
         sum[v] = zero<T>();
         own[v] = load_int<T>(tile.chunk_of + group.slot + v * W);
       }
+      // The largest logit is subtracted before scaling: a rounded `top * scale` would differ from the `s * scale` of a
+      // fused multiply-add by more than 1 where logits are large.
       if (group.masked) {
         for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) {
             const Vec<T> s = load(eb + j * lde + v * W);
-            top[v] = vmax(top[v], own[v] == tile.chunk_of[j] ? s : splat(T(-1e30)));
+            top[v] = vmax(top[v], own[v] == tile.chunk_of[j] ? s : splat(kLowest<T>));
           }
-        for (int v = 0; v < NV; ++v) top[v] *= scale;
         for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) {
             const Mask<T> mine = own[v] == tile.chunk_of[j];
-            const Vec<T> s = mine ? load(eb + j * lde + v * W) * scale - top[v] : splat(T(-1000));
-            const Vec<T> ev = keep<T>(mine, vexp2(s));
+            const Vec<T> ev = keep<T>(mine, vexp2((load(eb + j * lde + v * W) - top[v]) * scale));
             sum[v] += ev;
             store(eb + j * lde + v * W, ev);
           }
       } else {
         for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) top[v] = vmax(top[v], load(eb + j * lde + v * W));
-        for (int v = 0; v < NV; ++v) top[v] *= scale;
         for (long j = group.lo; j < group.hi; ++j)
           for (int v = 0; v < NV; ++v) {
-            const Vec<T> ev = vexp2(load(eb + j * lde + v * W) * scale - top[v]);
+            const Vec<T> ev = vexp2((load(eb + j * lde + v * W) - top[v]) * scale);
             sum[v] += ev;
             store(eb + j * lde + v * W, ev);
           }
@@ -178,7 +177,7 @@ void attention_head(const Tile<T> &tile, long h, long d, long head, const T *qkv
       });
       const bool alone = flags == kStore;  // padding: nothing to attend to
       for (int v = 0; v < NV; ++v) {
-        sum[v] = sum[v] > T(0) ? T(1) / sum[v] : zero<T>();
+        sum[v] = keep<T>(own[v] >= 0, T(1) / sum[v]);
         store(inv + group.slot + v * W, sum[v]);
         for (long f = 0; f < d; ++f) {
           const Vec<T> qv = load(q + f * P + v * W);

@@ -257,10 +257,21 @@ void scalar_block_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWo
   }
 }
 
+// Walks back the chunks order[first] .. order[last - 1] of the plan as one tile, or one by one where they would disturb
+// each other.
 template <class T>
 void tile_backward(const ChunkEncoder<T> &enc, TileWork<T> &work, BackWork<T> &back, SliceSums<T> &sums,
-                   const int64_t *tensor_of, const T *grad, T *grad_values, T *chunk_sum) {
-  encode_tile(enc, work, tensor_of);
+                   const TilePlan &plan, int64_t first, int64_t last, const T *grad, T *grad_values, T *chunk_sum) {
+  work.tile.lay_out(plan, first, last, enc.chunk_ptr);
+  encode_tile(enc, work, plan.tensor_of);
+  bool apart = stayed_apart(enc, work);
+  for (int64_t i = first; i < last && apart && last - first > 1; ++i)
+    apart = all_finite(grad + plan.order[i] * enc.H * enc.h, enc.H * enc.h);
+  if (!apart) {
+    for (int64_t i = first; i < last; ++i)
+      tile_backward(enc, work, back, sums, plan, i, i + 1, grad, grad_values, chunk_sum);
+    return;
+  }
   pool_backward(enc, work, back, sums, grad);
   attention_block_backward(enc, work, back, sums, 3);
   attention_block_backward(enc, work, back, sums, 2);
@@ -278,7 +289,8 @@ long number_of_slices(long tiles, long floats) {
 }
 
 template <class T>
-int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const sne_fast_chunk_encode_grads &grads) {
+int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const sne_fast_chunk_encode_grads &grads,
+             Interrupt &interrupt) {
   constexpr long W = kLanes<T>;
   ChunkEncoder<T> enc(args);
   const long h = enc.h, H = enc.H, N = args.num_chunks;
@@ -318,18 +330,17 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
     }
 #pragma omp for schedule(dynamic, 1)
     for (long s = 0; s < slices; ++s) {
-      if (!base) continue;
+      if (!base || interrupt.stop()) continue;
       SliceSums<T> sums;
       sums.place(sums_base + s * count, h, H, plan.longest);
       memset(sums.begin, 0, size_t(count) * sizeof(T));
       const long end = plan.num_tiles * (s + 1) / slices;
-      for (long i = plan.num_tiles * s / slices; i < end; ++i) {
-        work.tile.lay_out(plan, i, enc.chunk_ptr);
-        tile_backward(enc, work, back, sums, plan.tensor_of, (const T *)grads.grad, (T *)grads.values, chunk_sum);
-      }
+      for (long i = plan.num_tiles * s / slices; i < end && !interrupt.stop(); ++i)
+        tile_backward(enc, work, back, sums, plan, plan.first[i], plan.first[i + 1], (const T *)grads.grad,
+                      (T *)grads.values, chunk_sum);
     }
     tile_buffer.trim();
-    if (!failed) {
+    if (!failed && !interrupt.stopped()) {  // neither changes any more
       // Add all slices to slice 0, in order.
       const long step = 4096;
 #pragma omp for schedule(static)
@@ -348,7 +359,7 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
       }
     }
   }
-  if (failed) return SNE_FAST_NO_MEMORY;
+  if (failed || interrupt.stopped()) return interrupt.status(failed);
   SliceSums<T> sums;
   sums.place(sums_base, h, H, plan.longest);
   memcpy(grads.w_qkv, sums.w_qkv, size_t(9 * h * h) * sizeof(T));
@@ -378,8 +389,9 @@ int backward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, const
 }  // namespace
 
 int chunk_encode_backward(int dtype, const sne_fast_chunk_encode_args &args, const TilePlan &plan,
-                          const sne_fast_chunk_encode_grads &grads) {
-  return dtype == SNE_FAST_F64 ? backward<double>(args, plan, grads) : backward<float>(args, plan, grads);
+                          const sne_fast_chunk_encode_grads &grads, Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? backward<double>(args, plan, grads, interrupt)
+                               : backward<float>(args, plan, grads, interrupt);
 }
 
 }  // namespace sne::SNE_ISA

@@ -9,8 +9,26 @@ namespace {
 
 thread_local ThreadBuffer shared_buffer, tile_buffer;
 
+// Encodes the chunks order[first] .. order[last - 1] of the plan as one tile, or one by one where they disturb each
+// other.
 template <class T>
-int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out) {
+void encode(const ChunkEncoder<T> &enc, TileWork<T> &work, const TilePlan &plan, int64_t first, int64_t last, T *out) {
+  const long h = enc.h, H = enc.H;
+  work.tile.lay_out(plan, first, last, enc.chunk_ptr);
+  encode_tile(enc, work, plan.tensor_of);
+  if (!stayed_apart(enc, work)) {
+    for (int64_t i = first; i < last; ++i) encode(enc, work, plan, i, i + 1, out);
+    return;
+  }
+  for (int c = 0; c < work.tile.num_chunks; ++c) {
+    const TileChunk &chunk = work.tile.chunks[c];
+    product_wide<T, 0, 1>(H, work.weight + chunk.slot, work.tile.slots, 1, work.rows + chunk.slot * h, h, chunk.n,
+                          out + chunk.id * H * h, h, h);
+  }
+}
+
+template <class T>
+int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out, Interrupt &interrupt) {
   ChunkEncoder<T> enc(args);
   const long h = enc.h, H = enc.H;
   Scratch size;
@@ -40,24 +58,20 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out
     }
 #pragma omp for schedule(dynamic, 1)
     for (long i = 0; i < plan.num_tiles; ++i) {
-      if (!base) continue;
-      work.tile.lay_out(plan, i, enc.chunk_ptr);
-      encode_tile(enc, work, plan.tensor_of);
-      for (int c = 0; c < work.tile.num_chunks; ++c) {
-        const TileChunk &chunk = work.tile.chunks[c];
-        product_wide<T, 0, 1>(H, work.weight + chunk.slot, work.tile.slots, 1, work.rows + chunk.slot * h, h, chunk.n,
-                              out + chunk.id * H * h, h, h);
-      }
+      if (!base || interrupt.stop()) continue;
+      encode(enc, work, plan, plan.first[i], plan.first[i + 1], out);
     }
     tile_buffer.trim();
   }
-  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+  return interrupt.status(failed);
 }
 
 }  // namespace
 
-int chunk_encode_forward(int dtype, const sne_fast_chunk_encode_args &args, const TilePlan &plan, void *out) {
-  return dtype == SNE_FAST_F64 ? forward<double>(args, plan, (double *)out) : forward<float>(args, plan, (float *)out);
+int chunk_encode_forward(int dtype, const sne_fast_chunk_encode_args &args, const TilePlan &plan, void *out,
+                         Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? forward<double>(args, plan, (double *)out, interrupt)
+                               : forward<float>(args, plan, (float *)out, interrupt);
 }
 
 }  // namespace sne::SNE_ISA

@@ -299,6 +299,24 @@ void pool_weights(const ChunkEncoder<T> &enc, TileWork<T> &work) {
   }
 }
 
+// Returns whether all numbers are finite. n must be a multiple of kLanes.
+template <class T>
+bool all_finite(const T *x, long n) {
+  Vec<T> sum = zero<T>();
+  for (long i = 0; i < n; i += kLanes<T>) {
+    const Vec<T> v = load(x + i);
+    sum += v - v;  // 0, or NaN
+  }
+  return horizontal_sum<T>(sum) == 0;
+}
+
+// Returns whether the chunks of the tile have kept apart: masks are products with zero, and zero times infinity would
+// carry a NaN from one network into another. What is not finite in a block stays so up to the final rows.
+template <class T>
+bool stayed_apart(const ChunkEncoder<T> &enc, const TileWork<T> &work) {
+  return work.tile.num_chunks == 1 || all_finite(work.final_x, enc.h * work.tile.panels * kPanel<T>);
+}
+
 // Runs all blocks on the tile in work.tile, up to work.weight and work.rows (the final rows).
 template <class T>
 void encode_tile(const ChunkEncoder<T> &enc, TileWork<T> &work, const int64_t *tensor_of) {

@@ -42,11 +42,12 @@ struct Tile {
     chunk_of = scratch.take<Int<T>>(R);
   }
 
-  void lay_out(const TilePlan &plan, long index, const int64_t *chunk_ptr) {
+  // Lays out the chunks order[first] .. order[last - 1] of the plan.
+  void lay_out(const TilePlan &plan, int64_t first, int64_t last, const int64_t *chunk_ptr) {
     constexpr int W = kLanes<T>;
     num_chunks = 0;
     int slot = 0;
-    for (int64_t i = plan.first[index]; i < plan.first[index + 1]; ++i) {
+    for (int64_t i = first; i < last; ++i) {
       const int64_t id = plan.order[i];
       const int n = int(chunk_ptr[id + 1] - chunk_ptr[id]);
       for (int j = 0; j < n; ++j) chunk_of[slot + j] = num_chunks;
@@ -63,16 +64,16 @@ struct Tile {
         s += W;
         continue;
       }
-      const TileChunk &first = chunks[chunk_of[s]];
-      const int end = first.slot + first.n;
+      const TileChunk &chunk = chunks[chunk_of[s]];
+      const int end = chunk.slot + chunk.n;
       if (s + W <= end) {
         const bool pair = s + 2 * W <= end && s % (2 * W) == 0;
-        groups[num_groups++] = {s, pair ? 2 : 1, first.slot, end, 0};
+        groups[num_groups++] = {s, pair ? 2 : 1, chunk.slot, end, 0};
         s += pair ? 2 * W : W;
         continue;
       }
-      const TileChunk &last = chunks[chunk_of[min_of(s + W, used) - 1]];
-      groups[num_groups++] = {s, 1, first.slot, last.slot + last.n, 1};
+      const TileChunk &behind = chunks[chunk_of[min_of(s + W, used) - 1]];
+      groups[num_groups++] = {s, 1, chunk.slot, behind.slot + behind.n, 1};
       s += W;
     }
   }

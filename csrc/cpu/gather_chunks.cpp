@@ -26,10 +26,12 @@ bool cut(const sne_fast_gather_chunks_args &a, std::vector<Piece> &pieces) {
   for (int64_t t = 0; t < a.num_matrices; ++t) {
     const int64_t R = a.shapes[2 * t], K = a.shapes[2 * t + 1];
     if (R < 0 || K < 0) return false;
+    if (R == 0 || K == 0) continue;
+    if (R > (a.num_values - offset) / K) return false;  // more elements than there are values left
     if (K == 1) {
       for (int64_t r = 0; r < R; r += kPiece) pieces.push_back({t, 0, 1, r, std::min(R, r + kPiece), offset});
     } else {
-      const int64_t columns = std::max<int64_t>(16, kPiece / std::max<int64_t>(R, 1));
+      const int64_t columns = std::max<int64_t>(16, kPiece / R);
       for (int64_t k = 0; k < K; k += columns) pieces.push_back({t, k, std::min(K, k + columns), 0, R, offset});
     }
     offset += R * K;
@@ -79,7 +81,7 @@ void spread_piece(const sne_fast_gather_chunks_args &a, const Piece &p, double *
 }
 
 template <class T>
-int gather(const sne_fast_gather_chunks_args &a) {
+int gather(const sne_fast_gather_chunks_args &a, Interrupt &interrupt) {
   std::vector<Piece> pieces;
   if (!cut(a, pieces)) return SNE_FAST_BAD_ARGUMENT;
   for (int64_t t = 0; t < a.num_matrices; ++t)
@@ -87,6 +89,7 @@ int gather(const sne_fast_gather_chunks_args &a) {
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(a.num_threads, a.num_values >> 15)));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < int64_t(pieces.size()); ++i) {
+    if (interrupt.stop()) continue;
     const Piece &p = pieces[i];
     switch (a.dtypes[p.matrix]) {
       case SNE_FAST_F32: gather_piece<T, float>(a, p); break;
@@ -95,11 +98,11 @@ int gather(const sne_fast_gather_chunks_args &a) {
       default: gather_piece<T, BFloat>(a, p); break;
     }
   }
-  return SNE_FAST_OK;
+  return interrupt.status(false);
 }
 
 template <class T>
-int spread(const sne_fast_gather_chunks_args &a) {
+int spread(const sne_fast_gather_chunks_args &a, Interrupt &interrupt) {
   std::vector<Piece> pieces;
   if (!cut(a, pieces)) return SNE_FAST_BAD_ARGUMENT;
   for (int64_t t = 0; t < a.num_matrices; ++t)
@@ -108,6 +111,7 @@ int spread(const sne_fast_gather_chunks_args &a) {
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(a.num_threads, a.num_values >> 15)));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < int64_t(pieces.size()); ++i) {
+    if (interrupt.stop()) continue;
     const Piece &p = pieces[i];
     if (a.dtypes[p.matrix] == SNE_FAST_F32)
       spread_piece<T, float>(a, p, &sums[i]);
@@ -116,16 +120,16 @@ int spread(const sne_fast_gather_chunks_args &a) {
   }
   std::fill(a.scale_grad, a.scale_grad + a.num_matrices, 0.0);
   for (size_t i = 0; i < pieces.size(); ++i) a.scale_grad[pieces[i].matrix] += sums[i];
-  return SNE_FAST_OK;
+  return interrupt.status(false);
 }
 
 }  // namespace
 
-int gather_chunks(int dtype, const sne_fast_gather_chunks_args &a) {
-  return dtype == SNE_FAST_F64 ? gather<double>(a) : gather<float>(a);
+int gather_chunks(int dtype, const sne_fast_gather_chunks_args &a, Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? gather<double>(a, interrupt) : gather<float>(a, interrupt);
 }
-int gather_chunks_backward(int dtype, const sne_fast_gather_chunks_args &a) {
-  return dtype == SNE_FAST_F64 ? spread<double>(a) : spread<float>(a);
+int gather_chunks_backward(int dtype, const sne_fast_gather_chunks_args &a, Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? spread<double>(a, interrupt) : spread<float>(a, interrupt);
 }
 
 }  // namespace sne

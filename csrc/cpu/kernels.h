@@ -1,6 +1,7 @@
 // The table of kernels that each instruction set (portable, avx2, avx512) offers to abi.cpp.
 #pragma once
 
+#include "cpu/interrupt.h"
 #include "cpu/tile_plan.h"
 #include "sne_fast/cpu_abi.h"
 
@@ -9,13 +10,15 @@ namespace sne {
 struct Kernels {
   const char *name;
   int lanes[2], panel[2];  // of float and double, for the tile plan
-  int (*chunk_encode)(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &, void *out);
+  int (*chunk_encode)(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &, void *out, Interrupt &);
   int (*chunk_encode_backward)(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &,
-                               const sne_fast_chunk_encode_grads &);
-  int (*set_attention)(int dtype, const sne_fast_set_attention_args &);
-  int (*set_attention_backward)(int dtype, const sne_fast_set_attention_args &, const sne_fast_set_attention_grads &);
-  int (*segment_pool)(int dtype, const sne_fast_segment_pool_args &);
-  int (*segment_pool_backward)(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &);
+                               const sne_fast_chunk_encode_grads &, Interrupt &);
+  int (*set_attention)(int dtype, const sne_fast_set_attention_args &, Interrupt &);
+  int (*set_attention_backward)(int dtype, const sne_fast_set_attention_args &, const sne_fast_set_attention_grads &,
+                                Interrupt &);
+  int (*segment_pool)(int dtype, const sne_fast_segment_pool_args &, Interrupt &);
+  int (*segment_pool_backward)(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &,
+                               Interrupt &);
   int (*product_rate)(int dtype, long rows, long inner, long columns, long repeats, int threads);
 };
 
@@ -35,13 +38,15 @@ extern const Kernels kernels;
 #include "sne_fast/isa.h"
 
 namespace sne::SNE_ISA {
-int chunk_encode_forward(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &, void *out);
+int chunk_encode_forward(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &, void *out, Interrupt &);
 int chunk_encode_backward(int dtype, const sne_fast_chunk_encode_args &, const TilePlan &,
-                          const sne_fast_chunk_encode_grads &);
-int set_attention_forward(int dtype, const sne_fast_set_attention_args &);
-int set_attention_backward(int dtype, const sne_fast_set_attention_args &, const sne_fast_set_attention_grads &);
-int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &);
-int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &);
+                          const sne_fast_chunk_encode_grads &, Interrupt &);
+int set_attention_forward(int dtype, const sne_fast_set_attention_args &, Interrupt &);
+int set_attention_backward(int dtype, const sne_fast_set_attention_args &, const sne_fast_set_attention_grads &,
+                           Interrupt &);
+int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &, Interrupt &);
+int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &,
+                          Interrupt &);
 int product_rate(int dtype, long rows, long inner, long columns, long repeats, int threads);
 }  // namespace sne::SNE_ISA
 #endif

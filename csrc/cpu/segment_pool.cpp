@@ -46,7 +46,7 @@ void pool_piece(const sne_fast_segment_pool_args &g, const RowItem &item, T *top
 }
 
 template <class T>
-int forward(const sne_fast_segment_pool_args &g) {
+int forward(const sne_fast_segment_pool_args &g, Interrupt &interrupt) {
   constexpr int W = kLanes<T>;
   const long h = g.hidden, A = g.heads, S = g.num_segments;
   long count = 0;
@@ -82,7 +82,7 @@ int forward(const sne_fast_segment_pool_args &g) {
       }
 #pragma omp for schedule(dynamic, grab)
       for (long i = 0; i < count; ++i) {
-        if (!base) continue;
+        if (!base || interrupt.stop()) continue;
         T *w = base, *top = w + A * kRows, *sum = top + A;
         if (part_of[i] >= 0) {
           T *part = parts + part_of[i] * size;
@@ -97,7 +97,7 @@ int forward(const sne_fast_segment_pool_args &g) {
         }
       }
     }
-    for (long i = 0; i < count && !failed;) {
+    for (long i = 0; i < count && !failed && !interrupt.stopped();) {
       long end = i + 1;
       while (end < count && items[end].set == items[i].set) ++end;
       if (part_of[i] >= 0) {
@@ -124,63 +124,125 @@ int forward(const sne_fast_segment_pool_args &g) {
   free(items);
   free(part_of);
   shared_buffer.trim();
-  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+  return interrupt.status(failed);
 }
 
 template <class T>
-int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b) {
+struct RowWork {
+  T *xt, *dw, *w;  // (h, W) rows on lanes; (A, W) gradients of weights; (W, A) weights
+  static long size(long h, long A) { return h * kLanes<T> + A * kLanes<T> + kLanes<T> * A + kLanes<T>; }
+  RowWork(T *base, long h, long A) : xt(base), dw(xt + h * kLanes<T>), w(dw + A * kLanes<T>) {}
+};
+
+// Computes the weights and the gradients of weights of n rows from r of segment s, n at most kLanes.
+template <class T>
+void row_weights(const sne_fast_segment_pool_args &g, const T *gs, int64_t r, long n, const T *top, const T *log_sum,
+                 const RowWork<T> &work) {
   constexpr int W = kLanes<T>;
   const long h = g.hidden, A = g.heads;
+  const T *logits = (const T *)g.logits;
+  T *w = work.w;
+  to_lanes((const T *)g.x + r * h, h, n, h, work.xt, W);
+  product<T, 1, 0, 1>(A, gs, h, 0, work.xt, W, h, work.dw, W);
+  for (long j = 0; j < n * A; ++j) w[j] = (logits[r * A + j] - top[j % A]) - log_sum[j % A];
+  for (long j = n * A; j < (n * A + W - 1) / W * W; ++j) w[j] = 0;
+  for (long j = 0; j < n * A; j += W) store(w + j, vexp2(load(w + j) * kLog2e<T>));
+}
+
+// Writes sums of segment s (A each): top and log_sum, by which the softmax is exp(logits - top - log_sum), and dot, the
+// mean of the gradients of weights. The saved log-sum-exp serves as log_sum and <grad, out> as dot where it is small. A
+// large one has lost the logarithm of the sum to rounding, and where one row has all the weight, differences to the
+// mean must vanish exactly, as parameters so large multiply them: then all three are computed again from the rows.
+template <class T>
+void segment_sums(const sne_fast_segment_pool_args &g, const T *gs, int64_t s, T *top, T *log_sum, T *dot,
+                  const RowWork<T> &work) {
+  constexpr int W = kLanes<T>;
+  constexpr double kSmall = 16;
+  const long h = g.hidden, A = g.heads;
+  const int64_t begin = g.ptr[s], end = g.ptr[s + 1];
+  const T *logits = (const T *)g.logits, *lse = (const T *)g.lse + s * A, *out = (const T *)g.out + s * A * h;
+  bool small = true;
+  for (long a = 0; a < A; ++a) {
+    top[a] = 0;
+    log_sum[a] = lse[a];
+    small = small && __builtin_fabs(double(lse[a])) <= kSmall;  // false for NaN too
+    Vec<T> sum = zero<T>();
+    for (long f = 0; f < h; f += W) sum += load(gs + a * h + f) * load(out + a * h + f);
+    dot[a] = horizontal_sum<T>(sum);
+  }
+  if (small) return;
+  for (long a = 0; a < A; ++a) {
+    top[a] = kLowest<T>;
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) top[a] = logits[i * A + a] > top[a] ? logits[i * A + a] : top[a];
+    for (int64_t i = begin; i < end; ++i) sum += exp(double(logits[i * A + a] - top[a]));
+    log_sum[a] = T(log(sum));
+    dot[a] = 0;
+  }
+  for (int64_t r = begin; r < end; r += W) {
+    const long n = min_of(W, end - r);
+    row_weights(g, gs, r, n, top, log_sum, work);
+    for (long j = 0; j < n; ++j)
+      for (long a = 0; a < A; ++a) dot[a] += work.w[j * A + a] * work.dw[a * W + j];
+  }
+}
+
+template <class T>
+int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b, Interrupt &interrupt) {
+  constexpr int W = kLanes<T>;
+  const long h = g.hidden, A = g.heads, S = g.num_segments;
   long count = 0;
-  RowItem *items = cut_rows(g.num_segments, g.ptr, 256, &count);
-  if (!items) return SNE_FAST_NO_MEMORY;
-  const T *x = (const T *)g.x, *logits = (const T *)g.logits, *grad = (const T *)b.grad, *out = (const T *)g.out,
-          *lse = (const T *)g.lse;
+  RowItem *items = cut_rows(S, g.ptr, 256, &count);
+  T *sums = (T *)shared_buffer.reserve(size_t(3 * S * A + 1) * sizeof(T));  // top, log_sum, dot of every segment
+  if (!items || !sums) {
+    free(items);
+    return SNE_FAST_NO_MEMORY;
+  }
+  const T *grad = (const T *)b.grad;
   T *gx = (T *)b.x, *gl = (T *)b.logits;
   int failed = 0;
   const int threads = int(max_of(1, min_of(g.num_threads, count))), grab = items_per_grab(count, threads);
 #pragma omp parallel num_threads(threads)
   {
-    T *base = (T *)buffer.reserve(size_t(h * W + A * W + (W * A + W) + A) * sizeof(T));
+    T *base = (T *)buffer.reserve(size_t(RowWork<T>::size(h, A)) * sizeof(T));
     if (!base) {
 #pragma omp atomic write
       failed = 1;
     }
+    const RowWork<T> work(base, h, A);
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t s = 0; s < S; ++s) {
+      if (!base || interrupt.stop()) continue;
+      T *top = sums + 3 * s * A;
+      segment_sums(g, grad + s * A * h, s, top, top + A, top + 2 * A, work);
+    }
 #pragma omp for schedule(dynamic, grab)
     for (long i = 0; i < count; ++i) {
-      if (!base) continue;
-      T *xt = base, *dw = xt + h * W, *w = dw + A * W, *dot = w + W * A + W;  // xt (h, W), dw (A, W), w (W, A), dot (A)
+      if (!base || interrupt.stop()) continue;
       const int64_t s = items[i].set;
-      const T *gs = grad + s * A * h;
-      for (long a = 0; a < A; ++a) {
-        Vec<T> sum = zero<T>();
-        for (long f = 0; f < h; f += W) sum += load(gs + a * h + f) * load(out + (s * A + a) * h + f);
-        dot[a] = horizontal_sum<T>(sum);
-      }
+      const T *gs = grad + s * A * h, *top = sums + 3 * s * A, *log_sum = top + A, *dot = top + 2 * A;
       for (int64_t r = items[i].begin; r < items[i].end; r += W) {
         const long n = min_of(W, items[i].end - r);
-        to_lanes(x + r * h, h, n, h, xt, W);
-        product<T, 1, 0, 1>(A, gs, h, 0, xt, W, h, dw, W);
-        for (long j = 0; j < n * A; ++j) w[j] = logits[r * A + j] - lse[s * A + j % A];
-        for (long j = n * A; j < (n * A + W - 1) / W * W; ++j) w[j] = 0;
-        for (long j = 0; j < n * A; j += W) store(w + j, vexp2(load(w + j) * kLog2e<T>));
+        row_weights(g, gs, r, n, top, log_sum, work);
         for (long j = 0; j < n; ++j)
-          for (long a = 0; a < A; ++a) gl[(r + j) * A + a] = w[j * A + a] * (dw[a * W + j] - dot[a]);
-        product_wide<T, 0, 1>(n, w, A, 0, gs, h, A, gx + r * h, h, h);
+          for (long a = 0; a < A; ++a) gl[(r + j) * A + a] = work.w[j * A + a] * (work.dw[a * W + j] - dot[a]);
+        product_wide<T, 0, 1>(n, work.w, A, 0, gs, h, A, gx + r * h, h, h);
       }
     }
   }
   free(items);
-  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+  shared_buffer.trim();
+  return interrupt.status(failed);
 }
 
 }  // namespace
 
-int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &g) {
-  return dtype == SNE_FAST_F64 ? forward<double>(g) : forward<float>(g);
+int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &g, Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? forward<double>(g, interrupt) : forward<float>(g, interrupt);
 }
-int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b) {
-  return dtype == SNE_FAST_F64 ? backward<double>(g, b) : backward<float>(g, b);
+int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b,
+                          Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? backward<double>(g, b, interrupt) : backward<float>(g, b, interrupt);
 }
 
 }  // namespace sne::SNE_ISA

@@ -1,5 +1,10 @@
 // set_attention, backward, in two sweeps: with queries on lanes for dq, and with keys on lanes for dk and dv. Each owns
-// what it writes, so that no two threads add to the same result. Both rebuild the softmax from the saved log-sum-exp.
+// what it writes, so that no two threads add to the same result.
+//
+// Both rebuild the softmax as exp((s - top) scale) / sum, with s the logits before scaling. As long as the saved
+// log-sum-exp is small, top = 0 and log2 sum = lse log2 e serve, and <grad, out> is the mean of the gradients of
+// weights. A large one has lost the logarithm of the sum to rounding, and where one key has all the weight, differences
+// to the mean must vanish exactly, as keys so large multiply them: then all three are computed again from the keys.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -15,14 +20,14 @@ template <class T>
 struct Pointers {
   const T *q, *k, *v, *out, *lse, *grad;
   T *gq, *gk, *gv;
-  T *dot;  // (rows_q, H): <grad, out> per head
+  T *top, *log_sum, *dot;  // (rows_q, H): largest logit, log2 of the sum, mean of the gradients of weights
 };
 
 template <class T>
 struct Work {
   T *one, *two, *g_one, *g_two;  // (h, P) rows on lanes and their gradients
   T *s, *p;                      // (kOthers, P)
-  T *lse, *dot;                  // (H, P)
+  T *top, *log_sum, *dot;        // (H, P)
   void take(Scratch &scratch, long h, long H) {
     constexpr long P = kPanel<T>;
     one = scratch.take<T>(h * P);
@@ -31,22 +36,86 @@ struct Work {
     g_two = scratch.take<T>(h * P);
     s = scratch.take<T>(kOthers * P);
     p = scratch.take<T>(kOthers * P);
-    lse = scratch.take<T>(H * P);
+    top = scratch.take<T>(H * P);
+    log_sum = scratch.take<T>(H * P);
     dot = scratch.take<T>(H * P);
   }
 };
+
+constexpr double kSmall = 16;  // log-sum-exps that float holds to 1e-6
+
+// Writes top, log_sum and dot of the rows of an item.
+template <class T, int NV>
+void query_sums(const sne_fast_set_attention_args &a, const Pointers<T> &at, const RowItem &item, Work<T> &w) {
+  constexpr int W = kLanes<T>;
+  constexpr int L = NV * W;
+  const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
+  bool small = true;
+  for (int64_t r = item.begin; r < item.end; ++r)
+    for (long head = 0; head < H; ++head) {
+      T sum = 0;
+      for (long f = head * d; f < (head + 1) * d; ++f) sum += at.grad[r * h + f] * at.out[r * h + f];
+      at.dot[r * H + head] = sum;
+      at.top[r * H + head] = 0;
+      at.log_sum[r * H + head] = at.lse[r * H + head] * kLog2e<T>;
+      small = small && __builtin_fabs(double(at.lse[r * H + head])) <= kSmall;  // false for NaN too
+    }
+  if (small) return;
+  const T scale = kLog2e<T> * (T(1) / T(__builtin_sqrt(double(h))));
+  const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
+  to_lanes(at.q + item.begin * h, h, count, h, w.one, L);
+  to_lanes(at.grad + item.begin * h, h, count, h, w.two, L);
+  for (long head = 0; head < H; ++head) {
+    Vec<T> top[NV], sum[NV];
+    for (int i = 0; i < NV; ++i) {
+      top[i] = splat(kLowest<T>);
+      sum[i] = zero<T>();
+    }
+    for (int64_t k0 = first; k0 < last; k0 += kOthers) {
+      const long n = min_of(kOthers, last - k0);
+      product<T, NV, 0, 1>(n, at.k + k0 * h + head * d, h, 0, w.one + head * d * L, L, d, w.s, L);
+      for (int i = 0; i < NV; ++i) {
+        const Vec<T> before = top[i];
+        for (long j = 0; j < n; ++j) top[i] = vmax(top[i], load(w.s + j * L + i * W));
+        sum[i] *= vexp2((before - top[i]) * scale);
+        for (long j = 0; j < n; ++j) sum[i] += vexp2((load(w.s + j * L + i * W) - top[i]) * scale);
+      }
+    }
+    Vec<T> dot[NV];
+    for (int i = 0; i < NV; ++i) {
+      for (int l = 0; l < W; ++l) sum[i][l] = T(log2(double(sum[i][l])));
+      dot[i] = zero<T>();
+    }
+    for (int64_t k0 = first; k0 < last; k0 += kOthers) {
+      const long n = min_of(kOthers, last - k0), from = k0 * h + head * d;
+      product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
+      product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
+      for (int i = 0; i < NV; ++i)
+        for (long j = 0; j < n; ++j)
+          dot[i] += vexp2((load(w.s + j * L + i * W) - top[i]) * scale - sum[i]) * load(w.p + j * L + i * W);
+    }
+    for (int i = 0; i < NV; ++i)
+      for (long l = 0; l < W && i * W + l < count; ++l) {
+        const long row = (item.begin + i * W + l) * H + head;
+        at.top[row] = top[i][l];
+        at.log_sum[row] = sum[i][l];
+        at.dot[row] = dot[i][l];
+      }
+  }
+}
 
 template <class T, int NV>
 void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at, const RowItem &item, Work<T> &w) {
   constexpr int W = kLanes<T>;
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
-  const T scale = T(1) / T(__builtin_sqrt(double(h)));
+  const T scale = T(1) / T(__builtin_sqrt(double(h))), log2_scale = kLog2e<T> * scale;
   to_lanes(at.q + item.begin * h, h, count, h, w.one, L);
   to_lanes(at.grad + item.begin * h, h, count, h, w.two, L);
   for (long r = 0; r < L; ++r)
     for (long head = 0; head < H; ++head) {
-      w.lse[head * L + r] = r < count ? at.lse[(item.begin + r) * H + head] * kLog2e<T> : T(0);
+      w.top[head * L + r] = r < count ? at.top[(item.begin + r) * H + head] : T(0);
+      w.log_sum[head * L + r] = r < count ? at.log_sum[(item.begin + r) * H + head] : T(0);
       w.dot[head * L + r] = r < count ? at.dot[(item.begin + r) * H + head] : T(0);
     }
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
@@ -57,9 +126,10 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
       product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
       product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
       for (int i = 0; i < NV; ++i) {
-        const Vec<T> lse = load(w.lse + head * L + i * W), dot = load(w.dot + head * L + i * W);
+        const Vec<T> top = load(w.top + head * L + i * W), log_sum = load(w.log_sum + head * L + i * W),
+                     dot = load(w.dot + head * L + i * W);
         for (long j = 0; j < n; ++j) {
-          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (kLog2e<T> * scale) - lse);
+          const Vec<T> e = vexp2((load(w.s + j * L + i * W) - top) * log2_scale - log_sum);
           store(w.s + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
         }
       }
@@ -74,7 +144,7 @@ void key_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at, c
   constexpr int W = kLanes<T>;
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
-  const T scale = T(1) / T(__builtin_sqrt(double(h)));
+  const T scale = T(1) / T(__builtin_sqrt(double(h))), log2_scale = kLog2e<T> * scale;
   to_lanes(at.k + item.begin * h, h, count, h, w.one, L);
   to_lanes(at.v + item.begin * h, h, count, h, w.two, L);
   const int64_t first = a.q_ptr[item.set], last = a.q_ptr[item.set + 1];
@@ -89,9 +159,10 @@ void key_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at, c
       product<T, NV, 0, 1>(n, at.q + from, h, 0, w.one + head * d * L, L, d, w.s, L);
       product<T, NV, 0, 1>(n, at.grad + from, h, 0, w.two + head * d * L, L, d, w.p, L);
       for (long j = 0; j < n; ++j) {
-        const T lse = at.lse[(q0 + j) * H + head] * kLog2e<T>, dot = at.dot[(q0 + j) * H + head];
+        const long row = (q0 + j) * H + head;
+        const T top = at.top[row], log_sum = at.log_sum[row], dot = at.dot[row];
         for (int i = 0; i < NV; ++i) {
-          const Vec<T> e = vexp2(load(w.s + j * L + i * W) * (kLog2e<T> * scale) - lse);
+          const Vec<T> e = vexp2((load(w.s + j * L + i * W) - top) * log2_scale - log_sum);
           store(w.s + j * L + i * W, e);
           store(w.p + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
         }
@@ -104,20 +175,21 @@ void key_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at, c
 }
 
 template <class T>
-int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_grads &g) {
+int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_grads &g, Interrupt &interrupt) {
   constexpr long P = kPanel<T>, W = kLanes<T>;
-  const long h = a.hidden, H = a.heads, d = h / H;
+  const long h = a.hidden, H = a.heads, sums = a.rows_q * H;
   long queries = 0, keys = 0;
   RowItem *q_items = cut_rows(a.num_sets, a.q_ptr, P, &queries);
   RowItem *k_items = cut_rows(a.num_sets, a.k_ptr, P, &keys);
-  T *dot = (T *)shared_buffer.reserve(size_t(a.rows_q * H + 1) * sizeof(T));
-  if (!q_items || !k_items || !dot) {
+  T *shared = (T *)shared_buffer.reserve(size_t(3 * sums + 1) * sizeof(T));
+  if (!q_items || !k_items || !shared) {
     free(q_items);
     free(k_items);
     return SNE_FAST_NO_MEMORY;
   }
-  const Pointers<T> at = {(const T *)a.q,    (const T *)a.k, (const T *)a.v, (const T *)a.out, (const T *)a.lse,
-                          (const T *)g.grad, (T *)g.q,       (T *)g.k,       (T *)g.v,         dot};
+  const Pointers<T> at = {(const T *)a.q,    (const T *)a.k,   (const T *)a.v, (const T *)a.out, (const T *)a.lse,
+                          (const T *)g.grad, (T *)g.q,         (T *)g.k,       (T *)g.v,         shared,
+                          shared + sums,     shared + 2 * sums};
   int failed = 0;
   const int threads = int(max_of(1, min_of(a.num_threads, queries > keys ? queries : keys)));
   const int q_grab = items_per_grab(queries, threads), k_grab = items_per_grab(keys, threads);
@@ -134,16 +206,20 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
 #pragma omp atomic write
       failed = 1;
     }
-#pragma omp for schedule(static)
-    for (long r = 0; r < a.rows_q; ++r)
-      for (long head = 0; head < H; ++head) {
-        T sum = 0;
-        for (long f = head * d; f < (head + 1) * d; ++f) sum += at.grad[r * h + f] * at.out[r * h + f];
-        dot[r * H + head] = sum;
-      }
+#pragma omp for schedule(dynamic, q_grab)
+    for (long i = 0; i < queries; ++i) {
+      if (!base || interrupt.stop()) continue;
+      const long rows = q_items[i].end - q_items[i].begin;
+      if (rows <= W)
+        query_sums<T, 1>(a, at, q_items[i], w);
+      else if (rows <= 2 * W)
+        query_sums<T, 2>(a, at, q_items[i], w);
+      else
+        query_sums<T, SNE_VECTORS_PER_PANEL>(a, at, q_items[i], w);
+    }
 #pragma omp for schedule(dynamic, q_grab) nowait
     for (long i = 0; i < queries; ++i) {
-      if (!base) continue;
+      if (!base || interrupt.stop()) continue;
       const long rows = q_items[i].end - q_items[i].begin;
       if (rows <= W)
         query_gradient<T, 1>(a, at, q_items[i], w);
@@ -154,7 +230,7 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
     }
 #pragma omp for schedule(dynamic, k_grab)
     for (long i = 0; i < keys; ++i) {
-      if (!base) continue;
+      if (!base || interrupt.stop()) continue;
       const long rows = k_items[i].end - k_items[i].begin;
       if (rows <= W)
         key_gradient<T, 1>(a, at, k_items[i], w);
@@ -167,13 +243,14 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
   free(q_items);
   free(k_items);
   shared_buffer.trim();
-  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+  return interrupt.status(failed);
 }
 
 }  // namespace
 
-int set_attention_backward(int dtype, const sne_fast_set_attention_args &a, const sne_fast_set_attention_grads &g) {
-  return dtype == SNE_FAST_F64 ? backward<double>(a, g) : backward<float>(a, g);
+int set_attention_backward(int dtype, const sne_fast_set_attention_args &a, const sne_fast_set_attention_grads &g,
+                           Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? backward<double>(a, g, interrupt) : backward<float>(a, g, interrupt);
 }
 
 }  // namespace sne::SNE_ISA

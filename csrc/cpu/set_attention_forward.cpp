@@ -89,7 +89,7 @@ void attend(const sne_fast_set_attention_args &a, const RowItem &item, const Wor
 }
 
 template <class T>
-int forward(const sne_fast_set_attention_args &a) {
+int forward(const sne_fast_set_attention_args &a, Interrupt &interrupt) {
   constexpr long P = kPanel<T>, W = kLanes<T>;
   long count = 0;
   RowItem *items = cut_rows(a.num_sets, a.q_ptr, P, &count);
@@ -111,7 +111,7 @@ int forward(const sne_fast_set_attention_args &a) {
     }
 #pragma omp for schedule(dynamic, grab)
     for (long i = 0; i < count; ++i) {
-      if (!base) continue;
+      if (!base || interrupt.stop()) continue;
       const long rows = items[i].end - items[i].begin;
       if (rows <= W)
         attend<T, 1>(a, items[i], work);
@@ -122,13 +122,13 @@ int forward(const sne_fast_set_attention_args &a) {
     }
   }
   free(items);
-  return failed ? SNE_FAST_NO_MEMORY : SNE_FAST_OK;
+  return interrupt.status(failed);
 }
 
 }  // namespace
 
-int set_attention_forward(int dtype, const sne_fast_set_attention_args &a) {
-  return dtype == SNE_FAST_F64 ? forward<double>(a) : forward<float>(a);
+int set_attention_forward(int dtype, const sne_fast_set_attention_args &a, Interrupt &interrupt) {
+  return dtype == SNE_FAST_F64 ? forward<double>(a, interrupt) : forward<float>(a, interrupt);
 }
 
 }  // namespace sne::SNE_ISA

@@ -1,11 +1,18 @@
 #include "cpu/tile_plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <new>
 #include <vector>
 
 namespace sne {
+
+bool pointers_fit(int64_t sets, const int64_t *ptr, int64_t rows) {
+  if (sets < 0 || rows < 0 || !ptr || ptr[0] != 0) return false;
+  for (int64_t i = 0; i < sets; ++i)
+    if (ptr[i + 1] < ptr[i] || ptr[i + 1] > rows) return false;
+  return ptr[sets] == rows;
+}
+
 namespace {
 
 long round_up(long n, long to) { return (n + to - 1) / to * to; }
@@ -28,10 +35,6 @@ long choose_slots(long longest, long panel, long hidden) {
 class Packer {
  public:
   explicit Packer(long slots) : slots_(slots) {}
-  int64_t place_alone(std::vector<int32_t> &used) {
-    used.push_back(int32_t(slots_));
-    return int64_t(used.size()) - 1;
-  }
   int64_t place(long n, std::vector<int32_t> &used) {
     for (size_t i = 0; i < open_.size(); ++i) {
       const int64_t t = open_[i];
@@ -54,32 +57,16 @@ class Packer {
   std::vector<int64_t> open_;
 };
 
-// Returns false for values that are not finite, or so large that something may overflow. Their chunk gets a tile of its
-// own: rows that share a vector meet in masked products, where zero times infinity would carry a NaN from one network
-// into another.
-template <class T>
-bool tame(const T *values, int64_t n) {
-  bool all = true;
-  for (int64_t i = 0; i < n; ++i) all &= std::abs(values[i]) <= T(1e6);
-  return all;
-}
-
 }  // namespace
 
-int make_tile_plan(int dtype, const sne_fast_chunk_encode_args &args, long lanes, long panel, TilePlan *plan) {
-  const int64_t num_chunks = args.num_chunks, num_tensors = args.num_tensors, num_values = args.num_values;
+int make_tile_plan(const sne_fast_chunk_encode_args &args, long lanes, long panel, TilePlan *plan) {
+  const int64_t num_chunks = args.num_chunks, num_tensors = args.num_tensors;
   const int64_t *chunk_ptr = args.chunk_ptr, *tensor_ptr = args.tensor_ptr;
-  if (num_chunks == 0) return SNE_FAST_OK;
-  if (chunk_ptr[0] != 0 || chunk_ptr[num_chunks] != num_values) return SNE_FAST_BAD_ARGUMENT;
-  if (num_tensors < 1 || tensor_ptr[0] != 0 || tensor_ptr[num_tensors] != num_chunks) return SNE_FAST_BAD_ARGUMENT;
+  if (!pointers_fit(num_chunks, chunk_ptr, args.num_values)) return SNE_FAST_BAD_ARGUMENT;
+  if (!pointers_fit(num_tensors, tensor_ptr, num_chunks)) return SNE_FAST_BAD_ARGUMENT;
   long longest = 0;
-  for (int64_t t = 0; t < num_chunks; ++t) {
-    const int64_t n = chunk_ptr[t + 1] - chunk_ptr[t];
-    if (n < 0 || n > args.element_rows) return SNE_FAST_BAD_ARGUMENT;
-    longest = std::max(longest, long(n));
-  }
-  for (int64_t s = 0; s < num_tensors; ++s)
-    if (tensor_ptr[s + 1] < tensor_ptr[s]) return SNE_FAST_BAD_ARGUMENT;
+  for (int64_t t = 0; t < num_chunks; ++t) longest = std::max(longest, long(chunk_ptr[t + 1] - chunk_ptr[t]));
+  if (longest > args.element_rows || longest > SNE_FAST_LONGEST_CHUNK) return SNE_FAST_BAD_ARGUMENT;
   if (longest == 0) return SNE_FAST_OK;
   try {
     plan->longest = longest;
@@ -90,10 +77,8 @@ int make_tile_plan(int dtype, const sne_fast_chunk_encode_args &args, long lanes
     Packer whole(plan->slots), ragged(plan->slots);
     for (int64_t t = 0; t < num_chunks; ++t) {
       const long n = long(chunk_ptr[t + 1] - chunk_ptr[t]);
-      const bool calm = dtype == SNE_FAST_F64 ? tame((const double *)args.values + chunk_ptr[t], n)
-                                              : tame((const float *)args.values + chunk_ptr[t], n);
       Packer &packer = n % lanes == 0 ? whole : ragged;
-      tile_of[t] = n == 0 ? -1 : calm ? packer.place(n, used) : packer.place_alone(used);
+      tile_of[t] = n == 0 ? -1 : packer.place(n, used);
     }
     plan->num_tiles = long(used.size());
     plan->first = new int64_t[plan->num_tiles + 1]();

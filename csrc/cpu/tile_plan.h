@@ -17,8 +17,11 @@ struct TilePlan {
   int64_t *tensor_of = nullptr;  // (num_chunks) tensor a chunk belongs to
 };
 
+// Returns whether ptr (sets + 1) cuts `rows` rows into sets: it starts at 0, never decreases and ends at `rows`.
+bool pointers_fit(int64_t sets, const int64_t *ptr, int64_t rows);
+
 // Makes the plan and returns a sne_fast_status. The plan does not depend on the number of threads.
-int make_tile_plan(int dtype, const sne_fast_chunk_encode_args &args, long lanes, long panel, TilePlan *plan);
+int make_tile_plan(const sne_fast_chunk_encode_args &args, long lanes, long panel, TilePlan *plan);
 void free_tile_plan(TilePlan *plan);
 
 }  // namespace sne

@@ -23,13 +23,23 @@ def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-def open_checked(path: Path, symbols: Symbols, abi_symbol: str, abi: int) -> ctypes.CDLL:
+def open_checked(
+    path: Path, symbols: Symbols, abi_symbol: str, abi: int, loader: type[ctypes.CDLL] = ctypes.CDLL
+) -> ctypes.CDLL:
     """Open a library, declare its functions and check its ABI number.
+
+    Args:
+        path: the library.
+        symbols: the functions that it must have.
+        abi_symbol: the function that returns its ABI number.
+        abi: the number that it must return.
+        loader: ``ctypes.CDLL``, or ``ctypes.PyDLL`` for functions that are called with the interpreter locked and may
+            raise.
 
     Raises:
         OSError: with what is wrong with the file.
     """
-    lib = ctypes.CDLL(str(path))
+    lib = loader(str(path))
     missing = [name for name in symbols if not hasattr(lib, name)]
     if missing:
         raise OSError(f"{path} lacks {', '.join(missing)}: it is from another version of sne_fast, reinstall")

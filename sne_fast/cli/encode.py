@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,7 +16,9 @@ from .options import options_of
 from .running import PATHS, check_output, expand, run_in_batches, usable_device
 
 if TYPE_CHECKING:
-    from ..nn.encoder import SNE
+    from torch import Tensor
+
+    from ..data.batch import WeightBatch
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ def encode(settings: EncodeSettings) -> None:
     out = settings.out
     check_output(out, (".npz", ".parquet"))
     names, files = expand(settings.paths)
-    encoder = _encoder(settings)
-    vectors = run_in_batches(encoder, files, encoder)
+    encode, pack = _encoder(settings)
+    vectors = run_in_batches(encode, files, pack)
     with replacing(out) as temporary:
         if out.suffix == ".npz":
             with open(temporary, "wb") as stream:
@@ -61,7 +64,11 @@ def encode(settings: EncodeSettings) -> None:
     typer.echo(f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
 
 
-def _encoder(settings: EncodeSettings) -> SNE:
+def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor], Callable[[Any], WeightBatch]]:
+    """Return the functions that encode a batch and that pack networks for it.
+
+    Those of a predictor do all that it does to networks, so that vectors are those that its head takes.
+    """
     import torch
 
     from ..nn.encoder import SNE
@@ -77,7 +84,10 @@ def _encoder(settings: EncodeSettings) -> SNE:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            return SNE(set_attention=settings.set_attention).to(device).eval()
-    if saved_class(read_config(settings.model)) == "Predictor":
-        return Predictor.from_pretrained(settings.model, device=device).encoder
-    return SNE.from_pretrained(settings.model, device=device)
+            encoder = SNE(set_attention=settings.set_attention).to(device).eval()
+    elif saved_class(read_config(settings.model)) == "Predictor":
+        predictor = Predictor.from_pretrained(settings.model, device=device)
+        return predictor.encode, predictor.pack
+    else:
+        encoder = SNE.from_pretrained(settings.model, device=device)
+    return encoder, encoder.pack

@@ -33,7 +33,7 @@ def predict(settings: PredictSettings) -> None:
         check_output(out, (".csv", ".json"))
     names, files = expand(settings.paths)
     predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
-    values = run_in_batches(predictor, files, predictor.encoder)
+    values = run_in_batches(predictor, files, predictor.pack)
     targets = predictor.target_names
     rows = [
         {"name": name, **{target: float(value) for target, value in zip(targets, row, strict=True)}}

@@ -11,9 +11,9 @@ from ..extras import require
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import Tensor
 
     from ..data.batch import WeightBatch
-    from ..nn.encoder import SNE
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
@@ -81,7 +81,9 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: SNE) -> np.ndarray:
+def run_in_batches(
+    module: Callable[[WeightBatch], Tensor], files: Sequence[Any], pack: Callable[[Any], WeightBatch]
+) -> np.ndarray:
     """Return the outputs of `module` for all files, `(len(files), d)`; networks share batches of bounded weights."""
     import numpy as np
     import torch
@@ -103,7 +105,7 @@ def run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: 
     quiet = len(files) < 2 or not console.is_terminal
     with torch.no_grad():
         for file in track(files, "Encoding", console=console, transient=True, disable=quiet):
-            batch = encoder.pack([file])
+            batch = pack([file])
             if held and sum(b.num_weights for b in held) + batch.num_weights > BATCH_WEIGHTS:
                 flush()
             held.append(batch)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..atomic_files import replacing
-from .readers.checkpoint import ORDER_KEY, Checkpoint, natural_key, read_checkpoint
+from .readers.checkpoint import ORDER_KEY, Checkpoint, read_checkpoint
 from .readers.chosen_weights import NoWeights, choose_weights
 from .readers.errors import CheckpointError
 
@@ -21,7 +21,6 @@ __all__ = [
     "CheckpointError",
     "find_state_dict",
     "load_state_dict",
-    "natural_key",
     "read_checkpoint",
     "save_state_dict",
 ]

@@ -68,4 +68,9 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an integer of too many digits
         return "a very large number"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """Return text as messages show it, cut where it is long."""
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,8 +16,10 @@ _SHOWN = 5
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module that `torch.compile`, `DataParallel` and `DistributedDataParallel` were given."""
     while True:
-        if type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # by its name: importing torch._dynamo takes a second
+        # By its name: importing torch._dynamo takes a second.
+        inner = getattr(module, "_orig_mod", None) if type(module).__name__ == "OptimizedModule" else None
+        if isinstance(inner, nn.Module):
+            module = inner
         elif isinstance(module, (nn.DataParallel, DistributedDataParallel)):
             module = module.module
         else:
@@ -88,6 +90,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     if parametrize.is_parametrized(module):
         training = module.training
         module.eval()  # in training spectral_norm takes a step at every use
-        own |= {name: getattr(module, name).detach() for name in module.parametrizations}
+        own |= {name: getattr(module, name).detach() for name in module.get_submodule("parametrizations")._modules}
         module.train(training)
     return own

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
+from ..data.networks import Networks
 from .choices import FittedScale, Loss, Transform
 from .config_checks import choice, integer, integers, shown
 from .encoder import SNE
 from .input_scales import INPUT_SCALES
 from .plain_state import unwrapped
+from .preparation import Preparation
 from .pretrained import PretrainedMixin, about, checked_arguments, saved_class
 
 TRANSFORMS = get_args(Transform)
@@ -87,9 +89,11 @@ class Predictor(PretrainedMixin, nn.Module):
         normalise_inputs: "zoo", or True, divides weights by the RMS that tensors of their kind have in the training
             networks (`InputNormaliser`, fitted by `set_inputs`); "fan_in" multiplies them by the root of their layer's
             fan-in (`FanInScale`). For an encoder with `scale="none"`.
+        preparation: what else is done to networks before they are encoded, such as a canonical order of hidden units.
+            It is saved with the predictor, and is the same in training, on batches and on files.
 
     Raises:
-        TypeError: `encoder` is no `SNE`.
+        TypeError: `encoder` is no `SNE`, or `preparation` no `Preparation`.
         ValueError: a transform or loss that does not exist or does not fit, not one name per output, or
             `normalise_inputs` with an encoder that divides by itself.
 
@@ -104,6 +108,7 @@ class Predictor(PretrainedMixin, nn.Module):
     target_std: Tensor
 
     __call__: Callable[..., Tensor]
+    older_values: ClassVar = {"preparation": Preparation().config}
 
     def __init__(
         self,
@@ -114,8 +119,11 @@ class Predictor(PretrainedMixin, nn.Module):
         target_transform: Transform = "identity",
         loss: Loss = "mse",
         normalise_inputs: bool | FittedScale = False,
+        preparation: Preparation | None = None,
     ) -> None:
         super().__init__()
+        if preparation is not None and not isinstance(preparation, Preparation):
+            raise TypeError(f"Predictor: preparation must be a Preparation, got {type(preparation).__name__}")
         inner = unwrapped(encoder)
         if not isinstance(inner, SNE):
             raise TypeError(f"Predictor: encoder must be an sne_fast.SNE, got {type(inner).__name__}")
@@ -139,22 +147,30 @@ class Predictor(PretrainedMixin, nn.Module):
         self.target_names = names
         self.target_transform = target_transform
         self.loss = loss
+        self.preparation = preparation or Preparation()
         self.input_scale = scale or None
         self.input_normaliser = INPUT_SCALES[scale]() if scale else None
         self.register_buffer("target_mean", torch.zeros(out_features))
         self.register_buffer("target_std", torch.ones(out_features))
 
     @property
+    def _sne(self) -> SNE:
+        encoder = unwrapped(self.encoder)
+        assert isinstance(encoder, SNE)
+        return encoder
+
+    @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments by name; the encoder as its own configuration."""
         return {
-            "encoder": {**about(SNE), **unwrapped(self.encoder).config},
+            "encoder": {**about(SNE), **self._sne.config},
             "out_features": self.out_features,
             "hidden_features": list(self.hidden_features),
             "target_names": list(self.target_names),
             "target_transform": self.target_transform,
             "loss": self.loss,
             "normalise_inputs": self.input_scale or False,
+            "preparation": self.preparation.config,
         }
 
     @classmethod
@@ -170,23 +186,54 @@ class Predictor(PretrainedMixin, nn.Module):
             raise ValueError(f"encoder does not fit SNE: {error}") from error
         if config["target_names"] is None:  # would be made up, however many they are
             raise ValueError("target_names must be a list of names, got None")
-        return cls(made, **{k: v for k, v in config.items() if k != "encoder"})
+        preparation = Preparation.from_config(config["preparation"])
+        return cls(**{**config, "encoder": made, "preparation": preparation})
 
-    def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
-        """Predict `(B, out_features)` in the targets' units from a batch, or from networks, which are packed first."""
+    def pack(self, networks: Networks, **options: Any) -> WeightBatch:
+        """Pack networks as this predictor expects them: as its encoder and as its preparation say.
+
+        Args:
+            networks: modules, state_dicts or paths, or a zoo.
+            options: further arguments of :func:`sne_fast.pack`.
+        """
+        own = {"nonfinite": self.preparation.nonfinite, "kinds": self.preparation.kinds}
+        return self._sne.pack(networks, **{**own, **options})
+
+    def prepare(self, batch: WeightBatch) -> WeightBatch:
+        """Do the steps of `preparation` that the batch does not say were done; `encode` does so by itself.
+
+        A batch that is used often, as in training, is prepared once: the result says so in `prepared`, as do its parts.
+
+        Raises:
+            SymmetryError: a canonical order of units is asked for, and a network's symmetries are not known.
+            ValueError: the batch was prepared for another predictor.
+        """
+        return self.preparation.apply(batch)
+
+    def forward(self, networks: WeightBatch | Networks) -> Tensor:
+        """Predict `(B, out_features)` in the targets' units; `networks` as for `encode`."""
         return self.denormalise(self.head(self.encode(networks)))
 
-    def encode(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
-        """Encode a `WeightBatch`, or networks, which are packed first, to the head's input `(B, hidden_dim)`."""
-        if self.input_normaliser is None:
-            return self.encoder(networks)
-        batch = networks if isinstance(networks, WeightBatch) else self.encoder.pack(networks)
-        return self.encoder(self.input_normaliser(batch))
+    def encode(self, networks: WeightBatch | Networks) -> Tensor:
+        """Encode networks to the head's input `(B, hidden_dim)`.
+
+        Args:
+            networks: networks, which are packed by `pack`, or a batch as `pack` gives it. Both are then prepared, of a
+                batch that `prepare` or an augmentation has returned only what is left to do, and go through the input
+                scale. So the values of a batch must not have been scaled.
+
+        Raises:
+            ValueError: as `pack`, `prepare` and the encoder.
+        """
+        batch = self.prepare(networks if isinstance(networks, WeightBatch) else self.pack(networks))
+        if self.input_normaliser is not None:
+            batch = self.input_normaliser(batch)
+        return self.encoder(batch)
 
     def set_inputs(self, batch: WeightBatch) -> None:
         """Fit the input scale to the training networks; does nothing without `normalise_inputs`."""
         if self.input_normaliser is not None:
-            self.input_normaliser.fit(batch)
+            self.input_normaliser.fit(self.prepare(batch))
 
     def set_targets(self, targets: Tensor) -> None:
         """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.

@@ -22,7 +22,7 @@ from ..data.checkpoints import load_state_dict, save_state_dict
 from ..extras import require
 from ..regular_files import FileError, open_regular, parse_json, read_json
 from ..version import __version__
-from .config_checks import shown
+from .config_checks import shortened, shown
 from .plain_state import plain_state
 
 WEIGHTS_NAME = "model.safetensors"
@@ -47,10 +47,12 @@ class PretrainedMixin:
 
         encoder.save_pretrained("encoder")
         encoder = sne_fast.SNE.from_pretrained("encoder")          # or "user/name" on the Hub
+
+    Attributes:
+        older_values: the value that each option had before it could be chosen; a configuration without it means that.
     """
 
-    config_before: ClassVar[Mapping[str, Any]] = {}
-    """Values that arguments had before they were arguments, for a `config.json` that is older than they are."""
+    older_values: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class PretrainedMixin:
         config = read_config(name, **hub)
         writer = saved_class(config)
         if writer != cls.__name__:
-            holds = f"{CONFIG_NAME} names no class" if writer is None else f"holds a {shown_key(writer)}"
+            holds = f"{CONFIG_NAME} names no class" if writer is None else f"holds a {shortened(writer)}"
             raise ValueError(f"from_pretrained: {name!r}: {holds}, expected {cls.__name__}")
         digest = config.get(DIGEST)
         if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
@@ -195,21 +197,16 @@ def checked_arguments(cls: type[PretrainedMixin], config: dict[str, Any]) -> dic
     """
     expected = set(inspect.signature(cls).parameters)
     given = {key: value for key, value in config.items() if key not in ABOUT}
-    found = {**copy.deepcopy({k: v for k, v in cls.config_before.items() if k not in given}), **given}
+    found = {**copy.deepcopy({k: v for k, v in cls.older_values.items() if k not in given}), **given}
     # An argument left out would silently become today's default, which need not be what was trained.
     problems = [
-        f"{what} {', '.join(sorted(shown_key(key) for key in keys))}"
+        f"{what} {', '.join(sorted(shortened(key) for key in keys))}"
         for what, keys in (("unknown", set(found) - expected), ("missing", expected - set(found)))
         if keys
     ]
     if problems:
         raise ValueError("; ".join(problems))
     return found
-
-
-def shown_key(key: str) -> str:
-    """Return a key as messages show it, cut where it is long."""
-    return key if len(key) <= 80 else f"{key[:77]}..."
 
 
 def _config_text(cls: type, config: dict[str, Any]) -> str:
@@ -238,7 +235,7 @@ def _load_weights(module: nn.Module, path: Path, name: str, digest: str | None) 
     found = _shapes_in(path)
     problems = [
         *(f"missing {key}" for key in wanted if key not in found),
-        *(f"unknown {shown_key(key)}" for key in found if key not in wanted),
+        *(f"unknown {shortened(key)}" for key in found if key not in wanted),
         *(
             f"{key} must be {shape}, got {found[key]}"
             for key, shape in wanted.items()

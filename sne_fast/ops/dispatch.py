@@ -17,6 +17,7 @@ import torch
 from . import selftest
 from .backend import Arguments, Backend, Kernel
 from .schema import FORWARD_OPS, LIBRARY, OPTIONAL_OPS, SCHEMAS
+from .transforms import carries_tangent
 
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
 REFERENCE = "reference"
@@ -175,6 +176,11 @@ def _choose(op: str, args: Arguments) -> Kernel:
 
 
 def _run(op: str, *args: Any) -> Any:
+    if carries_tangent(args):  # the public functions never call an op so; a compiled graph may
+        raise RuntimeError(
+            f"{op}: forward-mode differentiation of a compiled or direct call is not supported; call the function that "
+            f"is not compiled"
+        )
     kernel = _choose(op, args)
     device_type = _device_of(args).type
     with torch.no_grad():

@@ -38,6 +38,29 @@ def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]
     return {name: None if value is None or not np.isfinite(value) else value for name, value in found.items()}
 
 
+def why_undefined(predicted: np.ndarray, true: np.ndarray) -> str | None:
+    """Return why some of the `measures` are None; None if all are numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> why_undefined(np.array([0.25, 0.75]), np.array([0.5, 0.5]))
+        'tau, tau_p, r2: all true values are equal'
+    """
+    undefined = [name for name, value in measures(predicted, true).items() if value is None]
+    if not undefined:
+        return None
+    reasons = (
+        (not len(true), "there are no networks"),
+        (not np.isfinite(predicted).all(), "a prediction is not finite"),
+        (not np.isfinite(true).all(), "a true value is not finite"),
+        (len(true) == 1, "there is one network only"),
+        (len(true) and np.ptp(true) == 0, "all true values are equal"),
+        (len(true) and np.ptp(predicted) == 0, "all predictions are equal"),
+    )
+    why = next((reason for holds, reason in reasons if holds), "the numbers are too large or too close")
+    return f"{', '.join(undefined)}: {why}"
+
+
 def number_or_dash(value: float | None, form: str) -> str:
     """Return a number in a format such as ".3f", or "-" for a measure that is not defined."""
     return "-" if value is None else f"{value:{form}}"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..data.batch import WeightBatch
+from ..data.cutting import packed_strides
 from ..data.tensor_types import CONVOLUTION, LINEAR
 from .boxes import AxisInfo, SymmetryError, box_coordinates, permuted_placements
 from .core import Symmetry
-from .gather import packed_strides
-from .per_network import check_named, for_network, group_by_identity, one_per_network
+from .per_network import check_named, for_network, group_by_identity, kernels_of, one_per_network
 from .permuting import permute
 
 _ODD_KINDS = (LINEAR, CONVOLUTION)
@@ -133,20 +133,22 @@ class CanonicalAugmentation:
         """Return `part` in a canonical form; `rows` are the networks' places in the training batch."""
         symmetries = self.symmetries
         own = symmetries if isinstance(symmetries, Symmetry) else [symmetries[row] for row in rows]
-        return canonicalise(part, own, generator, odd=self.odd, jitter=self.jitter)
+        changed = canonicalise(part, own, generator, odd=self.odd, jitter=self.jitter)
+        return changed.with_fields(prepared=part.prepared)  # else a predictor would sort the units again
 
 
 def _key_index(batch: WeightBatch, b: int, symmetry: Symmetry, odd: bool) -> _KeyIndex:
     """Return the index of network b, checked: one object for all networks with their tensors in the same order."""
     names, shapes, chunking, device = batch.names[b][1], batch.shapes[b], batch.chunking, batch.device
+    kernels = kernels_of(batch, b)
 
     def make() -> _KeyIndex:
         symmetry.check_shapes(names, shapes)
-        index = _build_key_index(symmetry, names, shapes, chunking)
+        index = _build_key_index(symmetry, names, shapes, kernels, chunking)
         columns = tuple(column.to(device) for column in index.columns)
         return _KeyIndex(columns, tuple((one.to(device), other.to(device)) for one, other in index.parts))
 
-    key = ("key index", names, shapes, chunking, device)
+    key = ("key index", names, shapes, kernels, chunking, device)
     index = for_network(batch, b, "canonicalise", lambda: symmetry.cached(key, make))
     if odd:
         _check_odd(batch, b, symmetry)
@@ -165,7 +167,11 @@ def _check_odd(batch: WeightBatch, b: int, symmetry: Symmetry) -> None:
 
 
 def _build_key_index(
-    symmetry: Symmetry, names: Sequence[str], shapes: Sequence[tuple[int, ...]], chunking: str
+    symmetry: Symmetry,
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    kernels: Sequence[bool],
+    chunking: str,
 ) -> _KeyIndex:
     axes = symmetry.axes
     total, none = sum(math.prod(shape) for shape in shapes), symmetry.table_size
@@ -173,8 +179,8 @@ def _build_key_index(
     # By axis: (rank, positions, units); rank 0 where all other axes are frozen, 1 for vectors, 2 for the rest.
     parts: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     offset = 0
-    for name, shape in zip(names, shapes, strict=True):
-        strides = packed_strides(shape, chunking)
+    for name, shape, kernel in zip(names, shapes, kernels, strict=True):
+        strides = packed_strides(shape, kernel, chunking)
         for box in symmetry.boxes_of(name):
             coordinates, positions = box_coordinates(box, axes, strides, offset)
             along = dict(zip((p.axis for p in box.placements), coordinates, strict=True))

@@ -32,6 +32,7 @@ from ..zoo.digits import ARCHITECTURES, make_digits_zoo
 from ..zoo.splits import PARTS
 from ..zoo.table import Zoo
 from .baselines.statistics import Statistics, statistics_regression
+from .definitions import reuse
 from .requirements import check_extra
 from .run_folder import RunFolder
 from .settings import Demo
@@ -46,27 +47,37 @@ SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", Statistics.name, "mean of the trai
 def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Console | None = None) -> dict[str, Any]:
     """Make the zoo, train the predictor, report, and write everything into a folder.
 
+    After an interruption a call with the same settings resumes: finished groups of the zoo and epochs of the training
+    are not made again.
+
     Writes `zoo/` (`Zoo.open` reads it), `predictor/` (`Predictor.from_pretrained` reads it),
     `metrics.json`, `predictions.csv` (held-out networks), `scatter.png` and `embedding.png`.
 
     Args:
-        out: a folder that does not exist yet or is empty.
+        out: a folder that does not exist yet, is empty, or holds an interrupted run of the same settings.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
+        BlockingIOError: another process writes into the folder.
         FileExistsError: the folder is not empty.
         ModuleNotFoundError: scikit-learn, scipy, matplotlib or pyarrow is missing.
-        ValueError: invalid settings.
+        ValueError: invalid settings, or an interrupted run of other ones.
     """
     check_extra("the demo")
     settings = settings or Demo()
     console = console or Console()
     folder = RunFolder(out)
+    _check(settings)
     if folder.in_use():
         raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
-    _check(settings)
+    with folder.held("demo"):
+        return _run(folder, settings, console)
+
+
+def _run(folder: RunFolder, settings: Demo, console: Console) -> dict[str, Any]:
+    folder.begin({"settings": dataclasses.asdict(settings), "torch": torch.__version__}, "demo")
     predictor = _predictor(settings)
     clock = Clock()
 
@@ -76,11 +87,11 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     architectures = [str(name) for name in zoo.column("architecture")]
     parts = dict(zip(PARTS, stratified_split(architectures, SHARES, settings.seed), strict=True))
     with clock("packing"):
-        batch = predictor.encoder.pack(zoo)
+        batch = predictor.pack(zoo)
     # Batches are small, and most of the thousand operations of a step are too small to share: two threads, which sleep
     # while they wait, meet 330 times in a step and train at 287k weights/s, one thread at 431k.
     with clock("training"), torch_threads(1):
-        history = _train(predictor, batch, accuracy, parts, settings, console)
+        history = _train(predictor, batch, accuracy, parts, settings, folder, console)
         predictor.save_pretrained(folder.predictor())
     with clock("report"):
         results = _report(folder, predictor, batch, zoo, parts, settings, console)
@@ -97,6 +108,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "machine": machine(),
     }
     write_json(folder.result(), metrics)
+    folder.end()
     if library.reasons():
         console.print(f"\nWithout the C++ backend all this took several times longer: {'; '.join(library.reasons())}")
     console.print(
@@ -163,13 +175,15 @@ def _predictor(settings: Demo) -> Predictor:
 def _make_zoo(folder: Path, settings: Demo, console: Console) -> Zoo:
     with _bar(console) as bar:
         task = bar.add_task(f"1. Training {settings.networks} digit classifiers", total=1.0, note="")
-        zoo = make_digits_zoo(
+        about = {"networks": settings.networks, "seed": settings.seed, "max_steps": settings.max_steps}
+        zoo = reuse(folder, about) or make_digits_zoo(
             folder,
             settings.networks,
             seed=settings.seed,
             max_steps=settings.max_steps,
             on_progress=lambda share: bar.update(task, completed=share),
         )
+        bar.update(task, completed=1.0)
     accuracy = zoo.column(TARGET)
     console.print(
         f"   {len(set(zoo.column('architecture')))} architectures; accuracy on held-out digits from "
@@ -185,6 +199,7 @@ def _train(
     accuracy: np.ndarray,
     parts: dict[str, list[int]],
     settings: Demo,
+    folder: RunFolder,
     console: Console,
 ) -> History:
     targets = torch.tensor(accuracy, dtype=torch.get_default_dtype())[:, None]
@@ -208,6 +223,7 @@ def _train(
             targets[train],
             _fit_settings(settings),
             validation=(batch[validation], targets[validation]),
+            checkpoint=folder.checkpoint(),
             on_batch=on_batch,
             on_epoch=on_epoch,
         )

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.checkpoints import CheckpointError, load_state_dict, natural_key
+from ..data.checkpoints import CheckpointError, load_state_dict
+from ..data.layer_order import natural_key
 from ..data.pickles import RefusedArray, as_array, load_plain
 from ..data.readers.chosen_weights import choose_weights
 from ..regular_files import FileError, read_json

@@ -15,6 +15,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from ..atomic_files import remove_leftovers, to_json, write_json, write_text
 from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
+from ..file_locks import holding
 from ..regular_files import FileError, check_regular, parse_json, read_json
 from .index import ABOUT, INDEX, PLACE, write_index
 
 UNFINISHED = "unfinished.json"
+LOCK = ".lock"
 SHARDS = "shards"
 SHARD_BYTES = 64 << 20
 _STACK = "stack."
@@ -115,6 +118,7 @@ class ZooWriter:
             to check the zoo; `targets` and `hyperparameters` list columns.
 
     Raises:
+        BlockingIOError: another writer holds the folder; the message names its process.
         FileExistsError: the folder holds a zoo, or without `resume` an unfinished one.
         ValueError: with `resume`, the folder holds an unfinished zoo of other arguments.
 
@@ -139,13 +143,18 @@ class ZooWriter:
         self._held: dict[tuple, list[tuple[int, dict[str, Tensor], dict[str, Any]]]] = {}
         self._held_bytes: dict[tuple, int] = {}
         self._parts: dict[str, list[dict[str, Any]]] = {}
-        if (self.folder / INDEX).exists():
-            raise FileExistsError(f"{self.folder} holds a zoo already; choose another folder or remove it")
-        (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
-        self._take_up()
+        with ExitStack() as stack:
+            stack.enter_context(holding(self.folder / LOCK, f"zoo: the folder {str(folder)!r}", "choose another"))
+            self._take_up()
+            self._lock = stack.pop_all()
 
     def _take_up(self) -> None:
         unfinished = self.folder / UNFINISHED
+        # A run that was killed after it wrote the index may have left files that only an unfinished zoo needs.
+        if (self.folder / INDEX).exists() and not (self._resume and unfinished.exists()):
+            self._remove_unfinished()
+            raise FileExistsError(f"{self.folder} holds a zoo already; choose another folder or remove it")
+        (self.folder / SHARDS).mkdir(exist_ok=True)
         if not unfinished.exists():
             write_json(unfinished, self.about)
             return
@@ -260,9 +269,8 @@ class ZooWriter:
             base.with_name(f"{part}.safetensors"),
             metadata={ORDER_KEY: json.dumps(list(stacked))},
         )
-        write_text(
-            base.with_name(f"{part}.rows.json"), to_json(rows, indent=None)
-        )  # written last, so that its shard is whole
+        # Written last, so that its shard is whole.
+        write_text(base.with_name(f"{part}.rows.json"), to_json(rows, indent=None))
         self._parts[part] = rows
 
     def __enter__(self) -> ZooWriter:
@@ -271,22 +279,37 @@ class ZooWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            for signature in list(self._held):
-                self._flush(signature)
-            rows = sorted((row for part in self._parts.values() for row in part), key=lambda row: row["order"])
-            if rows:
-                write_json(self.folder / ABOUT, self.about)
-                columns = [key for key in rows[0] if key != "order"]
-                write_index({key: [row[key] for row in rows] for key in columns}, self.folder / INDEX)
-        elif not self._resume:
-            for part in self._parts:
-                (self.folder / SHARDS / f"{part}.safetensors").unlink(missing_ok=True)
-        if kind is None or not self._resume:
-            remove_leftovers(self.folder / SHARDS)
-            (self.folder / UNFINISHED).unlink(missing_ok=True)
-            for part in self._parts:
-                (self.folder / SHARDS / f"{part}.rows.json").unlink(missing_ok=True)
+        with self._lock:
+            self._end(kind)
+
+    def _end(self, kind: type[BaseException] | None) -> None:
+        finished = False
+        try:
+            if kind is None:
+                self._finish()
+                finished = True
+        finally:
+            if not finished and not self._resume:
+                for part in self._parts:
+                    (self.folder / SHARDS / f"{part}.safetensors").unlink(missing_ok=True)
+            if finished or not self._resume:
+                self._remove_unfinished()
+
+    def _finish(self) -> None:
+        for signature in list(self._held):
+            self._flush(signature)
+        rows = sorted((row for part in self._parts.values() for row in part), key=lambda row: row["order"])
+        if rows:
+            write_json(self.folder / ABOUT, self.about)
+            columns = [key for key in rows[0] if key != "order"]
+            write_index({key: [row[key] for row in rows] for key in columns}, self.folder / INDEX)
+
+    def _remove_unfinished(self) -> None:
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / SHARDS)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)  # first: with it all rows are there
+        for rows in (self.folder / SHARDS).glob("*.rows.json"):
+            rows.unlink(missing_ok=True)
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:

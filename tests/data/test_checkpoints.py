@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from helpers.networks import make
 from sne_fast import CheckpointError, pack
 from sne_fast.data import checkpoints as module_under_test
-from sne_fast.data.checkpoints import ORDER_KEY, load_state_dict, natural_key, read_checkpoint, save_state_dict
+from sne_fast.data.checkpoints import ORDER_KEY, load_state_dict, read_checkpoint, save_state_dict
+from sne_fast.data.layer_order import natural_key
 
 
 @pytest.fixture

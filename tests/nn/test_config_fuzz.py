@@ -8,6 +8,9 @@ import torch
 
 import sne_fast
 from sne_fast import SNE, Predictor
+from sne_fast.nn import Preparation
+from sne_fast.symmetry import trace
+from sne_fast.zoo.architectures import ARCHITECTURES
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
@@ -34,6 +37,7 @@ KINDS = {
     "plain": ({}, {}),
     "isab": ({"set_attention": "isab", "num_inducing": 4}, {"target_transform": "logit"}),
     "zoo": ({"scale": "none"}, {"normalise_inputs": "zoo"}),
+    "canonical": ({}, {"preparation": "vit"}),
 }
 
 
@@ -47,6 +51,9 @@ def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "model"
     encoder, options = KINDS[request.param]
     torch.manual_seed(1)
+    if options.get("preparation") == "vit":
+        symmetry = trace(ARCHITECTURES["vit"](), torch.randn(2, 1, 8, 8))
+        options = {"preparation": Preparation(units="canonical", jitter=0.5, symmetries=(symmetry,))}
     predictor = Predictor(
         SNE(**{"hidden_dim": 32, "chunk_size": 8, **encoder}), 2, (16,), target_names=["a", "b"], **options
     )
@@ -55,7 +62,8 @@ def saved(request, tmp_path_factory):
 
 
 def places(config):
-    return [(key,) for key in config] + [("encoder", key) for key in config["encoder"]]
+    nested = [(group, key) for group in ("encoder", "preparation") for key in config[group]]
+    return [(key,) for key in config] + nested
 
 
 def changed(config, place, value):
@@ -92,6 +100,10 @@ def check(folder, config, place, value):
             got, wanted = at(loaded.config, place), value
             if place == ("normalise_inputs",) and value is True:
                 wanted = "zoo"
+            if place[-1] == "symmetries":
+                assert wanted == []
+            if place[-1] == "jitter":
+                wanted = float(wanted)
             if place == ("encoder",):  # a different release may have written it
                 got, wanted = ({k: v for k, v in c.items() if k not in ABOUT} for c in (got, wanted))
                 wanted = {**got, **wanted}
@@ -129,13 +141,44 @@ def test_any_missing_key(saved, data):
     less = json.loads(json.dumps(config))
     del at(less, place[:-1])[place[-1]]
     (folder / "config.json").write_text(json.dumps(less))
-    optional = ABOUT - {"architectures"} | set(Predictor.config_before) | set(SNE.config_before)
+    if place[0] == "preparation" and len(place) > 1:
+        with pytest.raises(ValueError, match=rf"preparation: missing {place[-1]}"):
+            Predictor.from_pretrained(folder)
+        return
+    optional = ABOUT - {"architectures"} | set(Predictor.older_values) | set(SNE.older_values)
     if place[-1] in optional:
         with torch.no_grad():
             assert Predictor.from_pretrained(folder)(networks()).isfinite().all()
     else:
         with pytest.raises(ValueError, match=rf"missing .*{place[-1]}|names no class|must be an SNE"):
             Predictor.from_pretrained(folder)
+
+
+def inner_places(content, place=()):
+    yield place
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, inner in pairs:
+        yield from inner_places(inner, (*place, key))
+
+
+@pytest.mark.parametrize("saved", ["canonical"], indirect=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_in_a_stored_symmetry(saved, data):
+    """A symmetry that was tampered with is refused, or one that permutes no more than the tensors it names."""
+    folder, config = saved
+    start = ("preparation", "symmetries")
+    found = list(inner_places(config["preparation"]["symmetries"], start))
+    place = data.draw(st.sampled_from(found))
+    (folder / "config.json").write_text(json.dumps(changed(config, place, data.draw(VALUES))))
+    try:
+        loaded = Predictor.from_pretrained(folder)
+        with torch.no_grad():
+            assert loaded([ARCHITECTURES["vit"]()]).isfinite().all()
+    except ValueError as error:
+        text = str(error)
+        assert "\n" not in text and len(text) < 1500, text
+        assert "symmetries" in text or "model.safetensors of" in text, text
 
 
 def test_huge_sizes_cost_no_memory(saved):

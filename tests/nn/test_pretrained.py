@@ -148,6 +148,16 @@ def test_keys_of_the_encoder_are_checked_too(saved):
         Predictor.from_pretrained(saved)
 
 
+def test_a_configuration_from_before_orders_means_the_order_of_definition(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert config["encoder"].pop("order") == "names"
+    edit_config(saved, encoder=config["encoder"])
+    encoder = Predictor.from_pretrained(saved).encoder
+    assert encoder.config["order"] == "definition"
+    backwards = {"b.weight": torch.ones(2, 2), "a.weight": torch.zeros(2, 2)}
+    assert encoder.pack([backwards]).names[0][1] == ("b.weight", "a.weight")
+
+
 def test_values_of_the_wrong_type(saved):
     edit_config(saved, hidden_features=7)
     with pytest.raises(ValueError, match=r"config\.json of .* does not fit Predictor"):
@@ -157,7 +167,7 @@ def test_values_of_the_wrong_type(saved):
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
 def test_broken_config(saved, text):
     (saved / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json: is no valid JSON|config\.json: must hold an object"):
+    with pytest.raises(ValueError, match=r"not valid JSON|must hold a JSON object"):
         Predictor.from_pretrained(saved)
 
 

@@ -2,13 +2,15 @@
  *
  * sne_fast/backends/cpu/library.py mirrors these structs with ctypes, field by field. Whoever changes one changes the
  * other and raises SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major; "real" is float
- * or double as `dtype` says. Every call is reentrant, and its results do not depend on `num_threads`. */
+ * or double as `dtype` says. Every call is reentrant, and its results do not depend on `num_threads`. Sizes and
+ * pointers are checked before anything is read through them: what does not fit is SNE_FAST_BAD_ARGUMENT, and nothing is
+ * written. The caller answers for the arrays having the sizes that it states. */
 #ifndef SNE_FAST_CPU_ABI_H
 #define SNE_FAST_CPU_ABI_H
 
 #include <stdint.h>
 
-#define SNE_FAST_CPU_ABI 1
+#define SNE_FAST_CPU_ABI 2
 
 #if defined(_WIN32)
 #define SNE_FAST_API __declspec(dllexport)
@@ -27,8 +29,11 @@ enum sne_fast_status {
   SNE_FAST_BAD_ARGUMENT = 1, /* sizes or pointers that do not fit together */
   SNE_FAST_NO_MEMORY = 2,
   SNE_FAST_BAD_DTYPE = 3,
-  SNE_FAST_BAD_ISA = 4 /* instruction set unknown, not compiled in, or not supported by this processor */
+  SNE_FAST_BAD_ISA = 4,    /* instruction set unknown, not compiled in, or not supported by this processor */
+  SNE_FAST_INTERRUPTED = 5 /* `check` of the hooks has raised; results are not complete */
 };
+
+#define SNE_FAST_LONGEST_CHUNK 256
 
 /* chunk_encode (docs/method.md 3.1): h = hidden, H = heads, N chunks, T tensors, V values. */
 typedef struct {
@@ -101,6 +106,18 @@ SNE_FAST_API const char *sne_fast_cpu_isa(void);
 SNE_FAST_API int sne_fast_cpu_select_isa(const char *name);
 /* Returns 1 if this processor and this build can run the instruction set. */
 SNE_FAST_API int sne_fast_cpu_has_isa(const char *name);
+
+/* Hooks into the caller's interpreter, all three or (null) none. With them, a function is to be called holding the
+ * interpreter's lock: it gives the lock back with `release` while it computes and takes it with `acquire` before it
+ * returns. The calling thread takes it about every 50 ms between tiles to call `check`, which runs handlers of signals;
+ * where that returns anything but 0, the function returns SNE_FAST_INTERRUPTED. They are Python's PyEval_SaveThread,
+ * PyEval_RestoreThread and PyErr_CheckSignals. */
+typedef struct {
+  void *(*release)(void);
+  void (*acquire)(void *);
+  int (*check)(void);
+} sne_fast_cpu_hooks;
+SNE_FAST_API void sne_fast_cpu_set_hooks(const sne_fast_cpu_hooks *hooks);
 
 SNE_FAST_API int sne_fast_cpu_chunk_encode(int dtype, const sne_fast_chunk_encode_args *args, void *out);
 SNE_FAST_API int sne_fast_cpu_chunk_encode_backward(int dtype, const sne_fast_chunk_encode_args *args,

@@ -132,28 +132,55 @@ constexpr T kLowest = T(-3.40282346638528859812e38);
 template <>
 inline constexpr double kLowest<double> = -1.79769313486231570815e308;
 
+// Bits as unsigned numbers, in which overflow is defined.
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  typedef uint32_t type __attribute__((vector_size(SNE_VECTOR_BYTES)));
+  static constexpr int kFraction = 23;
+};
+template <>
+struct BitsOf<double> {
+  typedef uint64_t type __attribute__((vector_size(SNE_VECTOR_BYTES)));
+  static constexpr int kFraction = 52;
+};
+
+// Returns p 2^n where `seen`, 0 elsewhere, for n = shifted - magic. The low bits of `shifted` are n plus the bias of
+// exponents. NaN stays NaN whatever its bits, as p is multiplied: added to p, they could make a number of it.
+template <class T>
+SNE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> shifted, [[maybe_unused]] Vec<T> n, Mask<T> seen) {
+#if defined(SNE_ISA_avx512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_scalef_ps(_mm512_movepi32_mask((__m512i)seen), (__m512)p, (__m512)n);
+  else
+    return (Vec<T>)_mm512_maskz_scalef_pd(_mm512_movepi64_mask((__m512i)seen), (__m512d)p, (__m512d)n);
+#else
+  return keep<T>(seen, p * (Vec<T>)((typename BitsOf<T>::type)shifted << BitsOf<T>::kFraction));
+#endif
+}
+
 // Returns 2^x for x <= 0 or moderately positive, with a relative error of 1e-7 (2e-16), and 0 for x below -100 (-1000):
 // every caller adds it to a sum of at least one, and denormal numbers would be slow. NaN stays NaN.
 SNE_INLINE Vec<float> vexp2(Vec<float> x) {
   const Mask<float> seen = ~(x < -100.0f);
   x = vmax(splat(-100.0f), x);
-  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const Vec<float> shifted = x + magic;
-  const Vec<float> f = x - (shifted - magic);
+  // 1.5 * 2^23 + 127: adding it rounds to an integer in the low mantissa bits, with the bias of exponents.
+  const Vec<float> magic = splat(12583039.0f);
+  const Vec<float> shifted = x + magic, n = shifted - magic, f = x - n;
   Vec<float> p = splat(1.3276472e-3f);
   p = p * f + 9.6755413e-3f;
   p = p * f + 5.5507131e-2f;
   p = p * f + 2.4022233e-1f;
   p = p * f + 6.9314696e-1f;
   p = p * f + 1.0f;
-  return keep<float>(seen, (Vec<float>)((Mask<float>)p + ((Mask<float>)shifted << 23)));
+  return scale_by_power<float>(p, shifted, n, seen);
 }
 SNE_INLINE Vec<double> vexp2(Vec<double> x) {
   const Mask<double> seen = ~(x < -1000.0);
   x = vmax(splat(-1000.0), x);
-  const Vec<double> magic = splat(6755399441055744.0);  // 1.5 * 2^52
-  const Vec<double> shifted = x + magic;
-  const Vec<double> r = (x - (shifted - magic)) * 0.69314718055994530942;
+  const Vec<double> magic = splat(6755399441056767.0);  // 1.5 * 2^52 + 1023
+  const Vec<double> shifted = x + magic, n = shifted - magic, r = (x - n) * 0.69314718055994530942;
   Vec<double> p = splat(1.0 / 6227020800.0);  // Taylor of exp: |r| <= 0.347, so degree 13 leaves 4e-18
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
@@ -168,7 +195,7 @@ SNE_INLINE Vec<double> vexp2(Vec<double> x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  return keep<double>(seen, (Vec<double>)((Mask<double>)p + ((Mask<double>)shifted << 52)));
+  return scale_by_power<double>(p, shifted, n, seen);
 }
 
 template <class T>

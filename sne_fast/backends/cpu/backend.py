@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,12 @@ def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _run(function: str, *args: Any) -> None:
-    library.check(getattr(library.library(), function)(*args), function.removeprefix("sne_fast_cpu_"))
+def _run(op: str, *args: Any, contents: Callable[[], None] | None = None) -> None:
+    """Call the library; ``contents`` says which pointers do not fit where the library finds that some do not."""
+    status = getattr(library.library(), f"sne_fast_cpu_{op}")(*args)
+    if status == library.BAD_ARGUMENT and contents is not None:
+        contents()
+    library.check(status, op)
 
 
 # ------------------------------------------------------------------------------------------------------- chunk_encode
@@ -69,16 +73,29 @@ def _chunk_encode_args(
     _, element_code, *_, norm, _ = parameters
     struct = library.ChunkEncodeArgs(
         chunk_ptr.shape[0] - 1, tensor_ptr.shape[0] - 1, values.shape[0], h, heads, element_code.shape[0],
-        int(norm.shape[0] > 0), torch.get_num_threads(), *(t.data_ptr() for t in (*pointers, *reals)),
+        int(norm.shape[0] > 0), library.num_threads(), *(t.data_ptr() for t in (*pointers, *reals)),
     )  # fmt: skip
     return struct, dtype, [*reals, *pointers]
+
+
+def _chunk_contents(op: str, args: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a check of what the pointers of a call hold: those that the kernels follow, not their copies."""
+    values, chunk_ptr, tensor_ptr, _, _, _, element_code, *_ = args
+
+    def check() -> None:
+        checks.pointer_content(op, "chunk_ptr", chunk_ptr, chunk_ptr, values.shape[0])
+        checks.pointer_content(op, "tensor_ptr", tensor_ptr, tensor_ptr, chunk_ptr.shape[0] - 1)
+        checks.chunk_lengths(op, chunk_ptr, min(element_code.shape[0], LONGEST_CHUNK))
+
+    return check
 
 
 def chunk_encode(*args: Tensor) -> Tensor:
     """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     struct, dtype, _kept = _chunk_encode_args("chunk_encode", args)
     out = torch.empty(struct.num_chunks, struct.heads, struct.hidden, dtype=dtype)
-    _run("sne_fast_cpu_chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr())
+    contents = _chunk_contents("chunk_encode", args)
+    _run("chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr(), contents=contents)
     return out.to(args[0].dtype)
 
 
@@ -89,7 +106,10 @@ def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
     inputs = (args[0], *args[5:])
     grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
     pointers = library.ChunkEncodeGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("sne_fast_cpu_chunk_encode_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    _run(
+        "chunk_encode_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers),
+        contents=_chunk_contents("chunk_encode_backward", args),
+    )  # fmt: skip
     del kept
     return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
@@ -101,9 +121,17 @@ def _set_attention_args(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, heads: int, out: Tensor, lse: Tensor
 ) -> Any:
     return library.SetAttentionArgs(
-        q_ptr.shape[0] - 1, q.shape[0], k.shape[0], q.shape[1], heads, torch.get_num_threads(),
+        q_ptr.shape[0] - 1, q.shape[0], k.shape[0], q.shape[1], heads, library.num_threads(),
         *(t.data_ptr() for t in (q_ptr, k_ptr, q, k, v, out, lse)),
     )  # fmt: skip
+
+
+def _set_contents(op: str, q: Tensor, k: Tensor, q_host: Tensor, k_host: Tensor) -> Callable[[], None]:
+    def check() -> None:
+        checks.pointer_content(op, "q_ptr_host", q_host, q_host, q.shape[0])
+        checks.pointer_content(op, "k_ptr_host", k_host, k_host, k.shape[0])
+
+    return check
 
 
 def set_attention(
@@ -116,7 +144,8 @@ def set_attention(
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
     out, lse = torch.empty_like(queries), torch.empty(q.shape[0], num_heads, dtype=dtype)
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
-    _run("sne_fast_cpu_set_attention", library.DTYPES[dtype], ctypes.byref(struct))
+    contents = _set_contents("set_attention", q, k, q_host, k_host)
+    _run("set_attention", library.DTYPES[dtype], ctypes.byref(struct), contents=contents)
     return out.to(q.dtype), lse
 
 
@@ -133,13 +162,14 @@ def set_attention_backward(
     grad, queries, keys, values, out, lse = (_ready(t, dtype) for t in (grad, q, k, v, out, lse))
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
     grads = [torch.empty_like(t) for t in (queries, keys, values)]
+    contents = _set_contents(op, q, k, q_host, k_host)
     if q.dtype != dtype:  # <grad, out> nearly cancels: a rounded out would spoil the gradient of fc_k
         same_lse = torch.empty_like(lse)
         again = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, same_lse)
-        _run("sne_fast_cpu_set_attention", library.DTYPES[dtype], ctypes.byref(again))
+        _run("set_attention", library.DTYPES[dtype], ctypes.byref(again), contents=contents)
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
     pointers = library.SetAttentionGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("sne_fast_cpu_set_attention_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    _run(op, library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers), contents=contents)
     return tuple(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
 
 
@@ -148,9 +178,13 @@ def set_attention_backward(
 
 def _segment_pool_args(x: Tensor, logits: Tensor, ptr: Tensor, out: Tensor, lse: Tensor) -> Any:
     return library.SegmentPoolArgs(
-        ptr.shape[0] - 1, x.shape[0], x.shape[1], logits.shape[1], torch.get_num_threads(),
+        ptr.shape[0] - 1, x.shape[0], x.shape[1], logits.shape[1], library.num_threads(),
         *(t.data_ptr() for t in (ptr, x, logits, out, lse)),
     )  # fmt: skip
+
+
+def _pool_contents(op: str, x: Tensor, ptr_host: Tensor) -> Callable[[], None]:
+    return lambda: checks.pointer_content(op, "ptr_host", ptr_host, ptr_host, x.shape[0])
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +196,8 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
     out = torch.empty(segments, heads, x.shape[1], dtype=dtype)
     lse = torch.empty(segments, heads, dtype=dtype)
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
-    _run("sne_fast_cpu_segment_pool", library.DTYPES[dtype], ctypes.byref(struct))
+    contents = _pool_contents("segment_pool", x, ptr_host)
+    _run("segment_pool", library.DTYPES[dtype], ctypes.byref(struct), contents=contents)
     return out.to(x.dtype), lse
 
 
@@ -178,13 +213,16 @@ def segment_pool_backward(
     grad, rows, weights, out, lse = (_ready(t, dtype) for t in (grad, x, logits, out, lse))
     ptr_host = ptr_host.contiguous()
     grads = torch.empty_like(rows), torch.empty_like(weights)
+    contents = _pool_contents("segment_pool_backward", x, ptr_host)
     if x.dtype != dtype:  # as in set_attention_backward
         same_lse = torch.empty_like(lse)
         again = _segment_pool_args(rows, weights, ptr_host, out, same_lse)
-        _run("sne_fast_cpu_segment_pool", library.DTYPES[dtype], ctypes.byref(again))
+        _run("segment_pool", library.DTYPES[dtype], ctypes.byref(again), contents=contents)
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
     pointers = library.SegmentPoolGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("sne_fast_cpu_segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    _run(
+        "segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers), contents=contents
+    )
     return grads[0].to(x.dtype), grads[1].to(logits.dtype)
 
 
@@ -197,7 +235,7 @@ def _gather_args(matrices: Sequence[Tensor], scale: Tensor, plan: Tensor, values
     pointers = (ctypes.c_void_p * count)(*(m.data_ptr() for m in matrices))
     plan, scale = plan.contiguous(), scale.to(torch.float64).contiguous()
     struct = library.GatherChunksArgs(
-        count, values.shape[0], torch.get_num_threads(), plan.data_ptr(), ctypes.addressof(dtypes),
+        count, values.shape[0], library.num_threads(), plan.data_ptr(), ctypes.addressof(dtypes),
         ctypes.addressof(pointers), scale.data_ptr(), values.data_ptr(),
     )  # fmt: skip
     return struct, [dtypes, pointers, plan, scale]
@@ -210,7 +248,7 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
     matrices = [(t if t.dtype in library.DTYPES else t.to(computed)).contiguous() for t in tensors]  # fp8 and the like
     values = torch.empty(sum(t.numel() for t in matrices), dtype=computed)
     struct, _kept = _gather_args(matrices, scale, plan, values)
-    _run("sne_fast_cpu_gather_chunks", library.DTYPES[computed], ctypes.byref(struct))
+    _run("gather_chunks", library.DTYPES[computed], ctypes.byref(struct))
     return values.to(dtype)
 
 
@@ -227,7 +265,7 @@ def gather_chunks_backward(
     struct, _kept = _gather_args(grads, scale, plan, values)
     scale_grad = torch.empty(scale.shape, dtype=torch.float64)
     struct.grad, struct.scale_grad = grad.data_ptr(), scale_grad.data_ptr()
-    _run("sne_fast_cpu_gather_chunks_backward", library.DTYPES[computed], ctypes.byref(struct))
+    _run("gather_chunks_backward", library.DTYPES[computed], ctypes.byref(struct))
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], scale_grad.to(scale.dtype)
 
 

@@ -16,11 +16,13 @@ import torch
 from ...ops.schema import CHUNK_PARAMETERS
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 
-ABI = 1
+ABI = 2
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cpu.so")
 ERROR_FILE = Path(__file__).with_name("libsne_fast_cpu_build_error.txt")
+BAD_ARGUMENT, NO_MEMORY = 1, 2
+"""Status codes of the library."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -43,12 +45,27 @@ GatherChunksArgs = struct(
     "shapes dtypes matrices scale values grad scale_grad",
 )
 
+
+class Hooks(ctypes.Structure):
+    """The C functions of Python with which a call gives the interpreter's lock back, and runs handlers of signals."""
+
+    _fields_ = (("release", POINTER), ("acquire", POINTER), ("check", POINTER))
+
+    @classmethod
+    def of_python(cls) -> Hooks:
+        """Return the functions of the running interpreter."""
+        api = ctypes.pythonapi
+        functions = (api.PyEval_SaveThread, api.PyEval_RestoreThread, api.PyErr_CheckSignals)
+        return cls(*(ctypes.cast(function, POINTER) for function in functions))
+
+
 SYMBOLS: Symbols = {
     "sne_fast_cpu_abi": (INT, []),
     "sne_fast_cpu_status": (TEXT, [INT]),
     "sne_fast_cpu_isa": (TEXT, []),
     "sne_fast_cpu_select_isa": (INT, [TEXT]),
     "sne_fast_cpu_has_isa": (INT, [TEXT]),
+    "sne_fast_cpu_set_hooks": (None, [POINTER]),
     "sne_fast_cpu_chunk_encode": (INT, [INT, POINTER, POINTER]),
     "sne_fast_cpu_chunk_encode_backward": (INT, [INT, POINTER, POINTER]),
     "sne_fast_cpu_set_attention": (INT, [INT, POINTER]),
@@ -62,8 +79,15 @@ SYMBOLS: Symbols = {
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Open a build of the CPU backend and check it; OSError says what is wrong with it."""
-    return open_checked(path, SYMBOLS, "sne_fast_cpu_abi", ABI)
+    """Open a build of the CPU backend and check it; OSError says what is wrong with it.
+
+    Its functions are called with the interpreter locked. Those that compute give the lock back meanwhile, and run
+    handlers of signals between tiles: what a handler raises, such as KeyboardInterrupt, ends the call and is raised.
+    """
+    lib = open_checked(path, SYMBOLS, "sne_fast_cpu_abi", ABI, ctypes.PyDLL)
+    hooks = Hooks.of_python()
+    lib.sne_fast_cpu_set_hooks(ctypes.addressof(hooks))  # copied by the library
+    return lib
 
 
 def _load() -> ctypes.CDLL:
@@ -75,14 +99,37 @@ def _load() -> ctypes.CDLL:
     except OSError as error:
         raise NotLoaded(f"the native library does not load: {error}") from error
     wanted = os.environ.get(ISA_ENVIRONMENT_VARIABLE, "")
-    if lib.sne_fast_cpu_select_isa(wanted.encode()):
+    if lib.sne_fast_cpu_select_isa(wanted.encode(errors="surrogateescape")):
         usable = ", ".join(isa for isa in ISAS if lib.sne_fast_cpu_has_isa(isa.encode()))
-        raise NotLoaded(f"{ISA_ENVIRONMENT_VARIABLE}={wanted} must be one that this machine can run: {usable}")
+        # Not a reason to take another backend: who names an instruction set is not to get the slow reference instead.
+        raise ValueError(
+            f"{ISA_ENVIRONMENT_VARIABLE}: instruction set must be one that this machine runs, {usable}, or empty for "
+            f"the best of them; got {wanted!r}"
+        )
     return lib
 
 
 NATIVE = NativeLibrary(_load)
 reasons, library = NATIVE.reasons, NATIVE.get
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def num_threads() -> int:
+    """Return how many threads a call may use: as many as torch uses, one in a forked child.
+
+    OpenMP's threads do not survive a fork, and a child that waits for them waits without end.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 def isa() -> str:
@@ -108,7 +155,7 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def check(status: int, what: str) -> None:
-    """Raise MemoryError or RuntimeError for a status code that is an error."""
+    """Raise MemoryError, or ValueError or RuntimeError, for a status code that is an error."""
     if status:
         text = f"{what}: {library().sne_fast_cpu_status(status).decode()}"
-        raise MemoryError(text) if status == 2 else RuntimeError(text)
+        raise {BAD_ARGUMENT: ValueError, NO_MEMORY: MemoryError}.get(status, RuntimeError)(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ...regular_files import open_regular
+from ..layer_order import natural_key
 from .chosen_weights import choose_weights
-from .errors import CheckpointError, shown, shown_list
+from .errors import CheckpointError, reading, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
 from .safetensors_files import read_safetensors
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import read_tensors
-from .torch_files import damage_of, opened_content
+from .torch_files import damage_of, read_content
 
-__all__ = ["ORDER_KEY", "Checkpoint", "natural_key", "read_checkpoint"]
+__all__ = ["ORDER_KEY", "Checkpoint", "read_checkpoint"]
 
 ORDER_KEY = "sne_fast.order"
 
@@ -63,15 +64,6 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{str(file)!r}: cannot be read: {error}") from error  # a path that no system can name
-
-
-def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
-    """Return a sort key that compares numbers inside names by value."""
-    return tuple(_part(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))), name
-
-
-def _part(digits: str) -> int:
-    return int(digits[:300]) if len(digits) <= 300 else 10**300 + len(digits)
 
 
 def _read_folder(folder: Path, key: str | None) -> Checkpoint:
@@ -120,8 +112,8 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
 
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:
-    with opened_content(file) as content, damage_of(file):
-        weights = choose_weights(content, key)
+    with reading(file), open_regular(file) as opened, damage_of(file):
+        weights = choose_weights(read_content(opened), key)
         tensors = read_tensors(weights.tensors)
     return Checkpoint(tensors, True, weights.left_out, weights.path)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -55,22 +52,30 @@ def test_a_missing_symbol_is_refused(monkeypatch, fresh_load):
     assert "lacks sne_fast_cpu_of_tomorrow" in cpu.BACKEND.unavailable()[0]
 
 
-@pytest.mark.slow
 @needs_backend
-def test_the_environment_variable_chooses_the_instruction_set(tmp_path):
-    def ask(name: str) -> str:
-        code = "from sne_fast.backends.cpu import library; print(library.reasons() or library.isa())"
-        environment = {**os.environ, library.ISA_ENVIRONMENT_VARIABLE: name, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout.strip()
+def test_the_environment_variable_chooses_the_instruction_set(monkeypatch, fresh_load):
+    def chosen(name: str) -> str:
+        monkeypatch.setenv(library.ISA_ENVIRONMENT_VARIABLE, name)
+        library.NATIVE.forget()
+        return library.isa()
 
-    for name in library.supported_isas():
-        assert ask(name) == name
-    assert ask("") == library.supported_isas()[-1]
-    assert "must be one that this machine can run: portable" in ask("mmx")
+    isas = library.supported_isas()
+    for name in isas:
+        assert chosen(name) == name
+    assert chosen("") == isas[-1]
+
+
+@needs_backend
+@pytest.mark.parametrize("name", ["typo", "AVX2", "mmx", " "])
+def test_an_unknown_instruction_set_is_an_error_that_lists_the_choices(monkeypatch, fresh_load, name):
+    choices = ", ".join(library.supported_isas())
+    monkeypatch.setenv(library.ISA_ENVIRONMENT_VARIABLE, name)
+    library.NATIVE.forget()
+    message = f"SNE_FAST_CPU_ISA: instruction set must be one that this machine runs, {choices}, or empty for the best "
+    with pytest.raises(ValueError, match=message):  # also where no backend was asked for
+        sne_fast.SNE()([torch.nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=message), sne_fast.use_backend("cpu"):
+        sne_fast.SNE()([torch.nn.Linear(2, 2)])
 
 
 @needs_backend
@@ -98,16 +103,6 @@ def test_structs_have_the_size_of_the_header(tmp_path):
                 words = piece.replace("*", " ").replace(",", " ").split()
                 fields += [w for w in words if w not in ("const", "void", "double", "int64_t", "int32_t")]
         assert fields == [field for field, _ in struct._fields_], name
-
-
-@needs_backend
-def test_bad_pointers_are_refused_not_followed():
-    args = list(chunk_encode_case(64, 4, [5, 6]))
-    for place, wrong in ((1, [0, 5, 12]), (1, [0, 12, 11]), (1, [1, 5, 11]), (2, [0, 1, 3])):
-        broken = list(args)
-        broken[place] = broken[place + 2] = torch.tensor(wrong)
-        with pytest.raises(RuntimeError, match="chunk_encode: sizes or pointers do not fit"):
-            cpu.chunk_encode(*broken)
 
 
 def test_why_not_names_what_does_not_fit():
