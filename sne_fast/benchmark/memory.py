@@ -98,7 +98,7 @@ def main() -> None:
     try:
         seconds = run(batch)
     except DoesNotFit as refusal:
-        print(to_json({"skipped": str(refusal)}))
+        print(to_json({"skipped": str(refusal)}, indent=None))
         return
     found = {"seconds": seconds, "peak_bytes": _peak_bytes() - loaded, "loaded_bytes": loaded}
-    print(to_json({**found, "weights": batch.num_weights}))
+    print(to_json({**found, "weights": batch.num_weights}, indent=None))

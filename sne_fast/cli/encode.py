@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..atomic_files import replacing
+from ..data.choices import NonFinite
 from ..nn.choices import SetAttention
-from ..tasks.settings import option
+from ..tasks.settings import check_choices, option
 from .options import options_of
-from .running import PATHS, check_output, expand, run_in_batches, usable_device
+from .running import (
+    NONFINITE,
+    PATHS,
+    check_output,
+    expand,
+    report_failures,
+    run_in_batches,
+    stdout,
+    usable_device,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,21 +45,29 @@ class EncodeSettings:
         "sab", help="Attention of the untrained encoder; isab is for tensors of a million weights and more."
     )
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+    nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
+
+    def __post_init__(self) -> None:
+        check_choices(self, "encode")
 
 
 @options_of(EncodeSettings)
 def encode(settings: EncodeSettings) -> None:
     """Write one vector per network.
 
-    Without --model the encoder is untrained: its vectors depend on all weights and on --seed.
+    Without --model the encoder is untrained: its vectors depend on all weights and on --seed. Networks that cannot be
+    read are named at the end, with exit code 1; the vectors of all others are written.
     """
     import numpy as np
 
+    from ..reports.terminal import say
+
     out = settings.out
     check_output(out, (".npz", ".parquet"))
-    names, files = expand(settings.paths)
+    networks = expand(settings.paths)
     encode, pack = _encoder(settings)
-    vectors = run_in_batches(encode, files, pack)
+    results = run_in_batches(encode, networks, pack, stdout(), nonfinite=settings.nonfinite)
+    names, vectors = results.names, results.values
     with replacing(out) as temporary:
         if out.suffix == ".npz":
             with open(temporary, "wb") as stream:
@@ -61,7 +79,8 @@ def encode(settings: EncodeSettings) -> None:
             flat = pa.array(vectors.ravel())
             column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
             pq.write_table(pa.table({"name": pa.array(names), "vector": column}), temporary)
-    typer.echo(f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
+    say(stdout(), f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
+    report_failures(results, f"written to {out}")
 
 
 def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor], Callable[[Any], WeightBatch]]:

@@ -77,7 +77,8 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
         found = Network(index, type(network).__name__, [])
         entries, kinds = _entries_of_module(network)
     elif isinstance(network, Mapping):
-        found = Network(index, "state_dict", [])
+        name = getattr(network, "name", None)  # of a network of a zoo
+        found = Network(index, name if isinstance(name, str) else "state_dict", [])
         entries = _entries_of_state_dict(network, found.label)
     elif isinstance(network, (str, os.PathLike)):
         found = Network(index, os.fspath(network), [])

@@ -88,10 +88,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND``, else ``"auto"``."""
+    """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND`` if not empty, else ``"auto"``."""
     if _choice is not None:
         return _choice
-    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def fuses(op: str, device: torch.device) -> bool:
@@ -206,6 +206,10 @@ class BackendReport:
 
 class Explanation(tuple[BackendReport, ...]):
     """Reports on every op and backend; ``print`` shows them as a table."""
+
+    def __repr__(self) -> str:
+        ready = sum(not report.reasons for report in self)
+        return f"Explanation({ready} of {len(self)} ready: str() says which, and why the others are not)"
 
     def __str__(self) -> str:
         lines = []

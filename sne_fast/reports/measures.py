@@ -1,14 +1,16 @@
-"""Measures of how well numbers are predicted, and a table of them for the terminal."""
+"""Measures of how well numbers are predicted, and rows of a table of them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+COLUMNS = ("", "Kendall's tau", "p-value", "R2", "MAE", "RMSE")
+"""Headers of a table of measures."""
 
 
 def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
@@ -66,18 +68,7 @@ def number_or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def measures_table(title: str, results: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Return the measures of each model as a table for the terminal."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    shown.add_column("")
-    for column in ("Kendall's tau", "p-value", "R2", "MAE", "RMSE"):
-        shown.add_column(column, justify="right")
-    for name, row in results.items():
-        shown.add_row(
-            name,
-            *(
-                number_or_dash(row[key], ".1e" if key == "tau_p" else ".3f")
-                for key in ("tau", "tau_p", "r2", "mae", "rmse")
-            ),
-        )
-    return shown
+def measure_rows(results: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
+    """Return a row of text for each model: its name and its measures in the order of `COLUMNS`."""
+    forms = {"tau": ".3f", "tau_p": ".1e", "r2": ".3f", "mae": ".3f", "rmse": ".3f"}
+    return [[name, *(number_or_dash(row[key], form) for key, form in forms.items())] for name, row in results.items()]

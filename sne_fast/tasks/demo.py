@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..atomic_files import write_json
 from ..backends.cpu import library
@@ -23,8 +23,9 @@ from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..reports.files import write_csv
 from ..reports.machine import machine
-from ..reports.measures import measures, measures_table
+from ..reports.measures import COLUMNS, measure_rows, measures
 from ..reports.plots import embedding_map, scatter
+from ..reports.terminal import progress, say, show_table
 from ..training.loop import fit, predict
 from ..training.settings import FitSettings, History
 from ..training.threads import torch_threads
@@ -110,13 +111,14 @@ def _run(folder: RunFolder, settings: Demo, console: Console) -> dict[str, Any]:
     write_json(folder.result(), metrics)
     folder.end()
     if library.reasons():
-        console.print(f"\nWithout the C++ backend all this took several times longer: {'; '.join(library.reasons())}")
-    console.print(
-        f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
-        f"Written to {folder}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
-        f"Try: sne-fast predict --model {folder.predictor()} {zoo[parts['test'][0]]}",
-        highlight=False,
-        soft_wrap=True,
+        why = "; ".join(library.reasons())
+        say(console, "", f"Without the C++ backend all this took several times longer: {why}")
+    say(
+        console,
+        "",
+        f"SNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}",
+        f"Written to {folder}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png",
+        f"Try: sne-fast predict --model {shlex.join([str(folder.predictor()), str(zoo[parts['test'][0]])])}",
     )
     return metrics
 
@@ -173,22 +175,16 @@ def _predictor(settings: Demo) -> Predictor:
 
 
 def _make_zoo(folder: Path, settings: Demo, console: Console) -> Zoo:
-    with _bar(console) as bar:
-        task = bar.add_task(f"1. Training {settings.networks} digit classifiers", total=1.0, note="")
-        about = {"networks": settings.networks, "seed": settings.seed, "max_steps": settings.max_steps}
+    about = {"networks": settings.networks, "seed": settings.seed, "max_steps": settings.max_steps}
+    with progress(console, f"1. Training {settings.networks} digit classifiers", bar=True, stays=True) as update:
         zoo = reuse(folder, about) or make_digits_zoo(
-            folder,
-            settings.networks,
-            seed=settings.seed,
-            max_steps=settings.max_steps,
-            on_progress=lambda share: bar.update(task, completed=share),
+            folder, settings.networks, seed=settings.seed, max_steps=settings.max_steps, on_progress=update
         )
-        bar.update(task, completed=1.0)
     accuracy = zoo.column(TARGET)
-    console.print(
+    say(
+        console,
         f"   {len(set(zoo.column('architecture')))} architectures; accuracy on held-out digits from "
         f"{accuracy.min():.1%} to {accuracy.max():.1%}, median {sorted(accuracy)[len(zoo) // 2]:.1%}",
-        highlight=False,
     )
     return zoo
 
@@ -205,17 +201,17 @@ def _train(
     targets = torch.tensor(accuracy, dtype=torch.get_default_dtype())[:, None]
     train, validation = parts["train"], parts["validation"]
     per_epoch = int(batch.network_sizes[train].sum())
-    with _bar(console) as bar:
-        task = bar.add_task(f"2. Training SNE on {len(train)} of them", total=settings.epochs * per_epoch, note="")
-        epochs_done = 0
+    with progress(console, f"2. Training SNE on {len(train)} of them", bar=True, stays=True) as update:
+        epochs_done, note = 0, ""
 
         def on_batch(done: int) -> None:
-            bar.update(task, completed=epochs_done * per_epoch + done)
+            update((epochs_done + done / per_epoch) / settings.epochs, note)
 
         def on_epoch(epoch: int, history: History) -> None:
-            nonlocal epochs_done
+            nonlocal epochs_done, note
             epochs_done = epoch + 1
-            bar.update(task, note=f"loss {history.train_loss[-1]:.2f}, unseen {history.validation_loss[-1]:.2f}")
+            note = f"loss {history.train_loss[-1]:.2f}, unseen {history.validation_loss[-1]:.2f}"
+            update(epochs_done / settings.epochs, note)
 
         return fit(
             predictor,
@@ -240,7 +236,7 @@ def _report(
 ) -> dict[str, Any]:
     accuracy, architectures = zoo.column(TARGET), [str(name) for name in zoo.column("architecture")]
     test, known = parts["test"], parts["train"] + parts["validation"]
-    with console.status("3. Evaluating on held-out networks"):
+    with progress(console, "3. Evaluating on held-out networks"):
         values, z = predict(predictor, batch)
         # The baselines may fit the validation networks too, since the predictor used them to choose its epoch.
         everything = {
@@ -255,8 +251,8 @@ def _report(
         scatter(folder.plot("scatter"), accuracy[test], shown, groups, results)
         encodings = z.double().cpu().numpy()
         embedding_map(folder.plot("embedding"), encodings, accuracy, architectures, test, settings.seed)
-    console.print("3. Evaluated on held-out networks\n")
-    console.print(measures_table(f"Accuracy of {len(test)} held-out networks", results))
+    say(console, "3. Evaluated on held-out networks", "")
+    show_table(console, COLUMNS, measure_rows(results), title=f"Accuracy of {len(test)} held-out networks")
     names = [zoo.rows[i]["name"] for i in test]
     write_csv(
         folder.predictions,
@@ -271,17 +267,3 @@ def _report(
             "mae": float(abs(held_out[SNE_NAME] - accuracy[test])[rows].mean()),
         }
     return {"models": results, "sne_by_architecture": by_architecture}
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
 
 from ..atomic_files import write_text
 from ..reports.plots import embedding_map, literal, new_figure, save_figure
+from ..reports.terminal import show_table
 from .baselines import BASELINES
 from .definitions import Experiment, Task
 from .networks import Networks
 from .run_folder import Run, RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COLUMNS = ("Kendall's tau", "R2", "MSE", "seconds")
 
@@ -33,21 +36,15 @@ def cells(method: Mapping[str, Any]) -> list[str]:
     return [number("tau"), number("r2"), number("mse"), f"{method['seconds']:.0f}"]
 
 
-def table(experiment: Mapping[str, Any]) -> Table:
-    """Return the table of an experiment for the terminal."""
+def show_experiment(console: Console, experiment: Mapping[str, Any]) -> None:
+    """Print the table of an experiment."""
     runs = max(method["runs"] for method in experiment["methods"].values())
-    shown = Table(
+    show_table(
+        console,
+        ["", *COLUMNS],
+        [[name, *cells(method)] for name, method in experiment["methods"].items()],
         title=f"{experiment['name']}: test networks, mean ± standard deviation of {runs} seed(s)",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
     )
-    shown.add_column("")
-    for column in COLUMNS:
-        shown.add_column(column, justify="right")
-    for name, method in experiment["methods"].items():
-        shown.add_row(name, *cells(method))
-    return shown
 
 
 def markdown(results: Mapping[str, Any]) -> str:

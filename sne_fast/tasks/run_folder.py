@@ -102,6 +102,11 @@ class RunFolder:
         return self.path / "zoo"
 
     @property
+    def unfinished(self) -> Path:
+        """The JSON file with the settings of a demo, which is there until the demo ends."""
+        return self.path / "unfinished.json"
+
+    @property
     def zoos(self) -> Path:
         """The folder of a task's zoos."""
         return self.path / "zoos"

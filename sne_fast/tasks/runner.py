@@ -16,12 +16,13 @@ import torch
 from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
 from ..reports.measures import measures, why_undefined
+from ..reports.terminal import progress, say
 from ..training.fingerprint import of_values
 from ..training.threads import torch_threads
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, SneSettings, Task
 from .networks import Networks
-from .report import table, write_report
+from .report import show_experiment, write_report
 from .requirements import check_extra
 from .results import check_runs, collect
 from .run_folder import Run, RunFolder
@@ -74,12 +75,8 @@ def run_task(
     if unknown:
         raise ValueError(f"task: methods must be among {', '.join(rows)}, got {', '.join(unknown)}")
     folder, at = RunFolder(out), commit()  # the commit is read now, since the checkout may change while this runs
-    with console.status("zoos") as status:
-
-        def progress(done: float) -> None:
-            status.update(f"making the zoos: {done:.0%}")
-
-        zoos = task.zoos(folder.zoos, networks or task.networks, progress)
+    with progress(console, "making the zoos") as update:
+        zoos = task.zoos(folder.zoos, networks or task.networks, update)
     job = _Job(task, Networks(zoos, task.target), sne, folder, console, at)
     job.check(list(methods) or rows)
     for run in job.runs(list(methods) or rows, seeds):
@@ -88,7 +85,7 @@ def run_task(
     write_json(folder.results, results)
     write_report(folder, task, job.data, results)
     for experiment in results["experiments"].values():
-        console.print(table(experiment))
+        show_experiment(console, experiment)
     return results
 
 
@@ -135,9 +132,9 @@ class _Job:
         clock = time.perf_counter()
         label = f"{run.experiment.name}, {asked['method']}, seed {run.seed}, {len(parts['train'])} networks"
         # One thread: batches are small, and most operations of a step are too small to share (see demo.py).
-        with self.console.status(label) as status, torch_threads(1):
+        with progress(self.console, label) as update, torch_threads(1):
             if settings is not None:
-                arrays, about = self._train_sne(run, settings, parts, lambda text: status.update(f"{label}: {text}"))
+                arrays, about = self._train_sne(run, settings, parts, lambda text: update(note=text))
             else:
                 arrays, about = self._fit_baseline(run, parts)
         about |= {"seconds": time.perf_counter() - clock, "commit": self.commit}
@@ -149,7 +146,7 @@ class _Job:
                 about["undefined"] = undefined
         self.folder.write_result(run, {**asked, **about}, arrays)
         text = "; ".join(about["why_not"]) if "why_not" in about else _line(about["test"])
-        self.console.print(f"{label}: {text} ({about['seconds']:.0f} s)", highlight=False, soft_wrap=True)
+        say(self.console, f"{label}: {text} ({about['seconds']:.0f} s)")
 
     def check(self, rows: Sequence[str]) -> None:
         """Check that what the folder holds of some rows is of this call's settings and networks.

@@ -18,6 +18,7 @@ from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..reports.files import write_csv
 from ..reports.measures import measures, why_undefined
+from ..reports.terminal import for_progress, progress, say
 from ..symmetry import PermutationAugmentation
 from ..training.distributed import World, processes
 from ..training.loop import fit, predict
@@ -44,7 +45,7 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
     Raises:
         KeyError: a column that the zoo does not have.
-        ModuleNotFoundError: scipy is missing, which the measures need, or TensorBoard for its log.
+        ModuleNotFoundError: scipy is missing, or TensorBoard for its log.
         ValueError: columns that do not fit the loss, a split without networks to train or test, or a folder that holds
             a training of other networks, targets or settings.
         BlockingIOError: another process trains into the folder.
@@ -75,20 +76,20 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     targets, classes = read_targets(zoo, settings.targets, settings.loss)
     names = classes if classes is not None else list(settings.targets)
     predictor = _predictor(settings, names)
-    with console.status("packing"):
+    with progress(console, "packing"):
         batch = predictor.pack(zoo, device="cpu")
     augment = None
     if settings.permute:
-        with console.status("finding symmetries"):
+        with progress(console, "finding symmetries"):
             augment = PermutationAugmentation(symmetries_of(zoo[parts["train"]]))
 
     def on_epoch(epoch: int, history: History) -> None:
         if world.first:
             unseen = f", unseen {history.validation_loss[-1]:.4g}" if history.validation_loss else ""
-            console.print(
+            say(
+                for_progress(console),
                 f"epoch {epoch + 1}/{settings.epochs}: loss {history.train_loss[-1]:.4g}{unseen}, "
                 f"{history.weights_per_second / 1e3:.0f}k weights/s",
-                highlight=False,
             )
 
     rows, watched = parts["train"], parts["validation"]
