@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ...regular_files import open_regular
 from ..layer_order import natural_key
 from ..tied_names import with_tied_names
 from .chosen_weights import choose_weights
-from .errors import CheckpointError, shown, shown_list
+from .errors import CheckpointError, reading, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
 from .safetensors_files import read_safetensors
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import read_tensors
-from .torch_files import damage_of, opened_content
+from .torch_files import damage_of, read_content
 
 __all__ = ["ORDER_KEY", "Checkpoint", "read_checkpoint"]
 
@@ -112,8 +113,8 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
 
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:
-    with opened_content(file) as content, damage_of(file):
-        weights = choose_weights(content, key)
+    with reading(file), open_regular(file) as opened, damage_of(file):
+        weights = choose_weights(read_content(opened), key)
         tensors = read_tensors(weights.tensors)
     return Checkpoint(tensors, True, weights.left_out, weights.path)
 
