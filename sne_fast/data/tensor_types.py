@@ -137,4 +137,7 @@ def kind_of_module(module: nn.Module) -> int | None:
     for classes, kind in _CLASSES:
         if isinstance(module, classes):
             return kind
+    if type(module).__module__.startswith("torch.ao."):  # a quantised class has the name of the one it stands for
+        plain = getattr(nn, type(module).__name__, None)
+        return next((kind for classes, kind in _CLASSES if plain and issubclass(plain, classes)), None)
     return OTHER if type(module).__module__.startswith("torch.nn.") else None

@@ -250,7 +250,7 @@ def test_kinds_that_fit_nothing(given, error: type, message: str) -> None:
 # Tensors left out, tied or wrapped
 
 
-def test_only_floating_parameters_and_running_statistics() -> None:
+def test_only_floating_and_complex_parameters_and_running_statistics() -> None:
     network = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False), nn.BatchNorm1d(2, eps=1.0))
     network[2].running_mean = None
     network.register_buffer("mask", torch.ones(3))
@@ -259,7 +259,7 @@ def test_only_floating_parameters_and_running_statistics() -> None:
     network.register_parameter("none", None)
     b = pack([network])
     assert b.names[0][1] == (
-        "0.weight", "0.bias", "0.running_mean", "0.running_var", "1.running_mean", "1.running_var",
+        "phase", "0.weight", "0.bias", "0.running_mean", "0.running_var", "1.running_mean", "1.running_var",
         "2.weight", "2.bias", "2.running_var",
     )  # fmt: skip
 
