@@ -49,7 +49,7 @@ def register(batch_type: type, join: Callable[[Sequence[Any]], Any]) -> None:
         return [(_pytree.MappingKey(field), leaf) for field, leaf in zip(LEAVES, leaves, strict=True)], context
 
     def unflatten(leaves: Any, context: _Context) -> Any:
-        batch = object.__new__(batch_type)
+        batch: Any = object.__new__(batch_type)
         fields = dict(zip(LEAVES, leaves, strict=True))
         for field in (*HOSTS, "kernels"):  # a walker that moves all tensors leaves these where they belong
             leaf = fields[field]
