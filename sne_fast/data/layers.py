@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .checkpoints import NESTED, CheckpointError, find_state_dict, load_with_order
+from .checkpoints import CheckpointError, find_state_dict, read_checkpoint
 from .layer_order import order_by_names
 from .tensor_types import NORMALISATION, infer_kind, kind_of_module, role_of
 
@@ -83,15 +83,15 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
     elif isinstance(network, (str, os.PathLike)):
         found = Network(index, os.fspath(network), [])
         try:
-            state_dict, defined = load_with_order(network)
+            checkpoint = read_checkpoint(network)
         except CheckpointError as error:
             raise CheckpointError(f"pack: network {index}: {error}") from error
-        if order == "definition" and not defined:
+        if order == "definition" and not checkpoint.keeps_order:
             raise CheckpointError(
                 f"pack: {found.label} does not say in which order its layers were defined, which order='definition' "
                 f"needs; write it with sne_fast.data.checkpoints.save_state_dict, or use order='names'"
             )
-        entries = _entries_of_state_dict(state_dict, found.label)
+        entries = _entries_of_state_dict(checkpoint.tensors, found.label)
     else:
         raise TypeError(
             f"pack: network {index} must be an nn.Module, a state_dict or a path to a checkpoint, "
@@ -224,7 +224,10 @@ def strip_wrappers(names: list[str]) -> list[str]:
 
 def _entries_of_state_dict(state_dict: Mapping[Any, Any], label: str) -> list[Entry]:
     """Return the tensors of a state_dict that count."""
-    state_dict = find_state_dict(state_dict)
+    try:
+        state_dict = find_state_dict(state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f"pack: {label} {error}") from error
     keys, tensors = [], []
     for key, value in state_dict.items():
         if isinstance(value, Tensor):
@@ -235,7 +238,7 @@ def _entries_of_state_dict(state_dict: Mapping[Any, Any], label: str) -> list[En
     if not tensors:
         held = ", ".join(repr(key) for key in list(state_dict)[:8]) or "nothing"
         raise ValueError(
-            f"pack: {label} must map names to tensors (at the top or under {', '.join(NESTED)}), it holds {held}"
+            f"pack: {label} must map names to tensors, at the top or in one mapping inside; it holds {held}"
         )
     for key, value in state_dict.items():
         # numbers, None and extra state may stand beside tensors; these would be weights left out without a word

@@ -49,9 +49,9 @@ def pack(
     are cut as they are stored: fused projections and gates are not split, nothing is transposed.
 
     Args:
-        networks: a sequence of modules, state_dicts (also nested under "state_dict", "model" or "model_state_dict") or
-            paths: `.safetensors`, a sharded `.safetensors.index.json`, a folder holding one, `.pt/.pth/.bin/.ckpt`.
-            One network alone is taken as a sequence of one.
+        networks: a sequence of modules, state_dicts (also inside another mapping) or paths: files of safetensors or of
+            `torch.save`, indices of shards, folders; see `sne_fast.data.checkpoints.load_state_dict`. One network alone
+            is taken as a sequence of one.
         chunk_size: c, the longest a chunk may be; the last piece of a row may be shorter.
         chunking: how `W[out, in, *k]` is cut. "flat": for every kernel position the row-major `out x in` vector, every
             c elements; "neuron": as flat, but cut also at every output neuron; "kernel": one row per kernel,

@@ -332,9 +332,9 @@ def test_lazy_modules_and_empty_parameters_of_modules() -> None:
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        ({}, ValueError, "must map names to tensors .* it holds nothing"),
-        ({"encoder": {"w": torch.ones(1)}}, ValueError, "must map names to tensors .* it holds 'encoder'"),
-        ({"w": torch.ones(1), "more": {"w": torch.ones(1)}}, TypeError, "'more' must be a tensor, got dict"),
+        ({}, ValueError, "must map names to tensors, .*; it holds nothing"),
+        ({"encoder": {"w": 1.0}}, ValueError, "must map names to tensors, .*; it holds 'encoder'"),
+        ({"w": torch.ones(1), "more": {"w": torch.ones(1)}}, ValueError, "holds tensors in 2 places, the top .*'more'"),
         ({"w": torch.ones(1), "m": torch.ones(1).numpy()}, TypeError, "'m' must be a tensor, got ndarray"),
         ({"w": torch.ones(1), "m": nn.ReLU()}, TypeError, "'m' must be a tensor, got ReLU"),
         ({3: torch.ones(1)}, TypeError, "must have strings as keys, got 3"),
