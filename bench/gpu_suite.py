@@ -38,7 +38,7 @@ from gpu_cases import OutOfTime  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import sne_fast  # noqa: E402
-from sne_fast.atomic_files import write_text  # noqa: E402
+from sne_fast.atomic_files import to_json, write_text  # noqa: E402
 from sne_fast.backends.cuda import library as cuda_library  # noqa: E402
 from sne_fast.benchmark import GPU_CASES, gpu_limits, gpu_ops  # noqa: E402
 from sne_fast.ops.found_backends import FUSIONS  # noqa: E402
@@ -86,7 +86,7 @@ class Suite:
 
     def write(self) -> None:
         self.results["seconds"] = time.monotonic() - self.start
-        write_text(Path(self.options.out), json.dumps(self.results, indent=1, default=str) + "\n")
+        write_text(Path(self.options.out), to_json(self.results, indent=1, default=str) + "\n")
 
     def fail(self, name: str, error: Exception) -> None:
         self.results["errors"][name] = "".join(traceback.format_exception(error))[-4000:]

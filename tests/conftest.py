@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from sne_fast.ops.backend import Backend
@@ -23,6 +24,18 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, PROCESSORS // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 # A failure in a helper shows both sides of what it compared, as in a test's own file.
 pytest.register_assert_rewrite("helpers")
+
+# Suites of random inputs are short by default; SNE_FAST_FUZZ=10000 tries that many for each test that names no number.
+# There are no deadlines, since the processors are shared, and function-scoped fixtures are folders, which each example
+# writes anew.
+settings.register_profile(
+    "sne_fast",
+    max_examples=int(os.environ.get("SNE_FAST_FUZZ", "25")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.load_profile("sne_fast")
 
 
 # ----------------------------------------------------------------------------------------------- processes and variants

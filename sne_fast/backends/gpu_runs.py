@@ -10,13 +10,13 @@ A backend that no result names has only been emulated and compiled, and ``sne-fa
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..atomic_files import write_json
+from ..regular_files import read_json
 
 FILE = Path(__file__).with_name("gpu_runs.json")
 
@@ -64,7 +64,7 @@ def is_result(content: Any) -> bool:
 
 def read(file: Path = FILE) -> tuple[Run, ...]:
     """Read the runs of a summary."""
-    found = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    found = read_json(file, dict)["runs"]
     return tuple(Run(**{**run, "ops": tuple(run["ops"]), "failed": tuple(run["failed"])}) for run in found)
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     """Write the runs of the results named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="results of bench/gpu_suite.py; other files are skipped")
-    contents = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in parser.parse_args().results}
+    contents = {file.name: read_json(file) for file in parser.parse_args().results}
     write([run for name, content in contents.items() if is_result(content) for run in runs_of(content, name)])
     print(*read(), sep="\n")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..atomic_files import to_json
 from ..data.batch import WeightBatch
 from .cases import find_case
 from .contenders import DoesNotFit
@@ -97,7 +98,7 @@ def main() -> None:
     try:
         seconds = run(batch)
     except DoesNotFit as refusal:
-        print(json.dumps({"skipped": str(refusal)}))
+        print(to_json({"skipped": str(refusal)}, indent=None))
         return
     found = {"seconds": seconds, "peak_bytes": _peak_bytes() - loaded, "loaded_bytes": loaded}
-    print(json.dumps({**found, "weights": batch.num_weights}))
+    print(to_json({**found, "weights": batch.num_weights}, indent=None))

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..backends.cpu import library
 from ..ops.dispatch import use_backend
+from ..reports.terminal import Update, progress, say, show_table
 from ..training.threads import torch_threads
 from .cases import CASES
 from .checks import check_agreement, run_check
@@ -23,6 +23,7 @@ from .pairs import Pairs
 SHORT = ("zoo", "inr", "mixed")
 SIZE = "check"
 ROUNDS = 3
+COLUMNS = ("case", "mode", "weights", "M weights/s", "vs eager padded", "of limit", "rounds")
 BUDGET = 7.0
 """Seconds after which a measurement begins no further round: the whole stays near a minute on a slow machine too."""
 
@@ -65,31 +66,30 @@ def run_short(
     rows: list[dict[str, float | str]] = []
     start = time.perf_counter()
     with torch_threads(threads if threads is not None else os.cpu_count() or 1), use_backend(backend):
-        with console.status("") as status:
-            for name in cases:
-                for row in _measure(name, rounds, backend, size, status.update):
-                    rows.append(row)
+        for name in cases:
+            with progress(console, name) as update:
+                rows += _measure(name, rounds, backend, size, update)
         rate = product_rate(0.2)
-        console.print(_table(rows))
+        show_table(console, COLUMNS, [_cells(row) for row in rows], text_columns=2)
         isa = "not built" if library.reasons() else library.isa()
-        console.print(
+        say(
+            console,
             f"{torch.get_num_threads()} threads, C++ library {isa}, backend {backend}; best product "
-            f"{rate / 1e9:.0f} GFLOP/s; medians of interleaved rounds; {time.perf_counter() - start:.0f} s in all.\n"
+            f"{rate / 1e9:.0f} GFLOP/s; medians of interleaved rounds; {time.perf_counter() - start:.0f} s in all.",
             "The full suite: pytest bench (in the repository).",
-            highlight=False,
         )
     return rows
 
 
-def _measure(name: str, rounds: int, backend: str, size: str, say: object) -> Iterator[dict[str, float | str]]:
+def _measure(name: str, rounds: int, backend: str, size: str, update: Update) -> Iterator[dict[str, float | str]]:
     case = CASES[name]
-    say(f"{name}: checking against float64")  # type: ignore[operator]
+    update(note="checking against float64")
     run_check(case, backend, "tiny")
     encoder = case.encoder()
     batch = case.batch(encoder, size)
     operations = chunk_operations(batch, encoder.hidden_dim)
     for mode in ("forward", "training") if case.trains else ("forward",):
-        say(f"{name}: {mode}")  # type: ignore[operator]
+        update(note=mode)
         training = mode == "training"
         limit = default_memory_limit()
         own = contender("sne_fast", encoder, batch, backend=backend, training=training, memory_limit=limit)
@@ -119,19 +119,14 @@ def _measure(name: str, rounds: int, backend: str, size: str, say: object) -> It
         }
 
 
-def _table(rows: Sequence[dict[str, float | str]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for n, column in enumerate(("case", "mode", "weights", "M weights/s", "vs eager padded", "of limit", "rounds")):
-        table.add_column(column, justify="left" if n < 2 else "right", no_wrap=True)
-    for row in rows:
-        ratio = row.get("vs_eager")
-        table.add_row(
-            str(row["case"]),
-            str(row["mode"]),
-            f"{row['weights']:,}",
-            f"{float(row['weights_per_second']) / 1e6:.3f}",
-            "does not fit" if ratio is None else f"{float(ratio):.1f}x",
-            f"{100 * float(row['fraction_of_limit']):.0f} %",
-            str(row["rounds"]),
-        )
-    return table
+def _cells(row: dict[str, float | str]) -> list[str]:
+    ratio = row.get("vs_eager")
+    return [
+        str(row["case"]),
+        str(row["mode"]),
+        f"{row['weights']:,}",
+        f"{float(row['weights_per_second']) / 1e6:.3f}",
+        "does not fit" if ratio is None else f"{float(ratio):.1f}x",
+        f"{100 * float(row['fraction_of_limit']):.0f} %",
+        str(row["rounds"]),
+    ]

@@ -6,6 +6,7 @@ so that help appears at once. Every expected error becomes one sentence and exit
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -17,12 +18,11 @@ from ..version import __version__
 from .bench import bench
 from .demo import demo
 from .encode import encode
+from .errors import is_expected, sentence
 from .info import info
 from .predict import predict
 from .task import task
 from .train import train
-
-EXPECTED = (ValueError, TypeError, OSError, KeyError, ModuleNotFoundError, MemoryError)
 
 
 class _Commands(TyperGroup):
@@ -33,25 +33,12 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if ctx.params.get("debug") or not isinstance(error, (*EXPECTED, *_own_errors())):
+            if ctx.params.get("debug") or not is_expected(error):
                 raise
-            typer.echo(f"sne-fast: {_sentence(error)}", err=True)
+            from ..reports.terminal import printable
+
+            typer.echo(f"sne-fast: {printable(sentence(error))}", err=True)
             raise typer.Exit(2) from error
-
-
-def _sentence(error: Exception) -> str:
-    text: object = error
-    if isinstance(error, KeyError) and error.args:
-        text = error.args[0]  # str() would put it in quotes
-    elif isinstance(error, OSError) and error.strerror:
-        text = error.strerror if error.filename is None else f"{error.strerror}: {str(error.filename)!r}"
-    return " ".join(str(text).split())
-
-
-def _own_errors() -> tuple[type[BaseException], ...]:
-    """Return the errors of this package that are RuntimeErrors, from the modules that a command has loaded."""
-    own = (("sne_fast.ops.dispatch", "BackendError"), ("sne_fast.benchmark.checks", "CheckFailed"))
-    return tuple(getattr(sys.modules[module], name) for module, name in own if module in sys.modules)
 
 
 app = typer.Typer(
@@ -91,4 +78,7 @@ def main() -> None:
     two cores, a training step took 6 to 16 times longer with threads that spin while they wait.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an encoding that lacks a character ends no command
     app(prog_name="sne-fast")

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..atomic_files import replacing
+from ..data.choices import NonFinite
 from ..nn.choices import SetAttention
-from ..tasks.settings import option
+from ..tasks.settings import check_choices, option
 from .options import options_of
-from .running import PATHS, check_output, expand, run_in_batches, usable_device
+from .running import (
+    NONFINITE,
+    PATHS,
+    check_output,
+    expand,
+    report_failures,
+    run_in_batches,
+    stdout,
+    usable_device,
+)
 
 if TYPE_CHECKING:
-    from ..nn.encoder import SNE
+    from torch import Tensor
+
+    from ..data.batch import WeightBatch
 
 
 @dataclass(frozen=True)
@@ -32,21 +45,29 @@ class EncodeSettings:
         "sab", help="Attention of the untrained encoder; isab is for tensors of a million weights and more."
     )
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+    nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
+
+    def __post_init__(self) -> None:
+        check_choices(self, "encode")
 
 
 @options_of(EncodeSettings)
 def encode(settings: EncodeSettings) -> None:
     """Write one vector per network.
 
-    Without --model the encoder is untrained: its vectors depend on all weights and on --seed.
+    Without --model the encoder is untrained: its vectors depend on all weights and on --seed. Networks that cannot be
+    read are named at the end, with exit code 1; the vectors of all others are written.
     """
     import numpy as np
 
+    from ..reports.terminal import say
+
     out = settings.out
     check_output(out, (".npz", ".parquet"))
-    names, files = expand(settings.paths)
-    encoder = _encoder(settings)
-    vectors = run_in_batches(encoder, files, encoder)
+    networks = expand(settings.paths)
+    encode, pack = _encoder(settings)
+    results = run_in_batches(encode, networks, pack, stdout(), nonfinite=settings.nonfinite)
+    names, vectors = results.names, results.values
     with replacing(out) as temporary:
         if out.suffix == ".npz":
             with open(temporary, "wb") as stream:
@@ -58,10 +79,15 @@ def encode(settings: EncodeSettings) -> None:
             flat = pa.array(vectors.ravel())
             column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
             pq.write_table(pa.table({"name": pa.array(names), "vector": column}), temporary)
-    typer.echo(f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
+    say(stdout(), f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
+    report_failures(results, f"written to {out}")
 
 
-def _encoder(settings: EncodeSettings) -> SNE:
+def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor], Callable[[Any], WeightBatch]]:
+    """Return the functions that encode a batch and that pack networks for it.
+
+    Those of a predictor do all that it does to networks, so that vectors are those that its head takes.
+    """
     import torch
 
     from ..nn.encoder import SNE
@@ -77,7 +103,10 @@ def _encoder(settings: EncodeSettings) -> SNE:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            return SNE(set_attention=settings.set_attention).to(device).eval()
-    if saved_class(read_config(settings.model)) == "Predictor":
-        return Predictor.from_pretrained(settings.model, device=device).encoder
-    return SNE.from_pretrained(settings.model, device=device)
+            encoder = SNE(set_attention=settings.set_attention).to(device).eval()
+    elif saved_class(read_config(settings.model)) == "Predictor":
+        predictor = Predictor.from_pretrained(settings.model, device=device)
+        return predictor.encode, predictor.pack
+    else:
+        encoder = SNE.from_pretrained(settings.model, device=device)
+    return encoder, encoder.pack

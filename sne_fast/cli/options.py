@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from rich.markup import escape
 
 Settings = TypeVar("Settings")
 
@@ -20,7 +21,7 @@ Settings = TypeVar("Settings")
 def options_of(settings: type[Settings]) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
     """Return a decorator that gives a command an option per described field of `settings`.
 
-    The command itself takes one argument, the settings.
+    The command itself takes one argument, the settings. Help is shown as it is written, without rich's markup.
     """
     hints = get_type_hints(settings)
     described = [field for field in dataclasses.fields(settings) if "help" in field.metadata]  # type: ignore[arg-type]
@@ -35,6 +36,7 @@ def options_of(settings: type[Settings]) -> Callable[[Callable[[Settings], None]
             given |= {name: tuple(values[name]) for name in repeatable if values[name]}
             command(settings(**given))
 
+        run.__doc__ = escape(inspect.getdoc(command) or "")
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -51,7 +53,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     """Return the parameter that typer reads: `name: Annotated[type, Option(...)] = default`."""
     about, item = field.metadata, _item_type(hint)
     required = field.default is dataclasses.MISSING
-    shown: dict[str, Any] = {"help": about["help"], "min": about.get("min"), "max": about.get("max")}
+    shown: dict[str, Any] = {"help": escape(about["help"]), "min": about.get("min"), "max": about.get("max")}
     shown["show_default"] = about.get("shown", not required and item is None)
     if about.get("argument"):
         info = typer.Argument(metavar=about.get("metavar"), **shown)

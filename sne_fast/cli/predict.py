@@ -5,10 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic_files import replacing, write_json
-from ..tasks.settings import option
+from ..atomic_files import to_json, write_json
+from ..data.choices import NonFinite
+from ..tasks.settings import check_choices, option
 from .options import options_of
-from .running import PATHS, check_output, expand, print_table, run_in_batches, usable_device
+from .running import (
+    NONFINITE,
+    PATHS,
+    check_output,
+    expand,
+    report_failures,
+    run_in_batches,
+    stdout,
+    usable_device,
+)
 
 
 @dataclass(frozen=True)
@@ -18,35 +28,42 @@ class PredictSettings:
     paths: tuple[Path, ...] = option(help=PATHS, argument=True, metavar="PATH")
     model: str = option(help="Folder (or Hub repository) of a trained predictor.")
     out: Path | None = option(None, help="Also write to .csv or .json.", flags=("--out", "-o"))
+    json: bool = option(False, help="Print JSON instead of a table.")
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+    nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
+
+    def __post_init__(self) -> None:
+        check_choices(self, "predict")
 
 
 @options_of(PredictSettings)
 def predict(settings: PredictSettings) -> None:
-    """Predict properties of networks with a trained predictor."""
-    import csv
+    """Predict properties of networks with a trained predictor.
 
+    Prints a table, or where stdout is no terminal lines with tabs between cells. Networks that cannot be read are named
+    at the end, with exit code 1; the predictions for all others are printed and written.
+    """
     from ..nn.predictor import Predictor
+    from ..reports.files import write_csv
+    from ..reports.terminal import show_table
 
-    out = settings.out
+    out, console = settings.out, stdout()
     if out is not None:
         check_output(out, (".csv", ".json"))
-    names, files = expand(settings.paths)
+    networks = expand(settings.paths)
     predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
-    values = run_in_batches(predictor, files, predictor.encoder)
-    targets = predictor.target_names
-    rows = [
-        {"name": name, **{target: float(value) for target, value in zip(targets, row, strict=True)}}
-        for name, row in zip(names, values, strict=True)
-    ]
+    results = run_in_batches(predictor, networks, predictor.pack, console, nonfinite=settings.nonfinite)
+    columns = ["name", *predictor.target_names]
+    rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
+    records = [dict(zip(columns, row, strict=True)) for row in rows]
     if out is not None and out.suffix == ".json":
-        write_json(out, rows)
+        write_json(out, records)
     elif out is not None:
-        with replacing(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    print_table(
-        ["name", *targets],
-        [[name, *(f"{float(value):.4g}" for value in row)] for name, row in zip(names, values, strict=True)],
-    )
+        write_csv(out, columns, rows)
+    if settings.json:
+        console.out(to_json(records), highlight=False)
+    else:
+        shown = (lambda value: f"{value:.4g}") if console.is_terminal else str  # all digits for other programs
+        cells = [[name, *map(shown, values)] for name, values in zip(results.names, results.values, strict=True)]
+        show_table(console, columns, cells)
+    report_failures(results, "above")

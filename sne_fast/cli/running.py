@@ -1,25 +1,40 @@
-"""Parts that commands share: checks of outputs and devices, lists of networks, networks in batches, tables."""
+"""Parts that commands share: checks of outputs and devices, lists of networks, and networks in batches."""
 
 from __future__ import annotations
 
+import contextlib
+import re
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
+from .errors import is_expected, is_out_of_memory, sentence
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from rich.console import Console
+    from torch import Tensor
 
     from ..data.batch import WeightBatch
-    from ..nn.encoder import SNE
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
     "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo, which "
     "stand for all its networks, or FOLDER/NAME for one network of a zoo."
 )
+NONFINITE = "Treatment of NaN and infinities among the weights: refuse the network, read them as 0, or keep them."
+_PACKED_ALONE = re.compile(r"^pack: (network 0( \('.*?'\))?[:,]? ?)?")
+
+
+def stdout() -> Console:
+    """Return the console of a command's results."""
+    from rich.console import Console
+
+    return Console()
 
 
 def check_output(out: Path, suffixes: Sequence[str]) -> None:
@@ -27,23 +42,33 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
 
     Raises:
         ValueError: its suffix is none of `suffixes`.
-        OSError: it is a folder, or its own folder is not there.
+        OSError: it is there and no regular file, or its folder is missing or cannot be written.
         ModuleNotFoundError: its format needs a package that is not installed.
     """
     if out.suffix not in suffixes:
         raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {str(out)!r}")
     if out.is_dir():
         raise IsADirectoryError(f"the output {str(out)!r} is a folder")
-    if not out.absolute().parent.is_dir():
+    folder = out.absolute().parent
+    if not folder.is_dir():
         raise FileNotFoundError(f"the folder of the output {str(out)!r} does not exist")
+    if out.exists() and not out.is_file():
+        raise OSError(f"the output {str(out)!r} is no regular file")
+    with contextlib.suppress(FileNotFoundError):
+        out.lstat()  # a name that the file system refuses
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"the folder of the output {str(out)!r} cannot be written: {reason}") from error
     if out.suffix == ".parquet":
         require("pyarrow.parquet", extra="parquet", why="writing .parquet", otherwise=", or write .npz")
 
 
-def expand(paths: Sequence[Path]) -> tuple[list[str], list[Any]]:
-    """Return the names of the networks at `paths`, and their files or the networks themselves.
+def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
+    """Return the names of the networks at `paths`, each with its file or the network itself.
 
-    The folder of a zoo stands for all its networks.
+    The folder of a zoo stands for all its networks. Bytes of a path that are no character are escapes in its name.
 
     Raises:
         FileNotFoundError: a path that is not there.
@@ -62,7 +87,7 @@ def expand(paths: Sequence[Path]) -> tuple[list[str], list[Any]]:
             raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     if not files:
         raise ValueError("the zoo holds no networks")
-    return [str(file) for file in files], files
+    return [(str(file).encode("utf-8", "backslashreplace").decode("utf-8"), file) for file in files]
 
 
 def usable_device(name: str) -> torch.device:
@@ -81,44 +106,129 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def run_in_batches(module: Callable[[Any], Any], files: Sequence[Any], encoder: SNE) -> np.ndarray:
-    """Return the outputs of `module` for all files, `(len(files), d)`; networks share batches of bounded weights."""
+@dataclass
+class Results:
+    """Outputs of networks that could be read and run, and what became of the others."""
+
+    names: list[str]
+    values: np.ndarray
+    """Outputs `(len(names), d)`."""
+    failures: list[str] = field(default_factory=list)
+    """A sentence for each network that is missing, which begins with its name."""
+
+
+def run_in_batches(
+    module: Callable[[WeightBatch], Tensor],
+    networks: Sequence[tuple[str, Any]],
+    pack: Callable[..., WeightBatch],
+    console: Console,
+    *,
+    load: Callable[[Any], Any] = lambda file: file,
+    nonfinite: str | None = None,
+) -> Results:
+    """Run a module on all networks, in batches of bounded weights; one that fails does not take others with it.
+
+    Args:
+        module: the encoder or predictor.
+        networks: names and files, or networks.
+        pack: packs a list of networks for `module`.
+        console: of the results; progress is shown beside it.
+        load: reads a file.
+        nonfinite: as in :func:`sne_fast.pack`; None is what `pack` does by itself.
+
+    Raises:
+        ValueError: all networks failed.
+    """
     import numpy as np
     import torch
-    from rich.console import Console
-    from rich.progress import track
 
     from ..data.batch import WeightBatch
+    from ..reports.terminal import progress
 
-    outputs: list[np.ndarray] = []
-    held: list[WeightBatch] = []
+    outputs: dict[int, np.ndarray] = {}
+    failures: dict[int, str] = {}
 
-    def flush() -> None:
+    def run(held: Sequence[tuple[int, WeightBatch]]) -> None:
+        try:
+            out = module(WeightBatch.cat([batch for _, batch in held])).cpu()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = None if len(held) > 1 else sentence(error, f"{held[0][1].num_weights:,} weights")
+        else:
+            rows = (out if out.dtype == torch.float64 else out.float()).numpy()
+            outputs.update(zip((i for i, _ in held), rows, strict=True))
+            return
+        if reason is not None:  # outside of the except block, which keeps what the failed call had in memory
+            failures[held[0][0]] = f"{networks[held[0][0]][0]}: {reason}"
+        else:
+            for one in held:
+                run([one])
+
+    options = {} if nonfinite is None else {"nonfinite": nonfinite}
+
+    def packed(i: int) -> WeightBatch | None:
+        name, file = networks[i]
+        try:
+            return pack([load(file)], **options)
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            failures[i] = _about(name, sentence(error))
+            return None
+
+    with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
+        held: list[tuple[int, WeightBatch]] = []
+        for i in range(len(networks)):
+            batch = packed(i)
+            if batch is not None:
+                if held and sum(b.num_weights for _, b in held) + batch.num_weights > BATCH_WEIGHTS:
+                    run(held)
+                    held = []
+                held.append((i, batch))
+            update((i + 1) / len(networks), f"{i + 1} of {len(networks)} networks")
         if held:
-            out = module(WeightBatch.cat(held)).cpu()
-            outputs.append((out if out.dtype == torch.float64 else out.float()).numpy())
-            held.clear()
-
-    console = Console(stderr=True)
-    quiet = len(files) < 2 or not console.is_terminal
-    with torch.no_grad():
-        for file in track(files, "Encoding", console=console, transient=True, disable=quiet):
-            batch = encoder.pack([file])
-            if held and sum(b.num_weights for b in held) + batch.num_weights > BATCH_WEIGHTS:
-                flush()
-            held.append(batch)
-        flush()
-    return np.concatenate(outputs)
+            run(held)
+    sentences = [failures[i] for i in sorted(failures)]
+    if not outputs:
+        if len(sentences) == 1:
+            raise ValueError(sentences[0])
+        _list(sentences)
+        raise ValueError(f"none of the {len(networks)} networks could be used")
+    done = sorted(outputs)
+    return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; the first column holds text, the others numbers."""
-    from rich.console import Console
-    from rich.table import Table
+def _about(name: str, reason: str) -> str:
+    """Return a sentence about the network of a name, for which it is not "network 0" of a call."""
+    reason = _PACKED_ALONE.sub("", reason)
+    return reason if reason.startswith(name) else f"{name}: {reason}"
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+
+def _list(failures: Sequence[str]) -> None:
+    import typer
+
+    from ..reports.terminal import printable
+
+    for failure in failures:
+        typer.echo(f"sne-fast: {printable(failure)}", err=True)
+
+
+def report_failures(results: Results, written: str) -> None:
+    """Say on stderr which networks failed, and end the command with exit code 1 if any did.
+
+    Args:
+        results: of all networks.
+        written: where those of the others are, such as "written to z.npz".
+
+    Raises:
+        typer.Exit: some networks failed.
+    """
+    import typer
+
+    if not results.failures:
+        return
+    _list(results.failures)
+    count, all_networks = len(results.failures), len(results.failures) + len(results.names)
+    typer.echo(f"sne-fast: {count} of {all_networks} networks failed; those of the others are {written}", err=True)
+    raise typer.Exit(1)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import typer
-
 from ..tasks.settings import TaskSettings
 from .options import options_of
+from .running import stdout
 
 
 @options_of(TaskSettings)
@@ -14,17 +13,20 @@ def task(settings: TaskSettings) -> None:
 
     What is already in the folder is not done again; calls with other seeds or methods add to it.
     """
-    from rich.console import Console
-
+    from ..reports.terminal import say
     from ..tasks import run_task
 
+    console = stdout()
     run_task(
         settings.name,
         settings.out,
-        Console(),
+        console,
         seeds=settings.seeds,
         methods=settings.methods,
         networks=settings.networks,
         epochs=settings.epochs,
     )
-    typer.echo(f"Written to {settings.out}: results.json, results.md, plots, runs/ (predictions and predictors), zoos/")
+    say(
+        console,
+        f"Written to {settings.out}: results.json, results.md, plots, runs/ (predictions and predictors), zoos/",
+    )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 
-import typer
-
 from ..tasks.settings import TrainSettings
 from .options import options_of
-from .running import print_table, usable_device
+from .running import stdout, usable_device
 
 MEASURES = ("tau", "r2", "mae", "rmse")
 
@@ -19,17 +17,18 @@ def train(settings: TrainSettings) -> None:
 
     Run it under torchrun to use several processes.
     """
-    from rich.console import Console
-
+    from ..reports.measures import number_or_dash
+    from ..reports.terminal import say, show_table
     from ..tasks.train import train as run
 
     usable_device(settings.device)
-    test = run(settings, Console())["test"]
+    console = stdout()
+    test = run(settings, console)["test"]
     if int(os.environ.get("RANK", "0")):
         return
     if "accuracy" in test and not isinstance(test["accuracy"], dict):
-        typer.echo(f"accuracy on held-out networks {test['accuracy']:.3f}")
+        say(console, f"accuracy on held-out networks {test['accuracy']:.3f}")
     else:
-        rows = [[name, *("-" if m[k] is None else f"{m[k]:.4g}" for k in MEASURES)] for name, m in test.items()]
-        print_table(["held-out networks", *MEASURES], rows)
-    typer.echo(f"Written to {settings.out}: predictor/, metrics.json, predictions.csv, {settings.log} log")
+        rows = [[name, *(number_or_dash(m[k], ".4g") for k in MEASURES)] for name, m in test.items()]
+        show_table(console, ["held-out networks", *MEASURES], rows)
+    say(console, f"Written to {settings.out}: predictor/, metrics.json, predictions.csv, {settings.log} log")

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
-from .choices import Chunking
-from .names import Names, network_name, tensor_name
+from .batch_checks import CHUNKINGS, PACKED_BY, PER_NETWORK, POINTERS, TENSORS, check_contents, check_fields
+from .choices import Chunking, Order, Scale
+from .cutting import has_kernel
+from .names import Names, Skipped, network_name, tensor_name
 from .network_index import NetworkIndex, chosen_networks
 from .pointers import join_pointers, ragged_gather
 
@@ -44,14 +45,20 @@ class WeightBatch:
         tensor_scale: (T,) floating: what the values of the tensor were divided by, 1 if by nothing.
         chunk_size: the longest a chunk may be, at least 1.
         chunking: "flat", "neuron" or "kernel".
-        names: per network `(network name, (tensor names...))`, or () if unknown. For messages only.
+        scale: "tensor" if each tensor was divided by its root mean square, "none" if by nothing.
+        order: of the layers: "names" or "definition".
+        names: per network `(network name, (tensor names...))`, or () if unknown.
         shapes: per network the tuple of its tensors' shapes, or () if unknown.
+        skipped: per network the tuple of `(name, reason)` of what was left out of it, or () if unknown.
+        prepared: steps of a predictor's preparation that were done since packing, see `Predictor.prepare`.
 
     Attributes:
         chunk_ptr_host, tensor_ptr_host, layer_ptr_host, network_ptr_host: int64 copies of the pointers on the CPU
             (the same objects where the batch is there), so that a forward pass never waits for the device.
         chunk_positions: (longest,) int64, 0, 1, ...: as many as the tensor of most chunks has. A tensor, not an
             int, because torch.compile makes a new graph for every new int.
+        kernels: (T,) bool on the CPU: which tensors were cut as weights of convolutions, with kernel dimensions. It
+            stays what it was when `with_fields` replaces types.
 
     Raises:
         TypeError, ValueError: a field that does not fit; the message names it, and the network and tensor where it can.
@@ -75,17 +82,25 @@ class WeightBatch:
     tensor_scale: Tensor
     chunk_size: int
     chunking: Chunking
+    scale: Scale = "tensor"
+    order: Order = "names"
     names: Names = ()
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    skipped: Skipped = ()
+    prepared: tuple[str, ...] = ()
     chunk_ptr_host: Tensor = dataclasses.field(init=False)
     tensor_ptr_host: Tensor = dataclasses.field(init=False)
     layer_ptr_host: Tensor = dataclasses.field(init=False)
     network_ptr_host: Tensor = dataclasses.field(init=False)
     chunk_positions: Tensor = dataclasses.field(init=False)
+    kernels: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
         object.__setattr__(self, "shapes", tuple(tuple(tuple(s) for s in network) for network in self.shapes))
+        entries = tuple(tuple((str(name), str(why)) for name, why in network) for network in self.skipped)
+        object.__setattr__(self, "skipped", entries)
+        object.__setattr__(self, "prepared", tuple(str(step) for step in self.prepared))
         fields = self._fields()
         check_fields(fields)
         object.__setattr__(self, "chunk_size", operator.index(self.chunk_size))
@@ -95,17 +110,22 @@ class WeightBatch:
             for field in POINTERS:
                 object.__setattr__(self, f"{field}_host", getattr(self, field))
         check_contents(fields, self.pointers_host)
+        ndims = [len(shape) for network in self.shapes for shape in network] or [0] * self.num_tensors
+        types = zip(self.tensor_type.tolist(), ndims, strict=True)
+        object.__setattr__(self, "kernels", torch.tensor([has_kernel(*pair) for pair in types], dtype=torch.bool))
         self._derive()
 
     @classmethod
-    def trusted(cls, hosts: dict[str, Tensor] | None = None, **fields: Any) -> WeightBatch:
+    def trusted(cls, hosts: dict[str, Tensor] | None = None, *, kernels: Tensor, **fields: Any) -> WeightBatch:
         """Make a batch from fields known to be right, unchecked; for code that derives one batch from another.
 
         Args:
             hosts: CPU copies of the pointers by name, as in `{"chunk_ptr": ...}`; the pointers themselves by default.
-            fields: all of the constructor's arguments.
+            kernels: which tensors were cut as weights of convolutions, `(T,)` bool on the CPU.
+            fields: all of the constructor's arguments that have no default.
         """
         batch = object.__new__(cls)
+        object.__setattr__(batch, "kernels", kernels)
         for name, value in fields.items():
             object.__setattr__(batch, name, value)
         for field in POINTERS:
@@ -113,9 +133,9 @@ class WeightBatch:
         batch._derive()
         return batch
 
-    def with_fields(self, **changes: Tensor) -> WeightBatch:
-        """Replace fields other than pointers by tensors of the same shape, dtype and device; nothing is checked."""
-        return WeightBatch.trusted(self.pointers_host, **{**self._fields(), **changes})
+    def with_fields(self, **changes: Any) -> WeightBatch:
+        """Replace fields other than pointers, tensors by such of the same shape, dtype and device, unchecked."""
+        return WeightBatch.trusted(self.pointers_host, kernels=self.kernels, **{**self._fields(), **changes})
 
     def _derive(self) -> None:
         lengths = self.tensor_ptr_host.diff()
@@ -204,7 +224,8 @@ class WeightBatch:
         return (
             f"WeightBatch({self.num_networks} networks, {self.num_layers} layers, {self.num_tensors} tensors, "
             f"{self.num_chunks} chunks, {self.num_weights} weights, chunk_size={self.chunk_size}, "
-            f"chunking={self.chunking!r}, dtype={self.dtype}, device={str(self.device)!r})"
+            f"chunking={self.chunking!r}, scale={self.scale!r}, order={self.order!r}, dtype={self.dtype}, "
+            f"device={str(self.device)!r})"
         )
 
     # Moving
@@ -238,7 +259,7 @@ class WeightBatch:
         fields["tensor_scale"] = fields["tensor_scale"].to(scale)
         if all(fields[field] is getattr(self, field) for field in TENSORS):
             return self
-        return WeightBatch.trusted(hosts, **fields)
+        return WeightBatch.trusted(hosts, kernels=self.kernels, **fields)
 
     def detach(self) -> WeightBatch:
         """Detach the batch from the parameters it was packed from, for use in many training steps.
@@ -261,14 +282,14 @@ class WeightBatch:
         fields = self._fields()
         for field in TENSORS:
             fields[field] = fields[field].pin_memory()
-        return WeightBatch.trusted(**fields)
+        return WeightBatch.trusted(kernels=self.kernels, **fields)
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def __getstate__(self) -> dict[str, Any]:
         # Slices are views: without the copy a worker process would send the storage of the whole batch along.
-        state = self._fields()
+        state = {**self._fields(), "kernels": self.kernels.clone()}
         for field in TENSORS:
             tensor = state[field]
             if not (tensor.requires_grad and tensor.is_leaf):  # a graph cannot leave the process
@@ -322,8 +343,8 @@ class WeightBatch:
         fields.update(tensor_type=self.tensor_type[a:b], tensor_scale=self.tensor_scale[a:b])
         a, b = bounds["layer_ptr"]
         fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
-        fields.update(names=self.names[first:last], shapes=self.shapes[first:last])
-        return WeightBatch.trusted(hosts, **fields)
+        fields.update({field: fields[field][first:last] for field in PER_NETWORK})
+        return WeightBatch.trusted(hosts, kernels=self.kernels[slice(*bounds["tensor_ptr"])], **fields)
 
     def _take(self, networks: np.ndarray) -> WeightBatch:
         """Gather networks: pointers by one ragged gather per level on the host, values by copies of whole networks."""
@@ -348,17 +369,19 @@ class WeightBatch:
         layers = torch.from_numpy(rows["layer_ptr"]).to(self.device)
         fields.update(tensor_type=self.tensor_type[tensors], tensor_scale=self.tensor_scale[tensors])
         fields["layer_level"] = self.layer_level[layers]
-        for field in ("names", "shapes"):
+        for field in PER_NETWORK:
             entries = fields[field]
             fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
-        return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, **fields)
+        kernels = self.kernels[torch.from_numpy(rows["tensor_ptr"])]
+        return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, kernels=kernels, **fields)
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
-        """Concatenate batches in order; names and shapes are kept where every batch has them.
+        """Concatenate batches in order; names, shapes and what was skipped are kept where every batch has them.
 
         Raises:
-            ValueError: no batches, or batches that differ in chunk size, chunking, dtype or device.
+            ValueError: no batches, or batches that differ in chunk size, chunking, scale, order, preparation, dtype or
+                device.
         """
         batches = list(batches)
         if not batches:
@@ -366,7 +389,7 @@ class WeightBatch:
         for i, batch in enumerate(batches):
             if not isinstance(batch, WeightBatch):
                 raise TypeError(f"WeightBatch.cat: item {i} must be a WeightBatch, got {type(batch).__name__}")
-            for field in ("chunk_size", "chunking", "dtype", "device"):
+            for field in (*PACKED_BY, "prepared", "dtype", "device"):
                 one, other = getattr(batches[0], field), getattr(batch, field)
                 if one != other:
                     raise ValueError(
@@ -382,15 +405,15 @@ class WeightBatch:
             "tensor_type": torch.cat([b.tensor_type for b in batches]),
             "layer_level": torch.cat([b.layer_level for b in batches]),
             "tensor_scale": torch.cat([b.tensor_scale.to(scale) for b in batches]),
-            "chunk_size": first.chunk_size,
-            "chunking": first.chunking,
+            **{field: getattr(first, field) for field in (*PACKED_BY, "prepared")},
         }
         hosts = {field: join_pointers([getattr(b, f"{field}_host") for b in batches]) for field in POINTERS}
         fields.update({field: host.to(first.device) for field, host in hosts.items()})
-        for field in ("names", "shapes"):
+        for field in PER_NETWORK:
             known = all(getattr(b, field) or not len(b) for b in batches)
             fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
-        return cls.trusted(hosts if first.device.type != "cpu" else None, **fields)
+        kernels = torch.cat([b.kernels for b in batches])
+        return cls.trusted(hosts if first.device.type != "cpu" else None, kernels=kernels, **fields)
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:

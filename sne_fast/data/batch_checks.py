@@ -10,14 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .choices import Chunking
+from .choices import Chunking, Order, Scale
 from .names import network_name, tensor_name
 
 CHUNKINGS = get_args(Chunking)
+SCALES = get_args(Scale)
+ORDERS = get_args(Order)
 NUM_TENSOR_TYPES = 64
 
 POINTERS = ("chunk_ptr", "tensor_ptr", "layer_ptr", "network_ptr")
 TENSORS = ("values", *POINTERS, "tensor_type", "layer_level", "tensor_scale")
+PACKED_BY = ("chunk_size", "chunking", "scale", "order")
+"""Fields that say how networks were packed: batches that differ in one are never joined, and no encoder takes both."""
+PER_NETWORK = ("names", "shapes", "skipped")
 _LETTER = {"chunk_ptr": "N", "tensor_ptr": "T", "layer_ptr": "L", "network_ptr": "B"}
 _PART = {"chunk_ptr": "chunk", "tensor_ptr": "tensor", "layer_ptr": "layer", "network_ptr": "network"}
 _INSIDE = {"chunk_ptr": "values", "tensor_ptr": "chunks", "layer_ptr": "tensors", "network_ptr": "layers"}
@@ -57,8 +62,9 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     except TypeError:
         got = repr(fields["chunk_size"])
         raise ValueError(f"WeightBatch: chunk_size must be an integer of at least 1, got {got}") from None
-    if fields["chunking"] not in CHUNKINGS:
-        raise ValueError(f"WeightBatch: chunking must be one of {', '.join(CHUNKINGS)}, got {fields['chunking']!r}")
+    for field, allowed in (("chunking", CHUNKINGS), ("scale", SCALES), ("order", ORDERS)):
+        if fields[field] not in allowed:
+            raise ValueError(f"WeightBatch: {field} must be one of {', '.join(allowed)}, got {fields[field]!r}")
 
 
 def check_contents(fields: Mapping[str, Any], hosts: Mapping[str, Tensor]) -> None:
@@ -118,13 +124,15 @@ def _check_names(fields: Mapping[str, Any], hosts: Mapping[str, Tensor]) -> None
     names, networks = fields["names"], hosts["network_ptr"].shape[0] - 1
     firsts = hosts["layer_ptr"][hosts["network_ptr"]].tolist()
     weights = hosts["chunk_ptr"][hosts["tensor_ptr"]].tolist()
-    for field in ("names", "shapes"):
+    for field in PER_NETWORK:
         entries = fields[field]
         if not entries:
             continue
         if len(entries) != networks:
             got = f"{len(entries)} for {networks}"
             raise ValueError(f"WeightBatch: {field} must have one entry per network, got {got}")
+        if field == "skipped":
+            continue
         for b, entry in enumerate(entries):
             count, given = firsts[b + 1] - firsts[b], len(entry[1] if field == "names" else entry)
             if given != count:

@@ -4,4 +4,5 @@ from typing import Literal
 
 Chunking = Literal["flat", "neuron", "kernel"]
 Scale = Literal["tensor", "none"]
+Order = Literal["names", "definition"]
 NonFinite = Literal["raise", "zero", "keep"]

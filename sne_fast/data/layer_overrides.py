@@ -19,11 +19,11 @@ def resolve_kinds(networks: list[Network], kinds: Any) -> list[int]:
     """Return `8 * kind + role` of every tensor."""
     if kinds is not None and not isinstance(kinds, Mapping) and not hasattr(kinds, "__len__"):
         raise TypeError(
-            f"pack: kinds must be a mapping, or one mapping or None per network, got {type(kinds).__name__}"
+            f"pack: kinds must be 'names', a mapping, or one mapping or None per network, got {type(kinds).__name__}"
         )
     rules = [kinds] * len(networks) if kinds is None or isinstance(kinds, Mapping) else list(kinds)
     if isinstance(kinds, str) or any(rule is not None and not isinstance(rule, Mapping) for rule in rules):
-        raise TypeError(f"pack: kinds must be a mapping, or one mapping or None per network, got {kinds!r}")
+        raise TypeError(f"pack: kinds must be 'names', a mapping, or one mapping or None per network, got {kinds!r}")
     if len(rules) != len(networks):
         raise ValueError(f"pack: kinds must have one entry per network, got {len(rules)} for {len(networks)}")
     for rule in rules:

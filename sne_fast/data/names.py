@@ -10,6 +10,9 @@ from torch import Tensor
 Names = tuple[tuple[str, tuple[str, ...]], ...]
 """Per network its name and the names of its tensors; empty if unknown."""
 
+Skipped = tuple[tuple[tuple[str, str], ...], ...]
+"""Per network the entries that were left out of it, each with the reason; empty if unknown."""
+
 
 def network_name(names: Names, b: int) -> str:
     """Name network b of a batch, e.g. `network 3 ('resnet18')`; `names` as in `WeightBatch`."""

@@ -5,62 +5,74 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..ops.functional import gather_chunks
+from ..ops.transforms import is_transformed
 from .batch import WeightBatch, scale_dtype
-from .batch_checks import CHUNKINGS
-from .choices import Chunking, NonFinite, Scale
+from .batch_checks import CHUNKINGS, ORDERS, SCALES
+from .choices import Chunking, NonFinite, Order, Scale
+from .cutting import cut_of, has_kernel
 from .layer_overrides import resolve_kinds, resolve_levels
 from .layers import Network, collect
+from .networks import Networks
 from .tensor_scales import tensor_scales
 
 __all__ = ["pack"]
 
-SCALES = get_args(Scale)
 NONFINITE = get_args(NonFinite)
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pack(
-    networks: Sequence[nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]],
+    networks: Networks,
     chunk_size: int = 32,
     chunking: Chunking = "flat",
     *,
     scale: Scale = "tensor",
+    order: Order = "names",
     nonfinite: NonFinite = "raise",
     layer_level: Any = None,
-    kinds: Any = None,
+    kinds: Literal["names"] | Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
 ) -> WeightBatch:
     """Cut the weights of networks into chunks, as one ragged `WeightBatch` (section 3.2 of the paper).
 
-    A layer is a module that owns tensors itself; layers stand in definition order. From a module come all floating
+    A layer is a module that owns tensors itself. From a module come all floating
     parameters, tied ones once at their first place, and the running mean and variance of normalisation layers. Complex
     and integer tensors are left out everywhere. Prefixes `module.` (on all names) and `_orig_mod.` are dropped. Tensors
     are cut as they are stored: fused projections and gates are not split, nothing is transposed.
 
     Args:
-        networks: a sequence of modules, state_dicts (also nested under "state_dict", "model" or "model_state_dict") or
-            paths: `.safetensors`, a sharded `.safetensors.index.json`, a folder holding one, `.pt/.pth/.bin/.ckpt`.
-            One network alone is taken as a sequence of one.
+        networks: a sequence of modules, state_dicts (also inside another mapping) or paths: files of safetensors or of
+            `torch.save`, indices of shards, folders; see `sne_fast.data.checkpoints.load_state_dict`. One network alone
+            is taken as a sequence of one.
         chunk_size: c, the longest a chunk may be; the last piece of a row may be shorter.
         chunking: how `W[out, in, *k]` is cut. "flat": for every kernel position the row-major `out x in` vector, every
             c elements; "neuron": as flat, but cut also at every output neuron; "kernel": one row per kernel,
-            `(out, in)` outermost, and as "neuron" without kernel dimensions. A 1-D tensor is one vector, a 0-d one a
-            chunk of one.
+            `(out, in)` outermost, and as "neuron" without kernel dimensions. Only weights of convolutions have kernel
+            dimensions; any other tensor of three and more dimensions (`cls_token`, stacked experts, position tables)
+            is cut as the matrix of its last dimension by all others. A 1-D tensor is one vector, a 0-d one a chunk of
+            one.
         scale: "tensor" divides each tensor by its root mean square (computed in float64; by 1 where that is 0 or
             not finite) and keeps it in `tensor_scale`; "none" divides by nothing, as the paper.
+        order: of the layers, and of tensors inside them. "names": a function of the names alone, the same for a module,
+            its state_dict and every file of it: names are compared part by part and numbers by value; inside one
+            parent known entries (embeddings, stems) come first and known exits (final norms, heads) last, a
+            normalisation stands behind the convolution of its number, blocks of known families are in the order of
+            their data flow, and all else is in natural order. "definition": the paper's order, of modules,
+            state_dicts and files that keep it.
         nonfinite: what NaN and infinities do: "raise" a ValueError, "zero" replaces them by 0 before scaling, "keep"
             leaves them.
         layer_level: depth of each layer instead of its place in the network: a sequence with, per network, None, one
             int per layer, or a mapping of layer names or patterns to ints; or a mapping for all networks; or (L,) ints.
-        kinds: kind of layers instead of what module or names say: a mapping of layer (module) names or `fnmatch`
+        kinds: kind of layers instead of what module or names say: "names" types modules by the names and shapes of
+            their tensors, as their files are; a mapping of layer (module) names or `fnmatch`
             patterns to "linear", "convolution", "transposed convolution", "normalisation", "embedding", "recurrent",
             "attention projection", "other" or their ids 0..7; or a sequence with one mapping or None per network. The
             exact name wins, then the first pattern that fits.
@@ -74,10 +86,11 @@ def pack(
 
     A state_dict knows no modules: kinds are inferred by names and shapes. What may differ from packing the module:
 
-    - a transposed convolution is taken for a convolution, and so is any other weight of 3 to 5 dimensions (`Bilinear`);
+    - a transposed convolution is taken for a convolution, and so is any other weight of 3 to 5 dimensions for which
+      neither name (`experts`, `bilinear`, `pos_embed`) nor shape (of its bias, of kernels) says otherwise;
     - a matrix is an embedding only if it is alone in a layer named so (`embed_tokens`, `wte`), else linear; a 1-D
       weight always belongs to a normalisation (`PReLU`); a parametrised weight has no kind but "other";
-    - tied tensors appear once per name, and floating buffers (attention masks, position tables) count as weights.
+    - floating buffers (attention masks, position tables) count as weights.
 
     `kinds=` overrides the first two. Modules of classes from outside torch.nn are typed by the same inference.
 
@@ -93,7 +106,7 @@ def pack(
         >>> batch.tensor_type.tolist(), batch.chunk_ptr_host.diff()[:3].tolist()
         ([8, 9, 0, 1], [16, 8, 16])
     """
-    chunk_size = _check_options(chunk_size, chunking, scale, nonfinite)
+    chunk_size = _check_options(chunk_size, chunking, scale, order, nonfinite)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in VALUE_DTYPES:
         raise ValueError(f"pack: dtype must be one of {', '.join(map(str, VALUE_DTYPES))}, got {dtype}")
@@ -103,21 +116,23 @@ def pack(
         raise TypeError(
             f"pack: networks must be a sequence of modules, state_dicts or paths, got {type(networks).__name__}"
         )
-    found = [collect(i, network) for i, network in enumerate(networks)]
+    by_names = isinstance(kinds, str) and kinds == "names"
+    found = [collect(i, network, order, kinds_by_names=by_names) for i, network in enumerate(networks)]
     if not found:
         raise ValueError("pack: networks must hold at least one network, got an empty sequence")
-    types = resolve_kinds(found, kinds)
+    types = resolve_kinds(found, None if by_names else kinds)
     levels = resolve_levels(found, layer_level)
 
     where = [(network, name) for network in found for layer in network.layers for name, _ in layer.tensors]
     tensors = [tensor for network in found for layer in network.layers for _, tensor in layer.tensors]
     tensors = _on_one_device(tensors, where, device)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not differentiable:
+    if not differentiable and not is_transformed(tensors):
         tensors = [t.detach() for t in tensors]
 
     shapes = [tuple(t.shape) for t in tensors]
-    plan, rows, lengths = _cuts(shapes, chunking)
+    kernels = [has_kernel(tensor_type, len(shape)) for tensor_type, shape in zip(types, shapes, strict=True)]
+    plan, rows, lengths = _cuts(shapes, kernels, chunking)
     divisors, tensors = tensor_scales(tensors, where, scale, nonfinite, dtype, scale_dtype(dtype))
     values = gather_chunks(tensors, divisors, plan, dtype)
     chunk_ptr, tensor_ptr = _chunk_pointers(rows, lengths, chunk_size)
@@ -136,6 +151,7 @@ def pack(
     pieces = list(zip(starts, [*ends, len(tensors)], strict=True))
     return WeightBatch.trusted(
         hosts if target.type != "cpu" else None,
+        kernels=torch.tensor(kernels, device="cpu"),
         values=values.to(target),
         **{field: host.to(target) for field, host in hosts.items()},
         tensor_type=torch.tensor(types, device="cpu").to(target),
@@ -143,14 +159,17 @@ def pack(
         tensor_scale=divisors.to(target),
         chunk_size=chunk_size,
         chunking=chunking,
+        scale=scale,
+        order=order,
         names=tuple(
             (network.name, tuple(name for _, name in where[a:b])) for network, (a, b) in zip(found, pieces, strict=True)
         ),
         shapes=tuple(tuple(shapes[a:b]) for a, b in pieces),
+        skipped=tuple(tuple(network.skipped) for network in found),
     )
 
 
-def _check_options(chunk_size: Any, chunking: str, scale: str, nonfinite: str) -> int:
+def _check_options(chunk_size: Any, chunking: str, scale: str, order: str, nonfinite: str) -> int:
     try:
         if isinstance(chunk_size, bool) or operator.index(chunk_size) < 1:
             raise TypeError
@@ -159,6 +178,7 @@ def _check_options(chunk_size: Any, chunking: str, scale: str, nonfinite: str) -
     for name, value, allowed in (
         ("chunking", chunking, CHUNKINGS),
         ("scale", scale, SCALES),
+        ("order", order, ORDERS),
         ("nonfinite", nonfinite, NONFINITE),
     ):
         if value not in allowed:
@@ -176,26 +196,11 @@ def _on_one_device(tensors: list[Tensor], where: list[tuple[Network, str]], devi
     return [tensor.to(device) for tensor in tensors]
 
 
-def _cuts(shapes: list[tuple[int, ...]], chunking: str) -> tuple[Tensor, list[int], list[int]]:
+def _cuts(shapes: list[tuple[int, ...]], kernels: list[bool], chunking: str) -> tuple[Tensor, list[int], list[int]]:
     """Return per tensor the matrix `(R, K)` whose transpose is written, and number and length of the rows to cut."""
-    plan, rows, lengths = [], [], []
-    for shape in shapes:
-        size, pairs = 1, 1
-        for dim, extent in enumerate(shape):
-            size *= extent
-            pairs *= extent if dim < 2 else 1
-        positions = size // pairs
-        if len(shape) < 2:
-            plan.append((size, 1))
-            rows.append(1)
-        elif chunking == "kernel" and len(shape) > 2:
-            plan.append((size, 1))  # kernels stand as they are stored
-            rows.append(pairs)
-        else:
-            plan.append((pairs, positions))
-            rows.append(positions if chunking == "flat" else positions * shape[0])
-        lengths.append(size // rows[-1])
-    return torch.tensor(plan, device="cpu"), rows, lengths
+    cuts = [cut_of(shape, kernel, chunking) for shape, kernel in zip(shapes, kernels, strict=True)]
+    lengths = [cut.matrix[0] * cut.matrix[1] // cut.rows for cut in cuts]
+    return torch.tensor([cut.matrix for cut in cuts], device="cpu"), [cut.rows for cut in cuts], lengths
 
 
 def _chunk_pointers(rows: list[int], lengths: list[int], chunk_size: int) -> tuple[np.ndarray, np.ndarray]:

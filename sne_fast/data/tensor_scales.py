@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.autograd import apply
+from ..ops.transforms import is_transformed, outside_transforms, unwrapped
 from .layers import Network
 
 # Elements at once, 128 KiB in float64. It stays in cache, and torch starts no threads below 32768 elements: on a busy
@@ -56,18 +57,23 @@ def tensor_scales(
     device = tensors[0].device
     if scale == "none" and nonfinite == "keep":
         return torch.ones(len(tensors), dtype=scale_dtype, device=device), tensors
-    rms = root_mean_square([t.detach() for t in tensors])
+    plain = unwrapped(tensors)
+    with outside_transforms():
+        rms = root_mean_square(plain)
     odd = np.flatnonzero(~np.isfinite(rms)).tolist()
     if odd and nonfinite == "zero":
         tensors = list(tensors)
         for t in odd:
             tensors[t] = _finite(tensors[t])
-        rms[odd] = root_mean_square([tensors[t].detach() for t in odd])
+        with outside_transforms():
+            rms[odd] = root_mean_square([_finite(plain[t]) for t in odd])
     elif nonfinite == "raise":
         for t in odd:
-            _refuse(tensors[t].detach(), *where[t])
+            _refuse(plain[t], *where[t])
         # Halves are divided in float32 before they are cast, wider values after.
-        _check_range(tensors, where, rms, dtype if scale == "none" else scale_dtype)
+        _check_range(plain, where, rms, dtype if scale == "none" else scale_dtype)
+    if scale == "tensor" and is_transformed(tensors):
+        return torch.stack([_composed(t) for t in tensors]).to(scale_dtype), tensors
     divisors = torch.from_numpy(rms).to(scale_dtype)
     divides = divisors.isfinite() & (divisors > 0)
     divisors = torch.where(divides, divisors, 1.0).to(device)
@@ -76,6 +82,13 @@ def tensor_scales(
     elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         divisors = apply(_Scale, divisors, divides, *tensors)
     return divisors, tensors
+
+
+def _composed(tensor: Tensor) -> Tensor:
+    """Return the divisor of a tensor in float64 by plain operations, which torch.func and forward mode can follow."""
+    square = tensor.double().square().mean()
+    divides = square.isfinite() & (square > 0)
+    return torch.where(divides, square, 1.0).sqrt()
 
 
 def root_mean_square(tensors: list[Tensor]) -> np.ndarray:
@@ -144,7 +157,7 @@ def _check_range(tensors: list[Tensor], where: list[tuple[Network, str]], rms: n
     limit = torch.finfo(dtype).max
     for t, tensor in enumerate(tensors):
         if torch.finfo(tensor.dtype).max > limit and rms[t] * math.sqrt(tensor.numel()) > limit:
-            largest = float(_plain(tensor.detach()).abs().max())
+            largest = float(_plain(tensor).abs().max())
             if largest > limit:
                 network, name = where[t]
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,15 @@ _CLASSES: tuple[tuple[type | tuple[type, ...], int], ...] = (
 _RECURRENT_NAME = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?$")
 _ATTENTION_NAMES = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
 _EMBEDDING_NAME = re.compile(r"embed|(^|_)emb(s|\d*)(_|$)|^wte$|^wpe$")
+# pruning, spectral and weight normalisation keep the weight under the last two
+_WEIGHT_NAMES = ("weight", "weight_orig", "weight_v")
+_CONVOLUTION_NAME = re.compile(r"conv|patch|stem|downsample|upsample|shortcut|^dw$|^pw$")
+_STACKED_NAME = re.compile(r"(^|[._])(experts?|moe|bilinear|mixture)([._]|$)|bilinear|experts$")
+_LINEAR_NAME = re.compile(
+    r"^(w[123qkvo]?|[qkvo]|wi(_[01])?|wo|fc\d*|c_fc|lin\d*|linear\d*|dense\d*)$|(gate|up|down|[qkvo])_proj$"
+)
+_TABLE_NAME = re.compile(r"pos|token|table|codebook|quer(y|ies)|memory|relative")
+_LONGEST_KERNEL = 64
 _NOT_EMBEDDING_NAME = re.compile(r"(proj|projection|out|output|linear|fc|dense|mapping)\d*$")
 
 
@@ -76,24 +85,40 @@ def role_of(name: str) -> int:
     return 0 if "weight" in name else 1 if "bias" in name else 4
 
 
-def infer_kind(layer: str, tensors: Iterable[tuple[str, int]]) -> int:
-    """Infer the kind of a layer from its name and its tensors' names and numbers of dimensions."""
-    dims = dict(tensors)
+def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Infer the kind of a layer from its name and the names and shapes of its tensors."""
+    dims = {name: len(shape) for name, shape in shapes.items()}
     if "running_mean" in dims or "running_var" in dims:
         return NORMALISATION
     if any(_RECURRENT_NAME.match(name) for name in dims):
         return RECURRENT
     if not _ATTENTION_NAMES.isdisjoint(dims):
         return ATTENTION
-    # weight_orig and weight_v: pruning, spectral and weight normalisation keep the weight under these names
-    dim = next((dims[name] for name in ("weight", "weight_orig", "weight_v") if name in dims), 0)
+    dim = next((dims[name] for name in _WEIGHT_NAMES if name in dims), 0)
     if dim == 1:
         return NORMALISATION
     if dim == 2:
         last = layer.rpartition(".")[2].lower()
         named = _EMBEDDING_NAME.search(last) and not _NOT_EMBEDDING_NAME.search(last)
         return EMBEDDING if named and len(dims) == 1 else LINEAR
-    return CONVOLUTION if 3 <= dim <= 5 else OTHER
+    return CONVOLUTION if 3 <= dim <= 5 and _may_be_convolution(layer.lower(), shapes) else OTHER
+
+
+def _may_be_convolution(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether neither name nor shape speak against a weight of 3 to 5 dimensions being one of a convolution."""
+    last = layer.rpartition(".")[2]
+    weight = next(shapes[name] for name in _WEIGHT_NAMES if name in shapes)
+    bias = shapes.get("bias")
+    # one bias per output: the first dimension, or the second of a transposed convolution, times its groups
+    if bias is not None and (len(bias) != 1 or (bias[0] != weight[0] and bias[0] % max(weight[1], 1) != 0)):
+        return False
+    if _CONVOLUTION_NAME.search(last):
+        return True
+    if _STACKED_NAME.search(layer) or (len(weight) == 3 and weight[-1] > 1 and _LINEAR_NAME.search(last)):
+        return False
+    if bias is None and (_EMBEDDING_NAME.search(last) or _TABLE_NAME.search(last)):
+        return False
+    return max(weight[2:]) <= _LONGEST_KERNEL
 
 
 def kind_of_module(module: nn.Module) -> int | None:

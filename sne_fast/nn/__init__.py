@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .blocks import ISAB, MAB, PMA, SAB
     from .encoder import SNE
     from .predictor import Predictor, PredictorHead
+    from .preparation import Preparation
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -15,7 +16,8 @@ else:
             ".blocks": ["ISAB", "MAB", "PMA", "SAB"],
             ".encoder": ["SNE"],
             ".predictor": ["Predictor", "PredictorHead"],
+            ".preparation": ["Preparation"],
         },
     )
 
-__all__ = ["ISAB", "MAB", "PMA", "SAB", "SNE", "Predictor", "PredictorHead"]
+__all__ = ["ISAB", "MAB", "PMA", "SAB", "SNE", "Predictor", "PredictorHead", "Preparation"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import functional
 from .bounded_memory import joined, row_runs
+from .plain_modules import are_linear, is_norm, is_plain
 
 
 class MAB(nn.Module):
@@ -86,7 +87,7 @@ class MAB(nn.Module):
         ``q`` may also be ``(1, ..., h)``, the same for all sets. Fused and under autocast the output has the autocast
         dtype, as that of all ops, where ordinary layer norm on a GPU would give float32.
         """
-        if not functional.fuses_feed_forward(attended):
+        if not functional.fuses_feed_forward(attended) or not self.has_plain_feed_forward():
             return self.feed_forward(q + attended)
         norm = self.norm_parameters()
         if norm is None:
@@ -101,11 +102,21 @@ class MAB(nn.Module):
         o = o + F.relu(self.fc_o(o))
         return o if self.ln1 is None else self.ln1(o)
 
+    def has_plain_feed_forward(self) -> bool:
+        """Return whether fused code may read the parameters of fc_o and of both norms instead of calling them."""
+        normed = is_norm(self.ln0, self.dim_v) and is_norm(self.ln1, self.dim_v)
+        return are_linear(self.fc_o) and (normed or (self.ln0 is None and self.ln1 is None))
+
     def norm_parameters(self) -> Tensor | None:
         """Return ln0.weight, ln0.bias, ln1.weight, ln1.bias as ``(4, h)``; None without layer norm."""
         if self.ln0 is None or self.ln1 is None:
             return None
         return torch.stack([self.ln0.weight, self.ln0.bias, self.ln1.weight, self.ln1.bias])
+
+
+def has_plain_attention(mab: nn.Module) -> bool:
+    """Return whether fused code may read a MAB's parameters of fc_q, fc_k and fc_v instead of calling it."""
+    return isinstance(mab, MAB) and is_plain(mab, MAB) and are_linear(mab.fc_q, mab.fc_k, mab.fc_v)
 
 
 class SAB(nn.Module):
@@ -132,6 +143,14 @@ class SAB(nn.Module):
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
         """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``."""
         return self.mab(x, x, ptr, ptr, ptr_host, ptr_host)
+
+
+def _for_every_set(points: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Repeat ``points (1, m, h)`` for each of the S sets: ``(S m, h)``, with their pointer and its copy on the CPU."""
+    sets, count = ptr.shape[0] - 1, points.shape[1]
+    own_ptr = torch.arange(sets + 1, device=ptr.device) * count
+    host = own_ptr if ptr.device.type == "cpu" else torch.arange(sets + 1, device="cpu") * count
+    return points.expand(sets, -1, -1).flatten(0, 1), own_ptr, host
 
 
 class ISAB(nn.Module):
@@ -165,10 +184,7 @@ class ISAB(nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
         """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``."""
-        sets, points = ptr.shape[0] - 1, self.I.shape[1]
-        induced_ptr = torch.arange(sets + 1, device=ptr.device) * points
-        induced_host = induced_ptr if ptr.device.type == "cpu" else torch.arange(sets + 1, device="cpu") * points
-        query = self.I.expand(sets, -1, -1).flatten(0, 1)
+        query, induced_ptr, induced_host = _for_every_set(self.I, ptr)
         induced = self.mab0(query, x, induced_ptr, ptr, induced_host, ptr_host)
         return self.mab1(x, induced, ptr, induced_ptr, ptr_host, induced_host)
 
@@ -177,7 +193,8 @@ class PMA(nn.Module):
     """Pooling by multihead attention, ``MAB(S, X)`` with k learned seeds S (Lee et al. 2019, eq. 11).
 
     Rows are pooled before they are projected (docs/method.md, "Algebra of the fast code"): the logits are
-    ``X (fc_k^T q)``, one vector per seed and head, and ``fc_v`` acts on the pooled rows only.
+    ``X (fc_k^T q)``, one vector per seed and head, and ``fc_v`` acts on the pooled rows only. Where ``mab`` or one of
+    its linear layers has hooks or has been replaced, it is called instead.
 
     Args:
         dim: width of rows and block.
@@ -203,6 +220,9 @@ class PMA(nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
         """Pool rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64; returns ``(S, num_seeds, dim)``."""
+        if not has_plain_attention(self.mab):
+            query, seed_ptr, seed_host = _for_every_set(self.S, ptr)
+            return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).view(-1, *self.S.shape[1:])
         pooled = functional.segment_pool(x, F.linear(x, self.folded_query()), ptr, ptr_host=ptr_host)
         return self.project(pooled, (ptr.diff() > 0).to(pooled.dtype))
 

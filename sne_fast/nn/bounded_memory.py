@@ -33,11 +33,12 @@ def row_runs(rows: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(rows, start + limit))
 
 
-def joined(function: Callable[[slice], Tensor], runs: Sequence[slice], out: Tensor | None = None) -> Tensor:
-    """Concatenate the rows that `function` returns for each run; they go into `out` if it has their dtype."""
+def joined(function: Callable[[slice], Tensor], runs: Sequence[slice]) -> Tensor:
+    """Concatenate the rows that `function` returns for each run, in a new tensor."""
+    out: Tensor | None = None
     for run in runs:
         part = function(run)
-        if out is None or out.dtype != part.dtype:
+        if out is None:
             out = part.new_empty((runs[-1].stop, *part.shape[1:]))
         out[run] = part
     assert out is not None

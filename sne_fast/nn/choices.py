@@ -5,4 +5,5 @@ from typing import Literal
 SetAttention = Literal["sab", "isab"]
 Transform = Literal["identity", "logit"]
 Loss = Literal["mse", "bce", "cross_entropy"]
+Units = Literal["given", "canonical"]
 FittedScale = Literal["zoo", "fan_in"]

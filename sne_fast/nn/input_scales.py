@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -16,6 +16,14 @@ from ..data.tensor_types import ATTENTION, CONVOLUTION, KINDS, LINEAR, RECURRENT
 TYPES = 64
 LEVELS = 64
 """Layers from this depth on share a row."""
+SCALED = "an input scale"
+"""What `WeightBatch.prepared` says of a batch that went through one; a predictor takes none such, for it scales."""
+
+
+def _check_unscaled(batch: WeightBatch) -> None:
+    if batch.scale != "none" or SCALED in batch.prepared:
+        got = "one that was scaled already" if SCALED in batch.prepared else f"scale={batch.scale!r}"
+        raise ValueError(f"input scale: the batch must be packed with scale='none', got {got}")
 
 
 class InputNormaliser(nn.Module):
@@ -28,6 +36,9 @@ class InputNormaliser(nn.Module):
     The buffer `divisor (64, 64)` holds a number per tensor type and layer level, ones until `fit`.
 
     Shapes: a `WeightBatch` to one of the same, other `values`. Gradients reach its values.
+
+    Raises:
+        ValueError: a batch that was packed with another scale than "none", or scaled already.
     """
 
     divisor: Tensor
@@ -45,6 +56,7 @@ class InputNormaliser(nn.Module):
         Types never seen at a level, as deeper networks will have, take the mean over the levels where they were seen,
         types never seen at all the mean over everything (root mean squares, both).
         """
+        _check_unscaled(batch)
         batch = batch.to("cpu")  # where sums by index have one order
         places, sizes = self._places(batch)
         sums = torch.zeros(TYPES * LEVELS, dtype=torch.float64)
@@ -60,10 +72,12 @@ class InputNormaliser(nn.Module):
 
     def forward(self, batch: WeightBatch) -> WeightBatch:
         """Divide every value by its tensor's divisor."""
+        _check_unscaled(batch)
         places, sizes = self._places(batch)
         divisors = self.divisor.view(-1).to(batch.values.dtype).index_select(0, places)
         return batch.with_fields(
-            values=batch.values / torch.repeat_interleave(divisors, sizes, output_size=batch.num_weights)
+            values=batch.values / torch.repeat_interleave(divisors, sizes, output_size=batch.num_weights),
+            prepared=(*batch.prepared, SCALED),
         )
 
     @staticmethod
@@ -92,23 +106,17 @@ class FanInScale(nn.Module):
     Shapes: a `WeightBatch` to one of the same, other `values`. Gradients reach its values.
 
     Raises:
-        ValueError: a batch without the shapes of its tensors.
+        ValueError: a batch without the shapes of its tensors, packed with another scale than "none", or scaled already.
     """
 
-    scaled: Tensor
-
     __call__: Callable[..., WeightBatch]
-
-    def __init__(self) -> None:
-        super().__init__()
-        kinds = torch.arange(TYPES) // len(KINDS)
-        self.register_buffer("scaled", torch.isin(kinds, torch.tensor(FAN_IN_KINDS)), persistent=False)
 
     def fit(self, batch: WeightBatch) -> None:
         """Do nothing: there is nothing to fit; the interface is that of `InputNormaliser`."""
 
     def forward(self, batch: WeightBatch) -> WeightBatch:
         """Multiply every value by the root of its layer's fan-in."""
+        _check_unscaled(batch)
         if len(batch) and not batch.shapes:
             raise ValueError("FanInScale: the batch must have the shapes of its tensors, as those that pack makes have")
         layers, tensors = batch.network_ptr_host.tolist(), batch.layer_ptr_host.tolist()
@@ -117,14 +125,18 @@ class FanInScale(nn.Module):
             starts = tensors[layers[b] : layers[b + 1] + 1]
             roots += _fan_in_roots(shapes, tuple(after - before for before, after in pairwise(starts)))
         factor = torch.tensor(roots, dtype=batch.values.dtype, device=batch.device)
-        factor = torch.where(self.scaled[batch.tensor_type], factor, 1.0)
+        # Computed at every use: a buffer that no file holds is garbage after the meta device and `to_empty`.
+        kind = batch.tensor_type // len(KINDS)
+        scaled = functools.reduce(torch.logical_or, (kind == one for one in FAN_IN_KINDS))
+        factor = torch.where(scaled, factor, 1.0)
         sizes = batch.chunk_ptr.index_select(0, batch.tensor_ptr).diff()
         return batch.with_fields(
-            values=batch.values * torch.repeat_interleave(factor, sizes, output_size=batch.num_weights)
+            values=batch.values * torch.repeat_interleave(factor, sizes, output_size=batch.num_weights),
+            prepared=(*batch.prepared, SCALED),
         )
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _fan_in_roots(shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...]) -> tuple[float, ...]:
     """Return one number per tensor of a network whose layers have `counts` tensors each."""
     found: list[float] = []

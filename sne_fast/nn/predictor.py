@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
+from ..data.networks import Networks
 from .choices import FittedScale, Loss, Transform
+from .config_checks import choice, integer, integers, shown
 from .encoder import SNE
 from .input_scales import INPUT_SCALES
-from .pretrained import PretrainedMixin, about, arguments, check_config
+from .plain_state import unwrapped
+from .preparation import Preparation
+from .pretrained import PretrainedMixin, about, checked_arguments, saved_class
 
 TRANSFORMS = get_args(Transform)
 LOSSES = get_args(Loss)
+MAX_HIDDEN_LAYERS = 1000
 LOGIT_MARGIN = 0.01
 """Distance that targets in [0, 1] are kept from the ends before the logit."""
 
@@ -33,17 +38,35 @@ class PredictorHead(nn.Sequential):
     Shapes: `(B, in_features)` to `(B, out_features)`.
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: a width that is no integer or below 1, or more than 1000 hidden layers.
     """
 
     def __init__(self, in_features: int, out_features: int = 1, hidden_features: Sequence[int] = (512, 512)) -> None:
-        widths = [in_features, *hidden_features, out_features]
-        if min(widths) < 1:
-            raise ValueError(f"PredictorHead: every width must be at least 1, got {widths}")
+        hidden = integers("PredictorHead", "hidden_features", hidden_features, MAX_HIDDEN_LAYERS)
+        widths = [
+            integer("PredictorHead", "in_features", in_features),
+            *hidden,
+            integer("PredictorHead", "out_features", out_features),
+        ]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def _target_names(given: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return one name per output, numbered ones if none are given."""
+    if given is None:
+        return tuple(f"target_{i}" for i in range(count))
+    names = () if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) else tuple(given)
+    if len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"Predictor: target_names must hold {count} name(s), one for each of out_features, got {shown(given)}"
+        )
+    if len(set(names)) < count:
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"Predictor: target_names must differ, got {shown(twice)} twice")
+    return names
 
 
 class Predictor(PretrainedMixin, nn.Module):
@@ -57,7 +80,7 @@ class Predictor(PretrainedMixin, nn.Module):
     sigmoids; with `loss="cross_entropy"` it gives logits of classes, and outputs are probabilities. Neither normalises.
 
     Args:
-        encoder: an `sne_fast.SNE`.
+        encoder: an `sne_fast.SNE`, also one wrapped by `torch.compile` or `DataParallel`; it is saved without.
         out_features: number of predicted values, or of classes.
         hidden_features: widths of the head's hidden layers.
         target_names: what the outputs are called, one name each.
@@ -66,8 +89,11 @@ class Predictor(PretrainedMixin, nn.Module):
         normalise_inputs: "zoo", or True, divides weights by the RMS that tensors of their kind have in the training
             networks (`InputNormaliser`, fitted by `set_inputs`); "fan_in" multiplies them by the root of their layer's
             fan-in (`FanInScale`). For an encoder with `scale="none"`.
+        preparation: what else is done to networks before they are encoded, such as a canonical order of hidden units.
+            It is saved with the predictor, and is the same in training, on batches and on files.
 
     Raises:
+        TypeError: `encoder` is no `SNE`, or `preparation` no `Preparation`.
         ValueError: a transform or loss that does not exist or does not fit, not one name per output, or
             `normalise_inputs` with an encoder that divides by itself.
 
@@ -82,6 +108,7 @@ class Predictor(PretrainedMixin, nn.Module):
     target_std: Tensor
 
     __call__: Callable[..., Tensor]
+    older_values: ClassVar = {"preparation": Preparation().config}
 
     def __init__(
         self,
@@ -92,74 +119,121 @@ class Predictor(PretrainedMixin, nn.Module):
         target_transform: Transform = "identity",
         loss: Loss = "mse",
         normalise_inputs: bool | FittedScale = False,
+        preparation: Preparation | None = None,
     ) -> None:
         super().__init__()
-        if normalise_inputs and encoder.config["scale"] != "none":
+        if preparation is not None and not isinstance(preparation, Preparation):
+            raise TypeError(f"Predictor: preparation must be a Preparation, got {type(preparation).__name__}")
+        inner = unwrapped(encoder)
+        if not isinstance(inner, SNE):
+            raise TypeError(f"Predictor: encoder must be an sne_fast.SNE, got {type(inner).__name__}")
+        choice("Predictor", "normalise_inputs", normalise_inputs, (False, True, *INPUT_SCALES))
+        if normalise_inputs and inner.config["scale"] != "none":
             raise ValueError(
-                f"Predictor: normalise_inputs needs an encoder with scale='none', got {encoder.config['scale']!r}"
+                f"Predictor: normalise_inputs needs an encoder with scale='none', got {inner.config['scale']!r}"
             )
         scale = "zoo" if normalise_inputs is True else normalise_inputs
-        if scale and scale not in INPUT_SCALES:
-            raise ValueError(
-                f"Predictor: normalise_inputs must be a bool or one of {', '.join(INPUT_SCALES)}, got {scale!r}"
-            )
-        if target_transform not in TRANSFORMS:
-            raise ValueError(f"Predictor: target_transform must be one of {TRANSFORMS}, got {target_transform!r}")
-        if loss not in LOSSES:
-            raise ValueError(f"Predictor: loss must be one of {LOSSES}, got {loss!r}")
+        choice("Predictor", "target_transform", target_transform, TRANSFORMS)
+        choice("Predictor", "loss", loss, LOSSES)
         if loss != "mse" and target_transform != "identity":
             raise ValueError(f"Predictor: loss {loss!r} takes target_transform 'identity', got {target_transform!r}")
-        names = tuple(target_names) if target_names is not None else tuple(f"target_{i}" for i in range(out_features))
-        if len(names) != out_features or isinstance(target_names, str):
-            raise ValueError(f"Predictor: target_names must hold {out_features} name(s), got {target_names!r}")
+        out_features = integer("Predictor", "out_features", out_features)
+        hidden_features = integers("Predictor", "hidden_features", hidden_features, MAX_HIDDEN_LAYERS)
+        names = _target_names(target_names, out_features)
         self.encoder = encoder
-        self.head = PredictorHead(encoder.config["hidden_dim"], out_features, hidden_features)
+        self.head = PredictorHead(inner.config["hidden_dim"], out_features, hidden_features)
         self.out_features = out_features
-        self.hidden_features = tuple(hidden_features)
+        self.hidden_features = hidden_features
         self.target_names = names
         self.target_transform = target_transform
         self.loss = loss
+        self.preparation = preparation or Preparation()
         self.input_scale = scale or None
         self.input_normaliser = INPUT_SCALES[scale]() if scale else None
         self.register_buffer("target_mean", torch.zeros(out_features))
         self.register_buffer("target_std", torch.ones(out_features))
 
     @property
+    def _sne(self) -> SNE:
+        encoder = unwrapped(self.encoder)
+        assert isinstance(encoder, SNE)
+        return encoder
+
+    @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments by name; the encoder as its own configuration."""
         return {
-            "encoder": {**about(type(self.encoder)), **self.encoder.config},
+            "encoder": {**about(SNE), **self._sne.config},
             "out_features": self.out_features,
             "hidden_features": list(self.hidden_features),
             "target_names": list(self.target_names),
             "target_transform": self.target_transform,
             "loss": self.loss,
             "normalise_inputs": self.input_scale or False,
+            "preparation": self.preparation.config,
         }
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> Predictor:
         encoder = config["encoder"]
         if not isinstance(encoder, dict):
-            raise ValueError(f"Predictor: encoder in config.json must be an object, got {type(encoder).__name__}")
-        check_config(SNE, encoder, "encoder")
-        return cls(SNE._from_config(arguments(encoder)), **{k: v for k, v in config.items() if k != "encoder"})
+            raise ValueError(f"encoder must be an object, got {shown(encoder)}")
+        if saved_class(encoder) != "SNE":
+            raise ValueError(f"encoder must be an SNE, its architectures say {shown(encoder.get('architectures'))}")
+        try:
+            made = SNE._from_config(checked_arguments(SNE, encoder))
+        except ValueError as error:
+            raise ValueError(f"encoder does not fit SNE: {error}") from error
+        if config["target_names"] is None:  # would be made up, however many they are
+            raise ValueError("target_names must be a list of names, got None")
+        preparation = Preparation.from_config(config["preparation"])
+        return cls(**{**config, "encoder": made, "preparation": preparation})
 
-    def forward(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
-        """Predict `(B, out_features)` in the targets' units from a batch, or from networks, which are packed first."""
+    def pack(self, networks: Networks, **options: Any) -> WeightBatch:
+        """Pack networks as this predictor expects them: as its encoder and as its preparation say.
+
+        Args:
+            networks: modules, state_dicts or paths, or a zoo.
+            options: further arguments of :func:`sne_fast.pack`.
+        """
+        own = {"nonfinite": self.preparation.nonfinite, "kinds": self.preparation.kinds}
+        return self._sne.pack(networks, **{**own, **options})
+
+    def prepare(self, batch: WeightBatch) -> WeightBatch:
+        """Do the steps of `preparation` that the batch does not say were done; `encode` does so by itself.
+
+        A batch that is used often, as in training, is prepared once: the result says so in `prepared`, as do its parts.
+
+        Raises:
+            SymmetryError: a canonical order of units is asked for, and a network's symmetries are not known.
+            ValueError: the batch was prepared for another predictor.
+        """
+        return self.preparation.apply(batch)
+
+    def forward(self, networks: WeightBatch | Networks) -> Tensor:
+        """Predict `(B, out_features)` in the targets' units; `networks` as for `encode`."""
         return self.denormalise(self.head(self.encode(networks)))
 
-    def encode(self, networks: WeightBatch | Sequence[Any]) -> Tensor:
-        """Encode a `WeightBatch`, or networks, which are packed first, to the head's input `(B, hidden_dim)`."""
-        if self.input_normaliser is None:
-            return self.encoder(networks)
-        batch = networks if isinstance(networks, WeightBatch) else self.encoder.pack(networks)
-        return self.encoder(self.input_normaliser(batch))
+    def encode(self, networks: WeightBatch | Networks) -> Tensor:
+        """Encode networks to the head's input `(B, hidden_dim)`.
+
+        Args:
+            networks: networks, which are packed by `pack`, or a batch as `pack` gives it. Both are then prepared, of a
+                batch that `prepare` or an augmentation has returned only what is left to do, and go through the input
+                scale. So the values of a batch must not have been scaled.
+
+        Raises:
+            ValueError: as `pack`, `prepare` and the encoder.
+        """
+        batch = self.prepare(networks if isinstance(networks, WeightBatch) else self.pack(networks))
+        if self.input_normaliser is not None:
+            batch = self.input_normaliser(batch)
+        return self.encoder(batch)
 
     def set_inputs(self, batch: WeightBatch) -> None:
         """Fit the input scale to the training networks; does nothing without `normalise_inputs`."""
         if self.input_normaliser is not None:
-            self.input_normaliser.fit(batch)
+            self.input_normaliser.fit(self.prepare(batch))
 
     def set_targets(self, targets: Tensor) -> None:
         """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import inspect
 import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -17,27 +20,39 @@ from torch import nn
 from ..atomic_files import filling
 from ..data.checkpoints import load_state_dict, save_state_dict
 from ..extras import require
+from ..regular_files import FileError, open_regular, parse_json, read_json
 from ..version import __version__
+from .config_checks import shortened, shown
+from .plain_state import plain_state
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-ABOUT = ("architectures", "library_name", "sne_fast_version")
+DIGEST = "weights_sha256"
+ABOUT = ("architectures", "library_name", "sne_fast_version", DIGEST)
 """Keys of `config.json` that are not constructor arguments."""
 
 T = TypeVar("T", bound="PretrainedMixin")
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHOWN = 5
 
 
 class PretrainedMixin:
     """Mixin that saves and loads an `nn.Module` whose `config` is a dict of its constructor's arguments.
 
     `config.json` holds those arguments beside `architectures` (the class's name in a list, as transformers writes it),
-    `library_name` and `sne_fast_version`.
+    `library_name`, `sne_fast_version` and `weights_sha256`, the SHA-256 of `model.safetensors`, by which a loader tells
+    that the two files belong together; files written without it are taken as they are.
 
         encoder.save_pretrained("encoder")
         encoder = sne_fast.SNE.from_pretrained("encoder")          # or "user/name" on the Hub
+
+    Attributes:
+        older_values: the value that each option had before it could be chosen; a configuration without it means that.
     """
+
+    older_values: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -46,30 +61,36 @@ class PretrainedMixin:
 
     @classmethod
     def _from_config(cls: type[T], config: dict[str, Any]) -> T:
-        """Build the module from the constructor's arguments as they stood in `config.json`."""
+        """Build the module from the constructor's arguments as `checked_arguments` returns them."""
         return cls(**config)
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` into a folder, made if missing.
 
-        Both files are written elsewhere first and then moved, so that a failure leaves what was there before.
+        Both files are written elsewhere first and then moved, so that a failure leaves what was there before, and a
+        program killed between the moves leaves two files that `from_pretrained` knows not to belong together. What
+        wraps the module or a part of it (`torch.compile`, `DataParallel`, `DistributedDataParallel`) is left out, and
+        parametrised tensors are written as they are computed with.
 
         Raises:
-            ValueError: the configuration cannot be held by JSON.
+            ValueError: `from_pretrained` would not give the same module: a part was replaced by one of another class,
+                a tensor is missing, unknown or of another shape (the message names it), or the configuration is one
+                that the class or JSON does not take.
             OSError: the folder cannot be written.
         """
         assert isinstance(self, nn.Module)
-        try:
-            config = json.dumps({**about(type(self)), **self.config}, indent=2)
-        except TypeError as error:
-            raise ValueError(f"save_pretrained: the config of {type(self).__name__} is not JSON: {error}") from error
+        cls = type(self)
+        text = _config_text(cls, self.config)
+        fresh = _build(cls, parse_json(text, CONFIG_NAME, dict), f"save_pretrained: the config of {cls.__name__}")
+        state = plain_state(self, fresh)
         target = Path(save_directory).resolve()
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"save_pretrained: {target} is a file; give a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         with filling(target) as stage:
-            save_state_dict(self.state_dict(), stage / WEIGHTS_NAME, metadata={"format": "pt"})
-            (stage / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
+            save_state_dict(state, stage / WEIGHTS_NAME, metadata={"format": "pt"})
+            content = {**about(cls), DIGEST: _sha256(stage / WEIGHTS_NAME), **self.config}
+            (stage / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -83,7 +104,9 @@ class PretrainedMixin:
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> T:
-        """Load a model that `save_pretrained` wrote, in evaluation mode and in the dtype it was saved in.
+        """Load a model that `save_pretrained` wrote, in evaluation mode, each tensor in the dtype it was saved in.
+
+        Shapes are compared with those in the file before any tensor is made or read.
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository id `user/name` of the Hub, which needs
@@ -94,7 +117,8 @@ class PretrainedMixin:
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
-            ValueError: another class's model, unknown or missing arguments, tensors that do not fit, a broken file.
+            ValueError: another class's model, arguments that are unknown, missing or out of range, tensors that do not
+                fit, weights that the configuration was not written with, a broken file.
             ModuleNotFoundError: a repository id was given and `huggingface_hub` is missing.
             OSError: the repository could not be read.
         """
@@ -107,16 +131,21 @@ class PretrainedMixin:
             "token": token,
         }
         config = read_config(name, **hub)
-        check_config(cls, config, name)
-        try:
-            module = cls._from_config(arguments(config))
-        except TypeError as error:
+        writer = saved_class(config)
+        if writer != cls.__name__:
+            holds = f"{CONFIG_NAME} names no class" if writer is None else f"holds a {shortened(writer)}"
+            raise ValueError(f"from_pretrained: {name!r}: {holds}, expected {cls.__name__}")
+        digest = config.get(DIGEST)
+        if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise ValueError(
-                f"from_pretrained: {CONFIG_NAME} of {name!r} does not fit {cls.__name__}: {error}"
-            ) from error
-        assert isinstance(module, nn.Module)
-        _load_weights(module, _find(name, WEIGHTS_NAME, hub), name)
-        return module.to(device).eval()
+                f"from_pretrained: {CONFIG_NAME} of {name!r}: {DIGEST} must be 64 hexadecimal digits, got "
+                f"{shown(digest)}"
+            )
+        version = shown(config.get("sne_fast_version", "unknown"))
+        module = _build(cls, config, f"from_pretrained: {CONFIG_NAME} of {name!r} (written by sne_fast {version})")
+        _load_weights(module, _find(name, WEIGHTS_NAME, hub), name, digest)
+        loaded: T = module.to(device).eval()
+        return loaded
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str = ""
@@ -139,11 +168,6 @@ def about(cls: type) -> dict[str, Any]:
     return {"architectures": [cls.__name__], "library_name": "sne_fast", "sne_fast_version": __version__}
 
 
-def arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the constructor's arguments in the contents of a `config.json`."""
-    return {key: value for key, value in config.items() if key not in ABOUT}
-
-
 def saved_class(config: dict[str, Any]) -> str | None:
     """Return the name of the class that wrote this `config.json`, None if it does not say."""
     names = config.get("architectures")
@@ -159,62 +183,103 @@ def read_config(pretrained_model_name_or_path: str | PathLike[str], **hub: Any) 
     """
     path = _find(os.fspath(pretrained_model_name_or_path), CONFIG_NAME, hub)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also covers bytes that are not UTF-8
-        raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"from_pretrained: {path} must hold a JSON object, got {type(config).__name__}")
+        config: dict[str, Any] = read_json(path, dict)
+    except FileError as error:
+        raise ValueError(f"from_pretrained: {error}") from error
     return config
 
 
-def check_config(cls: type, config: dict[str, Any], name: str) -> None:
-    """Check that `cls` wrote the configuration and that it holds exactly its constructor's arguments.
+def checked_arguments(cls: type[PretrainedMixin], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the constructor's arguments in the contents of a `config.json`, those older than it filled in.
 
     Raises:
-        ValueError: it does not; the message says what is unknown or missing.
+        ValueError: some are unknown or missing; the message says which.
     """
-    writer = saved_class(config)
-    if writer != cls.__name__:
-        holds = f"{CONFIG_NAME} names no class" if writer is None else f"holds a {writer}"
-        raise ValueError(f"from_pretrained: {name!r}: {holds}, expected {cls.__name__}")
     expected = set(inspect.signature(cls).parameters)
-    given = set(arguments(config))
+    given = {key: value for key, value in config.items() if key not in ABOUT}
+    found = {**copy.deepcopy({k: v for k, v in cls.older_values.items() if k not in given}), **given}
     # An argument left out would silently become today's default, which need not be what was trained.
     problems = [
-        f"{what} {', '.join(sorted(keys))}"
-        for what, keys in (("unknown", given - expected), ("missing", expected - given))
+        f"{what} {', '.join(sorted(shortened(key) for key in keys))}"
+        for what, keys in (("unknown", set(found) - expected), ("missing", expected - set(found)))
         if keys
     ]
     if problems:
-        version = config.get("sne_fast_version", "unknown")
-        raise ValueError(
-            f"from_pretrained: {CONFIG_NAME} of {name!r} (written by sne_fast {version}) does not fit {cls.__name__}: "
-            f"{'; '.join(problems)}"
-        )
+        raise ValueError("; ".join(problems))
+    return found
 
 
-def _load_weights(module: nn.Module, path: Path, name: str) -> None:
-    found = load_state_dict(path)
-    wanted = module.state_dict()
+def _config_text(cls: type, config: dict[str, Any]) -> str:
+    try:
+        return json.dumps({**about(cls), **config}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_pretrained: the config of {cls.__name__} is not JSON: {error}") from error
+
+
+def _build(cls: type[T], config: dict[str, Any], what: str) -> Any:
+    """Return the module of a configuration on the meta device, where it costs no memory.
+
+    Raises:
+        ValueError: the configuration does not fit; the message begins with `what`.
+    """
+    try:
+        with torch.device("meta"):
+            return cls._from_config(checked_arguments(cls, config))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} does not fit {cls.__name__}: {error}") from error
+
+
+def _load_weights(module: nn.Module, path: Path, name: str, digest: str | None) -> None:
+    """Load the file of weights into a module on the meta device; its tensors become those of the file."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    found = _shapes_in(path)
     problems = [
         *(f"missing {key}" for key in wanted if key not in found),
-        *(f"unknown {key}" for key in found if key not in wanted),
+        *(f"unknown {shortened(key)}" for key in found if key not in wanted),
         *(
-            f"{key} must be {tuple(wanted[key].shape)}, got {tuple(found[key].shape)}"
-            for key in wanted
-            if key in found and wanted[key].shape != found[key].shape
+            f"{key} must be {shape}, got {found[key]}"
+            for key, shape in wanted.items()
+            if key in found and shape != found[key]
         ),
     ]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
             f"from_pretrained: {WEIGHTS_NAME} of {name!r} does not fit {type(module).__name__}: "
-            f"{'; '.join(problems[:5])}{more}"
+            f"{'; '.join(problems[:_SHOWN])}{more}"
         )
-    dtypes = {t.dtype for t in found.values() if t.is_floating_point()}
-    if len(dtypes) == 1:
-        module.to(dtypes.pop())
-    module.load_state_dict(found)
+    if digest is not None and _sha256(path) != digest:
+        raise ValueError(
+            f"from_pretrained: {WEIGHTS_NAME} of {name!r} is not the file that {CONFIG_NAME} was written with, its "
+            f"SHA-256 differs: a save was interrupted or one of them replaced; save the model again, or remove "
+            f"{DIGEST} from {CONFIG_NAME} if they do belong together"
+        )
+    tensors = load_state_dict(path)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"from_pretrained: {WEIGHTS_NAME} of {name!r}: {key} must be floating, is {tensor.dtype}")
+    # Copies, since a tensor of a large file may be mapped, and would change with the file.
+    module.load_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, assign=True)
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a safetensors file, from its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    open_regular(path).close()
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"from_pretrained: {path} is damaged or no safetensors file: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _find(name: str, filename: str, hub: dict[str, Any]) -> Path:

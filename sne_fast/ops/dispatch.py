@@ -17,6 +17,7 @@ import torch
 from . import selftest
 from .backend import Arguments, Backend, Kernel
 from .schema import FORWARD_OPS, LIBRARY, OPTIONAL_OPS, SCHEMAS
+from .transforms import carries_tangent
 
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
 REFERENCE = "reference"
@@ -87,10 +88,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND``, else ``"auto"``."""
+    """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND`` if not empty, else ``"auto"``."""
     if _choice is not None:
         return _choice
-    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def fuses(op: str, device: torch.device) -> bool:
@@ -175,6 +176,11 @@ def _choose(op: str, args: Arguments) -> Kernel:
 
 
 def _run(op: str, *args: Any) -> Any:
+    if carries_tangent(args):  # the public functions never call an op so; a compiled graph may
+        raise RuntimeError(
+            f"{op}: forward-mode differentiation of a compiled or direct call is not supported; call the function that "
+            f"is not compiled"
+        )
     kernel = _choose(op, args)
     device_type = _device_of(args).type
     with torch.no_grad():
@@ -200,6 +206,10 @@ class BackendReport:
 
 class Explanation(tuple[BackendReport, ...]):
     """Reports on every op and backend; ``print`` shows them as a table."""
+
+    def __repr__(self) -> str:
+        ready = sum(not report.reasons for report in self)
+        return f"Explanation({ready} of {len(self)} ready: str() says which, and why the others are not)"
 
     def __str__(self) -> str:
         lines = []

@@ -1,8 +1,10 @@
 """The ops as functions: checks, autocast and gradient routing around the opaque ops of :mod:`sne_fast.ops.schema`.
 
 Each function takes ``*_host``, CPU copies of its pointers; without them a GPU call waits for a copy. Gradients flow to
-every floating input, and a second derivative raises an error. Inputs are not checked while ``torch.compile`` traces:
-sizes in messages would specialise the graph to them.
+every floating input, and a second derivative by autograd raises an error. Under `torch.func` and in forward mode one
+level of `grad` or `vjp` runs on the kernels; everything else (`jvp`, `vmap`, `jacfwd`, `hessian`, dual tensors) runs on
+plain PyTorch operations, whatever the backend. Inputs are not checked while ``torch.compile`` traces: sizes in messages
+would specialise the graph to them.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch  # dispatch registers the implementations
+from . import checks, compositions, dispatch  # dispatch registers the implementations
 from .autograd import OPS, ChunkEncode, FeedForward, GatherChunks, SegmentPool, SetAttention, apply
 from .schema import CHUNK_PARAMETERS
 from .supported_widths import WIDTHS
+from .transforms import needs_composition, torch_func_is_active
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -38,8 +41,9 @@ def _on_host(ptr: Tensor, host: Tensor | None) -> Tensor:
     return ptr if ptr.device.type == "cpu" else ptr.cpu()
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _needs_grad(tensors: Sequence[Tensor]) -> bool:
+    # Inside torch.func a tensor may need the gradient of an outer level, which it does not show here.
+    return torch_func_is_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _distinct(*args: Any) -> list[Any]:
@@ -82,9 +86,13 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
     checks.gather_chunks("gather_chunks", tensors, scale, plan)
     if dtype not in checks.FLOATING:
         raise TypeError(f"gather_chunks: dtype must be one of {checks.FLOATING}, got {dtype}")
-    if _needs_grad(scale, *tensors):
-        return apply(GatherChunks, *_distinct(scale, plan, dtype, *tensors))
-    values: Tensor = OPS.gather_chunks(tensors, scale, plan, dtype)
+    values: Tensor
+    if needs_composition("gather_chunks", (scale, *tensors)):
+        values = compositions.gather_chunks(tensors, scale, plan, dtype)
+    elif _needs_grad((scale, *tensors)):
+        values = apply(GatherChunks, *_distinct(scale, plan, dtype, *tensors))
+    else:
+        values = OPS.gather_chunks(tensors, scale, plan, dtype)
     return values
 
 
@@ -153,7 +161,14 @@ def chunk_encode(
         checks.pointer_content(op, "tensor_ptr", tensor_ptr, tensor_ptr_host, chunk_ptr.shape[0] - 1)
         checks.chunk_lengths(op, chunk_ptr_host, element_code.shape[0])
     args = (values, *pointers, *parameters)
-    return apply(ChunkEncode, *_distinct(*args)) if _needs_grad(values, *parameters) else OPS.chunk_encode(*args)
+    pooled: Tensor
+    if needs_composition("chunk_encode", (values, *parameters)):
+        pooled = compositions.chunk_encode(*args)
+    elif _needs_grad((values, *parameters)):
+        pooled = apply(ChunkEncode, *_distinct(*args))
+    else:
+        pooled = OPS.chunk_encode(*args)
+    return pooled
 
 
 def set_attention(
@@ -201,7 +216,14 @@ def set_attention(
         if k_ptr is not q_ptr or k_ptr_host is not q_ptr_host or k.shape[0] != q.shape[0]:
             checks.pointer_content(op, "k_ptr", k_ptr, k_ptr_host, k.shape[0])
     args = (q, k, v, q_ptr, k_ptr, q_ptr_host, k_ptr_host, num_heads)
-    return apply(SetAttention, *_distinct(*args)) if _needs_grad(q, k, v) else OPS.set_attention(*args)[0]
+    out: Tensor
+    if needs_composition("set_attention", (q, k, v)):
+        return compositions.set_attention(*args)
+    if _needs_grad((q, k, v)):
+        out, _ = apply(SetAttention, *_distinct(*args))
+    else:
+        out, _ = OPS.set_attention(*args)
+    return out
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, *, ptr_host: Tensor | None = None) -> Tensor:
@@ -233,7 +255,14 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, *, ptr_host: Tensor | N
         checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
         checks.pointer_content("segment_pool", "ptr", ptr, ptr_host, x.shape[0])
     args = (x, logits, ptr, ptr_host)
-    return apply(SegmentPool, *_distinct(*args)) if _needs_grad(x, logits) else OPS.segment_pool(*args)[0]
+    out: Tensor
+    if needs_composition("segment_pool", (x, logits)):
+        return compositions.segment_pool(*args)
+    if _needs_grad((x, logits)):
+        out, _ = apply(SegmentPool, *_distinct(*args))
+    else:
+        out, _ = OPS.segment_pool(*args)
+    return out
 
 
 def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
@@ -265,15 +294,21 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
     args = _autocast(q, attended, w_o, b_o, norm)
     if not torch.compiler.is_compiling():
         checks.feed_forward("feed_forward", *args)
-    return apply(FeedForward, *_distinct(*args)) if _needs_grad(*args) else OPS.feed_forward(*args)
+    out: Tensor
+    if needs_composition("feed_forward", args):
+        return compositions.feed_forward(*args)
+    out = apply(FeedForward, *_distinct(*args)) if _needs_grad(args) else OPS.feed_forward(*args)
+    return out
 
 
 def fuses_feed_forward(q: Tensor) -> bool:
     """Return whether rows like ``q (..., h)`` should go through :func:`feed_forward`.
 
     Ordinary torch operations are better on a CPU, under a backend that has no kernels for it, and for the dtypes and
-    widths that such kernels do not take.
+    widths that such kernels do not take; not for derivatives of forward-mode derivatives, where layer norm is wrong.
     """
+    if needs_composition("feed_forward", (q,)):
+        return True
     if not dispatch.fuses("feed_forward", q.device) or q.shape[-1] not in WIDTHS:
         return False
     return q.device.type != "cuda" or q.dtype != torch.float64

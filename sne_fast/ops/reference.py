@@ -8,7 +8,7 @@ arguments and results of :mod:`sne_fast.ops.schema`; docs/method.md, Ops, says w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -91,15 +91,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     return attended
 
 
-def _residual(o: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor | None) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise the rows of x, as `torch.nn.LayerNorm` does."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+
+
+Normalise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def residual(o: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor | None, normalise: Normalise = layer_norm) -> Tensor:
     """Compute ln1(o' + relu(fc_o(o'))) with o' = ln0(o); ``norm`` (4, h) holds both norms, None leaves them out."""
     if norm is not None:
-        o = F.layer_norm(o, o.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
+        o = normalise(o, norm[0], norm[1])
     o = o + torch.relu(F.linear(o, w_o, b_o))
-    return o if norm is None else F.layer_norm(o, o.shape[-1:], norm[2], norm[3], LAYER_NORM_EPS)
+    return o if norm is None else normalise(o, norm[2], norm[3])
 
 
-def chunk_tile(x: Tensor, row_code: Tensor, element_code: Tensor, *parameters: Tensor) -> Tensor:
+def chunk_tile(
+    x: Tensor, row_code: Tensor, element_code: Tensor, *parameters: Tensor, normalise: Normalise = layer_norm
+) -> Tensor:
     """Encode m chunks of one length n: x (m, n), row_code (m, h), element_code (n, h) -> pooled rows (m, H, h)."""
     logit, basis, w_qkv, b_qkv, w_o, b_o, norm, pool_query = parameters
     num_heads, width = pool_query.shape
@@ -108,17 +118,17 @@ def chunk_tile(x: Tensor, row_code: Tensor, element_code: Tensor, *parameters: T
     slope = logit[0, :, None] * x[:, None, :] + logit[1, :, None]  # [m, H, n]
     mean = torch.softmax(slope[..., None] * x[:, None, None, :], dim=-1) @ x[:, None, :, None]  # [m, H, n, 1]
     mean = mean.squeeze(-1).transpose(1, 2).repeat_interleave(width // num_heads, dim=-1)  # [m, n, h]
-    h = _residual(x[..., None] * basis[0] + mean * basis[1] + basis[2], w_o[0], b_o[0], norms[0])
+    h = residual(x[..., None] * basis[0] + mean * basis[1] + basis[2], w_o[0], b_o[0], norms[0], normalise)
     for block in (1, 2, 3):
         if block == 2:
             h = h + row_code[:, None, :] + element_code
         q, k, v = F.linear(h, w_qkv[block - 1], b_qkv[block - 1]).chunk(3, dim=-1)
-        h = _residual(q + _attend(q, k, v, num_heads), w_o[block], b_o[block], norms[block])
+        h = residual(q + _attend(q, k, v, num_heads), w_o[block], b_o[block], norms[block], normalise)
     weights = torch.softmax(h @ pool_query.t(), dim=1)  # [m, n, H]
     return weights.transpose(1, 2) @ h
 
 
-def _chunk_tiles(chunk_ptr_host: Tensor, pool_query: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def chunk_tiles(chunk_ptr_host: Tensor, pool_query: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield chunk ids (m,) and the rows (m, n) of their values."""
     lengths = chunk_ptr_host.diff()
     per_element = torch.clamp(lengths * pool_query.shape[0], min=3 * pool_query.shape[1])
@@ -144,7 +154,7 @@ def chunk_encode(
     acc, owner = accumulate_dtype(values.dtype), _tensor_of_chunk(tensor_ptr_host)
     pooled = values.new_empty((chunk_ptr.shape[0] - 1, *parameters[-1].shape))
     row_code, element_code, *weights = (t.to(acc) for t in (row_code, element_code, *parameters))
-    for ids, rows in _chunk_tiles(chunk_ptr_host, weights[-1]):
+    for ids, rows in chunk_tiles(chunk_ptr_host, weights[-1]):
         x = values[rows.to(values.device)].to(acc)
         row = row_code[owner[ids].to(values.device)]
         pooled[ids.to(values.device)] = chunk_tile(x, row, element_code[: x.shape[1]], *weights).to(values.dtype)
@@ -179,7 +189,7 @@ def chunk_encode_backward(
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
     grad_row = values.new_zeros((chunk_ptr.shape[0] - 1, row_code.shape[1]), dtype=acc)
     grad_shared = [torch.zeros_like(t) for t in shared]
-    for ids, rows in _chunk_tiles(chunk_ptr_host, shared[-1]):
+    for ids, rows in chunk_tiles(chunk_ptr_host, shared[-1]):
         ids, rows, at = ids.to(device), rows.to(device), owner[ids].to(device)
         x = values[rows].detach().to(acc).requires_grad_()
         row = row_code.detach()[at].requires_grad_()
@@ -200,7 +210,7 @@ def chunk_encode_backward(
 # ------------------------------------------------------------------------------------------------------ set_attention
 
 
-def _attention_tiles(q_ptr: Tensor, k_ptr: Tensor, num_heads: int) -> Iterator[tuple[Tensor, Tensor]]:
+def attention_tiles(q_ptr: Tensor, k_ptr: Tensor, num_heads: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows of queries (m, a) and of keys (m, l) of sets that share both lengths, long sets in parts."""
     lengths = torch.stack([q_ptr.diff(), k_ptr.diff()], dim=1)
     for ids in equal_length_tiles(lengths, num_heads * lengths.prod(dim=1)):
@@ -230,7 +240,7 @@ def set_attention(
     """Attend inside each set; return the attended rows and lse, the log-sum of the softmax of each row and head."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((q.shape[0], num_heads), -math.inf, dtype=accumulate_dtype(q.dtype))
-    for q_rows, k_rows in _attention_tiles(q_ptr_host, k_ptr_host, num_heads):
+    for q_rows, k_rows in attention_tiles(q_ptr_host, k_ptr_host, num_heads):
         q_rows, k_rows = q_rows.to(q.device), k_rows.to(q.device)
         logits = _heads(q, q_rows, num_heads) @ _heads(k, k_rows, num_heads).mT / math.sqrt(q.shape[1])  # [m, H, a, l]
         attended = torch.softmax(logits, dim=-1) @ _heads(v, k_rows, num_heads)
@@ -255,7 +265,7 @@ def set_attention_backward(
     """Return the gradients of q, k and v."""
     acc, scale = accumulate_dtype(q.dtype), 1 / math.sqrt(q.shape[1])
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) for t in (q, k, v))
-    for q_rows, k_rows in _attention_tiles(q_ptr_host, k_ptr_host, num_heads):
+    for q_rows, k_rows in attention_tiles(q_ptr_host, k_ptr_host, num_heads):
         q_rows, k_rows = q_rows.to(q.device), k_rows.to(q.device)
         qh, gh = (_heads(t, q_rows, num_heads) for t in (q, grad))
         kh, vh = (_heads(t, k_rows, num_heads) for t in (k, v))
@@ -274,13 +284,13 @@ def set_attention_backward(
 # ------------------------------------------------------------------------------------------------------- segment_pool
 
 
-def _segment_tiles(x: Tensor, logits: Tensor, ptr_host: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def segment_tiles(x: Tensor, logits: Tensor, ptr_host: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield segment ids (m,) and their rows (m, n), n > 0."""
     lengths = ptr_host.diff()
     for ids in equal_length_tiles(lengths[:, None], lengths * max(x.shape[1], logits.shape[1])):
         rows = row_index(ptr_host, ids)
         if rows.shape[1]:
-            yield ids.to(x.device), rows.to(x.device)
+            yield ids, rows
 
 
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +298,8 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
     acc, segments = accumulate_dtype(x.dtype), ptr.shape[0] - 1
     out = x.new_zeros((segments, logits.shape[1], x.shape[1]))
     lse = x.new_full((segments, logits.shape[1]), -math.inf, dtype=acc)
-    for ids, rows in _segment_tiles(x, logits, ptr_host):
+    for ids, rows in segment_tiles(x, logits, ptr_host):
+        ids, rows = ids.to(x.device), rows.to(x.device)
         tile = logits[rows].to(acc)  # [m, n, A]
         lse[ids] = torch.logsumexp(tile, dim=1)
         weights = torch.softmax(tile, dim=1)
@@ -302,7 +313,8 @@ def segment_pool_backward(
     """Return the gradients of x and of the logits."""
     acc = accumulate_dtype(x.dtype)
     grad_x, grad_logits = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, logits))
-    for ids, rows in _segment_tiles(x, logits, ptr_host):
+    for ids, rows in segment_tiles(x, logits, ptr_host):
+        ids, rows = ids.to(x.device), rows.to(x.device)
         tile_grad = grad[ids].to(acc)  # [m, A, h]
         weights = torch.softmax(logits[rows].to(acc), dim=1)  # [m, n, A]; not by lse, as in set_attention_backward
         grad_weights = x[rows].to(acc) @ tile_grad.mT  # [m, n, A]
@@ -330,7 +342,7 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
     acc, out = accumulate_dtype(q.dtype), torch.empty_like(attended, memory_format=torch.contiguous_format)
     w, b, n = (t.to(acc) for t in (w_o, b_o, norm))
     for tile in _row_tiles(q):
-        out[tile] = _residual(q[tile].to(acc) + attended[tile].to(acc), w, b, _optional(n)).to(q.dtype)
+        out[tile] = residual(q[tile].to(acc) + attended[tile].to(acc), w, b, _optional(n)).to(q.dtype)
     return out
 
 
@@ -344,7 +356,7 @@ def feed_forward_backward(
     for tile in _row_tiles(q):
         o = (q[tile].detach().to(acc) + attended[tile].detach().to(acc)).requires_grad_()
         with _autograd_inside_an_op():
-            out = _residual(o, leaves[0], leaves[1], _optional(leaves[2]))
+            out = residual(o, leaves[0], leaves[1], _optional(leaves[2]))
             by_rows, *parts = torch.autograd.grad(out, [o, *leaves], grad[tile].to(acc), allow_unused=True)
         grad_sum[tile] = by_rows.to(q.dtype)
         for total, part in zip(totals, parts, strict=True):

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import threading
 import warnings
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..atomic_files import write_json
+from ..regular_files import FileError, read_json
 from . import devices
 from . import selftest_cases as cases
 from .backend import Backend
@@ -192,11 +192,16 @@ def cache_file() -> Path:
 
 
 def _read() -> dict[str, list[str]]:
+    """Return the stored passes; a damaged file counts as none, and the next pass replaces it."""
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(cache_file(), dict)
+    except (OSError, FileError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {
+        key: passed
+        for key, passed in found.items()
+        if isinstance(passed, list) and all(isinstance(variant, str) for variant in passed)
+    }
 
 
 def _passed_before(key: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..atomic_files import replacing
+from .measures import number_or_dash
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -28,6 +29,12 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure to a file, whole or not at all; the suffix of the path decides the format."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix("."))
+
+
+def literal(text: str) -> str:
+    """Return a name as matplotlib's labels show it as it is, not as mathematics, and with an entry in the legend."""
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def _colours(groups: Sequence[str]) -> dict[str, Any]:
@@ -61,11 +68,13 @@ def scatter(
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
         for name, colour in colours.items():
             rows = names == name
-            axis.scatter(true[rows], predicted[rows], s=26, color=colour, edgecolor="white", linewidth=0.4, label=name)
-        row = results[model]
-        axis.set_title(
-            f"{model}\n" + rf"$\tau$ = {row['tau']:.2f}, $R^2$ = {row['r2']:.2f}, MAE = {row['mae']:.3f}", fontsize=10
+            axis.scatter(
+                true[rows], predicted[rows], s=26, color=colour, edgecolor="white", linewidth=0.4, label=literal(name)
+            )
+        tau, r2, mae = (
+            number_or_dash(results[model][key], form) for key, form in (("tau", ".2f"), ("r2", ".2f"), ("mae", ".3f"))
         )
+        axis.set_title(literal(model) + "\n" + rf"$\tau$ = {tau}, $R^2$ = {r2}, MAE = {mae}", fontsize=10)
         axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="true accuracy", aspect="equal")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("predicted accuracy")
@@ -104,12 +113,12 @@ def embedding_map(
     figure = new_figure(12.5, 5.2)
     left, right = figure.subplots(1, 2)
     shown = left.scatter(*places.T, c=target, cmap="viridis", vmin=limits[0], vmax=limits[1], s=30, linewidth=0)
-    figure.colorbar(shown, ax=left, label=label)
-    left.set_title(f"coloured by {label}", fontsize=10)
+    figure.colorbar(shown, ax=left, label=literal(label))
+    left.set_title(f"coloured by {literal(label)}", fontsize=10)
     names = np.array(groups)
     for name, colour in _colours(groups).items():
         rows = names == name
-        right.scatter(*places[rows].T, color=colour, s=30, linewidth=0, label=name)
+        right.scatter(*places[rows].T, color=colour, s=30, linewidth=0, label=literal(name))
     right.set_title("coloured by architecture", fontsize=10)
     right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     for axis in (left, right):

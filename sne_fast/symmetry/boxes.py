@@ -55,7 +55,7 @@ def box_coordinates(
     Args:
         box: a part of the tensor.
         axes: all axes of the symmetry.
-        strides: of the tensor, as `gather.packed_strides` gives them.
+        strides: of the tensor, as `sne_fast.data.cutting.packed_strides` gives them.
         offset: position of the tensor's first element.
 
     Returns:

@@ -262,7 +262,7 @@ class Symmetry:
         names = dict(zip(strip_wrappers(keys), keys, strict=True))
         chosen = [n for n in names if n in self.alias and isinstance(state_dict[names[n]], Tensor)]
         shapes = tuple(tuple(state_dict[names[n]].shape) for n in chosen)
-        index = self.gather_index(tuple(chosen), shapes, STORED, torch.device("cpu"))
+        index = self.gather_index(tuple(chosen), shapes, (False,) * len(shapes), STORED, torch.device("cpu"))
         tables = self.draw(generator) if tables is None else tables.reshape(1, -1)
         source = index.source(tables.cpu(), torch.zeros(1, dtype=torch.int64))[0]
         out = dict(state_dict)
@@ -287,9 +287,16 @@ class Symmetry:
         return any(permuted_placements(box, self.axes) for box in self.boxes_of(name))
 
     def gather_index(
-        self, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], chunking: str, device: torch.device
+        self,
+        names: tuple[str, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        kernels: tuple[bool, ...],
+        chunking: str,
+        device: torch.device,
     ) -> GatherIndex:
         """Return the index tables for tensors packed in this order, and keep them for the next call.
+
+        `kernels` says which of them were cut with kernel dimensions.
 
         Raises:
             SymmetryError: a tensor that must be permuted is missing, or one has another shape.
@@ -297,10 +304,11 @@ class Symmetry:
 
         def make() -> GatherIndex:
             self.check_shapes(names, shapes)
-            tensors = [(shape, self.boxes_of(n)) for n, shape in zip(names, shapes, strict=True)]
+            packed = zip(names, shapes, kernels, strict=True)
+            tensors = [(shape, kernel, self.boxes_of(n)) for n, shape, kernel in packed]
             return build_gather_index(self.axes, tensors, chunking).to(device)
 
-        return self.cached(("gather index", names, shapes, chunking, device), make)
+        return self.cached(("gather index", names, shapes, kernels, chunking, device), make)
 
     def cached(self, key: Hashable, make: Callable[[], Cached]) -> Cached:
         """Return what `make` gave when it was first called for this key; pickling drops it."""

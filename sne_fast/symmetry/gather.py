@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.cutting import packed_strides
 from .boxes import AxisInfo, Box, box_coordinates, permuted_placements
 
 STORED = "stored"
@@ -67,34 +68,22 @@ class GatherIndex:
         return source
 
 
-def packed_strides(shape: Sequence[int], chunking: str) -> list[int]:
-    """Return the strides of a tensor in the values of a batch, see "How a tensor is cut" in `docs/method.md`."""
-    dims = list(range(len(shape)))
-    if len(shape) > 2 and chunking in ("flat", "neuron"):
-        dims = [*dims[2:], 0, 1]  # kernel positions outermost
-    strides = [0] * len(shape)
-    stride = 1
-    for d in reversed(dims):
-        strides[d] = stride
-        stride *= shape[d]
-    return strides
-
-
 def build_gather_index(
-    axes: Sequence[AxisInfo], tensors: Sequence[tuple[tuple[int, ...], Sequence[Box]]], chunking: str
+    axes: Sequence[AxisInfo], tensors: Sequence[tuple[tuple[int, ...], bool, Sequence[Box]]], chunking: str
 ) -> GatherIndex:
     """Return the index tables of tensors that stand one after the other.
 
     Args:
         axes: all axes of the symmetry.
-        tensors: shape and boxes of each; no boxes for a tensor that stays as it is.
+        tensors: the shape of each, whether it was cut with kernel dimensions, and its boxes; no boxes for a tensor that
+            stays as it is.
         chunking: of the batch, or `STORED`.
     """
-    total = sum(math.prod(shape) for shape, _ in tensors)
+    total = sum(math.prod(shape) for shape, _, _ in tensors)
     builder = _Builder(axes, total)
     offset = 0
-    for shape, boxes in tensors:
-        strides = packed_strides(shape, chunking)
+    for shape, kernel, boxes in tensors:
+        strides = packed_strides(shape, kernel, chunking)
         for box in boxes:
             builder.add(box, strides, offset)
         offset += math.prod(shape)

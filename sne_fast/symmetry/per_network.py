@@ -45,6 +45,12 @@ def check_named(batch: WeightBatch, where: str) -> None:
         raise SymmetryError(f"{where}: the batch must have names and shapes, as those that pack makes have")
 
 
+def kernels_of(batch: WeightBatch, b: int) -> tuple[bool, ...]:
+    """Return which tensors of network b were cut with kernel dimensions."""
+    first, last = batch.layer_ptr_host[batch.network_ptr_host[b : b + 2]].tolist()
+    return tuple(batch.kernels[first:last].tolist())
+
+
 def for_network(batch: WeightBatch, b: int, where: str, make: Callable[[], Item]) -> Item:
     """Return `make()`, and name network b in the message of a `SymmetryError`."""
     try:

@@ -11,7 +11,10 @@ from ..data.batch import WeightBatch
 from .boxes import SymmetryError
 from .core import Symmetry
 from .gather import GatherIndex
-from .per_network import check_named, for_network, group_by_identity, one_per_network
+from .per_network import check_named, for_network, group_by_identity, kernels_of, one_per_network
+
+CANONICAL = "canonical units"
+"""How the steps of `WeightBatch.prepared` begin that permuting undoes."""
 
 
 def draw(
@@ -53,9 +56,9 @@ def permute(
 ) -> WeightBatch:
     """Return a batch whose networks compute the same functions, with their hidden units permuted at random.
 
-    One gather of `values`; all other fields stay, `tensor_scale` too. The result has the same bits as packing the
-    permuted state_dicts. Gradients reach the batch's values. Index tables are made on first use of an architecture and
-    chunking, and kept in its `Symmetry`.
+    One gather of `values`; all other fields stay, `tensor_scale` too, but that `prepared` no longer says that units are
+    in canonical order. The result has the same bits as packing the permuted state_dicts. Gradients reach the batch's
+    values. Index tables are made on first use of an architecture and chunking, and kept in its `Symmetry`.
 
     Args:
         batch: B networks, with names and shapes as `pack` gives them, on any device.
@@ -102,13 +105,14 @@ def permute(
                 for b, row in zip(chosen, source, strict=True):
                     sources[b] = row
     source = sources[0] if len(sources) == 1 else torch.cat(sources)
-    return batch.with_fields(values=batch.values.index_select(0, source))
+    given = tuple(step for step in batch.prepared if not step.startswith(CANONICAL))
+    return batch.with_fields(values=batch.values.index_select(0, source), prepared=given)
 
 
 def _gather_index(batch: WeightBatch, b: int, symmetry: Symmetry) -> GatherIndex:
-    names, shapes = batch.names[b][1], batch.shapes[b]
+    names, shapes, kernels = batch.names[b][1], batch.shapes[b], kernels_of(batch, b)
     return for_network(
-        batch, b, "permute", lambda: symmetry.gather_index(names, shapes, batch.chunking, batch.device)
+        batch, b, "permute", lambda: symmetry.gather_index(names, shapes, kernels, batch.chunking, batch.device)
     )  # fmt: skip
 
 

@@ -7,19 +7,25 @@ from typing import Any
 import torch
 
 from .rules_compute import COMPUTE_RULES, pointwise
+from .rules_indexed import INDEX_RULES
 from .rules_views import VIEW_RULES
 from .tracer import Rule
 
 RULES: dict[str, Rule] = {
-    name: rule for table in (VIEW_RULES, COMPUTE_RULES) for rule, names in table.items() for name in names.split()
+    name: rule
+    for table in (VIEW_RULES, COMPUTE_RULES, INDEX_RULES)
+    for rule, names in table.items()
+    for name in names.split()
 }
-"""Rules by the name of the ATen operation."""
+"""Rules by the name of the ATen operation, or of that of another library with its namespace."""
 
 
 def find_rule(func: Any) -> Rule | None:
     """Return the rule for an operator, or None; torch's tag `pointwise` is enough of a rule by itself."""
     namespace, name = func._schema.name.split("::")
-    if namespace != "aten" or any(argument.is_out for argument in func._schema.arguments):
+    if namespace != "aten":
+        return RULES.get(func._schema.name)
+    if any(argument.is_out for argument in func._schema.arguments):
         return None
     if name in RULES:
         return RULES[name]

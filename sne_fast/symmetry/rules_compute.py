@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .terms import ONE, Label, Term, cut, freeze, fresh, product, size, split, unify
@@ -62,6 +61,44 @@ def matmul(tracer: Tracer, call: Call) -> list[Label] | None:
             if size(mine) > 1:
                 unify(mine, theirs, tracer.because(CLASH))
     return [label]
+
+
+def grouped_matmul(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label `(rows, k) (groups, k, n) -> (rows, n)`: every run of rows times the matrix of its group, as of experts.
+
+    Groups have their units permuted alike, so that what is found does not depend on the groups that the example uses.
+    """
+    a, b = call.tensors[:2]
+    if a.ndim != 2 or b.ndim != 3 or call.out[0].ndim != 2:
+        return None
+    rows, k = tracer.label(a)
+    group, other, columns = tracer.label(b)
+    for term in (rows, group):
+        freeze(term, tracer.because("its positions belong to groups"))
+    unify(k, other, tracer.because(CLASH))
+    return [(rows, columns)]
+
+
+def distances(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Unify the coordinates of two sets of points, for the distances `(*b, m, k) (*b, n, k) -> (*b, m, n)`."""
+    (*batch, m, k), (*others, n, other) = (tracer.label(call[name]) for name in ("x1", "x2"))
+    unify(k, other, tracer.because(CLASH))
+    if len(batch) != len(others):
+        return None
+    for mine, theirs in zip(batch, others, strict=True):
+        if size(mine) != size(theirs):
+            return None
+        unify(mine, theirs, tracer.because(CLASH))
+    for part in ([k], [m], [n]):
+        tracer.record(*batch, *part)
+    return [(*batch, m, n)]
+
+
+def log_sigmoid(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label the result, and the buffer for the backward pass, which is empty on some devices."""
+    x: Tensor = call.first
+    label = tracer.label(x)
+    return [label if t.shape == x.shape else tuple(fresh(n, "a buffer") for n in t.shape) for t in call.out]
 
 
 def convolution(tracer: Tracer, call: Call) -> list[Label] | None:
@@ -175,36 +212,6 @@ def embedding(tracer: Tracer, call: Call) -> list[Label] | None:
     return [(*indices, columns)]
 
 
-def index(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Freeze the dimensions that tensors index, as in `x[:, i, j]`, and these tensors."""
-    label = tracer.label(call["self"])
-    indices = call["indices"]
-    taken = [d for d, i in enumerate(indices) if i is not None]
-    why = tracer.because("picked by index")
-    if any(indices[d].dtype in (torch.bool, torch.uint8) for d in taken):
-        return None
-    for d in taken:
-        freeze(label[d], why)
-        for term in tracer.label(indices[d]):
-            freeze(term, why)
-    together = taken == list(range(taken[0], taken[0] + len(taken)))
-    place = taken[0] if together else 0
-    others = [t for d, t in enumerate(label) if d not in taken]
-    shape = call.out[0].shape
-    new = [fresh(n, why) for n in shape[place : place + len(shape) - len(others)]]
-    return [(*others[:place], *new, *others[place:])]
-
-
-def index_select(tracer: Tracer, call: Call) -> list[Label] | None:
-    """Freeze the indexed dimension and the index."""
-    label = list(tracer.label(call["self"]))
-    why = tracer.because("picked by index")
-    for term in (label[call["dim"]], *tracer.label(call["index"])):
-        freeze(term, why)
-    label[call["dim"]] = fresh(call.out[0].shape[call["dim"]], why)
-    return [tuple(label)]
-
-
 def spatial(tracer: Tracer, call: Call) -> list[Label] | None:
     """Freeze positions in the image and pass channels, for pooling, resizing and padding."""
     x: Tensor = call.first
@@ -241,6 +248,9 @@ _IMAGES = " ".join(
 
 COMPUTE_RULES: dict[Rule, str] = {
     matmul: "mm bmm mv dot vdot addmm baddbmm addmv",
+    grouped_matmul: "_grouped_mm transformers::grouped_mm_fallback",
+    distances: "_cdist_forward",
+    log_sigmoid: "log_sigmoid_forward",
     convolution: "convolution _convolution convolution_overrideable",
     channel_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm _batch_norm_no_update _batch_norm_with_update",
@@ -248,13 +258,12 @@ COMPUTE_RULES: dict[Rule, str] = {
     group_norm: "native_group_norm",
     weight_norm: "_weight_norm_interface",
     reduction: "sum mean amax amin var std prod logsumexp any all linalg_vector_norm norm max min argmax argmin "
-    "var_mean std_mean nansum aminmax count_nonzero",
+    "var_mean std_mean nansum aminmax count_nonzero median nanmedian mode kthvalue",
     softmax: "_softmax _log_softmax _safe_softmax",
     embedding: "embedding",
-    index: "index _unsafe_index",
-    index_select: "index_select",
     glu: "glu",
     spatial: _IMAGES,
-    pointwise: "masked_fill masked_fill_ _prelu_kernel where copy_ copy fill_ fill zero_",
+    pointwise: "masked_fill masked_fill_ _prelu_kernel where copy_ copy fill_ fill zero_ hardswish hardswish_ "
+    "rrelu_with_noise rrelu_with_noise_ complex polar",
 }
 """Names of ATen operations by rule."""

@@ -261,6 +261,70 @@ def pixel_shuffle(tracer: Tracer, call: Call) -> list[Label] | None:
     return [(*rest, outer, fresh(n, why), fresh(m, why))]
 
 
+def pixel_unshuffle(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label `(*, C, H r, W r)` as `(*, C r r, H, W)`; positions in the image are frozen."""
+    *rest, channels, height, width = tracer.label(call["self"])
+    why = tracer.because("places in the image")
+    for term in (height, width):
+        freeze(term, why)
+    n, m = call.out[0].shape[-2:]
+    inner = fresh(call["downscale_factor"] ** 2, why)
+    return [(*rest, product([channels, inner]), fresh(n, why), fresh(m, why))]
+
+
+def channel_shuffle(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label channels `g x n` as `n x g`."""
+    label = list(tracer.label(call["self"]))
+    groups = call["groups"]
+    group, member = split(label[1], groups, size(label[1]) // groups)
+    label[1] = product([member, group])
+    return [tuple(label)]
+
+
+def image_to_columns(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label `(*, C, H, W)` as `(*, C k k, places)`; positions in the image and in the kernel are frozen."""
+    *rest, channels, height, width = tracer.label(call["self"])
+    why = tracer.because("places in the image")
+    for term in (height, width):
+        freeze(term, why)
+    rows, places = call.out[0].shape[-2:]
+    inner = fresh(rows // size(channels), why)
+    return [(*rest, product([channels, inner]), fresh(places, why))]
+
+
+def columns_to_image(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Label `(*, C k k, places)` as `(*, C, H, W)`, the inverse of `image_to_columns`."""
+    *rest, rows, places = tracer.label(call["self"])
+    why = tracer.because("places in the image")
+    count, n, m = call.out[0].shape[-3:]
+    channels, inner = split(rows, count, size(rows) // count)
+    for term in (inner, places):
+        freeze(term, why)
+    return [(*rest, channels, fresh(n, why), fresh(m, why))]
+
+
+def windows(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Freeze the dimension from which overlapping windows are taken, and label them as a last dimension."""
+    label = list(tracer.label(call["self"]))
+    d = call["dimension"] % max(1, len(label))
+    why = tracer.because("windows slide along it")
+    freeze(label[d], why)
+    label[d] = fresh(call.out[0].shape[d], why)
+    return [(*label, fresh(call["size"], why))]
+
+
+def as_complex(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Drop the last dimension, the real and imaginary parts."""
+    *rest, parts = tracer.label(call["self"])
+    freeze(parts, tracer.because("real and imaginary parts"))
+    return [tuple(rest)]
+
+
+def as_real(tracer: Tracer, call: Call) -> list[Label] | None:
+    """Add a last dimension, the real and imaginary parts."""
+    return [(*tracer.label(call["self"]), fresh(2, tracer.because("real and imaginary parts")))]
+
+
 def factory(tracer: Tracer, call: Call) -> list[Label] | None:
     """Label tensors of equal elements: any permutation leaves them as they are."""
     return [tuple(fresh(n) for n in t.shape) for t in call.out]
@@ -307,8 +371,16 @@ VIEW_RULES: dict[Rule, str] = {
     stack: "stack",
     pad: "constant_pad_nd",
     pixel_shuffle: "pixel_shuffle",
-    factory: "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor",
-    positions: "cumsum cumprod logcumsumexp cummax cummin flip roll sort topk argsort",
+    pixel_unshuffle: "pixel_unshuffle",
+    channel_shuffle: "channel_shuffle native_channel_shuffle",
+    image_to_columns: "im2col",
+    columns_to_image: "col2im",
+    windows: "unfold",
+    as_complex: "view_as_complex",
+    as_real: "view_as_real",
+    factory: "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor "
+    "empty empty_like new_empty",
+    positions: "cumsum cumprod logcumsumexp cummax cummin flip roll sort topk argsort _fft_r2c _fft_c2r _fft_c2c",
     triangle: "tril triu",
 }
 """Names of ATen operations by rule."""

@@ -10,13 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .boxes import SymmetryError
+
+CACHES = frozenset(
+    ("past_key_values", "past_key_value", "cache_params", "mems", "past_buckets_states", "present", "presents")
+)
+"""Names under which modules return what they keep for their next step."""
 _DEPTH = 8  # outputs that refer to themselves end somewhere
 
 
 def uncompiled(net: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` was given, or the module itself."""
+    """Return the module that `torch.compile` was given, or the module itself.
+
+    Raises:
+        SymmetryError: a TorchScript program, whose weights cannot be replaced for a run.
+    """
     inner = getattr(net, "_orig_mod", net)
-    return inner if isinstance(inner, nn.Module) else net
+    found = inner if isinstance(inner, nn.Module) else net
+    if isinstance(found, torch.jit.ScriptModule):
+        raise SymmetryError(
+            "symmetry: a TorchScript program cannot be traced as it is; trace the module that it was made from, or "
+            "torch.nn.Sequential(net), whose names begin with '0.'"
+        )
+    return found
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -27,21 +43,41 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def tensors_in(out: Any, depth: int = 0) -> Iterator[Tensor]:
-    """Yield the tensors in whatever a module returns: in containers, mappings and the dataclasses of libraries."""
-    for leaf in tree_flatten(out)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from tensors_in(list(leaf.values()), depth + 1)
-        elif depth < _DEPTH and hasattr(leaf, "__dict__"):
-            yield from tensors_in(list(vars(leaf).values()), depth + 1)
+    """Yield the tensors in whatever a module returns: in containers, mappings and the dataclasses of libraries.
+
+    What a module keeps for its next step, such as the keys and values of earlier tokens, is its inner state and not its
+    output: entries named in `CACHES` and objects of classes named so are left out.
+    """
+    if isinstance(out, Tensor):
+        yield out
+    elif depth < _DEPTH and not type(out).__name__.endswith("Cache"):
+        if isinstance(out, Mapping):
+            inner = [value for key, value in out.items() if key not in CACHES]
+        elif isinstance(out, (list, tuple)):
+            inner = list(out)
+        else:
+            inner = tree_flatten(out)[0]
+            if len(inner) == 1 and inner[0] is out:
+                inner = [value for key, value in getattr(out, "__dict__", {}).items() if key not in CACHES]
+        for value in inner:
+            yield from tensors_in(value, depth + 1)
 
 
 @contextmanager
 def evaluation(net: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode without gradients; afterwards every submodule is in its former mode."""
+    """Put a module in evaluation mode without gradients; afterwards every submodule is in its former mode.
+
+    Raises:
+        SymmetryError: a module that has no evaluation mode.
+    """
     modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    try:
+        net.eval()
+    except NotImplementedError as error:  # programs of torch.export
+        raise SymmetryError(
+            f"symmetry: {type(net).__name__} cannot be put into evaluation mode ({error}); give the module that it was "
+            f"made from"
+        ) from error
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield

@@ -115,7 +115,7 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         call = Call(func, args, kwargs, out)
         labels = None
-        if rule is not None and all(t.numel() for t in call.tensors):
+        if rule is not None:
             labels = rule(self, call)
             if labels is not None and not _fits(labels, call.out):
                 labels = None

@@ -30,9 +30,10 @@ def trace(
     device.
 
     Frozen, that is left in place, are: dimensions that meet inputs, outputs, constants and buffers other than running
-    statistics; what an operation without a rule touches; parameters that the example does not use. Freezing loses
-    symmetries and never makes the rest wrong. `Symmetry.explain` gives the reason for each. Control flow that depends
-    on the input is followed as this example takes it.
+    statistics; what an operation without a rule touches; parameters that the example does not use. What a module
+    returns for its next step, such as `past_key_values`, is no output. Freezing loses symmetries and never makes the
+    rest wrong. `Symmetry.explain` gives the reason for each. Control flow that depends on the input is followed as this
+    example takes it.
 
     Args:
         net: a module; it is not changed.
@@ -43,8 +44,9 @@ def trace(
 
     Raises:
         SymmetryError: `strict` and an operation is not supported (names module and operation); a lazy parameter; the
-            output holds no tensor; or the check failed, also because random weights give no finite output or one that
-            is not deterministic (then use `check=False`, and `verify` with `randomise=False`).
+            output holds no tensor; a TorchScript or exported program; or the check failed, also because random weights
+            give no finite output or one that is not deterministic (then use `check=False`, and `verify` with
+            `randomise=False`).
 
     Example:
         >>> import torch

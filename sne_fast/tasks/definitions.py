@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ..data.batch import WeightBatch
 from ..data.choices import Chunking, Scale
+from ..nn.preparation import Preparation
+from ..symmetry import Symmetry
 from ..zoo.architectures import FAMILIES
 from ..zoo.classifiers import make_classifier_zoo
 from ..zoo.images import DATASETS
+from ..zoo.index import INDEX
 from ..zoo.inrs import make_sine_zoo
-from ..zoo.shards import INDEX
 from ..zoo.table import Zoo
 from .settings import InputScale, check_choices, scale_of_encoder
 
@@ -35,7 +38,7 @@ class SneSettings:
             "permuted": random, drawn anew for every training batch; "given": that of the zoo.
         invariance: weight of the logit-invariance loss between networks as training draws them and as they are.
         order: give codes to elements and chunks; False is the paper's ablation.
-        relative: replace types and levels by :func:`sne_fast.tasks.sne_method.relative_places`.
+        relative: replace types and levels by :func:`sne_fast.nn.preparation.relative_places`.
         keep_best: keep the epoch with the lowest validation loss, not the last one.
 
     Raises:
@@ -67,6 +70,17 @@ class SneSettings:
     def scale(self) -> Scale:
         """The scale of `pack`."""
         return scale_of_encoder(self.input_scale)
+
+    def preparation(self, batch: WeightBatch, symmetries: Sequence[Symmetry]) -> Preparation:
+        """Return what the settings ask to be done to networks, given their symmetries.
+
+        Args:
+            batch: the networks of the task as they are packed.
+            symmetries: the symmetry of each.
+        """
+        if self.units != "canonical":
+            return Preparation(relative=self.relative)
+        return Preparation.for_networks(batch, symmetries, odd=self.odd, jitter=self.jitter, relative=self.relative)
 
 
 @dataclass(frozen=True)

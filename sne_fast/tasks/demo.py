@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..atomic_files import write_json
 from ..backends.cpu import library
@@ -23,8 +23,9 @@ from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..reports.files import write_csv
 from ..reports.machine import machine
-from ..reports.measures import measures, measures_table
+from ..reports.measures import COLUMNS, measure_rows, measures
 from ..reports.plots import embedding_map, scatter
+from ..reports.terminal import progress, say, show_table
 from ..training.loop import fit, predict
 from ..training.settings import FitSettings, History
 from ..training.threads import torch_threads
@@ -32,6 +33,7 @@ from ..zoo.digits import ARCHITECTURES, make_digits_zoo
 from ..zoo.splits import PARTS
 from ..zoo.table import Zoo
 from .baselines.statistics import Statistics, statistics_regression
+from .definitions import reuse
 from .requirements import check_extra
 from .run_folder import RunFolder
 from .settings import Demo
@@ -46,27 +48,37 @@ SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", Statistics.name, "mean of the trai
 def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Console | None = None) -> dict[str, Any]:
     """Make the zoo, train the predictor, report, and write everything into a folder.
 
+    After an interruption a call with the same settings resumes: finished groups of the zoo and epochs of the training
+    are not made again.
+
     Writes `zoo/` (`Zoo.open` reads it), `predictor/` (`Predictor.from_pretrained` reads it),
     `metrics.json`, `predictions.csv` (held-out networks), `scatter.png` and `embedding.png`.
 
     Args:
-        out: a folder that does not exist yet or is empty.
+        out: a folder that does not exist yet, is empty, or holds an interrupted run of the same settings.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
+        BlockingIOError: another process writes into the folder.
         FileExistsError: the folder is not empty.
         ModuleNotFoundError: scikit-learn, scipy, matplotlib or pyarrow is missing.
-        ValueError: invalid settings.
+        ValueError: invalid settings, or an interrupted run of other ones.
     """
     check_extra("the demo")
     settings = settings or Demo()
     console = console or Console()
     folder = RunFolder(out)
+    _check(settings)
     if folder.in_use():
         raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
-    _check(settings)
+    with folder.held("demo"):
+        return _run(folder, settings, console)
+
+
+def _run(folder: RunFolder, settings: Demo, console: Console) -> dict[str, Any]:
+    folder.begin({"settings": dataclasses.asdict(settings), "torch": torch.__version__}, "demo")
     predictor = _predictor(settings)
     clock = Clock()
 
@@ -76,11 +88,11 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     architectures = [str(name) for name in zoo.column("architecture")]
     parts = dict(zip(PARTS, stratified_split(architectures, SHARES, settings.seed), strict=True))
     with clock("packing"):
-        batch = predictor.encoder.pack(zoo)
+        batch = predictor.pack(zoo)
     # Batches are small, and most of the thousand operations of a step are too small to share: two threads, which sleep
     # while they wait, meet 330 times in a step and train at 287k weights/s, one thread at 431k.
     with clock("training"), torch_threads(1):
-        history = _train(predictor, batch, accuracy, parts, settings, console)
+        history = _train(predictor, batch, accuracy, parts, settings, folder, console)
         predictor.save_pretrained(folder.predictor())
     with clock("report"):
         results = _report(folder, predictor, batch, zoo, parts, settings, console)
@@ -97,14 +109,16 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
         "machine": machine(),
     }
     write_json(folder.result(), metrics)
+    folder.end()
     if library.reasons():
-        console.print(f"\nWithout the C++ backend all this took several times longer: {'; '.join(library.reasons())}")
-    console.print(
-        f"\nSNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}\n"
-        f"Written to {folder}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png\n"
-        f"Try: sne-fast predict --model {folder.predictor()} {zoo[parts['test'][0]]}",
-        highlight=False,
-        soft_wrap=True,
+        why = "; ".join(library.reasons())
+        say(console, "", f"Without the C++ backend all this took several times longer: {why}")
+    say(
+        console,
+        "",
+        f"SNE trained at {history.weights_per_second / 1e3:.0f}k weights/s; {clock.line()}",
+        f"Written to {folder}: zoo/, predictor/, metrics.json, predictions.csv, scatter.png, embedding.png",
+        f"Try: sne-fast predict --model {shlex.join([str(folder.predictor()), str(zoo[parts['test'][0]])])}",
     )
     return metrics
 
@@ -161,20 +175,16 @@ def _predictor(settings: Demo) -> Predictor:
 
 
 def _make_zoo(folder: Path, settings: Demo, console: Console) -> Zoo:
-    with _bar(console) as bar:
-        task = bar.add_task(f"1. Training {settings.networks} digit classifiers", total=1.0, note="")
-        zoo = make_digits_zoo(
-            folder,
-            settings.networks,
-            seed=settings.seed,
-            max_steps=settings.max_steps,
-            on_progress=lambda share: bar.update(task, completed=share),
+    about = {"networks": settings.networks, "seed": settings.seed, "max_steps": settings.max_steps}
+    with progress(console, f"1. Training {settings.networks} digit classifiers", bar=True, stays=True) as update:
+        zoo = reuse(folder, about) or make_digits_zoo(
+            folder, settings.networks, seed=settings.seed, max_steps=settings.max_steps, on_progress=update
         )
     accuracy = zoo.column(TARGET)
-    console.print(
+    say(
+        console,
         f"   {len(set(zoo.column('architecture')))} architectures; accuracy on held-out digits from "
         f"{accuracy.min():.1%} to {accuracy.max():.1%}, median {sorted(accuracy)[len(zoo) // 2]:.1%}",
-        highlight=False,
     )
     return zoo
 
@@ -185,22 +195,23 @@ def _train(
     accuracy: np.ndarray,
     parts: dict[str, list[int]],
     settings: Demo,
+    folder: RunFolder,
     console: Console,
 ) -> History:
     targets = torch.tensor(accuracy, dtype=torch.get_default_dtype())[:, None]
     train, validation = parts["train"], parts["validation"]
     per_epoch = int(batch.network_sizes[train].sum())
-    with _bar(console) as bar:
-        task = bar.add_task(f"2. Training SNE on {len(train)} of them", total=settings.epochs * per_epoch, note="")
-        epochs_done = 0
+    with progress(console, f"2. Training SNE on {len(train)} of them", bar=True, stays=True) as update:
+        epochs_done, note = 0, ""
 
         def on_batch(done: int) -> None:
-            bar.update(task, completed=epochs_done * per_epoch + done)
+            update((epochs_done + done / per_epoch) / settings.epochs, note)
 
         def on_epoch(epoch: int, history: History) -> None:
-            nonlocal epochs_done
+            nonlocal epochs_done, note
             epochs_done = epoch + 1
-            bar.update(task, note=f"loss {history.train_loss[-1]:.2f}, unseen {history.validation_loss[-1]:.2f}")
+            note = f"loss {history.train_loss[-1]:.2f}, unseen {history.validation_loss[-1]:.2f}"
+            update(epochs_done / settings.epochs, note)
 
         return fit(
             predictor,
@@ -208,6 +219,7 @@ def _train(
             targets[train],
             _fit_settings(settings),
             validation=(batch[validation], targets[validation]),
+            checkpoint=folder.checkpoint(),
             on_batch=on_batch,
             on_epoch=on_epoch,
         )
@@ -224,7 +236,7 @@ def _report(
 ) -> dict[str, Any]:
     accuracy, architectures = zoo.column(TARGET), [str(name) for name in zoo.column("architecture")]
     test, known = parts["test"], parts["train"] + parts["validation"]
-    with console.status("3. Evaluating on held-out networks"):
+    with progress(console, "3. Evaluating on held-out networks"):
         values, z = predict(predictor, batch)
         # The baselines may fit the validation networks too, since the predictor used them to choose its epoch.
         everything = {
@@ -239,8 +251,8 @@ def _report(
         scatter(folder.plot("scatter"), accuracy[test], shown, groups, results)
         encodings = z.double().cpu().numpy()
         embedding_map(folder.plot("embedding"), encodings, accuracy, architectures, test, settings.seed)
-    console.print("3. Evaluated on held-out networks\n")
-    console.print(measures_table(f"Accuracy of {len(test)} held-out networks", results))
+    say(console, "3. Evaluated on held-out networks", "")
+    show_table(console, COLUMNS, measure_rows(results), title=f"Accuracy of {len(test)} held-out networks")
     names = [zoo.rows[i]["name"] for i in test]
     write_csv(
         folder.predictions,
@@ -255,17 +267,3 @@ def _report(
             "mae": float(abs(held_out[SNE_NAME] - accuracy[test])[rows].mean()),
         }
     return {"models": results, "sne_by_architecture": by_architecture}
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress

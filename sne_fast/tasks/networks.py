@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.batch import WeightBatch
-from ..data.choices import Scale
+from ..data.choices import Chunking, Scale
 from ..data.packing import pack
 from ..data.weight_budgets import stratified_split
+from ..nn.preparation import Preparation
 from ..symmetry import Symmetry
+from ..training.fingerprint import of_batch, of_targets, of_values
 from ..zoo.splits import PARTS, SHARES
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
 from .definitions import Experiment, SneSettings
-from .sne_method import in_form
 
 WATCHED = 0.1
 """Share of the networks to learn from that choose the epoch, where the test networks are others."""
@@ -34,7 +37,9 @@ class Networks:
         self.zoos = list(zoos)
         self.targets = np.concatenate([zoo.column(target).astype(np.float64) for zoo in zoos])
         self.groups = [str(name) for name in self.column("architecture")]
-        self._batches: dict[tuple[object, ...], WeightBatch] = {}
+        self._batches: dict[tuple[object, ...], tuple[WeightBatch, dict[str, Any]]] = {}
+        self._preparations: dict[tuple[object, ...], Preparation] = {}
+        self._latest: tuple[tuple[object, ...], WeightBatch] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -43,6 +48,15 @@ class Networks:
     def symmetries(self) -> list[Symmetry]:
         """The symmetry of every network."""
         return [symmetry for zoo in self.zoos for symmetry in symmetries_of(zoo)]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Fingerprint of the zoos' tables and of the targets, which all runs share."""
+        tables = [(zoo.about, zoo.rows) for zoo in self.zoos]
+        return {
+            "zoos": {"size": f"{len(self)} networks", "sha256": of_values(tables)},
+            "targets": of_targets(torch.from_numpy(self.targets)),
+        }
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of the zoos, `(n,)`.
@@ -53,20 +67,42 @@ class Networks:
         return np.concatenate([zoo.column(name) for zoo in self.zoos])
 
     def packed(self, settings: SneSettings, scale: Scale | None = None) -> WeightBatch:
-        """Return all networks as one batch, packed and with their hidden units as the settings say; it is cached.
+        """Return all networks as one batch, packed and prepared as the settings say; it is cached.
 
         Args:
             scale: the scale of `pack`, if not that of the settings.
         """
+        return self._packed(settings, scale)[0]
+
+    def fingerprint_of(self, settings: SneSettings, scale: Scale | None = None) -> dict[str, Any]:
+        """Return the fingerprint of what `packed` returns."""
+        return self._packed(settings, scale)[1]
+
+    def _packed(self, settings: SneSettings, scale: Scale | None) -> tuple[WeightBatch, dict[str, Any]]:
         scale = scale or settings.scale
         key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd, settings.relative
         if key not in self._batches:
-            size, chunking = settings.chunk_size, settings.chunking
-            batch = WeightBatch.cat(
-                [pack(list(zoo), scale=scale, chunk_size=size, chunking=chunking).detach() for zoo in self.zoos]
-            )
-            self._batches[key] = in_form(batch, self.symmetries, settings)
+            batch = self._raw(scale, settings.chunk_size, settings.chunking)
+            batch = self.preparation(settings).apply(batch)
+            self._batches[key] = batch, of_batch(batch)
         return self._batches[key]
+
+    def preparation(self, settings: SneSettings) -> Preparation:
+        """Return what the settings ask to be done to the networks, with the symmetries that it needs; it is cached."""
+        key = settings.units, settings.odd, settings.jitter, settings.relative
+        if key not in self._preparations:
+            batch = self._raw(settings.scale, settings.chunk_size, settings.chunking)
+            symmetries = self.symmetries if settings.units == "canonical" else []
+            self._preparations[key] = settings.preparation(batch, symmetries)
+        return self._preparations[key]
+
+    def _raw(self, scale: Scale, chunk_size: int, chunking: Chunking) -> WeightBatch:
+        """Return all networks as they are packed; the last of these batches is kept."""
+        key = scale, chunk_size, chunking
+        if self._latest is None or self._latest[0] != key:
+            batches = [pack(zoo, scale=scale, chunk_size=chunk_size, chunking=chunking).detach() for zoo in self.zoos]
+            self._latest = key, WeightBatch.cat(batches)
+        return self._latest[1]
 
     def where(self, wanted: Mapping[str, tuple[str, ...]]) -> np.ndarray:
         """Return the positions of the networks whose columns have one of the values wanted."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
 
 from ..atomic_files import write_text
-from ..reports.plots import embedding_map, new_figure, save_figure
+from ..reports.plots import embedding_map, literal, new_figure, save_figure
+from ..reports.terminal import show_table
 from .baselines import BASELINES
 from .definitions import Experiment, Task
 from .networks import Networks
 from .run_folder import Run, RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COLUMNS = ("Kendall's tau", "R2", "MSE", "seconds")
 
@@ -33,21 +36,15 @@ def cells(method: Mapping[str, Any]) -> list[str]:
     return [number("tau"), number("r2"), number("mse"), f"{method['seconds']:.0f}"]
 
 
-def table(experiment: Mapping[str, Any]) -> Table:
-    """Return the table of an experiment for the terminal."""
+def show_experiment(console: Console, experiment: Mapping[str, Any]) -> None:
+    """Print the table of an experiment."""
     runs = max(method["runs"] for method in experiment["methods"].values())
-    shown = Table(
+    show_table(
+        console,
+        ["", *COLUMNS],
+        [[name, *cells(method)] for name, method in experiment["methods"].items()],
         title=f"{experiment['name']}: test networks, mean ± standard deviation of {runs} seed(s)",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
     )
-    shown.add_column("")
-    for column in COLUMNS:
-        shown.add_column(column, justify="right")
-    for name, method in experiment["methods"].items():
-        shown.add_row(name, *cells(method))
-    return shown
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -115,10 +112,10 @@ def _scatter(path: Path, task: Task, data: Networks, test: list[int], prediction
     for axis, (name, predicted) in zip(axes, shown.items(), strict=True):
         axis.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0)
         axis.scatter(true, predicted, s=12, linewidth=0, alpha=0.6)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel(f"true {task.target}", fontsize=8)
+        axis.set_title(literal(name), fontsize=9)
+        axis.set_xlabel(f"true {literal(task.target)}", fontsize=8)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"predicted {task.target}", fontsize=8)
+    axes[0].set_ylabel(f"predicted {literal(task.target)}", fontsize=8)
     save_figure(figure, path)
 
 
@@ -127,7 +124,9 @@ def _curves(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
     figure = new_figure(6.0, 4.2)
     axis = figure.subplots()
     for name, points in curves.items():
-        axis.plot([p["networks"] for p in points], [p["mse"] for p in points], marker="o", markersize=4, label=name)
+        axis.plot(
+            [p["networks"] for p in points], [p["mse"] for p in points], marker="o", markersize=4, label=literal(name)
+        )
     axis.set(xscale="log", yscale="log", xlabel="training networks", ylabel="mean squared error on test networks")
     axis.grid(alpha=0.25, which="both")
     axis.legend(frameon=False, fontsize=8)

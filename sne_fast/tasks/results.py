@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..reports.machine import machine
+from ..training.fingerprint import differences
 from .baselines import BASELINES
 from .definitions import Task
 from .networks import Networks
@@ -22,6 +23,9 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], fold
 
     Returns:
         The content of `results.json`.
+
+    Raises:
+        ValueError: runs of a row that do not belong together.
     """
     experiments: dict[str, Any] = {}
     for experiment in task.experiments:
@@ -31,9 +35,12 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], fold
             whole = folder.results_of(experiment, row)
             if not whole:
                 continue
+            check_runs(whole, data, folder, whole[0].get("settings"))
             title = whole[0]["method"]
             methods[title] = _summary(whole)
-            points = [run for run in folder.results_of(experiment, row, whole[0]["seed"]) if "test" in run]
+            shares = folder.results_of(experiment, row, whole[0]["seed"])
+            check_runs(shares, data, folder, whole[0].get("settings"))
+            points = [run for run in shares if "test" in run]
             if len(points) > 1:
                 curves[title] = [{"networks": run["networks"]["train"], **run["test"]} for run in points]
         if methods:
@@ -48,6 +55,29 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], fold
         "experiments": experiments,
         "machine": machine(),
     }
+
+
+def check_runs(
+    runs: Sequence[Mapping[str, Any]], data: Networks, folder: RunFolder, settings: Mapping[str, Any] | None
+) -> None:
+    """Check that the runs of a row of a table are of one configuration and of these networks.
+
+    Args:
+        settings: those of the row, None for a baseline.
+
+    Raises:
+        ValueError: a run of others; the message names it and says what differs.
+    """
+    made_of = data.fingerprint
+    for run in runs:
+        then = run.get("made_of")
+        then = {key: then[key] for key in made_of if key in then} if isinstance(then, dict) else {}
+        changed = differences({"settings": run.get("settings"), **then}, {"settings": settings, **made_of})
+        if changed:
+            raise ValueError(
+                f"task: {folder} holds a run with other settings or data ({run.get('method')}, seed {run['seed']}: "
+                f"{'; '.join(changed)}); choose another --out or remove it"
+            )
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,6 +98,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "std": float(np.std(np.subtract(values, values[0]), ddof=1)) if known and len(values) > 1 else None,
         }
     if "invariance_rms" in runs[0]:
-        shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs]
-        summary["invariance_rms_over_rmse"] = float(np.max(shares))
+        shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs if run["test"]["rmse"]]
+        if len(shares) == len(runs):  # not without an error to compare with
+            summary["invariance_rms_over_rmse"] = float(np.max(shares))
     return summary

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..atomic_files import replacing, write_json
+from ..atomic_files import TEMPORARY, remove_leftovers, replacing, write_json
+from ..file_locks import holding
+from ..regular_files import FileError, read_json
+from ..training.fingerprint import differences
 from .definitions import Experiment
+
+LOCK = ".lock"
+"""The file in a folder that says which process writes there."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class RunFolder:
     A task makes many runs, each with files of its own, and reports all of them:
 
         zoos/ runs/EXPERIMENT/METHOD-seedS[-shareT]{.json,.npz,.pt,/} results.json results.md *.png
+
+    What a run is made of is written when it begins and is part of its result, so that no other run takes either for its
+    own: see `begin` and `read_result`.
 
     Methods that take a `run` return the path of that run of a task, and without one that of the only run.
 
@@ -93,6 +102,11 @@ class RunFolder:
         return self.path / "zoo"
 
     @property
+    def unfinished(self) -> Path:
+        """The JSON file with the settings of a demo, which is there until the demo ends."""
+        return self.path / "unfinished.json"
+
+    @property
     def zoos(self) -> Path:
         """The folder of a task's zoos."""
         return self.path / "zoos"
@@ -111,14 +125,73 @@ class RunFolder:
         """Return the path of a plot, such as `scatter.png`, or of an experiment's, such as `scatter-sines.png`."""
         return self.path / (f"{kind}.png" if experiment is None else f"{kind}-{slug(experiment.name)}.png")
 
-    def in_use(self) -> bool:
-        """Return True if the path is a file, or a folder with something in it."""
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+    def begun(self, run: Run | None = None) -> Path:
+        """Return the path of the JSON file that says what an unfinished run is made of."""
+        return self.path / "unfinished.json" if run is None else self._of(run, ".begun")
 
-    def read_result(self, run: Run) -> dict[str, Any] | None:
-        """Read the settings and measures of a run; None if there are none."""
+    def in_use(self) -> bool:
+        """Return True if the path is a file, or a folder with something in it besides an unfinished run."""
+        if not self.path.is_dir():
+            return self.path.exists()
+        names = {name for name in os.listdir(self.path) if name != LOCK and not TEMPORARY.fullmatch(name)}
+        return bool(names) and self.begun().name not in names
+
+    def held(self, command: str) -> AbstractContextManager[None]:
+        """Return a context manager that makes the folder and keeps other processes out of it.
+
+        Args:
+            command: whose folder it is, as messages name it.
+
+        Raises:
+            BlockingIOError: by the context manager, where another process holds it; the message names the process.
+            OSError: the folder cannot be written.
+        """
+        return holding(self.path / LOCK, f"{command}: the folder {str(self)!r}", "choose another --out")
+
+    def begin(self, made_of: Mapping[str, Any], command: str, run: Run | None = None) -> None:
+        """Write what a run is made of, before its first file.
+
+        Args:
+            made_of: a fingerprint, see :mod:`sne_fast.training.fingerprint`.
+            command: whose run it is, as messages name it.
+            run: as of the other methods.
+
+        Raises:
+            ValueError: an unfinished run that is made of something else has left files to resume from.
+        """
+        path = self.begun(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        if path.exists() and (run is None or self.checkpoint(run).exists()):
+            changed = differences(read_json(path, dict), made_of)
+            if changed:
+                raise ValueError(
+                    f"{command}: {path} is of an unfinished run with other settings or data ({'; '.join(changed)}); "
+                    "finish that one, choose another --out, or remove it"
+                )
+        write_json(path, made_of)
+
+    def read_result(self, run: Run, made_of: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Read the settings and measures of a run; None if there are none.
+
+        Args:
+            made_of: what the run must have been made of, by the names in its result.
+
+        Raises:
+            ValueError: it was made of something else, or the file is damaged.
+        """
         path = self.result(run)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        found = _read_result(path)
+        if made_of is not None:
+            changed = differences({key: found[key] for key in made_of if key in found}, made_of)
+            if changed:
+                raise ValueError(
+                    f"task: {path} holds a run with other settings or data ({'; '.join(changed)}); choose another "
+                    "--out or remove it"
+                )
+        return found
 
     def write_result(self, run: Run, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Write the arrays of a run if it has any, then its result, and remove its checkpoint.
@@ -130,7 +203,12 @@ class RunFolder:
             with replacing(self.arrays(run)) as temporary, open(temporary, "wb") as stream:
                 np.savez(stream, **arrays)  # type: ignore[arg-type]
         write_json(self.result(run), result)
+        self.end(run)
+
+    def end(self, run: Run | None = None) -> None:
+        """Remove what only an unfinished run needs."""
         self.checkpoint(run).unlink(missing_ok=True)
+        self.begun(run).unlink(missing_ok=True)
 
     def results_of(self, experiment: Experiment, method: str, seed: int | None = None) -> list[dict[str, Any]]:
         """Read the results of a row of a table.
@@ -148,11 +226,19 @@ class RunFolder:
             files = [file for file in folder.glob(f"{stem}*.json") if "-share" not in file.stem]
         else:
             files = [*folder.glob(f"{stem}{seed}-share*.json"), self.result(Run(experiment, method, seed))]
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        found = [_read_result(file) for file in files]
         return sorted(found, key=lambda result: (result["seed"], result["networks"]["train"]))
 
     def _of(self, run: Run, suffix: str) -> Path:
         return self.path / "runs" / f"{run.name}{suffix}"
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(path, dict)
+    counts = found.get("networks")
+    if type(found.get("seed")) is not int or not isinstance(counts, dict) or type(counts.get("train")) is not int:
+        raise FileError(f"{path}: is damaged or no result of a run, remove it to make the run anew")
+    return found
 
 
 def slug(text: str) -> str:

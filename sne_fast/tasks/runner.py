@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..atomic_files import write_json
+from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
-from ..reports.measures import measures
+from ..reports.measures import measures, why_undefined
+from ..reports.terminal import progress, say
+from ..training.fingerprint import of_values
 from ..training.threads import torch_threads
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, SneSettings, Task
 from .networks import Networks
-from .report import table, write_report
+from .report import show_experiment, write_report
 from .requirements import check_extra
-from .results import collect
+from .results import check_runs, collect
 from .run_folder import Run, RunFolder
 from .settings import SEEDS
 from .sne_method import augmentation, train_sne
@@ -59,7 +61,8 @@ def run_task(
         The content of `results.json`.
 
     Raises:
-        ValueError: an unknown task or method, or a folder that holds results of other settings.
+        ValueError: an unknown task or method, or a folder that holds runs of other settings or other networks.
+        BlockingIOError: another process makes the same zoo or trains the same run.
         ModuleNotFoundError: scikit-learn, scipy, matplotlib or pyarrow is missing.
     """
     check_extra("the task")
@@ -72,20 +75,17 @@ def run_task(
     if unknown:
         raise ValueError(f"task: methods must be among {', '.join(rows)}, got {', '.join(unknown)}")
     folder, at = RunFolder(out), commit()  # the commit is read now, since the checkout may change while this runs
-    with console.status("zoos") as status:
-
-        def progress(done: float) -> None:
-            status.update(f"making the zoos: {done:.0%}")
-
-        zoos = task.zoos(folder.zoos, networks or task.networks, progress)
+    with progress(console, "making the zoos") as update:
+        zoos = task.zoos(folder.zoos, networks or task.networks, update)
     job = _Job(task, Networks(zoos, task.target), sne, folder, console, at)
+    job.check(list(methods) or rows)
     for run in job.runs(list(methods) or rows, seeds):
         job.make(run)
     results = collect(name, task, job.data, list(sne), folder)
     write_json(folder.results, results)
     write_report(folder, task, job.data, results)
     for experiment in results["experiments"].values():
-        console.print(table(experiment))
+        show_experiment(console, experiment)
     return results
 
 
@@ -124,34 +124,61 @@ class _Job:
         """
         settings = self.sne.get(run.method)
         parts = self._parts(run)
-        asked = {
-            "method": run.method if settings else BASELINES[run.method].name,
-            "seed": run.seed,
-            "networks": {"all": len(self.data), **{name: len(part) for name, part in parts.items()}},
-            "settings": json.loads(json.dumps(dataclasses.asdict(settings))) if settings else None,
-        }
-        found = self.folder.read_result(run)
-        if found is not None:
-            if {key: found[key] for key in asked} != asked:
-                path = self.folder.result(run)
-                raise ValueError(f"task: {path} holds a run with other settings; choose another --out or remove it")
-            if "test" in found:  # a run without is tried again: the missing package, say, may be there now
-                return
+        asked = self._made_of(run, settings, parts)
+        found = self.folder.read_result(run, asked)
+        if found is not None and "test" in found:  # a run without is tried again: the missing package may be there now
+            return
+        self.folder.begin(asked, "task", run)
         clock = time.perf_counter()
         label = f"{run.experiment.name}, {asked['method']}, seed {run.seed}, {len(parts['train'])} networks"
         # One thread: batches are small, and most operations of a step are too small to share (see demo.py).
-        with self.console.status(label) as status, torch_threads(1):
+        with progress(self.console, label) as update, torch_threads(1):
             if settings is not None:
-                arrays, about = self._train_sne(run, settings, parts, lambda text: status.update(f"{label}: {text}"))
+                arrays, about = self._train_sne(run, settings, parts, lambda text: update(note=text))
             else:
                 arrays, about = self._fit_baseline(run, parts)
         about |= {"seconds": time.perf_counter() - clock, "commit": self.commit}
         if arrays:
             test = parts["test"]
             about["test"] = _measures(arrays["predicted"][test], self.data.targets[test])
+            undefined = why_undefined(arrays["predicted"][test], self.data.targets[test])
+            if undefined:
+                about["undefined"] = undefined
         self.folder.write_result(run, {**asked, **about}, arrays)
         text = "; ".join(about["why_not"]) if "why_not" in about else _line(about["test"])
-        self.console.print(f"{label}: {text} ({about['seconds']:.0f} s)", highlight=False, soft_wrap=True)
+        say(self.console, f"{label}: {text} ({about['seconds']:.0f} s)")
+
+    def check(self, rows: Sequence[str]) -> None:
+        """Check that what the folder holds of some rows is of this call's settings and networks.
+
+        Raises:
+            ValueError: a run of others.
+        """
+        for experiment in self.task.experiments:
+            for row in rows:
+                settings = self.sne.get(row)
+                runs = self.folder.results_of(experiment, row)
+                check_runs(runs, self.data, self.folder, _plain(settings) if settings else None)
+
+    def _made_of(self, run: Run, settings: SneSettings | None, parts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Return the part of a run's result that says what it is made of."""
+        form = settings or next(iter(self.sne.values()))  # baselines get networks in the form that SNE gets
+        sizes = {name: len(part) for name, part in parts.items()}
+        return {
+            "method": run.method if settings else BASELINES[run.method].name,
+            "seed": run.seed,
+            "networks": {"all": len(self.data), **sizes},
+            "settings": _plain(settings) if settings else None,
+            "made_of": {
+                **self.data.fingerprint,
+                "packed networks": self.data.fingerprint_of(form, None if settings else "tensor"),
+                "split": {"size": f"{sum(sizes.values())} networks", "sha256": of_values(dict(parts))},
+                "target": self.task.target,
+                "logit": self.task.logit,
+                "units": form.units,
+                "jitter": form.jitter,
+            },
+        }
 
     def _parts(self, run: Run) -> dict[str, list[int]]:
         """Return the positions of the networks by part, with the run's share of the training networks."""
@@ -169,7 +196,7 @@ class _Job:
         batch = data.packed(settings)
         problem = Problem(batch, data.targets, parts["train"], parts["validation"], run.seed, self.task.logit)
         done = train_sne(
-            problem, settings, data.symmetries, parts["test"], target=self.task.target,
+            problem, settings, data.preparation(settings), data.symmetries, parts["test"], target=self.task.target,
             checkpoint=self.folder.checkpoint(run),
             on_epoch=lambda epoch, history: show(f"epoch {epoch + 1}, loss {history.train_loss[-1]:.3f}"),
         )  # fmt: skip
@@ -179,7 +206,8 @@ class _Job:
     def _fit_baseline(self, run: Run, parts: Mapping[str, list[int]]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Fit a baseline to networks in the form that SNE gets; those trained by batches get its augmentation too."""
         data, settings = self.data, next(iter(self.sne.values()))
-        augment = augmentation([data.symmetries[i] for i in parts["train"]], settings)
+        own = [data.symmetries[i] for i in parts["train"]]
+        augment = augmentation(own, settings, data.preparation(settings))
         problem = Problem(
             data.packed(settings, "tensor"), data.targets, parts["train"], parts["validation"], run.seed,
             self.task.logit, augment,
@@ -190,11 +218,15 @@ class _Job:
         return {"predicted": BASELINES[run.method].fit_predict(problem)}, {}
 
 
+def _plain(settings: SneSettings) -> dict[str, Any]:
+    """Return settings as JSON gives them back."""
+    plain: dict[str, Any] = json.loads(to_json(dataclasses.asdict(settings)))
+    return plain
+
+
 def _measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
     found = measures(predicted, true)
-    rmse = found["rmse"]
-    assert rmse is not None
-    return {**found, "mse": rmse**2}
+    return {**found, "mse": None if found["rmse"] is None else found["rmse"] ** 2}
 
 
 def _line(test: Mapping[str, float | None]) -> str:

@@ -86,7 +86,9 @@ class DemoSettings:
     """Options of `sne-fast demo`; `demo` gives the settings of the run that they ask for."""
 
     out: Path = option(
-        Path("sne-demo"), help="Folder for everything it makes; must be new or empty.", flags=("--out", "-o")
+        Path("sne-demo"),
+        help="Folder for everything it makes; new, empty, or of an interrupted run, which resumes.",
+        flags=("--out", "-o"),
     )
     seed: int = option(0, help="Seed of the zoo, the split and the training.", min=0, max=2**32 - 1)
     quick: bool = option(False, help="Make a small run, to see it work in under a minute.")

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ..data.batch import WeightBatch
-from ..data.tensor_types import CONVOLUTION, KINDS, LINEAR
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from ..symmetry import CanonicalAugmentation, PermutationAugmentation, Symmetry, canonicalise, permute
+from ..nn.preparation import Preparation
+from ..symmetry import PermutationAugmentation, Symmetry, permute
 from ..training import FitSettings, History, fit, predict
 from ..training.loop import Augment
 from .baselines import Problem
@@ -35,37 +35,17 @@ class SneRun:
     predictor: Predictor
 
 
-def in_form(batch: WeightBatch, symmetries: Sequence[Symmetry], settings: SneSettings) -> WeightBatch:
-    """Return networks with the order of hidden units, and the types and levels of layers, that the settings ask for."""
-    if settings.relative:
-        batch = relative_places(batch)
-    return canonicalise(batch, symmetries, odd=settings.odd) if settings.units == "canonical" else batch
-
-
-def relative_places(batch: WeightBatch) -> WeightBatch:
-    """Replace types and levels by ones that architectures share, since SNE has learnt no codes of others.
-
-    The level of a network's first layer becomes 0, of its last one 2, of the others 1; a single layer is the last one.
-    Convolutions count as linear layers.
-    """
-    level = torch.ones_like(batch.layer_level)
-    level[batch.network_ptr[:-1]] = 0
-    level[batch.network_ptr[1:] - 1] = 2
-    kind, role = batch.tensor_type // len(KINDS), batch.tensor_type % len(KINDS)
-    kind = torch.where(kind == CONVOLUTION, LINEAR, kind)
-    return batch.with_fields(layer_level=level, tensor_type=len(KINDS) * kind + role)
-
-
-def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings) -> Augment | None:
+def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings, preparation: Preparation) -> Augment | None:
     """Return the change of training batches that `settings.units` asks for, given the training networks' symmetries."""
-    if settings.units == "canonical":
-        return CanonicalAugmentation(symmetries, odd=settings.odd, jitter=settings.jitter)
-    return PermutationAugmentation(symmetries) if settings.units == "permuted" else None
+    if settings.units == "permuted":
+        return PermutationAugmentation(symmetries)
+    return preparation.augment if preparation.draws else None
 
 
 def train_sne(
     problem: Problem,
     settings: SneSettings,
+    preparation: Preparation,
     symmetries: Sequence[Symmetry],
     test: Sequence[int],
     *,
@@ -76,8 +56,9 @@ def train_sne(
     """Train SNE on a problem.
 
     Args:
-        problem: its batch is packed with the scale and chunks of the settings, and is `in_form`.
+        problem: its batch is packed with the scale and chunks of the settings, and may be prepared.
         settings: of the encoder and the training.
+        preparation: what the predictor does to networks, that of the settings.
         symmetries: the symmetry of each of the n networks.
         test: positions of the networks whose permuted copies are compared, see `invariance_error`.
         target: name of the target.
@@ -101,8 +82,9 @@ def train_sne(
             [target],
             "logit" if problem.logit else "identity",
             normalise_inputs=scale_of_predictor(settings.input_scale),
+            preparation=preparation,
         )
-    augment = augmentation([symmetries[i] for i in train], settings)
+    augment = augmentation([symmetries[i] for i in train], settings, preparation)
     history = fit(
         predictor, batch[train], targets[train],
         FitSettings(
@@ -118,7 +100,7 @@ def train_sne(
         "validation_loss": history.validation_loss,
         "kept_epoch": history.kept,
         "weights_per_second": history.weights_per_second,
-        "invariance_rms": invariance_error(predictor, batch, symmetries, test, settings),
+        "invariance_rms": invariance_error(predictor, batch, symmetries, test),
     }
     return SneRun(predicted[:, 0].double().numpy(), encodings.double().numpy(), about, predictor)
 
@@ -128,7 +110,6 @@ def invariance_error(
     batch: WeightBatch,
     symmetries: Sequence[Symmetry],
     rows: Sequence[int],
-    settings: SneSettings,
 ) -> float:
     """Return the root mean square difference between predictions of networks and of their permuted copies."""
     part, own = batch[list(rows)], [symmetries[i] for i in rows]
@@ -136,6 +117,6 @@ def invariance_error(
     generator = torch.Generator().manual_seed(0)
     squares = []
     for _ in range(DRAWS):
-        permuted = in_form(permute(part, own, generator), own, settings)
+        permuted = permute(part, own, generator)
         squares.append((predict(predictor, permuted)[0] - plain).double().square().mean())
     return torch.stack(squares).mean().sqrt().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import write_json
+from ..extras import require
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..reports.files import write_csv
-from ..reports.measures import measures
+from ..reports.measures import measures, why_undefined
+from ..reports.terminal import for_progress, progress, say
 from ..symmetry import PermutationAugmentation
 from ..training.distributed import World, processes
 from ..training.loop import fit, predict
@@ -42,34 +45,51 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
     Raises:
         KeyError: a column that the zoo does not have.
+        ModuleNotFoundError: scipy is missing, or TensorBoard for its log.
         ValueError: columns that do not fit the loss, a split without networks to train or test, or a folder that holds
-            a training with other settings.
+            a training of other networks, targets or settings.
+        BlockingIOError: another process trains into the folder.
+        OSError: the folder cannot be written.
     """
-    with processes() as world:
-        return _train(settings, FitSettings(**settings.fit), console, world)
+    fit_settings = FitSettings(**settings.fit)
+    if settings.loss != "cross_entropy":
+        require("scipy", extra="demo", why="train, whose measures include Kendall's tau,")
+    with processes() as world, ExitStack() as stack:
+        world.share_error(_enter(RunFolder(settings.out), stack) if world.first else None)
+        return _train(settings, fit_settings, console, world)
+
+
+def _enter(folder: RunFolder, stack: ExitStack) -> Exception | None:
+    """Hold the folder until the stack ends, or return why that cannot be."""
+    try:
+        stack.enter_context(folder.held("train"))
+    except OSError as error:
+        return error
+    return None
 
 
 def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console, world: World) -> dict[str, Any]:
-    zoo, folder = Zoo.open(settings.zoo), RunFolder(settings.out)
+    folder = RunFolder(settings.out)
+    log: Log = TensorBoardLog(folder.tensorboard) if settings.log == "tensorboard" else CsvLog(folder.log)
+    zoo = Zoo.open(settings.zoo)
     parts = split_zoo(zoo, settings.split, settings.seed)
     targets, classes = read_targets(zoo, settings.targets, settings.loss)
     names = classes if classes is not None else list(settings.targets)
     predictor = _predictor(settings, names)
-    with console.status("packing"):
-        batch = predictor.encoder.pack(zoo, device="cpu")
+    with progress(console, "packing"):
+        batch = predictor.pack(zoo, device="cpu")
     augment = None
     if settings.permute:
-        with console.status("finding symmetries"):
+        with progress(console, "finding symmetries"):
             augment = PermutationAugmentation(symmetries_of(zoo[parts["train"]]))
-    log: Log = TensorBoardLog(folder.tensorboard) if settings.log == "tensorboard" else CsvLog(folder.log)
 
     def on_epoch(epoch: int, history: History) -> None:
         if world.first:
             unseen = f", unseen {history.validation_loss[-1]:.4g}" if history.validation_loss else ""
-            console.print(
+            say(
+                for_progress(console),
                 f"epoch {epoch + 1}/{settings.epochs}: loss {history.train_loss[-1]:.4g}{unseen}, "
                 f"{history.weights_per_second / 1e3:.0f}k weights/s",
-                highlight=False,
             )
 
     rows, watched = parts["train"], parts["validation"]
@@ -129,10 +149,18 @@ def _record(settings: TrainSettings, fit_settings: FitSettings) -> dict[str, Any
 
 
 def evaluate(values: Tensor, targets: Tensor, names: Sequence[str], classes: bool) -> dict[str, Any]:
-    """Return the accuracy of class predictions, or by target Kendall's tau, R2, MAE and RMSE."""
+    """Return the accuracy of class predictions, or by target Kendall's tau, R2, MAE and RMSE.
+
+    Where some of these are None, "undefined" says which and why.
+    """
     if classes:
         return {"accuracy": (values.argmax(1) == targets).double().mean().item()}
-    return {name: measures(values[:, i].numpy(), targets[:, i].numpy()) for i, name in enumerate(names)}
+    found: dict[str, Any] = {}
+    for i, name in enumerate(names):
+        pair = values[:, i].numpy(), targets[:, i].numpy()
+        undefined = why_undefined(*pair)
+        found[name] = {**measures(*pair), **({"undefined": undefined} if undefined else {})}
+    return found
 
 
 def _device(name: str) -> torch.device:

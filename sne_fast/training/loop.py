@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..atomic_files import remove_leftovers
 from ..data.batch import WeightBatch
 from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights
+from ..file_locks import holding
 from ..nn.predictor import Predictor
+from .arguments import (
+    check_batch,
+    check_calls,
+    check_checkpoint,
+    check_predictor,
+    check_settings,
+    check_targets,
+    check_validation,
+)
 from .distributed import World, part_of
+from .fingerprint import of_training
 from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
-from .progress import Log, Progress
+from .progress import Log, Progress, not_finite, restore
 from .settings import FitSettings, History
+
+MOST_SKIPPED = 32
+"""Steps in a row that may be skipped under float16: its scale, 65536 at first, is halved by each, down to 2**-16."""
+_SHOWN = 5  # networks named in a message
 
 
 class Augment(Protocol):
@@ -41,10 +59,10 @@ class Augment(Protocol):
 def fit(
     predictor: Predictor,
     batch: WeightBatch,
-    targets: Tensor,
+    targets: Tensor | np.ndarray | Sequence[Any],
     settings: FitSettings | None = None,
     *,
-    validation: tuple[WeightBatch, Tensor] | None = None,
+    validation: tuple[WeightBatch, Tensor | np.ndarray | Sequence[Any]] | None = None,
     augment: Augment | None = None,
     checkpoint: str | PathLike[str] | None = None,
     log: Log | None = None,
@@ -55,18 +73,28 @@ def fit(
 
     Sets the predictor's target mean and spread from `targets` and its input scale from `batch`, and trains it in place.
     It ends in evaluation mode, without `validation` with the parameters of the last epoch, with it as
-    `settings.keep_best` says.
+    `settings.keep_best` says. A validation loss that is not finite counts as worse than any other.
+
+    A loss or a gradient that is not finite ends the training before the step is taken. Under `amp="float16"` steps
+    whose gradients overflow are skipped, as its scale of the loss asks for, but not more than 32 in a row.
+
+    The file `checkpoint` holds a fingerprint of networks, targets, validation, augmentation, predictor and settings; a
+    call with others is refused, and told what differs. Only `settings.epochs` may grow: the training then goes on, also
+    if it had ended, with the learning rate that the longer training has at that step. It is not the rate that a call
+    with as many epochs from the start would have had before, so the result differs from that call's.
 
     In a process group of `torch.distributed` (see :func:`sne_fast.training.distributed.processes`) every process calls
     this with the same arguments. The processes share the networks of each batch by their numbers of weights, and the
     result is that of a single process.
 
     Args:
-        batch: the training networks, packed by `predictor.encoder.pack`; on any device.
-        targets: `(len(batch), out_features)` in their own units; `(len(batch),)` integers for "cross_entropy".
+        batch: the training networks, packed by `predictor.pack`; on any device.
+        targets: `(len(batch), out_features)` in their own units, as a tensor, an array or a list; `(len(batch),)` is
+            enough for a single output. `(len(batch),)` integers for "cross_entropy".
         settings: learning rate, epochs and so on; those of `FitSettings()` by default.
         validation: networks and targets whose loss is measured after every epoch.
-        augment: changes every training batch before it is encoded.
+        augment: changes every training batch before it is encoded; by default as the predictor's preparation says,
+            with jitter if it has any.
         checkpoint: a file that is written after every epoch. If it exists, training resumes from it bit for bit.
         log: takes the numbers of every epoch, see :class:`CsvLog` and :class:`TensorBoardLog`.
         on_epoch: called after each epoch with its number and the history so far.
@@ -76,8 +104,12 @@ def fit(
         The losses of all epochs.
 
     Raises:
-        ValueError: targets that do not fit the networks, a loss that is not finite, `settings.invariance` without
-            `augment`, or a checkpoint of another training.
+        TypeError: an argument of another type; the message names it.
+        ValueError: an argument that does not fit the others, a loss or gradient that is not finite, or a checkpoint
+            that is damaged or of another training.
+        BlockingIOError: another training is writing the checkpoint.
+        OSError: the checkpoint cannot be written.
+        ConnectionError: another process of the group does not answer.
 
     Example:
         >>> accuracy = torch.rand(len(batch), 1)
@@ -85,55 +117,74 @@ def fit(
         >>> len(history.train_loss)
         2
     """
-    settings = settings or FitSettings()
-    for what, networks, values in (
-        ("targets", batch, targets),
-        *((("validation targets", *validation),) if validation else ()),
-    ):
-        if len(networks) != len(values) or not len(networks):
-            raise ValueError(f"fit: {what} must have one row per network ({len(networks)}), got {len(values)}")
-    if settings.invariance and augment is None:
-        raise ValueError("fit: settings.invariance compares a batch with its augmented copy; give augment")
+    predictor, settings = check_predictor(predictor), check_settings(settings)
+    if augment is None and predictor.preparation.draws:
+        augment = predictor.preparation.augment
+    batch = check_batch(batch, predictor)  # detached: the first backward would free the graph of a batch of modules
+    goals = check_targets(targets, predictor, len(batch))
+    watched = check_validation(validation, predictor)
+    check_calls(settings, augment, log, on_epoch=on_epoch, on_batch=on_batch)
+    path = check_checkpoint(checkpoint)
     world = World()
-    batch = batch.detach()  # a batch of modules holds their autograd graph, which the first backward would free
-    predictor.set_inputs(batch)
-    predictor.set_targets(targets)
-    world.share_parameters(predictor)
-    run = _Run(predictor, batch, predictor.normalise(targets), settings, augment, world)
-    state = Progress(settings, 0, 0, History(), 0, None)
-    path = Path(checkpoint) if checkpoint is not None else None
-    if path is not None and path.exists():
-        state = Progress.load(path, settings, predictor, run.optimiser, run.scaler)
-    if log is not None and world.first:
-        log.resume(state.epoch)
-    history, start = state.history, time.perf_counter() - state.history.seconds
-    while state.epoch < settings.epochs and not _finished(state, settings, validation is not None):
-        epoch = state.epoch
-        history.train_loss.append(run.epoch(state, on_batch))
-        row = {"train_loss": history.train_loss[-1]}
-        if validation is not None:
-            history.validation_loss.append(_loss(predictor, *validation, settings, world))
-            row["validation_loss"] = history.validation_loss[-1]
-            if history.validation_loss[-1] <= min(history.validation_loss):
-                state.lowest = epoch
-                if settings.keep_best:
-                    state.best = {name: t.detach().clone() for name, t in predictor.state_dict().items()}
-        state.epoch += 1
-        history.kept = epoch if state.best is None else state.lowest
-        history.seconds = time.perf_counter() - start
-        history.weights_per_second = state.epoch * batch.num_weights / history.seconds
-        if world.first:
-            if log is not None:
-                log(epoch, {**row, "lr": run.lr, "seconds": history.seconds})
-            if path is not None:
-                state.save(path, predictor, run.optimiser, run.scaler)
-        if on_epoch is not None:
-            on_epoch(epoch, history)
-    world.wait()
-    if state.best is not None:
-        predictor.load_state_dict(state.best)
-    predictor.eval()
-    return history
+    fingerprint = of_training(predictor, batch, goals, settings, watched, augment) if path is not None else {}
+    with ExitStack() as stack, torch.enable_grad():
+        if path is not None:
+            world.share_error(_hold(path, stack) if world.first else None)
+        state, states = Progress(), None
+        if path is not None and path.exists():
+            state, states = Progress.load(path, fingerprint, settings.epochs, predictor.target_mean.device)
+        predictor.set_inputs(batch)
+        predictor.set_targets(goals)
+        world.share_parameters(predictor)
+        run = _Run(predictor, batch, goals, settings, augment, world)
+        if path is not None and states is not None:
+            restore(path, states, predictor, run.optimiser, run.scaler)
+        if log is not None and world.first:
+            log.resume(state.epoch)
+        history, start = state.history, time.perf_counter() - state.history.seconds
+        while state.epoch < settings.epochs and not _finished(state, settings, watched is not None):
+            epoch = state.epoch
+            history.train_loss.append(run.epoch(state, on_batch))
+            row = {"train_loss": history.train_loss[-1]}
+            if watched is not None:
+                history.validation_loss.append(_loss(predictor, *watched, settings, world))
+                row["validation_loss"] = history.validation_loss[-1]
+                if _is_lowest(history.validation_loss):
+                    state.lowest = epoch
+                    if settings.keep_best:
+                        state.best = {name: t.detach().clone() for name, t in predictor.state_dict().items()}
+            state.epoch += 1
+            history.kept = epoch if state.best is None else state.lowest
+            history.seconds = time.perf_counter() - start
+            history.weights_per_second = state.epoch * batch.num_weights / history.seconds
+            if world.first:
+                if log is not None:
+                    log(epoch, {**row, "lr": run.lr, "seconds": history.seconds})
+                if path is not None:
+                    state.save(path, fingerprint, predictor, run.optimiser, run.scaler)
+            if on_epoch is not None:
+                on_epoch(epoch, history)
+        world.wait()
+        if state.best is not None:
+            predictor.load_state_dict(state.best)
+        predictor.eval()
+        return history
+
+
+def _hold(path: Path, stack: ExitStack) -> Exception | None:
+    """Lock a checkpoint until the stack ends, or return why it cannot be written."""
+    try:
+        lock = path.with_name(f".{path.name}.lock")
+        stack.enter_context(holding(lock, f"fit: checkpoint {str(path)!r}", "give another path"))
+    except OSError as error:
+        return error
+    remove_leftovers(path.parent)
+    return None
+
+
+def _is_lowest(losses: Sequence[float]) -> bool:
+    """Return True if the last loss is the lowest one, where losses that are not finite are never."""
+    return math.isfinite(losses[-1]) and losses[-1] <= min(loss for loss in losses if math.isfinite(loss))
 
 
 def _finished(state: Progress, settings: FitSettings, watched: bool) -> bool:
@@ -148,12 +199,14 @@ class _Run:
         self,
         predictor: Predictor,
         batch: WeightBatch,
-        goals: Tensor,
+        targets: Tensor,
         settings: FitSettings,
         augment: Augment | None,
         world: World,
     ) -> None:
-        self.predictor, self.batch, self.goals = predictor, batch, goals
+        self.predictor, self.batch, self.goals = predictor, batch, predictor.normalise(targets)
+        if not bool(self.goals.isfinite().all()):
+            raise ValueError(f"fit: targets must fit {self.goals.dtype}, got up to {targets.abs().max().item():g}")
         self.settings, self.augment, self.world = settings, augment, world
         self.weight = predictor.target_mean
         self.sizes = network_sizes(batch)
@@ -165,25 +218,43 @@ class _Run:
         self.optimiser = adamw(predictor, settings.lr, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.weight.device.type, enabled=settings.amp == "float16")
         self.lr = settings.lr
+        self.skipped = 0
 
     def epoch(self, state: Progress, on_batch: Callable[[int], None] | None) -> float:
-        """Train one epoch, and return the mean loss of its networks."""
+        """Train one epoch, and return the mean loss of its networks.
+
+        Raises:
+            ValueError: a loss, a gradient or a parameter that is not finite.
+        """
         self.predictor.train()
         total, done = 0.0, 0
-        for rows in self.plan[state.epoch]:
+        plan = self.plan[state.epoch]
+        for k, rows in enumerate(plan):
             part = self.batch[rows].to(self.weight.device, self.weight.dtype)
-            total += self.step(part, rows, state.step)
+            where = f"epoch {state.epoch}; lower lr ({self.settings.lr}), or look at batch {k + 1} of {len(plan)} in it"
+            total += self.step(part, rows, state.step, where)
             state.step += 1
             done += part.num_weights
             if on_batch is not None:
                 on_batch(done)
         (total,) = self.world.sum(total, device=self.weight.device)
-        if not math.isfinite(total):
-            raise ValueError(f"fit: the loss became {total} in epoch {state.epoch}; lower lr ({self.settings.lr})")
+        spoilt = not_finite({"predictor": self.predictor.state_dict(), "optimiser": self.optimiser.state_dict()})
+        if spoilt is not None:
+            raise ValueError(f"fit: {spoilt} is not finite after epoch {state.epoch}; lower lr ({self.settings.lr})")
         return total / len(self.batch)
 
-    def step(self, part: WeightBatch, rows: Sequence[int], step: int) -> float:
-        """Take one step, and return the summed loss of the networks of this process."""
+    def step(self, part: WeightBatch, rows: Sequence[int], step: int, where: str) -> float:
+        """Take one step, and return the summed loss of the networks of this process.
+
+        Args:
+            part: the networks of the batch.
+            rows: their positions among the training networks.
+            step: number of the step.
+            where: the middle of the sentence of an error.
+
+        Raises:
+            ValueError: a loss or a gradient that is not finite; the step is not taken.
+        """
         settings, predictor = self.settings, self.predictor
         self.lr = settings.lr * warm_cosine(step, self.steps, settings.warmup)
         set_learning_rate(self.optimiser, self.lr)
@@ -192,26 +263,49 @@ class _Run:
             changed = self.augment(part, rows, draws_of(settings.seed, step))
         places = shards_by_weights(self.sizes, rows, self.world.size)[self.world.rank]
         self.optimiser.zero_grad()
-        total = 0.0
+        losses = self.weight.new_zeros(0)
+        loss = total = losses.sum()
         if places:
             mine = changed if self.world.size == 1 else changed[places]
             with _autocast(settings, self.weight.device):
                 outputs = predictor.head(predictor.encode(mine)).to(self.weight.dtype)
             losses = predictor.losses(outputs, part_of([rows[p] for p in places], self.goals))
-            loss = losses.sum()
-            total = loss.item()
+            loss = total = losses.sum()
             if settings.invariance:
                 plain = part if self.world.size == 1 else part[places]
                 with _autocast(settings, self.weight.device):
                     unchanged = predictor.head(predictor.encode(plain))
                 loss = loss + settings.invariance * (outputs - unchanged.to(outputs)).square().sum() / 2
             self.scaler.scale(loss / len(rows)).backward()
-        self.world.sum_gradients(predictor.parameters())
+        spoilt = self.world.sum_gradients(predictor.parameters(), loss)
         self.scaler.unscale_(self.optimiser)
-        nn.utils.clip_grad_norm_(predictor.parameters(), settings.clip)
+        gradients = {name: p.grad for name, p in predictor.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
+        # Read together, so that a GPU is waited for once in a step.
+        summed, whole, spoilt_, length = torch.stack(
+            [total.detach().double(), loss.detach().double(), spoilt.double(), norm.double()]
+        ).tolist()
+        if math.isnan(spoilt_):
+            own = [rows[p] for p, finite in zip(places, losses.isfinite().tolist(), strict=True) if not finite]
+            raise ValueError(f"fit: the loss became {whole} in {where}, {self._named(own or rows)}; no step was taken")
+        self._check_gradients(length, gradients, f"{where}, {self._named(rows)}")
+        nn.utils.clip_grads_with_norm_(predictor.parameters(), settings.clip, norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return total
+        return summed
+
+    def _check_gradients(self, norm: float, gradients: Mapping[str, Tensor], where: str) -> None:
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if not self.skipped or (self.scaler.is_enabled() and self.skipped <= MOST_SKIPPED):
+            return
+        of = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+        row = f" in {self.skipped} steps in a row, the last" if self.scaler.is_enabled() else ""
+        which = f"that of {of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}" if of else "their norm"
+        raise ValueError(f"fit: the gradients became not finite ({which}){row} in {where}; no step was taken")
+
+    def _named(self, rows: Sequence[int]) -> str:
+        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        return ", ".join(self.batch.network_name(row) for row in rows[:_SHOWN]) + more
 
 
 def _autocast(settings: FitSettings, device: torch.device) -> torch.autocast:
@@ -226,7 +320,7 @@ def predict(
     """Predict properties of networks, in batches of bounded size.
 
     Args:
-        batch: the networks, packed by `predictor.encoder.pack`; on any device.
+        batch: the networks, packed by `predictor.pack`; on any device.
         batch_weights: largest number of weights in a batch.
         settings: those of the training, to encode under autocast if it did; without them networks are encoded in the
             parameters' own type.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic_files import replacing
+from ..data.checkpoints import CheckpointError
 from ..data.pickles import load_plain
 from ..extras import require
-from .settings import FitSettings, History
+from ..regular_files import FileError, open_regular
+from .fingerprint import Fingerprint, differences
+from .settings import History
 
-FORMAT = 1
+FORMAT = 2
+_FOREIGN = "fit: checkpoint {} is damaged or is not one of fit's; give another path or remove it"
 
 
 class Log(Protocol):
@@ -50,17 +56,30 @@ class CsvLog:
         self.path = Path(path)
 
     def resume(self, epochs: int) -> None:
-        """Keep the rows of the first `epochs` epochs and drop all others."""
+        """Keep the rows of the first `epochs` epochs and drop all others.
+
+        Raises:
+            ValueError: there is something else than a CSV file.
+        """
         kept = []
         if epochs and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+            try:
+                with open_regular(self.path, "r", newline="") as file:
+                    kept = [row for row in csv.DictReader(file) if self._epoch(row) < epochs]
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"CsvLog: {str(self.path)!r} is no log of a training: {error}") from error
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             if kept:
-                writer = csv.DictWriter(file, list(kept[0]))
+                writer = csv.DictWriter(file, list(kept[0]), extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(kept)
+
+    def _epoch(self, row: Mapping[str, str | None]) -> float:
+        try:
+            return int(row["epoch"] or "")
+        except (KeyError, ValueError):  # a line of which a killed run wrote half
+            return math.inf
 
     def __call__(self, epoch: int, row: Mapping[str, float]) -> None:
         """Append the row of an epoch; the first one decides the columns."""
@@ -104,48 +123,131 @@ class TensorBoardLog:
 class Progress:
     """State of a training after `epoch` epochs: with it, training resumes bit for bit."""
 
-    settings: FitSettings
-    epoch: int
-    step: int
-    history: History
-    lowest: int
-    best: dict[str, Tensor] | None
+    epoch: int = 0
+    step: int = 0
+    history: History = field(default_factory=History)
+    lowest: int = 0
+    best: dict[str, Tensor] | None = None
 
-    def save(self, path: Path, predictor: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any) -> None:
-        """Write it to one file, with the states of predictor, optimiser and scaler, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def save(
+        self,
+        path: Path,
+        fingerprint: Fingerprint,
+        predictor: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        scaler: Any,
+    ) -> None:
+        """Write it to one file, with the fingerprint of the training and all states, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written; the message names it.
+        """
         state = {
-            "format": FORMAT, "settings": dataclasses.asdict(self.settings), "epoch": self.epoch, "step": self.step,
+            "format": FORMAT, "fingerprint": fingerprint, "epoch": self.epoch, "step": self.step,
             "history": dataclasses.asdict(self.history), "lowest": self.lowest, "best": self.best,
             "predictor": predictor.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
         }  # fmt: skip
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+        content = io.BytesIO()  # torch's own writer turns a full disk into a RuntimeError about its archive
+        torch.save(state, content)
+        try:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                file.write(content.getbuffer())
+        except OSError as error:
+            why = error.strerror or str(error)
+            failed = OSError(f"fit: checkpoint {str(path)!r} cannot be written: {why}; the last one is as it was")
+            failed.errno = error.errno
+            raise failed from error
 
     @classmethod
     def load(
-        cls, path: Path, settings: FitSettings, predictor: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any
-    ) -> Progress:
-        """Read it from a file, and load the states of predictor, optimiser and scaler.
+        cls,
+        path: Path,
+        fingerprint: Fingerprint,
+        epochs: int,
+        device: torch.device,
+    ) -> tuple[Progress, dict[str, Any]]:
+        """Read it from a file, with the states for `restore`.
+
+        Args:
+            path: the file.
+            fingerprint: of the training that is asked for.
+            epochs: how many epochs are asked for.
+            device: where tensors go.
 
         Raises:
-            ValueError: the file is no checkpoint of `fit`, or of a training with other settings or another predictor.
+            ValueError: the file is no checkpoint of `fit`, is damaged, or is of another training; the message says
+                which, and what differs.
         """
-        device = next(predictor.parameters()).device
-        state = load_plain(path, device=device)
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"fit: checkpoint {str(path)!r} is not one of fit's; give another path or remove it")
-        now, then = dataclasses.asdict(settings), state["settings"]
-        changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if then.get(k) != v]
-        if changed:
+        name = f"fit: checkpoint {str(path)!r}"
+        foreign = _FOREIGN.format(repr(str(path)))
+        try:
+            open_regular(path).close()
+        except FileError as error:
+            raise ValueError(f"fit: checkpoint {error}") from error
+        try:
+            state = load_plain(path, device=device)
+        except CheckpointError as error:
+            raise ValueError(foreign) from error
+        if not isinstance(state, dict) or type(state.get("format")) is not int:
+            raise ValueError(foreign)
+        if state["format"] != FORMAT:
             raise ValueError(
-                f"fit: checkpoint {str(path)!r} is of a training with other settings ({'; '.join(changed)}); train "
-                "with the same, or give another path"
+                f"{name} has format {state['format']}, this version reads {FORMAT} only, which says what a training "
+                "was made of; finish it with the version that began it, or remove it to train anew"
             )
         try:
-            predictor.load_state_dict(state["predictor"])
-            optimiser.load_state_dict(state["optimiser"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"fit: checkpoint {str(path)!r} is of another predictor: {error}") from error
-        scaler.load_state_dict(state["scaler"])
-        return cls(settings, state["epoch"], state["step"], History(**state["history"]), state["lowest"], state["best"])
+            changed = differences(state["fingerprint"], fingerprint)
+            found = cls(state["epoch"], state["step"], History(**state["history"]), state["lowest"], state["best"])
+            complete = all(type(n) is int and n >= 0 for n in (found.epoch, found.step, found.lowest))
+            losses = (found.history.train_loss, found.history.validation_loss)
+            complete &= all(type(one) is list and all(type(loss) is float for loss in one) for one in losses)
+            states = {key: state[key] for key in ("predictor", "optimiser", "scaler", "best")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(foreign) from error
+        if not complete:
+            raise ValueError(foreign)
+        if changed:
+            raise ValueError(
+                f"{name} is of another training: {'; '.join(changed)}; train with the same, or give another path"
+            )
+        if found.epoch > epochs:
+            raise ValueError(
+                f"{name} has done {found.epoch} epochs, more than the {epochs} asked for; ask for as many, or give "
+                "another path"
+            )
+        spoilt = not_finite(states)
+        if spoilt is not None:
+            raise ValueError(f"{name} holds values that are not finite, in {spoilt}; remove it to train anew")
+        return found, states
+
+
+def restore(
+    path: Path, states: Mapping[str, Any], predictor: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any
+) -> None:
+    """Load the states that `Progress.load` read.
+
+    Raises:
+        ValueError: they are those of others, which only a damaged file holds beside its fingerprint.
+    """
+    try:
+        predictor.load_state_dict(states["predictor"])
+        optimiser.load_state_dict(states["optimiser"])
+        scaler.load_state_dict(states["scaler"])
+    except Exception as error:
+        raise ValueError(_FOREIGN.format(repr(str(path)))) from error
+
+
+def not_finite(state: Any, name: str = "") -> str | None:
+    """Return the name of the first tensor or number in nested states that is not finite; None if all are."""
+    if isinstance(state, Mapping):
+        items: Iterable[tuple[Any, Any]] = state.items()
+    elif isinstance(state, list | tuple):
+        items = enumerate(state)
+    else:
+        if isinstance(state, Tensor):
+            finite = not state.is_floating_point() or bool(state.isfinite().all())
+        else:
+            finite = not isinstance(state, float) or math.isfinite(state)
+        return None if finite else name
+    found = (not_finite(value, f"{name}.{key}" if name else str(key)) for key, value in items)
+    return next((one for one in found if one is not None), None)

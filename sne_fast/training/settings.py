@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -14,11 +16,11 @@ class FitSettings:
 
     Args:
         epochs: passes over the training networks.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of AdamW, finite.
         warmup: share of all steps in which the learning rate rises to its peak, before it falls to zero along a cosine.
         weight_decay: weight decay of matrices; vectors have none.
         batch_weights: largest number of weights in a batch; a network with more is a batch of its own.
-        clip: largest norm of the gradients.
+        clip: largest norm of the gradients; infinity does not clip.
         patience: epochs without a better validation loss after which training ends; None trains to the end.
         keep_best: end with the parameters of the epoch with the lowest validation loss, not with those of the last.
         amp: train under autocast in this type; None trains in the parameters' own.
@@ -27,6 +29,7 @@ class FitSettings:
         seed: of the order of the networks and of the draws of `augment`.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: a value out of its range.
 
     Example:
@@ -47,19 +50,38 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("epochs", "batch_weights", "patience", "seed"):
+            value = getattr(self, name)
+            if value is None and name == "patience":
+                continue
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"FitSettings: {name} must be an integer, got {value!r:.80}")
+            object.__setattr__(self, name, operator.index(value))
+        for name in ("lr", "warmup", "weight_decay", "clip", "invariance"):
+            value = getattr(self, name)
+            if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
+                raise TypeError(f"FitSettings: {name} must be a number, got {value!r:.80}")
+            object.__setattr__(self, name, float(value))
+        if not isinstance(self.keep_best, bool):
+            raise TypeError(f"FitSettings: keep_best must be True or False, got {self.keep_best!r:.80}")
         for name in ("epochs", "batch_weights"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FitSettings: {name} must be at least 1, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 0:
+            raise ValueError(f"FitSettings: patience must be at least 0, or None, got {self.patience}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"FitSettings: seed must fit 64 bits, got {self.seed}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"FitSettings: warmup must lie in [0, 1), got {self.warmup}")
-        if not self.lr > 0 or not self.clip > 0:
+        if not 0 < self.lr < math.inf or not self.clip > 0:
             raise ValueError(f"FitSettings: lr and clip must be above 0, got {self.lr} and {self.clip}")
         if self.amp is not None and self.amp not in get_args(AmpDtype):
             raise ValueError(
                 f"FitSettings: amp must be None or one of {', '.join(get_args(AmpDtype))}, got {self.amp!r}"
             )
-        if not self.invariance >= 0:
-            raise ValueError(f"FitSettings: invariance must be at least 0, got {self.invariance}")
+        for name in ("invariance", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"FitSettings: {name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass

@@ -22,9 +22,8 @@ def load_checkpoints(
 ) -> Zoo:
     """Read a folder of checkpoints with a CSV table, one row per network, as a zoo.
 
-    A checkpoint is anything that :func:`sne_fast.data.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`,
-    `.pth`, `.bin`, `.ckpt`, or a folder with one of these. Pickled ones are read with `weights_only=True`, and refused
-    if they hold more than tensors and plain values.
+    A checkpoint is anything that :func:`sne_fast.data.checkpoints.load_state_dict` reads: a file of safetensors or
+    of `torch.save`, an index of shards, or a folder with one of these. No code of a file runs.
 
     Args:
         folder: the folder of the files that the table names.
@@ -35,7 +34,8 @@ def load_checkpoints(
 
     Returns:
         A zoo whose rows hold the columns of the table and a `name`: its column `name` where that is unique, else the
-        path of the file with "-" for "/". Empty cells and NaN are None. `verify` needs `build`, `measure` and `column`.
+        path of the file with "-" for "/". A column is numbers if every cell of it is one, with None where a cell is
+        empty or NaN; else it is text as it is written. `verify` needs `build`, `measure` and `column`.
 
     Raises:
         FileNotFoundError: the table, or a file that it names, is missing.
@@ -57,6 +57,8 @@ def load_checkpoints(
     absent = [target for target in targets if target not in columns]
     if absent:
         raise ValueError(f"{folder / table}: has no column {absent[0]!r} for a target; it has {', '.join(columns)}")
+    if any(not file.strip() for file in columns[chosen]):
+        raise ValueError(f"{folder / table}: the column {chosen!r} must name a file in every row")
     files = [folder / file for file in columns[chosen]]
     for file in files:
         if not file.exists():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.batch import WeightBatch
+from ..data.batch_checks import PACKED_BY
 from ..data.packing import pack
 from ..data.weight_budgets import SEED_STRIDE, batches_by_weights
 from .table import Zoo
@@ -129,10 +130,8 @@ class WeightBudgetSampler(Sampler[list[int]]):
 def pack_options(encoder: Any) -> dict[str, Any]:
     """Return the arguments of `sne_fast.pack` that give batches for an encoder, on the CPU."""
     return {
-        "chunk_size": encoder.chunk_size,
-        "chunking": encoder.chunking,
-        "scale": encoder.config["scale"],
-        "dtype": encoder.type_embedding.weight.dtype,
+        **{field: encoder.config[field] for field in PACKED_BY},
+        "dtype": encoder.sample_parameter.dtype,
         "device": "cpu",
     }
 

@@ -13,7 +13,6 @@ siren_utils.py): `<prefix>_<label>s/net<image>.pth`; splits are ranges of the im
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -25,8 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.checkpoints import CheckpointError, load_state_dict, natural_key, read_pickled, tensors_of
-from ..data.pickles import RefusedArray, as_array
+from ..data.checkpoints import CheckpointError, load_state_dict
+from ..data.layer_order import natural_key
+from ..data.pickles import RefusedArray, as_array, load_plain
+from ..data.readers.chosen_weights import choose_weights
+from ..regular_files import FileError, read_json
 from .csv_table import one_type
 from .inrs import siren_of
 from .table import FileSource, Zoo
@@ -35,6 +37,9 @@ SPLITS = ("train", "val", "test")
 _IMAGE_FOLDER = re.compile(r"_(train[a-z]*|test[a-z]*)_([A-Za-z0-9]+)_(\d+)$")  # split, label, number
 _NFN_FILE = re.compile(r"net(\d+)\.pth$")
 _MOST_COEFFICIENTS = 100  # a sine wave has two; iterating over a tensor of the file without a limit could take for ever
+_MOST_BYTES = 2**28  # of a JSON of splits
+_LONGEST_PATH = 4096
+_FORM = "must map splits to paths and labels, or to paths"
 Images = Tensor | np.ndarray | Callable[[Mapping[str, Any]], Tensor]
 
 
@@ -57,7 +62,7 @@ def load_dwsnets(
     Raises:
         FileNotFoundError: no such JSON or folder, no networks in it, or a missing network that the JSON names, also
             where a file of the same name lies elsewhere below `root`.
-        ValueError: a JSON of another form.
+        FileError: a JSON that is damaged or of another form.
         CheckpointError: a file that holds more than tensors, numbers and numpy arrays, a path outside `root`.
 
     Example:
@@ -68,19 +73,11 @@ def load_dwsnets(
     splits = Path(splits)
     if splits.is_dir():
         return _dwsnets_folder(splits)
-    if not splits.is_file():
+    if not splits.exists():
         raise FileNotFoundError(f"{splits}: there is no such file or folder")
-    try:
-        content = json.loads(splits.read_text(encoding="utf-8"))
-        parts = [(name, content[name]) for name in splits_to_take if name in content]
-        listed: list[tuple[str, Any, Any]] = []
-        for name, part in parts:
-            paths, labels = (part["path"], part["label"]) if isinstance(part, dict) else (part, [None] * len(part))
-            listed += [(name, path, label) for path, label in zip(paths, labels, strict=True)]
-        if not all(isinstance(p, str) for _, p, _ in listed):
-            raise TypeError("paths must be strings")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{splits}: must map splits to paths and labels, or to paths: {error!r}") from error
+    content = read_json(splits, dict, max_bytes=_MOST_BYTES)
+    taken = [name for name in splits_to_take if name in content]
+    listed = [(name, path, label) for name in taken for path, label in _listed(content[name], name, splits)]
     if not listed:
         raise FileNotFoundError(f"{splits}: names no networks in the splits {', '.join(splits_to_take)}")
     base = Path(root) if root is not None else splits.parent
@@ -100,6 +97,21 @@ def load_dwsnets(
         columns.update({f"coef_{k}": [c[k] for c in coefficients] for k in range(len(coefficients[0]))})
         targets = [name for name in columns if name.startswith("coef_")]
     return _zoo("dwsnets", columns, files, read_inr, targets, base)
+
+
+def _listed(part: Any, name: str, splits: Path) -> list[tuple[str, Any]]:
+    """Return the paths of a split of the JSON with their labels, None where it has none."""
+    paths, labels = (part.get("path"), part.get("label")) if isinstance(part, dict) else (part, None)
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise FileError(f"{splits}: {_FORM}; the paths of {name!r} are no list of strings")
+    if not isinstance(part, dict):
+        return [(path, None) for path in paths]
+    if not isinstance(labels, list) or len(labels) != len(paths):
+        raise FileError(f"{splits}: {_FORM}; {name!r} does not have one label per path")
+    odd = next((label for label in labels if not isinstance(label, str | int | float | None)), None)
+    if odd is not None:
+        raise FileError(f"{splits}: the labels of {name!r} must be numbers or text, one is a {type(odd).__name__}")
+    return list(zip(paths, labels, strict=True))
 
 
 def load_nfn(
@@ -165,10 +177,13 @@ def _extras(file: Path) -> Mapping[str, Any]:
     """Read a checkpoint with numpy arrays and plain values beside the tensors, without running any code of it."""
     if file.suffix == ".safetensors" or not file.is_file():
         return load_state_dict(file)
-    content = read_pickled(file, arrays=True)
+    content = load_plain(file, arrays=True)
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
         return content
-    return tensors_of(content, file)
+    try:
+        return choose_weights(content).tensors
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _coefficients(file: Path) -> list[float]:
@@ -202,7 +217,7 @@ def _dwsnets_folder(folder: Path) -> Zoo:
 
 
 def _number(label: Any) -> Any:
-    return int(label) if str(label).isdigit() else label
+    return int(label) if isinstance(label, str) and label.isdecimal() and len(label) < 19 else label
 
 
 def _matched(file: Path) -> re.Match[str] | None:
@@ -248,7 +263,7 @@ def _find(path: str, base: Path, folders: Set[Path], splits: Path, elsewhere: bo
     parts = normal.parts
     missing = f"{splits} names {_shown(path)}, which is missing, also below {base}; give root="
     outside = f"{splits}: refused, it names {_shown(path)}, which lies outside {base}; give root="
-    if "\0" in path:  # some versions of normpath end there
+    if "\0" in path or len(path) > _LONGEST_PATH:  # some versions of normpath end at a NUL character
         raise FileNotFoundError(missing)
     if ".." in parts:
         raise CheckpointError(outside)

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.checkpoints import load_pickled
+from ..data.checkpoints import load_state_dict
+from ..regular_files import FileError, parse_json, read_json, read_text
 from .architectures import ACTIVATIONS
 from .checkpoint_folder import refuse_dataset
 from .csv_table import one_type
@@ -57,7 +58,7 @@ def load_schuerholt(
 
     Raises:
         FileNotFoundError: no such folder, no networks in it, or none with such an epoch.
-        ValueError: a damaged `result.json`, or one whose lines cannot be assigned to epochs.
+        FileError: a damaged `result.json` or `params.json`, or lines that cannot be assigned to epochs.
         CheckpointError: `folder` is one of the pickled `.pt` data sets, or a checkpoint holds more than tensors.
 
     Example:
@@ -111,12 +112,7 @@ def load_schuerholt(
         "dropped": dropped,
         "epoch_offset": sorted(offsets),
     }
-    return Zoo(columns, FileSource(files, read_checkpoint), about, folder)
-
-
-def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint whose name has no extension, without running any code of it."""
-    return {name: tensor.clone() for name, tensor in load_pickled(file).items()}
+    return Zoo(columns, FileSource(files), about, folder)
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -143,30 +139,38 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 
 def _results(run: Path, last_epoch: int) -> tuple[dict[int, dict[str, Any]], int]:
     """Return the lines of `result.json` by epoch, and the epoch of the first line."""
-    lines = []
-    try:
-        for text in (run / "result.json").read_text(encoding="utf-8").splitlines():
-            if text.strip():
-                lines.append(json.loads(text))
-    except ValueError as error:
-        raise ValueError(f"{run / 'result.json'}: line {len(lines) + 1} is no JSON object: {error}") from error
+    file = run / "result.json"
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(read_text(file).split("\n"), 1):
+        if text.strip():
+            try:
+                lines.append(parse_json(text, "", dict, nonfinite=True))
+            except FileError as error:
+                raise FileError(f"{file}: line {number} is no JSON object{error}") from error
     if all("training_iteration" in line for line in lines):
-        by_epoch = {int(line["training_iteration"]): line for line in lines}  # of a resumed run, the later line counts
+        by_epoch = {}
+        for line in lines:  # of a resumed run, the later line counts
+            epoch = line["training_iteration"]
+            if type(epoch) is not int:
+                raise FileError(f"{file}: its training_iteration must be an integer, one is {epoch!r:.40}")
+            by_epoch[epoch] = line
         return by_epoch, min(by_epoch, default=1)
     offset = last_epoch - len(lines) + 1
     if offset not in (0, 1):
-        raise ValueError(
-            f"{run / 'result.json'}: its {len(lines)} lines do not name their epochs (training_iteration) and their "
+        raise FileError(
+            f"{file}: its {len(lines)} lines do not name their epochs (training_iteration) and their "
             f"number fits neither 0 nor 1 as the first, the last checkpoint being of epoch {last_epoch}"
         )
     return {k + offset: line for k, line in enumerate(lines)}, offset
 
 
 def _config(run: Path, lines: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    if (run / "params.json").is_file():
-        config = json.loads((run / "params.json").read_text(encoding="utf-8"))
+    if (run / "params.json").exists():
+        config = read_json(run / "params.json", dict, nonfinite=True)
     else:
         config = next((line["config"] for line in lines.values() if "config" in line), {})
+        if not isinstance(config, dict):
+            raise FileError(f"{run / 'result.json'}: its config must be a JSON object, is {config!r:.40}")
     plain = (bool, int, float, str, type(None))
     return {f"config.{key}": value if isinstance(value, plain) else json.dumps(value) for key, value in config.items()}
 
@@ -185,7 +189,7 @@ def _metrics(line: Mapping[str, Any]) -> dict[str, Any]:
 def _why_invalid(file: Path, has_line: bool) -> str:
     if not has_line:
         return "result.json has no line for this epoch"
-    finite = all(bool(t.isfinite().all()) for t in read_checkpoint(file).values() if t.is_floating_point())
+    finite = all(bool(t.isfinite().all()) for t in load_state_dict(file).values() if t.is_floating_point())
     return "" if finite else "holds weights that are not finite"
 
 

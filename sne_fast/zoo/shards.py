@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +25,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic_files import replacing, write_json, write_text
+from ..atomic_files import remove_leftovers, to_json, write_json, write_text
 from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
-from ..extras import require
+from ..file_locks import holding
+from ..regular_files import FileError, check_regular, parse_json, read_json
+from .index import ABOUT, INDEX, PLACE, write_index
 
-INDEX = "index.parquet"
-ABOUT = "zoo.json"
 UNFINISHED = "unfinished.json"
+LOCK = ".lock"
 SHARDS = "shards"
-PLACE = ("shard", "position")
 SHARD_BYTES = 64 << 20
 _STACK = "stack."
 _OPEN_SHARDS = 256
@@ -82,16 +83,20 @@ class ShardSource:
 
 def _map_shard(file: Path) -> dict[str, Tensor]:
     try:
+        check_regular(file)
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            names = json.loads(metadata[ORDER_KEY])
-            if sorted(_STACK + name for name in names) != sorted(opened.keys()) or not names:
+            names = parse_json(metadata.get(ORDER_KEY, "null"), ORDER_KEY, list)
+            if not names or sorted(f"{_STACK}{name}" for name in names) != sorted(opened.keys()):
                 raise ValueError(f"{ORDER_KEY} does not name its tensors")
-            return {name: opened.get_tensor(_STACK + name) for name in names}
+            found = {name: opened.get_tensor(f"{_STACK}{name}") for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: the zoo's index names this shard, but it is missing") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: is damaged or no shard of a zoo: {error}") from error
+    if len({tensor.shape[:1] for tensor in found.values()}) != 1 or any(tensor.ndim == 0 for tensor in found.values()):
+        raise CheckpointError(f"{file}: is no shard of a zoo: its tensors are not of one shape (networks, ...)")
+    return found
 
 
 def network_weights(state_dict: Mapping[str, Tensor]) -> int:
@@ -113,6 +118,7 @@ class ZooWriter:
             to check the zoo; `targets` and `hyperparameters` list columns.
 
     Raises:
+        BlockingIOError: another writer holds the folder; the message names its process.
         FileExistsError: the folder holds a zoo, or without `resume` an unfinished one.
         ValueError: with `resume`, the folder holds an unfinished zoo of other arguments.
 
@@ -128,7 +134,7 @@ class ZooWriter:
     ) -> None:
         self.folder = Path(folder)
         # With torch's version, since another version may compute other bits, and no zoo is made by two versions.
-        self.about = json.loads(json.dumps({**about, "torch": torch.__version__}))
+        self.about = json.loads(to_json({**about, "torch": torch.__version__}))
         self._resume = resume
         self._shard_bytes = shard_bytes
         self._columns: list[str] | None = None
@@ -137,19 +143,24 @@ class ZooWriter:
         self._held: dict[tuple, list[tuple[int, dict[str, Tensor], dict[str, Any]]]] = {}
         self._held_bytes: dict[tuple, int] = {}
         self._parts: dict[str, list[dict[str, Any]]] = {}
-        if (self.folder / INDEX).exists():
-            raise FileExistsError(f"{self.folder} holds a zoo already; choose another folder or remove it")
-        (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
-        self._take_up()
+        with ExitStack() as stack:
+            stack.enter_context(holding(self.folder / LOCK, f"zoo: the folder {str(folder)!r}", "choose another"))
+            self._take_up()
+            self._lock = stack.pop_all()
 
     def _take_up(self) -> None:
         unfinished = self.folder / UNFINISHED
+        # A run that was killed after it wrote the index may have left files that only an unfinished zoo needs.
+        if (self.folder / INDEX).exists() and not (self._resume and unfinished.exists()):
+            self._remove_unfinished()
+            raise FileExistsError(f"{self.folder} holds a zoo already; choose another folder or remove it")
+        (self.folder / SHARDS).mkdir(exist_ok=True)
         if not unfinished.exists():
             write_json(unfinished, self.about)
             return
         if not self._resume:
             raise FileExistsError(f"{self.folder} holds an unfinished zoo; choose another folder or remove it")
-        there = json.loads(unfinished.read_text(encoding="utf-8"))
+        there = read_json(unfinished, dict)
         if there != self.about:
             differ = [
                 f"{key} {there.get(key)!r} there, {self.about.get(key)!r} here"
@@ -161,7 +172,7 @@ class ZooWriter:
                 "give the same ones to go on, or choose another folder"
             )
         for file in sorted((self.folder / SHARDS).glob("*.rows.json")):
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = _read_rows(file)
             self._parts[file.name.removesuffix(".rows.json")] = rows
             self._names.update(row["name"] for row in rows)
             self._columns = self._columns or _own_columns(rows[0])
@@ -258,7 +269,8 @@ class ZooWriter:
             base.with_name(f"{part}.safetensors"),
             metadata={ORDER_KEY: json.dumps(list(stacked))},
         )
-        write_text(base.with_name(f"{part}.rows.json"), json.dumps(rows))  # written last, so that its shard is whole
+        # Written last, so that its shard is whole.
+        write_text(base.with_name(f"{part}.rows.json"), to_json(rows, indent=None))
         self._parts[part] = rows
 
     def __enter__(self) -> ZooWriter:
@@ -267,74 +279,52 @@ class ZooWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            for signature in list(self._held):
-                self._flush(signature)
-            rows = sorted((row for part in self._parts.values() for row in part), key=lambda row: row["order"])
-            if rows:
-                write_json(self.folder / ABOUT, self.about)
-                columns = [key for key in rows[0] if key != "order"]
-                write_index({key: [row[key] for row in rows] for key in columns}, self.folder / INDEX)
-        elif not self._resume:
-            for part in self._parts:
-                (self.folder / SHARDS / f"{part}.safetensors").unlink(missing_ok=True)
-        if kind is None or not self._resume:
-            for left in (self.folder / SHARDS).glob(".*.tmp"):  # left by a run that was killed while it wrote
-                left.unlink(missing_ok=True)
-            (self.folder / UNFINISHED).unlink(missing_ok=True)
-            for part in self._parts:
-                (self.folder / SHARDS / f"{part}.rows.json").unlink(missing_ok=True)
+        with self._lock:
+            self._end(kind)
+
+    def _end(self, kind: type[BaseException] | None) -> None:
+        finished = False
+        try:
+            if kind is None:
+                self._finish()
+                finished = True
+        finally:
+            if not finished and not self._resume:
+                for part in self._parts:
+                    (self.folder / SHARDS / f"{part}.safetensors").unlink(missing_ok=True)
+            if finished or not self._resume:
+                self._remove_unfinished()
+
+    def _finish(self) -> None:
+        for signature in list(self._held):
+            self._flush(signature)
+        rows = sorted((row for part in self._parts.values() for row in part), key=lambda row: row["order"])
+        if rows:
+            write_json(self.folder / ABOUT, self.about)
+            columns = [key for key in rows[0] if key != "order"]
+            write_index({key: [row[key] for row in rows] for key in columns}, self.folder / INDEX)
+
+    def _remove_unfinished(self) -> None:
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / SHARDS)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)  # first: with it all rows are there
+        for rows in (self.folder / SHARDS).glob("*.rows.json"):
+            rows.unlink(missing_ok=True)
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a finished group.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    rows = read_json(file, list)
+    if not rows or not all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) and "order" in row for row in rows
+    ):
+        raise FileError(f"{file}: is damaged, it must hold a row for each network of its shard")
+    return rows
 
 
 def _own_columns(row: Mapping[str, Any]) -> list[str]:
     return [key for key in row if key not in (*PLACE, "weights", "order")]
-
-
-def _parquet() -> Any:
-    require("pyarrow.parquet", extra="parquet", why="the index of a zoo, a parquet file,")
-    import pyarrow.parquet
-
-    return pyarrow
-
-
-def write_index(columns: Mapping[str, list[Any]], file: Path) -> None:
-    """Write columns of plain values as a parquet file, whole or not at all.
-
-    Raises:
-        ValueError: a column that mixes numbers and text.
-    """
-    arrow = _parquet()
-    arrays = {}
-    for name, values in columns.items():
-        try:
-            arrays[name] = arrow.array(values)
-        except (arrow.ArrowInvalid, arrow.ArrowTypeError) as error:
-            raise ValueError(f"zoo: the column {name!r} must hold values of one type: {error}") from error
-    with replacing(file) as temporary:
-        arrow.parquet.write_table(arrow.table(arrays), temporary)
-
-
-def read_index(file: Path) -> dict[str, list[Any]]:
-    """Read the columns of an index that `write_index` wrote.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    arrow = _parquet()
-    try:
-        return arrow.parquet.read_table(file).to_pydict()
-    except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"Zoo.open: {file} is damaged or no parquet file: {error}") from error
-
-
-def check_places(file: Path, shards: Iterable[Any], positions: Iterable[Any]) -> None:
-    """Check that an index names shards by plain names, so that it cannot point outside its folder.
-
-    Raises:
-        ValueError: a shard that is no plain name, or a position that is no integer.
-    """
-    for shard in set(shards):
-        if not isinstance(shard, str) or not shard or any(c in shard for c in "/\\:\0") or shard.startswith("."):
-            raise ValueError(f"Zoo.open: {file} names the shard {shard!r}, which is no plain name")
-    if not all(isinstance(position, int) for position in positions):
-        raise ValueError(f"Zoo.open: {file}, column 'position' must hold integers")

@@ -11,6 +11,7 @@ from ..data.weight_budgets import stratified_split
 from .table import Zoo
 
 PARTS = ("train", "validation", "test")
+_ALSO = {"val": "validation"}  # as the loaders of published INRs call it
 SHARES = (0.8, 0.1, 0.1)
 """Shares of the networks that train, validate and test, where no column says which do."""
 
@@ -19,7 +20,8 @@ def split_zoo(zoo: Zoo, column: str | None, seed: int) -> dict[str, list[int]]:
     """Split the networks of a zoo into training, validation and test networks.
 
     Args:
-        column: the column that says "train", "validation" or "test"; None splits 80/10/10 within each architecture.
+        column: the column that says "train", "validation" (or "val", as :func:`sne_fast.zoo.load_nfn` has it) or
+            "test"; None splits 80/10/10 within each architecture.
         seed: of the split, where there is no column.
 
     Returns:
@@ -33,7 +35,7 @@ def split_zoo(zoo: Zoo, column: str | None, seed: int) -> dict[str, list[int]]:
         groups = [str(a) for a in zoo.column("architecture")] if "architecture" in zoo.columns else [""] * len(zoo)
         parts = dict(zip(PARTS, stratified_split(groups, SHARES, seed), strict=True))
     else:
-        given = [str(value) for value in zoo.column(column)]
+        given = [_ALSO.get(str(value), str(value)) for value in zoo.column(column)]
         unknown = sorted({value for value in given if value not in PARTS})
         if unknown:
             raise ValueError(f"split_zoo: column {column!r} must say {', '.join(PARTS)}, got {', '.join(unknown[:5])}")

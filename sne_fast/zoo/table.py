@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from os import PathLike
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from ..data.checkpoints import load_state_dict, save_state_dict
 from .architectures import ARCHITECTURES
-from .shards import ABOUT, INDEX, PLACE, SHARD_BYTES, ShardSource, ZooWriter, check_places, network_weights, read_index
+from .index import ABOUT, INDEX, PLACE, check_columns, read_about, read_index
+from .shards import SHARD_BYTES, ShardSource, ZooWriter, network_weights
 
 
 class Source(Protocol):
@@ -35,7 +35,7 @@ class FileSource:
         """Return the tensors of a checkpoint by name."""
         if self.reader is not None:
             return self.reader(self.files[i])
-        return {name: tensor.clone() for name, tensor in load_state_dict(self.files[i]).items()}
+        return load_state_dict(self.files[i])
 
 
 class Zoo:
@@ -94,13 +94,9 @@ class Zoo:
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"Zoo.open: {folder} holds no {INDEX}")
         columns = read_index(folder / INDEX)
-        missing = {"name", "weights", *PLACE} - set(columns)
-        if missing:
-            raise ValueError(f"Zoo.open: {folder / INDEX} lacks the column(s) {', '.join(sorted(missing))}")
+        check_columns(folder / INDEX, columns)
         shards, positions = (columns.pop(key) for key in PLACE)
-        check_places(folder / INDEX, shards, positions)
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8")) if (folder / ABOUT).is_file() else {}
-        return cls(columns, ShardSource(folder, shards, positions), about, folder)
+        return cls(columns, ShardSource(folder, shards, positions), read_about(folder / ABOUT), folder)
 
     def __len__(self) -> int:
         """Return the number of networks."""

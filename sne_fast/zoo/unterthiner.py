@@ -13,7 +13,8 @@ fashion_mnist, mnist, svhn_cropped) is a folder of
 
 from __future__ import annotations
 
-import ast
+import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..regular_files import FileError, check_regular
 from .architectures import unterthiner_cnn
 from .csv_table import read_csv
 from .rebuilding import accuracy, check_images, compare
@@ -31,6 +33,8 @@ from .table import Zoo
 
 TARGETS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
 FINAL_STEP = 86
+_OWN = ("name", "architecture", "weights")  # columns that the loader adds
+_SHAPE = re.compile(r"\(\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*,?\s*\)", re.ASCII)
 
 
 class UnterthinerSource:
@@ -51,7 +55,7 @@ class UnterthinerSource:
     def weights(self) -> np.ndarray:
         """The mapped matrix `(N, 4970)`."""
         if self._weights is None:
-            self._weights = np.load(self.file, mmap_mode="r", allow_pickle=False)
+            self._weights = _map_matrix(self.file)
         return self._weights
 
     def read(self, i: int) -> dict[str, Tensor]:
@@ -59,6 +63,25 @@ class UnterthinerSource:
         flat = torch.from_numpy(np.array(self.weights[self.rows[i]], dtype=np.float32))
         found = {name: to_torch(name, flat[start:end].view(shape)) for name, start, end, shape in self.layout}
         return {name: found[name] for name in sorted(found, key=_module_order)}
+
+
+def _map_matrix(file: Path) -> np.ndarray:
+    """Map a `.npy` file that holds a matrix of floating-point numbers.
+
+    Raises:
+        FileError: it is damaged, holds something else or is no regular file.
+        OSError: it is missing or cannot be read.
+    """
+    check_regular(file)
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header by Python's own parser, which raises errors of many kinds
+        raise FileError(f"{file}: is damaged or no matrix of numbers: {error}") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind != "f":
+        raise FileError(f"{file}: is no matrix of floating-point numbers")
+    return found
 
 
 def to_torch(name: str, tensor: Tensor) -> Tensor:
@@ -98,21 +121,22 @@ def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_ST
     if invalid not in ("drop", "raise", "keep"):
         raise ValueError(f"load_unterthiner: invalid must be 'drop', 'raise' or 'keep', got {invalid!r}")
     folder = Path(folder)
-    metrics_file = folder / "metrics.csv.gz" if (folder / "metrics.csv.gz").is_file() else folder / "metrics.csv"
-    if not metrics_file.is_file():
+    metrics_file = folder / "metrics.csv.gz" if (folder / "metrics.csv.gz").exists() else folder / "metrics.csv"
+    if not metrics_file.exists():
         raise FileNotFoundError(f"{folder}: holds no metrics.csv.gz")
     metrics = read_csv(metrics_file, text=("modeldir",))
     layout = _read_layout(folder / "layout.csv")
-    if not (folder / "weights.npy").is_file():
+    if not (folder / "weights.npy").exists():
         raise FileNotFoundError(f"{folder}: holds no weights.npy")
     source = UnterthinerSource(folder / "weights.npy", [], layout)
-    try:
-        shape = source.weights.shape
-    except ValueError as error:
-        raise ValueError(f"{folder / 'weights.npy'}: is damaged or no matrix of numbers: {error}") from error
+    shape = source.weights.shape
     missing = {"step", *TARGETS} - set(metrics)
     if missing:
         raise ValueError(f"{metrics_file}: lacks the column(s) {', '.join(sorted(missing))}")
+    for column in ("step", *TARGETS):
+        text = next((value for value in metrics[column] if isinstance(value, str)), None)
+        if text is not None:
+            raise FileError(f"{metrics_file}: the column {column} must hold numbers, but is text such as {text!r:.40}")
     expected = (len(metrics["step"]), max(end for _, _, end, _ in layout))
     if shape != expected:
         raise ValueError(
@@ -126,7 +150,7 @@ def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_ST
 
     rows = [i for i, at in enumerate(metrics["step"]) if step is None or at == step]
     if not rows:
-        raise ValueError(f"{metrics_file}: has no row with step {step}; it has {sorted(set(metrics['step']))}")
+        raise ValueError(f"{metrics_file}: has no row with step {step}; it has {_several(metrics['step'])}")
     bad = set() if invalid == "keep" else _invalid(source.weights, metrics, rows)
     if bad and invalid == "raise":
         raise ValueError(
@@ -138,7 +162,7 @@ def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_ST
     columns: dict[str, list[Any]] = {
         "name": [f"network-{i:06d}" for i in source.rows],
         "architecture": ["unterthiner"] * len(source.rows),
-        **{name: [values[i] for i in source.rows] for name, values in metrics.items()},
+        **{name: [v[i] for i in source.rows] for name, v in metrics.items() if name not in _OWN},
     }
     columns["weights"] = [expected[1]] * len(source.rows)
     about = {
@@ -165,19 +189,26 @@ def _read_layout(file: Path) -> list[tuple[str, int, int, tuple[int, ...]]]:
     ):
         layer, _, own = str(varname).rpartition("/")
         role = {"kernel:0": "weight", "bias:0": "bias"}.get(own)
-        try:
-            shape = tuple(int(n) for n in ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError) as error:
-            raise ValueError(f"{file}: the shape of {varname} must be a tuple, got {text!r}") from error
-        if role is None or end - start != int(np.prod(shape)) or len(shape) not in (1, 2, 4):
-            raise ValueError(f"{file}: cannot read {varname}, columns {start} to {end} of shape {shape}")
+        if not _SHAPE.fullmatch(text):
+            raise FileError(f"{file}: the shape of {varname} must be a tuple, got {text!r:.40}")
+        shape = tuple(int(n) for n in re.findall(r"\d+", text))
         if layer not in layers:
             layers.append(layer)
         k = layers.index(layer)
+        dimensions = 1 if role == "bias" else 2 if k == 3 else 4
+        cut = type(start) is int and type(end) is int and start >= 0 and end - start == math.prod(shape)
+        if role is None or not cut or len(shape) != dimensions:
+            raise FileError(f"{file}: cannot read {varname}, columns {start} to {end} of shape {shape}")
         found.append((f"{'dense' if k == 3 else f'conv{k}'}.{role}", start, end, shape))
-    if len(layers) != 4 or len(found) != 8:
-        raise ValueError(f"{file}: must describe three convolutions and a dense layer, got {', '.join(layers)}")
+    if len(layers) != 4 or len({name for name, *_ in found}) != 8 or len(found) != 8:
+        raise FileError(f"{file}: must describe three convolutions and a dense layer, got {', '.join(layers):.200}")
     return found
+
+
+def _several(values: Sequence[Any]) -> str:
+    """Return the different values of a column as text, a few of them."""
+    found = sorted(set(values), key=lambda value: (value is None, value or 0))
+    return f"{found[:20]}" + ("" if len(found) <= 20 else f" and {len(found) - 20} more")
 
 
 def _invalid(weights: np.ndarray, metrics: Mapping[str, list[Any]], rows: Sequence[int]) -> set[int]:

@@ -10,51 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import sne_fast
+from helpers.command_line import call, fails
 from sne_fast import SNE, Predictor
 from sne_fast.backends import gpu_runs
-from sne_fast.cli.commands import app
 from sne_fast.data.checkpoints import save_state_dict
 from sne_fast.zoo import ZooWriter
-
-runner = CliRunner()
-
-
-def call(*arguments):
-    return runner.invoke(app, [str(a) for a in arguments])
-
-
-def fails(*arguments):
-    """Run a command that must fail as a user should see it; return its stderr."""
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("sne-fast: no --model given")]
-    assert len(lines) == 1 and lines[0].startswith("sne-fast: "), result.stderr
-    return lines[0]
-
-
-@pytest.fixture
-def files(tmp_path):
-    torch.manual_seed(0)
-    paths = []
-    for i in range(3):
-        paths.append(tmp_path / f"net{i}.safetensors")
-        save_state_dict(
-            torch.nn.Sequential(torch.nn.Linear(4, 3 + i), torch.nn.Linear(3 + i, 2)).state_dict(), paths[-1]
-        )
-    return paths
-
-
-@pytest.fixture
-def model(tmp_path):
-    torch.manual_seed(1)
-    predictor = Predictor(SNE(hidden_dim=32, chunk_size=8), 2, (16,), target_names=["accuracy", "loss"])
-    predictor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_help_names_the_commands_and_is_quiet():
@@ -211,15 +173,19 @@ def test_errors_are_one_sentence_and_leave_no_file(files, model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_a_bad_checkpoint_among_good_ones(files, tmp_path):
+def test_a_checkpoint_that_cannot_be_encoded_is_an_error_and_leaves_no_file(files, tmp_path):
     files[1].write_bytes(files[1].read_bytes()[:50])
-    assert "net1.safetensors" in fails("encode", *files, "-o", tmp_path / "z.npz")
-    weights = {"w": torch.full((3, 2), float("nan"))}
-    save_state_dict(weights, files[1])
-    message = fails("encode", *files, "-o", tmp_path / "z.npz")
-    assert "net1" in message and "'w'" in message
+    assert fails("encode", files[1], "-o", tmp_path / "z.npz").startswith(f"sne-fast: {files[1]}: ")
+    save_state_dict({"w": torch.full((3, 2), float("nan"))}, files[1])
+    message = fails("encode", files[1], "-o", tmp_path / "z.npz")
+    assert message.startswith(f"sne-fast: {files[1]}: ") and "'w'" in message and "network 0" not in message
     assert not (tmp_path / "z.npz").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_an_empty_choice_of_a_backend_is_none(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("SNE_FAST_BACKEND", "")
+    assert call("encode", files[0], "-o", tmp_path / "z.npz").exit_code == 0
 
 
 def test_a_failed_write_leaves_the_old_file(files, tmp_path, monkeypatch):
@@ -263,8 +229,8 @@ def test_demo_settings_that_cannot_work(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     assert "is not an empty folder" in fails("demo", "--out", tmp_path / "full")
-    for option in (["--networks", 3], ["--epochs", 0], ["--hidden-dim", 30]):
-        fails("demo", "--out", tmp_path / "new", *option)
+    for options in (["--networks", 3], ["--epochs", 0], ["--hidden-dim", 30]):
+        fails("demo", "--out", tmp_path / "new", *options)
         assert not (tmp_path / "new").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import sne_fast
+from helpers.paths import ROOT
 from sne_fast.cli.commands import app
+from sne_fast.tasks.run_folder import RunFolder
 from sne_fast.zoo import Zoo, make_sine_zoo
 
 # gloo looks the machine's own name up, which a closed-off one may not know.
@@ -73,6 +76,92 @@ def test_the_same_command_resumes_and_another_is_refused(zoo: Path, tmp_path: Pa
     assert result.exit_code == 2 and "other settings (lr 0.001 then, 0.1 now)" in result.output
 
 
+def refused(*arguments: Any) -> str:
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "200"})
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+def test_a_folder_of_another_training_is_refused_and_kept(zoo: Path, tmp_path: Path) -> None:
+    opened = Zoo.open(zoo)
+    opened.with_column("a", [value + (i == 3) for i, value in enumerate(opened.column("a"))]).save(tmp_path / "other")
+    command = [zoo, "-o", tmp_path / "run", "--target", "a", *SMALL]
+    run(*command)
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    for changes, message in (
+        (["--target", "mse"], r"targets differ \(24x1 numbers then, 24x2 numbers now\)"),
+        (["--transform", "logit", "--target", "share"], "target_transform 'identity' then, 'logit' now"),
+        (["--chunk-size", "16"], "encoder.chunk_size 32 then, 16 now"),
+        (["--chunking", "neuron"], "encoder.chunking 'flat' then, 'neuron' now"),
+        (["--input-scale", "zoo"], "encoder.scale 'tensor' then, 'none' now; .*normalise_inputs False then, 'zoo' now"),
+        (["--num-heads", "2"], "encoder.num_heads 4 then, 2 now"),
+        (["--permute"], "augmentation differs .none then, PermutationAugmentation now"),
+        (["--split", "part"], "networks differ .24 networks .* then, 18 networks"),
+        (["--seed", "1"], "networks differ; .*other settings .seed 0 then, 1 now"),
+        (["--batch-weights", "6000"], "other settings .batch_weights 12000 then, 6000 now"),
+    ):
+        chosen = [part for part in command if part not in ("--target", "a")] if "logit" in changes else command
+        assert re.search(f"of another training: .*{message}", refused(*chosen, *changes)), changes
+    single = [part if part != "a" else "mse" for part in command]
+    assert re.search(r"another training: targets differ; .*target_names \['a'\] then, \['mse'\] now", refused(*single))
+    assert "targets differ; train with the same" in refused(tmp_path / "other", *command[1:])
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_more_epochs_continue_a_training(zoo: Path, tmp_path: Path) -> None:
+    command = [zoo, "-o", tmp_path, "--target", "a", *SMALL]
+    run(*command)
+    output = run(*command, "--epochs", "5")
+    assert "epoch 4/5" in output and "epoch 5/5" in output and "epoch 3/5" not in output
+    assert [int(row.split(",")[0]) for row in (tmp_path / "log.csv").read_text().split()[1:]] == list(range(5))
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(zoo: Path, tmp_path: Path) -> None:
+    with RunFolder(tmp_path).held("train"):
+        message = refused(zoo, "-o", tmp_path, "--target", "a", *SMALL)
+    assert f"is in use by process {os.getpid()} on" in message and "choose another --out" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_training_needs_is_asked_for_before_it_starts(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    for missing, options, extra in (("scipy", [], "demo"), ("tensorboard", ["--log", "tensorboard"], "tensorboard")):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else found(name))
+            message = refused(zoo, "-o", tmp_path / "out", "--target", "a", *SMALL, *options)
+        assert f'needs {missing}: pip install "sne_fast[{extra}]"' in message
+        assert not list(tmp_path.rglob("fit.pt"))
+
+
+def test_a_constant_target_has_measures_that_say_why_they_are_none(zoo: Path, tmp_path: Path) -> None:
+    opened = Zoo.open(zoo)
+    opened.with_column("constant", [0.5] * len(opened)).save(tmp_path / "zoo")
+    output = run(tmp_path / "zoo", "-o", tmp_path / "run", "--target", "constant", *SMALL)
+    test = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["constant"]
+    assert test["r2"] is None and test["tau"] is None and test["mae"] >= 0 and " - " in output
+    assert test["undefined"] == "tau, tau_p, r2: all true values are equal"
+
+
+FULL = """
+import resource, sys
+from sne_fast.cli.commands import app
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+app(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_part(zoo: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, "train", str(zoo), "-o", str(tmp_path), "--target", "a", *SMALL]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"sne-fast: fit: checkpoint '.*fit.pt' cannot be written: File too large; .*\n", done.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv"]
+
+
 @pytest.mark.parametrize(("loss", "target", "outputs"), [("cross_entropy", "kind", 2), ("bce", "share", 1)])
 def test_classes_and_probabilities(loss: str, target: str, outputs: int, zoo: Path, tmp_path: Path) -> None:
     output = run(zoo, "-o", tmp_path, "--target", target, "--loss", loss, *SMALL)
@@ -114,4 +203,31 @@ def test_torchrun_gives_what_one_process_gives(zoo: Path, tmp_path: Path) -> Non
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and one["processes"] == 1
     assert two["history"]["train_loss"] == pytest.approx(one["history"]["train_loss"], rel=1e-3)
-    assert done.stdout.count("epoch 3/3") == 1
+    assert done.stderr.count("epoch 3/3") == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "message"),
+    [
+        ("scipy", [], 'train needs scipy: pip install "sne_fast[demo]"'),
+        ("tensorboard", ["--log", "tensorboard"], 'tensorboard needs tensorboard: pip install "sne_fast[tensorboard]"'),
+    ],
+)
+def test_missing_packages_are_found_before_the_work(
+    missing: str, arguments: list[str], message: str, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find(name))
+    result = CliRunner().invoke(app, ["train", str(zoo), "-o", str(tmp_path / "run"), "--target", "a", *arguments])
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_constant_target_gives_json_without_nan(zoo: Path, tmp_path: Path) -> None:
+    opened = Zoo.open(zoo)
+    opened.with_column("same", [1.5] * len(opened)).save(tmp_path / "zoo")
+    output = run(tmp_path / "zoo", "-o", tmp_path / "run", "--target", "same", *SMALL)
+    content = (tmp_path / "run" / "metrics.json").read_text()
+    found = json.loads(content, parse_constant=lambda text: pytest.fail(text))["test"]["same"]
+    assert found["tau"] is None and found["r2"] is None and found["mae"] >= 0
+    assert output.splitlines()[-2].split("\t")[:3] == ["same", "-", "-"]

@@ -51,7 +51,7 @@ def same(one: WeightBatch, other: WeightBatch) -> None:
     for field in POINTERS:
         host = getattr(one, f"{field}_host")
         assert host.device.type == "cpu" and torch.equal(host, getattr(other, f"{field}_host")), field
-    for field in ("chunk_size", "chunking", "names", "shapes"):
+    for field in ("chunk_size", "chunking", "scale", "order", "names", "shapes", "skipped"):
         assert getattr(one, field) == getattr(other, field), field
 
 
@@ -71,9 +71,11 @@ def random_batch(lengths: list[list[list[list[int]]]]) -> WeightBatch:
 
     return WeightBatch(
         torch.arange(float(sum(chunks))), pointer(chunks), pointer(tensors), pointer(layers), pointer(lengths),
-        torch.arange(len(tensors)) % 64, torch.arange(len(layers)), 1.0 + torch.arange(len(tensors)), 9, "kernel",
+        torch.arange(len(tensors)) % 64, torch.arange(len(layers)), 1.0 + torch.arange(len(tensors)),
+        9, "kernel", "none", "definition",
         tuple((f"n{i}", tuple(f"t{j}" for j in range(sum(map(len, n))))) for i, n in enumerate(lengths)),
         tuple(tuple((sum(t),) for layer in n for t in layer) for n in lengths),
+        tuple(((f"n{i}.mask", "a mask"),) * (i % 2) for i in range(len(lengths))),
     )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def test_sizes_and_names() -> None:
     assert nameless.network_name(1) == "network 1" and nameless.tensor_name(3) == "network 1, tensor 2"
     assert repr(b) == (
         "WeightBatch(2 networks, 3 layers, 4 tensors, 6 chunks, 14 weights, chunk_size=3, chunking='flat', "
-        "dtype=torch.float32, device='cpu')"
+        "scale='tensor', order='names', dtype=torch.float32, device='cpu')"
     )
 
 
@@ -258,12 +260,27 @@ def test_joining_refuses_batches_that_differ() -> None:
     others = {
         "chunk_size": batch(chunk_size=4),
         "chunking": batch(chunking="neuron"),
+        "scale": batch(scale="none"),
+        "order": batch(order="definition"),
         "dtype": batch().to(torch.float64),
         "device": batch().to("meta"),
     }
     for field, other in others.items():
         with pytest.raises(ValueError, match=f"{field} must agree, batch 0 has .* and batch 1 has "):
             WeightBatch.cat([batch(), other])
+
+
+def test_what_was_skipped_goes_with_its_network() -> None:
+    skipped = ((("mask", "an attention mask"),), ())
+    b = batch(skipped=skipped)
+    assert (
+        b[1].skipped == ((),) and b[[1, 0]].skipped == skipped[::-1] and WeightBatch.cat([b, b]).skipped == skipped * 2
+    )
+    assert WeightBatch.cat([b, batch()]).skipped == ()
+    for copied in (b.to(torch.float64), b.detach(), pickle.loads(pickle.dumps(b)), copy.deepcopy(b)):
+        assert copied.skipped == skipped
+    with pytest.raises(ValueError, match="skipped must have one entry per network, got 1 for 2"):
+        batch(skipped=((),))
 
 
 def test_joining_keeps_names_only_if_all_have_them() -> None:

@@ -106,7 +106,7 @@ def test_cutting_of_any_shape_and_layout(shape: list[int], chunk_size: int, chun
 @pytest.mark.parametrize("name", SMALL)
 def test_every_field_of_every_architecture(name: str, chunking: str, chunk_size: int, scale: str) -> None:
     network = make(name, 1, F64)
-    batch = sne_fast.pack([network], chunk_size, chunking, scale=scale, dtype=F64)
+    batch = sne_fast.pack([network], chunk_size, chunking, scale=scale, order="definition", dtype=F64)
     check(batch, [cut_network(network, chunk_size, chunking, scale)])
     assert batch.chunk_size == chunk_size and batch.chunking == chunking
     if scale == "none":
@@ -115,16 +115,17 @@ def test_every_field_of_every_architecture(name: str, chunking: str, chunk_size:
 
 def test_several_networks_and_the_defaults() -> None:
     networks = [make(name, 2) for name in MIXED]
-    batch = sne_fast.pack(networks)
+    batch = sne_fast.pack(networks, order="definition")
     check(batch, [cut_network(n) for n in networks], 1e-6)
-    assert (batch.chunk_size, batch.chunking) == (32, "flat")
+    assert (batch.chunk_size, batch.chunking, batch.scale) == (32, "flat", "tensor")
+    assert sne_fast.pack(networks).order == "names"
     assert batch.values.dtype == torch.float32
     assert len(batch) == len(batch.names) == len(batch.shapes) == len(MIXED)
 
 
 def test_it_is_a_frozen_dataclass_with_the_fields_in_order() -> None:
     fields = [f.name for f in dataclasses.fields(sne_fast.WeightBatch) if f.init]
-    scalars = ["chunk_size", "chunking", "names", "shapes"]
+    scalars = ["chunk_size", "chunking", "scale", "order", "names", "shapes", "skipped", "prepared"]
     assert fields == ["values", *POINTERS, "tensor_type", "layer_level", "tensor_scale", *scalars]
     batch = sne_fast.pack([make("mlp")])
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -133,7 +134,7 @@ def test_it_is_a_frozen_dataclass_with_the_fields_in_order() -> None:
 
 def test_only_parameters_and_running_statistics() -> None:
     """Check `oddities`: no complex parameter, no plain buffer, no counter; frozen and strided parameters are in."""
-    batch = sne_fast.pack([make("oddities", 1)])
+    batch = sne_fast.pack([make("oddities", 1)], order="definition")
     names = set(batch.names[0][1])
     assert names.isdisjoint({"constant", "phase", "batch.num_batches_tracked", "tied.weight", "again.weight"})
     assert names >= {"own", "frozen.weight", "batch.running_var", "instance.running_mean", "transposed.weight"}
@@ -244,9 +245,11 @@ def test_layers_stand_in_definition_order_not_in_order_of_use() -> None:
     order = ("own", "z_last.weight", "z_last.bias", "a_first.weight", "a_first.bias")
     order += ("m.y.weight", "m.y.bias", "m.b.weight", "m.b.bias")
     for form in (network, network.state_dict()):
-        batch = sne_fast.pack([form])
+        batch = sne_fast.pack([form], order="definition")
         assert batch.names[0][1] == order
         assert batch.layer_level.tolist() == [0, 1, 2, 3, 4]
+        layers = [name.rpartition(".")[0] for name in sne_fast.pack([form]).names[0][1]]
+        assert list(dict.fromkeys(layers)) == ["", "a_first", "m.b", "m.y", "z_last"]
 
 
 def test_a_file_that_lost_its_order_is_sorted_naturally(tmp_path) -> None:
@@ -265,7 +268,7 @@ def test_a_file_with_our_order_keeps_it(tmp_path) -> None:
     names = ["z.weight", "z.bias", "a.weight", "a.bias", "layers.10.weight", "layers.2.weight"]
     tensors = {n: torch.randn(2) if n.endswith("bias") else torch.randn(2, 2) for n in names}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"sne_fast.order": json.dumps(names)})
-    batch = sne_fast.pack([tmp_path / "x.safetensors"])
+    batch = sne_fast.pack([tmp_path / "x.safetensors"], order="definition")
     assert list(batch.names[0][1]) == names
     assert batch.layer_ptr.tolist() == [0, 2, 4, 5, 6]
 
@@ -334,7 +337,7 @@ def test_gradients_reach_the_tensors(chunking: str, scale: str) -> None:
             total = total + (scales * torch.randn(scales.shape, dtype=F64, generator=g)).sum()
             return list(torch.autograd.grad(total, parameters))
 
-        batch = sne_fast.pack([network], 5, chunking, scale=scale, dtype=F64)
+        batch = sne_fast.pack([network], 5, chunking, scale=scale, order="definition", dtype=F64)
         want = arrays([cut_network(network, 5, chunking, scale)])
         for a, b in zip(
             gradients(batch.values, batch.tensor_scale), gradients(want["values"], want["tensor_scale"]), strict=True
@@ -450,10 +453,5 @@ def test_pack_takes_every_form_at_once(tmp_path) -> None:
     save_file(network.state_dict(), tmp_path / "b.safetensors")
     batch = sne_fast.pack([network, network.state_dict(), tmp_path / "a.pt", str(tmp_path / "b.safetensors")])
     assert len(batch) == 4
-    for n in (1, 2):
+    for n in (1, 2, 3):
         same(batch[n], batch[0])
-    # the safetensors file lost its order: bias before weight, the same layers
-    b = batch[3]
-    assert b.names[0][1] == tuple(f"{n}.{r}" for n in (0, 2, 4) for r in ("bias", "weight"))
-    assert torch.equal(b.layer_level, batch[0].layer_level)
-    assert sorted(b.values.tolist()) == sorted(batch[0].values.tolist())

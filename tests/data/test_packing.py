@@ -25,12 +25,14 @@ F64 = torch.float64
 NAMES = ("mlp", "cnn", "resnet_block", "transformer", "transformer_tied", "recurrent", "one_scalar", "oddities")
 
 
-def cut(tensor: Tensor, chunk_size: int, chunking: str) -> list[list[float]]:
+def cut(tensor: Tensor, chunk_size: int, chunking: str, kernels: bool = True) -> list[list[float]]:
     """Cut one element after another."""
     if tensor.ndim == 0:
         return [[tensor.item()]]
     if tensor.ndim == 1:
         rows = [tensor.tolist()]
+    elif tensor.ndim > 2 and not kernels:
+        rows = [tensor.flatten().tolist()] if chunking == "flat" else tensor.reshape(-1, tensor.shape[-1]).tolist()
     else:
         out, width = tensor.shape[:2]
         positions = list(itertools.product(*(range(k) for k in tensor.shape[2:])))
@@ -66,12 +68,14 @@ def own_tensors(module: nn.Module) -> list[tuple[str, list[tuple[str, Tensor]]]]
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_are_cut_element_by_element(name: str, chunking: str) -> None:
     network = make(name, seed=3)
-    b = pack([network], 5, chunking, scale="none", dtype=F64)
+    b = pack([network], 5, chunking, scale="none", order="definition", dtype=F64)
     layers = own_tensors(network)
     tensors = [t for _, held in layers for _, t in held]
-    chunks = [chunk for t in tensors for chunk in cut(t.double(), 5, chunking)]
+    kernels = [tensor_type in (8, 16) for tensor_type in b.tensor_type.tolist()]
+    cuts = [cut(t.double(), 5, chunking, kernel) for t, kernel in zip(tensors, kernels, strict=True)]
+    chunks = [chunk for found in cuts for chunk in found]
     assert [v.tolist() for v in b.values.split(b.chunk_ptr.diff().tolist())] == chunks
-    assert b.tensor_ptr.diff().tolist() == [len(cut(t, 5, chunking)) for t in tensors]
+    assert b.tensor_ptr.diff().tolist() == list(map(len, cuts))
     assert b.layer_ptr.diff().tolist() == [len(held) for _, held in layers]
     assert b.network_ptr.tolist() == [0, len(layers)] and b.layer_level.tolist() == list(range(len(layers)))
     assert b.names == ((type(network).__name__, tuple(n for _, held in layers for n, _ in held)),)
@@ -96,7 +100,7 @@ def test_pointers_of_any_shapes(shapes: list, chunk_size: int, chunking: str, st
     assert b.chunk_ptr[-1] == sum(t.numel() for t in state.values()) == b.num_weights
     chunks = [chunk for t in state.values() for chunk in cut(t, chunk_size, chunking)]
     assert [v.tolist() for v in b.values.split(b.chunk_ptr.diff().tolist())] == chunks
-    one = pack([{"w": t} for t in state.values()], chunk_size, chunking, scale="none", dtype=F64)
+    one = pack([{"weight": t} for t in state.values()], chunk_size, chunking, scale="none", dtype=F64)
     assert torch.equal(one.values, b.values) and torch.equal(one.chunk_ptr, b.chunk_ptr)
     assert len(one) == len(shapes) and torch.equal(WeightBatch.cat(list(one)).chunk_ptr, b.chunk_ptr)
 
@@ -174,8 +178,10 @@ def test_squares_that_leave_float64_do_not_matter(exponent: int, size: int) -> N
 def test_nan_and_infinity(size: int, source: torch.dtype) -> None:
     tensor = torch.ones(size)
     tensor[1], tensor[2], tensor[4] = math.nan, math.inf, -math.inf
-    networks = [nn.Linear(2, 2), {"fc.bias": torch.ones(2), "fc.weight": tensor.to(source)}]
-    message = rf"network 1 \('state_dict'\), tensor 'fc.weight' has 1 NaN and 2 inf among {size} values; use nonfinite"
+    networks = [nn.Linear(2, 2), {"fc.bias": torch.ones(2), "head.weight": tensor.to(source)}]
+    message = (
+        rf"network 1 \('state_dict'\), tensor 'head.weight' has 1 NaN and 2 inf among {size} values; use nonfinite"
+    )
     for scale in ("tensor", "none"):
         with pytest.raises(ValueError, match=message):
             pack(networks, scale=scale)
@@ -326,9 +332,9 @@ def test_lazy_modules_and_empty_parameters_of_modules() -> None:
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        ({}, ValueError, "must map names to tensors .* it holds nothing"),
-        ({"encoder": {"w": torch.ones(1)}}, ValueError, "must map names to tensors .* it holds 'encoder'"),
-        ({"w": torch.ones(1), "more": {"w": torch.ones(1)}}, TypeError, "'more' must be a tensor, got dict"),
+        ({}, ValueError, "must map names to tensors, .*; it holds nothing"),
+        ({"encoder": {"w": 1.0}}, ValueError, "must map names to tensors, .*; it holds 'encoder'"),
+        ({"w": torch.ones(1), "more": {"w": torch.ones(1)}}, ValueError, "holds tensors in 2 places, the top .*'more'"),
         ({"w": torch.ones(1), "m": torch.ones(1).numpy()}, TypeError, "'m' must be a tensor, got ndarray"),
         ({"w": torch.ones(1), "m": nn.ReLU()}, TypeError, "'m' must be a tensor, got ReLU"),
         ({3: torch.ones(1)}, TypeError, "must have strings as keys, got 3"),

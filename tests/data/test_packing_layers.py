@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -128,7 +130,7 @@ def test_kinds_by_class() -> None:
 def test_classes_from_elsewhere_are_typed_like_their_state_dict() -> None:
     network = Bag(norm=RMSNorm(), proj=Conv1D(), bn=OwnBatchNorm(), fc=nn.Linear(2, 2))
     b = pack([network])
-    assert b.tensor_type.tolist() == [24, 0, 1, 28, 26, 27, 0, 1]  # the mask and the counter are no weights
+    assert b.tensor_type.tolist() == [0, 1, 28, 26, 27, 24, 0, 1]  # the mask and the counter are no weights
     state = network.state_dict()
     del state["bn.mask"]
     assert torch.equal(pack([state]).tensor_type, b.tensor_type)
@@ -172,7 +174,7 @@ INFERRED = [
 
 @pytest.mark.parametrize(("layer", "tensors", "kind"), INFERRED, ids=lambda v: v if isinstance(v, str) else None)
 def test_inference(layer: str, tensors: dict[str, int], kind: int) -> None:
-    assert infer_kind(layer, tensors.items()) == kind
+    assert infer_kind(layer, {name: (2,) * ndim for name, ndim in tensors.items()}) == kind
     state = {f"{layer}.{name}".lstrip("."): torch.ones([2] * ndim) for name, ndim in tensors.items()}
     assert set((pack([state]).tensor_type // 8).tolist()) == {kind}
 
@@ -223,9 +225,9 @@ def test_kinds_given_by_name_pattern_or_id() -> None:
         ({"fc": 0}, ValueError, r"kinds has 'fc', which fits no layer; network 0 \('Sequential'\) has the layers '0'"),
         ([{"9*": 0}], ValueError, r"kinds has '9\*', which fits no layer"),
         ([None, None], ValueError, "kinds must have one entry per network, got 2 for 1"),
-        (["linear"], TypeError, "kinds must be a mapping, or one mapping or None per network"),
-        ("linear", TypeError, "kinds must be a mapping, or one mapping or None per network, got 'linear'"),
-        (3, TypeError, "kinds must be a mapping, or one mapping or None per network, got int"),
+        (["linear"], TypeError, "kinds must be 'names', a mapping, or one mapping or None per network"),
+        ("linear", TypeError, "kinds must be 'names', a mapping, or one mapping or None per network, got 'linear'"),
+        (3, TypeError, "kinds must be 'names', a mapping, or one mapping or None per network, got int"),
         ({0: 0}, TypeError, "kinds must map layer names or patterns, got the key 0"),
     ],
     ids=str,
@@ -253,16 +255,20 @@ def test_only_floating_parameters_and_running_statistics() -> None:
     )  # fmt: skip
 
 
-def test_tied_tensors_stand_once_at_their_first_place_and_twice_in_a_state_dict() -> None:
+def test_tied_tensors_stand_once_at_their_first_place(tmp_path: Path) -> None:
     network = Bag(embedding=nn.Embedding(3, 2), mid=nn.Linear(2, 2), head=nn.Linear(2, 3), twice=nn.Linear(1, 1))
     network.head.weight = network.embedding.weight
     network.again = network.twice
-    b = pack([network])
+    torch.save(network.state_dict(), tmp_path / "tied.pt")
     names = ("embedding.weight", "mid.weight", "mid.bias", "head.bias", "twice.weight", "twice.bias")
-    assert b.names[0][1] == names
-    assert b.layer_ptr.tolist() == [0, 1, 3, 4, 6]
-    assert pack([network.state_dict()]).num_tensors == 9
-    b.values.sum().backward()
+    for source in (network, network.state_dict(), tmp_path / "tied.pt"):
+        b = pack([source], order="definition")
+        assert b.names[0][1] == names and b.layer_ptr.tolist() == [0, 1, 3, 4, 6]
+    by_names = ("embedding.weight", "again.weight", "again.bias", "mid.weight", "mid.bias", "head.bias")
+    for source in (network, network.state_dict(), tmp_path / "tied.pt"):
+        b = pack([source])
+        assert b.names[0][1] == by_names and b.tensor_type.tolist() == [32, 0, 1, 0, 1, 1]
+    pack([network]).values.sum().backward()
     assert network.head.weight.grad is network.embedding.weight.grad
 
 

@@ -87,12 +87,21 @@ def layers_of(network: nn.Module) -> list[list[Source]]:
 # Section 1: cutting, element by element
 
 
-def cut_indices(shape: tuple[int, ...], chunk_size: int, chunking: str) -> list[list[tuple[int, ...]]]:
-    """Return the index of every element, grouped into chunks, in the order of the batch."""
+def cut_indices(
+    shape: tuple[int, ...], chunk_size: int, chunking: str, kernels: bool = True
+) -> list[list[tuple[int, ...]]]:
+    """Return the index of every element, grouped into chunks, in the order of the batch.
+
+    Without `kernels` a tensor of three and more dimensions is the matrix of its last dimension.
+    """
     if len(shape) == 0:
         return [[()]]
     if len(shape) == 1:
         rows = [[(i,) for i in range(shape[0])]]
+    elif len(shape) > 2 and not kernels:
+        outer = list(itertools.product(*(range(n) for n in shape[:-1])))
+        rows = [[(*o, i) for i in range(shape[-1])] for o in outer]
+        rows = [list(itertools.chain(*rows))] if chunking == "flat" else rows
     else:
         n_out, n_in, *kernel = shape
         positions = list(itertools.product(*(range(k) for k in kernel)))  # row-major; [()] for a matrix
@@ -128,7 +137,7 @@ def cut_tensor(source: Source, chunk_size: int, chunking: str, scale: str) -> Cu
             factor = mean.sqrt()
     chunks = [
         torch.stack([tensor[index] for index in piece]) / factor
-        for piece in cut_indices(tuple(tensor.shape), chunk_size, chunking)
+        for piece in cut_indices(tuple(tensor.shape), chunk_size, chunking, source.type in (8, 16))
     ]
     return Cut(source.type, factor, chunks, source.name, tuple(tensor.shape))
 

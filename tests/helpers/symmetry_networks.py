@@ -236,6 +236,77 @@ class Experts(nn.Module):
         return self.out((y * self.gate(h).softmax(-1)[..., None]).sum(1))
 
 
+EDGES = torch.tensor([[0, 1, 2, 3, 3, 1], [1, 2, 3, 0, 1, 3]])
+
+
+class MessagePassing(nn.Module):
+    """Graph convolutions that gather from sources and add up at targets, each in another way of writing it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one, self.two, self.out = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def spread(self, h: Tensor) -> Tensor:
+        source, target = EDGES
+        messages = h.gather(0, source[:, None].expand(-1, h.shape[1])) if self.how == "gather" else h[source]
+        zeros = torch.zeros_like(h)
+        places = target[:, None].expand_as(messages)
+        if self.how == "index_add":
+            return zeros.index_add(0, target, messages)
+        if self.how == "index_put":
+            return zeros.index_put_((target,), messages, accumulate=True)
+        if self.how in ("mean", "amax", "sum"):
+            return zeros.scatter_reduce_(0, places, messages, self.how, include_self=self.how == "sum")
+        if self.how == "mask":
+            known = torch.tensor([True, False, True, True])
+            zeros[known] = h[known]
+            return zeros
+        if self.how == "index_reduce":
+            return zeros.index_reduce_(0, target, messages, "amax", include_self=False)
+        return zeros.scatter_add_(0, places, messages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.hardswish(self.spread(self.one(x)))
+        return self.out(F.logsigmoid(self.spread(self.two(h))))
+
+
+class RoutedExperts(nn.Module):
+    """A mixture of experts in a loop over experts, one of which gets no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6)) for _ in range(3))
+        self.register_buffer("expert", torch.tensor([0, 2, 2, 0, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).tanh()
+        y = torch.zeros_like(h)
+        for e, expert in enumerate(self.experts):
+            (rows,) = torch.where(self.expert == e)
+            y.index_add_(0, rows, expert(h[rows]))
+        return self.out(h + y)
+
+
+class GroupedExperts(nn.Module):
+    """A mixture of experts whose tokens are sorted by expert, for one product of ragged groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 32) / 3), nn.Parameter(torch.randn(3, 16, 8) / 4)
+        self.register_buffer("expert", torch.tensor([0, 2, 2, 0, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).tanh()
+        order = self.expert.argsort(stable=True)
+        ends = torch.bincount(self.expert, minlength=3).cumsum(0).to(torch.int32)
+        gate, up = torch._grouped_mm(h[order], self.up, offs=ends).chunk(2, -1)
+        y = torch._grouped_mm(F.silu(gate) * up, self.down, offs=ends)
+        return self.out(h + y[order.argsort()])
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
@@ -344,6 +415,48 @@ OTHERS = {
     "sine": (lambda: make("inr"), lambda: torch.randn(3, 1), [(32, 1), (32, 1)]),
     "experts": (Experts, lambda: torch.randn(4, 4), [(3, 1), (6, 1), (5, 3), (6, 1)]),
     "gated": (Gated, lambda: torch.randn(4, 4), [(6, 1), (6, 1)]),
+    "routed experts": (RoutedExperts, lambda: torch.randn(5, 4), [(6, 1), (5, 1), (5, 1), (5, 1)]),
+    "experts in groups": (GroupedExperts, lambda: torch.randn(5, 8), [(8, 1), (16, 1)]),
+    **{
+        f"messages, {how}": (lambda h=how: MessagePassing(h), lambda: torch.randn(4, 3), [(8, 1), (6, 1)])
+        for how in (
+            "scatter_add",
+            "sum",
+            "mean",
+            "amax",
+            "index_add",
+            "index_put",
+            "index_reduce",
+            "gather",
+        )
+    },
+    "activations": (
+        _seq(
+            nn.Linear(4, 6),
+            nn.Hardswish(),
+            nn.Linear(6, 5),
+            nn.LogSigmoid(),
+            nn.Linear(5, 7),
+            nn.RReLU(),
+            nn.Linear(7, 3),
+            nn.Hardtanh(),
+            nn.Linear(3, 2),
+        ),
+        lambda: torch.randn(4, 4),
+        [(6, 1), (5, 1), (7, 1), (3, 1)],
+    ),
+    "unfolded images": (
+        _seq(
+            nn.Conv2d(1, 4, 3),
+            nn.Unfold(2),
+            nn.Fold((4, 4), 2),
+            nn.PixelUnshuffle(2),
+            nn.ChannelShuffle(4),
+            nn.Conv2d(16, 2, 1),
+        ),
+        _image(1, 6),
+        [(4, 1)],
+    ),
     "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randn(2, 4, 3), [(5, 1), (5, 1)]),
     "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randn(2, 4, 3), [(5, 1), (5, 1)]),
 }

@@ -188,7 +188,7 @@ FORMS = [
 @pytest.mark.parametrize("config", FORMS, ids=name_of)
 def test_all_calling_forms_agree(config: dict[str, Any], tmp_path) -> None:
     """A batch, modules, state_dicts and paths: all calling forms. The network has only unmistakable tensors."""
-    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4, **config})
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4, "order": "names", **config})
     networks = [make("cnn", 1, F64), make("mlp", 2, F64)]
     keys = {"chunk_size": 32, "chunking": "flat", "scale": "tensor"}
     by_hand = sne_fast.pack(networks, **{k: config.get(k, v) for k, v in keys.items()}, dtype=F64)
@@ -200,11 +200,12 @@ def test_all_calling_forms_agree(config: dict[str, Any], tmp_path) -> None:
     assert torch.equal(encoder([networks[0], str(tmp_path / "mlp.pt")]), expected)
 
 
-def test_an_encoder_refuses_a_batch_cut_otherwise() -> None:
-    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4})
-    for other in ({"chunk_size": 16}, {"chunking": "neuron"}):
-        with pytest.raises(ValueError, match=next(iter(other))):
-            encoder(sne_fast.pack([make("mlp")], dtype=F64, **other))
+def test_an_encoder_refuses_a_batch_packed_otherwise() -> None:
+    encoder = encoder_for({"hidden_dim": 32, "num_heads": 4, "order": "names"})
+    for field, other in {"chunk_size": 16, "chunking": "neuron", "scale": "none", "order": "definition"}.items():
+        message = rf"batch must be packed with {field}=.*, got {other!r}; use encoder.pack\(networks\)"
+        with pytest.raises(ValueError, match=message):
+            encoder(sne_fast.pack([make("mlp")], dtype=F64, **{field: other}))
 
 
 def test_an_empty_batch_encodes_to_no_rows() -> None:

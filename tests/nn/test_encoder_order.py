@@ -30,7 +30,9 @@ CONFIG = {"hidden_dim": 32, "num_heads": 2, "chunk_size": 4, "num_inducing": 3}
 
 
 def batch_of(networks: list[Network], levels: list[list[int]] | None = None) -> sne_fast.WeightBatch:
-    return sne_fast.WeightBatch(**arrays(networks, levels), chunk_size=CONFIG["chunk_size"], chunking="flat")
+    return sne_fast.WeightBatch(
+        **arrays(networks, levels), chunk_size=CONFIG["chunk_size"], chunking="flat", order="definition"
+    )
 
 
 @st.composite

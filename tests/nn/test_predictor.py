@@ -31,9 +31,9 @@ def test_head_is_the_papers_mlp():
 
 
 def test_head_refuses_empty_layers():
-    with pytest.raises(ValueError, match="every width must be at least 1"):
+    with pytest.raises(ValueError, match="PredictorHead: out_features must be an integer of at least 1, got 0"):
         PredictorHead(8, 0)
-    with pytest.raises(ValueError, match="every width must be at least 1"):
+    with pytest.raises(ValueError, match=r"hidden_features\[1\] must be an integer of at least 1, got 0"):
         PredictorHead(8, hidden_features=(16, 0))
 
 
@@ -215,5 +215,5 @@ def test_fan_in_scale_is_saved(tmp_path):
     predictor.save_pretrained(tmp_path / "p")
     again = Predictor.from_pretrained(tmp_path / "p")
     assert again.config == predictor.config and torch.equal(again(zoo_like(1.0)), predictor(zoo_like(1.0)))
-    with pytest.raises(ValueError, match="normalise_inputs must be a bool or one of zoo, fan_in, got 'rms'"):
+    with pytest.raises(ValueError, match="normalise_inputs must be one of False, True, 'zoo', 'fan_in', got 'rms'"):
         Predictor(SNE(hidden_dim=32, scale="none"), normalise_inputs="rms")

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from safetensors.torch import load_file, save_file
 
 import sne_fast
@@ -143,8 +144,18 @@ def test_keys_of_the_encoder_are_checked_too(saved):
     with pytest.raises(ValueError, match="does not fit SNE: missing num_heads"):
         Predictor.from_pretrained(saved)
     edit_config(saved, encoder="SNE")
-    with pytest.raises(ValueError, match=r"encoder in config.json must be an object"):
+    with pytest.raises(ValueError, match=r"encoder must be an object"):
         Predictor.from_pretrained(saved)
+
+
+def test_a_configuration_from_before_orders_means_the_order_of_definition(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert config["encoder"].pop("order") == "names"
+    edit_config(saved, encoder=config["encoder"])
+    encoder = Predictor.from_pretrained(saved).encoder
+    assert encoder.config["order"] == "definition"
+    backwards = {"b.weight": torch.ones(2, 2), "a.weight": torch.zeros(2, 2)}
+    assert encoder.pack([backwards]).names[0][1] == ("b.weight", "a.weight")
 
 
 def test_values_of_the_wrong_type(saved):
@@ -259,3 +270,233 @@ def test_push_uploads_the_folder(monkeypatch):
         "files": ["config.json", "model.safetensors"],
         "message": "Push Predictor using sne_fast",
     }
+
+
+# What is saved
+
+
+def encoded(module):
+    with torch.no_grad():
+        return module.eval()(networks())
+
+
+def wrap_encoder(predictor, wrap):
+    predictor.encoder = wrap(predictor.encoder)
+    return predictor
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled, torch.nn.DataParallel, lambda m: torch.nn.DataParallel(compiled(m))])
+def test_a_wrapped_encoder_is_saved_without_its_wrapper(tmp_path, wrap):
+    wrap_encoder(make_predictor(), wrap).save_pretrained(tmp_path / "m")
+    loaded = Predictor.from_pretrained(tmp_path / "m")
+    assert type(loaded.encoder) is SNE and torch.equal(encoded(loaded), encoded(make_predictor()))
+
+
+def test_a_predictor_takes_a_wrapped_encoder(tmp_path):
+    torch.manual_seed(1)
+    encoder = SNE(hidden_dim=32, scale="none")
+    predictor = Predictor(compiled(encoder), hidden_features=(8,), normalise_inputs="fan_in")
+    predictor.save_pretrained(tmp_path / "m")
+    loaded = Predictor.from_pretrained(tmp_path / "m")
+    plain = Predictor(encoder, hidden_features=(8,), normalise_inputs="fan_in")
+    plain.head = predictor.head
+    assert torch.equal(encoded(loaded), encoded(plain))
+    with pytest.raises(TypeError, match=r"encoder must be an sne_fast\.SNE, got Linear"):
+        Predictor(torch.nn.Linear(3, 3))
+
+
+def test_a_compiled_model_and_compiled_parts_are_saved_plain(tmp_path):
+    compiled(make_predictor()).save_pretrained(tmp_path / "whole")
+    predictor = make_predictor()
+    predictor.encoder.tensor_encoder = compiled(predictor.encoder.tensor_encoder)
+    predictor.head[0] = compiled(predictor.head[0])
+    predictor.save_pretrained(tmp_path / "parts")
+    for name in ("whole", "parts"):
+        assert torch.equal(encoded(Predictor.from_pretrained(tmp_path / name)), encoded(make_predictor()))
+
+
+def test_parametrised_tensors_are_saved_as_they_are_used(tmp_path):
+    predictor = make_predictor()
+    torch.nn.utils.parametrizations.weight_norm(predictor.head[0])
+    torch.nn.utils.parametrizations.spectral_norm(predictor.head[2])
+    predictor.save_pretrained(tmp_path / "m")
+    loaded = Predictor.from_pretrained(tmp_path / "m")
+    assert set(loaded.state_dict()) == set(make_predictor().state_dict())
+    assert torch.equal(encoded(loaded), encoded(predictor))
+
+
+class Adapter(torch.nn.Module):
+    """A linear layer beside a low-rank change, as adapters replace one."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.lora_A = base, torch.nn.Linear(base.in_features, 2, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replace_by_adapter(predictor):
+    mab = predictor.encoder.tensor_encoder.blocks[1].mab
+    mab.fc_o = Adapter(mab.fc_o)
+    return "encoder.tensor_encoder.blocks.1.mab.fc_o is a Adapter, must be a Linear"
+
+
+def replace_by_a_class_with_the_same_tensors(predictor):
+    predictor.head[0] = Doubled(32, 16)
+    return "head.0 is a Doubled, must be a Linear"
+
+
+def add_a_parameter(predictor):
+    predictor.encoder.extra = torch.nn.Parameter(torch.zeros(1))
+    return "encoder.extra is unknown"
+
+
+def add_a_module(predictor):
+    predictor.head.more = torch.nn.Linear(1, 1)
+    return "head.more is unknown"
+
+
+def replace_by_another_width(predictor):
+    predictor.head[0] = torch.nn.Linear(32, 17)
+    return r"head.0.weight must be \(16, 32\), is \(17, 32\); head.0.bias must be \(16,\), is \(17,\)"
+
+
+def remove_a_bias(predictor):
+    predictor.head[0] = torch.nn.Linear(32, 16, bias=False)
+    return "head.0.bias is missing"
+
+
+def prune(predictor):
+    torch.nn.utils.prune.l1_unstructured(predictor.head[0], "weight", 0.5)
+    return "head.0.weight is missing; head.0.weight_orig is unknown; head.0.weight_mask is unknown"
+
+
+def move_to_meta(predictor):
+    predictor.encoder.type_embedding.to("meta")
+    return "encoder.type_embedding.weight is on the meta device and has no values"
+
+
+def change_the_config(predictor):
+    predictor.out_features = "two"
+    return "save_pretrained: the config of Predictor does not fit Predictor: Predictor: out_features must be an integer"
+
+
+def put_a_subclass(predictor):
+    class Own(SNE):
+        pass
+
+    predictor.encoder = Own(**predictor.encoder.config)
+    return "encoder is a Own, must be a SNE"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_by_adapter, replace_by_a_class_with_the_same_tensors, add_a_parameter, add_a_module,
+        replace_by_another_width, remove_a_bias, prune, move_to_meta, change_the_config, put_a_subclass,
+    ],
+)  # fmt: skip
+def test_what_could_not_be_read_back_is_refused_at_saving(tmp_path, change):
+    predictor = make_predictor()
+    message = change(predictor)
+    with pytest.raises(ValueError, match=message):
+        predictor.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_subclass_is_saved_and_read_by_its_own_name(tmp_path):
+    make = make_predictor()
+
+    class Named(Predictor):
+        pass
+
+    predictor = Named(make.encoder, 2, (16,))
+    predictor.save_pretrained(tmp_path / "m")
+    assert isinstance(Named.from_pretrained(tmp_path / "m"), Named)
+    with pytest.raises(ValueError, match="holds a Named, expected Predictor"):
+        Predictor.from_pretrained(tmp_path / "m")
+
+
+def test_every_tensor_keeps_its_own_dtype(tmp_path):
+    predictor = make_predictor()
+    predictor.head.double()
+    predictor.save_pretrained(tmp_path / "m")
+    loaded = Predictor.from_pretrained(tmp_path / "m")
+    before, after = predictor.state_dict(), loaded.state_dict()
+    assert {k: t.dtype for k, t in after.items()} == {k: t.dtype for k, t in before.items()}
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_loading_draws_nothing_and_trains_on(saved):
+    torch.manual_seed(5)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    loaded = Predictor.from_pretrained(saved)
+    assert torch.equal(torch.rand(1), drawn)
+    assert all(p.requires_grad for p in loaded.parameters()) and not loaded.target_mean.requires_grad
+    loaded(networks()).sum().backward()
+
+
+def test_loaded_weights_do_not_change_with_their_file(saved):
+    loaded = Predictor.from_pretrained(saved)
+    before = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
+    path = saved / "model.safetensors"
+    with open(path, "r+b") as file:
+        size = path.stat().st_size
+        file.seek(size // 2)
+        file.write(b"\xff" * (size - size // 2))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in loaded.state_dict().items())
+
+
+# Two files that belong together
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    predictor = make_predictor()
+    for i in range(8):
+        predictor.save_pretrained(tmp_path / str(i))
+    for name in ("config.json", "model.safetensors"):
+        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(8)}) == 1
+
+
+@pytest.mark.parametrize("moved", ["config.json", "model.safetensors"])
+def test_files_of_two_saves_are_not_loaded_together(saved, tmp_path, moved):
+    """A program killed between the two renames leaves one new file beside an old one."""
+    other = make_predictor()
+    with torch.no_grad():
+        other.head[0].weight.zero_()
+    other.save_pretrained(tmp_path / "other")
+    (saved / moved).write_bytes((tmp_path / "other" / moved).read_bytes())
+    with pytest.raises(ValueError, match=r"is not the file that config\.json was written with.*SHA-256"):
+        Predictor.from_pretrained(saved)
+    other.save_pretrained(saved)
+    assert torch.equal(encoded(Predictor.from_pretrained(saved)), encoded(other))
+
+
+def test_a_config_without_a_digest_is_taken_as_it_is(saved):
+    edit_config(saved, weights_sha256=None)
+    tensors = load_file(saved / "model.safetensors")
+    save_file({key: tensor + 0 for key, tensor in tensors.items()}, saved / "model.safetensors")
+    assert torch.equal(encoded(Predictor.from_pretrained(saved)), encoded(make_predictor()))
+    edit_config(saved, weights_sha256="abc")
+    with pytest.raises(ValueError, match="weights_sha256 must be 64 hexadecimal digits, got 'abc'"):
+        Predictor.from_pretrained(saved)
+
+
+def test_weights_that_are_not_floating_are_refused(saved):
+    edit_config(saved, weights_sha256=None)
+    tensors = load_file(saved / "model.safetensors")
+    tensors["head.0.bias"] = tensors["head.0.bias"].to(torch.int8)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"head\.0\.bias must be floating, is torch\.int8"):
+        Predictor.from_pretrained(saved)

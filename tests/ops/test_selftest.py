@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -113,11 +114,24 @@ def test_what_passed_is_remembered_on_disk(install, monkeypatch: pytest.MonkeyPa
     assert len(CALLS) > 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}'])
-def test_a_broken_cache_is_ignored(install, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"x": 1}', "[" * 5000, "\xff", "{KEY: 5}", "{KEY: [[1]]}", "{KEY: null}"]
+)
+def test_a_broken_cache_is_ignored_and_replaced(install, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     file = selftest.cache_file()
     file.parent.mkdir(parents=True)
-    file.write_text(content)
+    gpu = backend()
+    key = selftest._environment_key(selftest.device_key(torch.device("cpu")), gpu)
+    file.write_bytes(content.replace("KEY", json.dumps(key)).encode("latin-1"))
+    install(gpu)
+    assert pool().shape == (2, 3, 16) and len(CALLS) > 1
+    assert json.loads(file.read_text())[key]
+
+
+def test_a_pipe_in_the_place_of_the_cache_is_not_waited_for(install) -> None:
+    file = selftest.cache_file()
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
     install(backend())
     assert pool().shape == (2, 3, 16) and len(CALLS) > 1
 

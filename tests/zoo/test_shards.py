@@ -202,7 +202,9 @@ def test_a_failed_run_leaves_nothing_or_with_resume_what_is_done(tmp_path, monke
     ):
         patch.setattr(torch, "__version__", "1.0")
         ZooWriter(tmp_path / "r", resume=True, source="mine", seed=1)
-    (tmp_path / "r" / "shards" / ".first.safetensors.0.tmp").write_bytes(b"half")
+    left = tmp_path / "r" / "shards" / ".first.safetensors.01234567.tmp"  # by a writer that was killed
+    left.mkdir()
+    (left / "content").write_bytes(b"half")
     with ZooWriter(tmp_path / "r", resume=True, source="mine", seed=1) as writer:
         assert writer.has("second") and not writer.has("first")
         with pytest.raises(ValueError, match="unique"):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ...ops import selftest_cases as cases
 from ...ops.backend import Arguments
 from ...ops.precision import product_precision
 from ...ops.schema import named
+from ...regular_files import read_json
 
 FILE = Path(__file__).with_name("winners.json")
 MIN_GAIN = 1.03  # two measurements of the same code may differ by less
@@ -66,7 +66,7 @@ class Rule:
 
 def read(file: Path = FILE) -> tuple[Rule, ...]:
     """Read the rules of a file."""
-    rules = json.loads(file.read_text(encoding="utf-8"))["rules"]
+    rules = read_json(file, dict)["rules"]
     return tuple(Rule(Call(**rule["when"]), rule["gain"], rule["measured"]) for rule in rules)
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="results of bench/gpu_suite.py")
     files = parser.parse_args().results
-    found = [rule for file in files for rule in rules_from(json.loads(file.read_text(encoding="utf-8")), file.name)]
+    found = [rule for file in files for rule in rules_from(read_json(file, dict), file.name)]
     write(found)
     print(f"{FILE}: {len(found)} rules")
 

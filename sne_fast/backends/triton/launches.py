@@ -9,7 +9,6 @@ the general ones.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ...ops import devices
 from ...ops.schema import accumulate_dtype
+from ...regular_files import read_json
 
 TABLES = Path(__file__).with_name("tables")
 TRITON_DTYPES = {
@@ -62,7 +62,7 @@ def _matches(when: Mapping[str, Any], query: Mapping[str, Any]) -> bool:
 @functools.cache
 def table(op: str) -> tuple[dict[str, Any], ...]:
     """Return the rules of ``tables/OP.json``, of which the first match counts."""
-    return tuple(json.loads((TABLES / f"{op}.json").read_text(encoding="utf-8")))
+    return tuple(read_json(TABLES / f"{op}.json", list))
 
 
 @functools.lru_cache(maxsize=4096)

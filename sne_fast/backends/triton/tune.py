@@ -23,6 +23,7 @@ from triton.testing import do_bench
 from ...atomic_files import write_text
 from ...ops import selftest, selftest_cases
 from ...ops.precision import product_precision
+from ...regular_files import read_json
 from ..gpu_plans.chunks import LONGEST_SHARED, count_lengths
 from ..gpu_plans.lengths import Lengths
 from . import chunk_encode, feed_forward, gather_chunks, segment_pool, set_attention
@@ -270,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
                     new.setdefault(case.table, []).append(rule)
         for name, rules in new.items():
             path = out / f"{name}.json"
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else list(table(name))
+            before = read_json(path, list) if path.exists() else list(table(name))
             write(path, merged(before, rules))
             print(f"wrote {path}")
     return 0

@@ -1,0 +1,217 @@
+"""The four stages of the encoder: chunk, tensor, layer, network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import WeightBatch
+from ..ops import functional
+from .blocks import ISAB, PMA, SAB, has_plain_attention
+from .bounded_memory import joined, row_runs
+from .plain_modules import is_plain
+from .position_codes import reversed_position_code
+
+INITIAL_CODE_GAIN = 0.1
+
+
+def owners(ptr: Tensor, rows: int) -> Tensor:
+    """Return the set of each of the ``rows`` that ``ptr (S+1,)`` cuts into sets: ``(rows,)`` int64."""
+    return torch.repeat_interleave(torch.arange(ptr.shape[0] - 1, device=ptr.device), ptr.diff(), output_size=rows)
+
+
+def _chunks_of(batch: WeightBatch, run: slice | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return values, chunk_ptr, tensor_ptr and the copies of both on the CPU, of all chunks or of a run of them."""
+    values, chunk_ptr, tensor_ptr = batch.values, batch.chunk_ptr, batch.tensor_ptr
+    chunk_ptr_host, tensor_ptr_host = batch.chunk_ptr_host, batch.tensor_ptr_host
+    if run is None:
+        return values, chunk_ptr, tensor_ptr, chunk_ptr_host, tensor_ptr_host
+    first, last = int(chunk_ptr_host[run.start]), int(chunk_ptr_host[run.stop])
+    bounds = slice(run.start, run.stop + 1)
+    tensor_ptr, tensor_ptr_host = (p.clamp(run.start, run.stop) - run.start for p in (tensor_ptr, tensor_ptr_host))
+    return values[first:last], chunk_ptr[bounds] - first, tensor_ptr, chunk_ptr_host[bounds] - first, tensor_ptr_host
+
+
+class ChunkEncoder(nn.Module):
+    """Stage 1 (eq. 2-6): encode the scalars of each chunk to one vector, through the fused op ``chunk_encode``.
+
+    Where a block, the pool or a module inside them has hooks or has been replaced, the modules are called instead.
+    """
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, hidden_dim: int, num_heads: int, layer_norm: bool, element_order: bool) -> None:
+        super().__init__()
+        self.element_order = element_order
+        self.blocks = nn.ModuleList(
+            SAB(1 if b == 0 else hidden_dim, hidden_dim, num_heads, layer_norm) for b in range(4)
+        )
+        self.pool = PMA(hidden_dim, num_heads, 1, layer_norm)
+        self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
+
+    def forward(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
+        """Encode all chunks to ``(N, h)``; ``tensor_code (T, h)`` is ``E[type] + P(level)``, before the gain."""
+        if self.is_plain():
+
+            def encode(run: slice | None) -> Tensor:
+                return self.pool.project(self.pooled_rows(batch, tensor_code, run)).squeeze(1)
+        else:
+
+            def encode(run: slice | None) -> Tensor:
+                return self.encode_by_modules(batch, tensor_code, run)
+
+        runs = list(row_runs(batch.chunk_ptr_host.shape[0] - 1, batch.device))
+        # Straight into the result: (N, H, h) would be the largest tensor of a pass without gradients.
+        return encode(None) if len(runs) == 1 else joined(encode, runs)
+
+    def is_plain(self) -> bool:
+        """Return whether ``chunk_encode`` computes what the blocks and the pool would compute if they were called."""
+        blocks, pool = list(self.blocks), self.pool
+        if len(blocks) != 4 or not is_plain(pool, PMA) or not has_plain_attention(pool.mab):
+            return False
+        heads, normed = pool.mab.num_heads, None
+        for block in blocks:
+            if not is_plain(block, SAB):
+                return False
+            mab = block.mab
+            if not (has_plain_attention(mab) and mab.has_plain_feed_forward()):
+                return False
+            normed = mab.ln0 is not None if normed is None else normed
+            if mab.num_heads != heads or normed != (mab.ln0 is not None):
+                return False
+        return True
+
+    def pooled_rows(self, batch: WeightBatch, tensor_code: Tensor, run: slice | None = None) -> Tensor:
+        """Return the rows of all chunks, or of a run, pooled per head: ``(N, H, h)``, before the pool's ``fc_v``."""
+        values, chunk_ptr, tensor_ptr, chunk_ptr_host, tensor_ptr_host = _chunks_of(batch, run)
+        gain = self.code_gain
+        element_code = self._element_code(batch, tensor_code)
+        return functional.chunk_encode(
+            values,
+            chunk_ptr,
+            tensor_ptr,
+            gain * tensor_code,
+            gain * element_code if self.element_order else torch.zeros_like(element_code),
+            **self.folded_parameters(),
+            chunk_ptr_host=chunk_ptr_host,
+            tensor_ptr_host=tensor_ptr_host,
+        )
+
+    def encode_by_modules(self, batch: WeightBatch, tensor_code: Tensor, run: slice | None = None) -> Tensor:
+        """Encode all chunks, or a run, to ``(N, h)`` by calling the blocks and the pool on the rows of all scalars."""
+        values, chunk_ptr, tensor_ptr, chunk_ptr_host, _ = _chunks_of(batch, run)
+        blocks, gain = list(self.blocks), self.code_gain
+        chunk_of_row, tensor_of_chunk = owners(chunk_ptr, values.shape[0]), owners(tensor_ptr, chunk_ptr.shape[0] - 1)
+        code = (gain * tensor_code).index_select(0, tensor_of_chunk.index_select(0, chunk_of_row))
+        if self.element_order:
+            place = torch.arange(values.shape[0], device=chunk_ptr.device) - chunk_ptr.index_select(0, chunk_of_row)
+            code = code + (gain * self._element_code(batch, tensor_code)).index_select(0, place)
+        x = values[:, None]
+        for block in blocks[:2]:
+            x = block(x, chunk_ptr, chunk_ptr_host)
+        x = x + code
+        for block in blocks[2:]:
+            x = block(x, chunk_ptr, chunk_ptr_host)
+        return self.pool(x, chunk_ptr, chunk_ptr_host).squeeze(1)
+
+    def _element_code(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
+        element = torch.arange(batch.chunk_size, device=self.code_gain.device)
+        return reversed_position_code(element, tensor_code.shape[1], self.code_gain.dtype)
+
+    def folded_parameters(self) -> dict[str, Tensor]:
+        """Fold the named parameters into the arguments of :func:`sne_fast.functional.chunk_encode`.
+
+        The algebra is in docs/method.md, "Algebra of the fast code".
+        """
+        mabs = [cast(SAB, block).mab for block in self.blocks]
+        first, *rest = mabs
+        heads = first.num_heads
+        with torch.autocast(self.code_gain.device.type, enabled=False):
+            w_q, w_k, w_v = (fc.weight[:, 0] for fc in (first.fc_q, first.fc_k, first.fc_v))
+            # fc_k.bias is constant in the softmax: it enters times 0, because DDP wants a gradient for every parameter.
+            slope = torch.stack([w_q * w_k, first.fc_q.bias * w_k + 0 * first.fc_k.bias])
+            # No walrus in the comprehension: Dynamo cannot trace the cell that Python 3.11 makes of it.
+            norms = [norm for norm in [mab.norm_parameters() for mab in mabs] if norm is not None]
+            return {
+                "logit": slope.unflatten(1, (heads, -1)).sum(-1) / math.sqrt(first.dim_v),
+                "basis": torch.stack([w_q, w_v, first.fc_q.bias + first.fc_v.bias]),
+                "w_qkv": torch.stack([torch.cat([m.fc_q.weight, m.fc_k.weight, m.fc_v.weight]) for m in rest]),
+                "b_qkv": torch.stack([torch.cat([m.fc_q.bias, m.fc_k.bias, m.fc_v.bias]) for m in rest]),
+                "w_o": torch.stack([m.fc_o.weight for m in mabs]),
+                "b_o": torch.stack([m.fc_o.bias for m in mabs]),
+                "norm": torch.stack(norms) if norms else w_q.new_empty((0, 4, first.dim_v)),
+                "pool_query": self.pool.folded_query(),
+            }
+
+
+class SetEncoder(nn.Module):
+    """Stages 2 to 4: two blocks of set attention over the rows of each set, then pooling to one vector per set."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, hidden_dim: int, num_heads: int, layer_norm: bool, num_inducing: int | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SAB(hidden_dim, hidden_dim, num_heads, layer_norm)
+            if num_inducing is None
+            else ISAB(hidden_dim, hidden_dim, num_heads, num_inducing, layer_norm)
+            for _ in range(2)
+        )
+        self.pool = PMA(hidden_dim, num_heads, 1, layer_norm)
+
+    def attend(self, x: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
+        """Apply the two blocks to ``x (rows, h)``; the shape stays."""
+        for block in self.blocks:
+            x = block(x, ptr, ptr_host)
+        return x
+
+    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
+        """Encode rows ``x (rows, h)`` in sets ``ptr (S+1,)`` to one vector per set, ``(S, h)``."""
+        return self.pool(self.attend(x, ptr, ptr_host), ptr, ptr_host).squeeze(1)
+
+
+class TensorEncoder(SetEncoder):
+    """Stage 2 (eq. 7): encode the chunks of each tensor to one vector; codes enter between the blocks and the pool."""
+
+    def __init__(
+        self, hidden_dim: int, num_heads: int, layer_norm: bool, num_inducing: int | None, chunk_order: bool
+    ) -> None:
+        super().__init__(hidden_dim, num_heads, layer_norm, num_inducing)
+        self.chunk_order = chunk_order
+        self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
+        self.magnitude_code = nn.Parameter(torch.randn(hidden_dim))
+
+    def forward(self, x: Tensor, batch: WeightBatch, level_code: Tensor) -> Tensor:  # type: ignore[override]
+        """Encode chunk vectors ``x (N, h)`` to ``(T, h)``; ``level_code (T, h)`` is ``P(level)`` of each tensor."""
+        ptr, ptr_host = batch.tensor_ptr, batch.tensor_ptr_host
+        x = self.attend(x, ptr, ptr_host)
+        chunks, gain = x.shape[0], self.code_gain
+        row_code = gain * (level_code + batch.tensor_scale.log().to(gain.dtype)[:, None] * self.magnitude_code)
+        tensor_of_chunk = owners(ptr, chunks)
+        if not self.chunk_order:
+            return self.pool(x + row_code.index_select(0, tensor_of_chunk), ptr, ptr_host).squeeze(1)
+        table = gain * reversed_position_code(batch.chunk_positions, x.shape[1], gain.dtype)
+        position = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
+
+        def with_codes(run: slice) -> Tensor:
+            return x[run] + row_code.index_select(0, tensor_of_chunk[run]) + table.index_select(0, position[run])
+
+        runs = list(row_runs(chunks, x.device))
+        coded = with_codes(runs[0]) if len(runs) == 1 else joined(with_codes, runs)  # x may be kept by a hook
+        return self.pool(coded, ptr, ptr_host).squeeze(1)
+
+
+class NetworkEncoder(SetEncoder):
+    """Stage 4 (eq. 9): encode the layers of each network, each with the code of its level, to one vector."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, layer_norm: bool, num_inducing: int | None) -> None:
+        super().__init__(hidden_dim, num_heads, layer_norm, num_inducing)
+        self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
+
+    def forward(self, x: Tensor, batch: WeightBatch, level_code: Tensor) -> Tensor:  # type: ignore[override]
+        """Encode layer vectors ``x (L, h)`` to ``(B, h)``; ``level_code (L, h)`` is ``P(level)`` of each layer."""
+        return super().forward(x + self.code_gain * level_code, batch.network_ptr, batch.network_ptr_host)
