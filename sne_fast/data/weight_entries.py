@@ -20,6 +20,7 @@ from .known_names import buffer_by_name, counter_by_name, is_optimiser_state, is
 from .network_copies import averaged_copies, refuse_pairs
 from .quantised_weights import decode
 from .tensor_types import NORMALISATION, kind_of_module
+from .tied_names import has_plain_values
 
 __all__ = ["Entries", "entries_of_mapping", "entries_of_modules"]
 
@@ -239,6 +240,11 @@ def _check_tensor(label: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{where} is distributed ({type(tensor).__name__}); use .full_tensor()")
     if tensor.dtype.itemsize == 1 and "x2" in str(tensor.dtype):
         raise ValueError(f"{where} packs two numbers per element ({tensor.dtype}); unpack it first")
+    if has_plain_values(tensor) and tensor.numel() * tensor.dtype.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{where} has more elements than are stored of it, {tensor.numel()}, since it was expanded; use .clone() "
+            f"if they are meant"
+        )
 
 
 def _check_float8(label: str, name: str, tensor: Tensor, any_scaled: bool) -> None:
