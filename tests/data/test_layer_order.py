@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,35 @@ def test_names_of_hostile_length_and_depth_are_ordered_too() -> None:
     assert sorted(names) == sorted(names[i] for i in order_by_names(names))
     many = [f"bn{i}.w" for i in range(2000)]
     assert arranged(*many) == many
+
+
+LEAVES = st.sampled_from(
+    [
+        lambda: nn.Linear(2, 3), lambda: nn.Conv2d(2, 3, 2), lambda: nn.BatchNorm2d(3), lambda: nn.LayerNorm(3),
+        lambda: nn.Embedding(4, 2), lambda: nn.LSTM(2, 2), lambda: nn.MultiheadAttention(2, 1), lambda: nn.PReLU(),
+    ]
+)  # fmt: skip
+MODULES = st.recursive(
+    LEAVES.map(lambda make: make()),
+    lambda inner: st.dictionaries(PARTS, inner, min_size=1, max_size=4).map(nn.ModuleDict),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.dictionaries(PARTS, MODULES, min_size=1, max_size=4).map(nn.ModuleDict), st.booleans())
+def test_any_module_and_its_files_give_the_same_batch(network: nn.ModuleDict, tied: bool) -> None:
+    matrices = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if tied and len(matrices) > 1 and matrices[0].weight.shape == matrices[-1].weight.shape:
+        matrices[-1].weight = matrices[0].weight
+    want = sne_fast.pack([network], kinds="names")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(network.state_dict(), Path(folder) / "a.pt")
+        save_model(network, str(Path(folder) / "b.safetensors"))
+        sources = [network.state_dict(), Path(folder) / "a.pt", Path(folder) / "b.safetensors"]
+        for batch in map(sne_fast.pack, sources):
+            same(batch, want)
+            assert torch.equal(batch.tensor_type, want.tensor_type)
 
 
 class FrozenBatchNorm(nn.Module):
