@@ -84,6 +84,7 @@ ARCHITECTURES = {
         "features.denseblock2.denselayer1.conv1", "features.norm5", "classifier",
     ],
     "language model": ["embedding", "lstm", "fc"],
+    "short names": ["tok", "pos", "blocks.0.attn", "blocks.0.mlp", "ln_f", "head"],
     "autoencoder": ["encoder.0", "fc_mu", "fc_var", "decoder.0"],
     "numbered layers and norms": ["fc1", "bn1", "fc2", "bn2", "out"],
 }  # fmt: skip

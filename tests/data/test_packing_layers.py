@@ -313,6 +313,14 @@ def test_wrappers_leave_no_trace_in_names(depth: int) -> None:
         assert module.tensor_type.tolist() == state.tensor_type.tolist() == [60, 0, 1]
 
 
+def test_two_tensors_that_wrappers_alone_tell_apart_are_refused() -> None:
+    state = {"a.weight": torch.ones(2, 2), "_orig_mod.a.weight": torch.zeros(2, 2)}
+    with pytest.raises(
+        ValueError, match=r"network 0 \('state_dict'\) has two tensors called 'a.weight' once the prefix"
+    ):
+        pack([state])
+
+
 def test_a_child_called_module_beside_others_keeps_its_name() -> None:
     network = Bag(module=nn.Linear(2, 2), other=nn.Linear(2, 2))
     assert pack([network]).names[0][1][0] == pack([network.state_dict()]).names[0][1][0] == "module.weight"
