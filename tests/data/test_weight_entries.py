@@ -42,9 +42,7 @@ def test_lists_and_tuples_of_tensors_are_taken_by_their_places() -> None:
 def test_lists_that_hold_themselves_or_share_parts_without_end_are_refused() -> None:
     around: list[Any] = [torch.ones(2)]
     around.append(around)
-    with pytest.raises(
-        ValueError, match=r"network 0 .* refused, it holds tensors without names in a list"
-    ):
+    with pytest.raises(ValueError, match=r"network 0 .* refused, it holds tensors without names in a list"):
         pack([{"w": around}])
     deep: Any = torch.ones(2)
     for _ in range(60):
