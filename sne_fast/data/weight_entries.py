@@ -164,7 +164,10 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
             target, values = decoded.weights[name]
             if target in floating or (target in tensors and target != name):
                 raise ValueError(f"pack: {label} has {target!r} beside its quantised form {name!r}; remove one")
-            floating[target] = values
+            if values.numel():
+                floating[target] = values
+            elif name not in decoded.used:
+                found.skipped.append((name, "empty tensor"))
         if name in decoded.used:
             found.skipped.append((name, decoded.used[name]))
         elif name not in decoded.weights:
@@ -182,6 +185,7 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
                 floating[name] = tensor
             else:
                 found.skipped.append((name, reason))
+    _refuse_placeholders(flat)
     copies = averaged_copies(floating, label)
     found.skipped.extend(copies.items())
     floating = {name: tensor for name, tensor in floating.items() if name not in copies}
@@ -247,6 +251,18 @@ def _check_tensor(label: str, name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{where} has more elements than are stored of it, {tensor.numel()}, since it was expanded; use .clone() "
             f"if they are meant"
+        )
+
+
+def _refuse_placeholders(flat: FlatEntries) -> None:
+    """Refuse a network of which most matrices are empty vectors, which partitioned trainings save in their place."""
+    weights = {name: tensor for name, tensor in flat.tensors.items() if is_weight_name(name, whole=True)}
+    empty = [name for name, tensor in weights.items() if not nn.parameter.is_lazy(tensor) and tensor.shape == (0,)]
+    matrices = sum(not nn.parameter.is_lazy(tensor) and tensor.ndim > 1 for tensor in weights.values())
+    if len(empty) > max(1, matrices):
+        raise ValueError(
+            f"pack: {flat.label}, tensor {empty[0]!r} and others are empty in place of weights, as "
+            f"ZeRO stage 3 of DeepSpeed saves them; gather the weights first, e.g. with its zero_to_fp32.py"
         )
 
 
