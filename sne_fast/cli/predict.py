@@ -44,7 +44,7 @@ def predict(settings: PredictSettings) -> None:
     at the end, with exit code 1; the predictions for all others are printed and written.
     """
     from ..nn.predictor import Predictor
-    from ..reports.files import write_csv
+    from ..reports.files import distinct_columns, write_csv
     from ..reports.terminal import show_table
 
     out, console = settings.out, stdout()
@@ -53,7 +53,7 @@ def predict(settings: PredictSettings) -> None:
     networks = expand(settings.paths)
     predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
     results = run_in_batches(predictor, networks, predictor.pack, console, nonfinite=settings.nonfinite)
-    columns = ["name", *predictor.target_names]
+    columns = distinct_columns(["name", *predictor.target_names])
     rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in rows]
     if out is not None and out.suffix == ".json":

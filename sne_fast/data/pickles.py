@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +20,18 @@ __all__ = ["RefusedArray", "as_array", "load_plain"]
 _MAX_DEPTH = 200
 
 
-def load_plain(file: Path | IO[bytes], *, device: torch.device | str = "cpu", arrays: bool = False) -> Any:
+def load_plain(file: Path, *, device: torch.device | str = "cpu", arrays: bool = False) -> Any:
     """Return all that a pickled checkpoint holds, tensors in memory, and refuse one that holds objects.
 
     Args:
-        file: the checkpoint, by its path or opened.
+        file: the checkpoint.
         device: where tensors go.
         arrays: whether it may hold numpy's arrays and numbers besides tensors.
 
     Raises:
         CheckpointError: no such file, one that is damaged, or that holds anything else; the message names it.
     """
-    if not isinstance(file, Path):
-        return _load(file, Path(file.name), device, arrays)
-    with reading(file), open_regular(file) as opened:
-        return _load(opened, file, device, arrays)
-
-
-def _load(opened: IO[bytes], file: Path, device: torch.device | str, arrays: bool) -> Any:
-    with damage_of(file):
+    with reading(file), open_regular(file) as opened, damage_of(file):
         content = read_content(opened, strict=True, arrays=arrays)
         stored: dict[str, StoredTensor] = {}
         _check_plain(content, stored)

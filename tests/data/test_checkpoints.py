@@ -375,3 +375,12 @@ def test_importing_it_does_not_import_safetensors() -> None:
     code = "import sys, sne_fast.data.checkpoints; print('safetensors' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "False", run.stderr
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_the_mark_of_a_pickle_is_one_of_safetensors(length, tmp_path):
+    plain = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header = plain + b" " * (length - len(plain))
+    file = tmp_path / "model"
+    file.write_bytes(length.to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes())
+    assert load_state_dict(file)["w"].tolist() == [1.0, 2.0]

@@ -125,7 +125,7 @@ def test_several_networks_and_the_defaults() -> None:
 
 def test_it_is_a_frozen_dataclass_with_the_fields_in_order() -> None:
     fields = [f.name for f in dataclasses.fields(sne_fast.WeightBatch) if f.init]
-    scalars = ["chunk_size", "chunking", "scale", "order", "names", "shapes", "skipped"]
+    scalars = ["chunk_size", "chunking", "scale", "order", "names", "shapes", "skipped", "prepared"]
     assert fields == ["values", *POINTERS, "tensor_type", "layer_level", "tensor_scale", *scalars]
     batch = sne_fast.pack([make("mlp")])
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -235,6 +235,12 @@ def test_weights_inside_objects_are_found_by_attribute(tmp_path: Path) -> None:
     same(load_state_dict(write(tmp_path / "agent", collections.UserDict(x=STATE))), STATE)
 
 
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    for content in ({0: torch.ones(1), "0": torch.ones(2)}, {"a": [torch.ones(1)], "a.0": torch.ones(2)}):
+        with pytest.raises(CheckpointError, match=r"two tensors that are called '(0|a\.0)'"):
+            load_state_dict(write(tmp_path / "x", content))
+
+
 def test_lists_of_tensors_are_named_by_place(tmp_path: Path) -> None:
     content = {"layers": [torch.ones(1), (torch.ones(2), None)], "w": torch.ones(3)}
     assert list(load_state_dict(write(tmp_path / "x", content))) == ["layers.0", "layers.1.0", "w"]

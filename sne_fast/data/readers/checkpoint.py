@@ -113,7 +113,13 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:
     with reading(file), open_regular(file) as opened, damage_of(file):
-        weights = choose_weights(read_content(opened), key)
+        content = read_content(opened)
+        ranks = content.get("mp_world_size") if isinstance(content, dict) else None
+        if isinstance(ranks, int) and ranks > 1:
+            raise CheckpointError(
+                f"is the part of one of {shown(ranks)} processes of a model-parallel checkpoint; merge the parts first"
+            )
+        weights = choose_weights(content, key)
         tensors = read_tensors(weights.tensors)
     return Checkpoint(tensors, True, weights.left_out, weights.path)
 

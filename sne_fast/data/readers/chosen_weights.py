@@ -180,7 +180,7 @@ class _Search:
                 if name is None or sequence:
                     self._without_name(inner, path, value)
                 else:
-                    leaves[name] = inner
+                    _put(leaves, name, inner)
             elif isinstance(inner, Storage):
                 self.unnamed.append((path, _container_name(value)))
             elif not is_container(inner) or id(inner) not in self.holding:
@@ -191,7 +191,8 @@ class _Search:
             elif name is not None and _BOOKKEEPING.fullmatch(name.lower()):
                 self.left_out[place] = "bookkeeping of the training"
             elif not sequence and name is not None and (flat := _flat(inner, set())) is not None:
-                leaves.update({f"{name}.{own}": tensor for own, tensor in flat.items()})
+                for own, tensor in flat.items():
+                    _put(leaves, f"{name}.{own}", tensor)
             else:
                 inside.append((place, inner))
         if is_optimiser(value):
@@ -231,9 +232,10 @@ class _Search:
             if held and (name is None or isinstance(inner, Storage)):
                 raise TooDeep(f"it holds tensors without names in {_container_name(value)}")
             if is_tensor(inner):
-                tensors[f"{prefix}{name}"] = inner
+                _put(tensors, f"{prefix}{name}", inner)
             elif is_module(inner):
-                tensors |= module_tensors(inner, f"{prefix}{name}.")
+                for own, tensor in module_tensors(inner, f"{prefix}{name}.").items():
+                    _put(tensors, own, tensor)
             elif held:
                 self._gather(inner, f"{prefix}{name}.", tensors, above | {id(value)}, depth + 1)
             if len(tensors) > MAX_TENSORS:
@@ -272,6 +274,12 @@ def _flat(value: Any, seen: set[int]) -> dict[str, Any] | None:
                 return None
             tensors.update({f"{i}.{own}": tensor for own, tensor in deeper.items()})
     return tensors
+
+
+def _put(tensors: dict[str, Any], name: str, tensor: Any) -> None:
+    if name in tensors:
+        raise TooDeep(f"it holds two tensors that are called {shown(name)}")
+    tensors[name] = tensor
 
 
 def _joined(path: str, name: str | None) -> str:
