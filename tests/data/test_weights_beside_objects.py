@@ -235,6 +235,26 @@ def test_weights_inside_objects_are_found_by_attribute(tmp_path: Path) -> None:
     same(load_state_dict(write(tmp_path / "agent", collections.UserDict(x=STATE))), STATE)
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_numpy_are_weights_where_there_are_no_tensors(tmp_path: Path, protocol: int) -> None:
+    arrays = {
+        "w": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(3, 2)),
+        "half": np.ones(2, np.float16), "big": np.arange(3, dtype=">f4"), "n": np.array(3),
+        "b": np.array([True, False]), "empty": np.zeros((0, 2)), "c": np.array([1 + 2j]),
+    }  # fmt: skip
+    for content in (arrays, {"model": arrays, "epoch": 1, "name": np.array(["a"]), "any": np.array([None])}):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+        read = load_state_dict(tmp_path / "x.pkl")
+        assert list(read) == list(arrays)
+        for key, array in arrays.items():
+            assert read[key].numpy().dtype == array.dtype.newbyteorder("=") and np.array_equal(read[key].numpy(), array)
+    torch.save({"w": torch.ones(2), "b": np.ones(2)}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="holds an array of numpy, 'b', among tensors, which could be a weight"):
+        load_state_dict(tmp_path / "x")
+    torch.save({"model": STATE, "mean": np.ones(2)}, tmp_path / "x")
+    same(load_state_dict(tmp_path / "x"), STATE)
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     for content in ({0: torch.ones(1), "0": torch.ones(2)}, {"a": [torch.ones(1)], "a.0": torch.ones(2)}):
         with pytest.raises(CheckpointError, match=r"two tensors that are called '(0|a\.0)'"):

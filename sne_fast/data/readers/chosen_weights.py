@@ -20,6 +20,7 @@ from .content_tree import (
     module_tensors,
 )
 from .errors import CheckpointError, shown, shown_list
+from .numpy_values import array_form
 from .pickled_values import Name, Placeholder
 from .stored import Storage, StoredTensor
 
@@ -76,6 +77,9 @@ def choose_weights(content: Any, key: str | None = None, remedy: str = BY_KEY) -
         raise CheckpointError(f"must hold a state_dict, got {held}; save state_dict()")
     search = _Search(content, remedy)
     try:
+        if not search.holding:  # then arrays of numpy are the weights
+            content = _with_arrays(content, {}, 0)
+            search = _Search(content, remedy)
         return search.at(key) if key is not None else search.only()
     except TooDeep as error:
         raise CheckpointError(f"refused, {error}; save the model's state_dict()") from error
@@ -199,9 +203,16 @@ class _Search:
             self.optimiser = True
             return
         if leaves:
+            self._check_arrays(value)
             self.candidates.append(Weights(path, leaves, value))
         for place, inner in inside:
             self._explore(inner, place, depth + 1)
+
+    def _check_arrays(self, value: Any) -> None:
+        for name, inner in children(value):
+            array = array_form(inner)
+            if array is not None and array.shape and array.dtype.kind in "fc":
+                raise TooDeep(f"it holds an array of numpy, {shown(name)}, among tensors, which could be a weight")
 
     def _without_name(self, tensor: Any, path: str, holder: Any) -> None:
         if tensor.ndim == 0:
@@ -240,6 +251,33 @@ class _Search:
                 self._gather(inner, f"{prefix}{name}.", tensors, above | {id(value)}, depth + 1)
             if len(tensors) > MAX_TENSORS:
                 raise TooDeep(f"it has more than {MAX_TENSORS:,} tensors")
+
+
+def _with_arrays(value: Any, made: dict[int, Any], depth: int) -> Any:
+    """Return a container with tensors for its arrays of numpy; what it shares stays shared."""
+    if depth > MAX_DEPTH:
+        raise TooDeep("its containers are nested too deeply")
+    if id(value) in made:
+        return made[id(value)]
+    made[id(value)] = value
+    array = array_form(value)
+    if array is not None:
+        if len(array.data) > 1 and id(array.data) in made:
+            raise TooDeep("it holds two arrays of numpy over the same bytes")
+        made[id(array.data)] = array.data
+        made[id(value)] = array.tensor()
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            value[key] = _with_arrays(inner, made, depth + 1)
+    elif isinstance(value, list):
+        value[:] = [_with_arrays(inner, made, depth + 1) for inner in value]
+    elif isinstance(value, tuple):
+        made[id(value)] = tuple(_with_arrays(inner, made, depth + 1) for inner in value)
+    elif isinstance(value, Placeholder):
+        value.state, value.items, value.entries, value.arguments = (
+            _with_arrays(inner, made, depth + 1) for inner in (value.state, value.items, value.entries, value.arguments)
+        )
+    return made[id(value)]
 
 
 def _descend(value: Any, key: str) -> Any:
