@@ -10,6 +10,7 @@ from ..data.choices import NonFinite
 from ..tasks.settings import check_choices, option
 from .options import options_of
 from .running import (
+    KEY,
     NONFINITE,
     PATHS,
     check_output,
@@ -30,6 +31,7 @@ class PredictSettings:
     out: Path | None = option(None, help="Also write to .csv or .json.", flags=("--out", "-o"))
     json: bool = option(False, help="Print JSON instead of a table.")
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+    key: str | None = option(None, help=KEY, shown="the only one")
     nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
 
     def __post_init__(self) -> None:
@@ -52,7 +54,9 @@ def predict(settings: PredictSettings) -> None:
         check_output(out, (".csv", ".json"))
     networks = expand(settings.paths)
     predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
-    results = run_in_batches(predictor, networks, predictor.pack, console, nonfinite=settings.nonfinite)
+    results = run_in_batches(
+        predictor, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite
+    )
     columns = distinct_columns(["name", *predictor.target_names])
     rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in rows]

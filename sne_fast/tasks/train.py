@@ -53,7 +53,9 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """
     fit_settings = FitSettings(**settings.fit)
     if settings.loss != "cross_entropy":
-        require("scipy", extra="demo", why="train, whose measures include Kendall's tau,")
+        require("scipy", extra="demo", why="train")
+    if settings.log == "tensorboard":
+        require("tensorboard", extra="tensorboard", why="train --log tensorboard")
     with processes() as world, ExitStack() as stack:
         world.share_error(_enter(RunFolder(settings.out), stack) if world.first else None)
         return _train(settings, fit_settings, console, world)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ...regular_files import open_regular
 from ..layer_order import natural_key
+from ..tied_names import with_tied_names
 from .chosen_weights import choose_weights
+from .content_tree import arrays_as_tensors
 from .errors import CheckpointError, reading, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
@@ -108,12 +110,12 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
     order = metadata.get(ORDER_KEY)
-    return Checkpoint(in_order(tensors, order, file), order is not None)
+    return Checkpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
 
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:
     with reading(file), open_regular(file) as opened, damage_of(file):
-        content = read_content(opened)
+        content = arrays_as_tensors(read_content(opened))
         ranks = content.get("mp_world_size") if isinstance(content, dict) else None
         if isinstance(ranks, int) and ranks > 1:
             raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Any
 from .content_tree import (
     MAX_DEPTH,
     MAX_TENSORS,
-    TooDeep,
+    RefusedContent,
     children,
     holding,
     is_container,
@@ -77,11 +77,8 @@ def choose_weights(content: Any, key: str | None = None, remedy: str = BY_KEY) -
         raise CheckpointError(f"must hold a state_dict, got {held}; save state_dict()")
     search = _Search(content, remedy)
     try:
-        if not search.holding:  # then arrays of numpy are the weights
-            content = _with_arrays(content, {}, 0)
-            search = _Search(content, remedy)
         return search.at(key) if key is not None else search.only()
-    except TooDeep as error:
+    except RefusedContent as error:
         raise CheckpointError(f"refused, {error}; save the model's state_dict()") from error
 
 
@@ -169,7 +166,7 @@ class _Search:
             return
         self.seen.add(id(value))
         if depth > MAX_DEPTH:
-            raise TooDeep("its containers are nested too deeply")
+            raise RefusedContent("its containers are nested too deeply")
         if is_module(value):
             tensors = module_tensors(value)
             if tensors:
@@ -212,7 +209,9 @@ class _Search:
         for name, inner in children(value):
             array = array_form(inner)
             if array is not None and array.shape and array.dtype.kind in "fc":
-                raise TooDeep(f"it holds an array of numpy, {shown(name)}, among tensors, which could be a weight")
+                raise RefusedContent(
+                    f"it holds an array of numpy, {shown(name)}, among tensors, which could be a weight"
+                )
 
     def _without_name(self, tensor: Any, path: str, holder: Any) -> None:
         if tensor.ndim == 0:
@@ -237,11 +236,11 @@ class _Search:
 
     def _gather(self, value: Any, prefix: str, tensors: dict[str, Any], above: set[int], depth: int) -> None:
         if depth > MAX_DEPTH or id(value) in above:
-            raise TooDeep("its containers are nested too deeply or hold themselves")
+            raise RefusedContent("its containers are nested too deeply or hold themselves")
         for name, inner in children(value):
             held = is_tensor(inner) or isinstance(inner, Storage) or id(inner) in self.holding
             if held and (name is None or isinstance(inner, Storage)):
-                raise TooDeep(f"it holds tensors without names in {_container_name(value)}")
+                raise RefusedContent(f"it holds tensors without names in {_container_name(value)}")
             if is_tensor(inner):
                 _put(tensors, f"{prefix}{name}", inner)
             elif is_module(inner):
@@ -250,34 +249,7 @@ class _Search:
             elif held:
                 self._gather(inner, f"{prefix}{name}.", tensors, above | {id(value)}, depth + 1)
             if len(tensors) > MAX_TENSORS:
-                raise TooDeep(f"it has more than {MAX_TENSORS:,} tensors")
-
-
-def _with_arrays(value: Any, made: dict[int, Any], depth: int) -> Any:
-    """Return a container with tensors for its arrays of numpy; what it shares stays shared."""
-    if depth > MAX_DEPTH:
-        raise TooDeep("its containers are nested too deeply")
-    if id(value) in made:
-        return made[id(value)]
-    made[id(value)] = value
-    array = array_form(value)
-    if array is not None:
-        if len(array.data) > 1 and id(array.data) in made:
-            raise TooDeep("it holds two arrays of numpy over the same bytes")
-        made[id(array.data)] = array.data
-        made[id(value)] = array.tensor()
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            value[key] = _with_arrays(inner, made, depth + 1)
-    elif isinstance(value, list):
-        value[:] = [_with_arrays(inner, made, depth + 1) for inner in value]
-    elif isinstance(value, tuple):
-        made[id(value)] = tuple(_with_arrays(inner, made, depth + 1) for inner in value)
-    elif isinstance(value, Placeholder):
-        value.state, value.items, value.entries, value.arguments = (
-            _with_arrays(inner, made, depth + 1) for inner in (value.state, value.items, value.entries, value.arguments)
-        )
-    return made[id(value)]
+                raise RefusedContent(f"it has more than {MAX_TENSORS:,} tensors")
 
 
 def _descend(value: Any, key: str) -> Any:
@@ -316,7 +288,7 @@ def _flat(value: Any, seen: set[int]) -> dict[str, Any] | None:
 
 def _put(tensors: dict[str, Any], name: str, tensor: Any) -> None:
     if name in tensors:
-        raise TooDeep(f"it holds two tensors that are called {shown(name)}")
+        raise RefusedContent(f"it holds two tensors that are called {shown(name)}")
     tensors[name] = tensor
 
 
