@@ -305,6 +305,21 @@ def test_quantised_and_sparse_tensors_are_handed_over(tmp_path: Path) -> None:
         assert torch.equal(read["sparse"].to_dense(), torch.eye(3)) and read["meta"].is_meta
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_modules_that_were_saved_whole_lose_no_weights(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+    read = load_state_dict(write(tmp_path / "x", quantised))
+    assert {key for key in read if "_packed" in key} == {
+        f"{i}._packed_params._packed_params.{k}" for i in "02" for k in "01"
+    }
+    assert torch.equal(read["0._packed_params._packed_params.0"].dequantize(), quantised[0].weight().dequantize())
+    assert pack(tmp_path / "x").num_weights == pack(module).num_weights
+    packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(2, 3)), {nn.LSTM})
+    with pytest.raises(CheckpointError, match="keeps tensors in an object of C"):
+        load_state_dict(write(tmp_path / "x", packed))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_tensor_of_more_elements_than_are_stored_is_refused(tmp_path: Path, form: str) -> None:
     for tensor in (

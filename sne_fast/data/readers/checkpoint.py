@@ -59,7 +59,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """
     file = Path(os.fsdecode(path))
     try:
-        return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
+        with reading(file):
+            return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
     except RecursionError:
         raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
     except ValueError as error:

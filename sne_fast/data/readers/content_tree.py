@@ -140,7 +140,21 @@ def _own_tensors(module: Placeholder) -> list[tuple[Any, Any]]:
     buffers = module.state.get("_buffers")
     entries = buffers.items() if isinstance(buffers, dict) else ()
     kept = [(key, value) for key, value in entries if key not in left_out]
-    return [(key, value) for key, value in [*module.state["_parameters"].items(), *kept] if value is not None]
+    own = [*module.state["_parameters"].items(), *kept, *_packed_tensors(module)]
+    return [(key, value) for key, value in own if value is not None]
+
+
+def _packed_tensors(module: Placeholder) -> list[tuple[str, Any]]:
+    """Return weight and bias that a quantised linear layer keeps in an object of C++, named as in its `state_dict`."""
+    found: list[tuple[str, Any]] = []
+    for key, value in module.state.items():
+        if not isinstance(value, Placeholder) or value.path != "torch.ScriptObject" or not holding(value):
+            continue
+        packed = value.state[0] if isinstance(value.state, tuple) and value.state else None
+        if not isinstance(packed, tuple) or len(packed) != 2 or not is_tensor(packed[0]) or not isinstance(key, str):
+            raise RefusedContent(f"its module {module.path} keeps tensors in an object of C++ that is not read")
+        found += [(f"{key}.0", packed[0]), (f"{key}.1", packed[1])]
+    return found
 
 
 def arrays_as_tensors(content: Any) -> Any:
