@@ -257,7 +257,7 @@ def test_arrays_of_numpy_are_weights_where_there_are_no_tensors(tmp_path: Path, 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     for content in ({0: torch.ones(1), "0": torch.ones(2)}, {"a": [torch.ones(1)], "a.0": torch.ones(2)}):
-        with pytest.raises(CheckpointError, match=r"two tensors that are called '(0|a\.0)'"):
+        with pytest.raises(CheckpointError, match=r"two entries that are called '(0|a\.0)'"):
             load_state_dict(write(tmp_path / "x", content))
 
 

@@ -288,7 +288,7 @@ def _flat(value: Any, seen: set[int]) -> dict[str, Any] | None:
 
 def _put(tensors: dict[str, Any], name: str, tensor: Any) -> None:
     if name in tensors:
-        raise RefusedContent(f"it holds two tensors that are called {shown(name)}")
+        raise RefusedContent(f"it has two entries that are called {shown(name)}")
     tensors[name] = tensor
 
 
