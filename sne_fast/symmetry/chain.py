@@ -38,8 +38,8 @@ def chain_symmetry(
         name: the network's name in messages.
 
     Raises:
-        SymmetryError: two orders that differ, and none chosen; a layer that does not fit the one before (grouped convolution, branches), or whose kind shapes do
-            not tell; the message names it.
+        SymmetryError: two orders that differ, and none chosen; a layer that does not fit the one before (grouped
+            convolution, branches), or whose kind shapes do not tell; the message names it.
 
     Example:
         >>> import torch
@@ -88,8 +88,8 @@ def _in_order(tensors: Mapping[str, Tensor], order: Order | None) -> dict[str, d
     by_names = list(dict.fromkeys(keys[i].rpartition(".")[0] for i in order_by_names(keys)))
     if order is None and by_names != list(layers):
         raise SymmetryError(
-            f"chain_symmetry: the layers stand in the order {', '.join(map(repr, layers))}, by their names in the order "
-            f"{', '.join(map(repr, by_names))}; say which is that of the network: order='definition' or order='names'"
+            f"chain_symmetry: the layers stand in the order {', '.join(map(repr, layers))}, by their names in the "
+            f"order {', '.join(map(repr, by_names))}; say which is the network's: order='definition' or order='names'"
         )
     return {layer: layers[layer] for layer in by_names}
 

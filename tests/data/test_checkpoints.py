@@ -189,6 +189,7 @@ def test_missing_files_and_unknown_formats(tmp_path) -> None:
     assert issubclass(CheckpointError, ValueError)
     refused(tmp_path / "n.safetensors", "there is no such file")
     refused(tmp_path / "n.pt", "there is no such file")
+    refused(tmp_path / ("n" * 5000), "cannot be read: File name too long")
     refused(tmp_path / "n.onnx", "there is no such file")
     (tmp_path / "n.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
     refused(tmp_path / "n.onnx", "cannot tell what it is by its first bytes; readable are safetensors")
