@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..data.networks import Networks
+from ..data.packing import pack
 from .choices import FittedScale, Loss, Transform
 from .config_checks import choice, integer, integers, shown
 from .encoder import SNE
@@ -196,8 +197,13 @@ class Predictor(PretrainedMixin, nn.Module):
             networks: modules, state_dicts or paths, or a zoo.
             options: further arguments of :func:`sne_fast.pack`.
         """
+        return pack(networks, **{**self.pack_options, **options})
+
+    @property
+    def pack_options(self) -> dict[str, Any]:
+        """The arguments of :func:`sne_fast.pack` by which :meth:`pack` packs."""
         own = {"nonfinite": self.preparation.nonfinite, "kinds": self.preparation.kinds}
-        return self._sne.pack(networks, **{**own, **options})
+        return {**self._sne.pack_options, **own}
 
     def prepare(self, batch: WeightBatch) -> WeightBatch:
         """Do the steps of `preparation` that the batch does not say were done; `encode` does so by itself.
