@@ -14,7 +14,7 @@ from ..data.batch import WeightBatch
 from ..data.networks import Networks
 from ..data.packing import pack
 from .choices import FittedScale, Loss, Transform
-from .config_checks import choice, integer, integers, shown
+from .config_checks import choice, integer, integers, listed, shown
 from .encoder import SNE
 from .input_scales import INPUT_SCALES
 from .plain_state import unwrapped
@@ -59,7 +59,7 @@ def _target_names(given: Sequence[str] | None, count: int) -> tuple[str, ...]:
     """Return one name per output, numbered ones if none are given."""
     if given is None:
         return tuple(f"target_{i}" for i in range(count))
-    names = () if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) else tuple(given)
+    names = listed(given, count) or ()
     if len(names) != count or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"Predictor: target_names must hold {count} name(s), one for each of out_features, got {shown(given)}"
