@@ -153,6 +153,9 @@ def _layers(entries: Sequence[Entry], order: str) -> tuple[list[Layer], dict[int
         layer, _, own = full.rpartition(".")
         if layer in layers:
             layers[layer].held[own] = tuple(tensor.shape)
+        owner, parametrised, parameter = f".{layer}".rpartition(".parametrizations.")
+        if parametrised and owner[1:] in layers and own in ("original", "original1"):
+            layers[owner[1:]].held.setdefault(parameter, tuple(tensor.shape))
     return list(layers.values()), tied
 
 

@@ -24,6 +24,7 @@ from .tensor_types import NORMALISATION, kind_of_module
 __all__ = ["Entries", "entries_of_mapping", "entries_of_modules"]
 
 _STATISTICS = ("running_mean", "running_var")
+_FROZEN = (*_STATISTICS, "weight", "bias")
 
 
 @dataclass
@@ -86,13 +87,15 @@ def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> 
     for name, module in modules:
         prefix = f"{name}." if name else ""
         statistics = kind_of_module(module) in (None, NORMALISATION)
+        # A normalisation that was frozen has its weight and bias among its buffers, and no file tells them apart.
+        counted = _FROZEN if statistics and all(own in module._buffers for own in _STATISTICS) else _STATISTICS
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 flat.add(prefix + own, parameter)
         for own, buffer in module._buffers.items():
             if buffer is not None:
                 flat.add(prefix + own, buffer)
-                buffers[prefix + own] = statistics and own in _STATISTICS
+                buffers[prefix + own] = statistics and own in counted
         if any(prefix.startswith(outer) for outer in recurrent):
             continue  # parts of a quantised recurrent layer, which names its weights itself
         recurrent_weights = quantised_recurrent_weights(module)
