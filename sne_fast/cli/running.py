@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
-from .errors import is_expected, is_out_of_memory, sentence
+from .errors import EXPECTED, is_expected, is_out_of_memory, sentence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
-    "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo, which "
-    "stand for all its networks, or FOLDER/NAME for one network of a zoo."
+    "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo or of "
+    "several checkpoints, which stand for all their networks, or FOLDER/NAME for one network of a zoo."
 )
+KEY = "Place of the weights in files that hold several, names joined by dots, such as generator or model.encoder."
 NONFINITE = "Treatment of NaN and infinities among the weights: refuse the network, read them as 0, or keep them."
-_PACKED_ALONE = re.compile(r"^pack: (network 0( \('.*?'\))?[:,]? ?)?")
+_ALONE = re.compile(r"^(pack: )?(network 0( \('.*?'\))?[:,]? ?)?")
 
 
 def stdout() -> Console:
@@ -68,12 +69,14 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
 def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
     """Return the names of the networks at `paths`, each with its file or the network itself.
 
-    The folder of a zoo stands for all its networks. Bytes of a path that are no character are escapes in its name.
+    The folder of a zoo stands for all its networks, and so does a folder of checkpoints each of which is a network of
+    its own. Bytes of a path that are no character are escapes in its name.
 
     Raises:
         FileNotFoundError: a path that is not there.
         ValueError: there are no networks.
     """
+    from ..data.readers.folders import independent_files
     from ..zoo import networks_at
 
     files: list[Any] = []
@@ -82,7 +85,7 @@ def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
         if found is not None:
             files += found
         elif path.exists():
-            files.append(path)
+            files += (independent_files(path) if path.is_dir() else None) or [path]
         else:
             raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     if not files:
@@ -123,7 +126,7 @@ def run_in_batches(
     pack: Callable[..., WeightBatch],
     console: Console,
     *,
-    load: Callable[[Any], Any] = lambda file: file,
+    key: str | None = None,
     nonfinite: str | None = None,
 ) -> Results:
     """Run a module on all networks, in batches of bounded weights; one that fails does not take others with it.
@@ -133,7 +136,8 @@ def run_in_batches(
         networks: names and files, or networks.
         pack: packs a list of networks for `module`.
         console: of the results; progress is shown beside it.
-        load: reads a file.
+        key: place of the weights in files that hold several, as in
+            :func:`sne_fast.data.checkpoints.load_state_dict`.
         nonfinite: as in :func:`sne_fast.pack`; None is what `pack` does by itself.
 
     Raises:
@@ -152,7 +156,7 @@ def run_in_batches(
         try:
             out = module(WeightBatch.cat([batch for _, batch in held])).cpu()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and not isinstance(error, EXPECTED):
                 raise
             reason = None if len(held) > 1 else sentence(error, f"{held[0][1].num_weights:,} weights")
         else:
@@ -160,7 +164,7 @@ def run_in_batches(
             outputs.update(zip((i for i, _ in held), rows, strict=True))
             return
         if reason is not None:  # outside of the except block, which keeps what the failed call had in memory
-            failures[held[0][0]] = f"{networks[held[0][0]][0]}: {reason}"
+            failures[held[0][0]] = _about(networks[held[0][0]][0], reason)
         else:
             for one in held:
                 run([one])
@@ -170,7 +174,7 @@ def run_in_batches(
     def packed(i: int) -> WeightBatch | None:
         name, file = networks[i]
         try:
-            return pack([load(file)], **options)
+            return _packed_by_key(pack, file, key, options) if key is not None else pack([file], **options)
         except Exception as error:
             if not is_expected(error):
                 raise
@@ -199,9 +203,21 @@ def run_in_batches(
     return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences)
 
 
+def _packed_by_key(pack: Callable[..., WeightBatch], file: Any, key: str, options: dict[str, Any]) -> WeightBatch:
+    from ..data.checkpoints import CheckpointError, read_checkpoint
+
+    if not isinstance(file, Path):
+        raise CheckpointError("key= is for files of torch, not for a network of a zoo")
+    checkpoint = read_checkpoint(file, key)
+    batch = pack([checkpoint.tensors], **options)
+    if batch.order == "definition" and not checkpoint.keeps_order:
+        raise CheckpointError("it does not say in which order its layers were defined, which the model needs")
+    return batch
+
+
 def _about(name: str, reason: str) -> str:
     """Return a sentence about the network of a name, for which it is not "network 0" of a call."""
-    reason = _PACKED_ALONE.sub("", reason)
+    reason = _ALONE.sub("", reason)
     return reason if reason.startswith(name) else f"{name}: {reason}"
 
 

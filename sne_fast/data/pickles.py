@@ -1,182 +1,84 @@
-"""Pickles of torch, read with no callable of numpy among the names that they may call.
-
-`torch.load(weights_only=True)` calls nothing but the names on its list, with arguments from the file. numpy's callables
-must not be on that list, since they trust their arguments: an array of dtype `object` over bytes of the file takes them
-for addresses of Python objects. Here numpy's names stand for the classes and functions below, which take the form that
-numpy writes, check all of it, and hold bytes until an array is asked for.
-"""
+"""Pickles that hold tensors, plain data and perhaps arrays of numpy, read whole; objects are refused."""
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
+
+from ..regular_files import open_regular
+from .readers.errors import reading
+from .readers.numpy_values import Array, RefusedArray, as_array
+from .readers.pickled_values import Placeholder, RefusedName
+from .readers.stored import StoredTensor, read_tensors
+from .readers.torch_files import damage_of, read_content
 
 __all__ = ["RefusedArray", "as_array", "load_plain"]
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "f4": np.dtype("<f4"),
-    "f8": np.dtype("<f8"),
-    "i4": np.dtype("<i4"),
-    "i8": np.dtype("<i8"),
-}
-_DTYPE_STATE = (3, "<", None, None, None, -1, -1, 0)  # little-endian, and no fields, subarray or metadata
-_MOST_DIMENSIONS = 8
-_READABLE = f"read are arrays of {', '.join(_DTYPES)} with as many bytes as their shape takes"
+_MAX_DEPTH = 200
 
 
-class RefusedArray(Exception):
-    """A numpy value in a pickle that is not of the few forms that are read; the message ends a sentence."""
-
-
-def load_plain(
-    file: Path | IO[bytes], *, device: torch.device | str = "cpu", mmap: bool = False, arrays: bool = False
-) -> Any:
-    """Return the content of a checkpoint of `torch.save` that holds tensors and plain data, running no code of it.
-
-    This is the only place of the package that reads pickles. Names of numpy that the program has put on torch's list
-    by `torch.serialization.add_safe_globals` are off the list meanwhile.
+def load_plain(file: Path, *, device: torch.device | str = "cpu", arrays: bool = False) -> Any:
+    """Return all that a pickled checkpoint holds, tensors in memory, and refuse one that holds objects.
 
     Args:
-        file: the checkpoint, by its path or opened.
+        file: the checkpoint.
         device: where tensors go.
-        mmap: whether tensors are mapped, not read, until they are used; of a zipped file only.
-        arrays: whether numpy's arrays and scalars are read too: arrays as values for `as_array`, scalars as numbers.
+        arrays: whether it may hold numpy's arrays and numbers besides tensors.
 
     Raises:
-        RefusedArray: a numpy value of another dtype than f4, f8, i4, i8, of another length than its shape, or made in
-            another way than numpy's own.
-        Exception: whatever torch raises for a damaged or refused file.
+        CheckpointError: no such file, one that is damaged, or that holds anything else; the message names it.
     """
-    with _names_of_numpy_as(_STAND_INS if arrays else []):
-        return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
+    with reading(file), open_regular(file) as opened, damage_of(file):
+        content = read_content(opened, strict=True, arrays=arrays)
+        stored: dict[str, StoredTensor] = {}
+        _check_plain(content, stored)
+        tensors = {name: tensor.to(device) for name, tensor in read_tensors(stored).items()}
+        return _filled(content, {id(stored[name]): tensor for name, tensor in tensors.items()}, {}, 0)
 
 
-def as_array(value: Any) -> Any:
-    """Return a numpy array of its own memory for an array that `load_plain` read, and any other value as it is.
-
-    Raises:
-        RefusedArray: the pickle never filled the array.
-    """
-    return value.copy() if isinstance(value, _Array) else value
+_PLAIN = str | int | float | bytes | complex | torch.dtype | Array | None
+_PLAIN_OBJECTS = ("torch.device", "builtins.bytearray", "builtins.set", "builtins.frozenset")
 
 
-class _DType:
-    """The stand-in for `numpy.dtype`."""
-
-    __slots__ = ("dtype",)
-
-    dtype: np.dtype[Any]
-
-    def __new__(cls, *arguments: Any) -> _DType:
-        kind = arguments[0] if arguments else None
-        if type(kind) is not str or kind not in _DTYPES:
-            raise RefusedArray(f"it holds a numpy value of dtype {kind!r:.40}; {_READABLE}")
-        if arguments[1:] != (False, True):
-            _refuse("a dtype")
-        made = super().__new__(cls)
-        made.dtype = _DTYPES[kind]
-        return made
-
-    def __setstate__(self, state: Any) -> None:
-        if type(state) is not tuple or state != _DTYPE_STATE:
-            raise RefusedArray(f"it holds a numpy dtype that is not plain and little-endian; {_READABLE}")
+def _check_plain(content: Any, stored: dict[str, StoredTensor]) -> None:
+    """Refuse objects in what was read, and collect its tensors."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, StoredTensor):
+            stored[str(id(value))] = value
+        elif isinstance(value, _PLAIN) or id(value) in seen:
+            continue
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, Placeholder) and value.path in _PLAIN_OBJECTS:
+            waiting += [value.arguments, value.entries]
+        else:
+            raise RefusedName(getattr(value, "path", type(value).__name__))
+        seen.add(id(value))
 
 
-class _Array:
-    """The stand-in for `numpy.ndarray`; it keeps the bytes of the pickle, so that many arrays can share them."""
-
-    __slots__ = ("_view",)
-
-    _view: np.ndarray
-
-    def __new__(cls, *arguments: Any) -> _Array:
-        _refuse("an array")
-
-    def __setstate__(self, state: Any) -> None:
-        if hasattr(self, "_view") or type(state) is not tuple or len(state) != 5 or state[0] != 1:
-            _refuse("an array")
-        _, shape, dtype, column_major, data = state
-        if type(dtype) is not _DType or type(column_major) is not bool:
-            _refuse("an array")
-        if type(shape) is not tuple or len(shape) > _MOST_DIMENSIONS or any(type(n) is not int or n < 1 for n in shape):
-            raise RefusedArray(f"it holds a numpy array of a shape that cannot be; {_READABLE}")
-        self._view = _view(dtype, math.prod(shape), data).reshape(shape, order="F" if column_major else "C")
-
-    def copy(self) -> np.ndarray:
-        if not hasattr(self, "_view"):
-            _refuse("an array")
-        copied: np.ndarray = self._view.copy()
-        return copied
-
-
-def _reconstruct(*arguments: Any) -> _Array:
-    """Return an array that waits for its state, for `numpy.core.multiarray._reconstruct`."""
-    if len(arguments) != 3 or arguments[0] is not _Array or arguments[1:] != ((0,), b"b"):
-        _refuse("an array")
-    return object.__new__(_Array)
-
-
-def _scalar(*arguments: Any) -> float | int:
-    """Return a number, for `numpy.core.multiarray.scalar`."""
-    if len(arguments) != 2 or type(arguments[0]) is not _DType:
-        _refuse("a scalar")
-    number: float | int = _view(arguments[0], 1, arguments[1])[0].item()
-    return number
-
-
-def _view(dtype: _DType, count: int, data: Any) -> np.ndarray:
-    wanted = count * dtype.dtype.itemsize
-    if type(data) is not bytes or len(data) != wanted:
-        held = f"{len(data)} bytes" if type(data) is bytes else f"an object of type {type(data).__name__}"
-        raise RefusedArray(f"it holds a numpy value with {held} where its shape takes {wanted} bytes; {_READABLE}")
-    return np.frombuffer(data, dtype.dtype)
-
-
-def _refuse(what: str) -> NoReturn:
-    raise RefusedArray(f"it makes {what} of numpy in another way than numpy's own; {_READABLE}")
-
-
-# numpy 2 renamed the module; files name the one of the numpy that wrote them.
-_STAND_INS: list[Any] = [(_Array, "numpy.ndarray"), (_DType, "numpy.dtype")] + [
-    (function, f"numpy.{core}.multiarray.{name}")
-    for core in ("core", "_core")
-    for function, name in ((_reconstruct, "_reconstruct"), (_scalar, "scalar"))
-]
-
-# torch has one list per process: one thread at a time changes it, and no child is forked while it is changed.
-_CHANGING = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_CHANGING.acquire, after_in_parent=_CHANGING.release, after_in_child=_CHANGING.release)
-
-
-@contextmanager
-def _names_of_numpy_as(stand_ins: list[Any]) -> Iterator[None]:
-    """Let names of numpy in pickles stand for `stand_ins`, and for nothing else, whatever the program has allowed."""
-    with _CHANGING:
-        set_aside = [entry for entry in torch.serialization.get_safe_globals() if _is_of_numpy(entry)]
-        if set_aside:
-            kept = [entry for entry in torch.serialization.get_safe_globals() if entry not in set_aside]
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(kept)
-        try:
-            with torch.serialization.safe_globals(stand_ins):
-                yield
-        finally:
-            torch.serialization.add_safe_globals(set_aside)
-
-
-def _is_of_numpy(entry: Any) -> bool:
-    called, name = entry if isinstance(entry, tuple) else (entry, "")
-    named = (str(name), str(getattr(called, "__module__", "")), type(called).__module__)
-    bases = (np.ndarray, np.generic, np.dtype)
-    return any(path.partition(".")[0] == "numpy" for path in named) or (
-        isinstance(called, type) and issubclass(called, bases)
-    )
+def _filled(value: Any, tensors: dict[int, Tensor], made: dict[int, Any], depth: int) -> Any:
+    """Return the value with its tensors read; what the pickle shares stays shared."""
+    if isinstance(value, StoredTensor):
+        return tensors[id(value)]
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if depth > _MAX_DEPTH:
+        raise RecursionError
+    if id(value) in made:
+        return made[id(value)]
+    filled: Any = {} if isinstance(value, dict) else []
+    made[id(value)] = filled
+    if isinstance(value, dict):
+        filled.update((key, _filled(inner, tensors, made, depth + 1)) for key, inner in value.items())
+        return filled
+    filled += [_filled(inner, tensors, made, depth + 1) for inner in value]
+    if isinstance(value, tuple):
+        made[id(value)] = tuple(filled)
+    return made[id(value)]

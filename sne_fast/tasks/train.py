@@ -16,7 +16,7 @@ from ..atomic_files import write_json
 from ..extras import require
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from ..reports.files import write_csv
+from ..reports.files import distinct_columns, write_csv
 from ..reports.measures import measures, why_undefined
 from ..reports.terminal import for_progress, progress, say
 from ..symmetry import PermutationAugmentation
@@ -116,7 +116,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
         held_out = zoo[test]
         write_csv(
             folder.predictions,
-            ["name", *settings.targets, *(f"predicted {name}" for name in names)],
+            distinct_columns(["name", *settings.targets, *(f"predicted {name}" for name in names)]),
             [
                 (name, *(held_out.rows[i][t] for t in settings.targets), *values[i].tolist())
                 for i, name in enumerate(held_out.column("name"))

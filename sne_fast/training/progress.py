@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic_files import replacing
+from ..data.checkpoints import CheckpointError
 from ..data.pickles import load_plain
 from ..extras import require
 from ..regular_files import FileError, open_regular
@@ -187,14 +188,13 @@ class Progress:
         name = f"fit: checkpoint {str(path)!r}"
         foreign = _FOREIGN.format(repr(str(path)))
         try:
-            file = open_regular(path)
+            open_regular(path).close()
         except FileError as error:
             raise ValueError(f"fit: checkpoint {error}") from error
-        with file:
-            try:
-                state = load_plain(file, device=device)
-            except Exception as error:  # whatever torch raises for a damaged or refused file
-                raise ValueError(foreign) from error
+        try:
+            state = load_plain(path, device=device)
+        except CheckpointError as error:
+            raise ValueError(foreign) from error
         if not isinstance(state, dict) or type(state.get("format")) is not int:
             raise ValueError(foreign)
         if state["format"] != FORMAT:

@@ -22,9 +22,8 @@ def load_checkpoints(
 ) -> Zoo:
     """Read a folder of checkpoints with a CSV table, one row per network, as a zoo.
 
-    A checkpoint is anything that :func:`sne_fast.data.checkpoints.load_state_dict` reads: `.safetensors`, `.pt`,
-    `.pth`, `.bin`, `.ckpt`, or a folder with one of these. Pickled ones are read with `weights_only=True`, and refused
-    if they hold more than tensors and plain values.
+    A checkpoint is anything that :func:`sne_fast.data.checkpoints.load_state_dict` reads: a file of safetensors or
+    of `torch.save`, an index of shards, or a folder with one of these. No code of a file runs.
 
     Args:
         folder: the folder of the files that the table names.

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.checkpoints import CheckpointError, load_state_dict, read_pickled, tensors_of
+from ..data.checkpoints import CheckpointError, load_state_dict
 from ..data.layer_order import natural_key
-from ..data.pickles import RefusedArray, as_array
+from ..data.pickles import RefusedArray, as_array, load_plain
+from ..data.readers.chosen_weights import choose_weights
 from ..regular_files import FileError, read_json
 from .csv_table import one_type
 from .inrs import siren_of
@@ -176,10 +177,13 @@ def _extras(file: Path) -> Mapping[str, Any]:
     """Read a checkpoint with numpy arrays and plain values beside the tensors, without running any code of it."""
     if file.suffix == ".safetensors" or not file.is_file():
         return load_state_dict(file)
-    content = read_pickled(file, arrays=True)
+    content = load_plain(file, arrays=True)
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
         return content
-    return tensors_of(content, file)
+    try:
+        return choose_weights(content).tensors
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _coefficients(file: Path) -> list[float]:

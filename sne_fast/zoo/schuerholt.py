@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.checkpoints import load_pickled
+from ..data.checkpoints import load_state_dict
 from ..regular_files import FileError, parse_json, read_json, read_text
 from .architectures import ACTIVATIONS
 from .checkpoint_folder import refuse_dataset
@@ -112,12 +112,7 @@ def load_schuerholt(
         "dropped": dropped,
         "epoch_offset": sorted(offsets),
     }
-    return Zoo(columns, FileSource(files, read_checkpoint), about, folder)
-
-
-def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint whose name has no extension, without running any code of it."""
-    return {name: tensor.clone() for name, tensor in load_pickled(file).items()}
+    return Zoo(columns, FileSource(files), about, folder)
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -194,7 +189,7 @@ def _metrics(line: Mapping[str, Any]) -> dict[str, Any]:
 def _why_invalid(file: Path, has_line: bool) -> str:
     if not has_line:
         return "result.json has no line for this epoch"
-    finite = all(bool(t.isfinite().all()) for t in read_checkpoint(file).values() if t.is_floating_point())
+    finite = all(bool(t.isfinite().all()) for t in load_state_dict(file).values() if t.is_floating_point())
     return "" if finite else "holds weights that are not finite"
 
 

@@ -35,7 +35,7 @@ class FileSource:
         """Return the tensors of a checkpoint by name."""
         if self.reader is not None:
             return self.reader(self.files[i])
-        return {name: tensor.clone() for name, tensor in load_state_dict(self.files[i]).items()}
+        return load_state_dict(self.files[i])
 
 
 class Zoo:

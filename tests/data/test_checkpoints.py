@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from helpers.networks import make
 from sne_fast import CheckpointError, pack
 from sne_fast.data import checkpoints as module_under_test
-from sne_fast.data.checkpoints import ORDER_KEY, load_state_dict, natural_key, save_state_dict
+from sne_fast.data.checkpoints import ORDER_KEY, load_state_dict, read_checkpoint, save_state_dict
+from sne_fast.data.layer_order import natural_key
 
 
 @pytest.fixture
@@ -137,7 +138,9 @@ def test_folders(tmp_path, state) -> None:
 
     same(load_state_dict(folder("model.safetensors", "other.safetensors", "x.bin", "config.json")), state)
     assert list(load_state_dict(folder("index", "y.bin"))) == NATURAL
-    same(load_state_dict(folder("only.safetensors", "x.bin")), state)
+    same(load_state_dict(folder("only.safetensors", "only.bin")), state)
+    with pytest.raises(CheckpointError, match=r"several checkpoints, only.safetensors, x.bin; give the path of one"):
+        load_state_dict(folder("only.safetensors", "x.bin"))
     same(load_state_dict(folder("x.bin", "readme.md")), state)
     with pytest.raises(
         CheckpointError, match=r"several checkpoints, a.safetensors, b.safetensors; give the path of one"
@@ -145,7 +148,7 @@ def test_folders(tmp_path, state) -> None:
         load_state_dict(folder("a.safetensors", "b.safetensors"))
     with pytest.raises(CheckpointError, match=r"several checkpoints, a.pt, b.ckpt"):
         load_state_dict(folder("b.ckpt", "a.pt"))
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(.safetensors, .* but config.json"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(safetensors, .* but config.json"):
         load_state_dict(folder("config.json"))
     with pytest.raises(CheckpointError, match="but no files"):
         load_state_dict(folder())
@@ -174,13 +177,24 @@ def refused(path: Path, message: str) -> None:
         pack([nn.Linear(1, 1), path])
 
 
-def test_missing_files_and_unknown_extensions(tmp_path) -> None:
+def test_missing_files_and_unknown_formats(tmp_path) -> None:
     assert issubclass(CheckpointError, ValueError)
     refused(tmp_path / "n.safetensors", "there is no such file")
     refused(tmp_path / "n.pt", "there is no such file")
-    refused(tmp_path / "n.onnx", "cannot tell what it is by its name; readable are .safetensors")
-    refused(tmp_path / "config.json", "cannot tell what it is by its name")
-    refused(tmp_path / "pytorch_model.bin.index.json", "cannot tell what it is by its name")
+    refused(tmp_path / "n.onnx", "there is no such file")
+    (tmp_path / "n.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
+    refused(tmp_path / "n.onnx", "cannot tell what it is by its first bytes; readable are safetensors")
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    refused(tmp_path / "config.json", "is damaged or no index of shards: it must map tensors to files in weight_map")
+    for first, said in (
+        (b"GGUF\3\0", "is a GGUF file"),
+        (b"\x1f\x8b\x08", "is compressed by gzip"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b"\0" * 257 + b"ustar", "is a tar archive"),
+    ):
+        (tmp_path / "n.pt").write_bytes(first)
+        refused(tmp_path / "n.pt", said)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 50, -1, -100])
@@ -204,8 +218,6 @@ def test_files_of_something_else(tmp_path) -> None:
     for name in ("n.safetensors", "n.pt"):
         (tmp_path / name).write_bytes(b"hello, this is a text file and not a checkpoint at all")
         refused(tmp_path / name, "is damaged or no")
-    save_file({"w": torch.ones(2)}, tmp_path / "n.bin")  # a safetensors file under the wrong name
-    refused(tmp_path / "n.bin", "is damaged or no checkpoint of torch")
     header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
     (tmp_path / "n.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     refused(tmp_path / "n.safetensors", "is damaged or no safetensors file")
@@ -222,20 +234,21 @@ class Touch:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_malicious_pickles_are_refused_and_never_run(tmp_path, zipped: bool) -> None:
+def test_malicious_pickles_are_never_run(tmp_path, zipped: bool) -> None:
     proof = tmp_path / "pwned"
     torch.save({"w": torch.ones(2), "x": Touch(proof)}, tmp_path / "n.pt", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "n.pt", r"refused, it holds code or objects \((posix|nt).system\) besides tensors")
-    (tmp_path / "n.bin").write_bytes(pickle.dumps(Touch(proof), protocol=2))
-    refused(tmp_path / "n.bin", "refused, it holds")
+    found = read_checkpoint(tmp_path / "n.pt")
+    same(found.tensors, {"w": torch.ones(2)})
+    assert found.left_out == {"x": f"an object of {os.system.__module__}.system, which was not made"}
+    for protocol in range(6):
+        (tmp_path / "n.bin").write_bytes(pickle.dumps(Touch(proof), protocol=protocol))
+        refused(tmp_path / "n.bin", "holds an object of (posix|nt).system and no tensors")
     assert not proof.exists()
     os.system(f"touch {proof}")  # the proof that the command would have worked
     assert proof.exists()
 
 
-def test_whole_modules_and_programs_are_refused(tmp_path) -> None:
-    torch.save(nn.Linear(2, 2), tmp_path / "n.pt")
-    refused(tmp_path / "n.pt", r"refused, it holds code or objects \(torch.nn.modules.linear.Linear\)")
+def test_programs_are_refused(tmp_path) -> None:
     buffer = io.BytesIO()
     with pytest.warns(DeprecationWarning):
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), buffer)
@@ -249,12 +262,12 @@ def test_checkpoints_without_weights(tmp_path) -> None:
     for content, message in (
         (optimiser, r"holds only an optimiser's state \('state', 'param_groups'\)"),
         ({"optimizer": optimiser, "epoch": 3}, r"holds only an optimiser's state \('optimizer', 'epoch'\)"),
-        ({"epoch": 3}, r"holds no tensors at the top or under state_dict, model, model_state_dict \('epoch'\)"),
+        ({"epoch": 3}, r"holds no tensors by name at any depth \('epoch'\)"),
         ({}, r"holds no tensors .*\(nothing\)"),
-        ({"model": {"epoch": 3}}, r"holds no tensors .*\('epoch'\)"),
-        ([torch.ones(2)], "must hold a state_dict, got list"),
-        (torch.ones(2), "must hold a state_dict, got Tensor"),
-        ({"w": torch.ones(2), "decoder": {"w": torch.ones(2)}}, "holds tensors and, under 'decoder', further entries"),
+        ({"model": {"epoch": 3}}, r"holds no tensors .*\('model'\)"),
+        ([torch.ones(2)], "refused, it holds tensors without names in a list at the top"),
+        (torch.ones(2), "must hold a state_dict, got a tensor"),
+        (3, "must hold a state_dict, got int"),
     ):
         torch.save(content, file)
         refused(file, message)
@@ -285,7 +298,7 @@ def test_shards_that_are_missing_or_lack_a_tensor(tmp_path, state) -> None:
 @pytest.mark.parametrize(
     "shard",
     ["../outside.safetensors", "/etc/outside.safetensors", "a/../../outside.safetensors", "..\\outside.safetensors",
-     "C:\\outside.safetensors", "model.bin", ""],
+     "C:\\outside.safetensors", ""],
 )  # fmt: skip
 def test_shards_outside_the_folder_are_refused(tmp_path, shard: str) -> None:
     inside = tmp_path / "inside"
@@ -293,21 +306,21 @@ def test_shards_outside_the_folder_are_refused(tmp_path, shard: str) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "outside.safetensors")
     index = inside / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": shard}}))
-    refused(index, "refused, its shard .* is not a .safetensors file inside the index's folder")
+    refused(index, "refused, its shard .* is not a file inside the index's folder")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is damaged or no safetensors index"),
-        ("[]", "is damaged or no safetensors index"),
-        ("{}", "is damaged or no safetensors index: KeyError"),
-        ('{"weight_map": ["a"]}', "is damaged or no safetensors index"),
+        ("{", "is damaged or no index of shards"),
+        ("[]", "is damaged or no index of shards"),
+        ("{}", "it must map tensors to files in weight_map"),
+        ('{"weight_map": ["a"]}', "is damaged or no index of shards"),
         ('{"weight_map": {"a": 3}}', "weight_map must map names to files"),
-        ('{"weight_map": {"a": {}}}', "is damaged or no safetensors index"),
-        ('{"weight_map": {"a": "b.safetensors"}, "metadata": 3}', "is damaged or no safetensors index"),
+        ('{"weight_map": {"a": {}}}', "is damaged or no index of shards"),
+        ('{"weight_map": {"a": "b.safetensors"}, "metadata": 3}', "is damaged or no index of shards"),
         ('{"weight_map": {}}', "holds no tensors"),
-        (b"\xff\xfe", "is damaged or no safetensors index"),
+        (b"\xff\xfe", "is damaged or no index of shards"),
     ],
     ids=str,
 )
@@ -325,7 +338,23 @@ def test_writing_keeps_tied_strided_and_device_tensors(tmp_path) -> None:
     weight = torch.randn(3, 4, requires_grad=True)
     state = {"b": weight, "a": weight, "t": weight.t(), "part": weight[1], "n": torch.tensor(3)}
     save_state_dict(state, tmp_path / "n.safetensors")
-    same(load_state_dict(tmp_path / "n.safetensors"), {name: t.detach() for name, t in state.items()})
+    loaded = load_state_dict(tmp_path / "n.safetensors")
+    same(loaded, {name: t.detach() for name, t in state.items()})
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr() != loaded["part"].data_ptr()
+    b, other = pack([state]), pack([tmp_path / "n.safetensors"])
+    assert b.names[0][1] == other.names[0][1] == ("a", "part", "t") and torch.equal(b.values, other.values)
+
+
+def test_tensors_saved_under_one_of_their_names_have_the_others_too(tmp_path) -> None:
+    network = torch.nn.ModuleDict({"decoder": torch.nn.Linear(3, 4, bias=False), "embed": torch.nn.Embedding(4, 3)})
+    network["decoder"].weight = network["embed"].weight
+    save_model(network, str(tmp_path / "n.safetensors"))
+    loaded = load_state_dict(tmp_path / "n.safetensors")
+    assert sorted(loaded) == ["decoder.weight", "embed.weight"]
+    assert loaded["decoder.weight"].data_ptr() == loaded["embed.weight"].data_ptr()
+    for source in (network, network.state_dict(), tmp_path / "n.safetensors"):
+        batch = pack([source])
+        assert batch.names[0][1] == ("embed.weight",) and batch.tensor_type.tolist() == [32]
 
 
 def test_writing_is_all_or_nothing(tmp_path, state, monkeypatch) -> None:
@@ -362,3 +391,12 @@ def test_importing_it_does_not_import_safetensors() -> None:
     code = "import sys, sne_fast.data.checkpoints; print('safetensors' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "False", run.stderr
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_the_mark_of_a_pickle_is_one_of_safetensors(length, tmp_path):
+    plain = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header = plain + b" " * (length - len(plain))
+    file = tmp_path / "model"
+    file.write_bytes(length.to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes())
+    assert load_state_dict(file)["w"].tolist() == [1.0, 2.0]

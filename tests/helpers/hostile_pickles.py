@@ -115,7 +115,7 @@ OTHER_CALLS: tuple[tuple[Any, ...], ...] = (
     ("numpy.core.multiarray.array", (1,)), ("numpy._core.numeric._frombuffer", raw(ADDRESS), F8, (1,), "C"),
     ("numpy.random._pickle.__randomstate_ctor",), ("numpy.ma.core._mareconstruct", NDARRAY, NDARRAY, (0,), "b"),
     ("numpy.ndarray.__setstate__", EMPTY, ()), ("numpy.core.multiarray._reconstruct.__call__",),
-    ("sne_fast.data.pickles._view", F8, 1, raw(ADDRESS)), ("sne_fast.data.pickles._Array",),
+    ("sne_fast.data.readers.numpy_values._view", F8, 1, raw(ADDRESS)), ("sne_fast.data.readers.numpy_values.Array",),
 )  # fmt: skip
 # By name: the opcodes of a value, and words of the message that refuses it.
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -176,7 +176,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "reconstruct of a tensor": (call(RECONSTRUCT, name("torch.Tensor"), (0,), raw(b"b")), BAD_ARRAY),
     "a tensor from an array": (
         call(name("torch._utils._rebuild_device_tensor_from_numpy"), array(), name("torch.float64"), "cpu", False),
-        "is damaged or no checkpoint of torch",
+        OTHER_CODE,
     ),
     **{path: (call(name(path), *arguments), OTHER_CODE) for path, *arguments in OTHER_CALLS},
     "STACK_GLOBAL": (value("numpy") + value("ndarray") + b"\x93", OTHER_CODE),
@@ -185,10 +185,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "NEWOBJ_EX": (NDARRAY + value(((1,), F8)) + b"}\x92", OTHER_CODE),
     "EXT1": (b"\x82\x7b", OTHER_CODE),
     "EXT4": (b"\x84\x7b\x00\x00\x00", OTHER_CODE),
-    "PERSID": (b"Pnumpy.ndarray\n", OTHER_CODE),
-    "BINPERSID of a name": (value("numpy.ndarray") + b"Q", OTHER_CODE),
-    "BINPERSID of an array": (EMPTY + b"Q", OTHER_CODE),
-    "BINPERSID of another kind": (value(("array", NDARRAY, "0", "cpu", 1)) + b"Q", OTHER_CODE),
+    "PERSID": (b"Pnumpy.ndarray\n", "is damaged or no checkpoint"),
+    "BINPERSID of a name": (value("numpy.ndarray") + b"Q", "is damaged or no checkpoint"),
+    "BINPERSID of an array": (EMPTY + b"Q", "is damaged or no checkpoint"),
+    "BINPERSID of another kind": (value(("array", NDARRAY, "0", "cpu", 1)) + b"Q", "is damaged or no checkpoint"),
     "BINPERSID of numpy's class": (value(("storage", NDARRAY, "0", "cpu", 1)) + b"Q", "is damaged or no checkpoint"),
     "REDUCE of an array": (call(array(), 1), OTHER_CODE),
     "REDUCE of a dtype": (call(F8, 1), OTHER_CODE),

@@ -1,0 +1,178 @@
+"""A checkpoint read whole, whichever files it is made of: its tensors, and what was left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...regular_files import open_regular
+from ..layer_order import natural_key
+from ..tied_names import with_tied_names
+from .chosen_weights import choose_weights
+from .errors import CheckpointError, reading, shown, shown_list
+from .folders import chosen_file, sentence_transformer_parts
+from .formats import format_of
+from .safetensors_files import read_safetensors
+from .shards import index_beside, read_index, refuse_rank, sibling_shards
+from .stored import read_tensors
+from .torch_files import damage_of, read_content
+
+__all__ = ["ORDER_KEY", "Checkpoint", "read_checkpoint"]
+
+ORDER_KEY = "sne_fast.order"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        tensors: by name, in the order of the module where the file keeps it, else in natural order of the names.
+        keeps_order: whether the order of `tensors` is that of the module.
+        left_out: what else the file or folder holds, by path in the file or by file name, with the reason why it is
+            not part of the weights: objects, optimiser states, averages of the weights, other files.
+        key: where in the file the tensors are, names joined by dots; "" at the top.
+    """
+
+    tensors: dict[str, Tensor]
+    keeps_order: bool
+    left_out: dict[str, str] = field(default_factory=dict)
+    key: str = ""
+
+
+def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+    """Read a checkpoint of any form that `load_state_dict` reads, and say what was left out.
+
+    Args:
+        path: a file, or a folder of one checkpoint.
+        key: the place of the weights in a pickled file that has several, names joined by dots.
+
+    Raises:
+        CheckpointError: as `load_state_dict`.
+    """
+    file = Path(os.fsdecode(path))
+    try:
+        return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
+    except RecursionError:
+        raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(file)!r}: cannot be read: {error}") from error  # a path that no system can name
+
+
+def _read_folder(folder: Path, key: str | None) -> Checkpoint:
+    parts = sentence_transformer_parts(folder)
+    if parts is None:
+        file, left_out = chosen_file(folder)
+        found = _read_file(file, key)
+        return Checkpoint(found.tensors, found.keeps_order, found.left_out | left_out, found.key)
+    read = [(part.number, _read_file(part.file, key)) for part in parts]
+    if len(read) == 1:
+        return read[0][1]
+    if len({number for number, _ in read}) != len(read):
+        raise CheckpointError(f"{folder}: two of its modules have the same number in modules.json")
+    tensors, left_out = {}, {}
+    for number, found in read:
+        tensors.update({f"{number}.{name}": tensor for name, tensor in found.tensors.items()})
+        left_out.update({f"{number}.{name}": reason for name, reason in found.left_out.items()})
+    return Checkpoint(tensors, all(found.keeps_order for _, found in read), left_out)
+
+
+def _read_file(file: Path, key: str | None) -> Checkpoint:
+    kind = format_of(file)
+    if kind == "index":
+        return _read_index(file, key)
+    if index := index_beside(file):
+        return _read_index(index, key)
+    refuse_rank(file)
+    if shards := sibling_shards(file):
+        return _joined([(shard, _read_one(shard, key)) for shard in shards], file)
+    return _read_one(file, key)
+
+
+def _read_one(file: Path, key: str | None) -> Checkpoint:
+    kind = format_of(file)
+    if kind == "torch":
+        return _read_torch(file, key)
+    if kind == "index":
+        raise CheckpointError(f"{file}: is JSON, and no file of tensors")
+    if key is not None:
+        raise CheckpointError(f"{file}: key= chooses among what a pickled file holds; a safetensors file is flat")
+    tensors, metadata = read_safetensors(file)
+    if not tensors:
+        raise CheckpointError(f"{file}: holds no tensors")
+    order = metadata.get(ORDER_KEY)
+    return Checkpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
+
+
+def _read_torch(file: Path, key: str | None) -> Checkpoint:
+    with reading(file), open_regular(file) as opened, damage_of(file):
+        weights = choose_weights(read_content(opened), key)
+        tensors = read_tensors(weights.tensors)
+    return Checkpoint(tensors, True, weights.left_out, weights.path)
+
+
+def _read_index(file: Path, key: str | None) -> Checkpoint:
+    index = read_index(file)
+    shards = sorted(index.shards, key=natural_key)
+    found = _joined(
+        [(file.parent / shard, _read_one(file.parent / shard, key)) for shard in shards], file, index.shards
+    )
+    order = index.metadata.get(ORDER_KEY)
+    if found.keeps_order and order is None:
+        return found
+    return Checkpoint(in_order(found.tensors, order, file), order is not None, found.left_out)
+
+
+def _joined(
+    read: list[tuple[Path, Checkpoint]], named: Path, expected: Mapping[str, list[str]] | None = None
+) -> Checkpoint:
+    """Return the tensors of all shards as one checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
+    for file, found in read:
+        if expected is not None:
+            wanted = set(expected[file.relative_to(named.parent).as_posix()])
+            lacking = [name for name in wanted if name not in found.tensors]
+            if lacking:
+                raise CheckpointError(f"{file}: lacks the tensor {shown(min(lacking))} that the index looks for in it")
+            extra = [name for name in found.tensors if name not in wanted]
+            if extra:
+                raise CheckpointError(
+                    f"{file}: holds {shown_list(extra, 4)}, which the index {named.name} does not name"
+                )
+        twice = [name for name in found.tensors if name in tensors]
+        if twice:
+            raise CheckpointError(
+                f"{file}: holds {shown_list(twice, 4)}, which another part of the checkpoint holds too"
+            )
+        tensors.update(found.tensors)
+        left_out.update(found.left_out)
+    if all(found.keeps_order for _, found in read):
+        return Checkpoint(tensors, all(".safetensors" not in file.name for file, _ in read), left_out)
+    return Checkpoint(in_order(tensors, None, named), False, left_out)
+
+
+def in_order(tensors: dict[str, Tensor], order: Any, file: Path) -> dict[str, Tensor]:
+    """Return tensors in the order that metadata give, else in natural order of their names."""
+    if order is None:
+        names = sorted(tensors, key=natural_key)
+    else:
+        try:
+            names = json.loads(order) if isinstance(order, str) else order
+            fits = isinstance(names, list) and sorted(names) == sorted(tensors)
+        except (ValueError, TypeError, RecursionError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                f"{file}: its metadata {ORDER_KEY!r} must be a JSON list of the names of its {len(tensors)} tensors; "
+                f"write the file again with save_state_dict"
+            )
+    return {name: tensors[name] for name in names}

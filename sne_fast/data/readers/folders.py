@@ -1,0 +1,173 @@
+"""Folders of checkpoints: which of their files are the weights, and models of sentence-transformers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from ...regular_files import read_json
+from ..layer_order import natural_key
+from .errors import CheckpointError, reading, shown
+from .formats import READABLE
+from .shards import counts_itself, sibling_shards
+
+__all__ = ["Part", "chosen_file", "independent_files", "sentence_transformer_parts"]
+
+_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar")
+_INDEX = re.compile(r".*\.index(\..*)?\.json")
+# Files beside weights that trainers write. They are no weights, whatever they are called.
+_NO_WEIGHTS = re.compile(
+    r"training_args\..*|(.*[_.-])?(optimi[sz]er|optim|scheduler|scaler|rng_state|optim_states)([_.-].*)?|"
+    r"random_states?([_.-].*)?|.*optim_states\..*|preprocess\w*\..*|vocab\w*\..*|tokenizer\w*\..*"
+)
+_STANDARD = ("model", "pytorch_model", "diffusion_pytorch_model")  # names of one model in several formats
+_ADAPTER = re.compile(r"adapter_model\..*")
+_MODULES = "modules.json"
+# Modules of sentence-transformers that have no weights.
+_WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "BoW")
+
+
+class Part(NamedTuple):
+    """A module of a sentence-transformers model: its number, and the file of its weights."""
+
+    number: str
+    file: Path
+
+
+def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Return the file of a folder that holds its weights, and the other files that look like weights, with the reason.
+
+    Raises:
+        CheckpointError: no file, several, an adapter without its model, or one part of several.
+    """
+    with reading(folder):
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
+    lower = {name: name.lower() for name in names}
+    weights = [name for name in names if lower[name].endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(lower[name])]
+    left_out = {
+        name: "no weights by its name" for name in names if lower[name].endswith(_ENDINGS) and name not in weights
+    }
+    adapters = [name for name in weights if _ADAPTER.fullmatch(name)]
+    indices = [name for name in names if _INDEX.fullmatch(lower[name])]
+    groups = _groups(folder, [name for name in weights if name not in adapters], indices)
+    if not groups and adapters:
+        raise CheckpointError(
+            f"{folder}: holds an adapter without its base model; merge them, or give the path of {adapters[0]} to "
+            f"encode the adapter alone"
+        )
+    if not groups:
+        held = ", ".join(names[:8]) or "no files"
+        raise CheckpointError(f"{folder}: holds no checkpoint ({READABLE}) but {held}")
+    chosen, others = _best(folder, groups)
+    if adapters:
+        others = [*others, *adapters]
+    if others and (adapters or not _same_model(chosen, others)):
+        raise CheckpointError(
+            f"{folder}: holds several checkpoints, {', '.join(sorted([chosen, *others])[:8])}; give the path of one"
+        )
+    return folder / chosen, left_out | dict.fromkeys(others, f"the same model as {chosen} by its name")
+
+
+def independent_files(folder: Path) -> list[Path] | None:
+    """Return the checkpoints of a folder where each file is a network of its own, in natural order of their names.
+
+    None for a folder that is one checkpoint, and wherever files may belong together: beside an index or a
+    configuration, shards that count themselves, adapters, and one name in several formats.
+    """
+    try:
+        chosen_file(folder)
+    except CheckpointError:
+        pass
+    else:
+        return None
+    with reading(folder):
+        names = sorted((entry.name for entry in folder.iterdir() if not entry.is_dir()), key=natural_key)
+    if any(_INDEX.fullmatch(name.lower()) or name in ("config.json", _MODULES) for name in names):
+        return None
+    weights = [name for name in names if name.lower().endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(name.lower())]
+    together = any(_ADAPTER.fullmatch(name.lower()) or counts_itself(name) for name in weights)
+    if len(weights) < 2 or together or len({_stem(name) for name in weights}) < len(weights):
+        return None
+    return [folder / name for name in weights]
+
+
+def _groups(folder: Path, weights: list[str], indices: list[str]) -> list[str]:
+    """Return one file for each checkpoint: an index, the first of counted files without one, or the file itself."""
+    found, covered = [], set()
+    for name in indices:
+        found.append(name)
+        stem = name.lower().partition(".")[0]
+        covered |= {
+            other for other in weights if re.match(rf"{re.escape(stem)}[-_.].*\d+[-_.]of[-_.]\d+", other.lower())
+        }
+    for name in weights:
+        if name in covered:
+            continue
+        parts = sibling_shards(folder / name)
+        covered |= {part.name for part in parts or ()}
+        found.append(name)
+    return found
+
+
+def _best(folder: Path, groups: list[str]) -> tuple[str, list[str]]:
+    """Return the checkpoint to read if all are of one model: safetensors before pickles, whole files before shards."""
+
+    def rank(name: str) -> tuple[bool, bool, bool]:
+        return ".safetensors" not in name, _INDEX.fullmatch(name) is not None, _stem(name) not in _STANDARD
+
+    ordered = sorted(groups, key=rank)
+    if "model.safetensors" in groups:
+        ordered.sort(key=lambda name: name != "model.safetensors")
+    return ordered[0], ordered[1:]
+
+
+def _stem(name: str) -> str:
+    """Return what a file's name says of the model: without format, index, count of shards and variant of dtype."""
+    name = re.sub(r"\.index(\..*)?\.json$", "", name)
+    name = re.sub(r"[-_.]?\d+[-_.]of[-_.]\d+", "", name)
+    for ending in sorted(_ENDINGS, key=len, reverse=True):
+        name = name.removesuffix(ending)
+    return re.sub(r"\.(fp16|bf16|fp32)$", "", name)
+
+
+def _same_model(chosen: str, others: list[str]) -> bool:
+    """Return whether all files are one model by their names; a `model.safetensors` stands for its folder."""
+    if chosen in ("model.safetensors", "model.safetensors.index.json"):
+        return not any(re.fullmatch(r"model_\d+", _stem(name)) for name in others)
+    stems = {_stem(name) for name in [chosen, *others]}
+    return len(stems) == 1 or stems <= set(_STANDARD)
+
+
+def sentence_transformer_parts(folder: Path) -> list[Part] | None:
+    """Return the files of all modules of a sentence-transformers model that have weights, None for another folder.
+
+    Raises:
+        CheckpointError: a list of modules that is damaged, or a module whose weights are missing.
+    """
+    listing = folder / _MODULES
+    if not listing.exists():
+        return None
+    with reading(listing):
+        modules = read_json(listing, list)
+    parts: list[Part] = []
+    for module in modules:
+        entries = [module.get(key) for key in ("path", "type")] if isinstance(module, dict) else [None]
+        if not all(isinstance(entry, str) for entry in entries):
+            raise CheckpointError(f"{listing}: must list modules by path and type")
+        path, kind = map(str, entries)
+        steps = re.split(r"[/\\]", path)
+        if ".." in steps or (path and steps[0] == "") or ":" in path or "\0" in path:
+            raise CheckpointError(f"{listing}: refused, its module {shown(path)} lies outside the folder")
+        place = folder / path
+        if kind.rpartition(".")[2] in _WEIGHTLESS:
+            continue
+        if not place.is_dir():
+            raise CheckpointError(f"{folder}: its module {shown(path)} is missing; fetch it into {folder}")
+        try:
+            parts.append(Part(str(module.get("idx", len(parts))), chosen_file(place)[0]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: its module {shown(path)} ({kind}) has no weights: {error}") from error
+    if not parts:
+        raise CheckpointError(f"{folder}: holds a model of sentence-transformers without weights")
+    return parts
