@@ -53,7 +53,7 @@ class World:
             message = [None if error is None else str(error)]
             self._together(partial(dist.broadcast_object_list, message, 0))
             if error is None and message[0] is not None:
-                raise RuntimeError(f"the first process ended: {message[0]}")
+                raise ConnectionError(f"process {self.rank} of {self.size} ends as the first one does: {message[0]}")
         if error is not None:
             raise error
 

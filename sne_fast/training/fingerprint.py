@@ -77,7 +77,7 @@ def of_targets(targets: Tensor, predictor: Predictor | None = None) -> Fingerpri
 
 def of_predictor(predictor: Predictor) -> Fingerprint:
     """Return the fingerprint of a predictor: its configuration and its parameters' names, shapes and dtypes."""
-    config = _flat(json.loads(json.dumps(predictor.config)))
+    config = _flat(json.loads(json.dumps(predictor.config, default=repr)))
     parameters = {name: (tuple(t.shape), str(t.dtype)) for name, t in predictor.state_dict().items()}
     frozen = [name for name, p in predictor.named_parameters() if not p.requires_grad]
     return {

@@ -1,6 +1,7 @@
 """Saving and loading in the Hub's layout, and what happens when a file does not fit."""
 
 import json
+import resource
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sne_fast
 from sne_fast import SNE, Predictor
+from sne_fast.data.checkpoints import CheckpointError
 
 
 def networks():
@@ -541,3 +543,20 @@ def test_weights_that_are_not_floating_are_refused(saved):
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(ValueError, match=r"head\.0\.bias must be floating, is torch\.int8"):
         Predictor.from_pretrained(saved)
+
+
+def test_a_full_disk_is_an_error_that_names_the_model_and_leaves_no_part(tmp_path):
+    model = SNE(hidden_dim=32)
+    model.save_pretrained(tmp_path / "model")
+    before = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        for name in ("model", "other"):
+            with pytest.raises(CheckpointError, match=rf"/{name}/model.safetensors: cannot be written") as raised:
+                model.save_pretrained(tmp_path / name)
+            assert ".tmp" not in str(raised.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {file: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import stat
 import threading
 from pathlib import Path
@@ -241,3 +242,16 @@ def test_a_log_with_half_a_line_resumes(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"log.csv' is no log of a training|log.csv"):
         log.resume(2)
+
+
+def test_a_log_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "log.csv")
+    log.resume(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError) as raised:
+            log(0, {"train_loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.filename == str(tmp_path / "log.csv") and raised.value.strerror == "File too large"
