@@ -343,6 +343,16 @@ def test_what_a_hook_returns_is_taken(name: str) -> None:
     torch.testing.assert_close(encoder(batch), before)
 
 
+@pytest.mark.slow
+def test_compiled_encoders_call_their_hooks_and_replaced_layers() -> None:
+    encoder = encoder_of()
+    batch = batch_for(encoder)
+    encoder.chunk_encoder.blocks[1].mab.fc_o.register_forward_hook(lambda m, args, out: 0.5 * out)
+    replace(encoder, "tensor_encoder.pool.mab.fc_v", LoRA(encoder.tensor_encoder.pool.mab.fc_v))
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch), encoder(batch))
+
+
 # ------------------------------------------------------------------------------- pruning, parametrisation, quantisation
 
 
