@@ -127,106 +127,104 @@ int forward(const sne_fast_segment_pool_args &g, Interrupt &interrupt) {
   return interrupt.status(failed);
 }
 
+// Writes top and log_sum (A), by which the softmax of segment s is exp(logits - top - log_sum). The saved log-sum-exp
+// is their sum, which has lost log_sum to rounding where it is large: then both are computed again.
 template <class T>
-struct RowWork {
-  T *xt, *dw, *w;  // (h, W) rows on lanes; (A, W) gradients of weights; (W, A) weights
-  static long size(long h, long A) { return h * kLanes<T> + A * kLanes<T> + kLanes<T> * A + kLanes<T>; }
-  RowWork(T *base, long h, long A) : xt(base), dw(xt + h * kLanes<T>), w(dw + A * kLanes<T>) {}
-};
+void segment_sums(const sne_fast_segment_pool_args &g, int64_t s, T *top, T *log_sum) {
+  constexpr double kSmall = 16;
+  const long A = g.heads;
+  const T *logits = (const T *)g.logits, *lse = (const T *)g.lse + s * A;
+  for (long a = 0; a < A; ++a) {
+    top[a] = 0;
+    log_sum[a] = lse[a];
+    if (__builtin_fabs(double(lse[a])) <= kSmall) continue;  // not so for NaN
+    top[a] = kLowest<T>;
+    double sum = 0;
+    for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) top[a] = logits[i * A + a] > top[a] ? logits[i * A + a] : top[a];
+    for (int64_t i = g.ptr[s]; i < g.ptr[s + 1]; ++i) sum += exp(double(logits[i * A + a] - top[a]));
+    log_sum[a] = T(log(sum));
+  }
+}
 
-// Computes the weights and the gradients of weights of n rows from r of segment s, n at most kLanes.
+// Writes the weights of n rows from r to w (n, A).
 template <class T>
-void row_weights(const sne_fast_segment_pool_args &g, const T *gs, int64_t r, long n, const T *top, const T *log_sum,
-                 const RowWork<T> &work) {
+void row_weights(const sne_fast_segment_pool_args &g, int64_t r, long n, const T *top, const T *log_sum, T *w) {
   constexpr int W = kLanes<T>;
-  const long h = g.hidden, A = g.heads;
+  const long A = g.heads;
   const T *logits = (const T *)g.logits;
-  T *w = work.w;
-  to_lanes((const T *)g.x + r * h, h, n, h, work.xt, W);
-  product<T, 1, 0, 1>(A, gs, h, 0, work.xt, W, h, work.dw, W);
   for (long j = 0; j < n * A; ++j) w[j] = (logits[r * A + j] - top[j % A]) - log_sum[j % A];
   for (long j = n * A; j < (n * A + W - 1) / W * W; ++j) w[j] = 0;
   for (long j = 0; j < n * A; j += W) store(w + j, vexp2(load(w + j) * kLog2e<T>));
 }
 
-// Writes sums of segment s (A each): top and log_sum, by which the softmax is exp(logits - top - log_sum), and dot, the
-// mean of the gradients of weights. The saved log-sum-exp serves as log_sum and <grad, out> as dot where it is small. A
-// large one has lost the logarithm of the sum to rounding, and where one row has all the weight, differences to the
-// mean must vanish exactly, as parameters so large multiply them: then all three are computed again from the rows.
-template <class T>
-void segment_sums(const sne_fast_segment_pool_args &g, const T *gs, int64_t s, T *top, T *log_sum, T *dot,
-                  const RowWork<T> &work) {
-  constexpr int W = kLanes<T>;
-  constexpr double kSmall = 16;
-  const long h = g.hidden, A = g.heads;
-  const int64_t begin = g.ptr[s], end = g.ptr[s + 1];
-  const T *logits = (const T *)g.logits, *lse = (const T *)g.lse + s * A, *out = (const T *)g.out + s * A * h;
-  bool small = true;
-  for (long a = 0; a < A; ++a) {
-    top[a] = 0;
-    log_sum[a] = lse[a];
-    small = small && __builtin_fabs(double(lse[a])) <= kSmall;  // false for NaN too
-    Vec<T> sum = zero<T>();
-    for (long f = 0; f < h; f += W) sum += load(gs + a * h + f) * load(out + a * h + f);
-    dot[a] = horizontal_sum<T>(sum);
-  }
-  if (small) return;
-  for (long a = 0; a < A; ++a) {
-    top[a] = kLowest<T>;
-    double sum = 0;
-    for (int64_t i = begin; i < end; ++i) top[a] = logits[i * A + a] > top[a] ? logits[i * A + a] : top[a];
-    for (int64_t i = begin; i < end; ++i) sum += exp(double(logits[i * A + a] - top[a]));
-    log_sum[a] = T(log(sum));
-    dot[a] = 0;
-  }
-  for (int64_t r = begin; r < end; r += W) {
-    const long n = min_of(W, end - r);
-    row_weights(g, gs, r, n, top, log_sum, work);
-    for (long j = 0; j < n; ++j)
-      for (long a = 0; a < A; ++a) dot[a] += work.w[j * A + a] * work.dw[a * W + j];
-  }
-}
-
+// Two passes over the rows. The first leaves the gradients of weights in the gradients of logits, and sums their mean
+// from those very numbers, not as <grad, out>: where one row has all the weight, differences to the mean must vanish
+// exactly, as parameters so large multiply them.
 template <class T>
 int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b, Interrupt &interrupt) {
   constexpr int W = kLanes<T>;
   const long h = g.hidden, A = g.heads, S = g.num_segments;
   long count = 0;
   RowItem *items = cut_rows(S, g.ptr, 256, &count);
-  T *sums = (T *)shared_buffer.reserve(size_t(3 * S * A + 1) * sizeof(T));  // top, log_sum, dot of every segment
+  // top, log_sum and mean of every segment, and the part of every item of the mean
+  T *sums = (T *)shared_buffer.reserve(size_t((3 * S + count) * A + 1) * sizeof(T));
   if (!items || !sums) {
     free(items);
     return SNE_FAST_NO_MEMORY;
   }
+  T *parts = sums + 3 * S * A;
   const T *grad = (const T *)b.grad;
   T *gx = (T *)b.x, *gl = (T *)b.logits;
   int failed = 0;
   const int threads = int(max_of(1, min_of(g.num_threads, count))), grab = items_per_grab(count, threads);
 #pragma omp parallel num_threads(threads)
   {
-    T *base = (T *)buffer.reserve(size_t(RowWork<T>::size(h, A)) * sizeof(T));
+    T *base = (T *)buffer.reserve(size_t(h * W + A * W + (W * A + W)) * sizeof(T));
     if (!base) {
 #pragma omp atomic write
       failed = 1;
     }
-    const RowWork<T> work(base, h, A);
 #pragma omp for schedule(dynamic, 16)
-    for (int64_t s = 0; s < S; ++s) {
+    for (int64_t s = 0; s < S; ++s) segment_sums(g, s, sums + 3 * s * A, sums + (3 * s + 1) * A);
+#pragma omp for schedule(dynamic, grab)
+    for (long i = 0; i < count; ++i) {
       if (!base || interrupt.stop()) continue;
-      T *top = sums + 3 * s * A;
-      segment_sums(g, grad + s * A * h, s, top, top + A, top + 2 * A, work);
+      T *xt = base, *dw = xt + h * W, *w = dw + A * W;  // xt (h, W), dw (A, W), w (W, A)
+      const int64_t s = items[i].set;
+      const T *top = sums + 3 * s * A;
+      T *part = parts + i * A;
+      for (long a = 0; a < A; ++a) part[a] = 0;
+      for (int64_t r = items[i].begin; r < items[i].end; r += W) {
+        const long n = min_of(W, items[i].end - r);
+        to_lanes((const T *)g.x + r * h, h, n, h, xt, W);
+        product<T, 1, 0, 1>(A, grad + s * A * h, h, 0, xt, W, h, dw, W);
+        row_weights(g, r, n, top, top + A, w);
+        for (long j = 0; j < n; ++j)
+          for (long a = 0; a < A; ++a) {
+            gl[(r + j) * A + a] = dw[a * W + j];
+            part[a] += w[j * A + a] * dw[a * W + j];
+          }
+      }
+    }
+#pragma omp single
+    {
+      for (int64_t s = 0; s < S; ++s)
+        for (long a = 0; a < A; ++a) sums[(3 * s + 2) * A + a] = 0;
+      for (long i = 0; i < count; ++i)
+        for (long a = 0; a < A; ++a) sums[(3 * items[i].set + 2) * A + a] += parts[i * A + a];
     }
 #pragma omp for schedule(dynamic, grab)
     for (long i = 0; i < count; ++i) {
       if (!base || interrupt.stop()) continue;
+      T *w = base;
       const int64_t s = items[i].set;
-      const T *gs = grad + s * A * h, *top = sums + 3 * s * A, *log_sum = top + A, *dot = top + 2 * A;
+      const T *top = sums + 3 * s * A, *mean = top + 2 * A;
       for (int64_t r = items[i].begin; r < items[i].end; r += W) {
         const long n = min_of(W, items[i].end - r);
-        row_weights(g, gs, r, n, top, log_sum, work);
+        row_weights(g, r, n, top, top + A, w);
         for (long j = 0; j < n; ++j)
-          for (long a = 0; a < A; ++a) gl[(r + j) * A + a] = work.w[j * A + a] * (work.dw[a * W + j] - dot[a]);
-        product_wide<T, 0, 1>(n, work.w, A, 0, gs, h, A, gx + r * h, h, h);
+          for (long a = 0; a < A; ++a) gl[(r + j) * A + a] = w[j * A + a] * (gl[(r + j) * A + a] - mean[a]);
+        product_wide<T, 0, 1>(n, w, A, 0, grad + s * A * h, h, A, gx + r * h, h, h);
       }
     }
   }

@@ -2,9 +2,12 @@
 // what it writes, so that no two threads add to the same result.
 //
 // Both rebuild the softmax as exp((s - top) scale) / sum, with s the logits before scaling. As long as the saved
-// log-sum-exp is small, top = 0 and log2 sum = lse log2 e serve, and <grad, out> is the mean of the gradients of
-// weights. A large one has lost the logarithm of the sum to rounding, and where one key has all the weight, differences
-// to the mean must vanish exactly, as keys so large multiply them: then all three are computed again from the keys.
+// log-sum-exp is small, top = 0 and log2 sum = lse log2 e serve. A large one has lost the logarithm of the sum to
+// rounding: then top and sum are computed again from the keys.
+//
+// Where one key has all the weight, the differences of the gradients of weights to their mean must vanish exactly, as
+// large keys multiply them. So the mean is summed as the differences are, where that costs nothing (sets of few keys)
+// or the log-sum-exp is large; else it is <grad, out>.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -86,7 +89,7 @@ void query_sums(const sne_fast_set_attention_args &a, const Pointers<T> &at, con
       for (int l = 0; l < W; ++l) sum[i][l] = T(log2(double(sum[i][l])));
       dot[i] = zero<T>();
     }
-    for (int64_t k0 = first; k0 < last; k0 += kOthers) {
+    for (int64_t k0 = first; k0 < last && last - first > kOthers; k0 += kOthers) {
       const long n = min_of(kOthers, last - k0), from = k0 * h + head * d;
       product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
       product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
@@ -110,6 +113,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
   const T scale = T(1) / T(__builtin_sqrt(double(h))), log2_scale = kLog2e<T> * scale;
+  query_sums<T, NV>(a, at, item, w);
   to_lanes(at.q + item.begin * h, h, count, h, w.one, L);
   to_lanes(at.grad + item.begin * h, h, count, h, w.two, L);
   for (long r = 0; r < L; ++r)
@@ -119,6 +123,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
       w.dot[head * L + r] = r < count ? at.dot[(item.begin + r) * H + head] : T(0);
     }
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
+  const bool few = last - first <= kOthers;
   if (first == last) memset(w.g_one, 0, size_t(h * L) * sizeof(T));
   for (int64_t k0 = first; k0 < last; k0 += kOthers)  // heads in the inner loop: rows are read whole
     for (long head = 0; head < H; ++head) {
@@ -126,16 +131,22 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
       product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
       product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
       for (int i = 0; i < NV; ++i) {
-        const Vec<T> top = load(w.top + head * L + i * W), log_sum = load(w.log_sum + head * L + i * W),
-                     dot = load(w.dot + head * L + i * W);
+        const Vec<T> top = load(w.top + head * L + i * W), log_sum = load(w.log_sum + head * L + i * W);
+        Vec<T> dot = load(w.dot + head * L + i * W), mean = zero<T>();
         for (long j = 0; j < n; ++j) {
           const Vec<T> e = vexp2((load(w.s + j * L + i * W) - top) * log2_scale - log_sum);
-          store(w.s + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
+          mean += e * load(w.p + j * L + i * W);
+          store(w.s + j * L + i * W, e);
         }
+        if (few) store(w.dot + head * L + i * W, dot = mean);
+        for (long j = 0; j < n; ++j)
+          store(w.s + j * L + i * W, load(w.s + j * L + i * W) * (load(w.p + j * L + i * W) - dot) * scale);
       }
       product<T, NV, 1, 0>(d, at.k + from, 0, h, w.s, L, n, w.g_one + head * d * L, L, nullptr,
                            k0 == first ? kStore : kAccumulate);
     }
+  for (long r = 0; r < count && few; ++r)
+    for (long head = 0; head < H; ++head) at.dot[(item.begin + r) * H + head] = w.dot[head * L + r];
   from_lanes(w.g_one, L, count, h, at.gq + item.begin * h, h);
 }
 
@@ -207,17 +218,6 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
       failed = 1;
     }
 #pragma omp for schedule(dynamic, q_grab)
-    for (long i = 0; i < queries; ++i) {
-      if (!base || interrupt.stop()) continue;
-      const long rows = q_items[i].end - q_items[i].begin;
-      if (rows <= W)
-        query_sums<T, 1>(a, at, q_items[i], w);
-      else if (rows <= 2 * W)
-        query_sums<T, 2>(a, at, q_items[i], w);
-      else
-        query_sums<T, SNE_VECTORS_PER_PANEL>(a, at, q_items[i], w);
-    }
-#pragma omp for schedule(dynamic, q_grab) nowait
     for (long i = 0; i < queries; ++i) {
       if (!base || interrupt.stop()) continue;
       const long rows = q_items[i].end - q_items[i].begin;

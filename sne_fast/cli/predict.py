@@ -46,7 +46,7 @@ def predict(settings: PredictSettings) -> None:
     at the end, with exit code 1; the predictions for all others are printed and written.
     """
     from ..nn.predictor import Predictor
-    from ..reports.files import write_csv
+    from ..reports.files import distinct_columns, write_csv
     from ..reports.terminal import show_table
 
     out, console = settings.out, stdout()
@@ -57,7 +57,7 @@ def predict(settings: PredictSettings) -> None:
     results = run_in_batches(
         predictor, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite
     )
-    columns = ["name", *predictor.target_names]
+    columns = distinct_columns(["name", *predictor.target_names])
     rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in rows]
     if out is not None and out.suffix == ".json":

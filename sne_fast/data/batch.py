@@ -6,12 +6,13 @@ import dataclasses
 import operator
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import batch_protocols
 from .batch_checks import CHUNKINGS, PACKED_BY, PER_NETWORK, POINTERS, TENSORS, check_contents, check_fields
 from .choices import Chunking, Order, Scale
 from .cutting import has_kernel
@@ -310,8 +311,11 @@ class WeightBatch:
 
     # Choosing and joining networks
 
-    def __iter__(self) -> Iterator[WeightBatch]:
-        return (self[b] for b in range(len(self)))
+    # `for one in batch` goes through __getitem__. Walkers of nested containers ask for __iter__, and would find batches
+    # inside batches for ever.
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[WeightBatch]: ...
 
     def __getitem__(self, index: NetworkIndex) -> WeightBatch:
         """Select networks: by an index (a batch of one), a slice, a sequence of indices, or a mask of B booleans.
@@ -321,7 +325,8 @@ class WeightBatch:
             TypeError: anything else.
         """
         chosen = chosen_networks(index, len(self))
-        return self._slice(chosen.start, chosen.stop) if isinstance(chosen, slice) else self._take(chosen)
+        found = self._slice(chosen.start, chosen.stop) if isinstance(chosen, slice) else self._take(chosen)
+        return self.with_fields() if found is self and not isinstance(index, slice) else found
 
     def _slice(self, first: int, last: int) -> WeightBatch:
         if first == 0 and last == len(self):
@@ -417,5 +422,8 @@ class WeightBatch:
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
-        """Concatenate batches, for a loader: `DataLoader(list_of_batches, 16, collate_fn=WeightBatch.collate)`."""
+        """Concatenate batches; `DataLoader` does so without being told, also inside tuples and dicts."""
         return cls.cat(batches)
+
+
+batch_protocols.register(WeightBatch, WeightBatch.cat)

@@ -222,7 +222,9 @@ class _Digest:
             dataclasses.is_dataclass(value) and not isinstance(value, type) and "__getstate__" not in vars(type(value))
         ):
             self._write("object", f"{type(value).__module__}.{type(value).__qualname__}".encode())
-            self._add_all("fields", [getattr(value, field.name) for field in dataclasses.fields(value)])
+            # Fields that are no arguments are caches, which grow in use.
+            fields = [field.name for field in dataclasses.fields(value) if field.init]
+            self._add_all("fields", [getattr(value, name) for name in fields])
         elif isinstance(value, type) or not hasattr(value, "__dict__"):
             named = value if hasattr(value, "__qualname__") else type(value)
             self._write("name", f"{named.__module__}.{named.__qualname__}".encode())

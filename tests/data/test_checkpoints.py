@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from helpers.networks import make
@@ -338,7 +338,23 @@ def test_writing_keeps_tied_strided_and_device_tensors(tmp_path) -> None:
     weight = torch.randn(3, 4, requires_grad=True)
     state = {"b": weight, "a": weight, "t": weight.t(), "part": weight[1], "n": torch.tensor(3)}
     save_state_dict(state, tmp_path / "n.safetensors")
-    same(load_state_dict(tmp_path / "n.safetensors"), {name: t.detach() for name, t in state.items()})
+    loaded = load_state_dict(tmp_path / "n.safetensors")
+    same(loaded, {name: t.detach() for name, t in state.items()})
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr() != loaded["part"].data_ptr()
+    b, other = pack([state]), pack([tmp_path / "n.safetensors"])
+    assert b.names[0][1] == other.names[0][1] == ("a", "part", "t") and torch.equal(b.values, other.values)
+
+
+def test_tensors_saved_under_one_of_their_names_have_the_others_too(tmp_path) -> None:
+    network = torch.nn.ModuleDict({"decoder": torch.nn.Linear(3, 4, bias=False), "embed": torch.nn.Embedding(4, 3)})
+    network["decoder"].weight = network["embed"].weight
+    save_model(network, str(tmp_path / "n.safetensors"))
+    loaded = load_state_dict(tmp_path / "n.safetensors")
+    assert sorted(loaded) == ["decoder.weight", "embed.weight"]
+    assert loaded["decoder.weight"].data_ptr() == loaded["embed.weight"].data_ptr()
+    for source in (network, network.state_dict(), tmp_path / "n.safetensors"):
+        batch = pack([source])
+        assert batch.names[0][1] == ("embed.weight",) and batch.tensor_type.tolist() == [32]
 
 
 def test_writing_is_all_or_nothing(tmp_path, state, monkeypatch) -> None:
@@ -375,3 +391,12 @@ def test_importing_it_does_not_import_safetensors() -> None:
     code = "import sys, sne_fast.data.checkpoints; print('safetensors' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "False", run.stderr
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_the_mark_of_a_pickle_is_one_of_safetensors(length, tmp_path):
+    plain = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header = plain + b" " * (length - len(plain))
+    file = tmp_path / "model"
+    file.write_bytes(length.to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes())
+    assert load_state_dict(file)["w"].tolist() == [1.0, 2.0]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sne_fast import WeightBatch, pack
 from sne_fast.data.cutting import has_kernel, packed_strides
+from sne_fast.nn.preparation import relative_places
 from sne_fast.symmetry import permute, trace
-from sne_fast.tasks.sne_method import relative_places
 
 CHUNKINGS = ("flat", "neuron", "kernel")
 

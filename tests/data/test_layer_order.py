@@ -41,7 +41,7 @@ ARCHITECTURES = {
     "VGG": ["features.0", "features.3", "features.10", "classifier.0", "classifier.3"],
     "LeNet": ["conv1", "conv2", "fc1", "fc2", "fc3"],
     "ViT": [
-        "cls_token", "pos_embed", "patch_embed.proj", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj",
+        "patch_embed.proj", "pos_embed", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj",
         "blocks.0.norm2", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.10.norm1", "norm", "head",
     ],
     "GPT-2": [
@@ -91,6 +91,18 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_known_architectures_stand_as_data_flows_through_them(name: str) -> None:
     assert layers(*ARCHITECTURES[name]) == ARCHITECTURES[name]
+
+
+def test_a_module_that_owns_tensors_stands_before_the_modules_inside_it() -> None:
+    names = [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.gamma",
+        "blocks.0.attn.qkv.weight",
+        "head.bias",
+    ]
+    assert arranged(*names) == names
 
 
 def test_tensors_of_a_layer_stand_as_their_module_has_them() -> None:
@@ -158,6 +170,21 @@ def test_a_module_and_all_its_files_give_the_same_batch(name: str, tmp_path: Pat
         batch = sne_fast.pack([source])
         same(batch, want)
         assert torch.equal(batch.tensor_type, want.tensor_type)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text(".01_aAbBnNcovm²ß", max_size=12), min_size=1, max_size=12, unique=True), st.randoms())
+def test_names_of_any_form_have_one_order(names: list[str], rng: random.Random) -> None:
+    shuffled = rng.sample(names, len(names))
+    ordered = [names[i] for i in order_by_names(names)]
+    assert ordered == [shuffled[i] for i in order_by_names(shuffled)] and sorted(ordered) == sorted(names)
+
+
+def test_names_of_hostile_length_and_depth_are_ordered_too() -> None:
+    names = ["a." * 100_000 + "w", "a." * 99_999 + "w", "position" * 20_000 + ".w", "bn3.w"]
+    assert sorted(names) == sorted(names[i] for i in order_by_names(names))
+    many = [f"bn{i}.w" for i in range(2000)]
+    assert arranged(*many) == many
 
 
 def test_the_order_of_definition_is_refused_where_a_source_has_lost_it(tmp_path: Path) -> None:

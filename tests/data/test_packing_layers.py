@@ -169,6 +169,15 @@ INFERRED = [
     ("", {"weight": 0}, OTHER),
     ("x", {"weight": 6}, OTHER),
     ("x", {"bias": 1}, OTHER),
+    ("lm_head", {"bias": 1}, LINEAR),
+    ("cls.predictions.decoder", {"bias": 1}, LINEAR),
+    ("conv", {"bias": 1}, CONVOLUTION),
+    ("shared", {"weight": 2}, EMBEDDING),
+    ("mask_tokens", {"weight": 2}, EMBEDDING),
+    ("patch_embedding", {"weight": 2}, LINEAR),
+    ("experts", {"weight": 3}, OTHER),
+    ("bilinear", {"weight": 3, "bias": 1}, OTHER),
+    ("patch_embed.proj", {"weight": 4, "bias": 1}, CONVOLUTION),
 ]
 
 
@@ -241,7 +250,7 @@ def test_kinds_that_fit_nothing(given, error: type, message: str) -> None:
 # Tensors left out, tied or wrapped
 
 
-def test_only_floating_parameters_and_running_statistics() -> None:
+def test_only_floating_and_complex_parameters_and_running_statistics() -> None:
     network = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False), nn.BatchNorm1d(2, eps=1.0))
     network[2].running_mean = None
     network.register_buffer("mask", torch.ones(3))
@@ -250,7 +259,7 @@ def test_only_floating_parameters_and_running_statistics() -> None:
     network.register_parameter("none", None)
     b = pack([network])
     assert b.names[0][1] == (
-        "0.weight", "0.bias", "0.running_mean", "0.running_var", "1.running_mean", "1.running_var",
+        "phase", "0.weight", "0.bias", "0.running_mean", "0.running_var", "1.running_mean", "1.running_var",
         "2.weight", "2.bias", "2.running_var",
     )  # fmt: skip
 

@@ -1,8 +1,10 @@
 """Saving and loading in the Hub's layout, and what happens when a file does not fit."""
 
 import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -481,6 +483,45 @@ def test_files_of_two_saves_are_not_loaded_together(saved, tmp_path, moved):
         Predictor.from_pretrained(saved)
     other.save_pretrained(saved)
     assert torch.equal(encoded(Predictor.from_pretrained(saved)), encoded(other))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+from test_pretrained import make_predictor
+predictor = make_predictor()
+predictor.head[0].weight.data.zero_()
+left, move = int(sys.argv[2]), os.replace
+
+def replace(*args):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    move(*args)
+
+os.replace = replace
+predictor.save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_a_save_killed_on_its_way_leaves_the_old_model_or_one_that_is_refused(saved, renames):
+    arguments = [str(saved), str(renames), str(Path(__file__).parent)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=120)
+    assert killed.returncode in (-9, 0), killed.stderr
+    new = make_predictor()
+    with torch.no_grad():
+        new.head[0].weight.zero_()
+    try:
+        found = encoded(Predictor.from_pretrained(saved))
+    except ValueError as error:
+        assert "is not the file that config.json was written with" in str(error)
+    else:
+        assert torch.equal(found, encoded(new if killed.returncode == 0 else make_predictor()))
+    new.save_pretrained(saved)
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(encoded(Predictor.from_pretrained(saved)), encoded(new))
 
 
 def test_a_config_without_a_digest_is_taken_as_it_is(saved):

@@ -297,3 +297,17 @@ def test_dataset_items_and_errors(tmp_path):
     with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
         WeightBudgetSampler(zoo.sizes, 0)
     assert len(WeightBudgetSampler(zoo.sizes, 10**6)) == 1
+
+
+def test_tied_tensors_of_a_network_stay_tied_in_a_zoo(tmp_path):
+    tied, free = (torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 3), "head": torch.nn.Linear(3, 4)}) for _ in "ab")
+    tied["head"].weight = tied["embed"].weight
+    with ZooWriter(tmp_path / "zoo", source="mine") as writer:
+        for name, network in (("tied", tied), ("free", free)):
+            writer.add(name, network.state_dict(), {})
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert zoo.sizes.tolist() == [16, 28]
+    for i, network in enumerate((tied, free)):
+        found = zoo.state_dict(i)
+        assert list(found) == list(network.state_dict())
+        assert torch.equal(sne_fast.pack([found]).values, sne_fast.pack([network]).values)

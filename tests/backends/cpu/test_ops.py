@@ -309,11 +309,9 @@ def test_chunk_encode_refuses_wrong_shapes(place):
         cpu.chunk_encode(*args[:place], args[place].half(), *args[place + 1 :])
     args[place] = args[place][..., :-1]
     name = GRADED_NAMES[max(0, place - 4)]
-    message = (
-        "chunk_ptr must start at 0, .* end at the number of rows, 22"
-        if place == 0
-        else f"chunk_encode: {name} must have shape .*, got "
-    )
+    message = f"chunk_encode: {name} must have shape .*, got "
+    if place == 0:
+        message = "chunk_ptr must start at 0, .* end at the number of rows, 22"
     with pytest.raises(Exception, match=message):
         cpu.chunk_encode(*args)
 

@@ -1,0 +1,384 @@
+// Calls the exported functions of the CPU library with sizes, pointers and values taken from bytes, and checks what
+// they promise: what does not fit together is refused and nothing is written; else all results are written, NaN stays
+// NaN and stays where it came in. The sanitizers watch every access.
+//
+//   python csrc/fuzz/run.py
+//
+// Bytes, in order: op (0 to 3: chunk_encode, set_attention, segment_pool, gather_chunks), dtype, instruction set,
+// width, heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes are 0.
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <vector>
+
+#include "sne_fast/cpu_abi.h"
+
+namespace {
+
+void require(bool good, const char *what) {
+  if (good) return;
+  fprintf(stderr, "broken promise: %s\n", what);
+  abort();
+}
+
+class Bytes {
+ public:
+  Bytes(const uint8_t *data, size_t size) : data_(data), left_(size) {}
+  uint8_t next() { return left_ ? --left_, *data_++ : 0; }
+  int64_t below(int64_t n) { return next() % n; }
+
+ private:
+  const uint8_t *data_;
+  size_t left_;
+};
+
+// An array of exactly its size, so that AddressSanitizer sees the first access beyond it.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size) : size_(size), data_(new T[size_t(size)]) {}
+  T *data() { return data_.get(); }
+  int64_t size() const { return size_; }
+  T &operator[](int64_t i) { return data_[size_t(i)]; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<T[]> data_;
+};
+
+template <class T>
+T nan_of_all_bits() {
+  T value;
+  memset(&value, 0xff, sizeof(T));
+  reinterpret_cast<uint8_t *>(&value)[sizeof(T) - 1] = 0x7f;
+  return value;
+}
+
+template <class T>
+T value_of(uint8_t byte) {
+  switch (byte) {
+    case 255: return nan_of_all_bits<T>();
+    case 254: return T(NAN);
+    case 253: return T(INFINITY);
+    case 252: return -T(INFINITY);
+    case 251: return T(1e6);
+    case 250: return T(-1e6);
+    case 249: return T(1e30);
+    case 248: return T(1e-38);
+    case 247: return T(1e4);
+    default: return T(byte - 123) / 64;
+  }
+}
+
+template <class T>
+Array<T> values(Bytes &bytes, int64_t size) {
+  Array<T> to(size);
+  for (int64_t i = 0; i < size; ++i) to[i] = value_of<T>(bytes.next());
+  return to;
+}
+
+// Moderate numbers drawn from a seed: bytes are better spent elsewhere.
+template <class T>
+Array<T> drawn(uint32_t seed, int64_t size, double spread, double mean = 0) {
+  Array<T> to(size);
+  for (int64_t i = 0; i < size; ++i) {
+    seed = seed * 1664525u + 1013904223u;
+    to[i] = T(mean + spread * (double(seed >> 8) / (1 << 23) - 1));
+  }
+  return to;
+}
+
+// Results before a call: a number that no kernel computes.
+template <class T>
+Array<T> unwritten(int64_t size) {
+  Array<T> to(size);
+  for (int64_t i = 0; i < size; ++i) to[i] = T(-12345.678);
+  return to;
+}
+template <class T>
+int64_t written(Array<T> &array) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < array.size(); ++i) count += array[i] != T(-12345.678);
+  return count;
+}
+
+// Pointers of sets of lengths below `limit`; with `raw`, some entries are replaced.
+struct Pointers {
+  Array<int64_t> ptr;
+  int64_t rows;
+  bool good = true;
+
+  Pointers(Bytes &bytes, int64_t sets, int64_t limit, bool raw) : ptr(sets + 1), rows(0) {
+    ptr[0] = 0;
+    for (int64_t s = 0; s < sets; ++s) ptr[s + 1] = rows += bytes.below(limit);
+    if (!raw) return;
+    constexpr int64_t hostile[] = {-1, 1, INT64_MAX, INT64_MIN, int64_t(1) << 62, int64_t(1) << 32, 7, 1000000};
+    for (int64_t k = bytes.below(3) + 1; k > 0; --k) ptr[bytes.below(sets + 1)] = hostile[bytes.below(8)];
+    good = ptr[0] == 0 && ptr[sets] == rows;
+    for (int64_t s = 0; s < sets; ++s) good = good && ptr[s] <= ptr[s + 1];
+  }
+  int64_t sets() const { return ptr.size() - 1; }
+};
+
+struct Shape {
+  int64_t h, heads;
+  bool known;  // whether there are kernels
+  explicit Shape(Bytes &bytes) {
+    constexpr int64_t widths[] = {32, 64, 32, 128, 48, 0, -32, 33};
+    constexpr int64_t all_heads[] = {1, 2, 4, 8, 3, 0, -1, 16};
+    h = widths[bytes.below(8)];
+    heads = all_heads[bytes.below(8)];
+    known = (h == 32 || h == 64 || h == 128) && heads > 0 && h % heads == 0 && h / heads >= 8 && h / heads <= 64 &&
+            heads != 3;
+  }
+};
+
+// Requires the status that an input deserves; returns whether it was computed.
+bool judge(int status, bool good, int64_t results_written, const char *op) {
+  require(status == (good ? SNE_FAST_OK : SNE_FAST_BAD_ARGUMENT), op);
+  if (!good) require(results_written == 0, "a refused call writes nothing");
+  return good;
+}
+
+template <class T>
+bool moderate(T value) {
+  return fabs(double(value)) <= 2;
+}
+
+template <class T>
+void chunk_encode(Bytes &bytes, int dtype, const Shape &shape, bool norms, bool raw) {
+  const int64_t h = shape.known ? shape.h : 32, H = shape.known ? shape.heads : 1;
+  const uint32_t seed = bytes.next();
+  const int64_t tensors = bytes.below(5), element_rows = bytes.below(70), threads = bytes.next();
+  Pointers owners(bytes, tensors, 9, raw && bytes.below(2));
+  const int64_t chunks = owners.rows;
+  Pointers chunk(bytes, chunks, 70, raw);
+  int64_t longest = 0;
+  if (chunk.good)
+    for (int64_t t = 0; t < chunks; ++t)
+      longest = longest > chunk.ptr[t + 1] - chunk.ptr[t] ? longest : chunk.ptr[t + 1] - chunk.ptr[t];
+  const bool good = shape.known && owners.good && chunk.good && longest <= element_rows;
+  Array<T> x = values<T>(bytes, chunk.rows), row_code = drawn<T>(seed, tensors * h, 1),
+           element_code = drawn<T>(seed + 1, element_rows * h, 1), logit = drawn<T>(seed + 2, 2 * H, 1),
+           basis = drawn<T>(seed + 3, 3 * h, 1), w_qkv = drawn<T>(seed + 4, 9 * h * h, .2),
+           b_qkv = drawn<T>(seed + 5, 9 * h, .1), w_o = drawn<T>(seed + 6, 4 * h * h, .2),
+           b_o = drawn<T>(seed + 7, 4 * h, .1), norm = drawn<T>(seed + 8, norms ? 16 * h : 0, .2, 1),
+           pool_query = drawn<T>(seed + 9, H * h, .3);
+  const sne_fast_chunk_encode_args args = {chunks,
+                                           tensors,
+                                           chunk.rows,
+                                           shape.h,
+                                           shape.heads,
+                                           element_rows,
+                                           norms,
+                                           threads,
+                                           chunk.ptr.data(),
+                                           owners.ptr.data(),
+                                           x.data(),
+                                           row_code.data(),
+                                           element_code.data(),
+                                           logit.data(),
+                                           basis.data(),
+                                           w_qkv.data(),
+                                           b_qkv.data(),
+                                           w_o.data(),
+                                           b_o.data(),
+                                           norm.data(),
+                                           pool_query.data()};
+  Array<T> out = unwritten<T>(chunks * H * h);
+  int status = sne_fast_cpu_chunk_encode(dtype, &args, out.data());
+  const bool done = judge(status, good, written(out), "status of chunk_encode");
+  Array<T> grad = drawn<T>(seed + 10, chunks * H * h, 1);
+  Array<T> *inputs[] = {&x, &row_code, &element_code, &logit, &basis, &w_qkv, &b_qkv, &w_o, &b_o, &norm, &pool_query};
+  std::vector<Array<T>> grads;
+  for (Array<T> *input : inputs) grads.push_back(unwritten<T>(input->size()));
+  sne_fast_chunk_encode_grads to = {grad.data(),     grads[0].data(), grads[1].data(), grads[2].data(),
+                                    grads[3].data(), grads[4].data(), grads[5].data(), grads[6].data(),
+                                    grads[7].data(), grads[8].data(), grads[9].data(), grads[10].data()};
+  status = sne_fast_cpu_chunk_encode_backward(dtype, &args, &to);
+  int64_t total = 0, all = 0;
+  for (Array<T> &g : grads) total += written(g), all += g.size();
+  judge(status, good, total, "status of chunk_encode_backward");
+  if (!done) return;
+  require(written(out) == out.size() && total == all, "chunk_encode writes all results");
+  for (int64_t t = 0; t < chunks; ++t) {
+    bool has_nan = false, all_moderate = true;
+    for (int64_t i = chunk.ptr[t]; i < chunk.ptr[t + 1]; ++i) {
+      has_nan = has_nan || isnan(x[i]);
+      all_moderate = all_moderate && moderate(x[i]);
+    }
+    for (int64_t i = t * H * h; i < (t + 1) * H * h; ++i) {
+      if (has_nan) require(isnan(out[i]), "chunk_encode keeps NaN");
+      if (all_moderate) require(isfinite(out[i]), "chunk_encode keeps chunks apart");
+    }
+    for (int64_t i = chunk.ptr[t]; i < chunk.ptr[t + 1] && all_moderate; ++i)
+      require(isfinite(grads[0][i]), "chunk_encode_backward keeps chunks apart");
+  }
+}
+
+template <class T>
+void set_attention(Bytes &bytes, int dtype, const Shape &shape, bool raw) {
+  const int64_t h = shape.known ? shape.h : 32, H = shape.known ? shape.heads : 1, d = h / H;
+  const int64_t sets = bytes.below(6), threads = bytes.next();
+  Pointers queries(bytes, sets, 90, raw && bytes.below(2)), keys(bytes, sets, 90, raw);
+  const bool good = shape.known && queries.good && keys.good;
+  const uint32_t seed = bytes.next();
+  Array<T> q = drawn<T>(seed, queries.rows * h, 2), k = drawn<T>(seed + 1, keys.rows * h, 2),
+           v = drawn<T>(seed + 2, keys.rows * h, 1), grad = drawn<T>(seed + 3, queries.rows * h, 1);
+  for (int64_t n = bytes.below(4); n > 0; --n) {
+    Array<T> *where[] = {&q, &k, &v};
+    Array<T> &array = *where[bytes.below(3)];
+    const int64_t at = bytes.next() * 256 + bytes.next();
+    if (array.size()) array[at % array.size()] = value_of<T>(bytes.next());
+  }
+  Array<T> out = unwritten<T>(queries.rows * h), lse = unwritten<T>(queries.rows * H);
+  const sne_fast_set_attention_args args = {sets,     queries.rows,       keys.rows,       shape.h,  shape.heads,
+                                            threads,  queries.ptr.data(), keys.ptr.data(), q.data(), k.data(),
+                                            v.data(), out.data(),         lse.data()};
+  int status = sne_fast_cpu_set_attention(dtype, &args);
+  const bool done = judge(status, good, written(out) + written(lse), "status of set_attention");
+  Array<T> gq = unwritten<T>(q.size()), gk = unwritten<T>(k.size()), gv = unwritten<T>(v.size());
+  const sne_fast_set_attention_grads to = {grad.data(), gq.data(), gk.data(), gv.data()};
+  status = sne_fast_cpu_set_attention_backward(dtype, &args, &to);
+  const int64_t total = written(gq) + written(gk) + written(gv);
+  judge(status, good, total, "status of set_attention_backward");
+  if (!done) return;
+  require(written(out) == out.size() && written(lse) == lse.size(), "set_attention writes all results");
+  require(total == q.size() + k.size() + v.size(), "set_attention_backward writes all results");
+  for (int64_t s = 0; s < sets; ++s)
+    for (int64_t head = 0; head < H; ++head) {
+      bool has_nan = false, all_moderate = true;  // of keys; of all
+      auto look = [&](Array<T> &array, Pointers &p, bool is_key) {
+        for (int64_t r = p.ptr[s]; r < p.ptr[s + 1]; ++r)
+          for (int64_t f = r * h + head * d; f < r * h + (head + 1) * d; ++f) {
+            has_nan = has_nan || (is_key && isnan(array[f]));
+            all_moderate = all_moderate && moderate(array[f]);
+          }
+      };
+      look(q, queries, false), look(k, keys, true), look(v, keys, false);
+      for (int64_t r = queries.ptr[s]; r < queries.ptr[s + 1]; ++r)
+        for (int64_t f = r * h + head * d; f < r * h + (head + 1) * d; ++f) {
+          if (has_nan) require(isnan(out[f]) && isnan(gq[f]), "set_attention keeps NaN");
+          if (all_moderate) require(isfinite(out[f]) && isfinite(gq[f]), "set_attention keeps sets and heads apart");
+        }
+    }
+}
+
+template <class T>
+void segment_pool(Bytes &bytes, int dtype, const Shape &shape, bool raw) {
+  const bool known = shape.h >= 16 && shape.h % 16 == 0 && shape.heads >= 1;
+  const int64_t h = known ? shape.h : 16, A = known ? shape.heads : 1;
+  const int64_t segments = bytes.below(6), threads = bytes.next();
+  Pointers pieces(bytes, segments, 200, raw);
+  const bool good = known && pieces.good;
+  const uint32_t seed = bytes.next();
+  Array<T> x = drawn<T>(seed, pieces.rows * h, 1), logits = values<T>(bytes, pieces.rows * A),
+           grad = drawn<T>(seed + 1, segments * A * h, 1);
+  Array<T> out = unwritten<T>(segments * A * h), lse = unwritten<T>(segments * A);
+  const sne_fast_segment_pool_args args = {segments,          pieces.rows, shape.h,       shape.heads, threads,
+                                           pieces.ptr.data(), x.data(),    logits.data(), out.data(),  lse.data()};
+  int status = sne_fast_cpu_segment_pool(dtype, &args);
+  const bool done = judge(status, good, written(out) + written(lse), "status of segment_pool");
+  Array<T> gx = unwritten<T>(x.size()), gl = unwritten<T>(logits.size());
+  const sne_fast_segment_pool_grads to = {grad.data(), gx.data(), gl.data()};
+  status = sne_fast_cpu_segment_pool_backward(dtype, &args, &to);
+  judge(status, good, written(gx) + written(gl), "status of segment_pool_backward");
+  if (!done) return;
+  require(written(out) == out.size() && written(lse) == lse.size(), "segment_pool writes all results");
+  require(written(gx) == gx.size() && written(gl) == gl.size(), "segment_pool_backward writes all results");
+  for (int64_t s = 0; s < segments; ++s)
+    for (int64_t a = 0; a < A; ++a) {
+      bool has_nan = false, all_finite = true;
+      for (int64_t r = pieces.ptr[s]; r < pieces.ptr[s + 1]; ++r) {
+        has_nan = has_nan || isnan(logits[r * A + a]);
+        all_finite = all_finite && isfinite(logits[r * A + a]);
+      }
+      for (int64_t f = (s * A + a) * h; f < (s * A + a + 1) * h; ++f) {
+        if (has_nan) require(isnan(out[f]), "segment_pool keeps NaN");
+        if (all_finite) require(isfinite(out[f]), "segment_pool keeps segments and heads apart");
+      }
+      for (int64_t r = pieces.ptr[s]; r < pieces.ptr[s + 1]; ++r) {
+        if (has_nan) require(isnan(gl[r * A + a]), "segment_pool_backward keeps NaN");
+        if (all_finite) require(isfinite(gl[r * A + a]), "segment_pool_backward keeps segments and heads apart");
+      }
+    }
+}
+
+template <class T>
+void gather_chunks(Bytes &bytes, int dtype, bool raw) {
+  const int64_t matrices = bytes.below(6), threads = bytes.next();
+  Array<int64_t> shapes(2 * matrices);
+  int64_t total = 0;
+  for (int64_t t = 0; t < matrices; ++t) {
+    shapes[2 * t] = bytes.below(80);
+    shapes[2 * t + 1] = bytes.below(80);
+    total += shapes[2 * t] * shapes[2 * t + 1];
+  }
+  if (raw && matrices) {
+    constexpr int64_t hostile[] = {0, int64_t(1) << 62, -1, INT64_MAX, INT64_MIN, int64_t(1) << 32, 3, 1};
+    for (int64_t k = bytes.below(3) + 1; k > 0; --k) shapes[bytes.below(2 * matrices)] = hostile[bytes.below(8)];
+  }
+  bool good = true;
+  int64_t sum = 0;
+  for (int64_t t = 0; t < matrices && good; ++t) {
+    const int64_t R = shapes[2 * t], K = shapes[2 * t + 1];
+    int64_t size = 0;
+    good = R >= 0 && K >= 0 && !__builtin_mul_overflow(R, K, &size) && !__builtin_add_overflow(sum, size, &sum) &&
+           sum <= total;
+  }
+  good = good && sum == total;
+  Array<int32_t> dtypes(matrices);
+  Array<double> scale(matrices), scale_grad = unwritten<double>(matrices);
+  Array<void *> where(matrices);
+  std::vector<std::unique_ptr<uint8_t[]>> blocks;
+  bool real = true;
+  for (int64_t t = 0; t < matrices; ++t) {
+    constexpr int64_t bytes_of[] = {4, 8, 2, 2};
+    dtypes[t] = int32_t(bytes.below(4));
+    real = real && dtypes[t] < 2;
+    scale[t] = 1 + bytes.below(3);
+    const int64_t size = good ? shapes[2 * t] * shapes[2 * t + 1] * bytes_of[dtypes[t]] : 0;
+    blocks.emplace_back(new uint8_t[size_t(size)]());
+    where[t] = blocks.back().get();
+  }
+  Array<T> to = unwritten<T>(total), grad = drawn<T>(3, total, 1);
+  const sne_fast_gather_chunks_args args = {matrices,     total,        threads,   shapes.data(), dtypes.data(),
+                                            where.data(), scale.data(), to.data(), grad.data(),   scale_grad.data()};
+  judge(sne_fast_cpu_gather_chunks(dtype, &args), good, written(to), "status of gather_chunks");
+  if (good) require(written(to) == total, "gather_chunks writes all values");
+  if (good && !real) return;  // gradients are in float or double
+  judge(sne_fast_cpu_gather_chunks_backward(dtype, &args), good, written(scale_grad), "status of its backward");
+  if (good) require(written(scale_grad) == matrices, "gather_chunks_backward writes all gradients");
+}
+
+template <class T>
+void call(Bytes &bytes, int64_t op, int dtype) {
+  const Shape shape(bytes);
+  const uint8_t flags = bytes.next();
+  const bool norms = flags & 1, raw = flags & 2;
+  switch (op) {
+    case 0: return chunk_encode<T>(bytes, dtype, shape, norms, raw);
+    case 1: return set_attention<T>(bytes, dtype, shape, raw);
+    case 2: return segment_pool<T>(bytes, dtype, shape, raw);
+    default: return gather_chunks<T>(bytes, dtype, raw);
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  Bytes bytes(data, size);
+  const int64_t op = bytes.below(4), dtype = bytes.below(2);
+  const char *isas[] = {"avx512", "avx2", "portable"};
+  const char *isa = isas[bytes.below(3)];
+  sne_fast_cpu_select_isa(sne_fast_cpu_has_isa(isa) ? isa : "");
+  if (dtype)
+    call<double>(bytes, op, SNE_FAST_F64);
+  else
+    call<float>(bytes, op, SNE_FAST_F32);
+  return 0;
+}
