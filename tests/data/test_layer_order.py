@@ -187,6 +187,41 @@ def test_names_of_hostile_length_and_depth_are_ordered_too() -> None:
     assert arranged(*many) == many
 
 
+class FrozenBatchNorm(nn.Module):
+    """A normalisation whose tensors are buffers, as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(3))
+
+
+class Detector(nn.Module):
+    """Buffers of many kinds beside weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 3, 3), FrozenBatchNorm()
+        self.head = nn.Linear(3, 2)
+        self.register_buffer("final_logits_bias", torch.zeros(1, 2))
+        self.register_buffer("inv_freq", torch.rand(4))
+        self.gate = nn.Linear(3, 2)
+        self.gate.register_buffer("e_score_correction_bias", torch.zeros(2))
+
+
+def test_buffers_count_alike_in_a_module_and_its_files(tmp_path: Path) -> None:
+    network = Detector()
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    save_file(network.state_dict(), tmp_path / "b.safetensors")
+    want = sne_fast.pack([network])
+    assert want.num_weights == sum(p.numel() for p in network.parameters()) + 12
+    for source in (network.state_dict(), tmp_path / "a.pt", tmp_path / "b.safetensors"):
+        batch = sne_fast.pack([source])
+        same(batch, want)
+        assert torch.equal(batch.tensor_type, want.tensor_type)
+        assert {name for name, _ in batch.skipped[0]} == {name for name, _ in want.skipped[0]}
+
+
 def test_the_order_of_definition_is_refused_where_a_source_has_lost_it(tmp_path: Path) -> None:
     state = {"b.weight": torch.ones(2, 2), "a.weight": torch.ones(2, 2)}
     save_file(state, tmp_path / "x.safetensors")

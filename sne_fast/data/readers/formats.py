@@ -45,6 +45,9 @@ def format_of(file: Path) -> Format:
         beginning = opened.read(512)
     if not beginning:
         raise CheckpointError(f"{file}: is damaged or no {_claimed(file)}: it is empty")
+    length = int.from_bytes(beginning[:8], "little")
+    if beginning[8:9] == b"{" and 0 < length <= size - 8:  # first: the length may begin with any of the marks below
+        return "safetensors"
     for first, what in _OTHERS:
         if beginning.startswith(first):
             raise CheckpointError(f"{file}: is {what}; readable are {READABLE}")
