@@ -6,8 +6,9 @@ import re
 from collections import Counter
 
 from .batch import WeightBatch
+from .names import Skipped
 
-__all__ = ["skipped_summary"]
+__all__ = ["skipped_summary", "summary_of"]
 
 _DECODED = "quantised weight"
 _KINDS = (  # of what readers of files say, in the words that count
@@ -34,7 +35,12 @@ def skipped_summary(batch: WeightBatch) -> str:
         A line such as `left out: 12 num_batches_tracked counters, 2 masks`, the most frequent first. Tensors of which
         a weight was decoded are not counted: their values are there.
     """
-    kinds = Counter(_kind(reason) for network in batch.skipped for _, reason in network)
+    return summary_of(batch.skipped)
+
+
+def summary_of(skipped: Skipped) -> str:
+    """Return the line of `skipped_summary` for what was left out of networks that may be of many batches."""
+    kinds = Counter(_kind(reason) for network in skipped for _, reason in network)
     kinds.pop(_DECODED, None)
     counts = [f"{count} {_plural(kind) if count > 1 else kind}" for kind, count in kinds.most_common()]
     return f"left out: {', '.join(counts)}" if counts else ""
