@@ -163,7 +163,7 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
 
 def nudged(t: Tensor, generator: torch.Generator) -> Tensor:
     """Return ``t`` with every number moved to one of its neighbours or left, at random."""
-    step = torch.finfo(t.dtype).eps * torch.randint(-1, 2, t.shape, generator=generator)
+    step = torch.finfo(t.dtype).eps * torch.randint(-1, 2, t.shape, generator=generator, dtype=torch.float64)
     return (t.double() * (1 + step)).to(t.dtype)
 
 
