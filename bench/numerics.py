@@ -22,12 +22,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
+import multiprocessing
 import random
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -236,23 +239,29 @@ def summary(rows: list[Json]) -> Json:
     return found
 
 
+def _row(backend: str, seed: int) -> Json:
+    return judge(Configuration.draw(seed), backend)
+
+
 def main() -> int:
     """Parse the command line, judge, and write or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first configuration")
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each of one thread")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--show", action="store_true", help="print instead of writing")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     rows, start = [], time.monotonic()
-    for seed in range(options.first, options.first + options.count):
-        rows.append(judge(Configuration.draw(seed), options.backend))
-        if rows[-1]["beyond"]:
-            print(json.dumps(rows[-1]), file=sys.stderr)
-        if len(rows) % 100 == 0:
-            print(f"{len(rows)} of {options.count}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    seeds = range(options.first, options.first + options.count)
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for row in pool.map(functools.partial(_row, options.backend), seeds, chunksize=10):
+            rows.append(row)
+            if row["beyond"]:
+                print(json.dumps(row), file=sys.stderr)
+            if len(rows) % 100 == 0:
+                print(f"{len(rows)} of {options.count}, {time.monotonic() - start:.0f} s", file=sys.stderr)
     by_error = sorted(rows, key=lambda row: row["gradients"], reverse=True)
     state = revision()
     report = {
