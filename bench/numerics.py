@@ -239,6 +239,14 @@ def summary(rows: list[Json]) -> Json:
     return found
 
 
+def _finished(file: Path | None, seeds: range) -> list[Json]:
+    """Return what an earlier run has left in ``file`` about these seeds."""
+    if file is None or not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["seed"] in seeds]
+
+
 def _row(backend: str, seed: int) -> Json:
     return judge(Configuration.draw(seed), backend)
 
@@ -250,14 +258,20 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="seed of the first configuration")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each of one thread")
+    parser.add_argument("--rows", type=Path, help="keep each finished configuration here, and go on from it")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--show", action="store_true", help="print instead of writing")
     options = parser.parse_args()
-    rows, start = [], time.monotonic()
-    seeds = range(options.first, options.first + options.count)
+    seeds, start = range(options.first, options.first + options.count), time.monotonic()
+    rows = _finished(options.rows, seeds)
+    done = {row["seed"] for row in rows}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for row in pool.map(functools.partial(_row, options.backend), seeds, chunksize=10):
+        left = [seed for seed in seeds if seed not in done]
+        for row in pool.map(functools.partial(_row, options.backend), left, chunksize=5):
             rows.append(row)
+            if options.rows:
+                with options.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
             if row["beyond"]:
                 print(json.dumps(row), file=sys.stderr)
             if len(rows) % 100 == 0:

@@ -38,7 +38,12 @@ def test_the_corpus_and_random_inputs_keep_the_promises_of_the_interface(tmp_pat
     key = artefacts.digest(parts, artefacts.native_sources("cpu", "include", "fuzz"))
     program = artefacts.kept("fuzz", key, make) / "abi_fuzz"
     result = subprocess.run(
-        [program, run.CORPUS, "3"], capture_output=True, text=True, cwd=tmp_path, env=sanitize.environment(), timeout=900
+        [program, run.CORPUS, "3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=sanitize.environment(),
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.endswith("random inputs: all good\n")
