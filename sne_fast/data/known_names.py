@@ -25,7 +25,14 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("position table", re.compile(r"(^|\.)(relative_coords_table|positional_encoding_gaussian_matrix|_float_tensor)$")),
     ("observer value", re.compile(r"(^|\.)(activation_post_process|\w+_fake_quant)(\.|_\d+\.)")),
     ("spectral norm vector", re.compile(r"(^|\.)(weight_u|parametrizations\.\w+\.\d+\._[uv])$")),
-    ("codebook statistic", re.compile(r"(^|\.)(_?ema_cluster_size|cluster_size|embed_avg)$")),
+    (
+        "codebook statistic",
+        re.compile(r"(^|\.)(_?ema_cluster_size|cluster_(size|usage)|embed_(avg|sum)|init(t?ed|ialized))$"),
+    ),
+    ("correction of a router", re.compile(r"(^|\.)e_score_correction_bias$")),
+    ("bias of outputs that is no parameter", re.compile(r"(^|\.)final_logits_bias$")),
+    ("attention decay", re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|num_points_scale)$")),
+    ("range of activations", re.compile(r"(^|\.)((input|output)_(min|max)|act_range|x_(min|max))$")),
     (
         "diffusion schedule",
         re.compile(
@@ -34,7 +41,7 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
             r"|lvlb_weights)$"
         ),
     ),
-    ("normalisation constant", re.compile(r"(^|\.)(pixel|image)_(mean|std)$")),
+    ("normalisation constant", re.compile(r"(^|\.)((pixel|image|norm)_(mean|std)|global_(mean|invstd))$")),
     ("audio filter", re.compile(r"(^|\.)(mel_scale\.fb|spectrogram\.window|hann_window|mel_filters)$")),
     ("anchor table", re.compile(r"(^|\.)(anchors|anchor_grid|anchor_points)$")),
 )
