@@ -15,7 +15,18 @@ from torch import Tensor
 
 from .tied_names import has_plain_values
 
-__all__ = ["buffer_by_name", "counter_by_name", "is_optimiser_state", "is_quantisation_record", "is_weight_name"]
+__all__ = [
+    "WRAPPER_PARTS",
+    "buffer_by_name",
+    "counter_by_name",
+    "is_flattened",
+    "is_optimiser_state",
+    "is_quantisation_record",
+    "is_weight_name",
+]
+
+WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts of names that `torch.compile`, FSDP and activation checkpointing add, wherever they stand."""
 
 _MASK = re.compile(r"(^|\.|_)(masks?|masked_bias|tril|triu)$")
 _SINUSOIDS = re.compile(r"(^|\.)(pe|pos_enc|pos_encoding|position(al)?_encoding|pos(ition)?_table)$")
@@ -25,6 +36,7 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("rotary table", re.compile(r"(^|\.|_)((cos|sin)_(cached|table)|(cached|table)_(cos|sin))$")),
     ("position table", re.compile(r"(^|\.)(relative_coords_table|positional_encoding_gaussian_matrix|_float_tensor)$")),
     ("observer value", re.compile(r"(^|\.)(activation_post_process|\w+_fake_quant)(\.|_\d+\.)")),
+    ("base of an orthogonal weight", re.compile(r"(^|\.)parametrizations\.\w+\.\d+\.base$")),
     ("spectral norm vector", re.compile(r"(^|\.)(weight_u|parametrizations\.\w+\.\d+\._[uv])$")),
     (
         "codebook statistic",
@@ -61,6 +73,7 @@ _OPTIMISER_STATE = re.compile(
     r"(^|\.)(exp_avg|exp_avg_sq|exp_avg_diff|exp_inf|max_exp_avg_sq|max_exp_avg_sqs|momentum_buffer|square_avg|acc_delta"
     r"|grad_avg|exp_avg_sq_(row|col)|slow_buffer)$|(^|\.)(optimizers?|optimisers?|optim)\.(\d+\.)?(state|param_groups)\."
 )
+_FLATTENED = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 _QUANTISATION = re.compile(
     r"(^|\.)((input|output|act|activation|qkv|q|k|v|prob|kv_cache)_(scale|scales|zero_point|global_scale|scale_inv)"
     r"|weight_format|scaled_fp8)$"
@@ -105,6 +118,12 @@ def is_weight_name(name: str, *, whole: bool = False) -> bool:
     """
     own = name.rpartition(".")[2]
     return (_WHOLE_WEIGHT if whole else _WEIGHT).match(own) is not None and _NOT_WEIGHT.search(own) is None
+
+
+@lru_cache(1 << 16)
+def is_flattened(name: str) -> bool:
+    """Return whether a tensor of this name joins the parameters of several layers."""
+    return _FLATTENED.search(name) is not None
 
 
 @lru_cache(1 << 16)
