@@ -107,7 +107,8 @@ def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     if dim == 1:
         return OTHER if _ACTIVATION_NAME.search(layer.lower()) else NORMALISATION
     if dim == 2:
-        last = layer.rpartition(".")[2].lower()
+        words = [part for part in layer.lower().split(".") if not part.isdigit()]  # of a list its name counts
+        last = words[-1] if words else ""
         named = _EMBEDDING_NAME.search(last) and not _NOT_EMBEDDING_NAME.search(last)
         return EMBEDDING if named and len(dims) == 1 else LINEAR
     return CONVOLUTION if 3 <= dim <= 5 and _may_be_convolution(layer.lower(), shapes) else OTHER
