@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.masked import MaskedTensor
 
 from .checkpoints import CheckpointError, find_state_dict
 from .flat_entries import FlatEntries, holds_tensors, quantised_recurrent_weights, refuse_hidden, saved_besides
@@ -210,7 +211,7 @@ def _reason_of_floats(name: str, tensor: Tensor, counts: bool | None, tensors: M
         return "empty tensor"
     if counts is None and isinstance(tensor, nn.Parameter):
         return None
-    known = buffer_by_name(name, tensor)
+    known = buffer_by_name(name, tensor, tensors)
     if known is None and name.endswith("weight_v") and {name[:-1] + "u", name[:-1] + "orig"} <= tensors.keys():
         return "spectral norm vector"
     return known
@@ -241,6 +242,8 @@ def _check_tensor(label: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{where} joins the weights of several layers, as FSDP keeps them; save a full state_dict")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{where} is not initialised yet (lazy module); run the network once on an example")
+    if isinstance(tensor, MaskedTensor):
+        raise ValueError(f"{where} is masked ({type(tensor).__name__}); use .to_tensor() with a value for the rest")
     if tensor.layout != torch.strided or tensor.is_nested:
         what = "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
         raise ValueError(f"{where} is {what}; use .to_dense()")

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 
 import sne_fast
 from helpers.networks import FACTORIES, make
@@ -322,9 +323,10 @@ def fake() -> Tensor:
         (lambda: torch.zeros(3, device="meta"), "is on the meta device and has no values"),
         (lambda: nn.UninitializedParameter(), "is not initialised yet"),
         (fake, "is fake and has no values"),
+        (lambda: masked_tensor(torch.ones(2), torch.tensor([True, False])), "is masked .*to_tensor"),
         (lambda: torch.zeros(2, dtype=torch.float4_e2m1fn_x2), "packs two numbers per element"),
     ],
-    ids=["sparse", "meta", "lazy", "fake", "fp4"],
+    ids=["sparse", "meta", "lazy", "fake", "masked", "fp4"],
 )
 def test_tensors_that_cannot_be_cut(make_tensor: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=r"network 1 \('state_dict'\), tensor 'fc.weight' " + message):

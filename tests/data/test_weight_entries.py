@@ -144,6 +144,19 @@ def test_buffers_are_left_out_of_modules_and_of_their_state_dicts_alike() -> Non
     assert skipped(state).keys() <= skipped(module).keys()
 
 
+def test_buffers_are_told_from_weights_by_what_stands_beside_them() -> None:
+    angles = torch.randn(4, 2)
+    buffers = {
+        "rope.cos": angles.cos(), "rope.sin": angles.sin(), "betas": torch.rand(4), "alphas": torch.rand(4),
+        "alphas_cumprod": torch.rand(4), "queue": torch.randn(3, 8), "queue_ptr": torch.zeros(1, dtype=torch.int64),
+        "alibi_slopes": torch.rand(4),
+    }  # fmt: skip
+    found = packed({"fc.weight": torch.ones(2, 2), **buffers})
+    assert found.names[0][1] == ("fc.weight",) and skipped(found).keys() == buffers.keys()
+    weights = {name: torch.randn(4, 2) for name in ("rope.cos", "rope.sin", "betas", "alphas", "queue")}
+    assert set(packed(weights).names[0][1]) == weights.keys()
+
+
 def test_weight_norm_keeps_its_directions() -> None:
     state = {"fc.weight_g": torch.ones(3, 1), "fc.weight_v": torch.ones(3, 2), "fc.bias": torch.ones(3)}
     assert packed(state).num_weights == 12
