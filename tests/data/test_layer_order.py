@@ -104,6 +104,14 @@ ARCHITECTURES = {
     "upsampling, then convolution": ["inc", "down1", "up1.up", "up1.conv", "outc"],
     "last convolution before the classifier": ["stem", "layer1", "layer2", "conv_last", "fc"],
     "blocks of a diffusion network": ["resnets.0.conv1", "attentions.0.to_q", "downsamplers.0.conv"],
+    "attention with a table of positions": [
+        "attention.relative_position_bias", "attention.q_proj", "attention.k_proj", "attention.v_proj",
+        "attention.o_proj",
+    ],
+    "the same under older names": [
+        "attention.self.relative_position_bias", "attention.self.query", "attention.self.key", "attention.self.value",
+        "attention.output.dense",
+    ],
     "embeddings of two languages": ["src_embed.0", "tgt_embed.0", "encoder.layers.0", "decoder.layers.0"],
 }  # fmt: skip
 
