@@ -64,12 +64,13 @@ _BESIDE: tuple[tuple[str, str, str], ...] = (
     ("betas", "alphas_cumprod", "diffusion schedule"),
     ("alphas", "alphas_cumprod", "diffusion schedule"),
     ("queue", "queue_ptr", "queue of keys"),
+    ("embed", "embed_avg", "codebook of averages"),
 )
 """Own names of buffers, the tensor beside them that tells that they are none of the weights, and what they are."""
 
 _COUNTER = re.compile(
     r"(^|\.|_)(num_batches_tracked|num_updates|n_averaged|steps?|initted|epoch|iteration|version|ptr|strides?|padding|dilation"
-    r"|\w*(idx|ids|index|indices|indexes|rng_state|lengths?|shapes?|sizes?|counts?|offsets?|buckets?))$"
+    r"|\w*(idxs?|ids|index|indices|indexes|rng_state|lengths?|shapes?|sizes?|counts?|offsets?|buckets?))$"
 )
 _WEIGHT = re.compile(
     r"^(\w+_)?(q|u?int\d+)?(weights?|kernel|bias(es)?|embeddings?|w_q|in_proj|out_proj)(_\w+)?$", re.IGNORECASE

@@ -226,6 +226,8 @@ def _reason_of_integers(name: str, tensor: Tensor, label: str, scales_beside: bo
         return f"{own} counter" if tensor.numel() == 1 else f"{own} table"
     if own.endswith(("mask", "masks")) or (own == "bias" and tensor.ndim == 4 and tensor.shape[:2] == (1, 1)):
         return "mask"
+    if tensor.dtype == torch.int64 and not is_weight_name(name, whole=True):  # too wide for anything quantised
+        return "integer tensor"
     if not is_weight_name(name) and (tensor.ndim < 2 or (wide and not scales_beside)):
         return "integer tensor"
     if tensor.numel() == 0:

@@ -149,7 +149,8 @@ def test_buffers_are_told_from_weights_by_what_stands_beside_them() -> None:
     buffers = {
         "rope.cos": angles.cos(), "rope.sin": angles.sin(), "betas": torch.rand(4), "alphas": torch.rand(4),
         "alphas_cumprod": torch.rand(4), "queue": torch.randn(3, 8), "queue_ptr": torch.zeros(1, dtype=torch.int64),
-        "alibi_slopes": torch.rand(4),
+        "alibi_slopes": torch.rand(4), "vq.embed": torch.randn(3, 2), "vq.embed_avg": torch.randn(3, 2),
+        "attn.attention_bias_idxs": torch.arange(4).view(2, 2), "bias_table": torch.arange(4).view(2, 2),
     }  # fmt: skip
     found = packed({"fc.weight": torch.ones(2, 2), **buffers})
     assert found.names[0][1] == ("fc.weight",) and skipped(found).keys() == buffers.keys()
