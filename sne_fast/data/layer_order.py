@@ -106,11 +106,12 @@ def _own_key(own: str) -> Key:
     """Return the key of a tensor inside its layer: weights, others, biases, running mean, running variance."""
     stacked = _STACKED.search(own)
     place = (_number(stacked[1]), bool(stacked[2])) if stacked else ((0, ""), False)
+    name, own = own, {"gamma": "weight", "beta": "bias"}.get(own, own)  # older names of a normalisation's
     ranks = (own == "weight", "weight" in own, "bias" not in own and not own.startswith("running_"), "bias" in own)
     rank = ranks.index(True) if True in ranks else len(ranks)
     if own.startswith("weight_hr"):  # of projected states, which recurrent modules have behind their biases
         rank = len(ranks) - 1
-    return place, rank, re.sub("_ih(?=_|$)", "_a", own), own  # recurrent modules: of inputs before of states
+    return place, rank, re.sub("_ih(?=_|$)", "_a", own), name  # recurrent modules: of inputs before of states
 
 
 @lru_cache(maxsize=1024)

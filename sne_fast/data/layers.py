@@ -45,7 +45,8 @@ class Layer:
 
     def roles(self) -> list[int]:
         """Return the role of each tensor."""
-        return [role_of(own) for own in self.own]
+        kind = self.resolved_kind()
+        return [role_of(own, kind) for own in self.own]
 
 
 @dataclass

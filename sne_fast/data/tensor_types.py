@@ -81,8 +81,13 @@ def kind_id(kind: Any) -> int:
     )
 
 
-def role_of(name: str) -> int:
-    """Return the role of a tensor by its own name: weight 0, bias 1, running_mean 2, running_var 3, other 4."""
+def role_of(name: str, kind: int | None = None) -> int:
+    """Return the role of a tensor by its own name: weight 0, bias 1, running_mean 2, running_var 3, other 4.
+
+    In a normalisation, gamma is the weight and beta the bias.
+    """
+    if kind == NORMALISATION and name in ("gamma", "beta"):
+        return int(name == "beta")
     if name == "running_mean":
         return 2
     if name == "running_var":
@@ -104,6 +109,8 @@ def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         last = layer.rpartition(".")[2].lower()
         linear = _LINEAR_NAME.search(last) or _LINEAR_BEHIND.search(last)
         return CONVOLUTION if "conv" in last else LINEAR if linear else OTHER
+    if set(dims) == {"gamma", "beta"} and set(dims.values()) == {1}:
+        return NORMALISATION
     if dim == 1:
         return OTHER if _ACTIVATION_NAME.search(layer.lower()) else NORMALISATION
     if dim == 2:

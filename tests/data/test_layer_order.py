@@ -112,6 +112,8 @@ ARCHITECTURES = {
         "attention.self.relative_position_bias", "attention.self.query", "attention.self.key", "attention.self.value",
         "attention.output.dense",
     ],
+    "masked autoencoder": ["decoder_embed", "decoder_layers.0.mlp.fc1", "decoder_norm", "decoder_pred"],
+    "prediction layer": ["transformer.embeddings", "transformer.layers.0", "pred_layer.proj"],
     "embeddings of two languages": ["src_embed.0", "tgt_embed.0", "encoder.layers.0", "decoder.layers.0"],
 }  # fmt: skip
 

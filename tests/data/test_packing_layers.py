@@ -177,6 +177,8 @@ INFERRED = [
     ("mask_tokens", {"weight": 2}, EMBEDDING),
     ("patch_embedding", {"weight": 2}, LINEAR),
     ("tok", {"weight": 2}, EMBEDDING),
+    ("LayerNorm", {"gamma": 1, "beta": 1}, NORM),
+    ("block", {"gamma": 1}, OTHER),
     ("src_embed.0", {"weight": 2}, EMBEDDING),
     ("time_embed.0", {"weight": 2, "bias": 1}, LINEAR),
     ("0", {"weight": 2}, LINEAR),
@@ -201,6 +203,16 @@ def test_roles() -> None:
     roles = {"weight": 0, "weight_ih_l0": 0, "in_proj_weight": 0, "bias": 1, "bias_hh": 1, "in_proj_bias": 1}
     roles |= {"running_mean": 2, "running_var": 3, "cls_token": 4, "scale": 4, "original0": 4}
     assert {name: role_of(name) for name in roles} == roles
+
+
+def test_older_names_of_a_normalisation_give_the_same_batch() -> None:
+    state = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)).state_dict()
+    state["1.bias"] = torch.arange(3.0)
+    older = {name.replace("1.weight", "1.gamma").replace("1.bias", "1.beta"): state[name] for name in reversed(state)}
+    new, old = pack([state]), pack([older])
+    for field in ("values", "chunk_ptr", "tensor_ptr", "layer_ptr", "tensor_type"):
+        assert torch.equal(getattr(new, field), getattr(old, field)), field
+    assert old.names[0][1][2:] == ("1.gamma", "1.beta")
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet_block", "recurrent", "one_scalar"])
