@@ -22,12 +22,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
+import multiprocessing
 import random
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +166,7 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
 
 def nudged(t: Tensor, generator: torch.Generator) -> Tensor:
     """Return ``t`` with every number moved to one of its neighbours or left, at random."""
-    step = torch.finfo(t.dtype).eps * torch.randint(-1, 2, t.shape, generator=generator)
+    step = torch.finfo(t.dtype).eps * torch.randint(-1, 2, t.shape, generator=generator, dtype=torch.float64)
     return (t.double() * (1 + step)).to(t.dtype)
 
 
@@ -236,23 +239,43 @@ def summary(rows: list[Json]) -> Json:
     return found
 
 
+def _finished(file: Path | None, seeds: range) -> list[Json]:
+    """Return what an earlier run has left in ``file`` about these seeds."""
+    if file is None or not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["seed"] in seeds]
+
+
+def _row(backend: str, seed: int) -> Json:
+    return judge(Configuration.draw(seed), backend)
+
+
 def main() -> int:
     """Parse the command line, judge, and write or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first configuration")
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each of one thread")
+    parser.add_argument("--rows", type=Path, help="keep each finished configuration here, and go on from it")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--show", action="store_true", help="print instead of writing")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows, start = [], time.monotonic()
-    for seed in range(options.first, options.first + options.count):
-        rows.append(judge(Configuration.draw(seed), options.backend))
-        if rows[-1]["beyond"]:
-            print(json.dumps(rows[-1]), file=sys.stderr)
-        if len(rows) % 100 == 0:
-            print(f"{len(rows)} of {options.count}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    seeds, start = range(options.first, options.first + options.count), time.monotonic()
+    rows = _finished(options.rows, seeds)
+    done = {row["seed"] for row in rows}
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        left = [seed for seed in seeds if seed not in done]
+        for row in pool.map(functools.partial(_row, options.backend), left, chunksize=5):
+            rows.append(row)
+            if options.rows:
+                with options.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            if row["beyond"]:
+                print(json.dumps(row), file=sys.stderr)
+            if len(rows) % 100 == 0:
+                print(f"{len(rows)} of {options.count}, {time.monotonic() - start:.0f} s", file=sys.stderr)
     by_error = sorted(rows, key=lambda row: row["gradients"], reverse=True)
     state = revision()
     report = {

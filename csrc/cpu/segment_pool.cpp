@@ -157,22 +157,22 @@ void row_weights(const sne_fast_segment_pool_args &g, int64_t r, long n, const T
   for (long j = 0; j < n * A; j += W) store(w + j, vexp2(load(w + j) * kLog2e<T>));
 }
 
-// Two passes over the rows. The first leaves the gradients of weights in the gradients of logits, and sums their mean
-// from those very numbers, not as <grad, out>: where one row has all the weight, differences to the mean must vanish
-// exactly, as parameters so large multiply them.
+// Two passes over the rows. The first leaves the gradients of weights in the gradients of logits, and takes their mean
+// over those very numbers and weights, not as <grad, out>: where one row has all the weight, differences to the mean
+// must vanish exactly, as parameters so large multiply them.
 template <class T>
 int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_grads &b, Interrupt &interrupt) {
   constexpr int W = kLanes<T>;
   const long h = g.hidden, A = g.heads, S = g.num_segments;
   long count = 0;
   RowItem *items = cut_rows(S, g.ptr, 256, &count);
-  // top, log_sum and mean of every segment, and the part of every item of the mean
-  T *sums = (T *)shared_buffer.reserve(size_t((3 * S + count) * A + 1) * sizeof(T));
+  // top, log_sum, mean and sum of weights of every segment, and the parts of every item of the last two
+  T *sums = (T *)shared_buffer.reserve(size_t((4 * S + 2 * count) * A + 1) * sizeof(T));
   if (!items || !sums) {
     free(items);
     return SNE_FAST_NO_MEMORY;
   }
-  T *parts = sums + 3 * S * A;
+  T *parts = sums + 4 * S * A;
   const T *grad = (const T *)b.grad;
   T *gx = (T *)b.x, *gl = (T *)b.logits;
   int failed = 0;
@@ -185,15 +185,15 @@ int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_gr
       failed = 1;
     }
 #pragma omp for schedule(dynamic, 16)
-    for (int64_t s = 0; s < S; ++s) segment_sums(g, s, sums + 3 * s * A, sums + (3 * s + 1) * A);
+    for (int64_t s = 0; s < S; ++s) segment_sums(g, s, sums + 4 * s * A, sums + (4 * s + 1) * A);
 #pragma omp for schedule(dynamic, grab)
     for (long i = 0; i < count; ++i) {
       if (!base || interrupt.stop()) continue;
       T *xt = base, *dw = xt + h * W, *w = dw + A * W;  // xt (h, W), dw (A, W), w (W, A)
       const int64_t s = items[i].set;
-      const T *top = sums + 3 * s * A;
-      T *part = parts + i * A;
-      for (long a = 0; a < A; ++a) part[a] = 0;
+      const T *top = sums + 4 * s * A;
+      T *part = parts + 2 * i * A;
+      for (long a = 0; a < 2 * A; ++a) part[a] = 0;
       for (int64_t r = items[i].begin; r < items[i].end; r += W) {
         const long n = min_of(W, items[i].end - r);
         to_lanes((const T *)g.x + r * h, h, n, h, xt, W);
@@ -203,22 +203,25 @@ int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_gr
           for (long a = 0; a < A; ++a) {
             gl[(r + j) * A + a] = dw[a * W + j];
             part[a] += w[j * A + a] * dw[a * W + j];
+            part[A + a] += w[j * A + a];
           }
       }
     }
 #pragma omp single
     {
       for (int64_t s = 0; s < S; ++s)
-        for (long a = 0; a < A; ++a) sums[(3 * s + 2) * A + a] = 0;
+        for (long a = 2 * A; a < 4 * A; ++a) sums[4 * s * A + a] = 0;
       for (long i = 0; i < count; ++i)
-        for (long a = 0; a < A; ++a) sums[(3 * items[i].set + 2) * A + a] += parts[i * A + a];
+        for (long a = 0; a < 2 * A; ++a) sums[(4 * items[i].set + 2) * A + a] += parts[2 * i * A + a];
+      for (int64_t s = 0; s < S; ++s)
+        for (long a = 2 * A; a < 3 * A; ++a) sums[4 * s * A + a] /= sums[4 * s * A + A + a];
     }
 #pragma omp for schedule(dynamic, grab)
     for (long i = 0; i < count; ++i) {
       if (!base || interrupt.stop()) continue;
       T *w = base;
       const int64_t s = items[i].set;
-      const T *top = sums + 3 * s * A, *mean = top + 2 * A;
+      const T *top = sums + 4 * s * A, *mean = top + 2 * A;
       for (int64_t r = items[i].begin; r < items[i].end; r += W) {
         const long n = min_of(W, items[i].end - r);
         row_weights(g, r, n, top, top + A, w);

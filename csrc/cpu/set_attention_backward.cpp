@@ -1,13 +1,12 @@
 // set_attention, backward, in two sweeps: with queries on lanes for dq, and with keys on lanes for dk and dv. Each owns
 // what it writes, so that no two threads add to the same result.
 //
-// Both rebuild the softmax as exp((s - top) scale) / sum, with s the logits before scaling. As long as the saved
-// log-sum-exp is small, top = 0 and log2 sum = lse log2 e serve. A large one has lost the logarithm of the sum to
-// rounding: then top and sum are computed again from the keys.
-//
-// Where one key has all the weight, the differences of the gradients of weights to their mean must vanish exactly, as
-// large keys multiply them. So the mean is summed as the differences are, where that costs nothing (sets of few keys)
-// or the log-sum-exp is large; else it is <grad, out>.
+// Both rebuild the softmax as exp((s - top) scale) / sum, with s the logits before scaling. Where one key has all the
+// weight, its weight must be 1 and the differences of the gradients of weights to their mean 0 exactly, as large keys
+// multiply them. So for sets of few keys, whose logits are all there at once, top, sum and mean come from the very
+// numbers that they are applied to. For others the saved log-sum-exp serves as log2 sum = lse log2 e with top = 0, and
+// <grad, out> as the mean, as long as the log-sum-exp is small. A large one has lost the logarithm of the sum to
+// rounding: then all three are computed from the keys in passes of their own.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -53,6 +52,7 @@ void query_sums(const sne_fast_set_attention_args &a, const Pointers<T> &at, con
   constexpr int W = kLanes<T>;
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
+  const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
   bool small = true;
   for (int64_t r = item.begin; r < item.end; ++r)
     for (long head = 0; head < H; ++head) {
@@ -65,7 +65,6 @@ void query_sums(const sne_fast_set_attention_args &a, const Pointers<T> &at, con
     }
   if (small) return;
   const T scale = kLog2e<T> * (T(1) / T(__builtin_sqrt(double(h))));
-  const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
   to_lanes(at.q + item.begin * h, h, count, h, w.one, L);
   to_lanes(at.grad + item.begin * h, h, count, h, w.two, L);
   for (long head = 0; head < H; ++head) {
@@ -89,7 +88,7 @@ void query_sums(const sne_fast_set_attention_args &a, const Pointers<T> &at, con
       for (int l = 0; l < W; ++l) sum[i][l] = T(log2(double(sum[i][l])));
       dot[i] = zero<T>();
     }
-    for (int64_t k0 = first; k0 < last && last - first > kOthers; k0 += kOthers) {
+    for (int64_t k0 = first; k0 < last; k0 += kOthers) {
       const long n = min_of(kOthers, last - k0), from = k0 * h + head * d;
       product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
       product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
@@ -113,17 +112,17 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
   const T scale = T(1) / T(__builtin_sqrt(double(h))), log2_scale = kLog2e<T> * scale;
-  query_sums<T, NV>(a, at, item, w);
+  const bool few = a.k_ptr[item.set + 1] - a.k_ptr[item.set] <= kOthers;
+  if (!few) query_sums<T, NV>(a, at, item, w);
   to_lanes(at.q + item.begin * h, h, count, h, w.one, L);
   to_lanes(at.grad + item.begin * h, h, count, h, w.two, L);
-  for (long r = 0; r < L; ++r)
+  for (long r = 0; r < L && !few; ++r)
     for (long head = 0; head < H; ++head) {
       w.top[head * L + r] = r < count ? at.top[(item.begin + r) * H + head] : T(0);
       w.log_sum[head * L + r] = r < count ? at.log_sum[(item.begin + r) * H + head] : T(0);
       w.dot[head * L + r] = r < count ? at.dot[(item.begin + r) * H + head] : T(0);
     }
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
-  const bool few = last - first <= kOthers;
   if (first == last) memset(w.g_one, 0, size_t(h * L) * sizeof(T));
   for (int64_t k0 = first; k0 < last; k0 += kOthers)  // heads in the inner loop: rows are read whole
     for (long head = 0; head < H; ++head) {
@@ -131,14 +130,31 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
       product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
       product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
       for (int i = 0; i < NV; ++i) {
-        const Vec<T> top = load(w.top + head * L + i * W), log_sum = load(w.log_sum + head * L + i * W);
-        Vec<T> dot = load(w.dot + head * L + i * W), mean = zero<T>();
-        for (long j = 0; j < n; ++j) {
-          const Vec<T> e = vexp2((load(w.s + j * L + i * W) - top) * log2_scale - log_sum);
-          mean += e * load(w.p + j * L + i * W);
-          store(w.s + j * L + i * W, e);
+        Vec<T> top = load(w.top + head * L + i * W), log_sum = load(w.log_sum + head * L + i * W);
+        Vec<T> dot = load(w.dot + head * L + i * W);
+        if (few) {
+          Vec<T> sum = zero<T>(), mean = zero<T>();
+          top = splat(kLowest<T>);
+          for (long j = 0; j < n; ++j) top = vmax(top, load(w.s + j * L + i * W));
+          for (long j = 0; j < n; ++j) {
+            const Vec<T> e = vexp2((load(w.s + j * L + i * W) - top) * log2_scale);
+            sum += e;
+            store(w.s + j * L + i * W, e);
+          }
+          const Vec<T> inv = T(1) / sum;
+          for (long j = 0; j < n; ++j) {
+            const Vec<T> e = load(w.s + j * L + i * W) * inv;
+            mean += e * load(w.p + j * L + i * W);
+            store(w.s + j * L + i * W, e);
+          }
+          dot = mean;
+          store(w.top + head * L + i * W, top);
+          store(w.log_sum + head * L + i * W, sum);  // its logarithm is taken once per row, below
+          store(w.dot + head * L + i * W, dot);
+        } else {
+          for (long j = 0; j < n; ++j)
+            store(w.s + j * L + i * W, vexp2((load(w.s + j * L + i * W) - top) * log2_scale - log_sum));
         }
-        if (few) store(w.dot + head * L + i * W, dot = mean);
         for (long j = 0; j < n; ++j)
           store(w.s + j * L + i * W, load(w.s + j * L + i * W) * (load(w.p + j * L + i * W) - dot) * scale);
       }
@@ -146,7 +162,12 @@ void query_gradient(const sne_fast_set_attention_args &a, const Pointers<T> &at,
                            k0 == first ? kStore : kAccumulate);
     }
   for (long r = 0; r < count && few; ++r)
-    for (long head = 0; head < H; ++head) at.dot[(item.begin + r) * H + head] = w.dot[head * L + r];
+    for (long head = 0; head < H; ++head) {
+      const long row = (item.begin + r) * H + head;
+      at.top[row] = w.top[head * L + r];
+      at.log_sum[row] = T(log2(double(w.log_sum[head * L + r])));
+      at.dot[row] = w.dot[head * L + r];
+    }
   from_lanes(w.g_one, L, count, h, at.gq + item.begin * h, h);
 }
 

@@ -18,10 +18,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cpu_build
 import native_build
+import sanitize
 from native_build import CSRC, Unit
 
 FUZZ = CSRC / "fuzz"
@@ -30,7 +32,7 @@ FOLDER = native_build.BUILD_FOLDER / "fuzz"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 # Without OpenMP for clang: its header is ours, and its pragmas are ignored.
 CLANG = ["-O1", "-fsanitize=fuzzer-no-link", "-fno-openmp", f"-I{FUZZ / 'one_thread'}", "-Wno-everything", *SANITIZE]
-GCC = ["-O0", *SANITIZE]
+GCC = sanitize.SANITIZE  # the flags of the C++ tests, whose objects then serve here too
 MISSING = (
     "fuzz/run.py: needs clang++ with libFuzzer, which was not found (Debian: apt-get install clang libclang-rt-14-dev; "
     "or set CLANGXX); --gcc runs a short form with g++"
@@ -88,7 +90,7 @@ def main() -> int:
     if compiler is None and not options.gcc:
         print(MISSING, file=sys.stderr)
         return 2
-    folder = FOLDER / ("gcc" if options.gcc else "clang")
+    folder = native_build.BUILD_FOLDER / "sanitized" if options.gcc else FOLDER / "clang"
     program = folder / "bin" / "abi_fuzz"
     build(program, folder, compiler)
     return run(program, options.seconds, libfuzzer=not options.gcc)

@@ -20,7 +20,7 @@ from .running import (
     PATHS,
     check_output,
     expand,
-    report_failures,
+    report,
     run_in_batches,
     stdout,
     usable_device,
@@ -82,7 +82,7 @@ def encode(settings: EncodeSettings) -> None:
             column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
             pq.write_table(pa.table({"name": pa.array(names), "vector": column}), temporary)
     say(stdout(), f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
-    report_failures(results, f"written to {out}")
+    report(results, f"written to {out}")
 
 
 def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor], Callable[[Any], WeightBatch]]:

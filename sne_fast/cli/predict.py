@@ -15,7 +15,7 @@ from .running import (
     PATHS,
     check_output,
     expand,
-    report_failures,
+    report,
     run_in_batches,
     stdout,
     usable_device,
@@ -70,4 +70,4 @@ def predict(settings: PredictSettings) -> None:
         shown = (lambda value: f"{value:.4g}") if console.is_terminal else str  # all digits for other programs
         cells = [[name, *map(shown, values)] for name, values in zip(results.names, results.values, strict=True)]
         show_table(console, columns, cells)
-    report_failures(results, "above")
+    report(results, "above")

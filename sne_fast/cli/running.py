@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -118,6 +119,8 @@ class Results:
     """Outputs `(len(names), d)`."""
     failures: list[str] = field(default_factory=list)
     """A sentence for each network that is missing, which begins with its name."""
+    left_out: str = ""
+    """A line on what was left out of the networks that are there; "" for nothing."""
 
 
 def run_in_batches(
@@ -147,10 +150,12 @@ def run_in_batches(
     import torch
 
     from ..data.batch import WeightBatch
+    from ..data.batch_summary import summary_of
     from ..reports.terminal import progress
 
     outputs: dict[int, np.ndarray] = {}
     failures: dict[int, str] = {}
+    skipped: dict[int, tuple[tuple[str, str], ...]] = {}
 
     def run(held: Sequence[tuple[int, WeightBatch]]) -> None:
         try:
@@ -190,6 +195,7 @@ def run_in_batches(
                     run(held)
                     held = []
                 held.append((i, batch))
+                skipped[i] = sum(batch.skipped, ())
             update((i + 1) / len(networks), f"{i + 1} of {len(networks)} networks")
         if held:
             run(held)
@@ -200,7 +206,8 @@ def run_in_batches(
         _list(sentences)
         raise ValueError(f"none of the {len(networks)} networks could be used")
     done = sorted(outputs)
-    return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences)
+    left_out = summary_of(tuple(skipped[i] for i in done))
+    return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences, left_out)
 
 
 def _packed_by_key(pack: Callable[..., WeightBatch], file: Any, key: str, options: dict[str, Any]) -> WeightBatch:
@@ -210,6 +217,7 @@ def _packed_by_key(pack: Callable[..., WeightBatch], file: Any, key: str, option
         raise CheckpointError("key= is for files of torch, not for a network of a zoo")
     checkpoint = read_checkpoint(file, key)
     batch = pack([checkpoint.tensors], **options)
+    batch = dataclasses.replace(batch, skipped=(sum(batch.skipped, tuple(checkpoint.left_out.items())),))
     if batch.order == "definition" and not checkpoint.keeps_order:
         raise CheckpointError("it does not say in which order its layers were defined, which the model needs")
     return batch
@@ -221,17 +229,17 @@ def _about(name: str, reason: str) -> str:
     return reason if reason.startswith(name) else f"{name}: {reason}"
 
 
-def _list(failures: Sequence[str]) -> None:
+def _list(sentences: Sequence[str]) -> None:
     import typer
 
     from ..reports.terminal import printable
 
-    for failure in failures:
-        typer.echo(f"sne-fast: {printable(failure)}", err=True)
+    for line in sentences:
+        typer.echo(f"sne-fast: {printable(line)}", err=True)
 
 
-def report_failures(results: Results, written: str) -> None:
-    """Say on stderr which networks failed, and end the command with exit code 1 if any did.
+def report(results: Results, written: str) -> None:
+    """Say on stderr what was left out and which networks failed, and end the command with exit code 1 if any did.
 
     Args:
         results: of all networks.
@@ -242,9 +250,9 @@ def report_failures(results: Results, written: str) -> None:
     """
     import typer
 
+    _list([*([results.left_out] if results.left_out else []), *results.failures])
     if not results.failures:
         return
-    _list(results.failures)
     count, all_networks = len(results.failures), len(results.failures) + len(results.names)
     typer.echo(f"sne-fast: {count} of {all_networks} networks failed; those of the others are {written}", err=True)
     raise typer.Exit(1)

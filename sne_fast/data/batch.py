@@ -15,7 +15,7 @@ from torch import Tensor
 from . import batch_protocols
 from .batch_checks import CHUNKINGS, PACKED_BY, PER_NETWORK, POINTERS, TENSORS, check_contents, check_fields
 from .choices import Chunking, Order, Scale
-from .cutting import has_kernel
+from .cutting import which_have_kernels
 from .names import Names, Skipped, network_name, tensor_name
 from .network_index import NetworkIndex, chosen_networks
 from .pointers import join_pointers, ragged_gather
@@ -111,9 +111,7 @@ class WeightBatch:
             for field in POINTERS:
                 object.__setattr__(self, f"{field}_host", getattr(self, field))
         check_contents(fields, self.pointers_host)
-        ndims = [len(shape) for network in self.shapes for shape in network] or [0] * self.num_tensors
-        types = zip(self.tensor_type.tolist(), ndims, strict=True)
-        object.__setattr__(self, "kernels", torch.tensor([has_kernel(*pair) for pair in types], dtype=torch.bool))
+        object.__setattr__(self, "kernels", which_have_kernels(self.tensor_type.tolist(), self.shapes))
         self._derive()
 
     @classmethod
@@ -303,7 +301,10 @@ class WeightBatch:
         return self  # nothing in it changes, and the general way would take __getstate__ and lose the graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+        # A batch that was pickled before batches knew their order has that of definition.
+        known = {"order": "definition", **state}
+        known.setdefault("kernels", which_have_kernels(state["tensor_type"].tolist(), state["shapes"]))
+        for name, value in known.items():
             object.__setattr__(self, name, value)
         for field in POINTERS:
             object.__setattr__(self, f"{field}_host", state[field].cpu())

@@ -39,9 +39,10 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
             - a file of safetensors: in the order of its metadata `sne_fast.order` (a JSON list of names), else in
               natural order of the names (`layers.2` before `layers.10`), for the format sorts them; tensors that
               `safetensors.torch.save_model` wrote under one of their names have the others too;
-            - a file of `torch.save`, or a pickle of tensors. Objects in it are not made. The weights are the one
-              container of tensors in it that is no optimiser's state, whatever it is called and however deep it is; a
-              module that was saved whole counts as its state_dict. A moving average beside the weights is left out;
+            - a file of `torch.save`, or a pickle of tensors or, without any, of arrays of numpy. Objects in it are not
+              made. The weights are the one container of tensors in it that is no optimiser's state, whatever it is
+              called and however deep it is; a module that was saved whole counts as its state_dict. A moving average
+              beside the weights is left out;
             - an index of shards (`model.safetensors.index.json`, `pytorch_model.bin.index.json`), or one of shards that
               count themselves (`model-00001-of-00002.safetensors`): all shards;
             - a folder: its `model.safetensors`, else its only checkpoint; of a sentence-transformers model the weights

@@ -80,17 +80,18 @@ def bitsandbytes_4bit(
         maxima = absmax.float()
         if nested is not None:
             outer, outer_size = nested, int(described["nested_blocksize"])
+            outer_size = min(outer_size, absmax.numel())
             factors = outer[0].float().repeat_interleave(outer_size)[: absmax.numel()]
             maxima = outer[1].float()[_indices(absmax, outer[1].numel())] * factors + float(described["nested_offset"])
     except (ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
         raise Unfit(f"its quant_state is not what bitsandbytes writes ({type(error).__name__})") from error
     pairs = stored.contiguous().view(torch.uint8).reshape(-1)
     if min(shape, default=1) < 1 or size < 1 or pairs.numel() != -(-count // 2) or codes.numel() != 16:
-        raise Unfit(f"{_shape(stored)} and {_shape(codes)} codes do not fit its shape {tuple(shape)}")
+        raise Unfit(f"bytes {_shape(stored)} and codes {_shape(codes)} do not fit its shape {tuple(shape)}")
     if maxima.numel() != -(-count // size):
         raise Unfit(f"{maxima.numel()} maxima do not fit {count} values in blocks of {size}")
     each = torch.stack([pairs >> 4, pairs & 15], 1).reshape(-1)[:count]
-    values = codes.float()[each.long()] * maxima.repeat_interleave(size)[:count]
+    values = codes.float()[each.long()] * maxima.repeat_interleave(min(size, count))[:count]
     return values.reshape(shape)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,7 +26,14 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("position table", re.compile(r"(^|\.)(relative_coords_table|positional_encoding_gaussian_matrix|_float_tensor)$")),
     ("observer value", re.compile(r"(^|\.)(activation_post_process|\w+_fake_quant)(\.|_\d+\.)")),
     ("spectral norm vector", re.compile(r"(^|\.)(weight_u|parametrizations\.\w+\.\d+\._[uv])$")),
-    ("codebook statistic", re.compile(r"(^|\.)(_?ema_cluster_size|cluster_size|embed_avg)$")),
+    (
+        "codebook statistic",
+        re.compile(r"(^|\.)(_?ema_cluster_size|cluster_(size|usage)|embed_(avg|sum)|init(t?ed|ialized))$"),
+    ),
+    ("correction of a router", re.compile(r"(^|\.)e_score_correction_bias$")),
+    ("bias of outputs that is no parameter", re.compile(r"(^|\.)final_logits_bias$")),
+    ("attention decay", re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|num_points_scale)$")),
+    ("range of activations", re.compile(r"(^|\.)((input|output)_(min|max)|act_range|x_(min|max))$")),
     (
         "diffusion schedule",
         re.compile(
@@ -34,7 +42,7 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
             r"|lvlb_weights)$"
         ),
     ),
-    ("normalisation constant", re.compile(r"(^|\.)(pixel|image)_(mean|std)$")),
+    ("normalisation constant", re.compile(r"(^|\.)((pixel|image|norm)_(mean|std)|global_(mean|invstd))$")),
     ("audio filter", re.compile(r"(^|\.)(mel_scale\.fb|spectrogram\.window|hann_window|mel_filters)$")),
     ("anchor table", re.compile(r"(^|\.)(anchors|anchor_grid|anchor_points)$")),
 )
@@ -67,9 +75,9 @@ def buffer_by_name(name: str, tensor: Tensor) -> str | None:
         tensor: its values, looked at for names that a parameter may bear too.
     """
     own = name.rpartition(".")[2]
-    for what, pattern in _BUFFERS:
-        if pattern.search(name):
-            return what
+    known = _known_buffer(name)
+    if known is not None:
+        return known
     square = own == "bias" and tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
     if (_MASK.search(name) or square) and _looks(tensor, _two_values):
         return "mask"
@@ -78,11 +86,18 @@ def buffer_by_name(name: str, tensor: Tensor) -> str | None:
     return None
 
 
+@lru_cache(1 << 16)
+def _known_buffer(name: str) -> str | None:
+    return next((what for what, pattern in _BUFFERS if pattern.search(name)), None)
+
+
+@lru_cache(1 << 16)
 def counter_by_name(name: str) -> bool:
     """Return whether integers of this name are counters or indices."""
     return _COUNTER.search(name) is not None
 
 
+@lru_cache(1 << 16)
 def is_weight_name(name: str, *, whole: bool = False) -> bool:
     """Return whether the last part of a name is one that weights have, such as `weight_ih_l0` or `qweight`.
 
@@ -92,6 +107,7 @@ def is_weight_name(name: str, *, whole: bool = False) -> bool:
     return (_WHOLE_WEIGHT if whole else _WEIGHT).match(own) is not None and _NOT_WEIGHT.search(own) is None
 
 
+@lru_cache(1 << 16)
 def is_optimiser_state(name: str) -> bool:
     """Return whether a tensor of this name belongs to an optimiser."""
     return _OPTIMISER_STATE.search(name) is not None

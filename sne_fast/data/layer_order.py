@@ -91,7 +91,8 @@ def _order_by_names(names: tuple[str, ...]) -> tuple[int, ...]:
     for parent in sorted(children, key=len):
         inside = tuple(sorted((child, counts((*parent, child))) for child in children[parent]))
         for child, key in _keys_of_children(inside).items():
-            keys[parent + (child,)] = (*keys[parent], key)  # noqa: RUF005 (Python 3.10 has no star in an index)
+            path = (*parent, child)
+            keys[path] = (*keys[parent], key)
     return tuple(sorted(range(len(names)), key=lambda i: (keys[paths[i][:-1]], _own_key(paths[i][-1]))))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,12 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
         )
     stored = list(entries.weights)
     names = strip_wrappers(stored)
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(
+            f"pack: {found.label} has two tensors called {twice!r} once the prefix of torch.compile is dropped; "
+            f"remove one"
+        )
     found.layers, tied = _layers(list(zip(names, entries.weights.values(), strict=True)), order)
     found.skipped = [*entries.skipped, *((stored[i], f"tied tensor: of {first!r}") for i, first in tied.items())]
     if not kinds_by_names:
@@ -153,6 +160,9 @@ def _layers(entries: Sequence[Entry], order: str) -> tuple[list[Layer], dict[int
         layer, _, own = full.rpartition(".")
         if layer in layers:
             layers[layer].held[own] = tuple(tensor.shape)
+        owner, parametrised, parameter = f".{layer}".rpartition(".parametrizations.")
+        if parametrised and owner[1:] in layers and own in ("original", "original1"):
+            layers[owner[1:]].held.setdefault(parameter, tuple(tensor.shape))
     return list(layers.values()), tied
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def averaged_copies(tensors: Mapping[str, Tensor], label: str) -> dict[str, str]
         for name, tensor in group.items()
         if tensor.numel() == 1 and _BOOKKEEPING.search(name)
     }
-    by_letters = _by_letters(plain)
+    by_letters = _by_letters(plain) if groups else {}
     for marked, group in groups.items() if plain else ():
         averages = {name: tensor for name, tensor in group.items() if name not in found}
         partners = {name: _partner(name, marked, tensor, by_letters, plain) for name, tensor in averages.items()}
@@ -120,6 +121,7 @@ def _by_letters(plain: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return found
 
 
+@lru_cache(1 << 16)
 def _marked_part(name: str) -> str | None:
     """Return a name up to and with its part that marks a moving average, or None."""
     parts = name.split(".")

@@ -72,10 +72,11 @@ def pack(
         nonfinite: what NaN and infinities do: "raise" a ValueError, "zero" replaces them by 0 before scaling, "keep"
             leaves them.
         layer_level: depth of each layer instead of its place in the network: a sequence with, per network, None, one
-            int per layer, or a mapping of layer names or patterns to ints; or a mapping for all networks; or (L,) ints.
+            int per layer in their `order`, or a mapping of layer names or patterns to ints; or a mapping for all
+            networks; or (L,) ints.
         kinds: kind of layers instead of what module or names say: "names" types modules by the names and shapes of
-            their tensors, as their files are; a mapping of layer (module) names or `fnmatch`
-            patterns to "linear", "convolution", "transposed convolution", "normalisation", "embedding", "recurrent",
+            their tensors, as their files are; a mapping of layer (module) names or `fnmatch` patterns to
+            "linear", "convolution", "transposed convolution", "normalisation", "embedding", "recurrent",
             "attention projection", "other" or their ids 0..7; or a sequence with one mapping or None per network. The
             exact name wins, then the first pattern that fits.
         dtype: of the values: float16, bfloat16, float32 or float64; None is `torch.get_default_dtype()`. Sources may

@@ -14,6 +14,8 @@ from .tied_names import identity_of
 
 __all__ = ["Decoded", "decode"]
 
+_CLASSES = (Tensor, torch.nn.Parameter)
+_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NARROW = (torch.int8, torch.uint8)
 _SCALES = ("_scale_inv", "_scale", "_scales")
 
@@ -53,7 +55,10 @@ def decode(tensors: Mapping[str, Tensor], label: str) -> Decoded:
     found = Decoded()
     memo: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
-        if name in found.used:
+        # Most tensors are plain floats. Those of bitsandbytes may be bytes that are called floats.
+        if name in found.used or (
+            tensor.dtype in _WIDE and type(tensor) in _CLASSES and f"{name}.absmax" not in tensors
+        ):
             continue
         parts = next((parts for form in _FORMS if (parts := form(name, tensor, tensors)) is not None), None)
         if parts is None:
@@ -125,7 +130,7 @@ def _torch_quantised(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -
 
 def _subclass(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
     """Match tensor classes of other libraries that decode themselves, such as those of torchao and quanto."""
-    if type(tensor) in (Tensor, torch.nn.Parameter) or type(tensor).dequantize is Tensor.dequantize:
+    if type(tensor) in _CLASSES or type(tensor).dequantize is Tensor.dequantize:
         return None
     return _Parts(name, [], tensor.dequantize)
 

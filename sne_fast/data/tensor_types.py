@@ -46,8 +46,9 @@ _RECURRENT_NAME = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?$")
 _ATTENTION_NAMES = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
 _EMBEDDING_NAME = re.compile(
     r"embed|(^|_)emb(s|\d*)(_|$)|^wte$|^wpe$|^shared$|_tokens?$|^relative_attention_bias$|^reference_points$"
-    r"|^quer(y_feat|ies_features)$|^codebook$"
+    r"|^quer(y_feat|ies_features)$|^codebook$|^(toks?|pos|tokens?|positions?|words?|vocab)$"
 )
+_ACTIVATION_NAME = re.compile(r"(relu|(^|[._])act(ivation)?(_fn)?)\d*$")
 # pruning, spectral and weight normalisation keep the weight under the last two
 _WEIGHT_NAMES = ("weight", "weight_orig", "weight_v")
 _CONVOLUTION_NAME = re.compile(r"conv|patch|stem|downsample|upsample|shortcut|^dw$|^pw$")
@@ -104,7 +105,7 @@ def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         linear = _LINEAR_NAME.search(last) or _LINEAR_BEHIND.search(last)
         return CONVOLUTION if "conv" in last else LINEAR if linear else OTHER
     if dim == 1:
-        return NORMALISATION
+        return OTHER if _ACTIVATION_NAME.search(layer.lower()) else NORMALISATION
     if dim == 2:
         last = layer.rpartition(".")[2].lower()
         named = _EMBEDDING_NAME.search(last) and not _NOT_EMBEDDING_NAME.search(last)

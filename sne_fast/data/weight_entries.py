@@ -20,10 +20,12 @@ from .known_names import buffer_by_name, counter_by_name, is_optimiser_state, is
 from .network_copies import averaged_copies, refuse_pairs
 from .quantised_weights import decode
 from .tensor_types import NORMALISATION, kind_of_module
+from .tied_names import has_plain_values
 
 __all__ = ["Entries", "entries_of_mapping", "entries_of_modules"]
 
 _STATISTICS = ("running_mean", "running_var")
+_FROZEN = (*_STATISTICS, "weight", "bias")
 
 
 @dataclass
@@ -86,13 +88,15 @@ def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> 
     for name, module in modules:
         prefix = f"{name}." if name else ""
         statistics = kind_of_module(module) in (None, NORMALISATION)
+        # A normalisation that was frozen has its weight and bias among its buffers, and no file tells them apart.
+        counted = _FROZEN if statistics and all(own in module._buffers for own in _STATISTICS) else _STATISTICS
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 flat.add(prefix + own, parameter)
         for own, buffer in module._buffers.items():
             if buffer is not None:
                 flat.add(prefix + own, buffer)
-                buffers[prefix + own] = statistics and own in _STATISTICS
+                buffers[prefix + own] = statistics and own in counted
         if any(prefix.startswith(outer) for outer in recurrent):
             continue  # parts of a quantised recurrent layer, which names its weights itself
         recurrent_weights = quantised_recurrent_weights(module)
@@ -160,7 +164,10 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
             target, values = decoded.weights[name]
             if target in floating or (target in tensors and target != name):
                 raise ValueError(f"pack: {label} has {target!r} beside its quantised form {name!r}; remove one")
-            floating[target] = values
+            if values.numel():
+                floating[target] = values
+            elif name not in decoded.used:
+                found.skipped.append((name, "empty tensor"))
         if name in decoded.used:
             found.skipped.append((name, decoded.used[name]))
         elif name not in decoded.weights:
@@ -178,6 +185,7 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
                 floating[name] = tensor
             else:
                 found.skipped.append((name, reason))
+    _refuse_placeholders(flat)
     copies = averaged_copies(floating, label)
     found.skipped.extend(copies.items())
     floating = {name: tensor for name, tensor in floating.items() if name not in copies}
@@ -239,6 +247,23 @@ def _check_tensor(label: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{where} is distributed ({type(tensor).__name__}); use .full_tensor()")
     if tensor.dtype.itemsize == 1 and "x2" in str(tensor.dtype):
         raise ValueError(f"{where} packs two numbers per element ({tensor.dtype}); unpack it first")
+    if has_plain_values(tensor) and tensor.numel() * tensor.dtype.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{where} has more elements than are stored of it, {tensor.numel()}, since it was expanded; use .clone() "
+            f"if they are meant"
+        )
+
+
+def _refuse_placeholders(flat: FlatEntries) -> None:
+    """Refuse a network of which most matrices are empty vectors, which partitioned trainings save in their place."""
+    weights = {name: tensor for name, tensor in flat.tensors.items() if is_weight_name(name, whole=True)}
+    empty = [name for name, tensor in weights.items() if not nn.parameter.is_lazy(tensor) and tensor.shape == (0,)]
+    matrices = sum(not nn.parameter.is_lazy(tensor) and tensor.ndim > 1 for tensor in weights.values())
+    if len(empty) > max(1, matrices):
+        raise ValueError(
+            f"pack: {flat.label}, tensor {empty[0]!r} and others are empty in place of weights, as "
+            f"ZeRO stage 3 of DeepSpeed saves them; gather the weights first, e.g. with its zero_to_fp32.py"
+        )
 
 
 def _check_float8(label: str, name: str, tensor: Tensor, any_scaled: bool) -> None:

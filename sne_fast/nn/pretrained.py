@@ -70,7 +70,8 @@ class PretrainedMixin:
         Both files are written elsewhere first and then moved, so that a failure leaves what was there before, and a
         program killed between the moves leaves two files that `from_pretrained` knows not to belong together. What
         wraps the module or a part of it (`torch.compile`, `DataParallel`, `DistributedDataParallel`) is left out, and
-        parametrised tensors are written as they are computed with.
+        parametrised tensors are written as they are computed with. An encoder with such a part computes its products in
+        another order than the plain one that is loaded, so that the last bits of its numbers may differ.
 
         Raises:
             ValueError: `from_pretrained` would not give the same module: a part was replaced by one of another class,

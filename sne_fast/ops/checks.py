@@ -2,15 +2,19 @@
 
 The functions named after ops check types, sizes and devices. The public functions of :mod:`sne_fast.ops.functional`
 call them, and so do backends, because direct calls of ``torch.ops.sne_fast`` and compiled graphs skip the Python-level
-checks and wrong sizes would make a kernel write anywhere. What pointers hold is checked by :func:`pointer_content`.
+checks and wrong sizes would make a kernel write anywhere. What pointers hold is checked by :func:`pointer_content`, in
+a direct call by :func:`direct_call_pointers`; :func:`direct_call` checks all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .schema import CHUNK_PARAMETERS, named
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -191,3 +195,103 @@ def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor,
     shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
     shape(op, "b_o", b_o, f"(h,) with h = {h}", (h,))
     shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+
+
+# ------------------------------------------------------------------------------------------------------ direct calls
+
+
+def pointer_and_copy(op: str, name: str, ptr: Tensor, host: Tensor, rows: int) -> None:
+    """Check that ``host`` cuts ``rows`` rows into sets and, where ``ptr`` is on the CPU too, that they are equal.
+
+    Cheap enough for every call. A pointer on a GPU is not read: a copy that differs from it is not noticed.
+    """
+    numbers = host.numpy()
+    if numbers[0] != 0 or numbers[-1] != rows or (numbers[1:] < numbers[:-1]).any():
+        pointer_content(op, f"{name}_host", host, host, rows)
+    if ptr is not host and ptr.device.type == "cpu" and not torch.equal(ptr, host):
+        raise ValueError(f"{op}: {name}_host must be a CPU copy of {name}, got other numbers")
+
+
+def chunk_pointers(
+    op: str,
+    values: Tensor,
+    chunk_ptr: Tensor,
+    tensor_ptr: Tensor,
+    chunk_ptr_host: Tensor,
+    tensor_ptr_host: Tensor,
+    element_codes: int,
+) -> None:
+    """Check what the pointers of a call of ``chunk_encode`` hold. No chunk may exceed ``element_codes``."""
+    pointer_and_copy(op, "chunk_ptr", chunk_ptr, chunk_ptr_host, values.shape[0])
+    pointer_and_copy(op, "tensor_ptr", tensor_ptr, tensor_ptr_host, chunk_ptr.shape[0] - 1)
+    numbers = chunk_ptr_host.numpy()
+    if (numbers[1:] - numbers[:-1] > element_codes).any():
+        chunk_lengths(op, chunk_ptr_host, element_codes)
+
+
+def set_pointers(
+    op: str, q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor
+) -> None:
+    """Check what the pointers of a call of ``set_attention`` hold."""
+    pointer_and_copy(op, "q_ptr", q_ptr, q_ptr_host, q.shape[0])
+    pointer_and_copy(op, "k_ptr", k_ptr, k_ptr_host, k.shape[0])
+
+
+def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
+    """Check what the pointers of one call of an op hold.
+
+    Args:
+        op: name of the op or of its backward.
+        args: its arguments, in the order of its schema.
+    """
+    given = named(op, args)
+    if "chunk_ptr" in given:
+        names = ("values", "chunk_ptr", "tensor_ptr", "chunk_ptr_host", "tensor_ptr_host")
+        chunk_pointers(op, *(given[name] for name in names), element_codes=given["element_code"].shape[0])
+    elif "q_ptr" in given:
+        set_pointers(op, *(given[name] for name in ("q", "k", "q_ptr", "k_ptr", "q_ptr_host", "k_ptr_host")))
+    elif "ptr" in given:
+        pointer_and_copy(op, "ptr", given["ptr"], given["ptr_host"], given["x"].shape[0])
+
+
+def direct_call(op: str, args: Sequence[Any]) -> None:
+    """Check all arguments of one call of an op, for backends whose kernels check none themselves.
+
+    Args:
+        op: name of the op or of its backward.
+        args: its arguments, in the order of its schema.
+
+    Raises:
+        TypeError: for inputs of the wrong type or dtype.
+        ValueError: for inputs of the wrong shape, device or content.
+    """
+    given = named(op, args)
+    forward = op.removesuffix("_backward")
+    results: dict[str, tuple[int, ...]] = {}  # of the backward: what has the shape of a result of the forward
+    if forward == "gather_chunks":
+        if op == forward:
+            gather_chunks(op, given["tensors"], given["scale"], given["plan"])
+        else:
+            gather_chunks_backward(op, *args)
+    elif forward == "chunk_encode":
+        inputs = {name: given[name] for name in CHUNK_PARAMETERS}
+        pointers = [given[name] for name in ("chunk_ptr", "tensor_ptr", "chunk_ptr_host", "tensor_ptr_host")]
+        chunk_encode(op, given["values"], *pointers, **inputs)
+        results = {"grad": (given["chunk_ptr"].shape[0] - 1, *given["pool_query"].shape)}
+    elif forward == "set_attention":
+        names = ("q", "k", "v", "q_ptr", "k_ptr", "q_ptr_host", "k_ptr_host", "num_heads")
+        set_attention(op, *(given[name] for name in names))
+        rows = tuple(given["q"].shape)
+        results = {"grad": rows, "out": rows, "lse": (rows[0], given["num_heads"])}
+    elif forward == "segment_pool":
+        segment_pool(op, given["x"], given["logits"], given["ptr"], given["ptr_host"])
+        pooled = (given["ptr"].shape[0] - 1, given["logits"].shape[1], given["x"].shape[1])
+        results = {"grad": pooled, "out": pooled, "lse": pooled[:2]}
+    elif forward == "feed_forward":
+        feed_forward(op, *(given[name] for name in ("q", "attended", "w_o", "b_o", "norm")))
+        results = {"grad": tuple(given["q"].shape)}
+    if op != forward:
+        device = next(t for t in args if isinstance(t, Tensor)).device
+        for name, expected in results.items():
+            saved(op, name, given[name], expected, device)
+    direct_call_pointers(op, args)

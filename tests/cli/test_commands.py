@@ -190,6 +190,13 @@ def test_an_architecture_that_a_predictor_cannot_sort_is_one_sentence(tmp_path):
     save_state_dict(ARCHITECTURES["vit"]().state_dict(), tmp_path / "vit.safetensors")
     message = fails("predict", "--model", tmp_path / "model", tmp_path / "vit.safetensors")
     assert "cannot be brought into canonical order" in message and "no plain chain of layers" in message
+    save_state_dict(ARCHITECTURES["mlp-10"]().state_dict(), tmp_path / "mlp.safetensors")
+    both = call(
+        "predict", "--model", tmp_path / "model", *(tmp_path / f"{n}.safetensors" for n in ("vit", "mlp")),
+        "-o", tmp_path / "p.json",
+    )  # fmt: skip
+    assert both.exit_code == 1 and "canonical order" in both.stderr
+    assert [row["name"] for row in json.loads((tmp_path / "p.json").read_text())] == [str(tmp_path / "mlp.safetensors")]
 
 
 def test_info():

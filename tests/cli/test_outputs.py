@@ -251,3 +251,16 @@ def test_a_network_that_a_predictor_cannot_prepare_does_not_lose_the_others(file
     assert [line.partition(": ")[2].partition(": ")[0] for line in result.stderr.splitlines()[:2]] == [
         str(file) for file in files[1:]
     ]
+
+
+def test_what_is_left_out_of_the_networks_is_one_line(tmp_path, model):
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
+    for k in range(2):
+        torch.save(net.state_dict(), tmp_path / f"net{k}.pt")
+    result = call("encode", tmp_path / "net0.pt", tmp_path / "net1.pt", "-o", tmp_path / "z.npz", "--model", model)
+    assert result.exit_code == 0
+    assert result.stderr == "sne-fast: left out: 4 num_batches_tracked counters\n"
+    torch.save({"net": net.state_dict(), "other": {"w": torch.ones(3)}}, tmp_path / "two.pt")
+    result = call("predict", tmp_path / "two.pt", "--key", "net", "--model", model, "--json")
+    assert result.exit_code == 0 and len(json.loads(result.stdout)) == 1
+    assert result.stderr.startswith("sne-fast: left out: ") and "2 num_batches_tracked counters" in result.stderr

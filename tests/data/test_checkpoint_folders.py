@@ -115,6 +115,8 @@ def test_parts_of_model_parallelism_are_refused(tmp_path: Path, first: str, seco
     (tmp_path / first).unlink()
     if "/" not in first:
         refused(tmp_path / second, rf"model-parallel checkpoint \({first} is missing\); merge the parts")
+    split = save(tmp_path / "alone.pt", {"module": STATE, "mp_world_size": 2})
+    refused(split, "is the part of one of 2 processes of a model-parallel checkpoint")
 
 
 def test_files_beside_the_weights_that_are_none_do_not_count(tmp_path: Path) -> None:
@@ -171,6 +173,14 @@ def test_a_sentence_transformers_folder_is_read_with_all_its_modules(tmp_path: P
     same(load_state_dict(pooled))
 
 
+def test_json_is_not_taken_for_another_format_by_its_layout(tmp_path: Path) -> None:
+    save(tmp_path / "s.safetensors", STATE)
+    for text in ('{\n  "x":{},', '{"map": {},', "\ufeff\n {"):
+        index = tmp_path / "any.json"
+        index.write_text(text + '"weight_map": ' + json.dumps(dict.fromkeys(STATE, "s.safetensors")) + "}")
+        same(load_state_dict(index))
+
+
 def test_damaged_lists_of_modules_are_refused(tmp_path: Path) -> None:
     folder = sentence_transformer(tmp_path / "st", ("", "Transformer"))
     save(folder / "model.safetensors", STATE)
@@ -195,3 +205,11 @@ def test_the_first_bytes_decide_and_not_the_name(tmp_path: Path) -> None:
         for name in names:
             (tmp_path / name).write_bytes((tmp_path / source).read_bytes())
             same(load_state_dict(tmp_path / name))
+
+
+@pytest.mark.parametrize("length", [640, 896, 19_280, 35_615, 0x685A42])
+def test_headers_whose_length_begins_another_format_are_read(tmp_path: Path, length: int) -> None:
+    """As a pickle of protocol 2 and 3, a zip, gzip and bzip2 begin."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "x").write_bytes(length.to_bytes(8, "little") + header + b"\0\0\x80?")
+    same(load_state_dict(tmp_path / "x"), {"w": torch.ones(1)})

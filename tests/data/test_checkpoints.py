@@ -66,6 +66,14 @@ def test_safetensors_without_an_order_are_sorted_naturally(tmp_path, state) -> N
     same({name: read[name] for name in state}, state)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x4B50, 0x8B1F, 0x5A42])
+def test_safetensors_are_told_whatever_the_length_of_their_header_begins_with(tmp_path, length: int) -> None:
+    """The lengths begin as a pickle, a zip archive and compressed files do."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "n.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\0\0\x80?")
+    assert load_state_dict(tmp_path / "n.safetensors")["w"].tolist() == [1.0]
+
+
 def test_natural_order() -> None:
     names = ["b1.w", "a10.w", "a9.w", "a", "a9.b", "10.w", "2.w", "a01.w", "a1.w"]
     assert sorted(names, key=natural_key) == ["2.w", "10.w", "a", "a01.w", "a1.w", "a9.b", "a9.w", "a10.w", "b1.w"]
@@ -181,6 +189,7 @@ def test_missing_files_and_unknown_formats(tmp_path) -> None:
     assert issubclass(CheckpointError, ValueError)
     refused(tmp_path / "n.safetensors", "there is no such file")
     refused(tmp_path / "n.pt", "there is no such file")
+    refused(tmp_path / ("n" * 5000), "cannot be read: File name too long")
     refused(tmp_path / "n.onnx", "there is no such file")
     (tmp_path / "n.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
     refused(tmp_path / "n.onnx", "cannot tell what it is by its first bytes; readable are safetensors")

@@ -409,3 +409,15 @@ def test_a_default_device_does_not_move_what_stays_on_the_host():
     with torch.device("meta"):
         batch = pack([network])
     assert batch.device.type == "cpu" and torch.equal(batch.values, expected.values)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2**20, 2**20)])
+def test_a_tensor_with_more_elements_than_are_stored_is_refused(shape):
+    expanded = torch.zeros(1).expand(shape)
+    with pytest.raises(ValueError, match=r"'a.weight' has more elements than are stored of it"):
+        sne_fast.pack([{"a.weight": expanded}])
+    module = nn.Module()
+    module.weight = nn.Parameter(expanded)
+    with pytest.raises(ValueError, match=r"'weight' has more elements than are stored of it"):
+        sne_fast.pack([module])
+    sne_fast.pack([{"a.weight": torch.zeros(3, 3).t()}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,7 @@ def test_lists_that_hold_themselves_or_share_parts_without_end_are_refused() -> 
 
 
 def test_two_entries_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"network 0 \('state_dict'\) has two entries that are called 'w.0'"):
+    with pytest.raises(ValueError, match=r"network 0 \('state_dict'\) .*has two entries that are called 'w.0'"):
         pack([{"w": [torch.ones(2)], "w.0": torch.ones(2)}])
 
 
@@ -271,3 +273,23 @@ def test_what_was_left_out_is_counted_in_one_line() -> None:
     assert skipped_summary(batch[2]) == ""
     assert skipped_summary(batch.to(dtype=torch.float16)) == skipped_summary(batch)
     assert sum(len(entries) for entries in batch.skipped) == 6
+
+
+def test_the_summary_has_words_for_what_readers_leave_out(tmp_path: Path) -> None:
+    network, path = nn.Linear(2, 2), tmp_path / "last.pt"
+    entries = {"model": network.state_dict(), "epoch": 3, "arch": "x", "config": Namespace(width=3)}
+    torch.save(entries | {"optimizer": torch.optim.Adam(network.parameters()).state_dict()}, path)
+    summary = skipped_summary(pack([path, path]))
+    assert summary == "left out: 4 plain values, 2 objects of an unknown class, 2 optimiser states"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_placeholders_of_partitioned_weights_are_refused(wrapped: bool) -> None:
+    state = {"0.weight": torch.empty(0), "0.bias": torch.ones(3), "1.weight": torch.empty(0), "2.weight": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"tensor '0.weight' and others are empty in place of weights, .*zero_to_fp32"):
+        pack([{"module": state, "param_shapes": [{}]} if wrapped else state])
+
+
+def test_quantised_weights_that_are_empty_are_left_out() -> None:
+    state = {"a": torch.ones(2), "w.weight": torch.ones(0, 2, dtype=torch.int8), "w.weight_scale": torch.ones(0)}
+    assert packed(state).names[0][1] == ("a",) and skipped(packed(state))["w.weight"] == "empty tensor"

@@ -11,6 +11,7 @@ from torch import nn
 
 import sne_fast
 from sne_fast.data.checkpoints import CheckpointError, load_state_dict
+from sne_fast.nn import Preparation
 from sne_fast.training import network_sizes
 from sne_fast.zoo import WeightBudgetSampler, Zoo, ZooDataset, ZooWriter, networks_at, pack_options, zoo_loader
 
@@ -272,6 +273,19 @@ def test_batches_hold_a_budget_of_weights_and_all_networks(tmp_path):
     kept = zoo_loader(zoo, "accuracy", encoder=encoder, budget=90, seed=3, keep=True)
     for (a, x), (b, y) in zip(zoo_loader(zoo, "accuracy", encoder=encoder, budget=90, seed=3), kept, strict=True):
         assert torch.equal(a.values, b.values) and torch.equal(x, y)
+
+
+def test_batches_may_be_packed_for_a_predictor(tmp_path):
+    zoo, _ = written(tmp_path / "z", 12)
+    options = Preparation(units="canonical", nonfinite="zero")
+    predictor = sne_fast.Predictor(sne_fast.SNE(hidden_dim=32, chunk_size=8), hidden_features=(8,), preparation=options)
+    assert pack_options(predictor)["nonfinite"] == "zero"
+    with torch.no_grad():
+        expected = predictor(zoo)
+        found = torch.cat(
+            [predictor(batch) for batch, _ in zoo_loader(zoo, "accuracy", encoder=predictor, shuffle=False)]
+        )
+    torch.testing.assert_close(found, expected)
 
 
 def test_batches_are_packed_in_worker_processes(tmp_path):

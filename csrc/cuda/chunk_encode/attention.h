@@ -228,19 +228,20 @@ SNE_DEVICE void attention_block(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op
             for (int e = 0; e < 2; ++e) {
               const int key = first + 8 * n + 2 * (lane_id() % 4) + e;
               float &logit = s[n].c[2 * r + e];
-              logit = key >= begin && key < end ? logit * scale : -INFINITY;
+              logit = key >= begin && key < end ? logit : -INFINITY;
               highest = max_of(highest, logit);
             }
           }
           highest = max_over_quad(highest);
-          const float shift = highest == -INFINITY ? 0.0f : highest, decay = exp2_fast(top[r] - shift);
+          // The largest logit is subtracted before scaling, as in set_attention/forward.cu.
+          const float shift = highest == -INFINITY ? 0.0f : highest, decay = exp2_fast((top[r] - shift) * scale);
           float sum = 0;
           SNE_UNROLL
           for (int n = 0; n < 2 * MT; ++n) {
             SNE_UNROLL
             for (int e = 0; e < 2; ++e) {
               float &p = s[n].c[2 * r + e];
-              p = exp2_fast(p - shift);
+              p = exp2_fast((p - shift) * scale);
               sum += p;
             }
           }

@@ -4,11 +4,12 @@
 namespace sne::set_attention {
 namespace {
 
-// Running softmax of rows g and g + 8, in base 2.
+// Running softmax of rows g and g + 8, in base 2. The largest logit is subtracted before scaling: a compiler contracts
+// `logit * scale - top` to one rounding while `top` was rounded before, which is far off where logits are large.
 template <int D>
 struct Softmax {
-  float top[2];  // largest logit so far, -inf before the first
-  float sum[2];  // sum of weights exp2(logit - top) over this lane's columns
+  float top[2];  // largest logit so far, before scaling; -inf before the first
+  float sum[2];  // sum of weights exp2((logit - top) scale) over this lane's columns
   Tile out[D / 8];
 
   SNE_MEMBER float shift(int half) const { return top[half] == -INFINITY ? 0.0f : top[half]; }
@@ -38,14 +39,14 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
     float highest = max_of(p[0].c[2 * half], p[0].c[2 * half + 1]);
     SNE_UNROLL
     for (int n = 1; n < 2 * groups; ++n) highest = max_of(highest, max_of(p[n].c[2 * half], p[n].c[2 * half + 1]));
-    higher[half] = max_of(s.top[half], max_over_quad(highest) * scale);
+    higher[half] = max_of(s.top[half], max_over_quad(highest));
   }
   if (ballot(higher[0] > s.top[0] || higher[1] > s.top[1])) {
     SNE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float before = s.top[half];
       s.top[half] = higher[half];
-      const float decay = exp2_fast(before - s.shift(half));
+      const float decay = exp2_fast((before - s.shift(half)) * scale);
       s.sum[half] *= decay;
       SNE_UNROLL
       for (int n = 0; n < D / 8; ++n) s.out[n].c[2 * half] *= decay, s.out[n].c[2 * half + 1] *= decay;
@@ -56,7 +57,7 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
   for (int n = 0; n < 2 * groups; ++n) {
     SNE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      p[n].c[i] = exp2_fast(p[n].c[i] * scale - shift[i / 2]);
+      p[n].c[i] = exp2_fast((p[n].c[i] - shift[i / 2]) * scale);
       s.sum[i / 2] += p[n].c[i];
     }
   }
@@ -117,7 +118,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBlocks<Op, D>)) forward_kernel(Call call) {
     float *lse = item.partial ? call.partial_rows : call.lse;
     if (lane_id() % 4 == 0 && row < count)
       lse[(item.place + own + row) * call.heads + item.head] =
-          saw_nothing ? -INFINITY : (s.top[half] + log2_fast(sum)) * kLn2;
+          saw_nothing ? -INFINITY : s.top[half] * call.scale + log2_fast(sum) * kLn2;
   }
   const int64_t to = (item.place + own) * call.width + item.head * D;
   if (item.partial)

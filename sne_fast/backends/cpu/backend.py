@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,12 +47,8 @@ def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _run(op: str, *args: Any, contents: Callable[[], None] | None = None) -> None:
-    """Call the library; ``contents`` says which pointers do not fit where the library finds that some do not."""
-    status = getattr(library.library(), f"sne_fast_cpu_{op}")(*args)
-    if status == library.BAD_ARGUMENT and contents is not None:
-        contents()
-    library.check(status, op)
+def _run(op: str, *args: Any) -> None:
+    library.check(getattr(library.library(), f"sne_fast_cpu_{op}")(*args), op)
 
 
 # ------------------------------------------------------------------------------------------------------- chunk_encode
@@ -64,6 +60,7 @@ def _chunk_encode_args(
     """Return the struct, the dtype computed in, and the tensors that must outlive the call."""
     values, _, _, chunk_ptr, tensor_ptr, *parameters = args
     checks.chunk_encode(op, *args[:5], **dict(zip(CHUNK_PARAMETERS, parameters, strict=True)))
+    checks.chunk_pointers(op, *args[:5], element_codes=parameters[1].shape[0])
     heads, h = parameters[-1].shape  # pool_query
     if grad is not None:
         checks.saved(op, "grad", grad, (chunk_ptr.shape[0] - 1, heads, h), values.device)
@@ -78,24 +75,11 @@ def _chunk_encode_args(
     return struct, dtype, [*reals, *pointers]
 
 
-def _chunk_contents(op: str, args: Sequence[Tensor]) -> Callable[[], None]:
-    """Return a check of what the pointers of a call hold: those that the kernels follow, not their copies."""
-    values, chunk_ptr, tensor_ptr, _, _, _, element_code, *_ = args
-
-    def check() -> None:
-        checks.pointer_content(op, "chunk_ptr", chunk_ptr, chunk_ptr, values.shape[0])
-        checks.pointer_content(op, "tensor_ptr", tensor_ptr, tensor_ptr, chunk_ptr.shape[0] - 1)
-        checks.chunk_lengths(op, chunk_ptr, min(element_code.shape[0], LONGEST_CHUNK))
-
-    return check
-
-
 def chunk_encode(*args: Tensor) -> Tensor:
     """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     struct, dtype, _kept = _chunk_encode_args("chunk_encode", args)
     out = torch.empty(struct.num_chunks, struct.heads, struct.hidden, dtype=dtype)
-    contents = _chunk_contents("chunk_encode", args)
-    _run("chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr(), contents=contents)
+    _run("chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr())
     return out.to(args[0].dtype)
 
 
@@ -106,10 +90,7 @@ def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
     inputs = (args[0], *args[5:])
     grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
     pointers = library.ChunkEncodeGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run(
-        "chunk_encode_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers),
-        contents=_chunk_contents("chunk_encode_backward", args),
-    )  # fmt: skip
+    _run("chunk_encode_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
     del kept
     return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
@@ -126,26 +107,18 @@ def _set_attention_args(
     )  # fmt: skip
 
 
-def _set_contents(op: str, q: Tensor, k: Tensor, q_host: Tensor, k_host: Tensor) -> Callable[[], None]:
-    def check() -> None:
-        checks.pointer_content(op, "q_ptr_host", q_host, q_host, q.shape[0])
-        checks.pointer_content(op, "k_ptr_host", k_host, k_host, k.shape[0])
-
-    return check
-
-
 def set_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_host: Tensor, k_host: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Compute the op ``set_attention``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.set_attention("set_attention", q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
+    checks.set_pointers("set_attention", q, k, q_ptr, k_ptr, q_host, k_host)
     dtype = accumulate_dtype(q.dtype)
     queries, keys, values = (_ready(t, dtype) for t in (q, k, v))
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
     out, lse = torch.empty_like(queries), torch.empty(q.shape[0], num_heads, dtype=dtype)
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
-    contents = _set_contents("set_attention", q, k, q_host, k_host)
-    _run("set_attention", library.DTYPES[dtype], ctypes.byref(struct), contents=contents)
+    _run("set_attention", library.DTYPES[dtype], ctypes.byref(struct))
     return out.to(q.dtype), lse
 
 
@@ -156,20 +129,20 @@ def set_attention_backward(
     """Compute the op ``set_attention_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     op = "set_attention_backward"
     checks.set_attention(op, q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
+    checks.set_pointers(op, q, k, q_ptr, k_ptr, q_host, k_host)
     for name, tensor, shape in (("grad", grad, q.shape), ("out", out, q.shape), ("lse", lse, (q.shape[0], num_heads))):
         checks.saved(op, name, tensor, tuple(shape), q.device)
     dtype = accumulate_dtype(q.dtype)
     grad, queries, keys, values, out, lse = (_ready(t, dtype) for t in (grad, q, k, v, out, lse))
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
     grads = [torch.empty_like(t) for t in (queries, keys, values)]
-    contents = _set_contents(op, q, k, q_host, k_host)
     if q.dtype != dtype:  # <grad, out> nearly cancels: a rounded out would spoil the gradient of fc_k
         same_lse = torch.empty_like(lse)
         again = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, same_lse)
-        _run("set_attention", library.DTYPES[dtype], ctypes.byref(again), contents=contents)
+        _run("set_attention", library.DTYPES[dtype], ctypes.byref(again))
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
     pointers = library.SetAttentionGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run(op, library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers), contents=contents)
+    _run(op, library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
     return tuple(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
 
 
@@ -183,21 +156,17 @@ def _segment_pool_args(x: Tensor, logits: Tensor, ptr: Tensor, out: Tensor, lse:
     )  # fmt: skip
 
 
-def _pool_contents(op: str, x: Tensor, ptr_host: Tensor) -> Callable[[], None]:
-    return lambda: checks.pointer_content(op, "ptr_host", ptr_host, ptr_host, x.shape[0])
-
-
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the op ``segment_pool``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
+    checks.pointer_and_copy("segment_pool", "ptr", ptr, ptr_host, x.shape[0])
     dtype = accumulate_dtype(x.dtype)
     rows, weights, ptr_host = _ready(x, dtype), _ready(logits, dtype), ptr_host.contiguous()
     segments, heads = ptr_host.shape[0] - 1, logits.shape[1]
     out = torch.empty(segments, heads, x.shape[1], dtype=dtype)
     lse = torch.empty(segments, heads, dtype=dtype)
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
-    contents = _pool_contents("segment_pool", x, ptr_host)
-    _run("segment_pool", library.DTYPES[dtype], ctypes.byref(struct), contents=contents)
+    _run("segment_pool", library.DTYPES[dtype], ctypes.byref(struct))
     return out.to(x.dtype), lse
 
 
@@ -206,6 +175,7 @@ def segment_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the op ``segment_pool_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool_backward", x, logits, ptr, ptr_host)
+    checks.pointer_and_copy("segment_pool_backward", "ptr", ptr, ptr_host, x.shape[0])
     pooled = (ptr.shape[0] - 1, logits.shape[1], x.shape[1])
     for name, tensor, shape in (("grad", grad, pooled), ("out", out, pooled), ("lse", lse, pooled[:2])):
         checks.saved("segment_pool_backward", name, tensor, shape, x.device)
@@ -213,16 +183,13 @@ def segment_pool_backward(
     grad, rows, weights, out, lse = (_ready(t, dtype) for t in (grad, x, logits, out, lse))
     ptr_host = ptr_host.contiguous()
     grads = torch.empty_like(rows), torch.empty_like(weights)
-    contents = _pool_contents("segment_pool_backward", x, ptr_host)
     if x.dtype != dtype:  # as in set_attention_backward
         same_lse = torch.empty_like(lse)
         again = _segment_pool_args(rows, weights, ptr_host, out, same_lse)
-        _run("segment_pool", library.DTYPES[dtype], ctypes.byref(again), contents=contents)
+        _run("segment_pool", library.DTYPES[dtype], ctypes.byref(again))
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
     pointers = library.SegmentPoolGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run(
-        "segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers), contents=contents
-    )
+    _run("segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
     return grads[0].to(x.dtype), grads[1].to(logits.dtype)
 
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from ...ops import reference
+import functools
+from typing import Any
+
+from ...ops import checks, reference
 from ...ops.backend import Backend
 from ...ops.schema import SCHEMAS
 
-BACKEND = Backend(name="reference", kernels={op: getattr(reference, op) for op in SCHEMAS})
+
+def _run(op: str, *args: Any) -> Any:
+    checks.direct_call(op, args)
+    return getattr(reference, op)(*args)
+
+
+BACKEND = Backend(name="reference", kernels={op: functools.partial(_run, op) for op in SCHEMAS})

@@ -137,13 +137,13 @@ def forward_kernel(
     b_out = tl.zeros([BLOCK, COLUMNS], ACC)
     for first in range(begin, end, INNER):
         b_k = load_tile(k + i_head * D, first, end, WIDTH, D, INNER, COLUMNS)  # [INNER, COLUMNS]
-        b_logits = tl.dot(b_q, b_k.T, input_precision=PRECISION, out_dtype=ACC) * (SCALE * LOG2E)
+        b_logits = tl.dot(b_q, b_k.T, input_precision=PRECISION, out_dtype=ACC)  # scaled once the maximum is off
         m_k = first + tl.arange(0, INNER) < end
         b_logits = tl.where(m_k[None, :], b_logits, float("-inf"))  # [BLOCK, INNER]
         b_new_max = tl.maximum(b_max, tl.max(b_logits, 1))
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_logits - b_shift[:, None])  # [BLOCK, INNER]
-        b_decay = tl.exp2(b_max - b_shift)
+        b_p = tl.exp2((b_logits - b_shift[:, None]) * (SCALE * LOG2E))  # [BLOCK, INNER]
+        b_decay = tl.exp2((b_max - b_shift) * (SCALE * LOG2E))
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_v = load_tile(v + i_head * D, first, end, WIDTH, D, INNER, COLUMNS)  # [INNER, COLUMNS]
         b_product = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION, out_dtype=ACC)
@@ -152,7 +152,7 @@ def forward_kernel(
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     store_tile(out + i_head * D, target, own_end - own, b_out, WIDTH, D, BLOCK, COLUMNS)
     i_row = tl.arange(0, BLOCK)
-    b_lse = tl.where(b_max == float("-inf"), b_max, (b_max + tl.log2(b_sum)) * LN2)
+    b_lse = tl.where(b_max == float("-inf"), b_max, b_max * SCALE + tl.log2(b_sum) * LN2)
     tl.store(lse + (target + i_row) * HEADS + i_head, b_lse, mask=i_row < own_end - own)
 
 

@@ -15,6 +15,7 @@ from ...regular_files import open_regular
 from ..layer_order import natural_key
 from ..tied_names import with_tied_names
 from .chosen_weights import choose_weights
+from .content_tree import arrays_as_tensors
 from .errors import CheckpointError, reading, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
@@ -58,7 +59,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """
     file = Path(os.fsdecode(path))
     try:
-        return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
+        with reading(file):
+            return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
     except RecursionError:
         raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
     except ValueError as error:
@@ -114,7 +116,13 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:
     with reading(file), open_regular(file) as opened, damage_of(file):
-        weights = choose_weights(read_content(opened), key)
+        content = arrays_as_tensors(read_content(opened))
+        ranks = content.get("mp_world_size") if isinstance(content, dict) else None
+        if isinstance(ranks, int) and ranks > 1:
+            raise CheckpointError(
+                f"is the part of one of {shown(ranks)} processes of a model-parallel checkpoint; merge the parts first"
+            )
+        weights = choose_weights(content, key)
         tensors = read_tensors(weights.tensors)
     return Checkpoint(tensors, True, weights.left_out, weights.path)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import numpy_values
+from .content_tree import RefusedContent
 from .errors import CheckpointError
 from .numpy_values import RefusedArray
 from .pickled_values import BadPickle, Bounded, RefusedName, read_pickle
@@ -55,7 +56,7 @@ def damage_of(file: Path) -> Iterator[None]:
     except CheckpointError as error:
         told = str(error)
         raise CheckpointError(told if told.startswith(f"{file}: ") else f"{file}: {told}") from error
-    except (RefusedArray, BadTensor) as error:
+    except (RefusedArray, BadTensor, RefusedContent) as error:
         raise CheckpointError(f"{file}: refused, {error}") from error
     except RefusedName as error:
         raise CheckpointError(

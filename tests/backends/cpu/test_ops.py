@@ -311,7 +311,7 @@ def test_chunk_encode_refuses_wrong_shapes(place):
     name = GRADED_NAMES[max(0, place - 4)]
     message = f"chunk_encode: {name} must have shape .*, got "
     if place == 0:
-        message = "chunk_ptr must start at 0, .* end at the number of rows, 22"
+        message = "chunk_ptr_host must start at 0, .* end at the number of rows, 22"
     with pytest.raises(Exception, match=message):
         cpu.chunk_encode(*args)
 
