@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .nn.encoder import SNE
     from .nn.predictor import Predictor, PredictorHead
     from .ops.dispatch import BackendError, explain, use_backend
+    from .training.estimators import SNEClassifier, SNERegressor
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -40,6 +41,7 @@ else:
             ".nn.encoder": ["SNE"],
             ".nn.predictor": ["Predictor", "PredictorHead"],
             ".ops.dispatch": ["BackendError", "explain", "use_backend"],
+            ".training.estimators": ["SNEClassifier", "SNERegressor"],
         },
         submodules=[
             "backends", "benchmark", "cli", "data", "functional", "nn", "ops", "reference", "reports", "symmetry",
@@ -58,6 +60,8 @@ __all__ = [
     "CheckpointError",
     "Predictor",
     "PredictorHead",
+    "SNEClassifier",
+    "SNERegressor",
     "WeightBatch",
     "explain",
     "pack",

@@ -15,11 +15,12 @@ from ..nn.choices import SetAttention
 from ..tasks.settings import check_choices, option
 from .options import options_of
 from .running import (
+    KEY,
     NONFINITE,
     PATHS,
     check_output,
     expand,
-    report_failures,
+    report,
     run_in_batches,
     stdout,
     usable_device,
@@ -45,6 +46,7 @@ class EncodeSettings:
         "sab", help="Attention of the untrained encoder; isab is for tensors of a million weights and more."
     )
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+    key: str | None = option(None, help=KEY, shown="the only one")
     nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ def encode(settings: EncodeSettings) -> None:
     check_output(out, (".npz", ".parquet"))
     networks = expand(settings.paths)
     encode, pack = _encoder(settings)
-    results = run_in_batches(encode, networks, pack, stdout(), nonfinite=settings.nonfinite)
+    results = run_in_batches(encode, networks, pack, stdout(), key=settings.key, nonfinite=settings.nonfinite)
     names, vectors = results.names, results.values
     with replacing(out) as temporary:
         if out.suffix == ".npz":
@@ -80,7 +82,7 @@ def encode(settings: EncodeSettings) -> None:
             column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
             pq.write_table(pa.table({"name": pa.array(names), "vector": column}), temporary)
     say(stdout(), f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
-    report_failures(results, f"written to {out}")
+    report(results, f"written to {out}")
 
 
 def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor], Callable[[Any], WeightBatch]]:

@@ -10,11 +10,12 @@ from ..data.choices import NonFinite
 from ..tasks.settings import check_choices, option
 from .options import options_of
 from .running import (
+    KEY,
     NONFINITE,
     PATHS,
     check_output,
     expand,
-    report_failures,
+    report,
     run_in_batches,
     stdout,
     usable_device,
@@ -30,6 +31,7 @@ class PredictSettings:
     out: Path | None = option(None, help="Also write to .csv or .json.", flags=("--out", "-o"))
     json: bool = option(False, help="Print JSON instead of a table.")
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
+    key: str | None = option(None, help=KEY, shown="the only one")
     nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
 
     def __post_init__(self) -> None:
@@ -44,7 +46,7 @@ def predict(settings: PredictSettings) -> None:
     at the end, with exit code 1; the predictions for all others are printed and written.
     """
     from ..nn.predictor import Predictor
-    from ..reports.files import write_csv
+    from ..reports.files import distinct_columns, write_csv
     from ..reports.terminal import show_table
 
     out, console = settings.out, stdout()
@@ -52,8 +54,10 @@ def predict(settings: PredictSettings) -> None:
         check_output(out, (".csv", ".json"))
     networks = expand(settings.paths)
     predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
-    results = run_in_batches(predictor, networks, predictor.pack, console, nonfinite=settings.nonfinite)
-    columns = ["name", *predictor.target_names]
+    results = run_in_batches(
+        predictor, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite
+    )
+    columns = distinct_columns(["name", *predictor.target_names])
     rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in rows]
     if out is not None and out.suffix == ".json":
@@ -66,4 +70,4 @@ def predict(settings: PredictSettings) -> None:
         shown = (lambda value: f"{value:.4g}") if console.is_terminal else str  # all digits for other programs
         cells = [[name, *map(shown, values)] for name, values in zip(results.names, results.values, strict=True)]
         show_table(console, columns, cells)
-    report_failures(results, "above")
+    report(results, "above")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
-from .errors import is_expected, is_out_of_memory, sentence
+from .errors import EXPECTED, is_expected, is_out_of_memory, sentence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
-    "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo, which "
-    "stand for all its networks, or FOLDER/NAME for one network of a zoo."
+    "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo or of "
+    "several checkpoints, which stand for all their networks, or FOLDER/NAME for one network of a zoo."
 )
+KEY = "Place of the weights in files that hold several, names joined by dots, such as generator or model.encoder."
 NONFINITE = "Treatment of NaN and infinities among the weights: refuse the network, read them as 0, or keep them."
-_PACKED_ALONE = re.compile(r"^pack: (network 0( \('.*?'\))?[:,]? ?)?")
+_ALONE = re.compile(r"^(pack: )?(network 0( \('.*?'\))?[:,]? ?)?")
 
 
 def stdout() -> Console:
@@ -68,12 +70,14 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
 def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
     """Return the names of the networks at `paths`, each with its file or the network itself.
 
-    The folder of a zoo stands for all its networks. Bytes of a path that are no character are escapes in its name.
+    The folder of a zoo stands for all its networks, and so does a folder of checkpoints each of which is a network of
+    its own. Bytes of a path that are no character are escapes in its name.
 
     Raises:
         FileNotFoundError: a path that is not there.
         ValueError: there are no networks.
     """
+    from ..data.readers.folders import independent_files
     from ..zoo import networks_at
 
     files: list[Any] = []
@@ -82,7 +86,7 @@ def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
         if found is not None:
             files += found
         elif path.exists():
-            files.append(path)
+            files += (independent_files(path) if path.is_dir() else None) or [path]
         else:
             raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     if not files:
@@ -115,6 +119,8 @@ class Results:
     """Outputs `(len(names), d)`."""
     failures: list[str] = field(default_factory=list)
     """A sentence for each network that is missing, which begins with its name."""
+    left_out: str = ""
+    """A line on what was left out of the networks that are there; "" for nothing."""
 
 
 def run_in_batches(
@@ -123,7 +129,7 @@ def run_in_batches(
     pack: Callable[..., WeightBatch],
     console: Console,
     *,
-    load: Callable[[Any], Any] = lambda file: file,
+    key: str | None = None,
     nonfinite: str | None = None,
 ) -> Results:
     """Run a module on all networks, in batches of bounded weights; one that fails does not take others with it.
@@ -133,7 +139,8 @@ def run_in_batches(
         networks: names and files, or networks.
         pack: packs a list of networks for `module`.
         console: of the results; progress is shown beside it.
-        load: reads a file.
+        key: place of the weights in files that hold several, as in
+            :func:`sne_fast.data.checkpoints.load_state_dict`.
         nonfinite: as in :func:`sne_fast.pack`; None is what `pack` does by itself.
 
     Raises:
@@ -143,16 +150,18 @@ def run_in_batches(
     import torch
 
     from ..data.batch import WeightBatch
+    from ..data.batch_summary import summary_of
     from ..reports.terminal import progress
 
     outputs: dict[int, np.ndarray] = {}
     failures: dict[int, str] = {}
+    skipped: dict[int, tuple[tuple[str, str], ...]] = {}
 
     def run(held: Sequence[tuple[int, WeightBatch]]) -> None:
         try:
             out = module(WeightBatch.cat([batch for _, batch in held])).cpu()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and not isinstance(error, EXPECTED):
                 raise
             reason = None if len(held) > 1 else sentence(error, f"{held[0][1].num_weights:,} weights")
         else:
@@ -160,7 +169,7 @@ def run_in_batches(
             outputs.update(zip((i for i, _ in held), rows, strict=True))
             return
         if reason is not None:  # outside of the except block, which keeps what the failed call had in memory
-            failures[held[0][0]] = f"{networks[held[0][0]][0]}: {reason}"
+            failures[held[0][0]] = _about(networks[held[0][0]][0], reason)
         else:
             for one in held:
                 run([one])
@@ -170,7 +179,7 @@ def run_in_batches(
     def packed(i: int) -> WeightBatch | None:
         name, file = networks[i]
         try:
-            return pack([load(file)], **options)
+            return _packed_by_key(pack, file, key, options) if key is not None else pack([file], **options)
         except Exception as error:
             if not is_expected(error):
                 raise
@@ -186,6 +195,7 @@ def run_in_batches(
                     run(held)
                     held = []
                 held.append((i, batch))
+                skipped[i] = sum(batch.skipped, ())
             update((i + 1) / len(networks), f"{i + 1} of {len(networks)} networks")
         if held:
             run(held)
@@ -196,26 +206,40 @@ def run_in_batches(
         _list(sentences)
         raise ValueError(f"none of the {len(networks)} networks could be used")
     done = sorted(outputs)
-    return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences)
+    left_out = summary_of(tuple(skipped[i] for i in done))
+    return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences, left_out)
+
+
+def _packed_by_key(pack: Callable[..., WeightBatch], file: Any, key: str, options: dict[str, Any]) -> WeightBatch:
+    from ..data.checkpoints import CheckpointError, read_checkpoint
+
+    if not isinstance(file, Path):
+        raise CheckpointError("key= is for files of torch, not for a network of a zoo")
+    checkpoint = read_checkpoint(file, key)
+    batch = pack([checkpoint.tensors], **options)
+    batch = dataclasses.replace(batch, skipped=(sum(batch.skipped, tuple(checkpoint.left_out.items())),))
+    if batch.order == "definition" and not checkpoint.keeps_order:
+        raise CheckpointError("it does not say in which order its layers were defined, which the model needs")
+    return batch
 
 
 def _about(name: str, reason: str) -> str:
     """Return a sentence about the network of a name, for which it is not "network 0" of a call."""
-    reason = _PACKED_ALONE.sub("", reason)
+    reason = _ALONE.sub("", reason)
     return reason if reason.startswith(name) else f"{name}: {reason}"
 
 
-def _list(failures: Sequence[str]) -> None:
+def _list(sentences: Sequence[str]) -> None:
     import typer
 
     from ..reports.terminal import printable
 
-    for failure in failures:
-        typer.echo(f"sne-fast: {printable(failure)}", err=True)
+    for line in sentences:
+        typer.echo(f"sne-fast: {printable(line)}", err=True)
 
 
-def report_failures(results: Results, written: str) -> None:
-    """Say on stderr which networks failed, and end the command with exit code 1 if any did.
+def report(results: Results, written: str) -> None:
+    """Say on stderr what was left out and which networks failed, and end the command with exit code 1 if any did.
 
     Args:
         results: of all networks.
@@ -226,9 +250,9 @@ def report_failures(results: Results, written: str) -> None:
     """
     import typer
 
+    _list([*([results.left_out] if results.left_out else []), *results.failures])
     if not results.failures:
         return
-    _list(results.failures)
     count, all_networks = len(results.failures), len(results.failures) + len(results.names)
     typer.echo(f"sne-fast: {count} of {all_networks} networks failed; those of the others are {written}", err=True)
     raise typer.Exit(1)

@@ -6,15 +6,16 @@ import dataclasses
 import operator
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import batch_protocols
 from .batch_checks import CHUNKINGS, PACKED_BY, PER_NETWORK, POINTERS, TENSORS, check_contents, check_fields
 from .choices import Chunking, Order, Scale
-from .cutting import has_kernel
+from .cutting import which_have_kernels
 from .names import Names, Skipped, network_name, tensor_name
 from .network_index import NetworkIndex, chosen_networks
 from .pointers import join_pointers, ragged_gather
@@ -110,9 +111,7 @@ class WeightBatch:
             for field in POINTERS:
                 object.__setattr__(self, f"{field}_host", getattr(self, field))
         check_contents(fields, self.pointers_host)
-        ndims = [len(shape) for network in self.shapes for shape in network] or [0] * self.num_tensors
-        types = zip(self.tensor_type.tolist(), ndims, strict=True)
-        object.__setattr__(self, "kernels", torch.tensor([has_kernel(*pair) for pair in types], dtype=torch.bool))
+        object.__setattr__(self, "kernels", which_have_kernels(self.tensor_type.tolist(), self.shapes))
         self._derive()
 
     @classmethod
@@ -302,7 +301,10 @@ class WeightBatch:
         return self  # nothing in it changes, and the general way would take __getstate__ and lose the graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+        # A batch that was pickled before batches knew their order has that of definition.
+        known = {"order": "definition", **state}
+        known.setdefault("kernels", which_have_kernels(state["tensor_type"].tolist(), state["shapes"]))
+        for name, value in known.items():
             object.__setattr__(self, name, value)
         for field in POINTERS:
             object.__setattr__(self, f"{field}_host", state[field].cpu())
@@ -310,8 +312,11 @@ class WeightBatch:
 
     # Choosing and joining networks
 
-    def __iter__(self) -> Iterator[WeightBatch]:
-        return (self[b] for b in range(len(self)))
+    # `for one in batch` goes through __getitem__. Walkers of nested containers ask for __iter__, and would find batches
+    # inside batches for ever.
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[WeightBatch]: ...
 
     def __getitem__(self, index: NetworkIndex) -> WeightBatch:
         """Select networks: by an index (a batch of one), a slice, a sequence of indices, or a mask of B booleans.
@@ -321,7 +326,8 @@ class WeightBatch:
             TypeError: anything else.
         """
         chosen = chosen_networks(index, len(self))
-        return self._slice(chosen.start, chosen.stop) if isinstance(chosen, slice) else self._take(chosen)
+        found = self._slice(chosen.start, chosen.stop) if isinstance(chosen, slice) else self._take(chosen)
+        return self.with_fields() if found is self and not isinstance(index, slice) else found
 
     def _slice(self, first: int, last: int) -> WeightBatch:
         if first == 0 and last == len(self):
@@ -417,5 +423,8 @@ class WeightBatch:
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
-        """Concatenate batches, for a loader: `DataLoader(list_of_batches, 16, collate_fn=WeightBatch.collate)`."""
+        """Concatenate batches; `DataLoader` does so without being told, also inside tuples and dicts."""
         return cls.cat(batches)
+
+
+batch_protocols.register(WeightBatch, WeightBatch.cat)

@@ -14,6 +14,7 @@ from ..atomic_files import replacing
 from .readers.checkpoint import ORDER_KEY, Checkpoint, read_checkpoint
 from .readers.chosen_weights import NoWeights, choose_weights
 from .readers.errors import CheckpointError
+from .tied_names import identity_of
 
 __all__ = [
     "ORDER_KEY",
@@ -36,10 +37,12 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
         path: one of
 
             - a file of safetensors: in the order of its metadata `sne_fast.order` (a JSON list of names), else in
-              natural order of the names (`layers.2` before `layers.10`), for the format sorts them;
-            - a file of `torch.save`, or a pickle of tensors. Objects in it are not made. The weights are the one
-              container of tensors in it that is no optimiser's state, whatever it is called and however deep it is; a
-              module that was saved whole counts as its state_dict. A moving average beside the weights is left out;
+              natural order of the names (`layers.2` before `layers.10`), for the format sorts them; tensors that
+              `safetensors.torch.save_model` wrote under one of their names have the others too;
+            - a file of `torch.save`, or a pickle of tensors or, without any, of arrays of numpy. Objects in it are not
+              made. The weights are the one container of tensors in it that is no optimiser's state, whatever it is
+              called and however deep it is; a module that was saved whole counts as its state_dict. A moving average
+              beside the weights is left out;
             - an index of shards (`model.safetensors.index.json`, `pytorch_model.bin.index.json`), or one of shards that
               count themselves (`model-00001-of-00002.safetensors`): all shards;
             - a folder: its `model.safetensors`, else its only checkpoint; of a sentence-transformers model the weights
@@ -69,7 +72,8 @@ def save_state_dict(
     """Write tensors as safetensors with their order in the metadata, all or nothing; the same tensors give one file.
 
     Args:
-        state_dict: tensors by name, of any dtype that safetensors has; tied ones are written once per name.
+        state_dict: tensors by name, of any dtype that safetensors has; tied ones are written once, and their
+            other names stand in the metadata, as `safetensors.torch.save_model` has it.
         path: the file, replaced if it is there; a failure leaves it as it was.
         metadata: further strings to store.
 
@@ -83,17 +87,24 @@ def save_state_dict(
 
     file = Path(os.fsdecode(path))
     tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[object, str] = {}
     storages = set()
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
             raise TypeError(f"save_state_dict: {name!r} must name a tensor, got {type(tensor).__name__}")
+        identity = identity_of(tensor)
+        if identity in first and name not in {ORDER_KEY, *(metadata or {})}:
+            tied[name] = first[identity]
+            continue
+        first.setdefault(identity, name)
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
         storages.add(storage)
     if not tensors:
         raise ValueError("save_state_dict: state_dict must hold at least one tensor, got none")
-    strings = {ORDER_KEY: json.dumps(list(tensors)), **(metadata or {})}
+    strings = {**tied, ORDER_KEY: json.dumps(list(state_dict)), **(metadata or {})}
     if not all(isinstance(text, str) for item in strings.items() for text in item):
         raise TypeError(f"save_state_dict: metadata must map strings to strings, got {metadata!r}")
     try:

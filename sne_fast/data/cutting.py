@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from .tensor_types import CONVOLUTION, ROLES, TRANSPOSED
 
 _WEIGHT = ROLES.index("weight")
@@ -22,6 +25,18 @@ def has_kernel(tensor_type: int, ndim: int) -> bool:
     """Return whether a tensor of this type has kernel dimensions, as only the weights of convolutions have."""
     kind, role = divmod(tensor_type, 8)
     return ndim > 2 and role == _WEIGHT and kind in (CONVOLUTION, TRANSPOSED)
+
+
+def which_have_kernels(tensor_types: Sequence[int], shapes: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Return for every tensor of a batch whether it has kernel dimensions, `(T,)` bool on the CPU.
+
+    Args:
+        tensor_types: of the T tensors.
+        shapes: per network those of its tensors; if they are not known, no tensor has kernel dimensions.
+    """
+    ndims = [len(shape) for network in shapes for shape in network] or [0] * len(tensor_types)
+    found = [has_kernel(*pair) for pair in zip(tensor_types, ndims, strict=True)]
+    return torch.tensor(found, dtype=torch.bool, device="cpu")
 
 
 def cut_of(shape: Sequence[int], kernel: bool, chunking: str) -> Cut:

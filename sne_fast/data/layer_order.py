@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from importlib import resources
@@ -21,6 +22,9 @@ _STACKED = re.compile(r"_l([0-9]+)(_reverse)?$")
 _BLOCKS = re.compile(r"(layer|block|stage|level|group|res|denseblock|features?|module)s?_?[0-9]+")
 _FOLLOWS = (1,)
 """What the key of a normalisation adds to that of the layer it stands behind."""
+
+_MAX_DEPTH = 64
+_LONGEST_PART = 128
 
 Key = tuple[Any, ...]
 
@@ -69,7 +73,12 @@ def order_by_names(names: Sequence[str]) -> list[int]:
     Args:
         names: full names, as `layer1.0.conv1.weight`.
     """
-    paths = [tuple(name.split(".")) for name in names]
+    return list(_order_by_names(tuple(names)))
+
+
+@lru_cache(maxsize=256)  # the networks of a zoo have the same names
+def _order_by_names(names: tuple[str, ...]) -> tuple[int, ...]:
+    paths = [_path(name) for name in names]
     children: dict[tuple[str, ...], set[str]] = {}
     for path in paths:
         for depth in range(len(path) - 1):
@@ -82,8 +91,15 @@ def order_by_names(names: Sequence[str]) -> list[int]:
     for parent in sorted(children, key=len):
         inside = tuple(sorted((child, counts((*parent, child))) for child in children[parent]))
         for child, key in _keys_of_children(inside).items():
-            keys[(*parent, child)] = (*keys[parent], key)
-    return sorted(range(len(names)), key=lambda i: (keys[paths[i][:-1]], _own_key(paths[i][-1])))
+            path = (*parent, child)
+            keys[path] = (*keys[parent], key)
+    return tuple(sorted(range(len(names)), key=lambda i: (keys[paths[i][:-1]], _own_key(paths[i][-1]))))
+
+
+def _path(name: str) -> tuple[str, ...]:
+    """Return the parts of a name: those of the layer, of which a hostile name has one from a certain depth on."""
+    layer, dot, own = name.rpartition(".")
+    return (*layer.split(".", _MAX_DEPTH), own) if dot else (own,)
 
 
 def _own_key(own: str) -> Key:
@@ -94,46 +110,107 @@ def _own_key(own: str) -> Key:
     rank = ranks.index(True) if True in ranks else len(ranks)
     if own.startswith("weight_hr"):  # of projected states, which recurrent modules have behind their biases
         rank = len(ranks) - 1
-    return place, rank, re.sub("_ih(?=_|$)", "_a", own)  # a layer's own order: input before hidden
+    return place, rank, re.sub("_ih(?=_|$)", "_a", own), own  # recurrent modules: of inputs before of states
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _keys_of_children(inside: tuple[tuple[str, bool], ...]) -> dict[str, Key]:
     """Return the key of each part inside one parent; `inside` says of each whether it has numbered children."""
     table = _table()
     if all(part.isdigit() for part, _ in inside):
         return {part: (_MIDDLE, 0, natural_key(part)) for part, _ in inside}
-    siblings = {part.lower(): part for part, _ in inside}
-    blocks = any(numbered for _, numbered in inside) or any(_BLOCKS.fullmatch(part) for part in siblings)
-    family = next((f for f in table.families if all(_any(pattern, siblings) for pattern in f.when)), None)
-    keys: dict[str, Key] = {}
+    if any(len(part) > _LONGEST_PART for part, _ in inside):  # no name of a module, and long for the patterns
+        return {part: (_MIDDLE, table.others, natural_key(part)) for part, _ in inside}
+    siblings = _Siblings(inside, table)
+    family = next((f for f in table.families if all(_any(pattern, siblings.parts) for pattern in f.when)), None)
+    bases: dict[str, Key] = {}
     waiting: list[str] = []
     for part, _ in inside:
         low = part.lower()
         place = _place_in_family(low, family) if family else None
         if place is not None:
-            keys[part] = (_MIDDLE, -1, place, natural_key(part))
-        elif _layer_before(low, siblings) and _key(low, siblings, blocks, table)[0] != _LAST:
+            bases[part] = (_MIDDLE, -1, place, natural_key(part))
+            continue
+        bases[part] = (*_key(low, siblings, table), natural_key(part))
+        if bases[part][0] != _LAST and siblings.layer_before(low) is not None:
             waiting.append(part)
-        else:
-            keys[part] = (*_key(low, siblings, blocks, table), natural_key(part))
+    keys = dict(bases)
     for part in sorted(waiting, key=natural_key):
-        before = _layer_before(part.lower(), siblings)
-        assert before is not None
-        anchor = keys.get(siblings[before])
-        if anchor is None:  # two parts that each wait for the other
-            keys[part] = (*_key(part.lower(), siblings, blocks, table), natural_key(part))
-        else:
-            keys[part] = anchor + _FOLLOWS + (natural_key(part),)
+        # A norm that stands behind another norm stands behind the layer of that one.
+        bases[part] = bases[siblings.parts[siblings.layer_before(part.lower()) or part]]
+        keys[part] = bases[part] + _FOLLOWS + (natural_key(part),)
     return keys
 
 
-def _key(part: str, siblings: Iterable[str], blocks: bool, table: _Table) -> Key:
+class _Siblings:
+    """The parts inside one parent, in lower case.
+
+    Args:
+        inside: each part, and whether it has numbered children.
+        table: the known parts.
+    """
+
+    def __init__(self, inside: tuple[tuple[str, bool], ...], table: _Table) -> None:
+        self.table = table
+        self.parts = {part.lower(): part for part, _ in inside}
+        self.blocks = any(numbered for _, numbered in inside) or _any(_BLOCKS, self.parts)
+        self.recurrent = _any(table.recurrent, self.parts)
+        self._whole: dict[str, str] = {}
+        self._unit: dict[str, tuple[int, str]] = {}
+        self._numbered: dict[str, list[tuple[Any, str]]] = {}
+        for part in sorted(self.parts, key=natural_key):
+            norm, unit = table.norm.search(part), table.unit.search(part)
+            if number := re.fullmatch(r"(.*?)_?([0-9]+)", part):
+                self._numbered.setdefault(number[1], []).append((_number(number[2]), part))
+            if norm is None:
+                self._whole.setdefault(part.replace("_", ""), part)
+                if unit is not None:
+                    rest = _without(part, unit)
+                    rank = next(i for i, group in enumerate(unit.groups()) if group is not None)
+                    # Without a number only where the norm surely stands behind: beside `fc` it may stand before.
+                    if rest or re.search("conv|^proj$", part):
+                        self._unit[rest] = min(
+                            self._unit.get(rest, (rank, part)), (rank, part), key=lambda pair: pair[0]
+                        )
+
+    def alone(self, part: str) -> bool:
+        """Return whether no sibling is this part with a number behind it."""
+        return all(other == part for _, other in self._numbered.get(part, ()))
+
+    def layer_before(self, part: str) -> str | None:
+        """Return the sibling that a normalisation stands behind: that of the same number, else None."""
+        norm = self.table.norm.search(part)
+        if norm is None:
+            return None
+        rest = _without(part, norm)
+        if rest and rest in self._whole:
+            return self._whole[rest]
+        unit = self._unit[rest][1] if rest in self._unit else None
+        if unit is not None and "conv" in unit:
+            return unit
+        follower = next((other for other in self.table.followers.get(part, ()) if other in self.parts), None)
+        return follower or unit or self._one_less(part)
+
+    def _one_less(self, part: str) -> str | None:
+        """Return the sibling of the same word with the next lower number, else None."""
+        number = re.fullmatch(r"(.*?)_?([0-9]+)", part)
+        if number is None:
+            return None
+        others = self._numbered[number[1]]
+        place = bisect_left(others, (_number(number[2]), ""))
+        return others[place - 1][1] if place else None
+
+
+def _without(part: str, found: re.Match[str]) -> str:
+    return (part[: found.start()] + part[found.end() :]).replace("_", "")
+
+
+def _key(part: str, siblings: _Siblings, table: _Table) -> Key:
     for i, pattern in enumerate(table.exits):
-        if pattern.fits.fullmatch(part) and _holds(pattern, part, siblings, blocks, table):
+        if pattern.fits.fullmatch(part) and _holds(pattern, part, siblings):
             return _LAST, i
     for i, pattern in enumerate(table.entries):
-        if pattern.fits.fullmatch(part):
+        if pattern.fits.fullmatch(part) and _holds(pattern, part, siblings):
             return _FIRST, i
     for i, fits in enumerate(table.middle):
         if fits.fullmatch(part):
@@ -141,12 +218,8 @@ def _key(part: str, siblings: Iterable[str], blocks: bool, table: _Table) -> Key
     return _MIDDLE, table.others
 
 
-def _holds(pattern: _Pattern, part: str, siblings: Iterable[str], blocks: bool, table: _Table) -> bool:
-    true = {
-        "blocks": blocks,
-        "recurrent": _any(table.recurrent, siblings),
-        "alone": not any(re.fullmatch(re.escape(part) + "_?[0-9]+", other) for other in siblings),
-    }
+def _holds(pattern: _Pattern, part: str, siblings: _Siblings) -> bool:
+    true = {"blocks": siblings.blocks, "recurrent": siblings.recurrent, "alone": siblings.alone(part)}
     return not pattern.beside or any(all(true[word] for word in words) for words in pattern.beside)
 
 
@@ -156,51 +229,6 @@ def _place_in_family(part: str, family: _Family) -> Key | None:
             number = re.search(r"[0-9]+", part)
             return (_number(number[0] if number else ""), i) if family.by_number else (i,)
     return None
-
-
-def _layer_before(part: str, siblings: Iterable[str]) -> str | None:
-    """Return the sibling that a normalisation stands behind: that of the same number, else None."""
-    table = _table()
-    found = table.norm.search(part)
-    if found is None:
-        return None
-    rest = _bare(part[: found.start()] + part[found.end() :])
-    for other in sorted(siblings, key=natural_key):
-        if other != part and not table.norm.search(other) and _bare(other) == rest and rest:
-            return other
-    best: tuple[int, str] | None = None
-    for other in sorted(siblings, key=natural_key):
-        unit = table.unit.search(other)
-        if not rest and not re.search("conv|proj", other):  # `norm` may as well stand before `fc`
-            continue
-        if unit is None or table.norm.search(other) or _bare(other[: unit.start()] + other[unit.end() :]) != rest:
-            continue
-        rank = next(i for i, group in enumerate(unit.groups()) if group is not None)
-        if best is None or rank < best[0]:
-            best = rank, other
-    if best is not None and "conv" in best[1]:
-        return best[1]
-    follower = next((other for other in table.followers.get(part, ()) if other in siblings), None)
-    if follower or best is not None:
-        return follower or best[1]
-    return _one_less(part, found, siblings)
-
-
-def _one_less(part: str, found: re.Match[str], siblings: Iterable[str]) -> str | None:
-    """Return the sibling with the next lower number of a numbered normalisation, else None."""
-    number = re.fullmatch(r"_?([0-9]+)", part[found.end() :])
-    if number is None:
-        return None
-    lower = [
-        (_number(other[1]), other[0])
-        for other in (re.fullmatch(re.escape(part[: found.end()]) + r"_?([0-9]+)", name) for name in siblings)
-        if other is not None and _number(other[1]) < _number(number[1])
-    ]
-    return max(lower)[1] if lower else None
-
-
-def _bare(part: str) -> str:
-    return part.replace("_", "")
 
 
 def _any(pattern: re.Pattern[str], parts: Iterable[str]) -> bool:

@@ -43,10 +43,12 @@ def pack(
 ) -> WeightBatch:
     """Cut the weights of networks into chunks, as one ragged `WeightBatch` (section 3.2 of the paper).
 
-    A layer is a module that owns tensors itself. From a module come all floating
-    parameters, tied ones once at their first place, and the running mean and variance of normalisation layers. Complex
-    and integer tensors are left out everywhere. Prefixes `module.` (on all names) and `_orig_mod.` are dropped. Tensors
-    are cut as they are stored: fused projections and gates are not split, nothing is transposed.
+    A layer is a module that owns tensors itself. All floating parameters are taken, tied ones once at their first
+    place, and the running mean and variance of normalisation layers; complex ones as real and imaginary parts side by
+    side along the last dimension, quantised ones as the numbers they stand for. What is left out (other buffers,
+    counters, masks, empty tensors, states of optimisers, moving averages beside the weights) is in `batch.skipped` by
+    name with the reason; `len(batch.skipped[b])` counts it. Prefixes `module.` (on all names) and `_orig_mod.` are
+    dropped. Tensors are cut as they are stored: fused projections and gates are not split, nothing is transposed.
 
     Args:
         networks: a sequence of modules, state_dicts (also inside another mapping) or paths: files of safetensors or of
@@ -70,10 +72,11 @@ def pack(
         nonfinite: what NaN and infinities do: "raise" a ValueError, "zero" replaces them by 0 before scaling, "keep"
             leaves them.
         layer_level: depth of each layer instead of its place in the network: a sequence with, per network, None, one
-            int per layer, or a mapping of layer names or patterns to ints; or a mapping for all networks; or (L,) ints.
+            int per layer in their `order`, or a mapping of layer names or patterns to ints; or a mapping for all
+            networks; or (L,) ints.
         kinds: kind of layers instead of what module or names say: "names" types modules by the names and shapes of
-            their tensors, as their files are; a mapping of layer (module) names or `fnmatch`
-            patterns to "linear", "convolution", "transposed convolution", "normalisation", "embedding", "recurrent",
+            their tensors, as their files are; a mapping of layer (module) names or `fnmatch` patterns to
+            "linear", "convolution", "transposed convolution", "normalisation", "embedding", "recurrent",
             "attention projection", "other" or their ids 0..7; or a sequence with one mapping or None per network. The
             exact name wins, then the first pattern that fits.
         dtype: of the values: float16, bfloat16, float32 or float64; None is `torch.get_default_dtype()`. Sources may
@@ -90,14 +93,15 @@ def pack(
       neither name (`experts`, `bilinear`, `pos_embed`) nor shape (of its bias, of kernels) says otherwise;
     - a matrix is an embedding only if it is alone in a layer named so (`embed_tokens`, `wte`), else linear; a 1-D
       weight always belongs to a normalisation (`PReLU`); a parametrised weight has no kind but "other";
-    - floating buffers (attention masks, position tables) count as weights.
+    - buffers (attention masks, position tables) are left out where their names are known, and else count as weights.
 
     `kinds=` overrides the first two. Modules of classes from outside torch.nn are typed by the same inference.
 
     Raises:
-        ValueError: no networks, a network without floating parameters, an empty, sparse, quantised, uninitialised or
-            meta tensor, NaN or infinity (names network and tensor), values too large for `dtype`, tensors on different
-            devices without `device=`, an unknown option, `kinds` or `layer_level` that fit nothing.
+        ValueError: no networks, a network without floating parameters, a sparse, uninitialised or meta tensor, a
+            quantised one of an unknown format, two copies of a network, NaN or infinity (names network and tensor),
+            values too large for `dtype`, tensors on different devices without `device=`, an unknown option, `kinds` or
+            `layer_level` that fit nothing.
         TypeError: a network or a state_dict entry of a type that cannot be packed.
         CheckpointError: a file that cannot be read (a ValueError).
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..regular_files import open_regular
+from .readers.errors import reading
 from .readers.numpy_values import Array, RefusedArray, as_array
 from .readers.pickled_values import Placeholder, RefusedName
 from .readers.stored import StoredTensor, read_tensors
-from .readers.torch_files import damage_of, opened_content
+from .readers.torch_files import damage_of, read_content
 
 __all__ = ["RefusedArray", "as_array", "load_plain"]
 
@@ -22,15 +24,15 @@ def load_plain(file: Path, *, device: torch.device | str = "cpu", arrays: bool =
     """Return all that a pickled checkpoint holds, tensors in memory, and refuse one that holds objects.
 
     Args:
-        file: the checkpoint, by its path or opened.
+        file: the checkpoint.
         device: where tensors go.
         arrays: whether it may hold numpy's arrays and numbers besides tensors.
 
     Raises:
-        CheckpointError: a file that is damaged, or holds anything but tensors and plain data; the message names it.
-        OSError: a file that is missing or cannot be read.
+        CheckpointError: no such file, one that is damaged, or that holds anything else; the message names it.
     """
-    with opened_content(file, strict=True, arrays=arrays) as content, damage_of(file):
+    with reading(file), open_regular(file) as opened, damage_of(file):
+        content = read_content(opened, strict=True, arrays=arrays)
         stored: dict[str, StoredTensor] = {}
         _check_plain(content, stored)
         tensors = {name: tensor.to(device) for name, tensor in read_tensors(stored).items()}

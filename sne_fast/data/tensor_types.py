@@ -44,17 +44,22 @@ _CLASSES: tuple[tuple[type | tuple[type, ...], int], ...] = (
 )
 _RECURRENT_NAME = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?$")
 _ATTENTION_NAMES = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
-_EMBEDDING_NAME = re.compile(r"embed|(^|_)emb(s|\d*)(_|$)|^wte$|^wpe$")
+_EMBEDDING_NAME = re.compile(
+    r"embed|(^|_)emb(s|\d*)(_|$)|^wte$|^wpe$|^shared$|_tokens?$|^relative_attention_bias$|^reference_points$"
+    r"|^quer(y_feat|ies_features)$|^codebook$|^(toks?|pos|tokens?|positions?|words?|vocab)$"
+)
+_ACTIVATION_NAME = re.compile(r"(relu|(^|[._])act(ivation)?(_fn)?)\d*$")
 # pruning, spectral and weight normalisation keep the weight under the last two
 _WEIGHT_NAMES = ("weight", "weight_orig", "weight_v")
 _CONVOLUTION_NAME = re.compile(r"conv|patch|stem|downsample|upsample|shortcut|^dw$|^pw$")
 _STACKED_NAME = re.compile(r"(^|[._])(experts?|moe|bilinear|mixture)([._]|$)|bilinear|experts$")
 _LINEAR_NAME = re.compile(
-    r"^(w[123qkvo]?|[qkvo]|wi(_[01])?|wo|fc\d*|c_fc|lin\d*|linear\d*|dense\d*)$|(gate|up|down|[qkvo])_proj$"
+    r"^(w[123qkvo]?|[qkvo]|wi(_[01])?|wo|fc\d*|c_fc|lin\d*|linear\d*|dense\d*|(lm_)?head)$|(gate|up|down|[qkvo])_proj$"
 )
+_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj)$")
 _TABLE_NAME = re.compile(r"pos|token|table|codebook|quer(y|ies)|memory|relative")
 _LONGEST_KERNEL = 64
-_NOT_EMBEDDING_NAME = re.compile(r"(proj|projection|out|output|linear|fc|dense|mapping)\d*$")
+_NOT_EMBEDDING_NAME = re.compile(r"patch|(proj|projection|projector|out|output|linear|fc|dense|mapping)\d*$")
 
 
 def kind_id(kind: Any) -> int:
@@ -95,8 +100,12 @@ def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     if not _ATTENTION_NAMES.isdisjoint(dims):
         return ATTENTION
     dim = next((dims[name] for name in _WEIGHT_NAMES if name in dims), 0)
+    if dim == 0 and "bias" in dims:  # its weight is tied or parametrised, and counts elsewhere
+        last = layer.rpartition(".")[2].lower()
+        linear = _LINEAR_NAME.search(last) or _LINEAR_BEHIND.search(last)
+        return CONVOLUTION if "conv" in last else LINEAR if linear else OTHER
     if dim == 1:
-        return NORMALISATION
+        return OTHER if _ACTIVATION_NAME.search(layer.lower()) else NORMALISATION
     if dim == 2:
         last = layer.rpartition(".")[2].lower()
         named = _EMBEDDING_NAME.search(last) and not _NOT_EMBEDDING_NAME.search(last)
@@ -129,4 +138,7 @@ def kind_of_module(module: nn.Module) -> int | None:
     for classes, kind in _CLASSES:
         if isinstance(module, classes):
             return kind
+    if type(module).__module__.startswith("torch.ao."):  # a quantised class has the name of the one it stands for
+        plain = getattr(nn, type(module).__name__, None)
+        return next((kind for classes, kind in _CLASSES if plain and issubclass(plain, classes)), None)
     return OTHER if type(module).__module__.startswith("torch.nn.") else None

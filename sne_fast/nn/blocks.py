@@ -222,7 +222,7 @@ class PMA(nn.Module):
         """Pool rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64; returns ``(S, num_seeds, dim)``."""
         if not has_plain_attention(self.mab):
             query, seed_ptr, seed_host = _for_every_set(self.S, ptr)
-            return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).view(-1, *self.S.shape[1:])
+            return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).reshape(-1, *self.S.shape[1:])
         pooled = functional.segment_pool(x, F.linear(x, self.folded_query()), ptr, ptr_host=ptr_host)
         return self.project(pooled, (ptr.diff() > 0).to(pooled.dtype))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 MAX_WIDTH = 2**24
@@ -57,9 +58,18 @@ def integers(where: str, name: str, values: Any, most: int, low: int = 1, high: 
     Raises:
         ValueError: no sequence, too long a one, or an entry that `integer` refuses.
     """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or len(values) > most:
+    found = listed(values, most)
+    if found is None:
         raise ValueError(f"{where}: {name} must be a list of at most {most} integers, got {shown(values)}")
-    return tuple(integer(where, f"{name}[{i}]", value, low, high) for i, value in enumerate(values))
+    return tuple(integer(where, f"{name}[{i}]", value, low, high) for i, value in enumerate(found))
+
+
+def listed(values: Any, most: int) -> tuple[Any, ...] | None:
+    """Return what a list, a tuple, an array or another ordered iterable holds; None for anything else, or more."""
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        return None
+    found = tuple(itertools.islice(values, most + 1))
+    return found if len(found) <= most else None
 
 
 def shown(value: Any) -> str:
@@ -72,5 +82,6 @@ def shown(value: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return text as messages show it, cut where it is long."""
+    """Return text as messages show it, on one line and cut where it is long."""
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 80 else f"{text[:77]}..."

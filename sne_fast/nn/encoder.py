@@ -143,9 +143,14 @@ class SNE(PretrainedMixin, nn.Module):
             networks: modules, state_dicts or paths.
             options: further arguments of :func:`sne_fast.pack`.
         """
+        return pack(networks, **{**self.pack_options, **options})
+
+    @property
+    def pack_options(self) -> dict[str, Any]:
+        """The arguments of :func:`sne_fast.pack` by which :meth:`pack` packs."""
         weight = self.sample_parameter
         expected = {field: self._config[field] for field in PACKED_BY}
-        return pack(networks, **{**expected, "dtype": weight.dtype, "device": weight.device, **options})
+        return {**expected, "dtype": weight.dtype, "device": weight.device}
 
     def forward(self, networks: WeightBatch | Networks) -> Tensor:
         """Encode a batch, or networks, which are packed first, to one vector each.

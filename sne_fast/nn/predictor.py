@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..data.networks import Networks
+from ..data.packing import pack
 from .choices import FittedScale, Loss, Transform
-from .config_checks import choice, integer, integers, shown
+from .config_checks import choice, integer, integers, listed, shown
 from .encoder import SNE
 from .input_scales import INPUT_SCALES
 from .plain_state import unwrapped
@@ -58,7 +59,7 @@ def _target_names(given: Sequence[str] | None, count: int) -> tuple[str, ...]:
     """Return one name per output, numbered ones if none are given."""
     if given is None:
         return tuple(f"target_{i}" for i in range(count))
-    names = () if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) else tuple(given)
+    names = listed(given, count) or ()
     if len(names) != count or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"Predictor: target_names must hold {count} name(s), one for each of out_features, got {shown(given)}"
@@ -196,8 +197,13 @@ class Predictor(PretrainedMixin, nn.Module):
             networks: modules, state_dicts or paths, or a zoo.
             options: further arguments of :func:`sne_fast.pack`.
         """
+        return pack(networks, **{**self.pack_options, **options})
+
+    @property
+    def pack_options(self) -> dict[str, Any]:
+        """The arguments of :func:`sne_fast.pack` by which :meth:`pack` packs."""
         own = {"nonfinite": self.preparation.nonfinite, "kinds": self.preparation.kinds}
-        return self._sne.pack(networks, **{**own, **options})
+        return {**self._sne.pack_options, **own}
 
     def prepare(self, batch: WeightBatch) -> WeightBatch:
         """Do the steps of `preparation` that the batch does not say were done; `encode` does so by itself.

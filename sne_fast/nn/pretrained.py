@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..atomic_files import filling
-from ..data.checkpoints import load_state_dict, save_state_dict
+from ..data.checkpoints import CheckpointError, load_state_dict, save_state_dict
 from ..extras import require
 from ..regular_files import FileError, open_regular, parse_json, read_json
 from ..version import __version__
@@ -70,7 +70,8 @@ class PretrainedMixin:
         Both files are written elsewhere first and then moved, so that a failure leaves what was there before, and a
         program killed between the moves leaves two files that `from_pretrained` knows not to belong together. What
         wraps the module or a part of it (`torch.compile`, `DataParallel`, `DistributedDataParallel`) is left out, and
-        parametrised tensors are written as they are computed with.
+        parametrised tensors are written as they are computed with. An encoder with such a part computes its products in
+        another order than the plain one that is loaded, so that the last bits of its numbers may differ.
 
         Raises:
             ValueError: `from_pretrained` would not give the same module: a part was replaced by one of another class,
@@ -88,7 +89,10 @@ class PretrainedMixin:
             raise NotADirectoryError(f"save_pretrained: {target} is a file; give a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         with filling(target) as stage:
-            save_state_dict(state, stage / WEIGHTS_NAME, metadata={"format": "pt"})
+            try:
+                save_state_dict(state, stage / WEIGHTS_NAME, metadata={"format": "pt"})
+            except CheckpointError as error:  # which names a file that is gone by now
+                raise CheckpointError(str(error).replace(str(stage), str(target))) from error
             content = {**about(cls), DIGEST: _sha256(stage / WEIGHTS_NAME), **self.config}
             (stage / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

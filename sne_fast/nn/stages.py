@@ -73,17 +73,13 @@ class ChunkEncoder(nn.Module):
         blocks, pool = list(self.blocks), self.pool
         if len(blocks) != 4 or not is_plain(pool, PMA) or not has_plain_attention(pool.mab):
             return False
-        heads, normed = pool.mab.num_heads, None
-        for block in blocks:
-            if not is_plain(block, SAB):
-                return False
-            mab = block.mab
-            if not (has_plain_attention(mab) and mab.has_plain_feed_forward()):
-                return False
-            normed = mab.ln0 is not None if normed is None else normed
-            if mab.num_heads != heads or normed != (mab.ln0 is not None):
-                return False
-        return True
+        if not all(is_plain(block, SAB) for block in blocks):
+            return False
+        mabs = [cast(SAB, block).mab for block in blocks]
+        if not all(has_plain_attention(mab) and mab.has_plain_feed_forward() for mab in mabs):
+            return False
+        alike = {(mab.num_heads, mab.ln0 is not None) for mab in mabs}
+        return len(alike) == 1 and mabs[0].num_heads == pool.mab.num_heads
 
     def pooled_rows(self, batch: WeightBatch, tensor_code: Tensor, run: slice | None = None) -> Tensor:
         """Return the rows of all chunks, or of a run, pooled per head: ``(N, H, h)``, before the pool's ``fc_v``."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,10 +24,27 @@ from .transforms import carries_tangent
 
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
 REFERENCE = "reference"
+BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
+"""The backends of the package, which editors complete; a backend that is added has a name of its own."""
 
-# One choice for the whole process, as torch's own backend flags: autograd runs backward in threads of its own, and
-# a choice kept per thread would be lost there.
-_choice: str | None = None
+
+class _Block:
+    """One `with use_backend(...)` block that has been entered; left in any order, it takes only itself away."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.active = True
+
+
+# Blocks of the running thread, generator or asyncio task, the innermost last. A block may be left in another context
+# than it was entered in, so that blocks that are not active any more may be among them.
+_own_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("sne_fast_use_backend", default=())
+# Blocks of the whole process in the order in which they were entered. Autograd runs backward in threads of its own, and
+# pools of threads do the work of their caller: threads without a block follow the one entered last.
+_all_blocks: list[_Block] = []
+_blocks_lock = threading.Lock()
+# The name of the last of them: `torch.compile` traces `fuses`, and makes a new graph where this has changed.
+_latest: str | None = None
 
 
 class BackendError(RuntimeError):
@@ -55,12 +75,13 @@ def _check_name(name: str, where: str) -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: BackendName | str) -> Iterator[None]:
     """Run every op inside the ``with`` block, forward and backward, on one backend.
 
-    The choice holds for the whole process (autograd runs backward in its own threads) and never falls back: an op
-    that the backend cannot run raises :class:`sne_fast.BackendError` with the reasons. The environment variable
-    ``SNE_FAST_BACKEND`` makes the same choice where no ``with`` block is active.
+    The choice never falls back: an op that the backend cannot run raises :class:`sne_fast.BackendError` with the
+    reasons. Threads and asyncio tasks with blocks of their own follow these; all others, such as the threads in which
+    autograd runs backward, follow the block that the process has entered last. Blocks may be left in any order. The
+    environment variable ``SNE_FAST_BACKEND`` makes the same choice where no block is active.
 
     Args:
         name: ``"auto"`` for the fastest that can run, or a backend: ``"reference"``, ``"cpu"``, ``"cuda"``,
@@ -78,19 +99,38 @@ def use_backend(name: str) -> Iterator[None]:
         >>> z.shape
         torch.Size([1, 32])
     """
-    global _choice
-    _check_name(name, "use_backend")
-    previous, _choice = _choice, name
+    block = _Block(_check_name(name, "use_backend"))
+    _own_blocks.set((*(own for own in _own_blocks.get() if own.active), block))
+    _change_blocks(entered=block)
     try:
         yield
     finally:
-        _choice = previous
+        block.active = False
+        _own_blocks.set(tuple(own for own in _own_blocks.get() if own.active))
+        _change_blocks(left=block)
+
+
+def _change_blocks(entered: _Block | None = None, left: _Block | None = None) -> None:
+    global _latest
+    with _blocks_lock:
+        if entered is not None:
+            _all_blocks.append(entered)
+        if left is not None:
+            _all_blocks.remove(left)
+        _latest = _all_blocks[-1].name if _all_blocks else None
 
 
 def current_backend() -> str:
     """Return the name chosen by :func:`use_backend`, else by ``SNE_FAST_BACKEND`` if not empty, else ``"auto"``."""
-    if _choice is not None:
-        return _choice
+    for block in reversed(_own_blocks.get()):
+        if block.active:
+            return block.name
+    return _choice_of_the_process()
+
+
+def _choice_of_the_process() -> str:
+    if _latest is not None:
+        return _latest
     return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
@@ -102,7 +142,8 @@ def fuses(op: str, device: torch.device) -> bool:
     """
     from .found_backends import AUTO_FUSIONS, FUSIONS
 
-    name = current_backend()
+    # Dynamo cannot read context variables.
+    name = _choice_of_the_process() if torch.compiler.is_compiling() else current_backend()
     return op in (AUTO_FUSIONS.get(device.type, ()) if name == "auto" else FUSIONS.get(name, ()))
 
 
@@ -170,12 +211,52 @@ def _choose(op: str, args: Arguments) -> Kernel:
     for backend in _in_turn(op, device, args):
         reasons = _auto_reasons(backend, op, device, args)
         if not reasons:
+            if backend.name == REFERENCE and forward != "gather_chunks":  # packing is quick under any backend
+                _warn_of_the_reference(device)
             return backend.kernels[op]
         refusals.append(f"{backend.name}: {'; '.join(reasons)}")
     raise BackendError(f"{op}: no backend can run it: " + " | ".join(refusals))
 
 
+_warned_of: set[str] = set()  # device types
+_has_computed = False
+
+
+def _warn_of_the_reference(device: torch.device) -> None:
+    """Warn once where ``auto`` runs the reference because the backends for the device cannot run on this machine."""
+    if device.type in _warned_of:
+        return
+    made_for = [b for b in _found()[0].values() if device.type in b.devices and b.serves_auto_on(device.type)]
+    missing = {backend.name: backend.unavailable() for backend in made_for}
+    _warned_of.add(device.type)
+    if missing and all(missing.values()):
+        whys = " | ".join(f"{name}: {'; '.join(reasons)}" for name, reasons in missing.items())
+        warnings.warn(
+            f"sne_fast: the reference computes on {device.type}, many times slower than a backend made for it, because "
+            f"none is usable: {whys}. With use_backend('reference') or {ENVIRONMENT_VARIABLE}=reference this is "
+            f"not said.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _after_fork_in_child() -> None:
+    global _blocks_lock
+    _blocks_lock = threading.Lock()
+    _all_blocks[:] = [block for block in _own_blocks.get() if block.active]  # those of other threads are never left
+    _change_blocks()
+    # OpenMP's threads do not survive a fork, and the first product of torch in the child would wait for them for ever.
+    if _has_computed:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def _run(op: str, *args: Any) -> Any:
+    global _has_computed
+    _has_computed = True
     if carries_tangent(args):  # the public functions never call an op so; a compiled graph may
         raise RuntimeError(
             f"{op}: forward-mode differentiation of a compiled or direct call is not supported; call the function that "

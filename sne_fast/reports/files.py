@@ -16,3 +16,20 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
         writer = csv.writer(stream)
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def distinct_columns(columns: Sequence[str]) -> list[str]:
+    """Return the names of a table's columns, those that would be there twice numbered.
+
+    Example:
+        >>> distinct_columns(["name", "accuracy", "name"])
+        ['name', 'accuracy', 'name (2)']
+    """
+    found: list[str] = []
+    for i, column in enumerate(columns):
+        number, label = 1, column
+        while label in found or (number > 1 and label in columns[i:]):
+            number += 1
+            label = f"{column} ({number})"
+        found.append(label)
+    return found

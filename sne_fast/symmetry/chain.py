@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..data.choices import Order
+from ..data.layer_order import order_by_names
 from .boxes import SymmetryError
 from .core import Symmetry
 from .spec import floating_tensors
@@ -13,7 +15,11 @@ from .terms import Label, Term, freeze, fresh, product, size, split
 
 
 def chain_symmetry(
-    state_dict: Mapping[str, Tensor], *, norm_groups: Mapping[str, int] | None = None, name: str = "chain"
+    state_dict: Mapping[str, Tensor],
+    *,
+    norm_groups: Mapping[str, int] | None = None,
+    order: Order | None = None,
+    name: str = "chain",
 ) -> Symmetry:
     """Return the symmetry of a plain chain of linear layers, convolutions and norms, from names and shapes alone.
 
@@ -24,14 +30,16 @@ def chain_symmetry(
     `from_spec` for those, and `verify` where there is a module.
 
     Args:
-        state_dict: in the order of the layers.
+        state_dict: names and tensors of the network.
         norm_groups: by layer name, the groups of a GroupNorm (1 for any other norm without running statistics),
             which shapes do not tell; needed for such a layer after a convolution.
+        order: in which the layers follow each other: "definition", that of the entries, or "names", that in which
+            `sne_fast.pack` takes layers. Needed only where the two differ, since a file may have lost the first.
         name: the network's name in messages.
 
     Raises:
-        SymmetryError: a layer that does not fit the one before (grouped convolution, branches), or whose kind shapes do
-            not tell; the message names it.
+        SymmetryError: two orders that differ, and none chosen; a layer that does not fit the one before (grouped
+            convolution, branches), or whose kind shapes do not tell; the message names it.
 
     Example:
         >>> import torch
@@ -40,10 +48,7 @@ def chain_symmetry(
         >>> chain_symmetry(net.state_dict())
         Symmetry('chain', 1 groups, 10^4.6 permutations)
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in floating_tensors(state_dict).items():
-        layer, _, last = key.rpartition(".")
-        layers.setdefault(layer, {})[last] = tensor
+    layers = _in_order(floating_tensors(state_dict), order)
     labels: dict[str, Label] = {}
     units: Term | None = None
     convolution = False
@@ -67,6 +72,26 @@ def chain_symmetry(
         raise SymmetryError("chain_symmetry: the state_dict holds no layer with a weight")
     freeze(units, "output")
     return Symmetry.from_labels(name, labels)
+
+
+def _in_order(tensors: Mapping[str, Tensor], order: Order | None) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each layer by their own names, layers as they follow each other."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, last = key.rpartition(".")
+        layers.setdefault(layer, {})[last] = tensor
+    if order == "definition":
+        return layers
+    if order not in (None, "names"):
+        raise SymmetryError(f"chain_symmetry: order must be 'definition', 'names' or None, got {order!r}")
+    keys = list(tensors)
+    by_names = list(dict.fromkeys(keys[i].rpartition(".")[0] for i in order_by_names(keys)))
+    if order is None and by_names != list(layers):
+        raise SymmetryError(
+            f"chain_symmetry: the layers stand in the order {', '.join(map(repr, layers))}, by their names in the "
+            f"order {', '.join(map(repr, by_names))}; say which is the network's: order='definition' or order='names'"
+        )
+    return {layer: layers[layer] for layer in by_names}
 
 
 def _incoming(layer: str, weight: Tensor, units: Term | None) -> Term:

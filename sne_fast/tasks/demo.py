@@ -71,15 +71,15 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     console = console or Console()
     folder = RunFolder(out)
     _check(settings)
+    predictor = _predictor(settings)  # an encoder that cannot be made leaves no folder
     if folder.in_use():
         raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
     with folder.held("demo"):
-        return _run(folder, settings, console)
+        return _run(folder, predictor, settings, console)
 
 
-def _run(folder: RunFolder, settings: Demo, console: Console) -> dict[str, Any]:
+def _run(folder: RunFolder, predictor: Predictor, settings: Demo, console: Console) -> dict[str, Any]:
     folder.begin({"settings": dataclasses.asdict(settings), "torch": torch.__version__}, "demo")
-    predictor = _predictor(settings)
     clock = Clock()
 
     with clock("zoo"):

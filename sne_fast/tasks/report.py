@@ -14,7 +14,7 @@ from ..reports.terminal import show_table
 from .baselines import BASELINES
 from .definitions import Experiment, Task
 from .networks import Networks
-from .run_folder import Run, RunFolder
+from .run_folder import Run, RunFolder, read_arrays
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,13 +82,13 @@ def write_report(folder: RunFolder, task: Task, data: Networks, results: Mapping
         predictions = {}
         for name, path in _arrays(task, experiment, seed, folder).items():
             if path.exists():
-                with np.load(path) as arrays:
-                    predictions[name] = arrays["predicted"]
-                    if name == next(iter(task.sne)):
-                        embedding_map(
-                            folder.plot("embedding", experiment), arrays["encodings"], data.targets, data.groups,
-                            parts["test"], seed, label=task.target, limits=(None, None),
-                        )  # fmt: skip
+                arrays = read_arrays(path)
+                predictions[name] = arrays["predicted"]
+                if name == next(iter(task.sne)):
+                    embedding_map(
+                        folder.plot("embedding", experiment), arrays["encodings"], data.targets, data.groups,
+                        parts["test"], seed, label=task.target, limits=(None, None),
+                    )  # fmt: skip
         _scatter(folder.plot("scatter", experiment), task, data, parts["test"], predictions)
         if found["by_training_size"]:
             _curves(folder.plot("size", experiment), found["by_training_size"])

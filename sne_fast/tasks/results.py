@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..regular_files import FileError
 from ..reports.machine import machine
 from ..training.fingerprint import differences
 from .baselines import BASELINES
@@ -36,6 +37,10 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], fold
             if not whole:
                 continue
             check_runs(whole, data, folder, whole[0].get("settings"))
+            for run in whole:
+                if not {"method", "seconds"} <= set(run) or not ("test" in run or "why_not" in run):
+                    damaged = f"the result of {row!r} with seed {run['seed']} in {folder}"
+                    raise FileError(f"task: {damaged} lacks its measures; remove it to make the run again")
             title = whole[0]["method"]
             methods[title] = _summary(whole)
             shares = folder.results_of(experiment, row, whole[0]["seed"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..atomic_files import TEMPORARY, remove_leftovers, replacing, write_json
 from ..file_locks import holding
-from ..regular_files import FileError, read_json
+from ..regular_files import FileError, open_regular, read_json
 from ..training.fingerprint import differences
 from .definitions import Experiment
 
@@ -239,6 +239,21 @@ def _read_result(path: Path) -> dict[str, Any]:
     if type(found.get("seed")) is not int or not isinstance(counts, dict) or type(counts.get("train")) is not int:
         raise FileError(f"{path}: is damaged or no result of a run, remove it to make the run anew")
     return found
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the predictions and encodings that a run has written.
+
+    Raises:
+        FileError: the file is damaged, or none that a run has written.
+    """
+    try:
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileError:
+        raise
+    except Exception as error:  # zip files and numpy's headers fail in many ways
+        raise FileError(f"{path}: is damaged or no .npz file: {error}; remove it to make the run again") from error
 
 
 def slug(text: str) -> str:

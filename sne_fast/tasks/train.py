@@ -16,7 +16,7 @@ from ..atomic_files import write_json
 from ..extras import require
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from ..reports.files import write_csv
+from ..reports.files import distinct_columns, write_csv
 from ..reports.measures import measures, why_undefined
 from ..reports.terminal import for_progress, progress, say
 from ..symmetry import PermutationAugmentation
@@ -53,7 +53,9 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     """
     fit_settings = FitSettings(**settings.fit)
     if settings.loss != "cross_entropy":
-        require("scipy", extra="demo", why="train, whose measures include Kendall's tau,")
+        require("scipy", extra="demo", why="train")
+    if settings.log == "tensorboard":
+        require("tensorboard", extra="tensorboard", why="train --log tensorboard")
     with processes() as world, ExitStack() as stack:
         world.share_error(_enter(RunFolder(settings.out), stack) if world.first else None)
         return _train(settings, fit_settings, console, world)
@@ -114,7 +116,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
         held_out = zoo[test]
         write_csv(
             folder.predictions,
-            ["name", *settings.targets, *(f"predicted {name}" for name in names)],
+            distinct_columns(["name", *settings.targets, *(f"predicted {name}" for name in names)]),
             [
                 (name, *(held_out.rows[i][t] for t in settings.targets), *values[i].tolist())
                 for i, name in enumerate(held_out.column("name"))

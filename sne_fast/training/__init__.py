@@ -6,6 +6,7 @@ from ..lazy import attach
 
 if TYPE_CHECKING:
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
+    from .estimators import SNEClassifier, SNERegressor
     from .loop import Augment, fit, predict
     from .progress import CsvLog, TensorBoardLog
     from .settings import FitSettings, History
@@ -19,6 +20,7 @@ else:
                 "shards_by_weights",
                 "stratified_split",
             ],
+            ".estimators": ["SNEClassifier", "SNERegressor"],
             ".loop": ["Augment", "fit", "predict"],
             ".progress": ["CsvLog", "TensorBoardLog"],
             ".settings": ["FitSettings", "History"],
@@ -30,6 +32,8 @@ __all__ = [
     "CsvLog",
     "FitSettings",
     "History",
+    "SNEClassifier",
+    "SNERegressor",
     "TensorBoardLog",
     "batches_by_weights",
     "fit",

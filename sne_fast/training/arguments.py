@@ -54,28 +54,44 @@ def check_settings(settings: Any) -> FitSettings:
     return settings
 
 
-def check_batch(batch: Any, predictor: Predictor, what: str = "batch") -> WeightBatch:
-    """Return the networks, detached from the parameters they were packed from and prepared, if they fit the predictor.
+def check_packed(batch: Any, predictor: Predictor, what: str) -> WeightBatch:
+    """Return the networks, if they are packed for the predictor.
+
+    Args:
+        what: the subject of the error's sentence, such as "fit: batch".
 
     Raises:
         TypeError: they are no `WeightBatch`.
-        ValueError: they are packed otherwise than the encoder asks for, or under `torch.inference_mode`, or cannot be
-            prepared as the predictor asks for.
+        ValueError: they are packed otherwise than the encoder asks for.
     """
     if not isinstance(batch, WeightBatch):
-        raise TypeError(f"fit: {what} must be a WeightBatch, got {_kind(batch)}; use predictor.encoder.pack(networks)")
+        raise TypeError(f"{what} must be a WeightBatch, got {_kind(batch)}; use predictor.pack(networks)")
     config = predictor.config["encoder"]
     for name in CUT:
         want, got = config.get(name), getattr(batch, name, None)
         if want is not None and got is not None and want != got:
             raise ValueError(
-                f"fit: {what} must be packed with {name} {want!r} as the predictor's encoder was made, got {got!r}; "
-                "use predictor.encoder.pack(networks)"
+                f"{what} must be packed with {name} {want!r} as the predictor's encoder was made, got {got!r}; "
+                "use predictor.pack(networks)"
             )
-    if batch.values.is_inference():
-        raise ValueError(f"fit: {what} was packed under torch.inference_mode, of which no training can use tensors; "
-                         "pack it under torch.no_grad")  # fmt: skip
-    return predictor.prepare(batch.detach())
+    return batch
+
+
+def check_batch(batch: Any, predictor: Predictor, what: str = "batch") -> WeightBatch:
+    """Return the networks to learn from, detached from the parameters they were packed from and prepared.
+
+    Raises:
+        TypeError: as `check_packed`.
+        ValueError: as `check_packed`, they were packed under `torch.inference_mode`, or they cannot be prepared as the
+            predictor asks for.
+    """
+    found = check_packed(batch, predictor, f"fit: {what}")
+    if found.values.is_inference():
+        raise ValueError(
+            f"fit: {what} was packed under torch.inference_mode, of which no training can use tensors; pack it under "
+            "torch.no_grad"
+        )
+    return predictor.prepare(found.detach())
 
 
 def check_targets(targets: Any, predictor: Predictor, networks: int, what: str = "targets") -> Tensor:

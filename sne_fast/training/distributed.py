@@ -53,7 +53,7 @@ class World:
             message = [None if error is None else str(error)]
             self._together(partial(dist.broadcast_object_list, message, 0))
             if error is None and message[0] is not None:
-                raise RuntimeError(f"the first process ended: {message[0]}")
+                raise ConnectionError(f"process {self.rank} of {self.size} ends as the first one does: {message[0]}")
         if error is not None:
             raise error
 
@@ -155,6 +155,7 @@ def processes() -> Iterator[World]:
     They wait for each other for at most ten minutes, or as many seconds as `SNE_FAST_PROCESS_TIMEOUT` says.
 
     Raises:
+        ConnectionError: the others do not come.
         ValueError: `SNE_FAST_PROCESS_TIMEOUT` is no number of seconds above 0.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -163,7 +164,14 @@ def processes() -> Iterator[World]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout())
+    limit = timeout()
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit)
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could not join the others within "
+            f"{limit.total_seconds():.0f} s; start all again, or set {TIMEOUT_VARIABLE} to more seconds"
+        ) from error
     try:
         yield World()
     finally:

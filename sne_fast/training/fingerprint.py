@@ -77,7 +77,7 @@ def of_targets(targets: Tensor, predictor: Predictor | None = None) -> Fingerpri
 
 def of_predictor(predictor: Predictor) -> Fingerprint:
     """Return the fingerprint of a predictor: its configuration and its parameters' names, shapes and dtypes."""
-    config = _flat(json.loads(json.dumps(predictor.config)))
+    config = _flat(json.loads(json.dumps(predictor.config, default=repr)))
     parameters = {name: (tuple(t.shape), str(t.dtype)) for name, t in predictor.state_dict().items()}
     frozen = [name for name, p in predictor.named_parameters() if not p.requires_grad]
     return {
@@ -222,7 +222,9 @@ class _Digest:
             dataclasses.is_dataclass(value) and not isinstance(value, type) and "__getstate__" not in vars(type(value))
         ):
             self._write("object", f"{type(value).__module__}.{type(value).__qualname__}".encode())
-            self._add_all("fields", [getattr(value, field.name) for field in dataclasses.fields(value)])
+            # Fields that are no arguments are caches, which grow in use.
+            fields = [field.name for field in dataclasses.fields(value) if field.init]
+            self._add_all("fields", [getattr(value, name) for name in fields])
         elif isinstance(value, type) or not hasattr(value, "__dict__"):
             named = value if hasattr(value, "__qualname__") else type(value)
             self._write("name", f"{named.__module__}.{named.__qualname__}".encode())

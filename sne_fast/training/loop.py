@@ -23,6 +23,7 @@ from .arguments import (
     check_batch,
     check_calls,
     check_checkpoint,
+    check_packed,
     check_predictor,
     check_settings,
     check_targets,
@@ -328,11 +329,18 @@ def predict(
     Returns:
         Predictions `(len(batch), out_features)` in the units of the targets, and encodings `(len(batch), h)`.
 
+    Raises:
+        TypeError: no predictor or no batch.
+        ValueError: the batch is packed otherwise than the predictor's encoder asks for.
+
     Example:
         >>> values, z = predict(sne_fast.Predictor(encoder), batch)
         >>> values.shape, z.shape
         (torch.Size([2, 1]), torch.Size([2, 32]))
     """
+    if not isinstance(predictor, Predictor):
+        raise TypeError(f"predict: predictor must be a sne_fast.Predictor, got {type(predictor).__name__}")
+    check_packed(batch, predictor, "predict: batch")
     was_training = predictor.training
     predictor.eval()
     weight = predictor.target_mean

@@ -82,13 +82,20 @@ class CsvLog:
             return math.inf
 
     def __call__(self, epoch: int, row: Mapping[str, float]) -> None:
-        """Append the row of an epoch; the first one decides the columns."""
-        empty = self.path.stat().st_size == 0
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if empty:
-                writer.writerow(["epoch", *row])
-            writer.writerow([epoch, *row.values()])
+        """Append the row of an epoch; the first one decides the columns.
+
+        Raises:
+            OSError: the file cannot be written; the error names it.
+        """
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                if file.tell() == 0:
+                    writer.writerow(["epoch", *row])
+                writer.writerow([epoch, *row.values()])
+        except OSError as error:
+            error.filename = str(self.path)  # which a full disk does not tell
+            raise
 
 
 class TensorBoardLog:

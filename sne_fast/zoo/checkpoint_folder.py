@@ -39,7 +39,7 @@ def load_checkpoints(
 
     Raises:
         FileNotFoundError: the table, or a file that it names, is missing.
-        ValueError: no column with files, or a target that is not a column.
+        ValueError: a damaged table, one without rows, no column with files, or a target that is not a column.
 
     Example:
         >>> zoo = load_checkpoints("runs", "results.csv", targets=["accuracy"])
@@ -54,6 +54,8 @@ def load_checkpoints(
             f"{folder / table}: must have a column with the files ({file_column or ', '.join(FILE_COLUMNS)}); it has "
             f"{', '.join(columns)}"
         )
+    if not columns[chosen]:
+        raise ValueError(f"{folder / table}: holds no rows")
     absent = [target for target in targets if target not in columns]
     if absent:
         raise ValueError(f"{folder / table}: has no column {absent[0]!r} for a target; it has {', '.join(columns)}")
@@ -62,7 +64,7 @@ def load_checkpoints(
     files = [folder / file for file in columns[chosen]]
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{folder / table} names {file}, which is missing")
+            raise FileNotFoundError(f"{folder / table} names {file!s:.300}, which is missing")
     if "name" not in columns or len(set(columns["name"])) < len(files) or any("/" in n for n in columns["name"]):
         columns["name"] = [str(file).replace("/", "-").replace("\\", "-") for file in columns[chosen]]
         if len(set(columns["name"])) < len(files):

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.batch import WeightBatch
-from ..data.batch_checks import PACKED_BY
 from ..data.packing import pack
 from ..data.weight_budgets import SEED_STRIDE, batches_by_weights
 from .table import Zoo
@@ -128,12 +127,8 @@ class WeightBudgetSampler(Sampler[list[int]]):
 
 
 def pack_options(encoder: Any) -> dict[str, Any]:
-    """Return the arguments of `sne_fast.pack` that give batches for an encoder, on the CPU."""
-    return {
-        **{field: encoder.config[field] for field in PACKED_BY},
-        "dtype": encoder.sample_parameter.dtype,
-        "device": "cpu",
-    }
+    """Return the arguments of `sne_fast.pack` that give batches for an encoder or a predictor, on the CPU."""
+    return {**encoder.pack_options, "device": "cpu"}
 
 
 def zoo_loader(
@@ -154,7 +149,7 @@ def zoo_loader(
     Args:
         zoo: any zoo.
         targets: names of columns of numbers; one name or several.
-        encoder: the encoder to pack for.
+        encoder: the encoder or predictor to pack for; a predictor prepares batches further when it is called.
         options: keyword arguments of `sne_fast.pack`, besides or instead of those of the encoder.
         budget: largest number of weights in a batch; a network with more is a batch of its own.
         shuffle: shuffle the networks in every epoch.
@@ -164,7 +159,7 @@ def zoo_loader(
         pin_memory: copy batches to pinned memory, as in `torch.utils.data.DataLoader`.
 
     Example:
-        >>> for batch, accuracy in zoo_loader(zoo, "test_accuracy", encoder=predictor.encoder):
+        >>> for batch, accuracy in zoo_loader(zoo, "test_accuracy", encoder=predictor):
         ...     loss = (predictor(batch) - accuracy).square().mean()
     """
     merged = {**(pack_options(encoder) if encoder is not None else {}), **(options or {})}

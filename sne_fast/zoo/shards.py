@@ -5,7 +5,8 @@
     FOLDER/shards/NAME.safetensors   networks of the same tensor names and shapes: each tensor is (K, *shape)
 
 Network k of a shard is row k of each of its tensors. The metadata `sne_fast.order` (a JSON list) keeps the module's
-order of the tensors, which safetensors itself does not keep. Tensors are named `stack.NAME`, so that a shard that is
+order of the tensors, which safetensors itself does not keep; a tied tensor is held once, and the metadata map its
+other names to the first. Tensors are named `stack.NAME`, so that a shard that is
 read as a checkpoint is refused and not taken for one large network.
 """
 
@@ -27,6 +28,8 @@ from torch import Tensor
 
 from ..atomic_files import remove_leftovers, to_json, write_json, write_text
 from ..data.checkpoints import ORDER_KEY, CheckpointError, save_state_dict
+from ..data.layers import collect
+from ..data.tied_names import identity_of, with_tied_names
 from ..file_locks import holding
 from ..regular_files import FileError, check_regular, parse_json, read_json
 from .index import ABOUT, INDEX, PLACE, write_index
@@ -64,7 +67,8 @@ class ShardSource:
         held = next(iter(stacked.values())).shape[0]
         if not 0 <= position < held:
             raise CheckpointError(f"{self._file(self.shards[i])}: holds {held} networks, the index wants {position}")
-        return {name: tensor[position].clone() for name, tensor in stacked.items()}
+        copies: dict[int, Tensor] = {}  # tied tensors share a copy
+        return {name: copies.setdefault(id(t), t[position].clone()) for name, t in stacked.items()}
 
     def stacked(self, shard: str) -> dict[str, Tensor]:
         """Return all networks of a shard as mapped tensors `(K, *shape)`, the form that `torch.func.vmap` takes."""
@@ -87,9 +91,10 @@ def _map_shard(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             names = parse_json(metadata.get(ORDER_KEY, "null"), ORDER_KEY, list)
-            if not names or sorted(f"{_STACK}{name}" for name in names) != sorted(opened.keys()):
+            held = with_tied_names({name: opened.get_tensor(name) for name in opened.keys()}, metadata)  # noqa: SIM118
+            if not names or sorted(f"{_STACK}{name}" for name in names) != sorted(held):
                 raise ValueError(f"{ORDER_KEY} does not name its tensors")
-            found = {name: opened.get_tensor(f"{_STACK}{name}") for name in names}
+            found = {name: held[f"{_STACK}{name}"] for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: the zoo's index names this shard, but it is missing") from error
     except (SafetensorError, OSError, ValueError, TypeError) as error:
@@ -100,8 +105,8 @@ def _map_shard(file: Path) -> dict[str, Tensor]:
 
 
 def network_weights(state_dict: Mapping[str, Tensor]) -> int:
-    """Return the number of weights that `sne_fast.pack` takes from a state_dict, those of its floating tensors."""
-    return sum(tensor.numel() for tensor in state_dict.values() if tensor.is_floating_point())
+    """Return the number of weights that `sne_fast.pack` takes from a state_dict."""
+    return sum(tensor.numel() for layer in collect(0, state_dict).layers for _, tensor in layer.tensors)
 
 
 class ZooWriter:
@@ -195,12 +200,17 @@ class ZooWriter:
             TypeError: a value that is not a plain one.
         """
         entry = self._entry(name, row)
-        tensors = {key: tensor.detach().cpu().clone() for key, tensor in state_dict.items()}
+        copies: dict[object, tuple[str, Tensor]] = {}
+        for key, tensor in state_dict.items():
+            if (identity := identity_of(tensor)) not in copies:
+                copies[identity] = key, tensor.detach().cpu().clone()
+        held = {key: copies[identity_of(tensor)] for key, tensor in state_dict.items()}
+        tensors = {key: tensor for key, (_, tensor) in held.items()}
         if not tensors:
             raise ValueError(f"zoo: {name} must hold at least one tensor, got none")
-        signature = tuple((key, tuple(t.shape), t.dtype) for key, t in tensors.items())
+        signature = tuple((key, tuple(t.shape), t.dtype, first) for key, (first, t) in held.items())
         self._held.setdefault(signature, []).append((self._next, tensors, entry))
-        size = sum(t.nbytes for t in tensors.values())
+        size = sum(tensor.nbytes for _, tensor in copies.values())
         self._held_bytes[signature] = self._held_bytes.get(signature, 0) + size
         self._next += 1
         if self._held_bytes[signature] >= self._shard_bytes:
@@ -252,13 +262,15 @@ class ZooWriter:
     def _flush(self, signature: tuple) -> None:
         held = self._held.pop(signature)
         self._held_bytes.pop(signature)
-        stacked = {key: torch.stack([tensors[key] for _, tensors, _ in held]) for key, _, _ in signature}
+        firsts = {first: torch.stack([tensors[first] for _, tensors, _ in held]) for *_, first in signature}
+        stacked = {key: firsts[first] for key, _, _, first in signature}
         self._write(f"{len(self._parts):05d}", stacked, [(order, entry) for order, _, entry in held])
 
     def _write(self, part: str, stacked: dict[str, Tensor], entries: Sequence[tuple[int, dict[str, Any]]]) -> None:
         if part in self._parts:
             raise ValueError(f"zoo: the group {part!r} has been written already")
-        weights = network_weights({key: t[0] for key, t in stacked.items()})
+        firsts: dict[int, Tensor] = {}
+        weights = network_weights({key: firsts.setdefault(id(t), t[0]) for key, t in stacked.items()})
         rows = [
             {**entry, "weights": weights, "shard": part, "position": k, "order": order}
             for k, (order, entry) in enumerate(entries)

@@ -111,7 +111,8 @@ def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_ST
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: files that do not fit each other, no row of that step, or an invalid row with `invalid="raise"`.
+        ValueError: damaged files or such that do not fit each other, no valid row of that step, or an invalid one with
+            `invalid="raise"`.
 
     Example:
         >>> zoo = load_unterthiner("svhn_cropped")
@@ -156,6 +157,8 @@ def load_unterthiner(folder: str | PathLike[str], *, step: int | None = FINAL_ST
         raise ValueError(
             f"{folder}: row {min(bad)} and {len(bad) - 1} more hold weights or metrics that are not finite"
         )
+    if len(bad) == len(rows):
+        raise ValueError(f"{folder}: none of its {len(rows)} networks is finite")
     if bad:
         warnings.warn(f"{folder}: {len(bad)} of {len(rows)} networks are not finite and left out", stacklevel=2)
     source.rows = [i for i in rows if i not in bad]
@@ -190,7 +193,7 @@ def _read_layout(file: Path) -> list[tuple[str, int, int, tuple[int, ...]]]:
         layer, _, own = str(varname).rpartition("/")
         role = {"kernel:0": "weight", "bias:0": "bias"}.get(own)
         if not _SHAPE.fullmatch(text):
-            raise FileError(f"{file}: the shape of {varname} must be a tuple, got {text!r:.40}")
+            raise FileError(f"{file}: the shape of {varname:.80} must be a tuple, got {text!r:.40}")
         shape = tuple(int(n) for n in re.findall(r"\d+", text))
         if layer not in layers:
             layers.append(layer)
@@ -198,7 +201,7 @@ def _read_layout(file: Path) -> list[tuple[str, int, int, tuple[int, ...]]]:
         dimensions = 1 if role == "bias" else 2 if k == 3 else 4
         cut = type(start) is int and type(end) is int and start >= 0 and end - start == math.prod(shape)
         if role is None or not cut or len(shape) != dimensions:
-            raise FileError(f"{file}: cannot read {varname}, columns {start} to {end} of shape {shape}")
+            raise FileError(f"{file}: cannot read {varname:.80}, columns {start} to {end} of shape {shape}")
         found.append((f"{'dense' if k == 3 else f'conv{k}'}.{role}", start, end, shape))
     if len(layers) != 4 or len({name for name, *_ in found}) != 8 or len(found) != 8:
         raise FileError(f"{file}: must describe three convolutions and a dense layer, got {', '.join(layers):.200}")

@@ -16,7 +16,9 @@ from helpers.command_line import call, fails
 from sne_fast import SNE, Predictor
 from sne_fast.backends import gpu_runs
 from sne_fast.data.checkpoints import save_state_dict
+from sne_fast.nn import Preparation
 from sne_fast.zoo import ZooWriter
+from sne_fast.zoo.architectures import ARCHITECTURES
 
 
 def test_help_names_the_commands_and_is_quiet():
@@ -146,6 +148,55 @@ def test_predict_table_csv_and_json(files, model, tmp_path):
     assert call("predict", "--model", model, *files, "-o", tmp_path / "p.csv").exit_code == 0
     with open(tmp_path / "p.csv", newline="") as stream:
         assert [float(row["loss"]) for row in csv.DictReader(stream)] == [row["loss"] for row in rows]
+
+
+def test_a_target_called_name_takes_no_other_column(files, tmp_path):
+    predictor = Predictor(SNE(hidden_dim=32), 2, (8,), target_names=["name", "name (2)"])
+    predictor.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        expected = Predictor.from_pretrained(tmp_path / "model")(files).numpy()
+    for out in ("p.json", "p.csv"):
+        assert call("predict", "--model", tmp_path / "model", *files, "-o", tmp_path / out).exit_code == 0
+    with open(tmp_path / "p.csv", newline="") as stream:
+        tables = [list(csv.DictReader(stream)), json.loads((tmp_path / "p.json").read_text())]
+    for rows in tables:
+        assert [row["name"] for row in rows] == [str(f) for f in files]
+        found = np.array([[float(row["name (3)"]), float(row["name (2)"])] for row in rows])
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_encode_gives_the_vectors_that_the_predictors_head_takes(files, tmp_path):
+    for i, (scale, options) in enumerate(
+        (
+            ("none", {"normalise_inputs": "fan_in"}),
+            ("none", {"normalise_inputs": "zoo"}),
+            ("tensor", {"preparation": Preparation(units="canonical", relative=True)}),
+        )
+    ):
+        predictor = Predictor(SNE(hidden_dim=32, scale=scale), hidden_features=(8,), **options).eval()
+        predictor.set_inputs(predictor.pack(files))
+        predictor.save_pretrained(tmp_path / f"model{i}")
+        out = tmp_path / f"z{i}.npz"
+        assert call("encode", *files, "--model", tmp_path / f"model{i}", "-o", out).exit_code == 0
+        with torch.no_grad():
+            expected = predictor.encode(files)
+            plain = predictor.encoder(files)
+        np.testing.assert_allclose(np.load(out)["vector"], expected.numpy(), rtol=1e-4, atol=1e-5)
+        assert (expected - plain).abs().max() > 1e-3
+
+
+def test_an_architecture_that_a_predictor_cannot_sort_is_one_sentence(tmp_path):
+    Predictor(SNE(hidden_dim=32), preparation=Preparation(units="canonical")).save_pretrained(tmp_path / "model")
+    save_state_dict(ARCHITECTURES["vit"]().state_dict(), tmp_path / "vit.safetensors")
+    message = fails("predict", "--model", tmp_path / "model", tmp_path / "vit.safetensors")
+    assert "cannot be brought into canonical order" in message and "no plain chain of layers" in message
+    save_state_dict(ARCHITECTURES["mlp-10"]().state_dict(), tmp_path / "mlp.safetensors")
+    both = call(
+        "predict", "--model", tmp_path / "model", *(tmp_path / f"{n}.safetensors" for n in ("vit", "mlp")),
+        "-o", tmp_path / "p.json",
+    )  # fmt: skip
+    assert both.exit_code == 1 and "canonical order" in both.stderr
+    assert [row["name"] for row in json.loads((tmp_path / "p.json").read_text())] == [str(tmp_path / "mlp.safetensors")]
 
 
 def test_info():

@@ -16,7 +16,7 @@ from helpers.command_line import call, fails, runner
 from sne_fast import SNE, Predictor
 from sne_fast.cli import running
 from sne_fast.cli.options import options_of
-from sne_fast.data.checkpoints import save_state_dict
+from sne_fast.data.checkpoints import load_state_dict, save_state_dict
 from sne_fast.tasks.settings import option
 
 
@@ -178,3 +178,89 @@ def test_a_reader_that_stops_reading_is_no_error(files, model):
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     started.stdout.close()
     assert started.stderr.read() == b"" and started.wait() == 1
+
+
+def test_a_folder_of_checkpoints_stands_for_each_of_them(tmp_path, files):
+    folder = tmp_path / "nets"
+    folder.mkdir()
+    for k, name in ((0, "net10.pt"), (1, "net9.pt"), (2, "net1.safetensors")):
+        state_dict = load_state_dict(files[k])
+        save_state_dict(state_dict, folder / name) if name.endswith("safetensors") else torch.save(
+            state_dict, folder / name
+        )
+    (folder / "training_args.bin").write_bytes(b"")
+    (folder / "notes.txt").write_text("")
+    assert call("encode", folder, "-o", tmp_path / "z.npz").exit_code == 0
+    call("encode", files[2], files[1], files[0], "-o", tmp_path / "each.npz")
+    with np.load(tmp_path / "z.npz") as stored, np.load(tmp_path / "each.npz") as each:
+        names = [str(folder / name) for name in ("net1.safetensors", "net9.pt", "net10.pt")]
+        assert stored["name"].tolist() == names
+        np.testing.assert_allclose(stored["vector"], each["vector"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model-00001-of-00002.safetensors", "other.safetensors"],
+        ["a.pt", "a.safetensors", "b.pt"],
+        ["a.pt", "b.pt", "config.json"],
+        ["a.safetensors", "b.safetensors", "c.safetensors.index.json"],
+    ],
+)
+def test_a_folder_whose_files_may_belong_together_is_not_taken_apart(tmp_path, files, names):
+    folder = tmp_path / "nets"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(files[0].read_bytes())
+    assert str(folder) in fails("encode", folder, "-o", tmp_path / "z.npz")
+
+
+def test_the_key_of_weights_among_several(tmp_path, files, model):
+    generator, encoder = (load_state_dict(file) for file in files[:2])
+    torch.save({"generator": generator, "model": {"encoder": encoder}}, tmp_path / "both.pt")
+    assert "both.pt" in fails("predict", "--model", model, tmp_path / "both.pt")
+    for key, file in (("generator", files[0]), ("model.encoder", files[1])):
+        found = json.loads(call("predict", "--model", model, tmp_path / "both.pt", "--key", key, "--json").stdout)[0]
+        alone = json.loads(call("predict", "--model", model, file, "--json").stdout)[0]
+        assert found["accuracy"] == pytest.approx(alone["accuracy"], rel=1e-4)
+    message = fails("predict", "--model", model, tmp_path / "both.pt", "--key", "critic")
+    assert message.startswith(f"sne-fast: {tmp_path / 'both.pt'}: ") and "critic" in message
+
+
+def test_a_key_does_not_hide_that_an_order_of_definition_is_lost(tmp_path, files):
+    SNE(hidden_dim=32, order="definition").eval().save_pretrained(tmp_path / "encoder")
+    torch.save({"net": load_state_dict(files[0])}, tmp_path / "a.pt")
+    ask = ("-o", tmp_path / "z.npz", "--model", tmp_path / "encoder")
+    assert call("encode", tmp_path / "a.pt", *ask, "--key", "net").exit_code == 0
+    assert call("encode", tmp_path / "a.pt", *ask).exit_code == 0
+    message = fails("encode", files[0], *ask, "--key", "net")
+    assert message.startswith(f"sne-fast: {files[0]}: ") and "safetensors file is flat" in message
+
+
+def test_a_network_that_a_predictor_cannot_prepare_does_not_lose_the_others(files, model, tmp_path, monkeypatch):
+    encode = Predictor.forward
+
+    def forward(self, batch):
+        if batch.num_weights > 25:
+            raise ValueError("network 0 ('x'): has no symmetry")
+        return encode(self, batch)
+
+    monkeypatch.setattr(Predictor, "forward", forward)  # the networks have 23, 30 and 37 weights
+    result = call("predict", "--model", model, *files, "--json")
+    assert result.exit_code == 1 and [row["name"] for row in json.loads(result.stdout)] == [str(files[0])]
+    assert [line.partition(": ")[2].partition(": ")[0] for line in result.stderr.splitlines()[:2]] == [
+        str(file) for file in files[1:]
+    ]
+
+
+def test_what_is_left_out_of_the_networks_is_one_line(tmp_path, model):
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
+    for k in range(2):
+        torch.save(net.state_dict(), tmp_path / f"net{k}.pt")
+    result = call("encode", tmp_path / "net0.pt", tmp_path / "net1.pt", "-o", tmp_path / "z.npz", "--model", model)
+    assert result.exit_code == 0
+    assert result.stderr == "sne-fast: left out: 4 num_batches_tracked counters\n"
+    torch.save({"net": net.state_dict(), "other": {"w": torch.ones(3)}}, tmp_path / "two.pt")
+    result = call("predict", tmp_path / "two.pt", "--key", "net", "--model", model, "--json")
+    assert result.exit_code == 0 and len(json.loads(result.stdout)) == 1
+    assert result.stderr.startswith("sne-fast: left out: ") and "2 num_batches_tracked counters" in result.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from helpers.networks import make
@@ -64,6 +64,14 @@ def test_safetensors_without_an_order_are_sorted_naturally(tmp_path, state) -> N
     read = load_state_dict(tmp_path / "n.safetensors")
     assert list(read) == NATURAL
     same({name: read[name] for name in state}, state)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x4B50, 0x8B1F, 0x5A42])
+def test_safetensors_are_told_whatever_the_length_of_their_header_begins_with(tmp_path, length: int) -> None:
+    """The lengths begin as a pickle, a zip archive and compressed files do."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "n.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\0\0\x80?")
+    assert load_state_dict(tmp_path / "n.safetensors")["w"].tolist() == [1.0]
 
 
 def test_natural_order() -> None:
@@ -181,6 +189,7 @@ def test_missing_files_and_unknown_formats(tmp_path) -> None:
     assert issubclass(CheckpointError, ValueError)
     refused(tmp_path / "n.safetensors", "there is no such file")
     refused(tmp_path / "n.pt", "there is no such file")
+    refused(tmp_path / ("n" * 5000), "cannot be read: File name too long")
     refused(tmp_path / "n.onnx", "there is no such file")
     (tmp_path / "n.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
     refused(tmp_path / "n.onnx", "cannot tell what it is by its first bytes; readable are safetensors")
@@ -338,7 +347,23 @@ def test_writing_keeps_tied_strided_and_device_tensors(tmp_path) -> None:
     weight = torch.randn(3, 4, requires_grad=True)
     state = {"b": weight, "a": weight, "t": weight.t(), "part": weight[1], "n": torch.tensor(3)}
     save_state_dict(state, tmp_path / "n.safetensors")
-    same(load_state_dict(tmp_path / "n.safetensors"), {name: t.detach() for name, t in state.items()})
+    loaded = load_state_dict(tmp_path / "n.safetensors")
+    same(loaded, {name: t.detach() for name, t in state.items()})
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr() != loaded["part"].data_ptr()
+    b, other = pack([state]), pack([tmp_path / "n.safetensors"])
+    assert b.names[0][1] == other.names[0][1] == ("a", "part", "t") and torch.equal(b.values, other.values)
+
+
+def test_tensors_saved_under_one_of_their_names_have_the_others_too(tmp_path) -> None:
+    network = torch.nn.ModuleDict({"decoder": torch.nn.Linear(3, 4, bias=False), "embed": torch.nn.Embedding(4, 3)})
+    network["decoder"].weight = network["embed"].weight
+    save_model(network, str(tmp_path / "n.safetensors"))
+    loaded = load_state_dict(tmp_path / "n.safetensors")
+    assert sorted(loaded) == ["decoder.weight", "embed.weight"]
+    assert loaded["decoder.weight"].data_ptr() == loaded["embed.weight"].data_ptr()
+    for source in (network, network.state_dict(), tmp_path / "n.safetensors"):
+        batch = pack([source])
+        assert batch.names[0][1] == ("embed.weight",) and batch.tensor_type.tolist() == [32]
 
 
 def test_writing_is_all_or_nothing(tmp_path, state, monkeypatch) -> None:

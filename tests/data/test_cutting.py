@@ -131,6 +131,15 @@ def test_the_cut_goes_with_the_tensors() -> None:
     assert WeightBatch(**fields, chunk_size=32, chunking="flat").kernels.tolist() == want
 
 
+def test_a_batch_pickled_before_it_knew_order_and_cut_has_those_of_then() -> None:
+    batch = pack([nn.Conv2d(2, 3, 2)]).detach()
+    old = {name: value for name, value in batch.__getstate__().items() if name not in ("order", "kernels", "skipped")}
+    restored = WeightBatch.__new__(WeightBatch)
+    restored.__setstate__(old)
+    assert restored.order == "definition" and restored.kernels.tolist() == [True, False] and restored.skipped == ()
+    assert len(restored[0]) == 1 and batch.order == pickle.loads(pickle.dumps(batch)).order == "names"
+
+
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 def test_permuting_follows_the_cut(chunking: str) -> None:
     """A convolution's kernels stand apart, whatever type it has been given since; an expert's matrix does not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ ARCHITECTURES = {
     "VGG": ["features.0", "features.3", "features.10", "classifier.0", "classifier.3"],
     "LeNet": ["conv1", "conv2", "fc1", "fc2", "fc3"],
     "ViT": [
-        "cls_token", "pos_embed", "patch_embed.proj", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj",
+        "patch_embed.proj", "pos_embed", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj",
         "blocks.0.norm2", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.10.norm1", "norm", "head",
     ],
     "GPT-2": [
@@ -83,6 +84,7 @@ ARCHITECTURES = {
         "features.denseblock2.denselayer1.conv1", "features.norm5", "classifier",
     ],
     "language model": ["embedding", "lstm", "fc"],
+    "short names": ["tok", "pos", "blocks.0.attn", "blocks.0.mlp", "ln_f", "head"],
     "autoencoder": ["encoder.0", "fc_mu", "fc_var", "decoder.0"],
     "numbered layers and norms": ["fc1", "bn1", "fc2", "bn2", "out"],
 }  # fmt: skip
@@ -91,6 +93,18 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_known_architectures_stand_as_data_flows_through_them(name: str) -> None:
     assert layers(*ARCHITECTURES[name]) == ARCHITECTURES[name]
+
+
+def test_a_module_that_owns_tensors_stands_before_the_modules_inside_it() -> None:
+    names = [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.gamma",
+        "blocks.0.attn.qkv.weight",
+        "head.bias",
+    ]
+    assert arranged(*names) == names
 
 
 def test_tensors_of_a_layer_stand_as_their_module_has_them() -> None:
@@ -158,6 +172,85 @@ def test_a_module_and_all_its_files_give_the_same_batch(name: str, tmp_path: Pat
         batch = sne_fast.pack([source])
         same(batch, want)
         assert torch.equal(batch.tensor_type, want.tensor_type)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text(".01_aAbBnNcovm²ß", max_size=12), min_size=1, max_size=12, unique=True), st.randoms())
+def test_names_of_any_form_have_one_order(names: list[str], rng: random.Random) -> None:
+    shuffled = rng.sample(names, len(names))
+    ordered = [names[i] for i in order_by_names(names)]
+    assert ordered == [shuffled[i] for i in order_by_names(shuffled)] and sorted(ordered) == sorted(names)
+
+
+def test_names_of_hostile_length_and_depth_are_ordered_too() -> None:
+    names = ["a." * 100_000 + "w", "a." * 99_999 + "w", "position" * 20_000 + ".w", "bn3.w"]
+    assert sorted(names) == sorted(names[i] for i in order_by_names(names))
+    many = [f"bn{i}.w" for i in range(2000)]
+    assert arranged(*many) == many
+
+
+LEAVES = st.sampled_from(
+    [
+        lambda: nn.Linear(2, 3), lambda: nn.Conv2d(2, 3, 2), lambda: nn.BatchNorm2d(3), lambda: nn.LayerNorm(3),
+        lambda: nn.Embedding(4, 2), lambda: nn.LSTM(2, 2), lambda: nn.MultiheadAttention(2, 1), lambda: nn.PReLU(),
+    ]
+)  # fmt: skip
+MODULES = st.recursive(
+    LEAVES.map(lambda make: make()),
+    lambda inner: st.dictionaries(PARTS, inner, min_size=1, max_size=4).map(nn.ModuleDict),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.dictionaries(PARTS, MODULES, min_size=1, max_size=4).map(nn.ModuleDict), st.booleans())
+def test_any_module_and_its_files_give_the_same_batch(network: nn.ModuleDict, tied: bool) -> None:
+    matrices = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if tied and len(matrices) > 1 and matrices[0].weight.shape == matrices[-1].weight.shape:
+        matrices[-1].weight = matrices[0].weight
+    want = sne_fast.pack([network], kinds="names")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(network.state_dict(), Path(folder) / "a.pt")
+        save_model(network, str(Path(folder) / "b.safetensors"))
+        sources = [network.state_dict(), Path(folder) / "a.pt", Path(folder) / "b.safetensors"]
+        for batch in map(sne_fast.pack, sources):
+            same(batch, want)
+            assert torch.equal(batch.tensor_type, want.tensor_type)
+
+
+class FrozenBatchNorm(nn.Module):
+    """A normalisation whose tensors are buffers, as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(3))
+
+
+class Detector(nn.Module):
+    """Buffers of many kinds beside weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 3, 3), FrozenBatchNorm()
+        self.head = nn.Linear(3, 2)
+        self.register_buffer("final_logits_bias", torch.zeros(1, 2))
+        self.register_buffer("inv_freq", torch.rand(4))
+        self.gate = nn.Linear(3, 2)
+        self.gate.register_buffer("e_score_correction_bias", torch.zeros(2))
+
+
+def test_buffers_count_alike_in_a_module_and_its_files(tmp_path: Path) -> None:
+    network = Detector()
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    save_file(network.state_dict(), tmp_path / "b.safetensors")
+    want = sne_fast.pack([network])
+    assert want.num_weights == sum(p.numel() for p in network.parameters()) + 12
+    for source in (network.state_dict(), tmp_path / "a.pt", tmp_path / "b.safetensors"):
+        batch = sne_fast.pack([source])
+        same(batch, want)
+        assert torch.equal(batch.tensor_type, want.tensor_type)
+        assert {name for name, _ in batch.skipped[0]} == {name for name, _ in want.skipped[0]}
 
 
 def test_the_order_of_definition_is_refused_where_a_source_has_lost_it(tmp_path: Path) -> None:

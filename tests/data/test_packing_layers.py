@@ -169,6 +169,20 @@ INFERRED = [
     ("", {"weight": 0}, OTHER),
     ("x", {"weight": 6}, OTHER),
     ("x", {"bias": 1}, OTHER),
+    ("lm_head", {"bias": 1}, LINEAR),
+    ("cls.predictions.decoder", {"bias": 1}, LINEAR),
+    ("conv", {"bias": 1}, CONVOLUTION),
+    ("shared", {"weight": 2}, EMBEDDING),
+    ("mask_tokens", {"weight": 2}, EMBEDDING),
+    ("patch_embedding", {"weight": 2}, LINEAR),
+    ("tok", {"weight": 2}, EMBEDDING),
+    ("pos", {"weight": 2}, EMBEDDING),
+    ("prelu1", {"weight": 1}, OTHER),
+    ("block.act", {"weight": 1}, OTHER),
+    ("compact", {"weight": 1}, NORM),
+    ("experts", {"weight": 3}, OTHER),
+    ("bilinear", {"weight": 3, "bias": 1}, OTHER),
+    ("patch_embed.proj", {"weight": 4, "bias": 1}, CONVOLUTION),
 ]
 
 
@@ -241,7 +255,7 @@ def test_kinds_that_fit_nothing(given, error: type, message: str) -> None:
 # Tensors left out, tied or wrapped
 
 
-def test_only_floating_parameters_and_running_statistics() -> None:
+def test_only_floating_and_complex_parameters_and_running_statistics() -> None:
     network = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False), nn.BatchNorm1d(2, eps=1.0))
     network[2].running_mean = None
     network.register_buffer("mask", torch.ones(3))
@@ -250,7 +264,7 @@ def test_only_floating_parameters_and_running_statistics() -> None:
     network.register_parameter("none", None)
     b = pack([network])
     assert b.names[0][1] == (
-        "0.weight", "0.bias", "0.running_mean", "0.running_var", "1.running_mean", "1.running_var",
+        "phase", "0.weight", "0.bias", "0.running_mean", "0.running_var", "1.running_mean", "1.running_var",
         "2.weight", "2.bias", "2.running_var",
     )  # fmt: skip
 
@@ -299,6 +313,14 @@ def test_wrappers_leave_no_trace_in_names(depth: int) -> None:
         assert module.tensor_type.tolist() == state.tensor_type.tolist() == [60, 0, 1]
 
 
+def test_two_tensors_that_wrappers_alone_tell_apart_are_refused() -> None:
+    state = {"a.weight": torch.ones(2, 2), "_orig_mod.a.weight": torch.zeros(2, 2)}
+    with pytest.raises(
+        ValueError, match=r"network 0 \('state_dict'\) has two tensors called 'a.weight' once the prefix"
+    ):
+        pack([state])
+
+
 def test_a_child_called_module_beside_others_keeps_its_name() -> None:
     network = Bag(module=nn.Linear(2, 2), other=nn.Linear(2, 2))
     assert pack([network]).names[0][1][0] == pack([network.state_dict()]).names[0][1][0] == "module.weight"
@@ -330,3 +352,7 @@ def test_parametrised_weights_are_cut_as_they_are_stored() -> None:
     b = pack([network])
     names = ("0.bias", "0.parametrizations.weight.original0", "0.parametrizations.weight.original1")
     assert b.names[0][1] == names and b.tensor_type.tolist() == [1, 60, 60] and b.layer_ptr.tolist() == [0, 1, 3]
+    convolution = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 4)))
+    for one in (network, convolution):
+        for options in ({}, {"kinds": "names"}):
+            assert torch.equal(pack([one], **options).tensor_type, pack([one.state_dict()]).tensor_type)

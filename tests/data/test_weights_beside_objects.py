@@ -235,6 +235,32 @@ def test_weights_inside_objects_are_found_by_attribute(tmp_path: Path) -> None:
     same(load_state_dict(write(tmp_path / "agent", collections.UserDict(x=STATE))), STATE)
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_numpy_are_weights_where_there_are_no_tensors(tmp_path: Path, protocol: int) -> None:
+    arrays = {
+        "w": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(3, 2)),
+        "half": np.ones(2, np.float16), "big": np.arange(3, dtype=">f4"), "n": np.array(3),
+        "b": np.array([True, False]), "empty": np.zeros((0, 2)), "c": np.array([1 + 2j]),
+    }  # fmt: skip
+    for content in (arrays, {"model": arrays, "epoch": 1, "name": np.array(["a"]), "any": np.array([None])}):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+        read = load_state_dict(tmp_path / "x.pkl")
+        assert list(read) == list(arrays)
+        for key, array in arrays.items():
+            assert read[key].numpy().dtype == array.dtype.newbyteorder("=") and np.array_equal(read[key].numpy(), array)
+    torch.save({"w": torch.ones(2), "b": np.ones(2)}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="holds an array of numpy, 'b', among tensors, which could be a weight"):
+        load_state_dict(tmp_path / "x")
+    torch.save({"model": STATE, "mean": np.ones(2)}, tmp_path / "x")
+    same(load_state_dict(tmp_path / "x"), STATE)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    for content in ({0: torch.ones(1), "0": torch.ones(2)}, {"a": [torch.ones(1)], "a.0": torch.ones(2)}):
+        with pytest.raises(CheckpointError, match=r"two entries that are called '(0|a\.0)'"):
+            load_state_dict(write(tmp_path / "x", content))
+
+
 def test_lists_of_tensors_are_named_by_place(tmp_path: Path) -> None:
     content = {"layers": [torch.ones(1), (torch.ones(2), None)], "w": torch.ones(3)}
     assert list(load_state_dict(write(tmp_path / "x", content))) == ["layers.0", "layers.1.0", "w"]
@@ -277,6 +303,21 @@ def test_quantised_and_sparse_tensors_are_handed_over(tmp_path: Path) -> None:
         for key in ("tensor", "channel"):
             assert read[key].dtype == state[key].dtype and torch.equal(read[key].dequantize(), state[key].dequantize())
         assert torch.equal(read["sparse"].to_dense(), torch.eye(3)) and read["meta"].is_meta
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_modules_that_were_saved_whole_lose_no_weights(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+    read = load_state_dict(write(tmp_path / "x", quantised))
+    assert {key for key in read if "_packed" in key} == {
+        f"{i}._packed_params._packed_params.{k}" for i in "02" for k in "01"
+    }
+    assert torch.equal(read["0._packed_params._packed_params.0"].dequantize(), quantised[0].weight().dequantize())
+    assert pack(tmp_path / "x").num_weights == pack(module).num_weights
+    packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(2, 3)), {nn.LSTM})
+    with pytest.raises(CheckpointError, match="keeps tensors in an object of C"):
+        load_state_dict(write(tmp_path / "x", packed))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -33,7 +33,9 @@ def run_script(name: str, folder: Path) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_checkpoints", "lightning_module", "encode_folder"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "own_checkpoints", "lightning_module", "transformers_trainer", "encode_folder",
+    }  # fmt: skip
 
 
 def test_own_checkpoints(tmp_path: Path) -> None:
@@ -60,6 +62,15 @@ def test_lightning_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert type(module).__name__ == "SneModule"
 
 
+def test_transformers_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("transformers", "accelerate"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    monkeypatch.chdir(tmp_path)
+    trainer, losses = load("transformers_trainer")["run"](epochs=2, networks=8, use_cpu=True, disable_tqdm=True)
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert type(trainer.model).__name__ == "PredictorWithLoss"
+
+
 @pytest.mark.slow
 def test_own_checkpoints_script_learns_its_label(tmp_path: Path) -> None:
     first, *_ = run_script("own_checkpoints", tmp_path).splitlines()
@@ -72,9 +83,11 @@ def test_encode_folder_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lightning_script_learns_its_label(tmp_path: Path) -> None:
-    pytest.importorskip("lightning", reason="lightning is not installed")
-    said = re.search(
-        r"loss ([\d.]+) in the first epoch, ([\d.]+) in the last", run_script("lightning_module", tmp_path)
-    )
+@pytest.mark.parametrize(
+    ("script", "libraries"), [("lightning_module", "lightning"), ("transformers_trainer", "transformers accelerate")]
+)
+def test_script_of_a_training_library_learns_its_label(script: str, libraries: str, tmp_path: Path) -> None:
+    for library in libraries.split():
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    said = re.search(r"loss ([\d.]+) in the first epoch, ([\d.]+) in the last", run_script(script, tmp_path))
     assert said is not None and float(said[1]) > 2 * float(said[2])

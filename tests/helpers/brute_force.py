@@ -61,7 +61,10 @@ class Source:
 
 
 def layers_of(network: nn.Module) -> list[list[Source]]:
-    """Return layers in definition order: per module its own floating-point parameters, then its running statistics."""
+    """Return layers in definition order: per module its own parameters, then its running statistics.
+
+    A complex parameter is its real and imaginary parts along the last dimension.
+    """
     layers: list[list[Source]] = []
     seen: list[Tensor] = []
     for prefix, module in network.named_modules():
@@ -69,10 +72,11 @@ def layers_of(network: nn.Module) -> list[list[Source]]:
         kind = kind_of(module)
         layer = []
         for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point() or any(parameter is s for s in seen):
+            if parameter is None or any(parameter is s for s in seen):
                 continue
             seen.append(parameter)
-            layer.append(Source(dot + name, 8 * kind + role_of(name), parameter))
+            parts = torch.view_as_real(parameter).flatten(-2) if parameter.is_complex() else parameter
+            layer.append(Source(dot + name, 8 * kind + role_of(name), parts))
         if kind == 3:
             for name in ("running_mean", "running_var"):
                 buffer = module._buffers.get(name)

@@ -65,7 +65,7 @@ class Oddities(nn.Module):
         super().__init__()
         self.own = nn.Parameter(torch.randn(2, 3, 2, 2, 2))  # owned by the root: the first layer
         self.register_buffer("constant", torch.randn(4))  # not a running statistic: left out
-        self.phase = nn.Parameter(torch.randn(2, dtype=torch.complex64))  # not real floating point: left out
+        self.phase = nn.Parameter(torch.randn(2, dtype=torch.complex64))  # stored as two real parts
         self.conv1 = nn.Conv1d(2, 3, 4)
         self.depthwise = nn.Conv2d(4, 4, 3, groups=4, bias=False)
         self.conv3 = nn.Conv3d(1, 2, (1, 2, 3))
@@ -181,6 +181,8 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mod
     for p in network.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)
+        elif p.is_complex() and dtype == torch.float64:
+            p.data = p.data.to(torch.complex128)
     for module in network.modules():
         for key, b in module._buffers.items():
             if b is not None and b.is_floating_point():

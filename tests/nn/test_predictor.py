@@ -1,5 +1,8 @@
 """The head, the predictor and its target statistics."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +38,21 @@ def test_head_refuses_empty_layers():
         PredictorHead(8, 0)
     with pytest.raises(ValueError, match=r"hidden_features\[1\] must be an integer of at least 1, got 0"):
         PredictorHead(8, hidden_features=(16, 0))
+
+
+def test_widths_and_names_may_be_any_ordered_iterable():
+    names = np.array(["a", "b"])
+    predictor = Predictor(SNE(hidden_dim=32), 2, np.array([16, 8]), target_names=names)
+    assert predictor.hidden_features == (16, 8) and predictor.target_names == ("a", "b")
+    assert Predictor(SNE(hidden_dim=32), np.int64(2), (n for n in (4,)), target_names=iter("ab")).hidden_features == (
+        4,
+    )
+    for wrong in ({"a": 1, "b": 2}, {"a", "b"}, "ab", b"ab", 2, ["a", "a"], ["a", 1], itertools.repeat("a")):
+        with pytest.raises(ValueError, match="target_names must"):
+            Predictor(SNE(hidden_dim=32), 2, target_names=wrong)
+    for wrong in ({16: 1}, {16}, 16, "16", itertools.repeat(16), [16.0], [True]):
+        with pytest.raises(ValueError, match="hidden_features"):
+            Predictor(SNE(hidden_dim=32), hidden_features=wrong)
 
 
 def test_predicts_networks_and_batches_alike(networks):

@@ -1,8 +1,11 @@
 """Saving and loading in the Hub's layout, and what happens when a file does not fit."""
 
 import json
+import resource
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sne_fast
 from sne_fast import SNE, Predictor
+from sne_fast.data.checkpoints import CheckpointError
 
 
 def networks():
@@ -483,6 +487,45 @@ def test_files_of_two_saves_are_not_loaded_together(saved, tmp_path, moved):
     assert torch.equal(encoded(Predictor.from_pretrained(saved)), encoded(other))
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+from test_pretrained import make_predictor
+predictor = make_predictor()
+predictor.head[0].weight.data.zero_()
+left, move = int(sys.argv[2]), os.replace
+
+def replace(*args):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    move(*args)
+
+os.replace = replace
+predictor.save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_a_save_killed_on_its_way_leaves_the_old_model_or_one_that_is_refused(saved, renames):
+    arguments = [str(saved), str(renames), str(Path(__file__).parent)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=120)
+    assert killed.returncode in (-9, 0), killed.stderr
+    new = make_predictor()
+    with torch.no_grad():
+        new.head[0].weight.zero_()
+    try:
+        found = encoded(Predictor.from_pretrained(saved))
+    except ValueError as error:
+        assert "is not the file that config.json was written with" in str(error)
+    else:
+        assert torch.equal(found, encoded(new if killed.returncode == 0 else make_predictor()))
+    new.save_pretrained(saved)
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(encoded(Predictor.from_pretrained(saved)), encoded(new))
+
+
 def test_a_config_without_a_digest_is_taken_as_it_is(saved):
     edit_config(saved, weights_sha256=None)
     tensors = load_file(saved / "model.safetensors")
@@ -500,3 +543,20 @@ def test_weights_that_are_not_floating_are_refused(saved):
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(ValueError, match=r"head\.0\.bias must be floating, is torch\.int8"):
         Predictor.from_pretrained(saved)
+
+
+def test_a_full_disk_is_an_error_that_names_the_model_and_leaves_no_part(tmp_path):
+    model = SNE(hidden_dim=32)
+    model.save_pretrained(tmp_path / "model")
+    before = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        for name in ("model", "other"):
+            with pytest.raises(CheckpointError, match=rf"/{name}/model.safetensors: cannot be written") as raised:
+                model.save_pretrained(tmp_path / name)
+            assert ".tmp" not in str(raised.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {file: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before

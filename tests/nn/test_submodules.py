@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import sne_fast
 from helpers.networks import make, randomise_
 from sne_fast.nn import bounded_memory, plain_modules, stages
+from sne_fast.ops import functional
 
 ATTENTIONS = ["sab", "isab"]
 
@@ -203,6 +204,25 @@ def test_every_layer_norm_may_be_replaced(name: str) -> None:
     assert torch.isfinite(encoder(batch)).all()
 
 
+@pytest.mark.parametrize("child", ["fc_o", "ln0", "ln1"])
+@pytest.mark.parametrize("owner", ["chunk_encoder.pool.mab", "tensor_encoder.blocks.1.mab", "network_encoder.pool.mab"])
+def test_modules_behind_the_fused_feed_forward_may_be_replaced(
+    owner: str, child: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_of()
+    batch = batch_for(encoder)
+    before = encoder(batch)
+    calls: list[int] = []
+    fused = functional.feed_forward
+    monkeypatch.setattr(functional, "fuses_feed_forward", lambda rows: True)  # as on a GPU
+    monkeypatch.setattr(functional, "feed_forward", lambda *args: calls.append(1) or fused(*args))
+    torch.testing.assert_close(encoder(batch), before)
+    assert len(calls) == 10  # every block that the chunk stage does not fuse whole
+    changed = encoder_with(encoder, f"{owner}.{child}", Weird(encoder.get_submodule(f"{owner}.{child}")))
+    assert float((changed(batch) - before).abs().max()) > 1e-6
+    assert len(calls) == 19
+
+
 def encoder_with(encoder: sne_fast.SNE, name: str, new: nn.Module) -> sne_fast.SNE:
     other = copy.deepcopy(encoder)
     replace(other, name, new)
@@ -271,7 +291,7 @@ def test_a_forward_set_on_an_instance_is_called(name: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("together", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_hooks_of_every_module_fire(attention: str, together: bool) -> None:
     encoder = encoder_of(attention)
     batch = batch_for(encoder)
@@ -321,6 +341,16 @@ def test_what_a_hook_returns_is_taken(name: str) -> None:
     assert float((encoder(batch) - before).abs().max()) > 1e-6
     handle.remove()
     torch.testing.assert_close(encoder(batch), before)
+
+
+@pytest.mark.slow
+def test_compiled_encoders_call_their_hooks_and_replaced_layers() -> None:
+    encoder = encoder_of()
+    batch = batch_for(encoder)
+    encoder.chunk_encoder.blocks[1].mab.fc_o.register_forward_hook(lambda m, args, out: 0.5 * out)
+    replace(encoder, "tensor_encoder.pool.mab.fc_v", LoRA(encoder.tensor_encoder.pool.mab.fc_v))
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch), encoder(batch))
 
 
 # ------------------------------------------------------------------------------- pruning, parametrisation, quantisation

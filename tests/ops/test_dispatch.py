@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,14 +79,106 @@ def test_blocks_nest_and_restore(install) -> None:
 
 def test_backward_in_another_thread_sees_the_choice(install) -> None:
     """Autograd may run backward in its own thread; the choice of the block holds there too."""
-    import threading
-
     seen = []
     with sne_fast.use_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(dispatch.current_backend()))
         thread.start()
         thread.join()
     assert seen == ["reference"]
+
+
+def left_alone() -> bool:
+    return dispatch.current_backend() == "auto" and not dispatch._all_blocks and not dispatch._latest
+
+
+def test_blocks_may_be_left_in_any_order() -> None:
+    first, second, third = (sne_fast.use_backend(name) for name in ("reference", "cpu", "reference"))
+    first.__enter__(), second.__enter__(), third.__enter__()
+    second.__exit__(None, None, None)
+    assert dispatch.current_backend() == "reference"
+    first.__exit__(None, None, None)
+    assert dispatch.current_backend() == "reference"
+    third.__exit__(None, None, None)
+    assert left_alone()
+
+
+def test_generators_and_tasks_take_only_their_own_block_away() -> None:
+    def inside(name: str) -> Iterator[str]:
+        with sne_fast.use_backend(name):
+            yield dispatch.current_backend()
+
+    one, other = inside("reference"), inside("cpu")
+    assert (next(one), next(other)) == ("reference", "cpu")
+    one.close()
+    assert dispatch.current_backend() == "cpu"
+    other.close()
+    assert left_alone()
+
+    async def task(name: str, turns: int) -> set[str]:
+        with sne_fast.use_backend(name):
+            seen = set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                seen.add(dispatch.current_backend())
+            return seen
+
+    async def both() -> list[set[str]]:
+        return await asyncio.gather(task("reference", 2), task("cpu", 5), task("auto", 9))
+
+    assert asyncio.run(both()) == [{"reference"}, {"cpu"}, {"auto"}]
+    assert left_alone()
+
+
+def test_a_generator_closed_by_another_thread_takes_its_block_away() -> None:
+    def inside() -> Iterator[None]:
+        with sne_fast.use_backend("reference"):
+            yield
+
+    generator = inside()
+    next(generator)
+    assert dispatch.current_backend() == "reference"
+    thread = threading.Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    assert left_alone()
+
+
+def test_threads_with_blocks_of_their_own_do_not_disturb_each_other() -> None:
+    barrier = threading.Barrier(4)
+
+    def work(name: str | None) -> set[str]:
+        with sne_fast.use_backend(name) if name else contextlib.nullcontext():
+            barrier.wait()
+            seen = {dispatch.current_backend() for _ in range(1000)}
+            barrier.wait()
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        *seen, without = pool.map(work, ("reference", "cpu", "auto", None))
+    assert seen == [{"reference"}, {"cpu"}, {"auto"}] and len(without) == 1
+    assert left_alone()
+
+
+def test_an_empty_environment_variable_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "")
+    assert dispatch.current_backend() == "auto"
+
+
+def test_a_missing_native_library_is_told_once_at_the_first_forward_pass(install, monkeypatch, recwarn) -> None:
+    monkeypatch.setattr(dispatch, "_warned_of", set())
+    missing = dataclasses.replace(
+        found_backends.BACKENDS["cpu"], unavailable=lambda: ["the native library was not built; reinstall with g++"]
+    )
+    monkeypatch.setitem(found_backends.BACKENDS, "cpu", missing)
+    encoder = sne_fast.SNE(hidden_dim=32)
+    batch = encoder.pack([torch.nn.Linear(3, 2)])
+    with sne_fast.use_backend("reference"):
+        encoder(batch)
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match=r"reference computes on cpu, many times slower .* reinstall with g\+\+"):
+        encoder(batch)
+    encoder(batch).sum().backward()
+    assert not recwarn.list
 
 
 def test_explain_names_every_op_backend_and_reason(install) -> None:
@@ -244,7 +342,46 @@ def test_a_folder_that_declares_no_backend_is_explained(tmp_path: Path, content:
     assert "must declare BACKEND, a sne_fast.ops.backend.Backend named 'toy'" in done.stdout, done.stderr
 
 
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+
+
+FORK = """
+import os, sys, threading, torch, sne_fast
+torch.set_num_threads(2)
+encoder = sne_fast.SNE(hidden_dim=64)
+batch = encoder.pack([torch.nn.Linear(300, 300) for _ in range(3)]).detach()
+with sne_fast.use_backend(sys.argv[1]):
+    z = encoder(batch)
+    z.sum().backward()
+    child = os.fork()
+    if child == 0:
+        ok = torch.get_num_threads() == 1 and torch.allclose(encoder(batch), z, rtol=1e-4, atol=1e-5)
+        encoder(batch).sum().backward()
+        os._exit(0 if ok else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.get_num_threads() == 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_forked_child_encodes_with_one_thread(name: str) -> None:
+    done = run_python(FORK, name, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_leaves_threads_alone_where_nothing_was_computed() -> None:
+    code = (
+        "import os, torch, sne_fast.ops.dispatch\n"
+        "torch.set_num_threads(2)\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(torch.get_num_threads())\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr

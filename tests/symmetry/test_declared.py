@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,3 +190,18 @@ def test_verify_catches_a_shortcut_taken_for_a_chain():
     with pytest.raises(sym.SymmetryError, match="a permutation of 'chain' changes its output"):
         sym.verify(net, x, sym.chain_symmetry(net.state_dict()))
     assert [group.units for group in sym.trace(net, x).groups] == [4]
+
+
+def test_a_chain_whose_order_is_in_doubt_is_refused_until_it_is_chosen():
+    """Equal widths fit in any order: a file that lost the order of its layers would give a wrong symmetry."""
+    net = nn.Sequential(OrderedDict(stem=nn.Linear(6, 6), act=nn.Tanh(), body=nn.Linear(6, 6), out=nn.Linear(6, 6)))
+    state, x = net.state_dict(), torch.randn(3, 6)
+    assert sym.verify(net, x, sym.chain_symmetry(state)) < 1e-5
+    lost = {key: state[key] for key in sorted(state)}  # as plain safetensors files have it
+    with pytest.raises(sym.SymmetryError, match=r"'body', 'out', 'stem', by their names in the order 'stem', 'body'"):
+        sym.chain_symmetry(lost)
+    found = sym.chain_symmetry(lost, order="names")
+    assert found.groups == sym.chain_symmetry(state).groups
+    assert len(sym.chain_symmetry(lost, order="definition").groups) == 2
+    with pytest.raises(sym.SymmetryError, match="order must be"):
+        sym.chain_symmetry(state, order="alphabet")

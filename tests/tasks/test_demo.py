@@ -80,6 +80,13 @@ def test_saved_predictor_gives_the_reported_predictions(result):
     with torch.no_grad():
         values = predictor([zoo[row["name"]][1] for row in rows])[:, 0]
     torch.testing.assert_close(values, torch.tensor([float(r["predicted"]) for r in rows]), rtol=1e-3, atol=1e-4)
+    files = [out / f"{i}.safetensors" for i in range(len(rows))]
+    for file, row in zip(files, rows, strict=True):
+        opened.export(opened.find(row["name"]), file)
+    with torch.no_grad():
+        assert torch.equal(predictor(files)[:, 0], values)
+    for file in files:
+        file.unlink()
     accuracy = np.array([float(r["accuracy"]) for r in rows])
     assert all(float(r["accuracy"]) == zoo[r["name"]][0]["test_accuracy"] for r in rows)
     again = measures(values.double().numpy(), accuracy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import stat
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from helpers.small_trainings import SETTINGS, goals, make, networks, packed, same
 from sne_fast import SNE
-from sne_fast.training import CsvLog, FitSettings, fit
+from sne_fast.training import CsvLog, FitSettings, fit, predict
 
 
 def test_targets_are_tensors_arrays_or_lists_of_the_same_numbers() -> None:
@@ -46,7 +47,7 @@ def test_classes_are_integers_of_any_kind() -> None:
         ({"predictor": SNE(hidden_dim=32)}, "TypeError: fit: predictor must be a sne_fast.Predictor, got SNE"),
         ({"predictor": make().to("meta")}, "ValueError: fit: predictor must lie on one device, got meta"),
         ({"predictor": make().requires_grad_(False)}, "ValueError: fit: predictor must have a parameter that requires"),
-        ({"batch": networks()}, r"TypeError: fit: batch must be a WeightBatch, got list; use predictor.encoder.pack"),
+        ({"batch": networks()}, r"TypeError: fit: batch must be a WeightBatch, got list; use predictor.pack"),
         (
             {"batch": make(chunk_size=8).encoder.pack(networks())},
             "ValueError: fit: batch must be packed with chunk_",
@@ -92,6 +93,15 @@ def test_an_argument_that_does_not_fit_is_named(changes: dict[str, Any], message
     with pytest.raises((TypeError, ValueError, OSError)) as raised:
         fit(**call)
     assert re.match(message, f"{type(raised.value).__name__}: {raised.value}"), raised.value
+
+
+def test_predict_names_an_argument_that_does_not_fit() -> None:
+    with pytest.raises(TypeError, match=r"predict: predictor must be a sne_fast.Predictor, got SNE"):
+        predict(make().encoder, packed())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="predict: batch must be a WeightBatch, got list; use predictor"):
+        predict(make(), networks())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"predict: batch must be packed with chunk_size 16 .* got 8"):
+        predict(make(), packed(make(chunk_size=8)))
 
 
 def test_float_targets_are_no_classes() -> None:
@@ -232,3 +242,16 @@ def test_a_log_with_half_a_line_resumes(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"log.csv' is no log of a training|log.csv"):
         log.resume(2)
+
+
+def test_a_log_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "log.csv")
+    log.resume(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError) as raised:
+            log(0, {"train_loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.filename == str(tmp_path / "log.csv") and raised.value.strerror == "File too large"

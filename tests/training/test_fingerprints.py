@@ -12,6 +12,7 @@ import torch
 
 from helpers.small_trainings import SETTINGS, goals, make, networks, packed, same
 from sne_fast import Predictor
+from sne_fast.nn import Preparation
 from sne_fast.symmetry import CanonicalAugmentation, PermutationAugmentation, chain_symmetry
 from sne_fast.training import FitSettings, fit
 from sne_fast.training.fingerprint import differences, of_batch, of_object, of_values
@@ -125,6 +126,17 @@ def test_other_augmentation_is_refused(tmp_path: Path, begun: Path) -> None:
     fit(make(), packed(), goals(), SETTINGS, augment=kinds[3], checkpoint=path)
     refused(path, "augmentation differs; train", augment=kinds[4])
     assert of_object(CanonicalAugmentation([chain_symmetry(networks()[0])] * 5)) == of_object(kinds[8])
+
+
+def test_the_preparation_of_a_predictor_is_part_of_it(tmp_path: Path, begun: Path) -> None:
+    refused(begun, "preparation.units 'given' then, 'canonical' now", make(preparation=Preparation(units="canonical")))
+    path = tmp_path / "prepared" / "fit.pt"
+    jittered = Preparation(units="canonical", jitter=0.1)
+    fit(make(preparation=jittered), packed(), goals(), SETTINGS, checkpoint=path)
+    for same_one in (jittered, Preparation(units="canonical", jitter=0.1)):  # one with caches, one without
+        fit(make(preparation=same_one), packed(), goals(), SETTINGS, checkpoint=path)
+    other = make(preparation=Preparation(units="canonical", jitter=0.2))
+    refused(path, "augmentation differs; preparation.jitter 0.1 then, 0.2 now", other)
 
 
 def test_an_augmentation_that_counts_its_calls_stays_the_same(tmp_path: Path) -> None:

@@ -140,6 +140,15 @@ def test_values_of_other_sources_get_one_type():
     assert one_type([True, None]) == [True, None] and one_type([True, 2]) == [1, 2]
 
 
+def test_a_table_of_checkpoints_without_rows_is_refused(tmp_path):
+    (tmp_path / "index.csv").write_text("file,accuracy\n")
+    with pytest.raises(ValueError, match=r"index\.csv: holds no rows"):
+        load_checkpoints(tmp_path)
+    (tmp_path / "index.csv").write_text("file,accuracy\n ,0.5\n")
+    with pytest.raises(ValueError, match=r"index\.csv: the column 'file' must name a file in every row"):
+        load_checkpoints(tmp_path)
+
+
 def test_names_and_labels_of_checkpoints_stay_as_the_table_has_them(tmp_path):
     rows = [["file", "id", "augmentation", "split"], ["a.pt", "0012345", "none", "train"]]
     rows += [["b.pt", "12e4567", "NA", "test"]]

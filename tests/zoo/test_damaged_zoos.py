@@ -92,6 +92,12 @@ def test_metrics_that_are_no_numbers(unterthiner):
         load_unterthiner(unterthiner)
 
 
+def test_a_matrix_without_a_finite_network(unterthiner):
+    np.save(unterthiner / "weights.npy", np.full((3, 4970), np.nan, np.float32))
+    with pytest.raises(ValueError, match="none of its 3 networks is finite"):
+        load_unterthiner(unterthiner)
+
+
 def npy(header: str, body: bytes = bytes(40)) -> bytes:
     encoded = header.encode()
     return b"\x93NUMPY\x01\x00" + len(encoded).to_bytes(2, "little") + encoded + body

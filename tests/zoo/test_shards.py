@@ -11,6 +11,7 @@ from torch import nn
 
 import sne_fast
 from sne_fast.data.checkpoints import CheckpointError, load_state_dict
+from sne_fast.nn import Preparation
 from sne_fast.training import network_sizes
 from sne_fast.zoo import WeightBudgetSampler, Zoo, ZooDataset, ZooWriter, networks_at, pack_options, zoo_loader
 
@@ -274,6 +275,19 @@ def test_batches_hold_a_budget_of_weights_and_all_networks(tmp_path):
         assert torch.equal(a.values, b.values) and torch.equal(x, y)
 
 
+def test_batches_may_be_packed_for_a_predictor(tmp_path):
+    zoo, _ = written(tmp_path / "z", 12)
+    options = Preparation(units="canonical", nonfinite="zero")
+    predictor = sne_fast.Predictor(sne_fast.SNE(hidden_dim=32, chunk_size=8), hidden_features=(8,), preparation=options)
+    assert pack_options(predictor)["nonfinite"] == "zero"
+    with torch.no_grad():
+        expected = predictor(zoo)
+        found = torch.cat(
+            [predictor(batch) for batch, _ in zoo_loader(zoo, "accuracy", encoder=predictor, shuffle=False)]
+        )
+    torch.testing.assert_close(found, expected)
+
+
 def test_batches_are_packed_in_worker_processes(tmp_path):
     zoo, _ = written(tmp_path / "z")
     here = list(zoo_loader(zoo, ["accuracy", "weights"], budget=90, shuffle=False))
@@ -297,3 +311,17 @@ def test_dataset_items_and_errors(tmp_path):
     with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
         WeightBudgetSampler(zoo.sizes, 0)
     assert len(WeightBudgetSampler(zoo.sizes, 10**6)) == 1
+
+
+def test_tied_tensors_of_a_network_stay_tied_in_a_zoo(tmp_path):
+    tied, free = (torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 3), "head": torch.nn.Linear(3, 4)}) for _ in "ab")
+    tied["head"].weight = tied["embed"].weight
+    with ZooWriter(tmp_path / "zoo", source="mine") as writer:
+        for name, network in (("tied", tied), ("free", free)):
+            writer.add(name, network.state_dict(), {})
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert zoo.sizes.tolist() == [16, 28]
+    for i, network in enumerate((tied, free)):
+        found = zoo.state_dict(i)
+        assert list(found) == list(network.state_dict())
+        assert torch.equal(sne_fast.pack([found]).values, sne_fast.pack([network]).values)

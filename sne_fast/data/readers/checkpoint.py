@@ -11,15 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ...regular_files import open_regular
 from ..layer_order import natural_key
+from ..tied_names import with_tied_names
 from .chosen_weights import choose_weights
-from .errors import CheckpointError, shown, shown_list
+from .content_tree import arrays_as_tensors
+from .errors import CheckpointError, reading, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
 from .safetensors_files import read_safetensors
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import read_tensors
-from .torch_files import damage_of, opened_content
+from .torch_files import damage_of, read_content
 
 __all__ = ["ORDER_KEY", "Checkpoint", "read_checkpoint"]
 
@@ -56,7 +59,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """
     file = Path(os.fsdecode(path))
     try:
-        return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
+        with reading(file):
+            return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
     except RecursionError:
         raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
     except ValueError as error:
@@ -107,11 +111,17 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
     order = metadata.get(ORDER_KEY)
-    return Checkpoint(in_order(tensors, order, file), order is not None)
+    return Checkpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
 
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:
-    with opened_content(file) as content, damage_of(file):
+    with reading(file), open_regular(file) as opened, damage_of(file):
+        content = arrays_as_tensors(read_content(opened))
+        ranks = content.get("mp_world_size") if isinstance(content, dict) else None
+        if isinstance(ranks, int) and ranks > 1:
+            raise CheckpointError(
+                f"is the part of one of {shown(ranks)} processes of a model-parallel checkpoint; merge the parts first"
+            )
         weights = choose_weights(content, key)
         tensors = read_tensors(weights.tensors)
     return Checkpoint(tensors, True, weights.left_out, weights.path)

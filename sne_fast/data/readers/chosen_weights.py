@@ -10,7 +10,7 @@ from typing import Any
 from .content_tree import (
     MAX_DEPTH,
     MAX_TENSORS,
-    TooDeep,
+    RefusedContent,
     children,
     holding,
     is_container,
@@ -20,6 +20,7 @@ from .content_tree import (
     module_tensors,
 )
 from .errors import CheckpointError, shown, shown_list
+from .numpy_values import array_form
 from .pickled_values import Name, Placeholder
 from .stored import Storage, StoredTensor
 
@@ -77,7 +78,7 @@ def choose_weights(content: Any, key: str | None = None, remedy: str = BY_KEY) -
     search = _Search(content, remedy)
     try:
         return search.at(key) if key is not None else search.only()
-    except TooDeep as error:
+    except RefusedContent as error:
         raise CheckpointError(f"refused, {error}; save the model's state_dict()") from error
 
 
@@ -165,7 +166,7 @@ class _Search:
             return
         self.seen.add(id(value))
         if depth > MAX_DEPTH:
-            raise TooDeep("its containers are nested too deeply")
+            raise RefusedContent("its containers are nested too deeply")
         if is_module(value):
             tensors = module_tensors(value)
             if tensors:
@@ -180,7 +181,7 @@ class _Search:
                 if name is None or sequence:
                     self._without_name(inner, path, value)
                 else:
-                    leaves[name] = inner
+                    _put(leaves, name, inner)
             elif isinstance(inner, Storage):
                 self.unnamed.append((path, _container_name(value)))
             elif not is_container(inner) or id(inner) not in self.holding:
@@ -191,16 +192,26 @@ class _Search:
             elif name is not None and _BOOKKEEPING.fullmatch(name.lower()):
                 self.left_out[place] = "bookkeeping of the training"
             elif not sequence and name is not None and (flat := _flat(inner, set())) is not None:
-                leaves.update({f"{name}.{own}": tensor for own, tensor in flat.items()})
+                for own, tensor in flat.items():
+                    _put(leaves, f"{name}.{own}", tensor)
             else:
                 inside.append((place, inner))
         if is_optimiser(value):
             self.optimiser = True
             return
         if leaves:
+            self._check_arrays(value)
             self.candidates.append(Weights(path, leaves, value))
         for place, inner in inside:
             self._explore(inner, place, depth + 1)
+
+    def _check_arrays(self, value: Any) -> None:
+        for name, inner in children(value):
+            array = array_form(inner)
+            if array is not None and array.shape and array.dtype.kind in "fc":
+                raise RefusedContent(
+                    f"it holds an array of numpy, {shown(name)}, among tensors, which could be a weight"
+                )
 
     def _without_name(self, tensor: Any, path: str, holder: Any) -> None:
         if tensor.ndim == 0:
@@ -225,19 +236,20 @@ class _Search:
 
     def _gather(self, value: Any, prefix: str, tensors: dict[str, Any], above: set[int], depth: int) -> None:
         if depth > MAX_DEPTH or id(value) in above:
-            raise TooDeep("its containers are nested too deeply or hold themselves")
+            raise RefusedContent("its containers are nested too deeply or hold themselves")
         for name, inner in children(value):
             held = is_tensor(inner) or isinstance(inner, Storage) or id(inner) in self.holding
             if held and (name is None or isinstance(inner, Storage)):
-                raise TooDeep(f"it holds tensors without names in {_container_name(value)}")
+                raise RefusedContent(f"it holds tensors without names in {_container_name(value)}")
             if is_tensor(inner):
-                tensors[f"{prefix}{name}"] = inner
+                _put(tensors, f"{prefix}{name}", inner)
             elif is_module(inner):
-                tensors |= module_tensors(inner, f"{prefix}{name}.")
+                for own, tensor in module_tensors(inner, f"{prefix}{name}.").items():
+                    _put(tensors, own, tensor)
             elif held:
                 self._gather(inner, f"{prefix}{name}.", tensors, above | {id(value)}, depth + 1)
             if len(tensors) > MAX_TENSORS:
-                raise TooDeep(f"it has more than {MAX_TENSORS:,} tensors")
+                raise RefusedContent(f"it has more than {MAX_TENSORS:,} tensors")
 
 
 def _descend(value: Any, key: str) -> Any:
@@ -272,6 +284,12 @@ def _flat(value: Any, seen: set[int]) -> dict[str, Any] | None:
                 return None
             tensors.update({f"{i}.{own}": tensor for own, tensor in deeper.items()})
     return tensors
+
+
+def _put(tensors: dict[str, Any], name: str, tensor: Any) -> None:
+    if name in tensors:
+        raise RefusedContent(f"it has two entries that are called {shown(name)}")
+    tensors[name] = tensor
 
 
 def _joined(path: str, name: str | None) -> str:

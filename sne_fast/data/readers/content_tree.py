@@ -7,18 +7,29 @@ from typing import Any
 
 from torch import Tensor
 
+from .numpy_values import array_form
 from .pickled_values import Placeholder
 from .stored import Storage, StoredTensor
 
-__all__ = ["children", "holding", "is_container", "is_module", "is_optimiser", "is_tensor", "module_tensors", "text_of"]
+__all__ = [
+    "arrays_as_tensors",
+    "children",
+    "holding",
+    "is_container",
+    "is_module",
+    "is_optimiser",
+    "is_tensor",
+    "module_tensors",
+    "text_of",
+]
 
 MAX_DEPTH = 100
 MAX_TENSORS = 1_000_000
 MAX_MODULES = 100_000
 
 
-class TooDeep(Exception):
-    """Containers nested deeper than any checkpoint; the message ends a sentence."""
+class RefusedContent(Exception):
+    """Content in which the weights cannot be told or named; the message ends a sentence."""
 
 
 def is_tensor(value: Any) -> bool:
@@ -106,15 +117,15 @@ def module_tensors(module: Placeholder, prefix: str = "") -> dict[str, Any]:
         one, prefix = waiting.pop()
         visits += 1
         if visits > MAX_MODULES or len(found) > MAX_TENSORS or prefix.count(".") > MAX_DEPTH:
-            raise TooDeep("its modules are nested too deeply or are too many")
+            raise RefusedContent("its modules are nested too deeply or are too many")
         for key, value in _own_tensors(one):
             if not is_tensor(value) or not isinstance(key, str):
-                raise TooDeep(f"its module {one.path} has a parameter or buffer that is no tensor")
+                raise RefusedContent(f"its module {one.path} has a parameter or buffer that is no tensor")
             found[prefix + key] = value
         inside = [(key, inner) for key, inner in one.state["_modules"].items() if inner is not None]
         for key, inner in reversed(inside):
             if not is_module(inner) or not isinstance(key, str):
-                raise TooDeep(f"its module {one.path} has a part whose tensors have no names")
+                raise RefusedContent(f"its module {one.path} has a part whose tensors have no names")
             waiting.append((inner, f"{prefix}{key}."))
     return found
 
@@ -129,4 +140,53 @@ def _own_tensors(module: Placeholder) -> list[tuple[Any, Any]]:
     buffers = module.state.get("_buffers")
     entries = buffers.items() if isinstance(buffers, dict) else ()
     kept = [(key, value) for key, value in entries if key not in left_out]
-    return [(key, value) for key, value in [*module.state["_parameters"].items(), *kept] if value is not None]
+    own = [*module.state["_parameters"].items(), *kept, *_packed_tensors(module)]
+    return [(key, value) for key, value in own if value is not None]
+
+
+def _packed_tensors(module: Placeholder) -> list[tuple[str, Any]]:
+    """Return weight and bias that a quantised linear layer keeps in an object of C++, named as in its `state_dict`."""
+    found: list[tuple[str, Any]] = []
+    for key, value in module.state.items():
+        if not isinstance(value, Placeholder) or value.path != "torch.ScriptObject" or not holding(value):
+            continue
+        packed = value.state[0] if isinstance(value.state, tuple) and value.state else None
+        if not isinstance(packed, tuple) or len(packed) != 2 or not is_tensor(packed[0]) or not isinstance(key, str):
+            raise RefusedContent(f"its module {module.path} keeps tensors in an object of C++ that is not read")
+        found += [(f"{key}.0", packed[0]), (f"{key}.1", packed[1])]
+    return found
+
+
+def arrays_as_tensors(content: Any) -> Any:
+    """Return what a pickle holds with tensors for its arrays of numpy, if it has no other tensors.
+
+    Its containers are changed in place.
+    """
+    return _with_arrays(content, {}, 0) if is_container(content) and not holding(content) else content
+
+
+def _with_arrays(value: Any, made: dict[int, Any], depth: int) -> Any:
+    """Return a container with tensors for its arrays of numpy; what it shares stays shared."""
+    if depth > MAX_DEPTH:
+        raise RefusedContent("its containers are nested too deeply")
+    if id(value) in made:
+        return made[id(value)]
+    made[id(value)] = value
+    array = array_form(value)
+    if array is not None:
+        if len(array.data) > 1 and id(array.data) in made:
+            raise RefusedContent("it holds two arrays of numpy over the same bytes")
+        made[id(array.data)] = array.data
+        made[id(value)] = array.tensor()
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            value[key] = _with_arrays(inner, made, depth + 1)
+    elif isinstance(value, list):
+        value[:] = [_with_arrays(inner, made, depth + 1) for inner in value]
+    elif isinstance(value, tuple):
+        made[id(value)] = tuple(_with_arrays(inner, made, depth + 1) for inner in value)
+    elif isinstance(value, Placeholder):
+        value.state, value.items, value.entries, value.arguments = (
+            _with_arrays(inner, made, depth + 1) for inner in (value.state, value.items, value.entries, value.arguments)
+        )
+    return made[id(value)]

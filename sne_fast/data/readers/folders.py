@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...regular_files import read_json
+from ..layer_order import natural_key
 from .errors import CheckpointError, reading, shown
 from .formats import READABLE
-from .shards import sibling_shards
+from .shards import counts_itself, sibling_shards
 
-__all__ = ["Part", "chosen_file", "sentence_transformer_parts"]
+__all__ = ["Part", "chosen_file", "independent_files", "sentence_transformer_parts"]
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar")
 _INDEX = re.compile(r".*\.index(\..*)?\.json")
@@ -66,6 +67,29 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
             f"{folder}: holds several checkpoints, {', '.join(sorted([chosen, *others])[:8])}; give the path of one"
         )
     return folder / chosen, left_out | dict.fromkeys(others, f"the same model as {chosen} by its name")
+
+
+def independent_files(folder: Path) -> list[Path] | None:
+    """Return the checkpoints of a folder where each file is a network of its own, in natural order of their names.
+
+    None for a folder that is one checkpoint, and wherever files may belong together: beside an index or a
+    configuration, shards that count themselves, adapters, and one name in several formats.
+    """
+    try:
+        chosen_file(folder)
+    except CheckpointError:
+        pass
+    else:
+        return None
+    with reading(folder):
+        names = sorted((entry.name for entry in folder.iterdir() if not entry.is_dir()), key=natural_key)
+    if any(_INDEX.fullmatch(name.lower()) or name in ("config.json", _MODULES) for name in names):
+        return None
+    weights = [name for name in names if name.lower().endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(name.lower())]
+    together = any(_ADAPTER.fullmatch(name.lower()) or counts_itself(name) for name in weights)
+    if len(weights) < 2 or together or len({_stem(name) for name in weights}) < len(weights):
+        return None
+    return [folder / name for name in weights]
 
 
 def _groups(folder: Path, weights: list[str], indices: list[str]) -> list[str]:

@@ -8,13 +8,15 @@ check all of it, and hold bytes until an array is asked for.
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from .pickled_values import Name
+from .pickled_values import Name, Placeholder
 
-__all__ = ["KNOWN", "Array", "RefusedArray", "as_array"]
+__all__ = ["KNOWN", "Array", "RefusedArray", "array_form", "as_array"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "f4": np.dtype("<f4"),
@@ -131,3 +133,49 @@ KNOWN: dict[str, Any] = {"numpy.ndarray": Array.made, "numpy.dtype": DType.made}
     for core in ("core", "_core")
     for function in (_reconstruct, scalar)
 }
+
+
+# Kinds of elements that are tensors too; numpy's name of each begins with its order of bytes.
+_TENSOR_KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1", "c8", "c16")
+
+
+class ArrayForm(NamedTuple):
+    """An array of numbers that a placeholder stands for: its bytes, exactly as many as its shape takes."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    column_major: bool
+    data: bytes
+
+    def tensor(self) -> Tensor:
+        """Return the array as a tensor in memory of its own."""
+        array = np.frombuffer(self.data, self.dtype).reshape(self.shape, order="F" if self.column_major else "C")
+        return torch.from_numpy(np.array(array, self.dtype.newbyteorder("=")))
+
+
+def array_form(value: Any) -> ArrayForm | None:
+    """Return the array that a placeholder stands for, None for anything else."""
+    if not isinstance(value, Placeholder):
+        return None
+    try:
+        if value.path in ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"):
+            _, shape, dtype, column_major, data = value.state
+        elif value.path in ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"):
+            data, dtype, shape, order = value.arguments
+            column_major = order == "F"
+        else:
+            return None
+        kind, order = dtype.arguments[0], dtype.state[1]
+        if dtype.path != "numpy.dtype" or kind not in _TENSOR_KINDS or order not in ("<", ">", "|", "="):
+            return None
+    except (TypeError, ValueError, AttributeError, LookupError):
+        return None
+    if isinstance(data, Placeholder) and data.path == "builtins.bytearray" and data.arguments:
+        data = data.arguments[0]
+    data = data.encode("latin1", "replace") if isinstance(data, str) else data  # bytes of Python 2
+    if not isinstance(data, bytes) or not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS:
+        return None
+    plain = np.dtype(kind).newbyteorder(order)
+    if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * plain.itemsize != len(data):
+        return None
+    return ArrayForm(plain, shape, bool(column_major), data)

@@ -72,6 +72,11 @@ def index_beside(shard: Path) -> Path | None:
     return found if found.is_file() else None
 
 
+def counts_itself(name: str) -> bool:
+    """Return whether a file is one of several by its name, such as `model-00001-of-00002.bin`."""
+    return _COUNTED.fullmatch(name) is not None
+
+
 def sibling_shards(shard: Path) -> list[Path] | None:
     """Return all files of a checkpoint of which this is one by its name, None for a name that counts nothing.
 

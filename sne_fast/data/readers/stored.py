@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -142,19 +142,19 @@ def _quantise(tensor: Tensor, how: Quantised, storages: dict[Any, Tensor]) -> Te
     return torch._make_per_channel_quantized_tensor(tensor, scale, zero_point, how.axis)
 
 
-def read_tensors(tensors: dict[str, StoredTensor]) -> dict[str, Tensor]:
+def read_tensors(tensors: Mapping[str, StoredTensor | Tensor]) -> dict[str, Tensor]:
     """Read tensors into memory; those of one storage share its memory, as they did when they were saved.
 
     Raises:
         BadTensor: tensors that a small file would make out of shared bytes, and other tensors that cannot be.
         OSError: the file cannot be read.
     """
-    _check_shared(tensors.values())
+    _check_shared(tensor for tensor in tensors.values() if isinstance(tensor, StoredTensor))
     storages: dict[Any, Tensor] = {}
     read = {}
     for name, tensor in tensors.items():
         try:
-            read[name] = tensor._shown(storages)
+            read[name] = tensor if isinstance(tensor, Tensor) else tensor._shown(storages)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).partition("\n")[0][:120]
             raise BadTensor(f"its tensor {name!r:.80} cannot be made: {reason}") from error

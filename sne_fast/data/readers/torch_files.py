@@ -14,15 +14,15 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from ...regular_files import open_regular
 from . import numpy_values
-from .errors import CheckpointError, reading
+from .content_tree import RefusedContent
+from .errors import CheckpointError
 from .numpy_values import RefusedArray
 from .pickled_values import BadPickle, Bounded, RefusedName, read_pickle
 from .stored import BadTensor, Storage, read_into
 from .torch_values import known_names, storage_maker
 
-__all__ = ["damage_of", "opened_content"]
+__all__ = ["damage_of", "read_content"]
 
 _MAGIC = torch.serialization.MAGIC_NUMBER
 _PROTOCOL = torch.serialization.PROTOCOL_VERSION
@@ -34,23 +34,18 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplemente
            OverflowError)  # fmt: skip
 
 
-@contextmanager
-def opened_content(file: Path, *, strict: bool = False, arrays: bool = False) -> Iterator[Any]:
-    """Read what a pickled checkpoint holds, with `StoredTensor`s, which can be read until the block ends.
+def read_content(opened: IO[bytes], *, strict: bool = False, arrays: bool = False) -> Any:
+    """Return what a pickled checkpoint holds, with `StoredTensor`s, which can be read while the file is open.
 
     Args:
-        file: the checkpoint.
+        opened: the checkpoint.
         strict: refuse a file that holds anything but tensors and plain data; objects are placeholders otherwise.
         arrays: with `strict`, accept numpy's arrays and numbers too: arrays as values for `as_array`.
 
     Raises:
-        CheckpointError: a file that is damaged, refused, or no checkpoint; the message names it.
-        OSError: a file that is missing or cannot be read.
+        Exception: for a damaged or refused file, those that `damage_of` turns into `CheckpointError`.
     """
-    with reading(file), open_regular(file) as opened:
-        with damage_of(file):
-            content = _content(opened, strict, numpy_values.KNOWN if arrays else {}, 0)
-        yield content
+    return _content(opened, strict, numpy_values.KNOWN if arrays else {}, 0)
 
 
 @contextmanager
@@ -61,7 +56,7 @@ def damage_of(file: Path) -> Iterator[None]:
     except CheckpointError as error:
         told = str(error)
         raise CheckpointError(told if told.startswith(f"{file}: ") else f"{file}: {told}") from error
-    except (RefusedArray, BadTensor) as error:
+    except (RefusedArray, BadTensor, RefusedContent) as error:
         raise CheckpointError(f"{file}: refused, {error}") from error
     except RefusedName as error:
         raise CheckpointError(

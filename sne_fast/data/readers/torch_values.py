@@ -251,6 +251,10 @@ def _complex(real: Any, imaginary: Any) -> complex:
     return complex(real, imaginary)
 
 
+def _bytes(*arguments: Any) -> Any:
+    return Placeholder("builtins.bytes", arguments) if arguments else b""  # so old protocols have empty bytes
+
+
 def _bytearray(*arguments: Any) -> Placeholder:
     return Placeholder("builtins.bytearray", arguments)
 
@@ -295,6 +299,7 @@ _KNOWN: dict[str, Any] = {
     "collections.defaultdict": _default_dict,
     "builtins.dict": _dict,
     "builtins.complex": _complex,
+    "builtins.bytes": _bytes,
     "builtins.bytearray": _bytearray,
     "builtins.set": _set,
     "torch.Tensor": _made_tensor,

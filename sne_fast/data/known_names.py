@@ -1,0 +1,137 @@
+"""Names by which tensors of state_dicts and files are known not to be weights; data for `weight_entries`.
+
+A module says which of its tensors are parameters. A file does not, so buffers are known by the names that libraries
+give them; where a parameter could bear the name too, the values must look like the buffer's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .tied_names import has_plain_values
+
+__all__ = ["buffer_by_name", "counter_by_name", "is_optimiser_state", "is_quantisation_record", "is_weight_name"]
+
+_MASK = re.compile(r"(^|\.|_)(masks?|masked_bias|tril|triu)$")
+_SINUSOIDS = re.compile(r"(^|\.)(pe|pos_enc|pos_encoding|position(al)?_encoding|pos(ition)?_table)$")
+
+_BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("rotary frequency", re.compile(r"(^|\.|_)(inv_freq|freqs_(cis|cos|sin)|original_inv_freq)$")),
+    ("rotary table", re.compile(r"(^|\.|_)((cos|sin)_(cached|table)|(cached|table)_(cos|sin))$")),
+    ("position table", re.compile(r"(^|\.)(relative_coords_table|positional_encoding_gaussian_matrix|_float_tensor)$")),
+    ("observer value", re.compile(r"(^|\.)(activation_post_process|\w+_fake_quant)(\.|_\d+\.)")),
+    ("spectral norm vector", re.compile(r"(^|\.)(weight_u|parametrizations\.\w+\.\d+\._[uv])$")),
+    (
+        "codebook statistic",
+        re.compile(r"(^|\.)(_?ema_cluster_size|cluster_(size|usage)|embed_(avg|sum)|init(t?ed|ialized))$"),
+    ),
+    ("correction of a router", re.compile(r"(^|\.)e_score_correction_bias$")),
+    ("bias of outputs that is no parameter", re.compile(r"(^|\.)final_logits_bias$")),
+    ("attention decay", re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|num_points_scale)$")),
+    ("range of activations", re.compile(r"(^|\.)((input|output)_(min|max)|act_range|x_(min|max))$")),
+    (
+        "diffusion schedule",
+        re.compile(
+            r"(^|\.)(alphas_cumprod(_prev)?|sqrt_(recip(m1)?_)?(one_minus_)?alphas(_cumprod)?"
+            r"|(sqrt_|log_)one_minus_alphas(_cumprod)?|posterior_(variance|log_variance_clipped|mean_coef[12])"
+            r"|lvlb_weights)$"
+        ),
+    ),
+    ("normalisation constant", re.compile(r"(^|\.)((pixel|image|norm)_(mean|std)|global_(mean|invstd))$")),
+    ("audio filter", re.compile(r"(^|\.)(mel_scale\.fb|spectrogram\.window|hann_window|mel_filters)$")),
+    ("anchor table", re.compile(r"(^|\.)(anchors|anchor_grid|anchor_points)$")),
+)
+
+_COUNTER = re.compile(
+    r"(^|\.|_)(num_batches_tracked|num_updates|n_averaged|steps?|initted|epoch|iteration|version|ptr|strides?|padding|dilation"
+    r"|\w*(idx|ids|index|indices|indexes|rng_state|lengths?|shapes?|sizes?|counts?|offsets?|buckets?))$"
+)
+_WEIGHT = re.compile(
+    r"^(\w+_)?(q|u?int\d+)?(weights?|kernel|bias(es)?|embeddings?|w_q|in_proj|out_proj)(_\w+)?$", re.IGNORECASE
+)
+_NOT_WEIGHT = re.compile(r"(loss|class|sample|pos)_weights?$")
+_WHOLE_WEIGHT = re.compile(r"^(\w+_)?(weights?|kernel|bias)$", re.IGNORECASE)
+
+_OPTIMISER_STATE = re.compile(
+    r"(^|\.)(exp_avg|exp_avg_sq|exp_avg_diff|exp_inf|max_exp_avg_sq|max_exp_avg_sqs|momentum_buffer|square_avg|acc_delta"
+    r"|grad_avg|exp_avg_sq_(row|col)|slow_buffer)$|(^|\.)(optimizers?|optimisers?|optim)\.(\d+\.)?(state|param_groups)\."
+)
+_QUANTISATION = re.compile(
+    r"(^|\.)((input|output|act|activation|qkv|q|k|v|prob|kv_cache)_(scale|scales|zero_point|global_scale|scale_inv)"
+    r"|weight_format|scaled_fp8)$"
+)
+
+
+def buffer_by_name(name: str, tensor: Tensor) -> str | None:
+    """Return what a floating tensor of a state_dict is called if it is known to be a buffer, else None.
+
+    Args:
+        name: its full name.
+        tensor: its values, looked at for names that a parameter may bear too.
+    """
+    own = name.rpartition(".")[2]
+    known = _known_buffer(name)
+    if known is not None:
+        return known
+    square = own == "bias" and tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    if (_MASK.search(name) or square) and _looks(tensor, _two_values):
+        return "mask"
+    if _SINUSOIDS.search(name) and _looks(tensor, _sinusoids):
+        return "position table"
+    return None
+
+
+@lru_cache(1 << 16)
+def _known_buffer(name: str) -> str | None:
+    return next((what for what, pattern in _BUFFERS if pattern.search(name)), None)
+
+
+@lru_cache(1 << 16)
+def counter_by_name(name: str) -> bool:
+    """Return whether integers of this name are counters or indices."""
+    return _COUNTER.search(name) is not None
+
+
+@lru_cache(1 << 16)
+def is_weight_name(name: str, *, whole: bool = False) -> bool:
+    """Return whether the last part of a name is one that weights have, such as `weight_ih_l0` or `qweight`.
+
+    With `whole`, only if nothing follows, unlike in `kernel_size`.
+    """
+    own = name.rpartition(".")[2]
+    return (_WHOLE_WEIGHT if whole else _WEIGHT).match(own) is not None and _NOT_WEIGHT.search(own) is None
+
+
+@lru_cache(1 << 16)
+def is_optimiser_state(name: str) -> bool:
+    """Return whether a tensor of this name belongs to an optimiser."""
+    return _OPTIMISER_STATE.search(name) is not None
+
+
+def is_quantisation_record(name: str) -> bool:
+    """Return whether a tensor of this name says how a quantised layer treats its inputs and outputs."""
+    return _QUANTISATION.search(name) is not None
+
+
+def _looks(tensor: Tensor, like: Callable[[Tensor], bool]) -> bool:
+    """Return whether plain values satisfy `like`; without values the name alone decides."""
+    if not has_plain_values(tensor):
+        return True
+    with torch.no_grad():
+        return like(tensor.detach().float())
+
+
+def _two_values(values: Tensor) -> bool:
+    low, high = values.min(), values.max()
+    return bool(((values == low) | (values == high)).all())
+
+
+def _sinusoids(values: Tensor) -> bool:
+    """Return whether the first row is sin 0 and cos 0, and no value is beyond 1."""
+    first = values.reshape(-1, values.shape[-1])[0] if values.ndim else values.reshape(1)
+    return bool(((first == 0) | (first == 1)).all()) and float(values.abs().max()) <= 1 + 1e-3
