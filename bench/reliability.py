@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("--examples", type=int, default=1000, help="inputs of each test")
     parser.add_argument("files", nargs="*", help="test files; all by default")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     status = run(arguments.examples, arguments.files) if arguments.action == "run" else 0
     if not arguments.files:
         insert(PAGE, table(json.loads(JSON.read_text(encoding="utf-8"))), *MARKERS)
