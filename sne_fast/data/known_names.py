@@ -102,7 +102,8 @@ def buffer_by_name(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> 
     known = _known_buffer(name) or next((what for o, b, what in _BESIDE if o == own and base + b in tensors), None)
     if known is not None:
         return known
-    square = own == "bias" and tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    shape = tensor.shape
+    square = own == "bias" and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] > 1
     if (_MASK.search(name) or square) and _looks(tensor, _two_values):
         return "mask"
     if own in ("cos", "sin") and _are_circle(tensors.get(f"{base}cos"), tensors.get(f"{base}sin")):
@@ -173,4 +174,5 @@ def _two_values(values: Tensor) -> bool:
 def _sinusoids(values: Tensor) -> bool:
     """Return whether the first row is sin 0 and cos 0, and no value is beyond 1."""
     first = values.reshape(-1, values.shape[-1])[0] if values.ndim else values.reshape(1)
-    return bool(((first == 0) | (first == 1)).all()) and float(values.abs().max()) <= 1 + 1e-3
+    zero_or_one = bool(((first == 0) | (first == 1)).all()) and bool((first == 1).any())
+    return zero_or_one and float(values.abs().max()) <= 1 + 1e-3

@@ -158,6 +158,15 @@ def test_buffers_are_told_from_weights_by_what_stands_beside_them() -> None:
     assert set(packed(weights).names[0][1]) == weights.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("pos_encoding", (1, 6, 4)), ("layer.pe", (6, 4)), ("position_table", (6, 4)), ("bias", (1, 1, 1, 1))],
+)
+def test_weights_before_training_are_not_taken_for_buffers(name: str, shape: tuple[int, ...]) -> None:
+    state = {"fc.weight": torch.ones(2, 2), name: torch.zeros(shape)}
+    assert set(packed(state).names[0][1]) == state.keys()
+
+
 def test_weight_norm_keeps_its_directions() -> None:
     state = {"fc.weight_g": torch.ones(3, 1), "fc.weight_v": torch.ones(3, 2), "fc.bias": torch.ones(3)}
     assert packed(state).num_weights == 12
