@@ -240,7 +240,7 @@ def _reason_of_integers(name: str, tensor: Tensor, label: str, scales_beside: bo
 
 def _check_tensor(label: str, name: str, tensor: Tensor) -> None:
     where = f"pack: {label}, tensor {name!r}"
-    if is_flattened(name):
+    if tensor.ndim == 1 and is_flattened(name):
         raise ValueError(f"{where} joins the weights of several layers, as FSDP keeps them; save a full state_dict")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{where} is not initialised yet (lazy module); run the network once on an example")

@@ -347,6 +347,7 @@ def test_parts_of_wrappers_inside_names_are_dropped(part: str) -> None:
 def test_flattened_parameters_of_fsdp_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"tensor '{name}' joins the weights of several layers, .* full state_dict"):
         pack([{name: torch.ones(9), "head.weight": torch.ones(2, 2)}])
+    assert pack([{name: torch.ones(3, 3)}]).num_weights == 9
 
 
 def test_two_tensors_that_wrappers_alone_tell_apart_are_refused() -> None:
