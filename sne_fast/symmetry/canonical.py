@@ -16,7 +16,7 @@ from ..data.tensor_types import CONVOLUTION, LINEAR
 from .boxes import AxisInfo, SymmetryError, box_coordinates, permuted_placements
 from .core import Symmetry
 from .per_network import check_named, for_network, group_by_identity, kernels_of, one_per_network
-from .permuting import permute
+from .permuting import permute_by_tables
 
 _ODD_KINDS = (LINEAR, CONVOLUTION)
 
@@ -80,10 +80,10 @@ def canonicalise(
         >>> torch.equal(one.values, other.values)
         True
     """
+    check_named(batch, "canonicalise")
     if len(batch) == 0:
         return batch
     per_network = one_per_network(symmetries, len(batch), "canonicalise")
-    check_named(batch, "canonicalise")
     starts = batch.network_starts.tolist()
     values = batch.values
     tables: list[Tensor] = [torch.empty(0)] * len(batch)
@@ -104,7 +104,7 @@ def canonicalise(
                     signs[starts[b] : starts[b] + size] = row
     if signs is not None:
         batch = batch.with_fields(values=values * signs)
-    return permute(batch, per_network, permutations=tables)
+    return permute_by_tables(batch, per_network, tables)
 
 
 class CanonicalAugmentation:

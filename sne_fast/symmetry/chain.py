@@ -48,6 +48,8 @@ def chain_symmetry(
         >>> chain_symmetry(net.state_dict())
         Symmetry('chain', 1 groups, 10^4.6 permutations)
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"chain_symmetry: state_dict must map names to tensors, got {type(state_dict).__name__}")
     layers = _in_order(floating_tensors(state_dict), order)
     labels: dict[str, Label] = {}
     units: Term | None = None
@@ -57,6 +59,8 @@ def chain_symmetry(
         if not set(own) <= {"weight", "bias", "running_mean", "running_var"} or ("weight" not in own and units is None):
             raise SymmetryError(f"chain_symmetry: layer {layer!r} is no linear layer, convolution or norm: {list(own)}")
         weight = own.get("weight")
+        if weight is not None and weight.ndim == 0:
+            raise SymmetryError(f"chain_symmetry: layer {layer!r} is no linear layer, convolution or norm: one number")
         if weight is None or weight.ndim == 1:
             units = _norm(layer, own, units, convolution, (norm_groups or {}).get(layer))
             labels.update({prefix + key: (units,) for key in own})

@@ -220,6 +220,8 @@ class Symmetry:
 
         The same generator state gives the same permutations. They are on the generator's device, else on the CPU.
         """
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"draw: generator must be a torch.Generator or None, got {type(generator).__name__}")
         device = torch.device("cpu") if generator is None else generator.device
         starts, segments = self._segments(device)
         keys = torch.rand(count, len(starts), generator=generator, dtype=torch.float64, device=device)
@@ -229,6 +231,26 @@ class Symmetry:
         """Return the tables `(count, P)` of the permutation that leaves everything in place."""
         starts, _ = self._segments(torch.device("cpu"))
         return (torch.arange(len(starts)) - starts).expand(count, -1)
+
+    def checked(self, tables: Tensor) -> Tensor:
+        """Return tables given as `(P,)` or `(n, P)` as `(n, P)`, after a look at every value.
+
+        Raises:
+            SymmetryError: no integers, another length, or no permutations of the units of every group.
+        """
+        size = self.table_size
+        if not isinstance(tables, Tensor) or tables.dtype != torch.int64 or tuple(tables.shape[-1:]) != (size,):
+            shape = tuple(tables.shape) if isinstance(tables, Tensor) else type(tables).__name__
+            raise SymmetryError(
+                f"symmetry {self.name!r}: a permutation must be int64 of shape ({size},), as draw gives it, got {shape}"
+            )
+        rows = tables.reshape(-1, size)
+        starts, segments = self._segments(rows.device)
+        places = rows + starts
+        once = torch.equal(places.sort(1).values, torch.arange(size, device=rows.device).expand_as(rows))
+        if not once or not torch.equal(segments[places], segments.expand_as(rows)):
+            raise SymmetryError(f"symmetry {self.name!r}: a table is no permutation of the units of every group")
+        return rows
 
     def _segments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return for every place in a row where its table starts, and the number of its table."""
@@ -259,14 +281,14 @@ class Symmetry:
             tables: `(P,)` or `(1, P)`, a permutation from `draw` to apply instead.
 
         Raises:
-            SymmetryError: a tensor is missing or has another shape.
+            SymmetryError: a tensor is missing or has another shape, or `tables` are no permutation.
         """
         keys = list(state_dict)
         names = dict(zip(strip_wrappers(keys), keys, strict=True))
         chosen = [n for n in names if n in self.alias and isinstance(state_dict[names[n]], Tensor)]
         shapes = tuple(tuple(state_dict[names[n]].shape) for n in chosen)
         index = self.gather_index(tuple(chosen), shapes, (False,) * len(shapes), STORED, torch.device("cpu"))
-        tables = self.draw(generator) if tables is None else tables.reshape(1, -1)
+        tables = self.draw(generator) if tables is None else self.checked(tables)
         source = index.source(tables.cpu(), torch.zeros(1, dtype=torch.int64))[0]
         out = dict(state_dict)
         permuted: dict[object, list[tuple[Tensor, Tensor]]] = {}

@@ -17,9 +17,14 @@ def one_per_network(symmetries: Symmetry | Sequence[Symmetry], count: int, where
 
     Raises:
         SymmetryError: another number of symmetries; the message starts with `where`.
+        TypeError: anything else.
     """
     if isinstance(symmetries, Symmetry):
         return [symmetries] * count
+    if not isinstance(symmetries, Sequence) or not all(isinstance(one, Symmetry) for one in symmetries):
+        raise TypeError(
+            f"{where}: symmetries must be one Symmetry, or one per network, got {type(symmetries).__name__}"
+        )
     if len(symmetries) != count:
         raise SymmetryError(
             f"{where}: symmetries must be one Symmetry, or one per network ({count}), got {len(symmetries)}"
@@ -40,7 +45,12 @@ def check_named(batch: WeightBatch, where: str) -> None:
 
     Raises:
         SymmetryError: no names or shapes; the message starts with `where`.
+        TypeError: no batch.
     """
+    if not isinstance(batch, WeightBatch):
+        raise TypeError(f"{where}: batch must be a WeightBatch, got {type(batch).__name__}; use sne_fast.pack")
+    if len(batch) == 0:
+        return
     if not batch.names or not batch.shapes:
         raise SymmetryError(f"{where}: the batch must have names and shapes, as those that pack makes have")
 

@@ -67,8 +67,9 @@ def permute(
         permutations: B tables `(P,)` from `draw`, to apply these instead.
 
     Raises:
-        SymmetryError: not one symmetry or permutation per network; a batch without names; tensors that are missing
-            or of another shape (names network and tensor).
+        SymmetryError: not one symmetry or permutation per network; tables that are no permutations of the symmetry; a
+            batch without names; tensors that are missing or of another shape (names network and tensor).
+        TypeError: no `WeightBatch`, `Symmetry` or `torch.Generator` where one is expected.
 
     Example:
         >>> import torch
@@ -80,17 +81,26 @@ def permute(
         >>> torch.equal(permuted.values, batch.values), permuted.shapes == batch.shapes
         (False, True)
     """
+    check_named(batch, "permute")
     count = len(batch)
     if count == 0:
         return batch
     per_network = one_per_network(symmetries, count, "permute")
-    if permutations is not None and len(permutations) != count:
-        raise SymmetryError(f"permute: permutations must be one per network ({count}), got {len(permutations)}")
-    check_named(batch, "permute")
     if permutations is None:
-        drawn = [(rows, symmetry.draw(generator, len(rows))) for symmetry, rows in group_by_identity(per_network)]
-    else:
-        drawn = [(rows, torch.stack([permutations[b] for b in rows])) for _, rows in group_by_identity(per_network)]
+        return permute_by_tables(batch, per_network, draw(per_network, count, generator))
+    if len(permutations) != count:
+        raise SymmetryError(f"permute: permutations must be one per network ({count}), got {len(permutations)}")
+    tables = [
+        for_network(batch, b, "permute", lambda b=b: per_network[b].checked(permutations[b])[0])  # type: ignore[misc]
+        for b in range(count)
+    ]
+    return permute_by_tables(batch, per_network, tables)
+
+
+def permute_by_tables(batch: WeightBatch, per_network: Sequence[Symmetry], tables: Sequence[Tensor]) -> WeightBatch:
+    """Return a batch permuted by tables that are known to be permutations; arguments as for `permute`."""
+    drawn = [(rows, torch.stack([tables[b] for b in rows])) for _, rows in group_by_identity(per_network)]
+    count = len(batch)
     starts = batch.network_starts
     sources: list[Tensor] = [starts] * count
     for rows, tables in drawn:

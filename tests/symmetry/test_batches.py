@@ -62,6 +62,37 @@ def test_tied_tensors_of_a_state_dict_stay_tied(chunking):
     assert_same(permuted, sne_fast.pack(moved, chunking=chunking))
 
 
+def test_tables_that_are_no_permutations_are_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    symmetry, batch = sym.trace(net, torch.randn(2, 3)), sne_fast.pack(net).detach()
+    table = sym.draw(symmetry, 1)[0]
+    twice, swapped = torch.zeros_like(table), table.clone()
+    swapped[[0, 4]] = table[[4, 0]] + torch.tensor([4, -4])  # places of two groups
+    for wrong in (twice, swapped, table + 1, table - 1, table[:-1], table.float(), table.tolist()):
+        with pytest.raises(sym.SymmetryError, match=r"permute: network 0 .*a (permutation must be int64|table is no)"):
+            sym.permute(batch, symmetry, permutations=[wrong])
+        with pytest.raises(
+            sym.SymmetryError, match=r"symmetry 'Sequential': a (permutation must be int64|table is no)"
+        ):
+            symmetry.permute_state_dict(net.state_dict(), tables=wrong)
+
+
+def test_arguments_of_other_types_are_named():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5))
+    symmetry, batch = sym.trace(net, torch.randn(2, 3)), sne_fast.pack(net).detach()
+    for call in (sym.permute, sym.canonicalise):
+        with pytest.raises(TypeError, match=f"{call.__name__}: batch must be a WeightBatch, got OrderedDict"):
+            call(net.state_dict(), symmetry)
+        with pytest.raises(TypeError, match=f"{call.__name__}: symmetries must be one Symmetry"):
+            call(batch, 3)
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got int"):
+        sym.permute(batch, symmetry, 3)
+    with pytest.raises(TypeError, match="chain_symmetry: state_dict must map names to tensors, got list"):
+        sym.chain_symmetry([])
+    with pytest.raises(sym.SymmetryError, match="chain_symmetry: layer 'a' is no linear layer"):
+        sym.chain_symmetry({"a.weight": torch.tensor(1.0)})
+
+
 @pytest.mark.parametrize("scale", ["tensor", "none"])
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 def test_a_zoo_is_permuted_as_one_batch(zoo, chunking, scale):
