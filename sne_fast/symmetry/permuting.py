@@ -103,11 +103,11 @@ def permute_by_tables(batch: WeightBatch, per_network: Sequence[Symmetry], table
     count = len(batch)
     starts = batch.network_starts
     sources: list[Tensor] = [starts] * count
-    for rows, tables in drawn:
-        tables = tables.to(batch.device)
+    for rows, stacked in drawn:
+        stacked = stacked.to(batch.device)
         for index, places in group_by_identity([_gather_index(batch, b, per_network[b]) for b in rows]):
             chosen = [rows[i] for i in places]
-            own = tables if len(chosen) == len(rows) else tables[torch.tensor(places, device=tables.device)]
+            own = stacked if len(chosen) == len(rows) else stacked[torch.tensor(places, device=stacked.device)]
             source = index.source(own, starts[chosen].to(batch.device))
             if len(chosen) == count:
                 sources = [source.reshape(-1)]
