@@ -30,7 +30,7 @@ from .arguments import (
     check_validation,
 )
 from .distributed import World, part_of
-from .fingerprint import of_training
+from .fingerprint import as_recorded, in_use, of_training
 from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from .progress import Log, Progress, not_finite, restore
 from .settings import FitSettings, History
@@ -140,6 +140,7 @@ def fit(
         run = _Run(predictor, batch, goals, settings, augment, world)
         if path is not None and states is not None:
             restore(path, states, predictor, run.optimiser, run.scaler)
+            fingerprint = as_recorded(fingerprint, states["fingerprint"])
         if log is not None and world.first:
             log.resume(state.epoch)
         history, start = state.history, time.perf_counter() - state.history.seconds
@@ -162,6 +163,7 @@ def fit(
                 if log is not None:
                     log(epoch, {**row, "lr": run.lr, "seconds": history.seconds})
                 if path is not None:
+                    fingerprint = in_use(fingerprint, augment)
                     state.save(path, fingerprint, predictor, run.optimiser, run.scaler)
             if on_epoch is not None:
                 on_epoch(epoch, history)
