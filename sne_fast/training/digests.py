@@ -71,7 +71,8 @@ class _Code:
                 self._add(f"{name}argument {key}", part)
         elif isinstance(value, types.MethodType):
             self.add_called(name, value.__self__)
-            self._add_function(value.__func__)
+            if isinstance(value.__func__, types.FunctionType):
+                self._add_function(value.__func__)
         elif isinstance(value, types.FunctionType):
             self._add_function(value)
         elif isinstance(value, type) or not self._is_home(type(value)):

@@ -35,6 +35,7 @@ def of_training(
     settings: FitSettings,
     validation: tuple[WeightBatch, Tensor] | None = None,
     augment: Any = None,
+    made_of: Mapping[str, Any] | None = None,
 ) -> Fingerprint:
     """Return the fingerprint of a training; arguments as for :func:`sne_fast.training.fit`.
 
@@ -50,6 +51,7 @@ def of_training(
         "augmentation": None if augment is None else of_object(augment),
         SETTINGS: {k: v for k, v in dataclasses.asdict(settings).items() if k not in CONTINUED},
         "predictor": of_predictor(predictor),
+        **({} if made_of is None else {"made of": dict(made_of)}),
     }
 
 
