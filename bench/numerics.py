@@ -285,7 +285,8 @@ def main() -> int:
         "worst_within_bounds": [row for row in by_error if not row["draws"]][:5],
         "worst_ill_conditioned": [row for row in by_error if row["draws"]][:5],
     }  # fmt: skip
-    text = json.dumps(report, indent=1) + "\n"
+    strict = json.loads(json.dumps(report), parse_constant=str)  # JSON has no infinity: results that overflow
+    text = json.dumps(strict, indent=1, allow_nan=False) + "\n"
     print(json.dumps(report["summary"], indent=1))
     if not options.show:
         write_text(options.output, text)

@@ -59,8 +59,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.dist, option.loadscopereorder = min(PROCESSORS, 8), "loadfile", False
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files that compile first, then slow ones, so that no process works alone at the end."""
+    """Mark tests of random inputs; run files that compile first, then slow ones, so that no process ends alone."""
+    for item in items:
+        if getattr(getattr(item, "function", None), "is_hypothesis_test", False):
+            item.add_marker("fuzz")
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: (item.get_closest_marker("build") is None, item.path not in slow))

@@ -57,7 +57,7 @@ def bitsandbytes_8bit(stored: Tensor, row_maxima: Tensor) -> Tensor:
     """Return `stored * SCB / 127`, where `SCB (out,)` holds the largest magnitude of each row."""
     if row_maxima.numel() != stored.shape[0]:
         raise Unfit(f"the maxima of rows {_shape(row_maxima)} do not fit {_shape(stored)}")
-    return scaled(stored, row_maxima.float() / 127)
+    return scaled(stored, row_maxima.float().reshape(-1) / 127)
 
 
 def bitsandbytes_4bit(

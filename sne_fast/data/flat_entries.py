@@ -118,9 +118,9 @@ def _reason_of_value(name: str, value: Any) -> str | None:
 
 
 def _could_be_weights(value: Any) -> bool:
-    return isinstance(value, (nn.Module, torch.ScriptObject, torch.UntypedStorage, torch.TypedStorage)) or (
-        hasattr(value, "__array__") and not isinstance(value, (np.generic, Tensor))
-    )
+    # Tensors that are left here are in a set, which has no order.
+    kinds = (Tensor, nn.Module, torch.ScriptObject, torch.UntypedStorage, torch.TypedStorage)
+    return isinstance(value, kinds) or (hasattr(value, "__array__") and not isinstance(value, np.generic))
 
 
 def holds_tensors(value: Any) -> bool:

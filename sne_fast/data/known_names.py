@@ -7,7 +7,7 @@ give them; where a parameter could bear the name too, the values must look like 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
@@ -15,7 +15,18 @@ from torch import Tensor
 
 from .tied_names import has_plain_values
 
-__all__ = ["buffer_by_name", "counter_by_name", "is_optimiser_state", "is_quantisation_record", "is_weight_name"]
+__all__ = [
+    "WRAPPER_PARTS",
+    "buffer_by_name",
+    "counter_by_name",
+    "is_flattened",
+    "is_optimiser_state",
+    "is_quantisation_record",
+    "is_weight_name",
+]
+
+WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts of names that `torch.compile`, FSDP and activation checkpointing add, wherever they stand."""
 
 _MASK = re.compile(r"(^|\.|_)(masks?|masked_bias|tril|triu)$")
 _SINUSOIDS = re.compile(r"(^|\.)(pe|pos_enc|pos_encoding|position(al)?_encoding|pos(ition)?_table)$")
@@ -25,6 +36,7 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("rotary table", re.compile(r"(^|\.|_)((cos|sin)_(cached|table)|(cached|table)_(cos|sin))$")),
     ("position table", re.compile(r"(^|\.)(relative_coords_table|positional_encoding_gaussian_matrix|_float_tensor)$")),
     ("observer value", re.compile(r"(^|\.)(activation_post_process|\w+_fake_quant)(\.|_\d+\.)")),
+    ("base of an orthogonal weight", re.compile(r"(^|\.)parametrizations\.\w+\.\d+\.base$")),
     ("spectral norm vector", re.compile(r"(^|\.)(weight_u|parametrizations\.\w+\.\d+\._[uv])$")),
     (
         "codebook statistic",
@@ -32,6 +44,7 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     ("correction of a router", re.compile(r"(^|\.)e_score_correction_bias$")),
     ("bias of outputs that is no parameter", re.compile(r"(^|\.)final_logits_bias$")),
+    ("slopes of attention", re.compile(r"(^|\.)alibi(_slopes|_bias)?$")),
     ("attention decay", re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|num_points_scale)$")),
     ("range of activations", re.compile(r"(^|\.)((input|output)_(min|max)|act_range|x_(min|max))$")),
     (
@@ -43,9 +56,16 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     ("normalisation constant", re.compile(r"(^|\.)((pixel|image|norm)_(mean|std)|global_(mean|invstd))$")),
-    ("audio filter", re.compile(r"(^|\.)(mel_scale\.fb|spectrogram\.window|hann_window|mel_filters)$")),
+    ("audio filter", re.compile(r"(^|\.)(mel_scale\.fb|spectrogram\.window|hann_window|mel_filters|mel_basis)$")),
     ("anchor table", re.compile(r"(^|\.)(anchors|anchor_grid|anchor_points)$")),
 )
+
+_BESIDE: tuple[tuple[str, str, str], ...] = (
+    ("betas", "alphas_cumprod", "diffusion schedule"),
+    ("alphas", "alphas_cumprod", "diffusion schedule"),
+    ("queue", "queue_ptr", "queue of keys"),
+)
+"""Own names of buffers, the tensor beside them that tells that they are none of the weights, and what they are."""
 
 _COUNTER = re.compile(
     r"(^|\.|_)(num_batches_tracked|num_updates|n_averaged|steps?|initted|epoch|iteration|version|ptr|strides?|padding|dilation"
@@ -61,26 +81,31 @@ _OPTIMISER_STATE = re.compile(
     r"(^|\.)(exp_avg|exp_avg_sq|exp_avg_diff|exp_inf|max_exp_avg_sq|max_exp_avg_sqs|momentum_buffer|square_avg|acc_delta"
     r"|grad_avg|exp_avg_sq_(row|col)|slow_buffer)$|(^|\.)(optimizers?|optimisers?|optim)\.(\d+\.)?(state|param_groups)\."
 )
+_FLATTENED = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 _QUANTISATION = re.compile(
     r"(^|\.)((input|output|act|activation|qkv|q|k|v|prob|kv_cache)_(scale|scales|zero_point|global_scale|scale_inv)"
     r"|weight_format|scaled_fp8)$"
 )
 
 
-def buffer_by_name(name: str, tensor: Tensor) -> str | None:
+def buffer_by_name(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | None:
     """Return what a floating tensor of a state_dict is called if it is known to be a buffer, else None.
 
     Args:
         name: its full name.
         tensor: its values, looked at for names that a parameter may bear too.
+        tensors: all tensors by name, some of which tell what stands beside them.
     """
     own = name.rpartition(".")[2]
-    known = _known_buffer(name)
+    base = name.removesuffix(own)
+    known = _known_buffer(name) or next((what for o, b, what in _BESIDE if o == own and base + b in tensors), None)
     if known is not None:
         return known
     square = own == "bias" and tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
     if (_MASK.search(name) or square) and _looks(tensor, _two_values):
         return "mask"
+    if own in ("cos", "sin") and _are_circle(tensors.get(f"{base}cos"), tensors.get(f"{base}sin")):
+        return "rotary table"
     if _SINUSOIDS.search(name) and _looks(tensor, _sinusoids):
         return "position table"
     return None
@@ -108,6 +133,12 @@ def is_weight_name(name: str, *, whole: bool = False) -> bool:
 
 
 @lru_cache(1 << 16)
+def is_flattened(name: str) -> bool:
+    """Return whether a tensor of this name joins the parameters of several layers."""
+    return _FLATTENED.search(name) is not None
+
+
+@lru_cache(1 << 16)
 def is_optimiser_state(name: str) -> bool:
     """Return whether a tensor of this name belongs to an optimiser."""
     return _OPTIMISER_STATE.search(name) is not None
@@ -124,6 +155,13 @@ def _looks(tensor: Tensor, like: Callable[[Tensor], bool]) -> bool:
         return True
     with torch.no_grad():
         return like(tensor.detach().float())
+
+
+def _are_circle(cosines: Tensor | None, sines: Tensor | None) -> bool:
+    """Return whether two tensors are the cosines and sines of the same angles."""
+    if cosines is None or sines is None or cosines.shape != sines.shape:
+        return False
+    return _looks(cosines, lambda c: _looks(sines, lambda s: bool(((c * c + s * s - 1).abs() < 0.02).all())))
 
 
 def _two_values(values: Tensor) -> bool:

@@ -126,7 +126,7 @@ def _keys_of_children(inside: tuple[tuple[str, bool], ...]) -> dict[str, Key]:
     bases: dict[str, Key] = {}
     waiting: list[str] = []
     for part, _ in inside:
-        low = part.lower()
+        low = _folded(part)
         place = _place_in_family(low, family) if family else None
         if place is not None:
             bases[part] = (_MIDDLE, -1, place, natural_key(part))
@@ -137,13 +137,13 @@ def _keys_of_children(inside: tuple[tuple[str, bool], ...]) -> dict[str, Key]:
     keys = dict(bases)
     for part in sorted(waiting, key=natural_key):
         # A norm that stands behind another norm stands behind the layer of that one.
-        bases[part] = bases[siblings.parts[siblings.layer_before(part.lower()) or part]]
+        bases[part] = bases[siblings.parts[siblings.layer_before(_folded(part)) or part]]
         keys[part] = bases[part] + _FOLLOWS + (natural_key(part),)
     return keys
 
 
 class _Siblings:
-    """The parts inside one parent, in lower case.
+    """The parts inside one parent, in lower case and without underscores in front.
 
     Args:
         inside: each part, and whether it has numbered children.
@@ -152,9 +152,10 @@ class _Siblings:
 
     def __init__(self, inside: tuple[tuple[str, bool], ...], table: _Table) -> None:
         self.table = table
-        self.parts = {part.lower(): part for part, _ in inside}
+        self.parts = {_folded(part): part for part, _ in inside}
         self.blocks = any(numbered for _, numbered in inside) or _any(_BLOCKS, self.parts)
         self.recurrent = _any(table.recurrent, self.parts)
+        self.decoder = _any(table.middle[-1], self.parts)
         self._whole: dict[str, str] = {}
         self._unit: dict[str, tuple[int, str]] = {}
         self._numbered: dict[str, list[tuple[Any, str]]] = {}
@@ -219,7 +220,12 @@ def _key(part: str, siblings: _Siblings, table: _Table) -> Key:
 
 
 def _holds(pattern: _Pattern, part: str, siblings: _Siblings) -> bool:
-    true = {"blocks": siblings.blocks, "recurrent": siblings.recurrent, "alone": siblings.alone(part)}
+    true = {
+        "blocks": siblings.blocks,
+        "recurrent": siblings.recurrent,
+        "decoder": siblings.decoder,
+        "alone": siblings.alone(part),
+    }
     return not pattern.beside or any(all(true[word] for word in words) for words in pattern.beside)
 
 
@@ -229,6 +235,10 @@ def _place_in_family(part: str, family: _Family) -> Key | None:
             number = re.search(r"[0-9]+", part)
             return (_number(number[0] if number else ""), i) if family.by_number else (i,)
     return None
+
+
+def _folded(part: str) -> str:
+    return part.lower().lstrip("_") or part
 
 
 def _any(pattern: re.Pattern[str], parts: Iterable[str]) -> bool:
@@ -262,6 +272,6 @@ def _table() -> _Table:
         ),
         followers=raw["followers"],
         unit=re.compile("|".join(f"({word})" for word in raw["units"])),
-        norm=re.compile("(?<![a-z])(" + "|".join(raw["norms"]) + ")(?![a-z])"),
+        norm=re.compile("(?<![a-z])(" + "|".join(raw["norms"]) + ")(?!(?!s$)[a-z])"),  # also lists: bns
         recurrent=re.compile("|".join(raw["recurrent"])),
     )

@@ -79,7 +79,7 @@ def resolve_levels(networks: list[Network], layer_level: Any) -> list[int]:
 
 def _level(value: Any, network: Network, layer: str) -> int:
     try:
-        if not isinstance(value, bool) and operator.index(value) >= 0:
+        if not isinstance(value, bool) and 0 <= operator.index(value) < 1 << 63:
             return operator.index(value)
     except TypeError:
         pass

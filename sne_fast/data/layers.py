@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checkpoints import CheckpointError, read_checkpoint
+from .known_names import WRAPPER_PARTS
 from .layer_order import order_by_names
 from .tensor_types import infer_kind, kind_of_module, role_of
 from .tied_names import identity_of
@@ -104,7 +105,7 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise ValueError(
-            f"pack: {found.label} has two tensors called {twice!r} once the prefix of torch.compile is dropped; "
+            f"pack: {found.label} has two tensors called {twice!r} once the prefixes of wrappers are dropped; "
             f"remove one"
         )
     found.layers, tied = _layers(list(zip(names, entries.weights.values(), strict=True)), order)
@@ -171,9 +172,9 @@ def _ordered(places: Sequence[int], entries: Sequence[Entry], order: str) -> Seq
 
 
 def strip_wrappers(names: list[str]) -> list[str]:
-    """Return names without the prefixes of DistributedDataParallel and `torch.compile`."""
-    if any("_orig_mod." in name for name in names):
-        names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in names]
+    """Return names without the parts of wrappers: DistributedDataParallel, FSDP, checkpointing, `torch.compile`."""
+    if any(f"{part}." in name for part in WRAPPER_PARTS for name in names):
+        names = [".".join(part for part in name.split(".") if part not in WRAPPER_PARTS) for name in names]
     while names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]
     return names

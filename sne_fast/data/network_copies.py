@@ -8,17 +8,19 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from .known_names import WRAPPER_PARTS
 from .tied_names import identity_of
 
 __all__ = ["averaged_copies", "refuse_pairs"]
 
-_WRAPPERS = {"module", "_orig_mod"}
+_WRAPPERS = {"module", *WRAPPER_PARTS}
 _AVERAGED_PARTS = {"shadow", "shadow_params", "averaged_model", "swa_model"}
 _FILLERS = {"model", "module", "net", "network", "params", "weights", "state"}  # words of a part that names no network
 _BOOKKEEPING = re.compile(r"(^|\.)(decay|min_decay|num_updates|n_averaged|steps?|initted|optimization_step)$")
 
 _PAIRS = (
     ("student", "teacher"),
+    ("model", "teacher"),
     ("online", "target"),
     ("encoder_q", "encoder_k"),
     ("query_encoder", "key_encoder"),

@@ -25,6 +25,7 @@ from .tensor_scales import tensor_scales
 __all__ = ["pack"]
 
 NONFINITE = get_args(NonFinite)
+LARGEST = torch.iinfo(torch.int64).max
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,8 +48,9 @@ def pack(
     place, and the running mean and variance of normalisation layers; complex ones as real and imaginary parts side by
     side along the last dimension, quantised ones as the numbers they stand for. What is left out (other buffers,
     counters, masks, empty tensors, states of optimisers, moving averages beside the weights) is in `batch.skipped` by
-    name with the reason; `len(batch.skipped[b])` counts it. Prefixes `module.` (on all names) and `_orig_mod.` are
-    dropped. Tensors are cut as they are stored: fused projections and gates are not split, nothing is transposed.
+    name with the reason; `len(batch.skipped[b])` counts it. The prefix `module.` of all names, and parts of names that
+    `torch.compile`, FSDP and activation checkpointing add, are dropped. Tensors are cut as they are stored: fused
+    projections and gates are not split, nothing is transposed.
 
     Args:
         networks: a sequence of modules, state_dicts (also inside another mapping) or paths: files of safetensors or of
@@ -114,6 +116,7 @@ def pack(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in VALUE_DTYPES:
         raise ValueError(f"pack: dtype must be one of {', '.join(map(str, VALUE_DTYPES))}, got {dtype}")
+    device = _device(device)
     if isinstance(networks, (nn.Module, Mapping, str, os.PathLike)):
         networks = [networks]
     elif isinstance(networks, Tensor) or not hasattr(networks, "__iter__"):
@@ -149,7 +152,7 @@ def pack(
         "layer_ptr": _pointer(tensors_of),
         "network_ptr": _pointer(layers_of),
     }
-    target = values.device if device is None else torch.device(device)
+    target = values.device if device is None else device
     ends = np.cumsum([sum(len(layer.tensors) for layer in network.layers) for network in found])[:-1].tolist()
     starts = [0, *ends]
     pieces = list(zip(starts, [*ends, len(tensors)], strict=True))
@@ -175,7 +178,7 @@ def pack(
 
 def _check_options(chunk_size: Any, chunking: str, scale: str, order: str, nonfinite: str) -> int:
     try:
-        if isinstance(chunk_size, bool) or operator.index(chunk_size) < 1:
+        if isinstance(chunk_size, bool) or not 1 <= operator.index(chunk_size) <= LARGEST:
             raise TypeError
     except TypeError:
         raise ValueError(f"pack: chunk_size must be an integer of at least 1, got {chunk_size!r}") from None
@@ -190,7 +193,17 @@ def _check_options(chunk_size: Any, chunking: str, scale: str, order: str, nonfi
     return operator.index(chunk_size)
 
 
-def _on_one_device(tensors: list[Tensor], where: list[tuple[Network, str]], device: Any) -> list[Tensor]:
+def _device(device: torch.device | str | int | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"pack: device must be one that torch has, got {device!r}: {reason}") from error
+
+
+def _on_one_device(
+    tensors: list[Tensor], where: list[tuple[Network, str]], device: torch.device | None
+) -> list[Tensor]:
     devices = {tensor.device: i for i, tensor in reversed(list(enumerate(tensors)))}
     if len(devices) == 1:
         return tensors

@@ -56,7 +56,7 @@ _STACKED_NAME = re.compile(r"(^|[._])(experts?|moe|bilinear|mixture)([._]|$)|bil
 _LINEAR_NAME = re.compile(
     r"^(w[123qkvo]?|[qkvo]|wi(_[01])?|wo|fc\d*|c_fc|lin\d*|linear\d*|dense\d*|(lm_)?head)$|(gate|up|down|[qkvo])_proj$"
 )
-_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj)$")
+_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj|lm_loss)$")
 _TABLE_NAME = re.compile(r"pos|token|table|codebook|quer(y|ies)|memory|relative")
 _LONGEST_KERNEL = 64
 _NOT_EMBEDDING_NAME = re.compile(r"patch|(proj|projection|projector|out|output|linear|fc|dense|mapping)\d*$")
@@ -107,7 +107,8 @@ def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     if dim == 1:
         return OTHER if _ACTIVATION_NAME.search(layer.lower()) else NORMALISATION
     if dim == 2:
-        last = layer.rpartition(".")[2].lower()
+        words = [part for part in layer.lower().split(".") if not part.isdigit()]  # of a list its name counts
+        last = words[-1] if words else ""
         named = _EMBEDDING_NAME.search(last) and not _NOT_EMBEDDING_NAME.search(last)
         return EMBEDDING if named and len(dims) == 1 else LINEAR
     return CONVOLUTION if 3 <= dim <= 5 and _may_be_convolution(layer.lower(), shapes) else OTHER

@@ -22,7 +22,9 @@ def identity_of(tensor: Tensor) -> object:
     if not has_plain_values(tensor) or tensor.numel() == 0:
         return id(tensor)
     storage = tensor.untyped_storage().data_ptr()
-    return tensor.device, storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    # The stride of a dimension of one says nothing.
+    strides = tuple(stride if n > 1 else 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.device, storage, tensor.storage_offset(), tensor.shape, strides, tensor.dtype
 
 
 def with_tied_names(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:

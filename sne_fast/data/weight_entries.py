@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.masked import MaskedTensor
 
 from .checkpoints import CheckpointError, find_state_dict
 from .flat_entries import FlatEntries, holds_tensors, quantised_recurrent_weights, refuse_hidden, saved_besides
-from .known_names import buffer_by_name, counter_by_name, is_optimiser_state, is_weight_name
+from .known_names import buffer_by_name, counter_by_name, is_flattened, is_optimiser_state, is_weight_name
 from .network_copies import averaged_copies, refuse_pairs
 from .quantised_weights import decode
 from .tensor_types import NORMALISATION, kind_of_module
@@ -209,7 +211,7 @@ def _reason_of_floats(name: str, tensor: Tensor, counts: bool | None, tensors: M
         return "empty tensor"
     if counts is None and isinstance(tensor, nn.Parameter):
         return None
-    known = buffer_by_name(name, tensor)
+    known = buffer_by_name(name, tensor, tensors)
     if known is None and name.endswith("weight_v") and {name[:-1] + "u", name[:-1] + "orig"} <= tensors.keys():
         return "spectral norm vector"
     return known
@@ -236,13 +238,18 @@ def _reason_of_integers(name: str, tensor: Tensor, label: str, scales_beside: bo
 
 def _check_tensor(label: str, name: str, tensor: Tensor) -> None:
     where = f"pack: {label}, tensor {name!r}"
+    if is_flattened(name):
+        raise ValueError(f"{where} joins the weights of several layers, as FSDP keeps them; save a full state_dict")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{where} is not initialised yet (lazy module); run the network once on an example")
+    if isinstance(tensor, MaskedTensor):
+        raise ValueError(f"{where} is masked ({type(tensor).__name__}); use .to_tensor() with a value for the rest")
     if tensor.layout != torch.strided or tensor.is_nested:
         what = "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
         raise ValueError(f"{where} is {what}; use .to_dense()")
-    if tensor.is_meta:
-        raise ValueError(f"{where} is on the meta device and has no values; load its weights first")
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        device = "on the meta device" if tensor.is_meta else "fake"
+        raise ValueError(f"{where} is {device} and has no values; load its weights first")
     if hasattr(tensor, "full_tensor"):
         raise ValueError(f"{where} is distributed ({type(tensor).__name__}); use .full_tensor()")
     if tensor.dtype.itemsize == 1 and "x2" in str(tensor.dtype):
@@ -276,7 +283,7 @@ def _check_float8(label: str, name: str, tensor: Tensor, any_scaled: bool) -> No
 
 def _names_scales(name: str) -> bool:
     own = name.rpartition(".")[2].lower()
-    return any(word in own for word in ("scale", "absmax", "codebook", "zeros", "scb"))
+    return own == "s" or any(word in own for word in ("scale", "absmax", "codebook", "zeros", "scb"))
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -219,6 +219,7 @@ def chunk_pointers(
     tensor_ptr: Tensor,
     chunk_ptr_host: Tensor,
     tensor_ptr_host: Tensor,
+    *,
     element_codes: int,
 ) -> None:
     """Check what the pointers of a call of ``chunk_encode`` hold. No chunk may exceed ``element_codes``."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.layers import strip_wrappers
+from ..data.tied_names import identity_of
 from .boxes import AxisInfo, Box, SymmetryError, permuted_placements
 from .gather import STORED, GatherIndex, build_gather_index
 from .spec import labels_from_groups
@@ -250,6 +251,8 @@ class Symmetry:
     ) -> dict[str, Tensor]:
         """Return the state_dict with its hidden units permuted; keys in their order, other tensors as they are.
 
+        Tensors that are tied stay tied.
+
         Args:
             state_dict: names and tensors of the network; names may start with `module.` or `_orig_mod.`.
             generator: draws the permutation.
@@ -266,13 +269,19 @@ class Symmetry:
         tables = self.draw(generator) if tables is None else tables.reshape(1, -1)
         source = index.source(tables.cpu(), torch.zeros(1, dtype=torch.int64))[0]
         out = dict(state_dict)
+        permuted: dict[object, list[tuple[Tensor, Tensor]]] = {}
         start = 0
         for n, shape in zip(chosen, shapes, strict=True):
             stop = start + math.prod(shape)
             if self.permutes(n):
                 tensor = state_dict[names[n]]
                 own = (source[start:stop] - start).to(tensor.device)
-                out[names[n]] = tensor.reshape(-1)[own].reshape(shape)
+                same = permuted.setdefault(identity_of(tensor), [])
+                found = next((result for index, result in same if torch.equal(index, own)), None)
+                if found is None:
+                    found = tensor.reshape(-1)[own].reshape(shape)
+                    same.append((own, found))
+                out[names[n]] = found
             start = stop
         return out
 

@@ -81,6 +81,20 @@ def write_index(folder: Path, ending: str, weight_map: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_shards_of_any_name_belong_to_the_index_that_names_them(tmp_path: Path, ending: str) -> None:
+    files = [save(tmp_path / f"{name}{ending}", half) for name, half in zip(("lower", "upper"), HALVES, strict=True)]
+    weight_map = {key: file.name for file, half in zip(files, HALVES, strict=True) for key in half}
+    index = write_index(tmp_path, ending, weight_map)
+    if ending == ".bin":
+        index = index.rename(tmp_path / "pytorch_model.bin.index.json")
+    for path in (index, tmp_path, *files):
+        same(load_state_dict(path))
+    files[1].unlink()
+    for path in (index, tmp_path, files[0]):
+        refused(path, f"its shard upper{ending} is missing")
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 def test_an_index_names_every_tensor_of_its_shards(tmp_path: Path, ending: str) -> None:
     names = [f"model-0000{i}-of-00002{ending}" for i in (1, 2)]
     files = [save(tmp_path / name, half) for name, half in zip(names, HALVES, strict=True)]

@@ -87,6 +87,24 @@ ARCHITECTURES = {
     "short names": ["tok", "pos", "blocks.0.attn", "blocks.0.mlp", "ln_f", "head"],
     "autoencoder": ["encoder.0", "fc_mu", "fc_var", "decoder.0"],
     "numbered layers and norms": ["fc1", "bn1", "fc2", "bn2", "out"],
+    "first and last layers of a chain": ["fc_in", "fc_hidden", "fc_out"],
+    "projections around blocks": ["in_proj", "blocks.0", "blocks.10", "out_proj"],
+    "lists of convolutions and norms": ["atom_encoder", "convs.0", "convs.1", "bns.0", "bns.1", "lin1", "lin2"],
+    "attention in separate heads": [
+        "token_embedding_table", "position_embedding_table", "blocks.0.ln1", "blocks.0.sa.heads.0.query",
+        "blocks.0.sa.heads.0.key", "blocks.0.sa.heads.0.value", "blocks.0.sa.proj", "blocks.0.ln2",
+        "blocks.0.ffwd.net.0", "blocks.0.ffwd.net.2", "ln_f", "lm_head",
+    ],
+    "super-resolution": ["head.0", "body.0.body.0", "body.0.body.2", "tail.0"],
+    "underscores in front": [
+        "_conv_stem", "_bn0", "_blocks.0._depthwise_conv", "_blocks.0._bn1", "_blocks.0._se_reduce",
+        "_blocks.0._se_expand", "_blocks.0._project_conv", "_blocks.0._bn2", "_conv_head", "_bn1", "_fc",
+    ],
+    "convolution behind a decoder": ["encoder1.0", "bottleneck.0", "decoder1.0", "conv"],
+    "upsampling, then convolution": ["inc", "down1", "up1.up", "up1.conv", "outc"],
+    "last convolution before the classifier": ["stem", "layer1", "layer2", "conv_last", "fc"],
+    "blocks of a diffusion network": ["resnets.0.conv1", "attentions.0.to_q", "downsamplers.0.conv"],
+    "embeddings of two languages": ["src_embed.0", "tgt_embed.0", "encoder.layers.0", "decoder.layers.0"],
 }  # fmt: skip
 
 

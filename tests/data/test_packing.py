@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 
 import sne_fast
 from helpers.networks import FACTORIES, make
@@ -276,6 +278,10 @@ def test_gradients_reach_halves(source: torch.dtype) -> None:
         ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
         ({"chunk_size": 2.0}, "chunk_size must be an integer of at least 1, got 2.0"),
         ({"chunk_size": True}, "chunk_size must be an integer"),
+        ({"chunk_size": 2**70}, "chunk_size must be an integer"),
+        ({"device": "nowhere"}, "device must be one that torch has, got 'nowhere'"),
+        ({"device": 1.5}, "device must be one that torch has, got 1.5"),
+        ({"layer_level": [2**70]}, "layer_level must be integers of at least 0"),
         ({"chunking": "row"}, "chunking must be one of 'flat', 'neuron', 'kernel', got 'row'"),
         ({"scale": "zoo"}, "scale must be one of 'tensor', 'none', got 'zoo'"),
         ({"nonfinite": None}, "nonfinite must be one of 'raise', 'zero', 'keep', got None"),
@@ -305,15 +311,22 @@ def test_networks_that_are_none() -> None:
         pack([{"steps": torch.tensor(3)}])
 
 
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.zeros(3)
+
+
 @pytest.mark.parametrize(
     ("make_tensor", "message"),
     [
         (lambda: torch.eye(3).to_sparse(), "is sparse .*to_dense"),
         (lambda: torch.zeros(3, device="meta"), "is on the meta device and has no values"),
         (lambda: nn.UninitializedParameter(), "is not initialised yet"),
+        (fake, "is fake and has no values"),
+        (lambda: masked_tensor(torch.ones(2), torch.tensor([True, False])), "is masked .*to_tensor"),
         (lambda: torch.zeros(2, dtype=torch.float4_e2m1fn_x2), "packs two numbers per element"),
     ],
-    ids=["sparse", "meta", "lazy", "fp4"],
+    ids=["sparse", "meta", "lazy", "fake", "masked", "fp4"],
 )
 def test_tensors_that_cannot_be_cut(make_tensor: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=r"network 1 \('state_dict'\), tensor 'fc.weight' " + message):

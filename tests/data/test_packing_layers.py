@@ -170,12 +170,16 @@ INFERRED = [
     ("x", {"weight": 6}, OTHER),
     ("x", {"bias": 1}, OTHER),
     ("lm_head", {"bias": 1}, LINEAR),
+    ("lm_loss", {"bias": 1}, LINEAR),
     ("cls.predictions.decoder", {"bias": 1}, LINEAR),
     ("conv", {"bias": 1}, CONVOLUTION),
     ("shared", {"weight": 2}, EMBEDDING),
     ("mask_tokens", {"weight": 2}, EMBEDDING),
     ("patch_embedding", {"weight": 2}, LINEAR),
     ("tok", {"weight": 2}, EMBEDDING),
+    ("src_embed.0", {"weight": 2}, EMBEDDING),
+    ("time_embed.0", {"weight": 2, "bias": 1}, LINEAR),
+    ("0", {"weight": 2}, LINEAR),
     ("pos", {"weight": 2}, EMBEDDING),
     ("prelu1", {"weight": 1}, OTHER),
     ("block.act", {"weight": 1}, OTHER),
@@ -269,6 +273,13 @@ def test_only_floating_and_complex_parameters_and_running_statistics() -> None:
     )  # fmt: skip
 
 
+def test_a_tie_does_not_depend_on_strides_of_dimensions_of_one() -> None:
+    row = torch.randn(1, 4)
+    assert pack([{"a.weight": row, "b.weight": row.as_strided((1, 4), (9, 1))}]).num_weights == 4
+    square = torch.randn(3, 3)
+    assert pack([{"a.weight": square, "b.weight": square.t()}]).num_weights == 18
+
+
 def test_tied_tensors_stand_once_at_their_first_place(tmp_path: Path) -> None:
     network = Bag(embedding=nn.Embedding(3, 2), mid=nn.Linear(2, 2), head=nn.Linear(2, 3), twice=nn.Linear(1, 1))
     network.head.weight = network.embedding.weight
@@ -311,6 +322,19 @@ def test_wrappers_leave_no_trace_in_names(depth: int) -> None:
         assert module.names[0][1] == state.names[0][1] == names
         assert module.layer_ptr.tolist() == state.layer_ptr.tolist() == [0, 1, 3]
         assert module.tensor_type.tolist() == state.tensor_type.tolist() == [60, 0, 1]
+
+
+@pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_parts_of_wrappers_inside_names_are_dropped(part: str) -> None:
+    plain = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 2)))
+    wrapped = {name.replace("1.0.", f"1.{part}.0.{part}."): tensor for name, tensor in plain.state_dict().items()}
+    assert pack([wrapped]).names[0][1] == pack([plain]).names[0][1]
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module._flat_param", "blocks.0.flat_param", "flat_param_0"])
+def test_flattened_parameters_of_fsdp_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"tensor '{name}' joins the weights of several layers, .* full state_dict"):
+        pack([{name: torch.ones(9), "head.weight": torch.ones(2, 2)}])
 
 
 def test_two_tensors_that_wrappers_alone_tell_apart_are_refused() -> None:

@@ -256,7 +256,8 @@ def test_bitsandbytes_int8() -> None:
     maxima = w.abs().amax(1)
     q = (w * 127 / maxima[:, None]).round().to(torch.int8)
     state = {"fc.weight": q, "fc.SCB": maxima, "fc.weight_format": torch.tensor(0, dtype=torch.uint8)}
-    torch.testing.assert_close(values(state, "fc.weight"), q * maxima[:, None] / 127)
+    for held in (maxima, maxima[None], maxima[:, None]):
+        torch.testing.assert_close(values(state | {"fc.SCB": held}, "fc.weight"), q * maxima[:, None] / 127)
     with pytest.raises(ValueError, match=r"tensor 'fc.weight' looks like a quantised weight, but its weight_format"):
         pack([state | {"fc.weight_format": torch.tensor(2, dtype=torch.uint8)}])
 

@@ -60,8 +60,8 @@ def test_two_entries_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [np.ones((2, 2)), nn.Linear(1, 1), [np.ones(3)], torch.ones(2).untyped_storage()],
-    ids=["array", "module", "arrays", "storage"],
+    [np.ones((2, 2)), nn.Linear(1, 1), [np.ones(3)], torch.ones(2).untyped_storage(), {torch.ones(2)}],
+    ids=["array", "module", "arrays", "storage", "set"],
 )
 def test_values_that_could_hold_weights_are_refused_by_name(value: Any) -> None:
     with pytest.raises(TypeError, match=r"pack: network 0 \('state_dict'\), 'more' must be a tensor, got"):
@@ -125,6 +125,7 @@ class WithBuffers(nn.Module):
         self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
         self.register_buffer("position_ids", torch.arange(6)[None])
         self.fc = nn.utils.spectral_norm(nn.Linear(3, 3))
+        self.turned = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3, bias=False))
         self.norm = nn.BatchNorm1d(3)
         nn.utils.prune.random_unstructured(self.norm, "weight", 1)
 
@@ -137,9 +138,23 @@ def test_buffers_are_left_out_of_modules_and_of_their_state_dicts_alike() -> Non
     module, state = packed(network), packed(network.state_dict())
     assert set(module.names[0][1]) == set(state.names[0][1]) == {
         "fc.weight_orig", "fc.bias", "norm.weight_orig", "norm.bias", "norm.running_mean", "norm.running_var",
+        "turned.parametrizations.weight.original",
     }  # fmt: skip
     assert skipped(state).keys() == network.state_dict().keys() - set(state.names[0][1])
     assert skipped(state).keys() <= skipped(module).keys()
+
+
+def test_buffers_are_told_from_weights_by_what_stands_beside_them() -> None:
+    angles = torch.randn(4, 2)
+    buffers = {
+        "rope.cos": angles.cos(), "rope.sin": angles.sin(), "betas": torch.rand(4), "alphas": torch.rand(4),
+        "alphas_cumprod": torch.rand(4), "queue": torch.randn(3, 8), "queue_ptr": torch.zeros(1, dtype=torch.int64),
+        "alibi_slopes": torch.rand(4),
+    }  # fmt: skip
+    found = packed({"fc.weight": torch.ones(2, 2), **buffers})
+    assert found.names[0][1] == ("fc.weight",) and skipped(found).keys() == buffers.keys()
+    weights = {name: torch.randn(4, 2) for name in ("rope.cos", "rope.sin", "betas", "alphas", "queue")}
+    assert set(packed(weights).names[0][1]) == weights.keys()
 
 
 def test_weight_norm_keeps_its_directions() -> None:

@@ -9,6 +9,7 @@ the undisturbed job. This process computes nothing, so that its children may.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import signal
@@ -30,7 +31,7 @@ from sne_fast.tasks.train import train
 from sne_fast.training import CsvLog, FitSettings, fit
 from sne_fast.zoo import Zoo, make_sine_zoo
 
-LIMIT = 120.0
+LIMIT = 240.0
 """Seconds that no job may take: one that hangs fails."""
 KILLS = 3  # in each round
 
@@ -205,7 +206,7 @@ def complete(call: Callable[[], None], what: str) -> None:
     pid = child(call)
     code = wait(pid, LIMIT)
     if code is None:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGABRT)  # at which faulthandler says where it hangs
         os.waitpid(pid, 0)
     assert code == 0, f"{what} {'hangs' if code is None else f'ended with {code}'}"
 
@@ -249,4 +250,5 @@ def main(name: str, folder: Path, rounds: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -129,11 +129,11 @@ def test_lightning_moves_and_trains_batches_without_any_hook_of_its_own() -> Non
     assert_same(expected, start.state_dict())
 
 
-def test_lightning_takes_batches_of_one_network() -> None:
+def test_lightnings_walk_through_a_batch_of_one_network_ends() -> None:
     utilities = pytest.importorskip("lightning.pytorch.utilities.data", reason="lightning is not installed")
     batch = items_for(predictor_for(made()[1]))[0][0][0]
     assert len(batch) == 1
-    assert utilities.extract_batch_size((batch, torch.zeros(1, 1))) == 1
+    assert utilities.extract_batch_size({"labels": torch.zeros(1, 1), "networks": batch}) == 1
 
 
 def test_the_trainer_of_transformers_trains_evaluates_and_saves(tmp_path: Any) -> None:

@@ -128,9 +128,9 @@ def test_encoder_argument_errors(arguments: dict, message: str) -> None:
 def test_encoder_refuses_batches_of_another_kind() -> None:
     encoder = sne_fast.SNE(hidden_dim=32)
     network = [torch.nn.Linear(4, 3)]
-    with pytest.raises(ValueError, match=r"SNE: batch must be cut with chunk_size 32 .*, got 16; use encoder.pack"):
+    with pytest.raises(ValueError, match=r"SNE: batch must be packed with chunk_size=32 .*, got 16; use encoder.pack"):
         encoder(sne_fast.pack(network, 16))
-    with pytest.raises(ValueError, match=r"SNE: batch must be cut with chunking 'flat' .*, got 'neuron'"):
+    with pytest.raises(ValueError, match=r"SNE: batch must be packed with chunking='flat' .*, got 'neuron'"):
         encoder(sne_fast.pack(network, chunking="neuron"))
     with pytest.raises(
         ValueError, match=r"SNE: batch must have the encoder's dtype torch.float32 .* got torch.float64"

@@ -49,6 +49,19 @@ def test_permuting_a_batch_is_packing_permuted_state_dicts(name, chunking):
     assert_same(permuted, sym.permute(batch, symmetry, generator(1)))  # the same draw
 
 
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_tied_tensors_of_a_state_dict_stay_tied(chunking):
+    net = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False))
+    net[2].weight = net[0].weight
+    state = net.state_dict()
+    symmetry = sym.trace(net, torch.tensor([[1, 2]]))
+    tables = sym.draw(symmetry, 1, generator(1))
+    moved = symmetry.permute_state_dict(state, tables=tables[0])
+    assert moved["2.weight"] is moved["0.weight"] and not torch.equal(moved["0.weight"], state["0.weight"])
+    permuted = sym.permute(sne_fast.pack(state, chunking=chunking), symmetry, permutations=tables)
+    assert_same(permuted, sne_fast.pack(moved, chunking=chunking))
+
+
 @pytest.mark.parametrize("scale", ["tensor", "none"])
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 def test_a_zoo_is_permuted_as_one_batch(zoo, chunking, scale):

@@ -106,7 +106,8 @@ def test_a_zoo_names_its_targets(problem):
     np.testing.assert_array_equal(named.predict(zoo), given.predict(zoo))
     assert named.predictor_.target_names == ("spread",)
     assert named.score(zoo, "spread") == given.score(zoo, y)
-    both = sne_fast.SNERegressor(**SMALL).fit(zoo, ["spread", "spread"])
+    twice = zoo.with_column("again", zoo.column("spread").tolist())
+    both = sne_fast.SNERegressor(**SMALL).fit(twice, ["spread", "again"])
     assert both.predict(zoo).shape == (len(made), 2) and both.n_outputs_ == 2
 
 

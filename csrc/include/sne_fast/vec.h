@@ -146,18 +146,11 @@ struct BitsOf<double> {
   static constexpr int kFraction = 52;
 };
 
-// Returns p 2^n where `seen`, 0 elsewhere, for n = shifted - magic. The low bits of `shifted` are n plus the bias of
-// exponents. NaN stays NaN whatever its bits, as p is multiplied: added to p, they could make a number of it.
+// Returns p 2^n where `seen`, 0 elsewhere. The low bits of `shifted` are n plus the bias of exponents. NaN stays NaN
+// whatever its bits, as p is multiplied: added to p, they could make a number of it.
 template <class T>
-SNE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> shifted, [[maybe_unused]] Vec<T> n, Mask<T> seen) {
-#if defined(SNE_ISA_avx512)
-  if constexpr (sizeof(T) == 4)
-    return (Vec<T>)_mm512_maskz_scalef_ps(_mm512_movepi32_mask((__m512i)seen), (__m512)p, (__m512)n);
-  else
-    return (Vec<T>)_mm512_maskz_scalef_pd(_mm512_movepi64_mask((__m512i)seen), (__m512d)p, (__m512d)n);
-#else
+SNE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> shifted, Mask<T> seen) {
   return keep<T>(seen, p * (Vec<T>)((typename BitsOf<T>::type)shifted << BitsOf<T>::kFraction));
-#endif
 }
 
 // Returns 2^x for x <= 0 or moderately positive, with a relative error of 1e-7 (2e-16), and 0 for x below -100 (-1000):
@@ -174,7 +167,7 @@ SNE_INLINE Vec<float> vexp2(Vec<float> x) {
   p = p * f + 2.4022233e-1f;
   p = p * f + 6.9314696e-1f;
   p = p * f + 1.0f;
-  return scale_by_power<float>(p, shifted, n, seen);
+  return scale_by_power<float>(p, shifted, seen);
 }
 SNE_INLINE Vec<double> vexp2(Vec<double> x) {
   const Mask<double> seen = ~(x < -1000.0);
@@ -195,7 +188,7 @@ SNE_INLINE Vec<double> vexp2(Vec<double> x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  return scale_by_power<double>(p, shifted, n, seen);
+  return scale_by_power<double>(p, shifted, seen);
 }
 
 template <class T>

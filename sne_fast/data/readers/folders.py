@@ -10,7 +10,7 @@ from ...regular_files import read_json
 from ..layer_order import natural_key
 from .errors import CheckpointError, reading, shown
 from .formats import READABLE
-from .shards import counts_itself, sibling_shards
+from .shards import counts_itself, shards_named, sibling_shards
 
 __all__ = ["Part", "chosen_file", "independent_files", "sentence_transformer_parts"]
 
@@ -101,6 +101,7 @@ def _groups(folder: Path, weights: list[str], indices: list[str]) -> list[str]:
         covered |= {
             other for other in weights if re.match(rf"{re.escape(stem)}[-_.].*\d+[-_.]of[-_.]\d+", other.lower())
         }
+        covered |= shards_named(folder / name)
     for name in weights:
         if name in covered:
             continue

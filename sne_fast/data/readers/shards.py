@@ -9,11 +9,17 @@ from typing import Any, NamedTuple
 from ...regular_files import read_json
 from .errors import CheckpointError, reading, shown
 
-__all__ = ["Index", "index_beside", "read_index", "refuse_rank", "sibling_shards"]
+__all__ = ["Index", "index_beside", "read_index", "refuse_rank", "shards_named", "sibling_shards"]
 
 _MAX_INDEX = 256 * 2**20
 _MAX_SHARDS = 100_000
 _COUNTED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<rest>(\D.*)?)", re.DOTALL)
+_USUAL = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin.index.json",
+)
 # Files of model parallelism, of which each holds a part of every tensor.
 _RANK = re.compile(r"(?P<stem>(?:.*[_.-])?mp_rank_|consolidated\.)(?P<number>\d+)(?P<rest>(\D.*)?)", re.DOTALL)
 
@@ -25,8 +31,12 @@ class Index(NamedTuple):
     metadata: dict[str, Any]
 
 
-def read_index(file: Path) -> Index:
+def read_index(file: Path, *, complete: bool = True) -> Index:
     """Read an index, whose shards lie in its folder.
+
+    Args:
+        file: the index.
+        complete: whether to refuse an index of which a shard is missing.
 
     Raises:
         CheckpointError: no index, one without tensors, a shard that is missing or outside the folder.
@@ -52,10 +62,18 @@ def read_index(file: Path) -> Index:
         if ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in shard:
             raise CheckpointError(f"{file}: refused, its shard {shown(shard)} is not a file inside the index's folder")
     missing = [shard for shard in shards if not (file.parent / shard).exists()]
-    if missing:
+    if missing and complete:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{file}: its shard {missing[0]}{more} is missing; fetch it into {file.parent}")
     return Index(shards, metadata)
+
+
+def shards_named(index: Path) -> set[str]:
+    """Return the files that an index names, none for one that cannot be read."""
+    try:
+        return set(read_index(index, complete=False).shards)
+    except CheckpointError:
+        return set()
 
 
 def _after(error: ValueError, file: Path) -> str:
@@ -63,13 +81,18 @@ def _after(error: ValueError, file: Path) -> str:
 
 
 def index_beside(shard: Path) -> Path | None:
-    """Return the index of a file that counts itself, `model-00001-of-00002.safetensors`, where one lies beside it."""
+    """Return the index beside a file of which it is a part: by its count, or because an index of a usual name says so.
+
+    A file that counts itself is one such as `model-00001-of-00002.safetensors`.
+    """
     match = _COUNTED.fullmatch(shard.name)
-    if match is None:
-        return None
-    stem, rest = match["stem"].rstrip("-_."), match["rest"]
-    found = shard.parent / f"{stem}{rest}.index.json"
-    return found if found.is_file() else None
+    if match is not None:
+        stem, rest = match["stem"].rstrip("-_."), match["rest"]
+        found = shard.parent / f"{stem}{rest}.index.json"
+        if found.is_file():
+            return found
+    usual = (shard.parent / name for name in _USUAL)
+    return next((index for index in usual if index.is_file() and shard.name in shards_named(index)), None)
 
 
 def counts_itself(name: str) -> bool:

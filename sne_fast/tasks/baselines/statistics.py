@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from ...data.batch import WeightBatch
 from ...nn.input_scales import FanInScale
@@ -57,7 +58,16 @@ class StatisticsByFanIn(Statistics):
     def fit_predict(self, problem: Problem) -> np.ndarray:
         """Return predictions for all networks, see :class:`Baseline`."""
         check(self, problem)
-        return Statistics().fit_predict(replace(problem, batch=FanInScale()(problem.batch)))
+        return Statistics().fit_predict(replace(problem, batch=FanInScale()(_unscaled(problem.batch))))
+
+
+def _unscaled(batch: WeightBatch) -> WeightBatch:
+    """Return networks with their weights as they were stored, as `pack(scale="none")` gives them."""
+    sizes = batch.chunk_ptr.index_select(0, batch.tensor_ptr).diff()
+    divided = torch.repeat_interleave(batch.tensor_scale, sizes, output_size=batch.num_weights)
+    return batch.with_fields(
+        values=batch.values * divided.to(batch.dtype), tensor_scale=torch.ones_like(batch.tensor_scale), scale="none"
+    )
 
 
 def statistics_regression(
