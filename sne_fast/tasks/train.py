@@ -63,9 +63,10 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
 
 def _enter(folder: RunFolder, stack: ExitStack) -> Exception | None:
-    """Hold the folder until the stack ends, or return why that cannot be."""
+    """Hold the folder until the stack ends, or return why it cannot be written."""
     try:
         stack.enter_context(folder.held("train"))
+        folder.check_outputs("train")
     except OSError as error:
         return error
     return None

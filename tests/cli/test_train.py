@@ -109,6 +109,14 @@ def test_a_folder_of_another_training_is_refused_and_kept(zoo: Path, tmp_path: P
     run(*command, "--code-gain", "0.1")  # the default is no change
 
 
+@pytest.mark.parametrize("name", ["predictor", "metrics.json", "predictions.csv", "log.csv"])
+def test_what_stands_in_the_place_of_an_output_is_named_before_any_epoch(name: str, zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("") if name == "predictor" else (tmp_path / name).mkdir()
+    output = refused(zoo, "-o", tmp_path, "--target", "a", *SMALL)
+    assert re.search(rf"train: '\S*{name}' is no (folder|regular file)", output) and "epoch" not in output
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_more_epochs_continue_a_training(zoo: Path, tmp_path: Path) -> None:
     command = [zoo, "-o", tmp_path, "--target", "a", *SMALL]
     run(*command)
