@@ -23,7 +23,6 @@ from .running import (
     report,
     run_in_batches,
     stdout,
-    usable_device,
 )
 
 if TYPE_CHECKING:
@@ -92,6 +91,7 @@ def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor],
     """
     import torch
 
+    from ..data.devices import usable_device
     from ..nn.encoder import SNE
     from ..nn.predictor import Predictor
     from ..nn.pretrained import read_config, saved_class

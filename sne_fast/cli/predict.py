@@ -18,7 +18,6 @@ from .running import (
     report,
     run_in_batches,
     stdout,
-    usable_device,
 )
 
 
@@ -53,7 +52,7 @@ def predict(settings: PredictSettings) -> None:
     if out is not None:
         check_output(out, (".csv", ".json"))
     networks = expand(settings.paths)
-    predictor = Predictor.from_pretrained(settings.model, device=usable_device(settings.device))
+    predictor = Predictor.from_pretrained(settings.model, device=settings.device)
     results = run_in_batches(
         predictor, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite
     )

@@ -16,7 +16,6 @@ from .errors import EXPECTED, is_expected, is_out_of_memory, sentence
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from rich.console import Console
     from torch import Tensor
 
@@ -92,22 +91,6 @@ def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
     if not files:
         raise ValueError("the zoo holds no networks")
     return [(str(file).encode("utf-8", "backslashreplace").decode("utf-8"), file) for file in files]
-
-
-def usable_device(name: str) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        ValueError: torch knows no such device, or cannot use it.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @dataclass

@@ -6,7 +6,7 @@ import os
 
 from ..tasks.settings import TrainSettings
 from .options import options_of
-from .running import stdout, usable_device
+from .running import stdout
 
 MEASURES = ("tau", "r2", "mae", "rmse")
 
@@ -17,6 +17,7 @@ def train(settings: TrainSettings) -> None:
 
     Run it under torchrun to use several processes.
     """
+    from ..data.devices import usable_device
     from ..reports.measures import number_or_dash
     from ..reports.terminal import say, show_table
     from ..tasks.train import train as run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -15,7 +17,7 @@ from ..data.networks import Networks
 from ..data.packing import pack
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention
-from .config_checks import choice, flag, integer
+from .config_checks import choice, flag, integer, shown
 from .position_codes import position_code
 from .pretrained import PretrainedMixin
 from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder, owners
@@ -132,7 +134,12 @@ class SNE(PretrainedMixin, nn.Module):
 
         At 1 the encoder learns from its start which layer and which place in a tensor a weight has: labels that show in
         the size or order of particular weights were learnt better so, on sines (section 4.1) and on accuracies.
+
+        Raises:
+            ValueError: the gain is no finite number.
         """
+        if isinstance(gain, bool) or not isinstance(gain, Real) or not math.isfinite(gain):
+            raise ValueError(f"SNE: the code gain must be a finite number, got {shown(gain)}")
         for stage in (self.chunk_encoder, self.tensor_encoder, self.network_encoder):
             stage.code_gain.fill_(gain)
 

@@ -48,7 +48,18 @@ def plain_state(module: nn.Module, fresh: nn.Module) -> dict[str, Tensor]:
             f"save_pretrained: this {type(fresh).__name__} cannot be saved so that from_pretrained reads the same: "
             f"{'; '.join(problems[:_SHOWN])}{more}; {_REMEDY}"
         )
-    return {name: found[name] for name in fresh.state_dict()}
+    return _untied({name: found[name] for name in fresh.state_dict()})
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state whose tensors share no memory, since `fresh` ties none and a file keeps shared ones once."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _differences(module: nn.Module, fresh: nn.Module, path: str, found: dict[str, Tensor]) -> Iterator[str]:
@@ -60,6 +71,9 @@ def _differences(module: nn.Module, fresh: nn.Module, path: str, found: dict[str
         return
     prefix = f"{path}." if path else ""
     own, wanted = _tensors(module), _tensors(fresh)
+    alike = {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in wanted.items()}
+    if alike and module.extra_repr() != fresh.extra_repr():
+        yield f"{path or 'it'} is set to {module.extra_repr()}, must be set to {fresh.extra_repr()}"
     for name, tensor in wanted.items():
         value = own.pop(name, None)
         if value is None:

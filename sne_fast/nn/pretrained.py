@@ -19,6 +19,7 @@ from torch import nn
 
 from ..atomic_files import filling
 from ..data.checkpoints import CheckpointError, load_state_dict, save_state_dict
+from ..data.devices import usable_device
 from ..extras import require
 from ..regular_files import FileError, open_regular, parse_json, read_json
 from ..version import __version__
@@ -122,11 +123,11 @@ class PretrainedMixin:
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
             ValueError: another class's model, arguments that are unknown, missing or out of range, tensors that do not
-                fit, weights that the configuration was not written with, a broken file.
+                fit, weights that the configuration was not written with, a broken file, a device that cannot be used.
             ModuleNotFoundError: a repository id was given and `huggingface_hub` is missing.
             OSError: the repository could not be read.
         """
-        name = os.fspath(pretrained_model_name_or_path)
+        name, device = os.fspath(pretrained_model_name_or_path), usable_device(device)
         hub = {
             "revision": revision,
             "cache_dir": cache_dir,

@@ -15,7 +15,8 @@ from ..data.packing import pack
 from ..data.weight_budgets import stratified_split
 from ..nn.preparation import Preparation
 from ..symmetry import Symmetry
-from ..training.fingerprint import of_batch, of_targets, of_values
+from ..training.digests import of_values
+from ..training.fingerprint import of_batch, of_targets
 from ..zoo.splits import PARTS, SHARES
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo

@@ -148,6 +148,23 @@ class RunFolder:
         """
         return holding(self.path / LOCK, f"{command}: the folder {str(self)!r}", "choose another --out")
 
+    def check_outputs(self, command: str) -> None:
+        """Check, before any work, that nothing stands in the place of the files of a training.
+
+        Args:
+            command: whose folder it is, as messages name it.
+
+        Raises:
+            OSError: something there is of another kind than what is written; the message names it.
+        """
+        for path in (self.result(), self.predictions, self.log):
+            if path.exists() and not path.is_file():
+                raise OSError(
+                    f"{command}: {str(path)!r} is no regular file and cannot be replaced; choose another --out"
+                )
+        if self.predictor().exists() and not self.predictor().is_dir():
+            raise OSError(f"{command}: {str(self.predictor())!r} is no folder; choose another --out or remove it")
+
     def begin(self, made_of: Mapping[str, Any], command: str, run: Run | None = None) -> None:
         """Write what a run is made of, before its first file.
 

@@ -17,7 +17,7 @@ from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
 from ..reports.measures import measures, why_undefined
 from ..reports.terminal import progress, say
-from ..training.fingerprint import of_values
+from ..training.digests import of_values
 from ..training.threads import torch_threads
 from .baselines import BASELINES, Problem
 from .definitions import TASKS, SneSettings, Task

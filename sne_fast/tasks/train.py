@@ -16,6 +16,7 @@ from ..atomic_files import write_json
 from ..extras import require
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
+from ..nn.stages import INITIAL_CODE_GAIN
 from ..reports.files import distinct_columns, write_csv
 from ..reports.measures import measures, why_undefined
 from ..reports.terminal import for_progress, progress, say
@@ -62,9 +63,10 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
 
 def _enter(folder: RunFolder, stack: ExitStack) -> Exception | None:
-    """Hold the folder until the stack ends, or return why that cannot be."""
+    """Hold the folder until the stack ends, or return why it cannot be written."""
     try:
         stack.enter_context(folder.held("train"))
+        folder.check_outputs("train")
     except OSError as error:
         return error
     return None
@@ -78,6 +80,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     targets, classes = read_targets(zoo, settings.targets, settings.loss)
     names = classes if classes is not None else list(settings.targets)
     predictor = _predictor(settings, names)
+    code_gain = INITIAL_CODE_GAIN if settings.code_gain is None else settings.code_gain
     with progress(console, "packing"):
         batch = predictor.pack(zoo, device="cpu")
     augment = None
@@ -98,7 +101,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     history = fit(
         predictor, batch[rows], targets[rows], fit_settings,
         validation=(batch[watched], targets[watched]) if watched else None,
-        augment=augment, checkpoint=folder.checkpoint(), log=log, on_epoch=on_epoch,
+        augment=augment, checkpoint=folder.checkpoint(), made_of={"code gain": code_gain}, log=log, on_epoch=on_epoch,
     )  # fmt: skip
     test = parts["test"]
     values = predict(predictor, batch[test])[0].cpu()

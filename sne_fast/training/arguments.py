@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ def check_predictor(predictor: Any) -> Predictor:
 
     Raises:
         TypeError: it is no predictor.
-        ValueError: its parameters lie on several devices or on "meta", none of them is trained, some are not finite, or
-            gradients are off for good.
+        ValueError: its parameters lie on several devices or on "meta", none of them is trained, or gradients are
+            off for good.
     """
     if not isinstance(predictor, Predictor):
         raise TypeError(f"fit: predictor must be a sne_fast.Predictor, got {_kind(predictor)}")
@@ -40,7 +41,7 @@ def check_predictor(predictor: Any) -> Predictor:
     return predictor
 
 
-def check_settings(settings: Any) -> FitSettings:
+def check_settings(settings: Any, caller: str = "fit") -> FitSettings:
     """Return the settings, those of `FitSettings()` for None.
 
     Raises:
@@ -50,8 +51,22 @@ def check_settings(settings: Any) -> FitSettings:
         return FitSettings()
     if not isinstance(settings, FitSettings):
         example = f"; {settings} epochs are FitSettings(epochs={settings})" if type(settings) is int else ""
-        raise TypeError(f"fit: settings must be a FitSettings, got {_kind(settings)}{example}")
+        raise TypeError(f"{caller}: settings must be a FitSettings, got {_kind(settings)}{example}")
     return settings
+
+
+def check_limit(value: Any, what: str) -> int:
+    """Return a largest number of weights.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below 1.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} must be an integer, got {_kind(value)}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{what} must be at least 1, got {value}")
+    return operator.index(value)
 
 
 def check_packed(batch: Any, predictor: Predictor, what: str) -> WeightBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..data.choices import Chunking, NonFinite, Scale
+from ..data.devices import usable_device
 from ..data.weight_budgets import stratified_split
 from ..extras import installed, require
 from ..nn.choices import SetAttention, Transform
@@ -36,6 +38,13 @@ else:  # the names exist, so that `from sne_fast import *` works; making an esti
 
 
 __all__ = ["SNEClassifier", "SNERegressor"]
+
+
+def _of_chosen(
+    augment: Augment, chosen: Sequence[int], part: WeightBatch, rows: Sequence[int], generator: torch.Generator
+) -> WeightBatch:
+    """Call an augmentation of all networks of X where some of them are trained on."""
+    return augment(part, [chosen[row] for row in rows], generator)
 
 
 class _SNEEstimator(BaseEstimator):
@@ -106,6 +115,8 @@ class _SNEEstimator(BaseEstimator):
             raise ValueError(
                 f"{type(self).__name__}: random_state must be an integer or None, got {self.random_state!r}"
             )
+        if not 0 <= self.random_state < 2**63:
+            raise ValueError(f"{type(self).__name__}: random_state must lie in [0, 2**63), got {self.random_state}")
         return int(self.random_state)
 
     def _pack(self, X: Any, encoder: SNE) -> WeightBatch:
@@ -116,6 +127,11 @@ class _SNEEstimator(BaseEstimator):
             raise TypeError(
                 f"{type(self).__name__}: X must be a sequence of networks, a zoo or a WeightBatch, got one "
                 f"{type(X).__name__}; put it into a list"
+            )
+        if isinstance(X, np.ndarray) and X.ndim and X.size != len(X):
+            raise TypeError(
+                f"{type(self).__name__}: X must have one network in each row, got an array of shape {X.shape}; numpy "
+                f"takes a list of nn.Sequential for a table of their layers, so give the list itself"
             )
         items = X.ravel().tolist() if isinstance(X, np.ndarray) else X
         if not hasattr(items, "__len__") or not hasattr(items, "__iter__"):
@@ -138,11 +154,12 @@ class _SNEEstimator(BaseEstimator):
         return columns[0] if isinstance(y, str) else np.stack(columns, 1)
 
     def _fit(self, X: Any, goals: Tensor, groups: Sequence[str], **of_predictor: Any) -> None:
-        if not 0 <= self.validation_fraction < 1:
+        share = self.validation_fraction
+        if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 <= share < 1:
             raise ValueError(
                 f"{type(self).__name__}: validation_fraction must lie in [0, 1), got {self.validation_fraction!r}"
             )
-        seed = self._seed()
+        seed, device = self._seed(), usable_device(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = SNE(
@@ -155,7 +172,7 @@ class _SNEEstimator(BaseEstimator):
             )
             if self.code_gain is not None:
                 encoder.fill_code_gains(self.code_gain)
-            predictor = Predictor(encoder, hidden_features=tuple(self.head), **of_predictor).to(self.device)
+            predictor = Predictor(encoder, hidden_features=self.head, **of_predictor).to(device)
         batch = self._pack(X, encoder)
         if len(batch) != len(goals):
             raise ValueError(
@@ -171,6 +188,9 @@ class _SNEEstimator(BaseEstimator):
                     f"leaves none to train on or to validate with"
                 )
             validation = batch[watched], goals[watched]
+        augment = self.augment
+        if augment is not None and self.validation_fraction:
+            augment = functools.partial(_of_chosen, augment, rows)
         settings = FitSettings(
             epochs=self.epochs,
             lr=self.lr,
@@ -179,7 +199,7 @@ class _SNEEstimator(BaseEstimator):
             patience=self.patience,
             seed=seed,
         )
-        self.history_ = fit(predictor, batch[rows], goals[rows], settings, validation=validation, augment=self.augment)
+        self.history_ = fit(predictor, batch[rows], goals[rows], settings, validation=validation, augment=augment)
         self.predictor_ = predictor
 
     def _predict(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -206,8 +226,8 @@ class SNERegressor(RegressorMixin, _SNEEstimator):
         epochs, lr, weight_decay, batch_weights, patience: of :class:`sne_fast.training.FitSettings`.
         validation_fraction: share of the networks that choose the epoch whose parameters are kept; 0 keeps the last.
         nonfinite: of :func:`sne_fast.pack`.
-        augment: change of every training batch, as in :func:`sne_fast.training.fit`; without a validation share only,
-            since its positions are those of X.
+        augment: change of every training batch, as in :func:`sne_fast.training.fit`; the positions that it is given are
+            those in X.
         random_state: seed of the initial parameters, the split and the order of batches; None draws one.
         device: where to train and predict.
 
@@ -300,6 +320,8 @@ class SNERegressor(RegressorMixin, _SNEEstimator):
 
     def _numbers(self, X: Any, y: Any) -> np.ndarray:
         values = self._columns(X, y)
+        if np.iscomplexobj(values) or (isinstance(values, Tensor) and values.is_complex()):
+            raise ValueError(f"{type(self).__name__}: y must hold real numbers, got complex ones")
         try:
             numbers = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
         except (TypeError, ValueError) as error:

@@ -7,21 +7,16 @@ few words about its size. `differences` compares the fingerprint of a file with 
 from __future__ import annotations
 
 import dataclasses
-import dis
 import functools
-import hashlib
 import json
-import types
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batch import WeightBatch
 from ..nn.predictor import Predictor
+from .digests import Digest, home_of, of_values, what_decides
 from .settings import FitSettings
 
 Fingerprint = dict[str, Any]
@@ -40,6 +35,7 @@ def of_training(
     settings: FitSettings,
     validation: tuple[WeightBatch, Tensor] | None = None,
     augment: Any = None,
+    made_of: Mapping[str, Any] | None = None,
 ) -> Fingerprint:
     """Return the fingerprint of a training; arguments as for :func:`sne_fast.training.fit`.
 
@@ -55,12 +51,13 @@ def of_training(
         "augmentation": None if augment is None else of_object(augment),
         SETTINGS: {k: v for k, v in dataclasses.asdict(settings).items() if k not in CONTINUED},
         "predictor": of_predictor(predictor),
+        **({} if made_of is None else {"made of": dict(made_of)}),
     }
 
 
 def of_batch(batch: WeightBatch) -> Fingerprint:
     """Return the fingerprint of networks: their values, structure and types, not their names."""
-    digest = _Digest()
+    digest = Digest()
     for field in dataclasses.fields(batch):
         if field.init and field.name not in _MESSAGES:
             digest.add(field.name)
@@ -76,40 +73,58 @@ def of_targets(targets: Tensor, predictor: Predictor | None = None) -> Fingerpri
 
 
 def of_predictor(predictor: Predictor) -> Fingerprint:
-    """Return the fingerprint of a predictor: its configuration and its parameters' names, shapes and dtypes."""
+    """Return the fingerprint of a predictor: its configuration, modules, and parameters' names, shapes and dtypes."""
     config = _flat(json.loads(json.dumps(predictor.config, default=repr)))
     parameters = {name: (tuple(t.shape), str(t.dtype)) for name, t in predictor.state_dict().items()}
     frozen = [name for name, p in predictor.named_parameters() if not p.requires_grad]
+    modules = [(name, what_decides(module)[0], module.extra_repr()) for name, module in predictor.named_modules()]
     return {
         **{key: value for key, value in config.items() if key.rpartition(".")[2] not in _VERSIONS},
         "class": type(predictor).__qualname__,
+        "modules": {"size": f"{len(modules)} modules", "sha256": of_values(modules)},
         "parameters": {"size": f"{len(parameters)} tensors", "sha256": of_values(parameters)},
         "frozen parameters": {"size": f"{len(frozen)} tensors", "sha256": of_values(frozen)},
     }
 
 
-def of_module(module: nn.Module) -> str:
-    """Return the digest of a module's parameters and buffers."""
-    return of_values(dict(module.state_dict()))
-
-
 def of_object(value: Any) -> Fingerprint:
-    """Return the fingerprint of a function or of a callable object, such as an augmentation."""
-    named = value.func if isinstance(value, functools.partial) else value
-    name = getattr(named, "__qualname__", type(named).__qualname__)
-    return {"size": name, "sha256": of_values(value)}
+    """Return the fingerprint of a function or of a callable object, such as an augmentation.
 
-
-def of_values(value: Any) -> str:
-    """Return the digest of plain values, tensors, arrays, functions, and sequences and mappings of them.
-
-    A function counts by its name and code, its defaults, and the values of its closure and of a `functools.partial`;
-    an object by its class and attributes. Of functions and objects outside this package only attributes that cannot
-    change are taken, so that one which counts its calls stays the same.
+    It holds the digest of its code, and as "parts" one of each value that the code reads: attributes, arguments of a
+    `functools.partial`, defaults, closures and globals, as deep as they go. Which of them change while it is used, as
+    a counter does, `in_use` finds out.
     """
-    digest = _Digest()
-    digest.add(value)
-    return digest.hex()
+    code, values = what_decides(value)
+    named = value.func if isinstance(value, functools.partial) else value
+    home = {home_of(value), "__main__"}
+    return {
+        "size": getattr(named, "__qualname__", type(named).__qualname__),
+        "sha256": of_values(code),
+        "parts": {name: of_values(part, home) for name, part in values.items()},
+        "in use": [],
+    }
+
+
+def in_use(fingerprint: Fingerprint, augment: Any) -> Fingerprint:
+    """Return the fingerprint of a training without those values of its augmentation that have changed since."""
+    about = fingerprint["augmentation"]
+    if about is None or not about["parts"]:
+        return fingerprint
+    then, now = about["parts"], of_object(augment)["parts"]
+    return _without(fingerprint, {name for name in {*then, *now} if then.get(name) != now.get(name)})
+
+
+def as_recorded(now: Fingerprint, then: Fingerprint) -> Fingerprint:
+    """Return the fingerprint of a call without the values that changed in use when `then` was recorded."""
+    about, recorded = now["augmentation"], then["augmentation"]
+    return now if None in (about, recorded) else _without(now, recorded["in use"])
+
+
+def _without(fingerprint: Fingerprint, names: Iterable[str]) -> Fingerprint:
+    about = fingerprint["augmentation"]
+    changing = {*about["in use"], *names}
+    parts = {name: digest for name, digest in about["parts"].items() if name not in changing}
+    return {**fingerprint, "augmentation": {**about, "parts": parts, "in use": sorted(changing)}}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -158,132 +173,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
-
-
-class _Digest:
-    """A SHA-256 over values of any kind; every value is written with its kind and size, so that no two run together."""
-
-    def __init__(self, seen: dict[int, tuple[str, Any]] | None = None) -> None:
-        self._sha = hashlib.sha256()
-        self._seen = seen if seen is not None else {}
-
-    def hex(self) -> str:
-        """Return the digest of what was added so far."""
-        return self._sha.hexdigest()
-
-    def add(self, value: Any) -> None:
-        """Add a value."""
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | Path):
-            self._write(type(value).__name__, repr(value).encode("utf-8", "surrogatepass"))
-        elif isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous()
-            self._write(f"tensor {plain.dtype} {tuple(plain.shape)}", plain.reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(value, np.ndarray) and value.dtype != object:
-            self._write(
-                f"array {value.dtype.str} {value.shape}", np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            )
-        elif isinstance(value, np.generic):
-            self.add(np.asarray(value))
-        else:
-            self._write("of", self._of(value).encode())
-
-    def _of(self, value: Any) -> str:
-        """Return the digest of a compound value, made once per object, as many networks share one symmetry."""
-        if id(value) not in self._seen:
-            self._seen[id(value)] = "a value inside itself", value  # kept alive, so that its id stays its own
-            inner = _Digest(self._seen)
-            inner._add_compound(value)
-            self._seen[id(value)] = inner.hex(), value
-        return self._seen[id(value)][0]
-
-    def _write(self, kind: str, content: Any) -> None:
-        self._sha.update(f"{kind} {len(content)}:".encode())
-        self._sha.update(content)
-
-    def _add_all(self, kind: str, values: Sequence[Any]) -> None:
-        self._write(kind, str(len(values)).encode())
-        for value in values:
-            self.add(value)
-
-    def _add_compound(self, value: Any) -> None:
-        if isinstance(value, Mapping):
-            self._add_all("mapping", [part for item in value.items() for part in item])
-        elif isinstance(value, list | tuple):
-            self._add_all("sequence", value)
-        elif isinstance(value, set | frozenset):
-            self._add_all("set", sorted(of_values(item) for item in value))
-        elif isinstance(value, functools.partial):
-            self._add_all("partial", [value.func, value.args, value.keywords])
-        elif isinstance(value, types.MethodType):
-            self._add_all("method", [value.__func__, value.__self__])
-        elif isinstance(value, types.FunctionType):
-            self._add_function(value)
-        elif (
-            dataclasses.is_dataclass(value) and not isinstance(value, type) and "__getstate__" not in vars(type(value))
-        ):
-            self._write("object", f"{type(value).__module__}.{type(value).__qualname__}".encode())
-            # Fields that are no arguments are caches, which grow in use.
-            fields = [field.name for field in dataclasses.fields(value) if field.init]
-            self._add_all("fields", [getattr(value, name) for name in fields])
-        elif isinstance(value, type) or not hasattr(value, "__dict__"):
-            named = value if hasattr(value, "__qualname__") else type(value)
-            self._write("name", f"{named.__module__}.{named.__qualname__}".encode())
-        else:
-            self._add_object(value)
-
-    def _add_function(self, function: types.FunctionType) -> None:
-        code = function.__code__
-        rebound = {step.argval for step in dis.get_instructions(function) if step.opname == "STORE_DEREF"}
-        closure = {
-            name: cell.cell_contents
-            for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-            if name not in rebound and _is_lasting(cell)
-        }
-        self._write("function", f"{function.__module__}.{function.__qualname__}".encode())
-        self._add_code(code)
-        self._add_all("closure", [function.__defaults__, function.__kwdefaults__, closure])
-
-    def _add_code(self, code: types.CodeType) -> None:
-        self._write("code", code.co_code)
-        self._add_all("names", code.co_names)
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                self._add_code(constant)
-            else:
-                self.add(constant)
-
-    def _add_object(self, value: Any) -> None:
-        cls = type(value)
-        own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
-        state = value.__getstate__() if own and "__getstate__" in vars(cls) else vars(value)
-        self._write("object", f"{cls.__module__}.{cls.__qualname__}".encode())
-        self.add({name: part for name, part in state.items() if own or _lasts(part)})
-
-
-def _is_lasting(cell: types.CellType) -> bool:
-    try:
-        return _lasts(cell.cell_contents)
-    except ValueError:  # the cell is empty
-        return False
-
-
-def _lasts(value: Any) -> bool:
-    """Return True for values that a function or an object is made with, not for ones that it may collect in its use."""
-    if isinstance(value, tuple | frozenset):
-        return all(_lasts(part) for part in value)
-    plain = (
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        Tensor,
-        np.ndarray,
-        np.generic,
-        torch.dtype,
-        Path,
-        functools.partial,
-    )
-    own = type(value).__module__.partition(".")[0] == __name__.partition(".")[0]
-    return value is None or own or isinstance(value, (*plain, types.FunctionType, types.MethodType, type))

@@ -23,6 +23,7 @@ from .arguments import (
     check_batch,
     check_calls,
     check_checkpoint,
+    check_limit,
     check_packed,
     check_predictor,
     check_settings,
@@ -30,7 +31,7 @@ from .arguments import (
     check_validation,
 )
 from .distributed import World, part_of
-from .fingerprint import of_training
+from .fingerprint import as_recorded, in_use, of_training
 from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from .progress import Log, Progress, not_finite, restore
 from .settings import FitSettings, History
@@ -66,6 +67,7 @@ def fit(
     validation: tuple[WeightBatch, Tensor | np.ndarray | Sequence[Any]] | None = None,
     augment: Augment | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    made_of: Mapping[str, Any] | None = None,
     log: Log | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -97,6 +99,8 @@ def fit(
         augment: changes every training batch before it is encoded; by default as the predictor's preparation says,
             with jitter if it has any.
         checkpoint: a file that is written after every epoch. If it exists, training resumes from it bit for bit.
+        made_of: what else the training is made of, as plain values by name, such as how the first parameters were
+            drawn, which are no part of the fingerprint themselves.
         log: takes the numbers of every epoch, see :class:`CsvLog` and :class:`TensorBoardLog`.
         on_epoch: called after each epoch with its number and the history so far.
         on_batch: called after each step with the number of weights trained on in this epoch.
@@ -127,7 +131,7 @@ def fit(
     check_calls(settings, augment, log, on_epoch=on_epoch, on_batch=on_batch)
     path = check_checkpoint(checkpoint)
     world = World()
-    fingerprint = of_training(predictor, batch, goals, settings, watched, augment) if path is not None else {}
+    fingerprint = of_training(predictor, batch, goals, settings, watched, augment, made_of) if path is not None else {}
     with ExitStack() as stack, torch.enable_grad():
         if path is not None:
             world.share_error(_hold(path, stack) if world.first else None)
@@ -140,6 +144,10 @@ def fit(
         run = _Run(predictor, batch, goals, settings, augment, world)
         if path is not None and states is not None:
             restore(path, states, predictor, run.optimiser, run.scaler)
+            fingerprint = as_recorded(fingerprint, states["fingerprint"])
+        spoilt = not_finite(predictor.state_dict())
+        if spoilt is not None:
+            raise ValueError(f"fit: predictor must have finite parameters, {spoilt} has others before any step")
         if log is not None and world.first:
             log.resume(state.epoch)
         history, start = state.history, time.perf_counter() - state.history.seconds
@@ -162,6 +170,7 @@ def fit(
                 if log is not None:
                     log(epoch, {**row, "lr": run.lr, "seconds": history.seconds})
                 if path is not None:
+                    fingerprint = in_use(fingerprint, augment)
                     state.save(path, fingerprint, predictor, run.optimiser, run.scaler)
             if on_epoch is not None:
                 on_epoch(epoch, history)
@@ -330,8 +339,8 @@ def predict(
         Predictions `(len(batch), out_features)` in the units of the targets, and encodings `(len(batch), h)`.
 
     Raises:
-        TypeError: no predictor or no batch.
-        ValueError: the batch is packed otherwise than the predictor's encoder asks for.
+        TypeError: no predictor or no batch, or another argument of a wrong type.
+        ValueError: `batch_weights` is below 1, or the batch is packed otherwise than the predictor's encoder asks for.
 
     Example:
         >>> values, z = predict(sne_fast.Predictor(encoder), batch)
@@ -341,14 +350,16 @@ def predict(
     if not isinstance(predictor, Predictor):
         raise TypeError(f"predict: predictor must be a sne_fast.Predictor, got {type(predictor).__name__}")
     check_packed(batch, predictor, "predict: batch")
+    limit = check_limit(batch_weights, "predict: batch_weights")
+    settings = check_settings(settings, "predict")
     was_training = predictor.training
     predictor.eval()
     weight = predictor.target_mean
     parts = []
-    for rows in batches_by_weights(network_sizes(batch), batch_weights):
-        with _autocast(settings or FitSettings(), weight.device):
+    for rows in batches_by_weights(network_sizes(batch), limit):
+        with _autocast(settings, weight.device):
             parts.append(predictor.encode(batch[rows].to(weight.device, weight.dtype)))
-    z = torch.cat(parts) if parts else weight.new_zeros(0, predictor.encoder.config["hidden_dim"])
+    z = torch.cat(parts) if parts else weight.new_zeros(0, predictor.config["encoder"]["hidden_dim"])
     predictor.train(was_training)
     return predictor.denormalise(predictor.head(z)), z
 

@@ -20,7 +20,7 @@ from ..data.checkpoints import CheckpointError
 from ..data.pickles import load_plain
 from ..extras import require
 from ..regular_files import FileError, open_regular
-from .fingerprint import Fingerprint, differences
+from .fingerprint import Fingerprint, as_recorded, differences
 from .settings import History
 
 FORMAT = 2
@@ -203,12 +203,12 @@ class Progress:
                 "was made of; finish it with the version that began it, or remove it to train anew"
             )
         try:
-            changed = differences(state["fingerprint"], fingerprint)
+            changed = differences(state["fingerprint"], as_recorded(fingerprint, state["fingerprint"]))
             found = cls(state["epoch"], state["step"], History(**state["history"]), state["lowest"], state["best"])
             complete = all(type(n) is int and n >= 0 for n in (found.epoch, found.step, found.lowest))
             losses = (found.history.train_loss, found.history.validation_loss)
             complete &= all(type(one) is list and all(type(loss) is float for loss in one) for one in losses)
-            states = {key: state[key] for key in ("predictor", "optimiser", "scaler", "best")}
+            states = {key: state[key] for key in ("predictor", "optimiser", "scaler", "best", "fingerprint")}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(foreign) from error
         if not complete:

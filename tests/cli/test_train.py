@@ -94,6 +94,7 @@ def test_a_folder_of_another_training_is_refused_and_kept(zoo: Path, tmp_path: P
         (["--chunking", "neuron"], "encoder.chunking 'flat' then, 'neuron' now"),
         (["--input-scale", "zoo"], "encoder.scale 'tensor' then, 'none' now; .*normalise_inputs False then, 'zoo' now"),
         (["--num-heads", "2"], "encoder.num_heads 4 then, 2 now"),
+        (["--code-gain", "1"], "code gain 0.1 then, 1.0 now"),
         (["--permute"], "augmentation differs .none then, PermutationAugmentation now"),
         (["--split", "part"], "networks differ .24 networks .* then, 18 networks"),
         (["--seed", "1"], "networks differ; .*other settings .seed 0 then, 1 now"),
@@ -105,6 +106,15 @@ def test_a_folder_of_another_training_is_refused_and_kept(zoo: Path, tmp_path: P
     assert re.search(r"another training: targets differ; .*target_names \['a'\] then, \['mse'\] now", refused(*single))
     assert "targets differ; train with the same" in refused(tmp_path / "other", *command[1:])
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    run(*command, "--code-gain", "0.1")  # the default is no change
+
+
+@pytest.mark.parametrize("name", ["predictor", "metrics.json", "predictions.csv", "log.csv"])
+def test_what_stands_in_the_place_of_an_output_is_named_before_any_epoch(name: str, zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("") if name == "predictor" else (tmp_path / name).mkdir()
+    output = refused(zoo, "-o", tmp_path, "--target", "a", *SMALL)
+    assert re.search(rf"train: '\S*{name}' is no (folder|regular file)", output) and "epoch" not in output
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_more_epochs_continue_a_training(zoo: Path, tmp_path: Path) -> None:

@@ -560,3 +560,23 @@ def test_a_full_disk_is_an_error_that_names_the_model_and_leaves_no_part(tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert {file: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+
+
+def test_modules_that_share_their_tensors_are_saved_with_one_copy_each(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    predictor = sne_fast.Predictor(sne_fast.SNE(hidden_dim=32), hidden_features=(8, 8)).eval()
+    blocks = predictor.encoder.chunk_encoder.blocks
+    blocks[1] = blocks[2]
+    predictor.head[2].bias = predictor.head[0].bias
+    network = torch.nn.Linear(4, 3)
+    predictor.save_pretrained(tmp_path)
+    loaded = sne_fast.Predictor.from_pretrained(tmp_path)
+    assert torch.equal(loaded([network]), predictor([network]))
+
+
+def test_a_module_with_another_setting_than_its_configuration_gives_is_refused(tmp_path: Path) -> None:
+    encoder = sne_fast.SNE(hidden_dim=32)
+    encoder.chunk_encoder.blocks[0].mab.ln0.eps = 0.1
+    with pytest.raises(ValueError, match=r"blocks.0.mab.ln0 is set to \(32,\), eps=0.1.* must be set to .*eps=1e-05"):
+        encoder.save_pretrained(tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()

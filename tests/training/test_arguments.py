@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers.small_trainings import SETTINGS, goals, make, networks, packed, same
-from sne_fast import SNE
+from sne_fast import SNE, Predictor
 from sne_fast.training import CsvLog, FitSettings, fit, predict
 
 
@@ -102,6 +102,37 @@ def test_predict_names_an_argument_that_does_not_fit() -> None:
         predict(make(), networks())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"predict: batch must be packed with chunk_size 16 .* got 8"):
         predict(make(), packed(make(chunk_size=8)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_weights": 0}, ValueError, "predict: batch_weights must be at least 1, got 0"),
+        ({"batch_weights": 1e5}, TypeError, "predict: batch_weights must be an integer, got 100000.0"),
+        ({"batch_weights": "5"}, TypeError, "predict: batch_weights must be an integer, got '5'"),
+        ({"settings": 5}, TypeError, "predict: settings must be a FitSettings, got 5"),
+    ],
+)
+def test_predict_checks_its_limit_and_settings(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        predict(make(), packed(), **changes)
+
+
+def test_no_networks_are_predicted_also_by_a_wrapped_encoder() -> None:
+    wrapped = Predictor(torch.nn.DataParallel(make().encoder), hidden_features=(4,))
+    values, z = predict(wrapped, packed()[0:0])
+    assert values.shape == (0, 1) and z.shape == (0, 32)
+
+
+def test_what_else_a_training_is_made_of_is_compared(tmp_path: Path) -> None:
+    path = tmp_path / "fit.pt"
+    fit(make(), packed(), goals(), SETTINGS, checkpoint=path, made_of={"drawn by": "seed 3"})
+    fit(make(), packed(), goals(), SETTINGS, checkpoint=path, made_of={"drawn by": "seed 3"})
+    for other in ({"drawn by": "seed 4"}, {}, None):
+        with pytest.raises(
+            ValueError, match=r"is of another training: .*(drawn by 'seed 3' then|no record of made of)"
+        ):
+            fit(make(), packed(), goals(), SETTINGS, checkpoint=path, made_of=other)
 
 
 def test_float_targets_are_no_classes() -> None:

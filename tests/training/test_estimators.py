@@ -191,6 +191,46 @@ def test_parameters_are_checked_by_fit(options, message, problem):
         model.fit(made, y)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "abacus"}, "device 'abacus' cannot be used: "),
+        ({"head": 5}, "Predictor: hidden_features must be "),
+        ({"validation_fraction": "half"}, r"validation_fraction must lie in \[0, 1\), got 'half'"),
+        ({"random_state": -1}, "random_state must lie in .*, got -1"),
+        ({"random_state": 2**70}, "random_state must lie in "),
+        ({"code_gain": "large"}, "the code gain must be a finite number, got 'large'"),
+    ],
+)
+def test_parameters_of_another_kind_are_named(options, message, problem):
+    made, y = problem
+    with pytest.raises(ValueError, match=message):
+        sne_fast.SNERegressor(**{**SMALL, **options}).fit(made, y)
+
+
+def test_complex_targets_and_tables_of_layers_are_refused(problem):
+    made, y = problem
+    model = sne_fast.SNERegressor(**SMALL)
+    with pytest.raises(ValueError, match="y must hold real numbers, got complex ones"):
+        model.fit(made, y * 1j)
+    with pytest.raises(TypeError, match=r"one network in each row, got an array of shape \(12, 3\); numpy takes"):
+        model.fit(np.asarray(made), y)
+
+
+def test_an_augmentation_gets_positions_in_X_beside_a_validation_share(problem):
+    made, y = problem
+    batch = sne_fast.SNE(hidden_dim=32).pack(made).detach()
+    seen = set()
+
+    def check(part, rows, generator):
+        assert torch.equal(part.values, batch[list(rows)].values)
+        seen.update(rows)
+        return part
+
+    sne_fast.SNERegressor(**SMALL, validation_fraction=0.25, augment=check).fit(batch, y)
+    assert len(seen) == 9 and max(seen) < 12
+
+
 def test_a_classifier_refuses_one_class_and_missing_ones(problem):
     made, _ = problem
     with pytest.raises(ValueError, match="at least 2 classes"):

@@ -15,7 +15,8 @@ from sne_fast import Predictor
 from sne_fast.nn import Preparation
 from sne_fast.symmetry import CanonicalAugmentation, PermutationAugmentation, chain_symmetry
 from sne_fast.training import FitSettings, fit
-from sne_fast.training.fingerprint import differences, of_batch, of_object, of_values
+from sne_fast.training.digests import of_values
+from sne_fast.training.fingerprint import differences, of_batch, of_object
 
 
 def jitter(part: Any, rows: Any, generator: Any, size: float = 0.01) -> Any:
@@ -121,7 +122,7 @@ def test_other_augmentation_is_refused(tmp_path: Path, begun: Path) -> None:
         CanonicalAugmentation([symmetry] * 5),
         CanonicalAugmentation([chain_symmetry({"a.weight": torch.ones(9, 4), "b.weight": torch.ones(3, 9)})] * 5),
     ]
-    assert len({of_object(kind)["sha256"] for kind in kinds}) == len(kinds)
+    assert len({repr(of_object(kind)) for kind in kinds}) == len(kinds)
     path = tmp_path / "changed" / "fit.pt"
     fit(make(), packed(), goals(), SETTINGS, augment=kinds[3], checkpoint=path)
     refused(path, "augmentation differs; train", augment=kinds[4])
@@ -207,3 +208,104 @@ def test_digests_keep_values_apart() -> None:
     inside: list[Any] = []
     inside.append(inside)
     assert of_values(inside) == of_values(inside)
+
+
+SIZES = {"noise": 0.01}
+
+
+def reads_a_global(part: Any, rows: Any, generator: Any) -> Any:
+    return jitter(part, rows, generator, SIZES["noise"])
+
+
+class Noise:
+    """An augmentation with a setting of any kind, which counts its calls in three ways."""
+
+    factor = 1.0
+    count = 0
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+        self.calls = 0
+        self.rows: list[Any] = []
+
+    def __call__(self, part: Any, rows: Any, generator: Any) -> Any:
+        self.calls += 1
+        type(self).count += 1
+        self.rows.append(rows)
+        return jitter(part, rows, generator, 0.01 * self.factor)
+
+
+class Slotted:
+    __slots__ = ("size",)
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def __call__(self, part: Any, rows: Any, generator: Any) -> Any:
+        return jitter(part, rows, generator, self.size)
+
+
+def listed(size: float) -> Callable[..., Any]:
+    sizes = [size]
+    return lambda part, rows, generator: jitter(part, rows, generator, sizes[0])
+
+
+@pytest.mark.parametrize(
+    "make_augment",
+    [
+        lambda size: Noise([size]),
+        lambda size: Noise({"of": {"weights": size}}),
+        lambda size: Noise(Slotted(size)),
+        lambda size: Noise(torch.nn.Dropout(size)),
+        lambda size: functools.partial(Noise(None).__call__, generator={"size": size}),
+        Slotted,
+        listed,
+    ],
+)
+def test_settings_of_an_augmentation_count_wherever_they_are_kept(make_augment: Any) -> None:
+    assert of_object(make_augment(0.1)) == of_object(make_augment(0.1)) != of_object(make_augment(0.2))
+
+
+def test_what_an_augmentation_reads_outside_itself_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of_object(reads_a_global), of_object(Noise(1))
+    monkeypatch.setitem(SIZES, "noise", 0.02)
+    monkeypatch.setattr(Noise, "factor", 2.0)
+    after = of_object(reads_a_global), of_object(Noise(1))
+    assert before[0] != after[0] and before[1] != after[1]
+    monkeypatch.undo()
+    assert before == (of_object(reads_a_global), of_object(Noise(1)))
+    monkeypatch.setitem(globals(), "jitter", lambda part, rows, generator, size: part)
+    assert before[0] != of_object(reads_a_global), "a function that it calls has changed"
+
+
+def test_an_augmentation_that_changes_in_use_is_still_told_from_another(tmp_path: Path) -> None:
+    path, augment = tmp_path / "fit.pt", Noise([0.1])
+    fit(make(), packed(), goals(), SETTINGS, augment=augment, checkpoint=path)
+    assert augment.calls == len(augment.rows) == 6
+    fit(make(), packed(), goals(), SETTINGS, augment=augment, checkpoint=path)
+    fit(make(), packed(), goals(), FitSettings(epochs=3, batch_weights=80), augment=Noise([0.1]), checkpoint=path)
+    fit(make(), packed(), goals(), FitSettings(epochs=3, batch_weights=80), augment=augment, checkpoint=path)
+    refused(path, "augmentation differs", augment=Noise([0.2]), settings=FitSettings(epochs=3, batch_weights=80))
+
+
+def test_modules_that_were_replaced_are_another_training(begun: Path) -> None:
+    predictor = make()
+    predictor.head[1] = torch.nn.GELU()
+    refused(begun, "modules differ", predictor)
+    predictor = make()
+    predictor.encoder.chunk_encoder.blocks[1].mab.ln0.eps = 1e-2
+    refused(begun, "modules differ", predictor)
+
+
+def test_the_loss_of_a_predictors_subclass_is_part_of_it(tmp_path: Path) -> None:
+    class Robust(Predictor):
+        def losses(self, outputs: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+            return (outputs - goals).abs().mean(1)
+
+    def robust() -> Predictor:
+        return Robust(make().encoder, hidden_features=(16,))
+
+    fit(robust(), packed(), goals(), SETTINGS, checkpoint=tmp_path / "fit.pt")
+    fit(robust(), packed(), goals(), SETTINGS, checkpoint=tmp_path / "fit.pt")
+    Robust.losses = lambda self, outputs, goals: (outputs - goals).square().mean(1)  # type: ignore[method-assign]
+    refused(tmp_path / "fit.pt", "modules differ", robust())

@@ -57,6 +57,14 @@ def test_the_networks_of_a_loss_that_is_not_finite_are_named(monkeypatch: pytest
         fit(predictor, packed(), goals(), SETTINGS)
 
 
+def test_a_parameter_that_is_not_finite_from_the_start_is_named() -> None:
+    predictor = make()
+    with torch.no_grad():
+        predictor.encoder.type_embedding.weight[60] = math.nan  # of a type that no network has
+    with pytest.raises(ValueError, match=r"predictor must have finite parameters, encoder.type_embedding.weight has"):
+        fit(predictor, packed(), goals(), SETTINGS)
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, predictor = tmp_path / "fit.pt", make()
 
