@@ -13,6 +13,7 @@ import torch
 import typer
 
 from helpers.command_line import call, fails, runner
+from helpers.paths import ELSEWHERE
 from sne_fast import SNE, Predictor
 from sne_fast.cli import running
 from sne_fast.cli.options import options_of
@@ -175,7 +176,7 @@ def test_out_of_memory_is_one_sentence_and_loses_no_other_network(files, tmp_pat
 @pytest.mark.slow
 def test_a_reader_that_stops_reading_is_no_error(files, model):
     command = [sys.executable, "-m", "sne_fast", "predict", "--model", str(model), *map(str, files)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ELSEWHERE)
     started.stdout.close()
     assert started.stderr.read() == b"" and started.wait() == 1
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import sne_fast
-from helpers.paths import ROOT
+from helpers.paths import ELSEWHERE, environment_of_tests
 from sne_fast.cli.commands import app
 from sne_fast.tasks.run_folder import RunFolder
 from sne_fast.zoo import Zoo, make_sine_zoo
@@ -162,7 +162,7 @@ app(sys.argv[1:])
 def test_a_full_disk_is_one_sentence_and_leaves_no_part(zoo: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, "train", str(zoo), "-o", str(tmp_path), "--target", "a", *SMALL]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=120, env=environment_of_tests(), cwd=ELSEWHERE
     )
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(r"sne-fast: fit: checkpoint '.*fit.pt' cannot be written: File too large; .*\n", done.stderr)

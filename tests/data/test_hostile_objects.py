@@ -182,3 +182,12 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
             load_state_dict(path)
     with pytest.raises(CheckpointError, match="cannot be"):
         load_state_dict("a\0b")
+
+
+def test_a_name_of_several_lines_stays_in_one_sentence(tmp_path):
+    parts = (b"\x8c" + bytes([len(text)]) + text for text in (b"t\norch", b"C\r"))
+    file = tmp_path / "x.pt"
+    file.write_bytes(b"\x80\x04" + b"".join(parts) + b"\x93)R.")
+    with pytest.raises(CheckpointError) as refused:
+        load_state_dict(file)
+    assert r"an object of 't\norch.C\r'" in str(refused.value) and "\n" not in str(refused.value)

@@ -18,6 +18,7 @@ import torch
 
 import sne_fast
 from helpers.choices import slow_but_every
+from helpers.paths import ELSEWHERE
 from helpers.toy_backend import backend, pooled
 from sne_fast import functional
 from sne_fast.ops import dispatch, found_backends
@@ -345,7 +346,7 @@ def test_a_folder_that_declares_no_backend_is_explained(tmp_path: Path, content:
 def run_python(code: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, cwd=ELSEWHERE)
 
 
 FORK = """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.paths import ROOT
+from helpers.paths import environment_of_tests
 from sne_fast.file_locks import holding
 from sne_fast.training.distributed import TIMEOUT_VARIABLE, processes, timeout
 
@@ -44,15 +44,19 @@ def free_port() -> int:
 
 
 def start(tmp_path: Path, how: str, where: int) -> list[subprocess.Popen[str]]:
-    environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-        "GLOO_SOCKET_IFNAME": LOOPBACK, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        TIMEOUT_VARIABLE: "6",
-    }  # fmt: skip
+    environment = environment_of_tests(
+        OMP_NUM_THREADS="1", WORLD_SIZE="2", GLOO_SOCKET_IFNAME=LOOPBACK, MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()), **{TIMEOUT_VARIABLE: "6"},
+    )  # fmt: skip
     command = [sys.executable, "-c", WORKER, how, str(where), str(tmp_path / "fit.pt")]
     return [
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, "RANK": str(rank)}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "RANK": str(rank)},
+            cwd=tmp_path,
         )
         for rank in range(2)
     ]

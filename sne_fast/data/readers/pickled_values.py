@@ -12,6 +12,8 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
+from .errors import shown
+
 __all__ = ["BadPickle", "Name", "Placeholder", "RefusedName", "read_pickle"]
 
 MAX_OPCODES = 20_000_000
@@ -137,6 +139,8 @@ class _Machine:
 
     def _find(self, module: str, name: str) -> Any:
         path = f"{_OLD_MODULES.get(module, module)}.{name}"
+        if not path.replace(".", "_").isidentifier():  # no name of Python, and messages show names as they are
+            path = shown(path)
         if path not in self.names:
             if path in self.known:
                 value = self.known[path]
