@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,50 +48,31 @@ def _of_chosen(
     return augment(part, [chosen[row] for row in rows], generator)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _SNEEstimator(BaseEstimator):
     """What both estimators share: their parameters, packing, and the training."""
 
-    def __init__(
-        self,
-        *,
-        hidden_dim: int = 64,
-        num_heads: int = 4,
-        chunk_size: int = 32,
-        chunking: Chunking = "flat",
-        scale: Scale = "tensor",
-        set_attention: SetAttention = "sab",
-        code_gain: float | None = None,
-        head: Sequence[int] = (512, 512),
-        epochs: int = 40,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        batch_weights: int = 20_000,
-        validation_fraction: float = 0.0,
-        patience: int | None = None,
-        nonfinite: NonFinite = "raise",
-        augment: Augment | None = None,
-        random_state: int | None = 0,
-        device: str | torch.device = "cpu",
-    ) -> None:
+    hidden_dim: int = 64
+    num_heads: int = 4
+    chunk_size: int = 32
+    chunking: Chunking = "flat"
+    scale: Scale = "tensor"
+    set_attention: SetAttention = "sab"
+    code_gain: float | None = None
+    head: Sequence[int] = (512, 512)
+    epochs: int = 40
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    batch_weights: int = 20_000
+    validation_fraction: float = 0.0
+    patience: int | None = None
+    nonfinite: NonFinite = "raise"
+    augment: Augment | None = None
+    random_state: int | None = 0
+    device: str | torch.device = "cpu"
+
+    def __post_init__(self) -> None:
         require("sklearn", extra="sklearn", why=type(self).__name__)
-        self.hidden_dim = hidden_dim
-        self.num_heads = num_heads
-        self.chunk_size = chunk_size
-        self.chunking = chunking
-        self.scale = scale
-        self.set_attention = set_attention
-        self.code_gain = code_gain
-        self.head = head
-        self.epochs = epochs
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.batch_weights = batch_weights
-        self.validation_fraction = validation_fraction
-        self.patience = patience
-        self.nonfinite = nonfinite
-        self.augment = augment
-        self.random_state = random_state
-        self.device = device
 
     def __sklearn_tags__(self) -> Any:
         """Return the tags of scikit-learn: X holds networks, so it is no array, and no test with numbers applies."""
@@ -210,6 +192,7 @@ class _SNEEstimator(BaseEstimator):
         return values.double().cpu().numpy(), z.double().cpu().numpy()
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SNERegressor(RegressorMixin, _SNEEstimator):
     """Regress properties of networks on their weights, as an estimator of scikit-learn.
 
@@ -247,36 +230,7 @@ class SNERegressor(RegressorMixin, _SNEEstimator):
         (6,)
     """
 
-    def __init__(
-        self,
-        *,
-        hidden_dim: int = 64,
-        num_heads: int = 4,
-        chunk_size: int = 32,
-        chunking: Chunking = "flat",
-        scale: Scale = "tensor",
-        set_attention: SetAttention = "sab",
-        code_gain: float | None = None,
-        head: Sequence[int] = (512, 512),
-        target_transform: Transform = "identity",
-        epochs: int = 40,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        batch_weights: int = 20_000,
-        validation_fraction: float = 0.0,
-        patience: int | None = None,
-        nonfinite: NonFinite = "raise",
-        augment: Augment | None = None,
-        random_state: int | None = 0,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        super().__init__(
-            hidden_dim=hidden_dim, num_heads=num_heads, chunk_size=chunk_size, chunking=chunking, scale=scale,
-            set_attention=set_attention, code_gain=code_gain, head=head, epochs=epochs, lr=lr,
-            weight_decay=weight_decay, batch_weights=batch_weights, validation_fraction=validation_fraction,
-            patience=patience, nonfinite=nonfinite, augment=augment, random_state=random_state, device=device,
-        )  # fmt: skip
-        self.target_transform = target_transform
+    target_transform: Transform = "identity"
 
     def fit(self, X: Any, y: Any) -> SNERegressor:
         """Train on networks and targets `(n,)` or `(n, t)`, and return the estimator.
