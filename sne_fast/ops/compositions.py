@@ -57,7 +57,7 @@ def chunk_encode(
     """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     computed, dtype, device = accumulate_dtype(values.dtype), values.dtype, values.device
     values, row_code, element_code, *weights = (t.to(computed) for t in (values, row_code, element_code, *parameters))
-    owner = torch.repeat_interleave(tensor_ptr_host.diff())
+    owner = reference.tensor_of_chunk(tensor_ptr_host)
     parts, places = [], []
     for ids, rows in reference.chunk_tiles(chunk_ptr_host, weights[-1]):
         x, row = values[rows.to(device)], row_code[owner[ids].to(device)]

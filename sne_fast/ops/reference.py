@@ -136,7 +136,8 @@ def chunk_tiles(chunk_ptr_host: Tensor, pool_query: Tensor) -> Iterator[tuple[Te
         yield ids, row_index(chunk_ptr_host, ids)
 
 
-def _tensor_of_chunk(tensor_ptr_host: Tensor) -> Tensor:
+def tensor_of_chunk(tensor_ptr_host: Tensor) -> Tensor:
+    """Return the tensor that each chunk belongs to, `(N,)`."""
     return torch.repeat_interleave(tensor_ptr_host.diff())
 
 
@@ -151,7 +152,7 @@ def chunk_encode(
     *parameters: Tensor,
 ) -> Tensor:
     """Encode every chunk up to its pooled rows, ``(N, H, h)``."""
-    acc, owner = accumulate_dtype(values.dtype), _tensor_of_chunk(tensor_ptr_host)
+    acc, owner = accumulate_dtype(values.dtype), tensor_of_chunk(tensor_ptr_host)
     pooled = values.new_empty((chunk_ptr.shape[0] - 1, *parameters[-1].shape))
     row_code, element_code, *weights = (t.to(acc) for t in (row_code, element_code, *parameters))
     for ids, rows in chunk_tiles(chunk_ptr_host, weights[-1]):
@@ -184,7 +185,7 @@ def chunk_encode_backward(
     *parameters: Tensor,
 ) -> tuple[Tensor, ...]:
     """Recompute each tile with autograd on, differentiate it, and add up the gradients of all tiles."""
-    acc, owner, device = accumulate_dtype(values.dtype), _tensor_of_chunk(tensor_ptr_host), values.device
+    acc, owner, device = accumulate_dtype(values.dtype), tensor_of_chunk(tensor_ptr_host), values.device
     row_code, *shared = (t.detach().to(acc).requires_grad_() for t in parameters)  # shared: element_code and weights
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
     grad_row = values.new_zeros((chunk_ptr.shape[0] - 1, row_code.shape[1]), dtype=acc)
