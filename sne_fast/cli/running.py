@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import WeightBatch
+    from ..data.checkpoints import Checkpoint
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
@@ -162,7 +162,7 @@ def run_in_batches(
     def packed(i: int) -> WeightBatch | None:
         name, file = networks[i]
         try:
-            return _packed_by_key(pack, file, key, options) if key is not None else pack([file], **options)
+            return pack([file if key is None else _read(file, key)], **options)
         except Exception as error:
             if not is_expected(error):
                 raise
@@ -193,17 +193,12 @@ def run_in_batches(
     return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences, left_out)
 
 
-def _packed_by_key(pack: Callable[..., WeightBatch], file: Any, key: str, options: dict[str, Any]) -> WeightBatch:
+def _read(file: Any, key: str) -> Checkpoint:
     from ..data.checkpoints import CheckpointError, read_checkpoint
 
     if not isinstance(file, Path):
         raise CheckpointError("key= is for files of torch, not for a network of a zoo")
-    checkpoint = read_checkpoint(file, key)
-    batch = pack([checkpoint.tensors], **options)
-    batch = dataclasses.replace(batch, skipped=(sum(batch.skipped, tuple(checkpoint.left_out.items())),))
-    if batch.order == "definition" and not checkpoint.keeps_order:
-        raise CheckpointError("it does not say in which order its layers were defined, which the model needs")
-    return batch
+    return read_checkpoint(file, key)
 
 
 def _about(name: str, reason: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError, read_checkpoint
+from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .known_names import WRAPPER_PARTS
 from .layer_order import order_by_names
 from .tensor_types import infer_kind, kind_of_module, role_of
@@ -65,11 +65,11 @@ class Network:
 
 
 def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: bool = False) -> Network:
-    """Collect the layers of a module, state_dict or checkpoint path, and check that every tensor can be cut.
+    """Collect the layers of a module, state_dict or checkpoint, and check that every tensor can be cut.
 
     Args:
         index: position of the network in the call.
-        network: the module, state_dict or path.
+        network: the module, state_dict, path or checkpoint that was read.
         order: of the layers, "names" or "definition".
         kinds_by_names: whether a module's layers get the kinds that those of its file would have.
     """
@@ -83,10 +83,10 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
         name = getattr(network, "name", None)  # of a network of a zoo
         found = Network(index, name if isinstance(name, str) else "state_dict", [])
         entries = entries_of_mapping(network, found.label)
-    elif isinstance(network, (str, os.PathLike)):
-        found = Network(index, os.fspath(network), [])
+    elif isinstance(network, (str, os.PathLike, Checkpoint)):
+        found = Network(index, "checkpoint" if isinstance(network, Checkpoint) else os.fspath(network), [])
         try:
-            checkpoint = read_checkpoint(network)
+            checkpoint = network if isinstance(network, Checkpoint) else read_checkpoint(network)
         except CheckpointError as error:
             raise CheckpointError(f"pack: network {index}: {error}") from error
         if order == "definition" and not checkpoint.keeps_order:

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-Network: TypeAlias = nn.Module | Mapping[str, Any] | str | PathLike[str]
-"""One network: a module, a state_dict, or the path of a checkpoint."""
+from .checkpoints import Checkpoint
+
+Network: TypeAlias = nn.Module | Mapping[str, Any] | str | PathLike[str] | Checkpoint
+"""One network: a module, a state_dict, the path of a checkpoint, or a checkpoint that was read."""
 Networks: TypeAlias = Network | Iterable[Network]
 """One network or several: any iterable of networks, such as a list or a zoo."""

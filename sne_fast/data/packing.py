@@ -15,6 +15,7 @@ from ..ops.functional import gather_chunks
 from ..ops.transforms import is_transformed
 from .batch import WeightBatch, scale_dtype
 from .batch_checks import CHUNKINGS, ORDERS, SCALES
+from .checkpoints import Checkpoint
 from .choices import Chunking, NonFinite, Order, Scale
 from .cutting import cut_of, has_kernel
 from .layer_overrides import resolve_kinds, resolve_levels
@@ -54,8 +55,8 @@ def pack(
 
     Args:
         networks: a sequence of modules, state_dicts (also inside another mapping) or paths: files of safetensors or of
-            `torch.save`, indices of shards, folders; see `sne_fast.data.checkpoints.load_state_dict`. One network alone
-            is taken as a sequence of one.
+            `torch.save`, indices of shards, folders; see `sne_fast.data.checkpoints.load_state_dict`; or what
+            `read_checkpoint` beside it returned. One network alone is taken as a sequence of one.
         chunk_size: c, the longest a chunk may be; the last piece of a row may be shorter.
         chunking: how `W[out, in, *k]` is cut. "flat": for every kernel position the row-major `out x in` vector, every
             c elements; "neuron": as flat, but cut also at every output neuron; "kernel": one row per kernel,
@@ -117,7 +118,7 @@ def pack(
     if dtype not in VALUE_DTYPES:
         raise ValueError(f"pack: dtype must be one of {', '.join(map(str, VALUE_DTYPES))}, got {dtype}")
     device = _device(device)
-    if isinstance(networks, (nn.Module, Mapping, str, os.PathLike)):
+    if isinstance(networks, (nn.Module, Mapping, str, os.PathLike, Checkpoint)):
         networks = [networks]
     elif isinstance(networks, Tensor) or not hasattr(networks, "__iter__"):
         raise TypeError(

@@ -409,3 +409,13 @@ def test_a_header_whose_length_looks_like_the_mark_of_a_pickle_is_one_of_safeten
     file = tmp_path / "model"
     file.write_bytes(length.to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes())
     assert load_state_dict(file)["w"].tolist() == [1.0, 2.0]
+
+
+def test_a_checkpoint_that_was_read_packs_as_its_path_does(tmp_path):
+    torch.save({"net": nn.BatchNorm1d(3).state_dict(), "epoch": 3}, tmp_path / "a.pt")
+    from_path, from_read = (pack(one) for one in (tmp_path / "a.pt", read_checkpoint(tmp_path / "a.pt")))
+    assert torch.equal(from_path.values, from_read.values) and from_path.skipped == from_read.skipped
+    assert from_path.names[0][1] == from_read.names[0][1]
+    save_file({"w.weight": torch.ones(2, 2)}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"network 0 \('checkpoint'\) does not say in which order"):
+        pack(read_checkpoint(tmp_path / "b.safetensors"), order="definition")
