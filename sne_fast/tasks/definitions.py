@@ -14,7 +14,7 @@ from ..nn.preparation import Preparation
 from ..symmetry import Symmetry
 from ..zoo.architectures import FAMILIES
 from ..zoo.classifiers import make_classifier_zoo
-from ..zoo.images import DATASETS
+from ..zoo.images import SMALL_DATASETS
 from ..zoo.index import INDEX
 from ..zoo.inrs import make_sine_zoo
 from ..zoo.table import Zoo
@@ -208,11 +208,11 @@ TASKS: dict[str, Task] = {
     "cross-dataset": Task(
         "Accuracy on data sets that no training network saw (section 4.3)",
         "test_accuracy",
-        _classifiers(tuple(DATASETS), ("unterthiner",)),
+        _classifiers(SMALL_DATASETS, ("unterthiner",)),
         2000,
         tuple(
-            Experiment(f"{one} -> others", {"dataset": (one,)}, {"dataset": tuple(d for d in DATASETS if d != one)})
-            for one in DATASETS
+            Experiment(f"{d} -> others", {"dataset": (d,)}, {"dataset": tuple(x for x in SMALL_DATASETS if x != d)})
+            for d in SMALL_DATASETS
         ),
         {"SNE": _ACROSS},
         logit=True,
