@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .data.batch import WeightBatch
     from .data.checkpoints import CheckpointError
     from .data.packing import pack
+    from .data.tensor_statistics import tensor_statistics
     from .nn.blocks import ISAB, MAB, PMA, SAB
     from .nn.encoder import SNE
     from .nn.predictor import Predictor, PredictorHead
@@ -37,6 +38,7 @@ else:
             ".data.batch": ["WeightBatch"],
             ".data.checkpoints": ["CheckpointError"],
             ".data.packing": ["pack"],
+            ".data.tensor_statistics": ["tensor_statistics"],
             ".nn.blocks": ["ISAB", "MAB", "PMA", "SAB"],
             ".nn.encoder": ["SNE"],
             ".nn.predictor": ["Predictor", "PredictorHead"],
@@ -65,5 +67,6 @@ __all__ = [
     "WeightBatch",
     "explain",
     "pack",
+    "tensor_statistics",
     "use_backend",
 ]

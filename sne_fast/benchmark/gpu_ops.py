@@ -92,6 +92,7 @@ def chunk_encode(
     """Measure weights per second of the chunk stage, h = 64, 4 heads, chunks of 32, forward and training step."""
     encoder = CASES["zoo"].encoder().to(device)
     stage, heads = encoder.chunk_encoder, int(encoder.config["num_heads"])
+    assert stage is not None
     batch = zoo_batch(weights, device)
     small = batch[:2]
 

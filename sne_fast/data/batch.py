@@ -60,6 +60,8 @@ class WeightBatch:
             int, because torch.compile makes a new graph for every new int.
         kernels: (T,) bool on the CPU: which tensors were cut as weights of convolutions, with kernel dimensions. It
             stays what it was when `with_fields` replaces types.
+        statistics: (T, 23) floating, or None before :func:`sne_fast.tensor_statistics` was asked for them. They are of
+            the tensors as they were stored: permuted and scaled copies have the same.
 
     Raises:
         TypeError, ValueError: a field that does not fit; the message names it, and the network and tensor where it can.
@@ -95,6 +97,7 @@ class WeightBatch:
     network_ptr_host: Tensor = dataclasses.field(init=False)
     chunk_positions: Tensor = dataclasses.field(init=False)
     kernels: Tensor = dataclasses.field(init=False)
+    statistics: Tensor | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple((str(name), tuple(tensors)) for name, tensors in self.names))
@@ -112,19 +115,29 @@ class WeightBatch:
                 object.__setattr__(self, f"{field}_host", getattr(self, field))
         check_contents(fields, self.pointers_host)
         object.__setattr__(self, "kernels", which_have_kernels(self.tensor_type.tolist(), self.shapes))
+        object.__setattr__(self, "statistics", None)
         self._derive()
 
     @classmethod
-    def trusted(cls, hosts: dict[str, Tensor] | None = None, *, kernels: Tensor, **fields: Any) -> WeightBatch:
+    def trusted(
+        cls,
+        hosts: dict[str, Tensor] | None = None,
+        *,
+        kernels: Tensor,
+        statistics: Tensor | None = None,
+        **fields: Any,
+    ) -> WeightBatch:
         """Make a batch from fields known to be right, unchecked; for code that derives one batch from another.
 
         Args:
             hosts: CPU copies of the pointers by name, as in `{"chunk_ptr": ...}`; the pointers themselves by default.
             kernels: which tensors were cut as weights of convolutions, `(T,)` bool on the CPU.
+            statistics: those of the tensors, if they are known.
             fields: all of the constructor's arguments that have no default.
         """
         batch = object.__new__(cls)
         object.__setattr__(batch, "kernels", kernels)
+        object.__setattr__(batch, "statistics", statistics)
         for name, value in fields.items():
             object.__setattr__(batch, name, value)
         for field in POINTERS:
@@ -133,8 +146,17 @@ class WeightBatch:
         return batch
 
     def with_fields(self, **changes: Any) -> WeightBatch:
-        """Replace fields other than pointers, tensors by such of the same shape, dtype and device, unchecked."""
+        """Replace fields other than pointers, tensors by such of the same shape, dtype and device, unchecked.
+
+        The copy has no `statistics` where `values` or `tensor_scale` are others, unless they are given too.
+        """
+        known = None if {"values", "tensor_scale"} & set(changes) else self.statistics
+        changes = {"statistics": known, **changes}
         return WeightBatch.trusted(self.pointers_host, kernels=self.kernels, **{**self._fields(), **changes})
+
+    def keep_statistics(self, statistics: Tensor) -> None:
+        """Keep the statistics of the tensors, which :func:`sne_fast.tensor_statistics` has computed."""
+        object.__setattr__(self, "statistics", statistics)
 
     def _derive(self) -> None:
         lengths = self.tensor_ptr_host.diff()
@@ -258,7 +280,10 @@ class WeightBatch:
         fields["tensor_scale"] = fields["tensor_scale"].to(scale)
         if all(fields[field] is getattr(self, field) for field in TENSORS):
             return self
-        return WeightBatch.trusted(hosts, kernels=self.kernels, **fields)
+        statistics = self.statistics
+        if statistics is not None:
+            statistics = statistics.to(target, fields["tensor_scale"].dtype, non_blocking=non_blocking)
+        return WeightBatch.trusted(hosts, kernels=self.kernels, statistics=statistics, **fields)
 
     def detach(self) -> WeightBatch:
         """Detach the batch from the parameters it was packed from, for use in many training steps.
@@ -268,7 +293,8 @@ class WeightBatch:
         """
         if not (self.values.requires_grad or self.tensor_scale.requires_grad):
             return self
-        return self.with_fields(values=self.values.detach(), tensor_scale=self.tensor_scale.detach())
+        values, scale = self.values.detach(), self.tensor_scale.detach()
+        return self.with_fields(values=values, tensor_scale=scale, statistics=self.statistics)
 
     def pin_memory(self, device: Any = None) -> WeightBatch:
         """Copy the batch to page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
@@ -281,14 +307,16 @@ class WeightBatch:
         fields = self._fields()
         for field in TENSORS:
             fields[field] = fields[field].pin_memory()
-        return WeightBatch.trusted(kernels=self.kernels, **fields)
+        statistics = None if self.statistics is None else self.statistics.pin_memory()
+        return WeightBatch.trusted(kernels=self.kernels, statistics=statistics, **fields)
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def __getstate__(self) -> dict[str, Any]:
         # Slices are views: without the copy a worker process would send the storage of the whole batch along.
-        state = {**self._fields(), "kernels": self.kernels.clone()}
+        statistics = None if self.statistics is None else self.statistics.clone()
+        state = {**self._fields(), "kernels": self.kernels.clone(), "statistics": statistics}
         for field in TENSORS:
             tensor = state[field]
             if not (tensor.requires_grad and tensor.is_leaf):  # a graph cannot leave the process
@@ -302,7 +330,7 @@ class WeightBatch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A batch that was pickled before batches knew their order has that of definition.
-        known = {"order": "definition", **state}
+        known = {"order": "definition", "statistics": None, **state}
         known.setdefault("kernels", which_have_kernels(state["tensor_type"].tolist(), state["shapes"]))
         for name, value in known.items():
             object.__setattr__(self, name, value)
@@ -350,7 +378,9 @@ class WeightBatch:
         a, b = bounds["layer_ptr"]
         fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
         fields.update({field: fields[field][first:last] for field in PER_NETWORK})
-        return WeightBatch.trusted(hosts, kernels=self.kernels[slice(*bounds["tensor_ptr"])], **fields)
+        tensors = slice(*bounds["tensor_ptr"])
+        statistics = None if self.statistics is None else self.statistics[tensors]
+        return WeightBatch.trusted(hosts, kernels=self.kernels[tensors], statistics=statistics, **fields)
 
     def _take(self, networks: np.ndarray) -> WeightBatch:
         """Gather networks: pointers by one ragged gather per level on the host, values by copies of whole networks."""
@@ -379,7 +409,9 @@ class WeightBatch:
             entries = fields[field]
             fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
         kernels = self.kernels[torch.from_numpy(rows["tensor_ptr"])]
-        return WeightBatch.trusted(hosts if self.device.type != "cpu" else None, kernels=kernels, **fields)
+        statistics = None if self.statistics is None else self.statistics[tensors]
+        own = hosts if self.device.type != "cpu" else None
+        return WeightBatch.trusted(own, kernels=kernels, statistics=statistics, **fields)
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
@@ -419,7 +451,11 @@ class WeightBatch:
             known = all(getattr(b, field) or not len(b) for b in batches)
             fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
         kernels = torch.cat([b.kernels for b in batches])
-        return cls.trusted(hosts if first.device.type != "cpu" else None, kernels=kernels, **fields)
+        whole = [b for b in batches if b.num_tensors]
+        counted = [b.statistics for b in whole if b.statistics is not None]
+        statistics = torch.cat(counted) if whole and len(counted) == len(whole) else None
+        own = hosts if first.device.type != "cpu" else None
+        return cls.trusted(own, kernels=kernels, statistics=statistics, **fields)
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:

@@ -16,15 +16,17 @@ from ..data.choices import Chunking, Order, Scale
 from ..data.networks import Networks
 from ..data.packing import pack
 from .bounded_memory import fits_at_once, network_runs
-from .choices import SetAttention
+from .choices import SetAttention, Statistics
 from .config_checks import choice, flag, integer, shown
 from .position_codes import position_code
 from .pretrained import PretrainedMixin
 from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder, owners
+from .statistics_channel import StatisticsChannel
 
 MAX_CHUNK_SIZE = 2**16
 """Attention inside a chunk is quadratic in its size, and every forward pass makes a code for each place in a chunk."""
 SET_ATTENTIONS = get_args(SetAttention)
+STATISTICS = get_args(Statistics)
 
 
 class SNE(PretrainedMixin, nn.Module):
@@ -50,6 +52,10 @@ class SNE(PretrainedMixin, nn.Module):
         num_inducing: inducing points of ``"isab"``.
         order: ``"names"``, an order of layers that modules and all files share, or ``"definition"``, the paper's, which
             many files have lost; see :func:`sne_fast.pack`.
+        statistics: what the encoder is told of each tensor besides its chunks: ``"none"``, the paper; ``"tensor"``, all
+            of :func:`sne_fast.tensor_statistics`; ``"relative"``, those that do not name a size, for architectures that
+            no training network has. z is then ``3 hidden_dim`` wide. See "The statistics channel" in `docs/method.md`.
+        chunks: encode chunks (stages 1 and 2). False leaves them out and encodes statistics alone.
 
     Raises:
         ValueError: for an argument outside these.
@@ -63,7 +69,7 @@ class SNE(PretrainedMixin, nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    older_values: ClassVar = {"order": "definition"}
+    older_values: ClassVar = {"order": "definition", "statistics": "none", "chunks": True}
 
     def __init__(
         self,
@@ -78,6 +84,8 @@ class SNE(PretrainedMixin, nn.Module):
         set_attention: SetAttention = "sab",
         num_inducing: int = 32,
         order: Order = "names",
+        statistics: Statistics = "none",
+        chunks: bool = True,
     ) -> None:
         super().__init__()
         hidden_dim = integer("SNE", "hidden_dim", hidden_dim)
@@ -90,28 +98,38 @@ class SNE(PretrainedMixin, nn.Module):
         choice("SNE", "scale", scale, SCALES)
         choice("SNE", "set_attention", set_attention, SET_ATTENTIONS)
         choice("SNE", "order", order, ORDERS)
+        choice("SNE", "statistics", statistics, STATISTICS)
         flag("SNE", "layer_norm", layer_norm)
         flag("SNE", "element_order", element_order)
         flag("SNE", "chunk_order", chunk_order)
+        flag("SNE", "chunks", chunks)
+        if not chunks and statistics == "none":
+            raise ValueError("SNE: chunks=False leaves statistics alone; it needs statistics='tensor' or 'relative'")
         self._config: dict[str, Any] = {
             "hidden_dim": hidden_dim, "num_heads": num_heads, "chunk_size": chunk_size, "chunking": chunking,
             "layer_norm": layer_norm, "scale": scale, "element_order": element_order, "chunk_order": chunk_order,
             "set_attention": set_attention, "num_inducing": num_inducing,
-            "order": order,
+            "order": order, "statistics": statistics, "chunks": chunks,
         }  # fmt: skip
         self.chunk_size, self.chunking, self.hidden_dim = chunk_size, chunking, hidden_dim
         sets = (hidden_dim, num_heads, layer_norm, num_inducing if set_attention == "isab" else None)
         self.type_embedding = nn.Embedding(NUM_TENSOR_TYPES, hidden_dim)
-        self.chunk_encoder = ChunkEncoder(hidden_dim, num_heads, layer_norm, element_order)
-        self.tensor_encoder = TensorEncoder(*sets, chunk_order)
+        self.chunk_encoder = ChunkEncoder(hidden_dim, num_heads, layer_norm, element_order) if chunks else None
+        self.tensor_encoder = TensorEncoder(*sets, chunk_order) if chunks else None
         self.layer_encoder = SetEncoder(*sets)
         self.network_encoder = NetworkEncoder(*sets)
+        self.tensor_statistics = StatisticsChannel(hidden_dim, statistics) if statistics != "none" else None
         self._zero_constants()
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments by name, as :meth:`save_pretrained` stores them."""
         return dict(self._config)
+
+    @property
+    def out_features(self) -> int:
+        """Width of z: h, with statistics 3h."""
+        return self.hidden_dim if self.tensor_statistics is None else 3 * self.hidden_dim
 
     @property
     def sample_parameter(self) -> Tensor:
@@ -141,7 +159,26 @@ class SNE(PretrainedMixin, nn.Module):
         if isinstance(gain, bool) or not isinstance(gain, Real) or not math.isfinite(gain):
             raise ValueError(f"SNE: the code gain must be a finite number, got {shown(gain)}")
         for stage in (self.chunk_encoder, self.tensor_encoder, self.network_encoder):
-            stage.code_gain.fill_(gain)
+            if stage is not None:
+                stage.code_gain.fill_(gain)
+
+    @torch.no_grad()
+    def set_statistics(self, batch: WeightBatch) -> None:
+        """Set what statistics are standardised by from the training networks; does nothing without statistics.
+
+        The first call also zeroes the rows of the type embedding of tensor types that these networks do not have, since
+        they will not be learnt.
+
+        Args:
+            batch: the training networks.
+
+        Raises:
+            ValueError: a batch without the shapes of its tensors.
+        """
+        if self.tensor_statistics is not None and self.tensor_statistics.fit(batch):
+            seen = torch.zeros(NUM_TENSOR_TYPES, dtype=torch.bool, device=batch.device)
+            seen[batch.tensor_type] = True
+            self.type_embedding.weight[~seen.to(self.type_embedding.weight.device)] = 0
 
     def pack(self, networks: Networks, **options: Any) -> WeightBatch:
         """Pack networks as this encoder expects them: with its chunk size, chunking, scale, order, dtype and device.
@@ -163,7 +200,7 @@ class SNE(PretrainedMixin, nn.Module):
         """Encode a batch, or networks, which are packed first, to one vector each.
 
         Returns:
-            z ``(B, hidden_dim)`` in the dtype of the parameters, a row per network.
+            z ``(B, out_features)`` in the dtype of the parameters, a row per network.
 
         Raises:
             ValueError: the batch was cut, scaled or ordered otherwise than this encoder expects, or has another dtype
@@ -180,10 +217,17 @@ class SNE(PretrainedMixin, nn.Module):
         level_code = position_code(batch.layer_level, self.hidden_dim, dtype)  # [L, h]
         layer_of_tensor = owners(batch.layer_ptr, batch.tensor_type.shape[0])
         tensor_level_code = level_code.index_select(0, layer_of_tensor)  # [T, h]
-        chunks = self.chunk_encoder(batch, self.type_embedding(batch.tensor_type) + tensor_level_code)  # [N, h]
-        tensors = self.tensor_encoder(chunks, batch, tensor_level_code)  # [T, h]
+        type_code = self.type_embedding(batch.tensor_type)  # [T, h]
+        tensors, pooled = None, None
+        if self.tensor_statistics is not None:
+            tensors, pooled = self.tensor_statistics(batch, type_code, tensor_level_code)  # [T, h], [B, 2h]
+        if self.chunk_encoder is not None and self.tensor_encoder is not None:
+            chunks = self.chunk_encoder(batch, type_code + tensor_level_code)  # [N, h]
+            encoded = self.tensor_encoder(chunks, batch, tensor_level_code)  # [T, h]
+            tensors = encoded if tensors is None else encoded + tensors
         layers = self.layer_encoder(tensors, batch.layer_ptr, batch.layer_ptr_host)  # [L, h]
-        return self.network_encoder(layers, batch, level_code).to(dtype)  # [B, h]
+        z = self.network_encoder(layers, batch, level_code)  # [B, h]
+        return (z if pooled is None else torch.cat([z, pooled], 1)).to(dtype)
 
     def _check_batch(self, batch: WeightBatch) -> None:
         for field in PACKED_BY:

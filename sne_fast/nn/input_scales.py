@@ -78,6 +78,7 @@ class InputNormaliser(nn.Module):
         return batch.with_fields(
             values=batch.values / torch.repeat_interleave(divisors, sizes, output_size=batch.num_weights),
             prepared=(*batch.prepared, SCALED),
+            statistics=batch.statistics,
         )
 
     @staticmethod
@@ -133,6 +134,7 @@ class FanInScale(nn.Module):
         return batch.with_fields(
             values=batch.values * torch.repeat_interleave(factor, sizes, output_size=batch.num_weights),
             prepared=(*batch.prepared, SCALED),
+            statistics=batch.statistics,
         )
 
 

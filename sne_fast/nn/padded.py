@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from .blocks import ISAB, MAB, PMA, SAB
 from .position_codes import position_code, reversed_position_code
+from .statistics_channel import LARGEST
 
 if TYPE_CHECKING:
     from ..data.batch import WeightBatch
     from .encoder import SNE
+    from .stages import ChunkEncoder, TensorEncoder
 
 
 def _padded(rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +61,8 @@ class PaddedSNE(nn.Module):
     Args:
         encoder: the :class:`sne_fast.SNE` whose parameters it shares.
 
-    Forward takes a :class:`sne_fast.WeightBatch` and returns z ``(B, h)``, equal to the encoder's; memory grows with
-    the longest chunk, tensor, layer and network of the batch.
+    Forward takes a :class:`sne_fast.WeightBatch` and returns z ``(B, out_features)``, equal to the encoder's; memory
+    grows with the longest chunk, tensor, layer and network of the batch.
 
     Example::
 
@@ -74,13 +76,36 @@ class PaddedSNE(nn.Module):
         self.encoder = encoder
 
     def forward(self, batch: WeightBatch) -> Tensor:
-        """Encode a batch to z ``(B, h)``."""
-        encoder, width, c = self.encoder, self.encoder.hidden_dim, batch.chunk_size
-        stage1, stage2 = encoder.chunk_encoder, encoder.tensor_encoder
-        dtype, device = stage1.code_gain.dtype, batch.values.device
-        level = position_code(batch.layer_level, width, dtype)  # [L, h]
+        """Encode a batch to z ``(B, out_features)``."""
+        encoder = self.encoder
+        dtype = encoder.sample_parameter.dtype
+        level = position_code(batch.layer_level, encoder.hidden_dim, dtype)  # [L, h]
         tensor_level = torch.repeat_interleave(level, batch.layer_ptr.diff(), dim=0)  # [T, h]
-        tensor_code = encoder.type_embedding(batch.tensor_type) + tensor_level
+        parts = []
+        if encoder.chunk_encoder is not None and encoder.tensor_encoder is not None:
+            parts.append(self._tensors(encoder.chunk_encoder, encoder.tensor_encoder, batch, tensor_level))
+        pooled = None
+        if encoder.tensor_statistics is not None:
+            channel, type_code = encoder.tensor_statistics, encoder.type_embedding(batch.tensor_type)
+            standard = (channel.columns_of(batch).to(dtype) - channel.mean) / channel.std
+            a = F.relu(channel.hidden(torch.cat([standard.clamp(-LARGEST, LARGEST), type_code, tensor_level], 1)))
+            parts.append(channel.to_tensor(a))
+            a, mask = _padded(channel.to_pool(a), batch.layer_ptr[batch.network_ptr])  # [B, longest, 2h]
+            pooled = a.sum(1) / mask.sum(1, keepdim=True)
+        x = sum(parts[1:], parts[0])  # [T, h]
+        for stage, ptr in ((encoder.layer_encoder, batch.layer_ptr), (encoder.network_encoder, batch.network_ptr)):
+            if stage is encoder.network_encoder:
+                x = x + stage.code_gain * level
+            x, mask = _padded(x, ptr)
+            for block in stage.blocks:
+                x = _padded_block(block, x, mask)
+            x = _padded_pool(stage.pool, x, mask)
+        return (x if pooled is None else torch.cat([x, pooled], 1)).to(dtype)
+
+    def _tensors(self, stage1: ChunkEncoder, stage2: TensorEncoder, batch: WeightBatch, tensor_level: Tensor) -> Tensor:
+        """Encode the chunks of every tensor to ``(T, h)``; ``tensor_level (T, h)`` is ``P(level)``."""
+        c, dtype, width, device = batch.chunk_size, tensor_level.dtype, tensor_level.shape[1], batch.values.device
+        tensor_code = self.encoder.type_embedding(batch.tensor_type) + tensor_level
         chunk_code = torch.repeat_interleave(tensor_code, batch.tensor_ptr.diff(), dim=0)[:, None, :]  # [N, 1, h]
         if stage1.element_order:
             chunk_code = chunk_code + reversed_position_code(torch.arange(c, device=device), width, dtype)  # [N, c, h]
@@ -99,12 +124,4 @@ class PaddedSNE(nn.Module):
         code = (tensor_level + magnitude)[:, None, :]
         if stage2.chunk_order:
             code = code + reversed_position_code(torch.arange(x.shape[1], device=device), width, dtype)
-        x = _padded_pool(stage2.pool, x + stage2.code_gain * code, mask)  # [T, h]
-        for stage, ptr in ((encoder.layer_encoder, batch.layer_ptr), (encoder.network_encoder, batch.network_ptr)):
-            if stage is encoder.network_encoder:
-                x = x + stage.code_gain * level
-            x, mask = _padded(x, ptr)
-            for block in stage.blocks:
-                x = _padded_block(block, x, mask)
-            x = _padded_pool(stage.pool, x, mask)
-        return x.to(dtype)
+        return _padded_pool(stage2.pool, x + stage2.code_gain * code, mask)  # [T, h]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.batch import WeightBatch
 from ..data.networks import Networks
 from ..data.packing import pack
+from ..data.tensor_statistics import tensor_statistics
 from .choices import FittedScale, Loss, Transform
 from .config_checks import choice, integer, integers, listed, shown
 from .encoder import SNE
@@ -142,7 +143,7 @@ class Predictor(PretrainedMixin, nn.Module):
         hidden_features = integers("Predictor", "hidden_features", hidden_features, MAX_HIDDEN_LAYERS)
         names = _target_names(target_names, out_features)
         self.encoder = encoder
-        self.head = PredictorHead(inner.config["hidden_dim"], out_features, hidden_features)
+        self.head = PredictorHead(inner.out_features, out_features, hidden_features)
         self.out_features = out_features
         self.hidden_features = hidden_features
         self.target_names = names
@@ -159,6 +160,11 @@ class Predictor(PretrainedMixin, nn.Module):
         encoder = unwrapped(self.encoder)
         assert isinstance(encoder, SNE)
         return encoder
+
+    @property
+    def in_features(self) -> int:
+        """Width of the encodings that the head takes."""
+        return self._sne.out_features
 
     @property
     def config(self) -> dict[str, Any]:
@@ -221,7 +227,7 @@ class Predictor(PretrainedMixin, nn.Module):
         return self.denormalise(self.head(self.encode(networks)))
 
     def encode(self, networks: WeightBatch | Networks) -> Tensor:
-        """Encode networks to the head's input `(B, hidden_dim)`.
+        """Encode networks to the head's input `(B, encoder.out_features)`.
 
         Args:
             networks: networks, which are packed by `pack`, or a batch as `pack` gives it. Both are then prepared, of a
@@ -232,14 +238,23 @@ class Predictor(PretrainedMixin, nn.Module):
             ValueError: as `pack`, `prepare` and the encoder.
         """
         batch = self.prepare(networks if isinstance(networks, WeightBatch) else self.pack(networks))
+        if self._sne.tensor_statistics is not None:
+            tensor_statistics(batch)  # of the weights as they were stored, which the input scale changes
         if self.input_normaliser is not None:
             batch = self.input_normaliser(batch)
         return self.encoder(batch)
 
     def set_inputs(self, batch: WeightBatch) -> None:
-        """Fit the input scale to the training networks; does nothing without `normalise_inputs`."""
+        """Fit the input scale, and the mean and spread of statistics, to the training networks.
+
+        Does nothing without `normalise_inputs` and for an encoder without statistics.
+        """
+        if self.input_normaliser is None and self._sne.tensor_statistics is None:
+            return
+        batch = self.prepare(batch)
         if self.input_normaliser is not None:
-            self.input_normaliser.fit(self.prepare(batch))
+            self.input_normaliser.fit(batch)
+        self._sne.set_statistics(batch)
 
     def set_targets(self, targets: Tensor) -> None:
         """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.

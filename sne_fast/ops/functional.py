@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, compositions, dispatch  # dispatch registers the implementations
+from . import checks, compositions, dispatch, reference_statistics  # dispatch registers the implementations
 from .autograd import OPS, ChunkEncode, FeedForward, GatherChunks, SegmentPool, SetAttention, apply
 from .schema import CHUNK_PARAMETERS
 from .supported_widths import WIDTHS
@@ -312,3 +312,25 @@ def fuses_feed_forward(q: Tensor) -> bool:
     if not dispatch.fuses("feed_forward", q.device) or q.shape[-1] not in WIDTHS:
         return False
     return q.device.type != "cuda" or q.dtype != torch.float64
+
+
+def tensor_statistics(
+    values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, *, start_host: Tensor | None = None
+) -> Tensor:
+    """Compute 23 statistics of every tensor of a batch, without gradients.
+
+    See :func:`sne_fast.tensor_statistics`, which calls it on a batch, for what they are.
+
+    Args:
+        values: ``(V,)`` floating, tensors one after another, in the order of a batch.
+        start: ``(T+1,)`` int64, the first value of each tensor, and the end.
+        scale: ``(T,)`` float32 or float64: what the values of each tensor were divided by.
+        dims: ``(T, 6)`` int64 on the CPU: out, in and kernel positions k of each tensor, fan-in and fan-out of its
+            layer, and 1 where kernel positions are outermost in ``values``. A tensor of fewer than two dimensions has
+            in = 0 and k = 1, and all its elements are outputs.
+        start_host: a CPU copy of ``start``.
+
+    Returns:
+        ``(T, 23)`` float32, float64 if the values are.
+    """
+    return reference_statistics.tensor_statistics(values, start, scale, dims, _on_host(start, start_host))

@@ -116,7 +116,8 @@ def permute_by_tables(batch: WeightBatch, per_network: Sequence[Symmetry], table
                     sources[b] = row
     source = sources[0] if len(sources) == 1 else torch.cat(sources)
     given = tuple(step for step in batch.prepared if not step.startswith(CANONICAL))
-    return batch.with_fields(values=batch.values.index_select(0, source), prepared=given)
+    values = batch.values.index_select(0, source)
+    return batch.with_fields(values=values, prepared=given, statistics=batch.statistics)  # which no permutation changes
 
 
 def _gather_index(batch: WeightBatch, b: int, symmetry: Symmetry) -> GatherIndex:

@@ -359,7 +359,7 @@ def predict(
     for rows in batches_by_weights(network_sizes(batch), limit):
         with _autocast(settings, weight.device):
             parts.append(predictor.encode(batch[rows].to(weight.device, weight.dtype)))
-    z = torch.cat(parts) if parts else weight.new_zeros(0, predictor.config["encoder"]["hidden_dim"])
+    z = torch.cat(parts) if parts else weight.new_zeros(0, predictor.in_features)
     predictor.train(was_training)
     return predictor.denormalise(predictor.head(z)), z
 

@@ -1,0 +1,87 @@
+"""The statistics channel of the encoder: numbers of each tensor that its chunks do not carry to z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batch import WeightBatch
+from ..data.tensor_statistics import COLUMNS, tensor_statistics
+from ..ops import functional
+
+LARGEST = 6.0
+"""Bound of statistics in standard deviations of those of the training networks."""
+LEAST_STD = 1e-3
+
+
+class StatisticsChannel(nn.Module):
+    """Encode the statistics of tensors, see "The statistics channel" in `docs/method.md`.
+
+    With s the statistics of a tensor, `t = clamp((s - mean) / std, -6, 6)` and
+    `a = relu(hidden([t, E[type], P(level)]))`: `to_tensor(a)` joins the vector of the tensor, and the mean of
+    `to_pool(a)` over a network's tensors stands beside z.
+
+    Args:
+        hidden_dim: h.
+        statistics: "tensor" for all 23 statistics, or "relative" for the 19 that do not name a size.
+
+    Parameters are `hidden`, `to_tensor` and `to_pool`; the buffers `mean` and `std` are 0 and 1 until `fit`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    __call__: Callable[..., tuple[Tensor, Tensor]]
+
+    def __init__(self, hidden_dim: int, statistics: str) -> None:
+        super().__init__()
+        self.statistics = statistics
+        count = len(COLUMNS[statistics])
+        self.hidden = nn.Linear(count + 2 * hidden_dim, 4 * hidden_dim)
+        self.to_tensor = nn.Linear(4 * hidden_dim, hidden_dim)
+        self.to_pool = nn.Linear(4 * hidden_dim, 2 * hidden_dim)
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("std", torch.ones(count))
+
+    def columns_of(self, batch: WeightBatch) -> Tensor:
+        """Return the statistics of a batch that the channel takes: `(T, 23)` or `(T, 19)`."""
+        found: Tensor = tensor_statistics(batch)
+        if self.statistics == "tensor":
+            return found
+        return found[:, list(COLUMNS[self.statistics])]
+
+    @torch.no_grad()
+    def fit(self, batch: WeightBatch) -> bool:
+        """Set `mean` and `std` from the tensors of the training networks.
+
+        Returns:
+            Whether they had never been set before.
+        """
+        first = not bool(self.mean.any()) and bool((self.std == 1).all())
+        found = self.columns_of(batch).double()
+        if found.shape[0]:
+            self.mean.copy_(found.mean(0))
+            self.std.copy_(found.std(0, correction=0).clamp_min(LEAST_STD))
+        return first
+
+    def forward(self, batch: WeightBatch, type_code: Tensor, level_code: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode the statistics of all tensors.
+
+        Args:
+            batch: B networks with T tensors.
+            type_code: `E[type]` of each tensor, `(T, h)`.
+            level_code: `P(level)` of each tensor, `(T, h)`.
+
+        Returns:
+            What joins the vectors of tensors `(T, h)`, and what stands beside z `(B, 2h)`.
+        """
+        found = self.columns_of(batch).to(level_code)
+        standard = ((found - self.mean) / self.std).clamp(-LARGEST, LARGEST)
+        a = F.relu(self.hidden(torch.cat([standard, type_code, level_code], 1)))  # [T, 4h]
+        ptr = batch.layer_ptr.index_select(0, batch.network_ptr)  # tensors of networks
+        ptr_host = batch.layer_ptr_host.index_select(0, batch.network_ptr_host)
+        alike = a.new_zeros((a.shape[0], 1))  # logits: a mean
+        return self.to_tensor(a), functional.segment_pool(self.to_pool(a), alike, ptr, ptr_host=ptr_host).squeeze(1)
