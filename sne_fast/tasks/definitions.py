@@ -110,6 +110,7 @@ class Task:
         experiments: one table each.
         sne: rows of the tables that are SNE by name; the first is the method itself, the others are its ablations.
         logit: the target lies in [0, 1] and is modelled as its logit.
+        classes: the target is a class.
         sizes: shares of the training networks in the curve of error against training-set size.
         baselines: rows after those of SNE, keys of `baselines.BASELINES`.
     """
@@ -121,6 +122,7 @@ class Task:
     experiments: tuple[Experiment, ...]
     sne: Mapping[str, SneSettings]
     logit: bool = False
+    classes: bool = False
     sizes: tuple[float, ...] = (0.125, 0.25, 0.5)
     baselines: tuple[str, ...] = ("mean", "statistics", "deepsets", "mlp", "nfn")
 

@@ -27,7 +27,10 @@ DRAWS = 5
 
 @dataclass(frozen=True)
 class SneRun:
-    """Predictions `(n,)` and encodings `(n, h)` of all networks, the record of the training, and the predictor."""
+    """Predictions and encodings `(n, h)` of all networks, the record of the training, and the predictor.
+
+    Predictions are `(n,)`, or probabilities `(n, classes)`.
+    """
 
     predicted: np.ndarray
     encodings: np.ndarray
@@ -61,12 +64,13 @@ def train_sne(
         preparation: what the predictor does to networks, that of the settings.
         symmetries: the symmetry of each of the n networks.
         test: positions of the networks whose permuted copies are compared, see `invariance_error`.
-        target: name of the target.
+        target: name of the target; that of an output is its class, where the target is one.
         checkpoint: as in :func:`sne_fast.training.fit`.
         on_epoch: as in :func:`sne_fast.training.fit`.
     """
     batch, train, watched = problem.batch, list(problem.train), list(problem.validation)
-    targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())[:, None]
+    targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())
+    targets = targets.long() if problem.classes else targets[:, None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(problem.seed)
         encoder = SNE(
@@ -77,10 +81,11 @@ def train_sne(
         encoder.fill_code_gains(settings.code_gain)
         predictor = Predictor(
             encoder,
-            1,
+            problem.outputs,
             settings.head,
-            [target],
+            problem.classes or [target],
             "logit" if problem.logit else "identity",
+            "cross_entropy" if problem.classes else "mse",
             normalise_inputs=scale_of_predictor(settings.input_scale),
             preparation=preparation,
         )
@@ -102,7 +107,8 @@ def train_sne(
         "weights_per_second": history.weights_per_second,
         "invariance_rms": invariance_error(predictor, batch, symmetries, test),
     }
-    return SneRun(predicted[:, 0].double().numpy(), encodings.double().numpy(), about, predictor)
+    predicted = predicted if problem.classes else predicted[:, 0]
+    return SneRun(predicted.double().numpy(), encodings.double().numpy(), about, predictor)
 
 
 def invariance_error(
