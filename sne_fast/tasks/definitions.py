@@ -2,85 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..data.batch import WeightBatch
-from ..data.choices import Chunking, Scale
-from ..nn.preparation import Preparation
-from ..symmetry import Symmetry
+from ..training.recipes import RECIPES, TrainingRecipe
 from ..zoo.architectures import FAMILIES
 from ..zoo.classifiers import make_classifier_zoo
 from ..zoo.images import SMALL_DATASETS
 from ..zoo.index import INDEX
 from ..zoo.inrs import make_sine_zoo
 from ..zoo.table import Zoo
-from .settings import InputScale, check_choices, scale_of_encoder
 
 Progress = Callable[[float], None]
 """Function that is called with the share of the work done, in [0, 1]."""
-Units = Literal["canonical", "permuted", "given"]
-
-
-@dataclass(frozen=True)
-class SneSettings:
-    """Settings of SNE in a task.
-
-    The names that are not listed are those of :class:`sne_fast.SNE`, :class:`sne_fast.training.FitSettings` and
-    :class:`sne_fast.tasks.settings.TrainSettings`.
-
-    Args:
-        units: order of the hidden units, for all methods of the task. "canonical": that of
-            :func:`sne_fast.symmetry.canonicalise`, with `odd` also its signs, and in training with `jitter`;
-            "permuted": random, drawn anew for every training batch; "given": that of the zoo.
-        invariance: weight of the logit-invariance loss between networks as training draws them and as they are.
-        order: give codes to elements and chunks; False is the paper's ablation.
-        relative: replace types and levels by :func:`sne_fast.nn.preparation.relative_places`.
-        keep_best: keep the epoch with the lowest validation loss, not the last one.
-
-    Raises:
-        ValueError: a value that is not among a field's choices.
-    """
-
-    epochs: int = 60
-    lr: float = 1e-3
-    warmup: float = 0.1
-    batch_weights: int = 24_000
-    hidden_dim: int = 32
-    chunk_size: int = 32
-    chunking: Chunking = "flat"
-    input_scale: InputScale = "zoo"
-    code_gain: float = 1.0
-    head: tuple[int, ...] = (128, 128)
-    units: Units = "permuted"
-    odd: bool = False
-    jitter: float = 0.1
-    invariance: float = 0.0
-    order: bool = True
-    relative: bool = False
-    keep_best: bool = True
-
-    def __post_init__(self) -> None:
-        check_choices(self, "SneSettings")
-
-    @property
-    def scale(self) -> Scale:
-        """The scale of `pack`."""
-        return scale_of_encoder(self.input_scale)
-
-    def preparation(self, batch: WeightBatch, symmetries: Sequence[Symmetry]) -> Preparation:
-        """Return what the settings ask to be done to networks, given their symmetries.
-
-        Args:
-            batch: the networks of the task as they are packed.
-            symmetries: the symmetry of each.
-        """
-        if self.units != "canonical":
-            return Preparation(relative=self.relative)
-        return Preparation.for_networks(batch, symmetries, odd=self.odd, jitter=self.jitter, relative=self.relative)
 
 
 @dataclass(frozen=True)
@@ -120,7 +57,7 @@ class Task:
     zoos: Callable[[Path, int, Progress], list[Zoo]]
     networks: int
     experiments: tuple[Experiment, ...]
-    sne: Mapping[str, SneSettings]
+    sne: Mapping[str, TrainingRecipe]
     logit: bool = False
     classes: bool = False
     sizes: tuple[float, ...] = (0.125, 0.25, 0.5)
@@ -174,12 +111,18 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
     return zoo
 
 
-# `odd` since the sine is an odd function. With this warm-up nothing is learnt at a rate of 2e-3, since sines need a low
-# rate at first.
-_SINES = SneSettings(epochs=150, units="canonical", odd=True, jitter=0.2)
-_ACCURACY = SneSettings(epochs=25, units="given")
-# Architectures never seen have no learnt codes, and no RMS in the training networks to divide by.
-_ACROSS = SneSettings(epochs=20, units="given", input_scale="fan_in", relative=True, keep_best=False)
+_INR, _BEST, _ACROSS, _PAPER = (RECIPES[name] for name in ("inr", "best", "across", "paper"))
+# The rows of tasks whose label is an accuracy: the recipe, with chunks as well, and chunks alone.
+_ACCURACY = {
+    "SNE": _BEST,
+    "SNE, chunks and statistics": _BEST.replace(chunks=True, input_scale="zoo"),
+    "SNE, chunks alone": _BEST.replace(chunks=True, input_scale="zoo", statistics="none"),
+}
+_ACCURACY_ACROSS = {
+    "SNE": _ACROSS,
+    "SNE, chunks and statistics": _ACROSS.replace(chunks=True),
+    "SNE, chunks alone": _ACROSS.replace(chunks=True, statistics="none"),
+}
 _ACROSS_BASELINES = ("mean", "statistics", "statistics_fan_in", "deepsets")
 _MLPS, _CNNS = tuple(FAMILIES["mlp"]), tuple(FAMILIES["cnn"])
 _MLP, _CNN, _VIT = ({"family": (name,)} for name in ("mlp", "cnn", "vit"))
@@ -192,10 +135,12 @@ TASKS: dict[str, Task] = {
         1000,
         (Experiment("sines"),),
         {
-            "SNE": replace(_SINES, invariance=0.5),
-            "SNE, no logit invariance": _SINES,
-            "SNE, no order codes": replace(_SINES, invariance=0.5, order=False),
-            "SNE, units in random order": replace(_SINES, invariance=0.5, units="permuted"),
+            "SNE": _INR.replace(statistics="none"),
+            "SNE, chunks and statistics": _INR,
+            "SNE, statistics alone": _INR.replace(chunks=False),
+            "SNE, no logit invariance": _INR.replace(statistics="none", invariance=0.0),
+            "SNE, no order codes": _INR.replace(statistics="none", order=False),
+            "SNE, units in random order": _INR.replace(statistics="none", units="permuted", odd=False, jitter=0.0),
         },
     ),
     "accuracy": Task(
@@ -204,7 +149,7 @@ TASKS: dict[str, Task] = {
         _classifiers(("digits",), ("unterthiner",)),
         800,
         (Experiment("unterthiner, digits"),),
-        {"SNE": _ACCURACY},
+        _ACCURACY,
         logit=True,
     ),
     "cross-dataset": Task(
@@ -216,7 +161,7 @@ TASKS: dict[str, Task] = {
             Experiment(f"{d} -> others", {"dataset": (d,)}, {"dataset": tuple(x for x in SMALL_DATASETS if x != d)})
             for d in SMALL_DATASETS
         ),
-        {"SNE": _ACROSS},
+        _ACCURACY_ACROSS,
         logit=True,
         sizes=(),
         baselines=_ACROSS_BASELINES,
@@ -227,7 +172,7 @@ TASKS: dict[str, Task] = {
         _classifiers(("digits",), _MLPS + _CNNS),
         3900,
         (Experiment("mlp -> cnn", _MLP, _CNN), Experiment("cnn -> mlp", _CNN, _MLP)),
-        {"SNE": _ACROSS},
+        _ACCURACY_ACROSS,
         logit=True,
         sizes=(),
         baselines=_ACROSS_BASELINES,
@@ -238,7 +183,7 @@ TASKS: dict[str, Task] = {
         _classifiers(("digits",), (*_MLPS, *_CNNS, "vit")),
         1400,
         (Experiment("mlp and cnn -> vit", {"family": ("mlp", "cnn")}, _VIT),),
-        {"SNE": _ACROSS},
+        _ACCURACY_ACROSS,
         logit=True,
         sizes=(),
         baselines=_ACROSS_BASELINES,

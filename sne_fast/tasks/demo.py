@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import time
@@ -19,7 +18,6 @@ from ..atomic_files import write_json
 from ..backends.cpu import library
 from ..data.batch import WeightBatch
 from ..data.weight_budgets import stratified_split
-from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..reports.files import write_csv
 from ..reports.machine import machine
@@ -27,7 +25,8 @@ from ..reports.measures import COLUMNS, measure_rows, measures
 from ..reports.plots import embedding_map, scatter
 from ..reports.terminal import progress, say, show_table
 from ..training.loop import fit, predict
-from ..training.settings import FitSettings, History
+from ..training.recipe_predictors import make_predictor
+from ..training.settings import History
 from ..training.threads import torch_threads
 from ..zoo.digits import ARCHITECTURES, make_digits_zoo
 from ..zoo.splits import PARTS
@@ -41,7 +40,6 @@ from .settings import Demo
 TARGET = "test_accuracy"
 SHARES = (0.75, 0.05, 0.20)
 """Shares of the networks that train the predictor, that choose its epoch, and that are held out."""
-CODE_GAIN = 1.0
 SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", Statistics.name, "mean of the training networks"
 
 
@@ -71,7 +69,8 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
     console = console or Console()
     folder = RunFolder(out)
     _check(settings)
-    predictor = _predictor(settings)  # an encoder that cannot be made leaves no folder
+    # Made before the folder: an encoder that cannot be made leaves none.
+    predictor = make_predictor(settings.recipe, ["accuracy"], transform="logit", seed=settings.seed)
     if folder.in_use():
         raise FileExistsError(f"demo: {str(folder)!r} exists and is not an empty folder; choose another or remove it")
     with folder.held("demo"):
@@ -79,7 +78,7 @@ def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Cons
 
 
 def _run(folder: RunFolder, predictor: Predictor, settings: Demo, console: Console) -> dict[str, Any]:
-    folder.begin({"settings": dataclasses.asdict(settings), "torch": torch.__version__}, "demo")
+    folder.begin({"settings": settings.values, "torch": torch.__version__}, "demo")
     clock = Clock()
 
     with clock("zoo"):
@@ -89,16 +88,14 @@ def _run(folder: RunFolder, predictor: Predictor, settings: Demo, console: Conso
     parts = dict(zip(PARTS, stratified_split(architectures, SHARES, settings.seed), strict=True))
     with clock("packing"):
         batch = predictor.pack(zoo)
-    # Batches are small, and most of the thousand operations of a step are too small to share: two threads, which sleep
-    # while they wait, meet 330 times in a step and train at 287k weights/s, one thread at 431k.
-    with clock("training"), torch_threads(1):
+    with clock("training"), torch_threads(settings.recipe.threads):
         history = _train(predictor, batch, accuracy, parts, settings, folder, console)
         predictor.save_pretrained(folder.predictor())
     with clock("report"):
         results = _report(folder, predictor, batch, zoo, parts, settings, console)
 
     metrics = {
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.values,
         "networks": {"all": len(zoo), **{name: len(rows) for name, rows in parts.items()}},
         "weights": batch.num_weights,
         "held_out": results,
@@ -127,16 +124,11 @@ def _check(settings: Demo) -> None:
     """Check the settings before any work is done.
 
     Raises:
-        ValueError: too few networks, or settings that `FitSettings` refuses.
+        ValueError: too few networks.
     """
     least = 4 * len(ARCHITECTURES)
     if settings.networks < least:
         raise ValueError(f"demo: networks must be at least {least}, four per architecture, got {settings.networks}")
-    _fit_settings(settings)
-
-
-def _fit_settings(settings: Demo) -> FitSettings:
-    return FitSettings(epochs=settings.epochs, lr=settings.lr, batch_weights=settings.batch_weights, seed=settings.seed)
 
 
 class Clock:
@@ -162,16 +154,6 @@ class Clock:
         seconds = self.seconds()
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if name != "all")
         return f"{seconds['all']:.1f} s in all ({parts})"
-
-
-def _predictor(settings: Demo) -> Predictor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        encoder = SNE(hidden_dim=settings.hidden_dim)
-        # Accuracy shows in how large the weights of which layer are, and SNE learns which layer from its codes. With
-        # their initial gains of 0.1, tau was lower by 0.05 on both zoos tried.
-        encoder.fill_code_gains(CODE_GAIN)
-        return Predictor(encoder, 1, (128, 128), target_names=["accuracy"], target_transform="logit")
 
 
 def _make_zoo(folder: Path, settings: Demo, console: Console) -> Zoo:
@@ -205,19 +187,19 @@ def _train(
         epochs_done, note = 0, ""
 
         def on_batch(done: int) -> None:
-            update((epochs_done + done / per_epoch) / settings.epochs, note)
+            update((epochs_done + done / per_epoch) / settings.recipe.epochs, note)
 
         def on_epoch(epoch: int, history: History) -> None:
             nonlocal epochs_done, note
             epochs_done = epoch + 1
             note = f"loss {history.train_loss[-1]:.2f}, unseen {history.validation_loss[-1]:.2f}"
-            update(epochs_done / settings.epochs, note)
+            update(epochs_done / settings.recipe.epochs, note)
 
         return fit(
             predictor,
             batch[train],
             targets[train],
-            _fit_settings(settings),
+            settings.recipe.fit_settings(settings.seed),
             validation=(batch[validation], targets[validation]),
             checkpoint=folder.checkpoint(),
             on_batch=on_batch,

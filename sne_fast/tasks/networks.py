@@ -17,10 +17,12 @@ from ..nn.preparation import Preparation
 from ..symmetry import Symmetry
 from ..training.digests import of_values
 from ..training.fingerprint import of_batch, of_targets
+from ..training.recipe_predictors import preparation_of
+from ..training.recipes import TrainingRecipe
 from ..zoo.splits import PARTS, SHARES
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
-from .definitions import Experiment, SneSettings
+from .definitions import Experiment
 
 WATCHED = 0.1
 """Share of the networks to learn from that choose the epoch, where the test networks are others."""
@@ -74,34 +76,34 @@ class Networks:
         """
         return np.concatenate([zoo.column(name) for zoo in self.zoos])
 
-    def packed(self, settings: SneSettings, scale: Scale | None = None) -> WeightBatch:
-        """Return all networks as one batch, packed and prepared as the settings say; it is cached.
+    def packed(self, recipe: TrainingRecipe, scale: Scale | None = None) -> WeightBatch:
+        """Return all networks as one batch, packed and prepared as the recipe say; it is cached.
 
         Args:
-            scale: the scale of `pack`, if not that of the settings.
+            scale: the scale of `pack`, if not that of the recipe.
         """
-        return self._packed(settings, scale)[0]
+        return self._packed(recipe, scale)[0]
 
-    def fingerprint_of(self, settings: SneSettings, scale: Scale | None = None) -> dict[str, Any]:
+    def fingerprint_of(self, recipe: TrainingRecipe, scale: Scale | None = None) -> dict[str, Any]:
         """Return the fingerprint of what `packed` returns."""
-        return self._packed(settings, scale)[1]
+        return self._packed(recipe, scale)[1]
 
-    def _packed(self, settings: SneSettings, scale: Scale | None) -> tuple[WeightBatch, dict[str, Any]]:
-        scale = scale or settings.scale
-        key = scale, settings.chunk_size, settings.chunking, settings.units, settings.odd, settings.relative
+    def _packed(self, recipe: TrainingRecipe, scale: Scale | None) -> tuple[WeightBatch, dict[str, Any]]:
+        scale = scale or recipe.scale
+        key = scale, recipe.chunk_size, recipe.chunking, recipe.units, recipe.odd, recipe.relative
         if key not in self._batches:
-            batch = self._raw(scale, settings.chunk_size, settings.chunking)
-            batch = self.preparation(settings).apply(batch)
+            batch = self._raw(scale, recipe.chunk_size, recipe.chunking)
+            batch = self.preparation(recipe).apply(batch)
             self._batches[key] = batch, of_batch(batch)
         return self._batches[key]
 
-    def preparation(self, settings: SneSettings) -> Preparation:
-        """Return what the settings ask to be done to the networks, with the symmetries that it needs; it is cached."""
-        key = settings.units, settings.odd, settings.jitter, settings.relative
+    def preparation(self, recipe: TrainingRecipe) -> Preparation:
+        """Return what the recipe ask to be done to the networks, with the symmetries that it needs; it is cached."""
+        key = recipe.units, recipe.odd, recipe.jitter, recipe.relative
         if key not in self._preparations:
-            batch = self._raw(settings.scale, settings.chunk_size, settings.chunking)
-            symmetries = self.symmetries if settings.units == "canonical" else []
-            self._preparations[key] = settings.preparation(batch, symmetries)
+            batch = self._raw(recipe.scale, recipe.chunk_size, recipe.chunking)
+            symmetries = self.symmetries if recipe.units == "canonical" else []
+            self._preparations[key] = preparation_of(recipe, batch, symmetries)
         return self._preparations[key]
 
     def _raw(self, scale: Scale, chunk_size: int, chunking: Chunking) -> WeightBatch:

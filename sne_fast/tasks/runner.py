@@ -18,16 +18,18 @@ from ..reports.machine import commit
 from ..reports.measures import class_measures, measures, why_undefined
 from ..reports.terminal import progress, say
 from ..training.digests import of_values
+from ..training.recipe_predictors import augmentation_of
+from ..training.recipes import TrainingRecipe
 from ..training.threads import torch_threads
 from .baselines import BASELINES, Problem
-from .definitions import TASKS, SneSettings, Task
+from .definitions import TASKS, Task
 from .networks import Networks
 from .report import show_experiment, write_report
 from .requirements import check_extra
 from .results import check_runs, collect
 from .run_folder import Run, RunFolder
 from .settings import SEEDS
-from .sne_method import augmentation, train_sne
+from .sne_method import train_sne
 
 LINE = ("tau", "r2", "mse", "accuracy", "cross_entropy")
 """Measures in the line that is printed when a run is done."""
@@ -98,7 +100,7 @@ class _Job:
 
     task: Task
     data: Networks
-    sne: Mapping[str, SneSettings]
+    sne: Mapping[str, TrainingRecipe]
     folder: RunFolder
     console: Console
     commit: str | None
@@ -134,8 +136,8 @@ class _Job:
         self.folder.begin(asked, "task", run)
         clock = time.perf_counter()
         label = f"{run.experiment.name}, {asked['method']}, seed {run.seed}, {len(parts['train'])} networks"
-        # One thread: batches are small, and most operations of a step are too small to share (see demo.py).
-        with progress(self.console, label) as update, torch_threads(1):
+        threads = 1 if settings is None else settings.threads
+        with progress(self.console, label) as update, torch_threads(threads):
             if settings is not None:
                 arrays, about = self._train_sne(run, settings, parts, lambda text: update(note=text))
             else:
@@ -163,7 +165,7 @@ class _Job:
                 runs = self.folder.results_of(experiment, row)
                 check_runs(runs, self.data, self.folder, _plain(settings) if settings else None)
 
-    def _made_of(self, run: Run, settings: SneSettings | None, parts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    def _made_of(self, run: Run, settings: TrainingRecipe | None, parts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Return the part of a run's result that says what it is made of."""
         form = settings or next(iter(self.sne.values()))  # baselines get networks in the form that SNE gets
         sizes = {name: len(part) for name, part in parts.items()}
@@ -194,7 +196,7 @@ class _Job:
         return parts
 
     def _train_sne(
-        self, run: Run, settings: SneSettings, parts: Mapping[str, list[int]], show: Callable[[str], None]
+        self, run: Run, settings: TrainingRecipe, parts: Mapping[str, list[int]], show: Callable[[str], None]
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         data = self.data
         batch = data.packed(settings)
@@ -214,7 +216,7 @@ class _Job:
         """Fit a baseline to networks in the form that SNE gets; those trained by batches get its augmentation too."""
         data, settings = self.data, next(iter(self.sne.values()))
         own = [data.symmetries[i] for i in parts["train"]]
-        augment = augmentation(own, settings, data.preparation(settings))
+        augment = augmentation_of(settings, own, data.preparation(settings))
         problem = Problem(
             data.packed(settings, "tensor"), data.targets, parts["train"], parts["validation"], run.seed,
             self.task.logit, augment, data.classes,
@@ -225,7 +227,7 @@ class _Job:
         return {"predicted": BASELINES[run.method].fit_predict(problem)}, {}
 
 
-def _plain(settings: SneSettings) -> dict[str, Any]:
+def _plain(settings: TrainingRecipe) -> dict[str, Any]:
     """Return settings as JSON gives them back."""
     plain: dict[str, Any] = json.loads(to_json(dataclasses.asdict(settings)))
     return plain

@@ -16,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from ..data.choices import Chunking, Scale
-from ..nn.choices import FittedScale, Loss, SetAttention, Transform
+from ..data.choices import Chunking
+from ..nn.choices import Loss, SetAttention, Transform
+from ..training.recipes import RECIPES, InputScale, TrainingRecipe, check_choices
 from ..training.settings import AmpDtype
 
-InputScale = Literal["tensor", FittedScale, "none"]
 LogFormat = Literal["csv", "tensorboard"]
 TaskName = Literal["inr", "accuracy", "cross-dataset", "cross-architecture", "transformers"]
 
@@ -35,28 +35,7 @@ def option(default: Any = MISSING, *, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def check_choices(settings: Any, command: str) -> None:
-    """Check every field of a `Literal` type.
-
-    Raises:
-        ValueError: a value that is not among the field's choices; the message begins with `command`.
-    """
-    for name, hint in get_type_hints(type(settings)).items():
-        literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
-        choices = [choice for literal in literals for choice in get_args(literal)]
-        value = getattr(settings, name)
-        if choices and value not in choices and not (value is None and get_origin(hint) is not Literal):
-            raise ValueError(f"{command}: {name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def scale_of_encoder(input_scale: InputScale) -> Scale:
-    """Return the `scale` of :class:`sne_fast.SNE` that an input scale asks for."""
-    return "tensor" if input_scale == "tensor" else "none"
-
-
-def scale_of_predictor(input_scale: InputScale) -> FittedScale | Literal[False]:
-    """Return the `normalise_inputs` of :class:`sne_fast.Predictor` that an input scale asks for."""
-    return False if input_scale == "tensor" or input_scale == "none" else input_scale
+_DEMO = RECIPES["best"].replace(batch_weights=12_000)
 
 
 @dataclass(frozen=True)
@@ -66,19 +45,26 @@ class Demo:
     seed: int = 0
     networks: int = 1440
     max_steps: int = 600
-    hidden_dim: int = 32
-    epochs: int = 20
-    lr: float = 1e-3
-    batch_weights: int = 12_000
+    recipe: TrainingRecipe = _DEMO
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All settings by name, as JSON holds them."""
+        return {**dataclasses.asdict(self), "recipe": self.recipe.values}
 
     @classmethod
     def quick(cls, seed: int = 0) -> Demo:
         """Return the settings of a small run, which shows the whole path rather than the quality."""
-        return cls(seed=seed, networks=180, max_steps=300, epochs=24, batch_weights=6_000)
+        small = cls.recipe.replace(epochs=24, batch_weights=6_000)
+        return cls(seed=seed, networks=180, max_steps=300, recipe=small)
 
     def replace(self, **changes: Any) -> Demo:
-        """Return the same settings with some of them changed."""
-        return dataclasses.replace(self, **changes)
+        """Return the same settings with some of them changed, those of the recipe by their own names."""
+        own = {field.name for field in dataclasses.fields(self)}
+        recipe = self.recipe.replace(**{name: value for name, value in changes.items() if name not in own})
+        return dataclasses.replace(
+            self, **{"recipe": recipe, **{name: value for name, value in changes.items() if name in own}}
+        )
 
 
 @dataclass(frozen=True)
@@ -96,9 +82,9 @@ class DemoSettings:
         None, help="Number of networks to train.", shown=f"{Demo.networks}, quick {Demo.quick().networks}"
     )
     epochs: int | None = option(
-        None, help="Epochs of the predictor.", shown=f"{Demo.epochs}, quick {Demo.quick().epochs}"
+        None, help="Epochs of the predictor.", shown=f"{Demo.recipe.epochs}, quick {Demo.quick().recipe.epochs}"
     )
-    hidden_dim: int | None = option(None, help="Width of the encoder.", shown=str(Demo.hidden_dim))
+    hidden_dim: int | None = option(None, help="Width of the encoder.", shown=str(Demo.recipe.hidden_dim))
 
     @property
     def demo(self) -> Demo:

@@ -11,15 +11,13 @@ import numpy as np
 import torch
 
 from ..data.batch import WeightBatch
-from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..nn.preparation import Preparation
-from ..symmetry import PermutationAugmentation, Symmetry, permute
-from ..training import FitSettings, History, fit, predict
-from ..training.loop import Augment
+from ..symmetry import Symmetry, permute
+from ..training import History, fit, predict
+from ..training.recipe_predictors import augmentation_of, make_predictor
+from ..training.recipes import TrainingRecipe
 from .baselines import Problem
-from .definitions import SneSettings
-from .settings import scale_of_predictor
 
 DRAWS = 5
 """Number of permuted copies of every test network in `invariance_error`."""
@@ -38,16 +36,9 @@ class SneRun:
     predictor: Predictor
 
 
-def augmentation(symmetries: Sequence[Symmetry], settings: SneSettings, preparation: Preparation) -> Augment | None:
-    """Return the change of training batches that `settings.units` asks for, given the training networks' symmetries."""
-    if settings.units == "permuted":
-        return PermutationAugmentation(symmetries)
-    return preparation.augment if preparation.draws else None
-
-
 def train_sne(
     problem: Problem,
-    settings: SneSettings,
+    recipe: TrainingRecipe,
     preparation: Preparation,
     symmetries: Sequence[Symmetry],
     test: Sequence[int],
@@ -59,9 +50,9 @@ def train_sne(
     """Train SNE on a problem.
 
     Args:
-        problem: its batch is packed with the scale and chunks of the settings, and may be prepared.
-        settings: of the encoder and the training.
-        preparation: what the predictor does to networks, that of the settings.
+        problem: its batch is packed with the scale and chunks of the recipe, and may be prepared.
+        recipe: of the encoder and the training.
+        preparation: what the predictor does to networks, that of the recipe.
         symmetries: the symmetry of each of the n networks.
         test: positions of the networks whose permuted copies are compared, see `invariance_error`.
         target: name of the target; that of an output is its class, where the target is one.
@@ -71,34 +62,24 @@ def train_sne(
     batch, train, watched = problem.batch, list(problem.train), list(problem.validation)
     targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())
     targets = targets.long() if problem.classes else targets[:, None]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(problem.seed)
-        encoder = SNE(
-            hidden_dim=settings.hidden_dim, chunk_size=settings.chunk_size, chunking=settings.chunking,
-            scale=settings.scale,
-            element_order=settings.order, chunk_order=settings.order,
-        )  # fmt: skip
-        encoder.fill_code_gains(settings.code_gain)
-        predictor = Predictor(
-            encoder,
-            problem.outputs,
-            settings.head,
-            problem.classes or [target],
-            "logit" if problem.logit else "identity",
-            "cross_entropy" if problem.classes else "mse",
-            normalise_inputs=scale_of_predictor(settings.input_scale),
-            preparation=preparation,
-        )
-    augment = augmentation([symmetries[i] for i in train], settings, preparation)
+    predictor = make_predictor(
+        recipe,
+        problem.classes or [target],
+        transform="logit" if problem.logit else "identity",
+        loss="cross_entropy" if problem.classes else "mse",
+        preparation=preparation,
+        seed=problem.seed,
+    )
     history = fit(
-        predictor, batch[train], targets[train],
-        FitSettings(
-            epochs=settings.epochs, lr=settings.lr, warmup=settings.warmup, batch_weights=settings.batch_weights,
-            invariance=settings.invariance, keep_best=settings.keep_best, seed=problem.seed,
-        ),
+        predictor,
+        batch[train],
+        targets[train],
+        recipe.fit_settings(problem.seed),
         validation=(batch[watched], targets[watched]) if watched else None,
-        augment=augment, checkpoint=checkpoint, on_epoch=on_epoch,
-    )  # fmt: skip
+        augment=augmentation_of(recipe, [symmetries[i] for i in train], preparation),
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+    )
     predicted, encodings = predict(predictor, batch)
     about = {
         "train_loss": history.train_loss,

@@ -24,12 +24,13 @@ from ..symmetry import PermutationAugmentation
 from ..training.distributed import World, processes
 from ..training.loop import fit, predict
 from ..training.progress import CsvLog, Log, TensorBoardLog
+from ..training.recipes import scale_of_encoder, scale_of_predictor
 from ..training.settings import FitSettings, History
 from ..zoo.splits import read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
 from .run_folder import RunFolder
-from .settings import TrainSettings, scale_of_encoder, scale_of_predictor
+from .settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console

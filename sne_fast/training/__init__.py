@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .estimators import SNEClassifier, SNERegressor
     from .loop import Augment, fit, predict
     from .progress import CsvLog, TensorBoardLog
+    from .recipe_predictors import augmentation_of, make_predictor, preparation_of
+    from .recipes import RECIPES, TrainingRecipe, find_recipe
     from .settings import FitSettings, History
 else:
     __getattr__, __dir__ = attach(
@@ -23,11 +25,14 @@ else:
             ".estimators": ["SNEClassifier", "SNERegressor"],
             ".loop": ["Augment", "fit", "predict"],
             ".progress": ["CsvLog", "TensorBoardLog"],
+            ".recipe_predictors": ["augmentation_of", "make_predictor", "preparation_of"],
+            ".recipes": ["RECIPES", "TrainingRecipe", "find_recipe"],
             ".settings": ["FitSettings", "History"],
         },
     )
 
 __all__ = [
+    "RECIPES",
     "Augment",
     "CsvLog",
     "FitSettings",
@@ -35,10 +40,15 @@ __all__ = [
     "SNEClassifier",
     "SNERegressor",
     "TensorBoardLog",
+    "TrainingRecipe",
+    "augmentation_of",
     "batches_by_weights",
+    "find_recipe",
     "fit",
+    "make_predictor",
     "network_sizes",
     "predict",
+    "preparation_of",
     "shards_by_weights",
     "stratified_split",
 ]

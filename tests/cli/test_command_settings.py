@@ -15,7 +15,7 @@ from sne_fast import SNE, Predictor
 from sne_fast.nn.input_scales import INPUT_SCALES
 from sne_fast.tasks import TASKS, run_task, settings
 from sne_fast.tasks.settings import Demo, DemoSettings, TaskSettings, TrainSettings
-from sne_fast.training import FitSettings
+from sne_fast.training import FitSettings, recipes
 
 
 def defaults_of(function: Any) -> dict[str, Any]:
@@ -24,13 +24,13 @@ def defaults_of(function: Any) -> dict[str, Any]:
 
 def test_choices_are_those_of_the_package() -> None:
     assert get_args(settings.TaskName) == tuple(TASKS)
-    assert get_args(settings.InputScale) == ("tensor", *INPUT_SCALES, "none")
+    assert get_args(recipes.InputScale) == ("tensor", *INPUT_SCALES, "none")
 
 
 def test_an_input_scale_is_the_encoders_or_the_predictors() -> None:
-    scales = get_args(settings.InputScale)
-    assert [settings.scale_of_encoder(scale) for scale in scales] == ["tensor", "none", "none", "none"]
-    assert [settings.scale_of_predictor(scale) for scale in scales] == [False, "zoo", "fan_in", False]
+    scales = get_args(recipes.InputScale)
+    assert [recipes.scale_of_encoder(scale) for scale in scales] == ["tensor", "none", "none", "none"]
+    assert [recipes.scale_of_predictor(scale) for scale in scales] == [False, "zoo", "fan_in", False]
 
 
 def test_defaults_are_those_of_what_is_set_but_for_the_learning_rate() -> None:

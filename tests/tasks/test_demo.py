@@ -25,7 +25,7 @@ from sne_fast.tasks.run_folder import RunFolder
 from sne_fast.zoo import Zoo, verify
 from sne_fast.zoo.statistics import STATISTICS, layer_statistics
 
-TINY = Demo(seed=1, networks=36, max_steps=20, hidden_dim=32, epochs=2)
+TINY = Demo(seed=1, networks=36, max_steps=20).replace(hidden_dim=32, epochs=2)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,11 @@ import sne_fast
 from helpers.paths import ROOT
 from sne_fast.tasks import TASKS, definitions, run_task, runner
 from sne_fast.tasks.baselines import BASELINES, Problem
-from sne_fast.tasks.definitions import Experiment, SneSettings
+from sne_fast.tasks.definitions import Experiment
 from sne_fast.tasks.networks import Networks
 from sne_fast.tasks.run_folder import Run, RunFolder, slug
 from sne_fast.tasks.sne_method import invariance_error, train_sne
+from sne_fast.training.recipes import TrainingRecipe
 from sne_fast.zoo import Zoo, make_classifier_zoo, make_sine_zoo
 
 for module in ("sklearn", "scipy", "matplotlib", "pyarrow"):
@@ -242,11 +243,11 @@ def test_definitions_hold_together(name):
 def test_mixed_architectures_train_with_permutations(families):
     """An untrained predictor is not invariant, and the measure of it sees that; an invariant one gives zero."""
     parts = families.split(Experiment("all"), 0)
-    settings = SneSettings(epochs=1, batch_weights=8_000, invariance=0.1)
+    settings = TrainingRecipe(epochs=1, batch_weights=8_000, chunks=True, units="permuted", invariance=0.1)
     problem = Problem(families.packed(settings), families.targets, parts["train"], parts["validation"], 0, logit=True)
     preparation = families.preparation(settings)
     run = train_sne(problem, settings, preparation, families.symmetries, parts["test"], target="test_accuracy")
-    assert run.predicted.shape == (50,) and run.encodings.shape == (50, 32)
+    assert run.predicted.shape == (50,) and run.encodings.shape == (50, 96)
     assert ((run.predicted >= 0) & (run.predicted <= 1)).all() and run.about["invariance_rms"] > 0
     with torch.no_grad():
         for p in run.predictor.head.parameters():
@@ -258,7 +259,8 @@ def test_classes_are_predicted_as_probabilities(families):
     data = Networks(families.zoos, "architecture", classes=True)
     assert data.classes == ("cnn3-flatten", "cnn5-pool", "mlp-10", "mlp-10-10", "vit")
     assert [data.classes[int(k)] for k in data.targets] == families.groups
-    parts, settings = data.split(Experiment("all"), 0), SneSettings(epochs=12, batch_weights=8_000, invariance=0.1)
+    parts = data.split(Experiment("all"), 0)
+    settings = TrainingRecipe(epochs=12, batch_weights=8_000, units="permuted", invariance=0.1)
     problem = Problem(data.packed(settings), data.targets, parts["train"], parts["validation"], 0, classes=data.classes)
     run = train_sne(problem, settings, data.preparation(settings), data.symmetries, parts["test"], target="kind")
     assert run.predicted.shape == (50, 5) and run.predictor.target_names == data.classes
@@ -271,7 +273,7 @@ def test_a_task_of_classes_reports_accuracies(tmp_path, monkeypatch):
         found, names = definitions.reuse(folder / "z", {}), ["mlp-10", "cnn5-pool"]
         return [found or make_classifier_zoo(folder / "z", networks, architectures=names, max_steps=5)]
 
-    experiment, settings = Experiment("kinds"), {"SNE": SneSettings(epochs=1, batch_weights=9_000, units="given")}
+    experiment, settings = Experiment("kinds"), {"SNE": TrainingRecipe(epochs=1, batch_weights=9_000)}
     task = definitions.Task("Kinds", "family", zoos, 40, (experiment,), settings, classes=True, sizes=(0.5,))
     monkeypatch.setitem(TASKS, "kinds", task)
     results = run_task("kinds", tmp_path, Console(quiet=True), seeds=(0, 1), methods=["SNE", "mean", "statistics"])
@@ -326,7 +328,7 @@ def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
 def test_relative_places_mean_the_same_everywhere(families):
     from sne_fast.nn.preparation import relative_places
 
-    settings = SneSettings(units="given")
+    settings = TrainingRecipe()
     batch = families.packed(settings)
     found = relative_places(batch)
     for b, name in enumerate(families.groups):

@@ -16,17 +16,18 @@ from typer.testing import CliRunner
 import sne_fast
 from sne_fast.cli.commands import app
 from sne_fast.tasks.baselines import Problem
-from sne_fast.tasks.definitions import Experiment, SneSettings
+from sne_fast.tasks.definitions import Experiment
 from sne_fast.tasks.networks import Networks
 from sne_fast.tasks.settings import TrainSettings
 from sne_fast.tasks.sne_method import train_sne
 from sne_fast.tasks.train import train
+from sne_fast.training.recipes import TrainingRecipe
 from sne_fast.zoo import Zoo, make_classifier_zoo
 
 pytest.importorskip("pyarrow")
 
 TARGET = "test_accuracy"
-QUICK = SneSettings(epochs=1, batch_weights=8_000, units="given")
+QUICK = TrainingRecipe(epochs=1, batch_weights=8_000, chunks=True)
 SETTINGS = {
     "as they are": QUICK,
     "by tensor": dataclasses.replace(QUICK, input_scale="tensor"),
