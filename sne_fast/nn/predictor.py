@@ -214,13 +214,17 @@ class Predictor(PretrainedMixin, nn.Module):
     def prepare(self, batch: WeightBatch) -> WeightBatch:
         """Do the steps of `preparation` that the batch does not say were done; `encode` does so by itself.
 
-        A batch that is used often, as in training, is prepared once: the result says so in `prepared`, as do its parts.
+        A batch that is used often, as in training, is prepared once: the result says so in `prepared`, as do its parts,
+        and keeps the statistics of its tensors, if the encoder takes any.
 
         Raises:
             SymmetryError: a canonical order of units is asked for, and a network's symmetries are not known.
             ValueError: the batch was prepared for another predictor.
         """
-        return self.preparation.apply(batch)
+        batch = self.preparation.apply(batch)
+        if self._sne.tensor_statistics is not None:
+            tensor_statistics(batch)  # of the weights as they were stored, which the input scale changes
+        return batch
 
     def forward(self, networks: WeightBatch | Networks) -> Tensor:
         """Predict `(B, out_features)` in the targets' units; `networks` as for `encode`."""
@@ -238,8 +242,6 @@ class Predictor(PretrainedMixin, nn.Module):
             ValueError: as `pack`, `prepare` and the encoder.
         """
         batch = self.prepare(networks if isinstance(networks, WeightBatch) else self.pack(networks))
-        if self._sne.tensor_statistics is not None:
-            tensor_statistics(batch)  # of the weights as they were stored, which the input scale changes
         if self.input_normaliser is not None:
             batch = self.input_normaliser(batch)
         return self.encoder(batch)

@@ -38,6 +38,8 @@ from .settings import FitSettings, History
 
 MOST_SKIPPED = 32
 """Steps in a row that may be skipped under float16: its scale, 65536 at first, is halved by each, down to 2**-16."""
+BATCH_WEIGHTS = 100_000
+"""Largest number of weights in a batch of networks that are only encoded."""
 _SHOWN = 5  # networks named in a message
 
 
@@ -140,6 +142,10 @@ def fit(
             state, states = Progress.load(path, fingerprint, settings.epochs, predictor.target_mean.device)
         predictor.set_inputs(batch)
         predictor.set_targets(goals)
+        if predictor.preparation.steps == batch.prepared:
+            batch = predictor.prepare(batch)  # whose parts keep what it has computed
+        if watched is not None:
+            watched = predictor.prepare(watched[0]), watched[1]
         world.share_parameters(predictor)
         run = _Run(predictor, batch, goals, settings, augment, world)
         if path is not None and states is not None:
@@ -219,6 +225,7 @@ class _Run:
             raise ValueError(f"fit: targets must fit {self.goals.dtype}, got up to {targets.abs().max().item():g}")
         self.settings, self.augment, self.world = settings, augment, world
         self.weight = predictor.target_mean
+        self.parameters = dict(predictor.named_parameters())
         self.sizes = network_sizes(batch)
         generator = torch.Generator().manual_seed(settings.seed)
         self.plan = [
@@ -287,9 +294,9 @@ class _Run:
                     unchanged = predictor.head(predictor.encode(plain))
                 loss = loss + settings.invariance * (outputs - unchanged.to(outputs)).square().sum() / 2
             self.scaler.scale(loss / len(rows)).backward()
-        spoilt = self.world.sum_gradients(predictor.parameters(), loss)
+        spoilt = self.world.sum_gradients(self.parameters.values(), loss)
         self.scaler.unscale_(self.optimiser)
-        gradients = {name: p.grad for name, p in predictor.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norm = nn.utils.get_total_norm(gradients.values())
         # Read together, so that a GPU is waited for once in a step.
         summed, whole, spoilt_, length = torch.stack(
@@ -299,7 +306,7 @@ class _Run:
             own = [rows[p] for p, finite in zip(places, losses.isfinite().tolist(), strict=True) if not finite]
             raise ValueError(f"fit: the loss became {whole} in {where}, {self._named(own or rows)}; no step was taken")
         self._check_gradients(length, gradients, f"{where}, {self._named(rows)}")
-        nn.utils.clip_grads_with_norm_(predictor.parameters(), settings.clip, norm)
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         return summed
@@ -325,7 +332,7 @@ def _autocast(settings: FitSettings, device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def predict(
-    predictor: Predictor, batch: WeightBatch, batch_weights: int = 100_000, *, settings: FitSettings | None = None
+    predictor: Predictor, batch: WeightBatch, batch_weights: int = BATCH_WEIGHTS, *, settings: FitSettings | None = None
 ) -> tuple[Tensor, Tensor]:
     """Predict properties of networks, in batches of bounded size.
 
@@ -368,7 +375,7 @@ def _loss(predictor: Predictor, batch: WeightBatch, targets: Tensor, settings: F
     rows = shards_by_weights(network_sizes(batch), range(len(batch)), world.size)[world.rank]
     total = 0.0
     if rows:
-        _, z = predict(predictor, batch[rows], settings.batch_weights, settings=settings)
+        _, z = predict(predictor, batch[rows], max(settings.batch_weights, BATCH_WEIGHTS), settings=settings)
         with torch.no_grad():
             goals = part_of(rows, predictor.normalise(targets))
             total = predictor.losses(predictor.head(z), goals).double().sum().item()

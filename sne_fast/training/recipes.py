@@ -158,9 +158,9 @@ class TrainingRecipe:
 
 RECIPES: dict[str, TrainingRecipe] = {
     # Properties that show in how a network was trained, such as its accuracy: statistics carry them.
-    "best": TrainingRecipe(),
+    "best": TrainingRecipe(epochs=25),
     # For architectures that no training network has: neither sizes nor places of their own.
-    "across": TrainingRecipe(statistics="relative", relative=True, input_scale="fan_in", keep_best=False),
+    "across": TrainingRecipe(statistics="relative", relative=True, input_scale="fan_in", epochs=20, keep_best=False),
     # For implicit neural representations, whose label is what each weight does.
     "inr": TrainingRecipe(
         chunks=True, input_scale="zoo", units="canonical", odd=True, jitter=0.2, invariance=0.5, epochs=150
