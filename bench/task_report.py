@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sne_fast.tasks.report import cells
+from sne_fast.tasks.report import CLASS_COLUMNS, COLUMNS, cells, columns
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -38,17 +39,31 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def section(folder: Path) -> str:
-    """Return one table of all tasks: experiment, method, tau, R2, MSE, seeds."""
-    lines = ["| experiment | method | Kendall's tau | R2 | MSE | seeds |", "|---|---|---|---|---|---|"]
+    """Return one table of all tasks that predict numbers, and one of those that predict classes, if there are any."""
+    lines = []
+    for wanted in (COLUMNS, CLASS_COLUMNS):
+        rows = _rows(folder, wanted)
+        if rows:
+            shown = list(wanted)[:-1]
+            lines += ["", f"| experiment | method | {' | '.join(shown)} | seeds |", "|---" * (len(shown) + 3) + "|"]
+            lines += rows
+    return "\n".join([*lines, "", ""])
+
+
+def _rows(folder: Path, wanted: Mapping[str, str]) -> list[str]:
+    """Return the rows of experiments whose tables have these columns, without the seconds."""
+    lines = []
     for results in read(folder):
         for experiment in results["experiments"].values():
+            if columns(experiment) is not wanted:
+                continue
             for name, method in experiment["methods"].items():
                 if "why_not" in method:
                     continue
-                numbers = cells(method)[:3]
+                numbers = cells(method, wanted)[:-1]
                 title = f"`{results['task']}`, {experiment['name']}"
                 lines.append(f"| {title} | {name} | {' | '.join(numbers)} | {method['runs']} |")
-    return "\n".join(["", *lines, "", ""])
+    return lines
 
 
 def summary(folder: Path) -> str:

@@ -40,6 +40,23 @@ def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]
     return {name: None if value is None or not np.isfinite(value) else value for name, value in found.items()}
 
 
+def class_measures(probabilities: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
+    """Return accuracy and mean cross entropy of probabilities `(n, classes)` against classes `(n,)`.
+
+    Probabilities count as at least 1e-7. Both measures are None where a probability is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> class_measures(np.array([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]), np.array([0, 1, 1]))["accuracy"]
+        0.6666666666666666
+    """
+    if not (len(true) and np.isfinite(probabilities).all()):
+        return {"accuracy": None, "cross_entropy": None}
+    own = probabilities[np.arange(len(true)), true.astype(np.int64)]
+    hits = probabilities.argmax(1) == true
+    return {"accuracy": float(hits.mean()), "cross_entropy": float(-np.log(own.clip(1e-7)).mean())}
+
+
 def why_undefined(predicted: np.ndarray, true: np.ndarray) -> str | None:
     """Return why some of the `measures` are None; None if all are numbers.
 

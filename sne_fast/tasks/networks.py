@@ -34,11 +34,18 @@ class Networks:
     Args:
         zoos: the zoos.
         target: the column to predict.
+        classes: the column holds classes; `classes` then has their names, and `targets` positions among these.
     """
 
-    def __init__(self, zoos: Sequence[Zoo], target: str) -> None:
+    def __init__(self, zoos: Sequence[Zoo], target: str, classes: bool = False) -> None:
         self.zoos = list(zoos)
-        self.targets = np.concatenate([zoo.column(target).astype(np.float64) for zoo in zoos])
+        self.classes: tuple[str, ...] = ()
+        if classes:
+            values, places = np.unique(self.column(target), return_inverse=True)
+            self.classes = tuple(f"{value:g}" if values.dtype.kind == "f" else str(value) for value in values)
+            self.targets = places.astype(np.float64)
+        else:
+            self.targets = self.column(target).astype(np.float64)
         self.groups = [str(name) for name in self.column("architecture")]
         self._batches: dict[tuple[object, ...], tuple[WeightBatch, dict[str, Any]]] = {}
         self._preparations: dict[tuple[object, ...], Preparation] = {}

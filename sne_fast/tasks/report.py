@@ -19,13 +19,22 @@ from .run_folder import Run, RunFolder, read_arrays
 if TYPE_CHECKING:
     from rich.console import Console
 
-COLUMNS = ("Kendall's tau", "R2", "MSE", "seconds")
+COLUMNS = {"Kendall's tau": "tau", "R2": "r2", "MSE": "mse", "seconds": "seconds"}
+"""Heading of each column of a table -> its measure."""
+CLASS_COLUMNS = {"accuracy": "accuracy", "cross entropy": "cross_entropy", "seconds": "seconds"}
+"""The same for tasks whose target is a class."""
 
 
-def cells(method: Mapping[str, Any]) -> list[str]:
-    """Return tau, R2, MSE and seconds of a method as mean and standard deviation over seeds, "-" where not defined."""
+def columns(experiment: Mapping[str, Any]) -> dict[str, str]:
+    """Return the columns of an experiment's table."""
+    classes = any("accuracy" in method for method in experiment["methods"].values())
+    return CLASS_COLUMNS if classes else COLUMNS
+
+
+def cells(method: Mapping[str, Any], shown: Mapping[str, str] = COLUMNS) -> list[str]:
+    """Return measures and seconds of a method as mean and standard deviation over seeds, "-" where not defined."""
     if "why_not" in method:
-        return ["; ".join(method["why_not"]), "", "", ""]
+        return ["; ".join(method["why_not"]), *[""] * (len(shown) - 1)]
 
     def number(key: str) -> str:
         mean, std = method[key]["mean"], method[key]["std"]
@@ -33,7 +42,7 @@ def cells(method: Mapping[str, Any]) -> list[str]:
             return "-"
         return f"{mean:.3g}" if std is None else f"{mean:.3g} ± {std:.2g}"
 
-    return [number("tau"), number("r2"), number("mse"), f"{method['seconds']:.0f}"]
+    return [f"{method['seconds']:.0f}" if key == "seconds" else number(key) for key in shown.values()]
 
 
 def show_experiment(console: Console, experiment: Mapping[str, Any]) -> None:
@@ -41,8 +50,8 @@ def show_experiment(console: Console, experiment: Mapping[str, Any]) -> None:
     runs = max(method["runs"] for method in experiment["methods"].values())
     show_table(
         console,
-        ["", *COLUMNS],
-        [[name, *cells(method)] for name, method in experiment["methods"].items()],
+        ["", *columns(experiment)],
+        [[name, *cells(method, columns(experiment))] for name, method in experiment["methods"].items()],
         title=f"{experiment['name']}: test networks, mean ± standard deviation of {runs} seed(s)",
     )
 
@@ -56,10 +65,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"label {results['variance']:.4g}.",
     ]
     for experiment in results["experiments"].values():
-        lines += ["", f"## {experiment['name']}", "", f"| method | {' | '.join(COLUMNS)} | seeds |"]
-        lines += ["|---" * (len(COLUMNS) + 2) + "|"]
+        shown = columns(experiment)
+        lines += ["", f"## {experiment['name']}", "", f"| method | {' | '.join(shown)} | seeds |"]
+        lines += ["|---" * (len(shown) + 2) + "|"]
         for name, method in experiment["methods"].items():
-            lines.append(f"| {name} | {' | '.join(cells(method))} | {method['runs']} |")
+            lines.append(f"| {name} | {' | '.join(cells(method, shown))} | {method['runs']} |")
         for name, method in experiment["methods"].items():
             if "invariance_rms_over_rmse" in method:
                 share = method["invariance_rms_over_rmse"]
@@ -89,7 +99,8 @@ def write_report(folder: RunFolder, task: Task, data: Networks, results: Mapping
                         folder.plot("embedding", experiment), arrays["encodings"], data.targets, data.groups,
                         parts["test"], seed, label=task.target, limits=(None, None),
                     )  # fmt: skip
-        _scatter(folder.plot("scatter", experiment), task, data, parts["test"], predictions)
+        if not task.classes:
+            _scatter(folder.plot("scatter", experiment), task, data, parts["test"], predictions)
         if found["by_training_size"]:
             _curves(folder.plot("size", experiment), found["by_training_size"])
 
@@ -120,14 +131,17 @@ def _scatter(path: Path, task: Task, data: Networks, test: list[int], prediction
 
 
 def _curves(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Plot the test error against the number of training networks."""
+    """Plot the test error, or the accuracy, against the number of training networks."""
+    classes = any("accuracy" in point for points in curves.values() for point in points)
+    key = "accuracy" if classes else "mse"
     figure = new_figure(6.0, 4.2)
     axis = figure.subplots()
     for name, points in curves.items():
         axis.plot(
-            [p["networks"] for p in points], [p["mse"] for p in points], marker="o", markersize=4, label=literal(name)
+            [p["networks"] for p in points], [p[key] for p in points], marker="o", markersize=4, label=literal(name)
         )
-    axis.set(xscale="log", yscale="log", xlabel="training networks", ylabel="mean squared error on test networks")
+    what, scale = ("accuracy", "linear") if classes else ("mean squared error", "log")
+    axis.set(xscale="log", yscale=scale, xlabel="training networks", ylabel=f"{what} on test networks")
     axis.grid(alpha=0.25, which="both")
     axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -15,6 +15,9 @@ from .definitions import Task
 from .networks import Networks
 from .run_folder import RunFolder
 
+SUMMARISED = ("tau", "r2", "mse", "mae", "accuracy", "cross_entropy")
+"""Measures of which results hold mean and standard deviation over seeds."""
+
 
 def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], folder: RunFolder) -> dict[str, Any]:
     """Gather the results of all runs in a folder, whichever call made them.
@@ -94,7 +97,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     if "test" not in runs[0]:
         return {**summary, "why_not": runs[0]["why_not"]}
-    for key in ("tau", "r2", "mse", "mae"):
+    for key in (key for key in SUMMARISED if key in runs[0]["test"]):
         values = [run["test"][key] for run in runs]
         known = all(value is not None for value in values)
         summary[key] = {
@@ -103,7 +106,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "std": float(np.std(np.subtract(values, values[0]), ddof=1)) if known and len(values) > 1 else None,
         }
     if "invariance_rms" in runs[0]:
-        shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs if run["test"]["rmse"]]
+        shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs if run["test"].get("rmse")]
         if len(shares) == len(runs):  # not without an error to compare with
             summary["invariance_rms_over_rmse"] = float(np.max(shares))
     return summary

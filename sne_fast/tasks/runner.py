@@ -15,7 +15,7 @@ import torch
 
 from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
-from ..reports.measures import measures, why_undefined
+from ..reports.measures import class_measures, measures, why_undefined
 from ..reports.terminal import progress, say
 from ..training.digests import of_values
 from ..training.recipe_predictors import augmentation_of
@@ -30,6 +30,9 @@ from .results import check_runs, collect
 from .run_folder import Run, RunFolder
 from .settings import SEEDS
 from .sne_method import train_sne
+
+LINE = ("tau", "r2", "mse", "accuracy", "cross_entropy")
+"""Measures in the line that is printed when a run is done."""
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +82,7 @@ def run_task(
     folder, at = RunFolder(out), commit()  # the commit is read now, since the checkout may change while this runs
     with progress(console, "making the zoos") as update:
         zoos = task.zoos(folder.zoos, networks or task.networks, update)
-    job = _Job(task, Networks(zoos, task.target), sne, folder, console, at)
+    job = _Job(task, Networks(zoos, task.target, task.classes), sne, folder, console, at)
     job.check(list(methods) or rows)
     for run in job.runs(list(methods) or rows, seeds):
         job.make(run)
@@ -143,7 +146,7 @@ class _Job:
         if arrays:
             test = parts["test"]
             about["test"] = _measures(arrays["predicted"][test], self.data.targets[test])
-            undefined = why_undefined(arrays["predicted"][test], self.data.targets[test])
+            undefined = None if self.task.classes else why_undefined(arrays["predicted"][test], self.data.targets[test])
             if undefined:
                 about["undefined"] = undefined
         self.folder.write_result(run, {**asked, **about}, arrays)
@@ -177,6 +180,7 @@ class _Job:
                 "split": {"size": f"{sum(sizes.values())} networks", "sha256": of_values(dict(parts))},
                 "target": self.task.target,
                 "logit": self.task.logit,
+                **({"classes": list(self.data.classes)} if self.task.classes else {}),
                 "units": form.units,
                 "jitter": form.jitter,
             },
@@ -196,7 +200,10 @@ class _Job:
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         data = self.data
         batch = data.packed(settings)
-        problem = Problem(batch, data.targets, parts["train"], parts["validation"], run.seed, self.task.logit)
+        problem = Problem(
+            batch, data.targets, parts["train"], parts["validation"], run.seed, self.task.logit,
+            classes=data.classes,
+        )  # fmt: skip
         done = train_sne(
             problem, settings, data.preparation(settings), data.symmetries, parts["test"], target=self.task.target,
             checkpoint=self.folder.checkpoint(run),
@@ -212,7 +219,7 @@ class _Job:
         augment = augmentation_of(settings, own, data.preparation(settings))
         problem = Problem(
             data.packed(settings, "tensor"), data.targets, parts["train"], parts["validation"], run.seed,
-            self.task.logit, augment,
+            self.task.logit, augment, data.classes,
         )  # fmt: skip
         reasons = BASELINES[run.method].why_not(problem)
         if reasons:
@@ -227,9 +234,11 @@ def _plain(settings: TrainingRecipe) -> dict[str, Any]:
 
 
 def _measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
+    if predicted.ndim == 2:
+        return class_measures(predicted, true)
     found = measures(predicted, true)
     return {**found, "mse": None if found["rmse"] is None else found["rmse"] ** 2}
 
 
 def _line(test: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{key} {test[key]:.4g}" for key in ("tau", "r2", "mse") if test[key] is not None)
+    return ", ".join(f"{key} {test[key]:.4g}" for key in LINE if test.get(key) is not None)

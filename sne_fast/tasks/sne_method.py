@@ -25,7 +25,10 @@ DRAWS = 5
 
 @dataclass(frozen=True)
 class SneRun:
-    """Predictions `(n,)` and encodings `(n, h)` of all networks, the record of the training, and the predictor."""
+    """Predictions and encodings `(n, h)` of all networks, the record of the training, and the predictor.
+
+    Predictions are `(n,)`, or probabilities `(n, classes)`.
+    """
 
     predicted: np.ndarray
     encodings: np.ndarray
@@ -52,16 +55,18 @@ def train_sne(
         preparation: what the predictor does to networks, that of the recipe.
         symmetries: the symmetry of each of the n networks.
         test: positions of the networks whose permuted copies are compared, see `invariance_error`.
-        target: name of the target.
+        target: name of the target; that of an output is its class, where the target is one.
         checkpoint: as in :func:`sne_fast.training.fit`.
         on_epoch: as in :func:`sne_fast.training.fit`.
     """
     batch, train, watched = problem.batch, list(problem.train), list(problem.validation)
-    targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())[:, None]
+    targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())
+    targets = targets.long() if problem.classes else targets[:, None]
     predictor = make_predictor(
         recipe,
-        [target],
+        problem.classes or [target],
         transform="logit" if problem.logit else "identity",
+        loss="cross_entropy" if problem.classes else "mse",
         preparation=preparation,
         seed=problem.seed,
     )
@@ -83,7 +88,8 @@ def train_sne(
         "weights_per_second": history.weights_per_second,
         "invariance_rms": invariance_error(predictor, batch, symmetries, test),
     }
-    return SneRun(predicted[:, 0].double().numpy(), encodings.double().numpy(), about, predictor)
+    predicted = predicted if problem.classes else predicted[:, 0]
+    return SneRun(predicted.double().numpy(), encodings.double().numpy(), about, predictor)
 
 
 def invariance_error(

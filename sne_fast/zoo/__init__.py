@@ -1,8 +1,8 @@
 """Model zoos: many trained networks with what is known about each.
 
-Made here: `make_digits_zoo`, `make_classifier_zoo`, `make_sine_zoo`. Read from what others published:
-`load_unterthiner`, `load_schuerholt`, `load_dwsnets`, `load_nfn`, and `load_checkpoints` for a folder of your own.
-All give a `Zoo`; `verify` runs its networks again, `zoo.save(folder)` writes it, `Zoo.open(folder)` reads it.
+Made here: `make_digits_zoo`, `make_classifier_zoo`, `make_sine_zoo`, `make_mnist_inr_zoo`. Read from what others
+published: `load_unterthiner`, `load_schuerholt`, `load_dwsnets`, `load_nfn`, and `load_checkpoints` for a folder of
+your own. All give a `Zoo`; `verify` runs its networks again, `zoo.save(folder)` writes it, `Zoo.open(folder)` reads it.
 """
 
 from .checkpoint_folder import load_checkpoints
@@ -11,6 +11,7 @@ from .dataset import WeightBudgetSampler, ZooDataset, pack_options, zoo_loader
 from .digits import make_digits_zoo
 from .inr_folders import load_dwsnets, load_nfn
 from .inrs import make_sine_zoo
+from .mnist_inrs import make_mnist_inr_zoo
 from .schuerholt import load_schuerholt
 from .shards import ZooWriter
 from .table import Zoo, ZooNetwork, networks_at
@@ -31,6 +32,7 @@ __all__ = [
     "load_unterthiner",
     "make_classifier_zoo",
     "make_digits_zoo",
+    "make_mnist_inr_zoo",
     "make_sine_zoo",
     "networks_at",
     "pack_options",

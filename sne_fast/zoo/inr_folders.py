@@ -30,7 +30,7 @@ from ..data.pickles import RefusedArray, as_array, load_plain
 from ..data.readers.chosen_weights import choose_weights
 from ..regular_files import FileError, read_json
 from .csv_table import one_type
-from .inrs import siren_of
+from .sirens import pixel_grid, siren_of
 from .table import FileSource, Zoo
 
 SPLITS = ("train", "val", "test")
@@ -335,13 +335,7 @@ def verify(
                 raise ValueError("verify: INRs of images need images=, (n, c, h, w) or a function of the row")
             image = torch.as_tensor(images(row) if callable(images) else images[i]).float()
             image = image if image.ndim == 3 else image[None]
-            error = siren(_pixels(image.shape[1], image.shape[2], x_first=dwsnets)) - image.flatten(1).t()
+            error = siren(pixel_grid(image.shape[1], image.shape[2], x_first=dwsnets)) - image.flatten(1).t()
         mean = error.square().mean().item()
         found.append((mean if mean == mean else float("inf"), str(row["name"])))
     return found
-
-
-def _pixels(height: int, width: int, x_first: bool) -> Tensor:
-    """Return coordinates `(height * width, 2)` in [-1, 1], row by row: (x, y) as in DWSNets, or (y, x) as in NFN."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    return torch.stack([x, y] if x_first else [y, x], -1).view(-1, 2)

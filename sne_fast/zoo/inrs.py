@@ -1,4 +1,4 @@
-"""Makers of zoos of implicit neural representations: SIRENs (Sitzmann et al. 2020, arXiv 2006.09661) of sine waves.
+"""Maker of a zoo of implicit neural representations: SIRENs (Sitzmann et al. 2020, arXiv 2006.09661) of sine waves.
 
 The task is section 4.1 of the SNE paper, after Navon et al. 2023 (arXiv 2301.12780): predict the frequency of the
 sine from the weights of the network that was fitted to it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -18,63 +17,13 @@ from torch import Tensor, nn
 
 from .making import Group, Made, groups_of, make_zoo
 from .rebuilding import compare
+from .sirens import OMEGA, Siren, fit_stacked, initial_weights, stacked_siren
 from .table import Zoo
 
-OMEGA = 30.0
 WIDTHS = (1, 32, 32, 1)
 FREQUENCIES = (0.5, 10.0)
 GROUP = 100
 TEST_POINTS = 512
-
-
-class Siren(nn.Sequential):
-    """SIREN, linear layers with sines between them: `y = W_n sin(omega (... sin(omega (W_1 x + b_1)) ...)) + b_n`.
-
-    Args:
-        widths: those of input, hidden layers and output, such as `(1, 32, 32, 1)`.
-        omega: factor inside every sine.
-        offset: added to the output.
-
-    Raises:
-        ValueError: fewer than two widths.
-    """
-
-    def __init__(self, widths: Sequence[int] = WIDTHS, omega: float = OMEGA, offset: float = 0.0) -> None:
-        if len(widths) < 2:
-            raise ValueError(f"Siren: widths must be at least two, got {tuple(widths)}")
-        super().__init__(*(nn.Linear(a, b) for a, b in pairwise(widths)))
-        self.omega, self.offset = omega, offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the values `(n, out)` at coordinates `(n, in)`."""
-        *hidden, last = self
-        for layer in hidden:
-            x = (self.omega * layer(x)).sin()
-        return last(x) + self.offset
-
-
-def siren_of(state_dict: Mapping[str, Tensor], omega: float = OMEGA, offset: float = 0.0) -> Siren:
-    """Return a Siren with the matrices and vectors of a state_dict, in their order, whatever their names.
-
-    Raises:
-        ValueError: tensors that are not a chain of linear layers.
-    """
-    tensors = [t.float() for t in state_dict.values() if t.is_floating_point() and t.ndim in (1, 2)]
-    matrices, vectors = [t for t in tensors if t.ndim == 2], [t for t in tensors if t.ndim == 1]
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    widths = [matrices[0].shape[1], *(m.shape[0] for m in matrices)] if matrices else []
-    fits = len(matrices) == len(vectors) and all(
-        m.shape == (b, a) and v.shape == (b,)
-        for m, v, a, b in zip(matrices, vectors, widths[:-1], widths[1:], strict=False)
-    )
-    if not matrices or not fits:
-        raise ValueError(f"siren_of: the tensors must be a chain of linear layers with biases, got {shapes}")
-    siren = Siren(widths, omega, offset)
-    siren.load_state_dict(
-        {f"{k}.{own}": t for k, pair in enumerate(zip(matrices, vectors, strict=True))
-         for own, t in zip(("weight", "bias"), pair, strict=True)}
-    )  # fmt: skip
-    return siren
 
 
 def fit_sines(
@@ -100,8 +49,7 @@ def fit_sines(
         lr: initial learning rate.
         points: number of points in each step.
         omega: factor inside every sine.
-        init: initial weights. "siren", of Sitzmann et al.: U(-1, 1) in the first layer, U(-b, b) in the others, with
-            b = sqrt(6 / in) / omega. "dwsnets", of Navon et al.: U(-b, b) in all layers but the last, with zero biases.
+        init: initial weights, "siren" or "dwsnets", see `sirens.initial_weights`.
         on_step: called with the number of each step.
 
     Returns:
@@ -110,48 +58,17 @@ def fit_sines(
     Raises:
         ValueError: an unknown `init`.
     """
-    if init not in ("siren", "dwsnets"):
-        raise ValueError(f"fit_sines: init must be 'siren' or 'dwsnets', got {init!r}")
     g = torch.Generator().manual_seed(seed)
     k = len(frequencies)
-    params: dict[str, Tensor] = {}
-    for layer, (a, b) in enumerate(pairwise(WIDTHS)):
-        first, last = layer == 0, layer == len(WIDTHS) - 2
-        bound = 1 / a if first and init == "siren" else math.sqrt(6 / a) / omega
-        default = 1 / math.sqrt(a)  # of nn.Linear, weights and biases
-        if last and init == "dwsnets":
-            bound = default
-        params[f"{layer}.weight"] = bound * (2 * torch.rand(k, b, a, generator=g) - 1)
-        params[f"{layer}.bias"] = default * (2 * torch.rand(k, b, generator=g) - 1)
-        if init == "dwsnets" and not last:
-            params[f"{layer}.bias"].zero_()
-    leaves = [p.requires_grad_() for p in params.values()]
-    optimiser = torch.optim.Adam(leaves, lr=lr, fused=True)
+    params = initial_weights(k, WIDTHS, omega=omega, init=init, generator=g)
     width = 2 * math.pi / points
     starts = torch.arange(points) * width - math.pi
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
         x = starts + width * torch.rand(k, points, generator=g)  # [K, points]
-        y = _stacked_siren(params, x[..., None], omega)[..., 0]
-        # A sum over networks, so that each gets the gradient of its own mean.
-        loss = (y - (frequencies[:, None] * x).sin()).square().mean(1).sum()
-        grads = torch.autograd.grad(loss, leaves)
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad.contiguous()  # fused Adam ignores strides
-        optimiser.step()
-        if on_step is not None:
-            on_step(step)
-    return {name: p.detach() for name, p in params.items()}
+        return x[..., None], (frequencies[:, None] * x).sin()
 
-
-def _stacked_siren(params: Mapping[str, Tensor], x: Tensor, omega: float) -> Tensor:
-    layers = len(params) // 2
-    for layer in range(layers):
-        weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
-        x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # [K, points, out]
-        if layer < layers - 1:
-            x = (omega * x).sin()
-    return x
+    return fit_stacked(params, draw, steps=steps, lr=lr, omega=omega, on_step=on_step)
 
 
 @torch.no_grad()
@@ -214,7 +131,7 @@ def make_sine_zoo(
         )  # fmt: skip
         x = torch.linspace(-math.pi, math.pi, TEST_POINTS).expand(group.size, -1)
         with torch.no_grad():
-            y = _stacked_siren(stacked, x[..., None], omega)[..., 0]
+            y = stacked_siren(stacked, x[..., None], omega)[..., 0]
         error = (y - (a[:, None] * x).sin()).square().mean(1)
         rows = [
             (

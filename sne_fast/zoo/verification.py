@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import classifiers, inr_folders, inrs, schuerholt, unterthiner
+from . import classifiers, inr_folders, inrs, mnist_inrs, schuerholt, unterthiner
 from .rebuilding import compare
 from .table import Zoo
 
 _VERIFIERS: dict[str, Callable[..., list[tuple[float, str]]]] = {
     "classifiers": classifiers.verify,
     "sine_inrs": inrs.verify,
+    "mnist_inrs": mnist_inrs.verify,
     "unterthiner": unterthiner.verify,
     "schuerholt": schuerholt.verify,
     "dwsnets": inr_folders.verify,

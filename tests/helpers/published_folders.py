@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sne_fast.data.checkpoints import save_state_dict
 from sne_fast.zoo.architectures import unterthiner_cnn
-from sne_fast.zoo.inrs import Siren
 from sne_fast.zoo.rebuilding import accuracy
 from sne_fast.zoo.schuerholt import SchuerholtCNN
+from sne_fast.zoo.sirens import Siren
 
 KERAS = {"conv0": "conv2d", "conv1": "conv2d_1", "conv2": "conv2d_2", "dense": "dense"}
 

@@ -12,7 +12,7 @@ import sne_fast
 from helpers.symmetry_networks import CHUNKINGS, CONVOLUTIONS, OTHERS, TRANSFORMERS, assert_same, generator, weights
 from sne_fast import symmetry as sym
 from sne_fast.symmetry import CanonicalAugmentation, SymmetryError, canonicalise, permute
-from sne_fast.zoo.inrs import Siren
+from sne_fast.zoo.sirens import Siren
 
 FAMILIES = {**CONVOLUTIONS, **OTHERS, **TRANSFORMERS}
 

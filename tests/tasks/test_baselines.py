@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import sne_fast
+from sne_fast.reports.measures import class_measures
 from sne_fast.symmetry import PermutationAugmentation, chain_symmetry, permute
 from sne_fast.tasks.baselines import BASELINES, MLP, NFN, DeepSets, Mean, Problem, Statistics
 from sne_fast.tasks.baselines.deepsets import SetOfWeights
@@ -50,6 +51,12 @@ def mixed() -> Problem:
     return Problem(sne_fast.pack(networks, 8, scale="tensor"), targets.numpy(), TRAIN, VALIDATION)
 
 
+def classes(**changes) -> Problem:
+    """Make a problem of three classes, by the target."""
+    task = problem()
+    return replace(task, targets=np.digitize(task.targets, (1 / 3, 2 / 3)) * 1.0, classes=("a", "b", "c"), **changes)
+
+
 def need(key: str) -> None:
     for module in {"nfn": ("nfn", "einops")}.get(key, ("sklearn",) if key.startswith("statistics") else ()):
         pytest.importorskip(module)
@@ -76,6 +83,33 @@ def test_a_baseline_beats_the_mean(key, logit):
         assert ((predicted > 0) & (predicted < 1)).all()
     error, mean_error = (np.square(p[TEST] - task.targets[TEST]).mean() for p in (predicted, Mean().fit_predict(task)))
     assert error < 0.25 * mean_error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in BASELINES if key != "mean"])
+def test_a_baseline_tells_classes_apart(key):
+    need(key)
+    task = classes()
+    predicted = make(key, 80 if key == "deepsets" else 15).fit_predict(task)
+    assert predicted.shape == (120, 3) and predicted.dtype == np.float64
+    np.testing.assert_allclose(predicted.sum(1), 1, rtol=1e-6)
+    assert class_measures(predicted[TEST], task.targets[TEST])["accuracy"] >= 0.8
+
+
+def test_the_mean_of_classes_is_their_share():
+    task = classes()
+    known = task.targets[:100]
+    assert Mean().fit_predict(task)[7].tolist() == [float((known == k).mean()) for k in range(3)]
+
+
+def test_classes_that_do_not_train_have_no_chance():
+    need("statistics")
+    task = classes()
+    train, validation = ([i for i in part if task.targets[i] != 1] for part in (TRAIN, VALIDATION))
+    predicted = Statistics().fit_predict(replace(task, train=train, validation=validation))
+    assert (predicted[:, 1] == 0).all() and (predicted[:, ::2] > 0).all()
+    only = [i for i in TRAIN if task.targets[i] == 2]
+    assert (Statistics().fit_predict(replace(task, train=only, validation=[])) == [0, 0, 1]).all()
 
 
 @pytest.mark.slow
@@ -242,6 +276,8 @@ def refusals():
     yield from ((key, replace(task, train=[]), "no networks to train on") for key in BASELINES)
     yield from ((key, replace(task, targets=task.targets[:5]), "5 targets for 120 networks") for key in BASELINES)
     yield from ((key, replace(task, targets=task.targets + 1, logit=True), r"outside \[0, 1\]") for key in BASELINES)
+    numbers = replace(task, classes=("a", "b"))
+    yield from ((key, numbers, "targets that are no positions among 2 classes") for key in BASELINES)
     yield from ((key, mixed(), "networks of different shapes: network 0 .* and network 1 ") for key in ("mlp", "nfn"))
     unknown = replace(task, batch=type(task.batch)(**{**task.batch._fields(), "shapes": ()}))
     yield from ((key, unknown, "without the shapes") for key in ("mlp", "nfn"))

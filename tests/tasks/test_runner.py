@@ -17,7 +17,7 @@ from rich.console import Console
 
 import sne_fast
 from helpers.paths import ROOT
-from sne_fast.tasks import TASKS, run_task, runner
+from sne_fast.tasks import TASKS, definitions, run_task, runner
 from sne_fast.tasks.baselines import BASELINES, Problem
 from sne_fast.tasks.definitions import Experiment
 from sne_fast.tasks.networks import Networks
@@ -253,6 +253,39 @@ def test_mixed_architectures_train_with_permutations(families):
         for p in run.predictor.head.parameters():
             p.zero_()
     assert invariance_error(run.predictor, problem.batch, families.symmetries, parts["test"]) == 0
+
+
+def test_classes_are_predicted_as_probabilities(families):
+    data = Networks(families.zoos, "architecture", classes=True)
+    assert data.classes == ("cnn3-flatten", "cnn5-pool", "mlp-10", "mlp-10-10", "vit")
+    assert [data.classes[int(k)] for k in data.targets] == families.groups
+    parts = data.split(Experiment("all"), 0)
+    settings = TrainingRecipe(epochs=12, batch_weights=8_000, units="permuted", invariance=0.1)
+    problem = Problem(data.packed(settings), data.targets, parts["train"], parts["validation"], 0, classes=data.classes)
+    run = train_sne(problem, settings, data.preparation(settings), data.symmetries, parts["test"], target="kind")
+    assert run.predicted.shape == (50, 5) and run.predictor.target_names == data.classes
+    np.testing.assert_allclose(run.predicted.sum(1), 1, rtol=1e-5)
+    assert (run.predicted.argmax(1) == data.targets).mean() > 0.5  # chance is 0.2
+
+
+def test_a_task_of_classes_reports_accuracies(tmp_path, monkeypatch):
+    def zoos(folder, networks, progress):
+        found, names = definitions.reuse(folder / "z", {}), ["mlp-10", "cnn5-pool"]
+        return [found or make_classifier_zoo(folder / "z", networks, architectures=names, max_steps=5)]
+
+    experiment, settings = Experiment("kinds"), {"SNE": TrainingRecipe(epochs=1, batch_weights=9_000)}
+    task = definitions.Task("Kinds", "family", zoos, 40, (experiment,), settings, classes=True, sizes=(0.5,))
+    monkeypatch.setitem(TASKS, "kinds", task)
+    results = run_task("kinds", tmp_path, Console(quiet=True), seeds=(0, 1), methods=["SNE", "mean", "statistics"])
+    methods = results["experiments"]["kinds"]["methods"]
+    assert methods[BASELINES["mean"].name]["accuracy"]["mean"] == 0.5
+    assert methods[BASELINES["mean"].name]["cross_entropy"]["mean"] == pytest.approx(np.log(2), abs=1e-3)
+    assert methods[BASELINES["statistics"].name]["accuracy"] == {"mean": 1.0, "std": 0.0}
+    text = (tmp_path / "results.md").read_text()
+    assert "| method | accuracy | cross entropy | seconds | seeds |" in text and "| 1 ± 0 |" in text
+    assert {p.name for p in tmp_path.glob("*.png")} == {"embedding-kinds.png", "size-kinds.png"}
+    again = run_task("kinds", tmp_path, Console(quiet=True), seeds=(0,), methods=["mean"])
+    assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
 
 
 def test_ablations_take_the_order_away():

@@ -10,7 +10,7 @@ import sne_fast
 from sne_fast.data.checkpoints import CheckpointError
 from sne_fast.regular_files import FileError
 from sne_fast.zoo import VerifyError, load_dwsnets, load_nfn, verify
-from sne_fast.zoo.inrs import Siren
+from sne_fast.zoo.sirens import Siren
 
 pytest.importorskip("pyarrow")
 

@@ -11,8 +11,9 @@ import torch
 from sne_fast.training.threads import torch_threads
 from sne_fast.zoo import VerifyError, Zoo, make_classifier_zoo, make_sine_zoo, verify
 from sne_fast.zoo.architectures import FAMILIES, unterthiner_cnn
-from sne_fast.zoo.images import DATASETS, load_images
-from sne_fast.zoo.inrs import Siren, fit_sines, sine_error, siren_of
+from sne_fast.zoo.images import DATASETS, SMALL_DATASETS, load_images
+from sne_fast.zoo.inrs import fit_sines, sine_error
+from sne_fast.zoo.sirens import Siren, siren_of
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
@@ -37,7 +38,7 @@ def stop_at(share):
     return report
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", SMALL_DATASETS)
 def test_data_sets(name):
     (images, labels), (_test_images, test_labels) = load_images(name)
     assert images.shape[1:] == (1, 8, 8) and images.dtype == torch.float32 and len(test_labels) == 600
@@ -49,8 +50,8 @@ def test_data_sets(name):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="unknown data set 'mnist'; known are digits, shapes, glyphs, textures"):
-        load_images("mnist")
+    with pytest.raises(ValueError, match="unknown data set 'cifar'; known are digits, shapes, glyphs, textures, mnist"):
+        load_images("cifar")
 
 
 @pytest.mark.slow
@@ -116,8 +117,8 @@ def test_leaving_an_architecture_out_does_not_change_the_others(tmp_path):
 
 
 def test_maker_arguments(tmp_path):
-    with pytest.raises(ValueError, match="unknown data set 'mnist'"):
-        make_classifier_zoo(tmp_path, 20, dataset="mnist")
+    with pytest.raises(ValueError, match="unknown data set 'cifar'"):
+        make_classifier_zoo(tmp_path, 20, dataset="cifar")
     with pytest.raises(ValueError, match="networks >= 1"):
         make_sine_zoo(tmp_path, 0)
     with pytest.raises(ValueError, match="low <= high"):

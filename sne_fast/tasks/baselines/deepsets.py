@@ -14,7 +14,7 @@ from .neural import Neural, raw_weights, tensor_sizes
 
 
 class SetOfWeights(nn.Module):
-    """DeepSets of all n weights of a network: `rho(mean_i phi(x_i), log n)`, from a `WeightBatch` to `(B, 1)`.
+    """DeepSets of all n weights of a network: `rho(mean_i phi(x_i), log n)`, from a `WeightBatch` to `(B, outputs)`.
 
     The features x_i of a weight are its value, the value relative to its tensor, a signed logarithm, kind and role of
     its tensor (one-hot), and sinusoids of its layer's level. phi has two layers: a third, linear layer would commute
@@ -24,13 +24,13 @@ class SetOfWeights(nn.Module):
     rms: Tensor
     log_size: Tensor
 
-    def __init__(self, known: WeightBatch, width: int = 64) -> None:
+    def __init__(self, known: WeightBatch, outputs: int = 1, width: int = 64) -> None:
         super().__init__()
         self.register_buffer("rms", raw_weights(known).square().mean().sqrt().clamp_min(1e-12))
         self.register_buffer("log_size", network_sizes(known).float().log().mean())
         features = 3 + len(KINDS) + len(ROLES) + 8
         self.phi = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        self.rho = PredictorHead(width + 1, 1, (4 * width, 4 * width))
+        self.rho = PredictorHead(width + 1, outputs, (4 * width, 4 * width))
 
     def features(self, batch: WeightBatch) -> Tensor:
         """Return the features of all weights, `(V, 24)`."""
@@ -43,7 +43,7 @@ class SetOfWeights(nn.Module):
         return torch.cat([numbers, place.repeat_interleave(tensor_sizes(batch).to(batch.device), 0)], 1)
 
     def forward(self, batch: WeightBatch) -> Tensor:
-        """Return one number per network, `(B, 1)`."""
+        """Return the outputs of each network, `(B, outputs)`."""
         # One mean per network, since the result of index_add depends on the order of threads on a GPU.
         sizes = network_sizes(batch)
         pooled = torch.stack([x.mean(0) for x in self.phi(self.features(batch)).split(sizes.tolist())])

@@ -14,21 +14,21 @@ from .problem import Problem, differing_shapes, problems
 
 
 class FlatWeights(nn.Module):
-    """An MLP on the standardised weights of a network in a row, from a `WeightBatch` of P weights each to `(B, 1)`."""
+    """An MLP on the standardised weights of networks of one shape, from a `WeightBatch` to `(B, outputs)`."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, known: WeightBatch, widths: Sequence[int] = (512, 512)) -> None:
+    def __init__(self, known: WeightBatch, outputs: int = 1, widths: Sequence[int] = (512, 512)) -> None:
         super().__init__()
         rows = raw_weights(known).view(len(known), -1)
         std = rows.std(0, correction=0)
         self.register_buffer("mean", rows.mean(0))
         self.register_buffer("std", std.where(std > 0, torch.ones_like(std)))
-        self.head = PredictorHead(rows.shape[1], 1, widths)
+        self.head = PredictorHead(rows.shape[1], outputs, widths)
 
     def forward(self, batch: WeightBatch) -> Tensor:
-        """Return one number per network, `(B, 1)`."""
+        """Return the outputs of each network, `(B, outputs)`."""
         return self.head((raw_weights(batch).view(len(batch), -1) - self.mean) / self.std)
 
 

@@ -26,12 +26,12 @@ def raw_weights(batch: WeightBatch) -> Tensor:
 
 
 class Neural:
-    """A baseline that trains a module from B networks to `(B, 1)` on normalised targets.
+    """A baseline that trains a module from B networks to `(B, outputs)`, on normalised targets or on classes.
 
-    It minimises the squared error by AdamW in batches of a fixed number of networks, with a warm-up, a cosine and
-    gradients clipped to norm 1, and keeps the epoch with the lowest validation error. Weight decay, warm-up and
-    clipping are those of :class:`sne_fast.training.FitSettings`. On a CPU the same seed gives the same
-    bits; torch's global generators are left alone.
+    It minimises the squared error, or the cross entropy, by AdamW in batches of a fixed number of networks, with a
+    warm-up, a cosine and gradients clipped to norm 1, and keeps the epoch with the lowest validation loss. Weight
+    decay, warm-up and clipping are those of :class:`sne_fast.training.FitSettings`. On a CPU the same seed gives the
+    same bits; torch's global generators are left alone.
 
     :func:`sne_fast.training.fit` is another loop: its batches hold a budget of weights, it trains a predictor by the
     predictor's own loss, on several processes and under autocast, and it resumes.
@@ -44,7 +44,7 @@ class Neural:
 
     name = ""
     module: type[nn.Module]
-    """Class of the module; it takes the training networks, by which it normalises its inputs."""
+    """Class of the module; it takes the training networks, by which it normalises its inputs, and how many outputs."""
     warmup, weight_decay, clip = 0.1, 1e-2, 1.0
 
     def __init__(self, epochs: int = 100, lr: float = 1e-3, batch_size: int = 16) -> None:
@@ -65,14 +65,22 @@ class Neural:
             targets = targets.clamp(LOGIT_MARGIN, 1 - LOGIT_MARGIN).logit()
         mean, std = targets[: len(train)].mean(), targets[: len(train)].std(correction=0)
         std = std if std > 0 else torch.ones_like(std)
-        goals = ((targets - mean) / std).float().to(batch.device)
+        goals = targets.long() if problem.classes else ((targets - mean) / std).float()
+        goals = goals.to(batch.device)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerators too.
             torch.default_generator.manual_seed(problem.seed)
-            model = self.module(known).to(batch.device, torch.float32)
+            model = self._module(known, problem).to(batch.device, torch.float32)
         self._fit(model, known, goals[: len(train)], batch[validation], goals[len(train) :], problem)
-        values = self._outputs(model, batch).double().cpu() * std + mean
+        outputs = self._outputs(model, batch).double().cpu()
+        if problem.classes:
+            return outputs.softmax(1).numpy()
+        values = outputs.squeeze(1) * std + mean
         return (values.sigmoid() if problem.logit else values).numpy()
+
+    def _module(self, known: WeightBatch, problem: Problem) -> nn.Module:
+        """Make the module, with random numbers of torch's generator."""
+        return self.module(known, problem.outputs)
 
     def _fit(
         self,
@@ -95,14 +103,14 @@ class Neural:
                 part = known[rows]
                 if problem.augment is not None:
                     part = problem.augment(part, rows, draws_of(problem.seed, step))
-                loss = F.mse_loss(model(part).squeeze(1), goals[places.to(goals.device)])
+                loss = _loss(model(part), goals[places.to(goals.device)])
                 optimiser.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), self.clip)
                 optimiser.step()
                 step += 1
             if len(watched):
-                error = F.mse_loss(self._outputs(model, watched), watched_goals).item()
+                error = _loss(self._outputs(model, watched), watched_goals).item()
                 if not math.isfinite(error):
                     raise ValueError(f"{self.name}: the loss became {error} in epoch {epoch}; lower lr ({self.lr})")
                 if error < lowest:
@@ -114,4 +122,9 @@ class Neural:
     def _outputs(self, model: nn.Module, batch: WeightBatch) -> Tensor:
         model.eval()
         starts = range(0, len(batch), self.batch_size)
-        return torch.cat([model(batch[i : i + self.batch_size]) for i in starts]).squeeze(1)
+        return torch.cat([model(batch[i : i + self.batch_size]) for i in starts])
+
+
+def _loss(outputs: Tensor, goals: Tensor) -> Tensor:
+    """Return the mean squared error, or the cross entropy for goals that are whole numbers."""
+    return F.mse_loss(outputs.squeeze(1), goals) if goals.is_floating_point() else F.cross_entropy(outputs, goals)

@@ -16,20 +16,21 @@ from .problem import Problem, differing_shapes, missing, problems
 
 
 class NeuralFunctional(nn.Module):
-    """Three equivariant layers, invariant pooling and an MLP, from a `WeightBatch` of Linear chains to `(B, 1)`.
+    """Three equivariant layers, invariant pooling and an MLP, from a `WeightBatch` of Linear chains to `(B, outputs)`.
 
     HNP layers tell inputs and outputs apart, and grow with the square of their number. Networks with many inputs and
     outputs get NP layers instead, with sinusoids of the positions of inputs and outputs, as in the paper.
 
     Args:
         known: the training networks, by which inputs are normalised.
+        outputs: number of outputs.
         channels: width of the equivariant layers.
         max_ends: largest number of inputs and outputs together for which HNP layers are used.
     """
 
     scale: Tensor
 
-    def __init__(self, known: WeightBatch, channels: int = 32, max_ends: int = 16) -> None:
+    def __init__(self, known: WeightBatch, outputs: int = 1, channels: int = 32, max_ends: int = 16) -> None:
         from nfn import layers
         from nfn.common import network_spec_from_wsfeat
 
@@ -51,7 +52,7 @@ class NeuralFunctional(nn.Module):
             blocks += [linear(spec, width, channels), layers.TupleOp(nn.ReLU())]
             width = channels
         self.body = nn.Sequential(*blocks, layers.HNPPool(spec), nn.Flatten())
-        self.head = PredictorHead(channels * layers.HNPPool.get_num_outs(spec), 1)
+        self.head = PredictorHead(channels * layers.HNPPool.get_num_outs(spec), outputs)
 
     def features(self, batch: WeightBatch) -> Any:
         """Return nfn's `WeightSpaceFeatures`: matrices `(B, 1, out, in)` and biases `(B, 1, out)`."""
@@ -65,7 +66,7 @@ class NeuralFunctional(nn.Module):
         return WeightSpaceFeatures(tensors[::2], tensors[1::2])
 
     def forward(self, batch: WeightBatch) -> Tensor:
-        """Return one number per network, `(B, 1)`."""
+        """Return the outputs of each network, `(B, outputs)`."""
         return self.head(self.body(self.features(batch)))
 
 

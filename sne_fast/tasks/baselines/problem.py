@@ -16,17 +16,19 @@ from ...training.loop import Augment
 
 @dataclass(frozen=True)
 class Problem:
-    """A regression problem: networks, a target, and which networks train and choose the epoch.
+    """A regression or classification problem: networks, a target, and which networks train and choose the epoch.
 
     Args:
         batch: n networks, packed with `scale="tensor"`.
-        targets: `(n,)` float64 in their own units; only those of `train` and `validation` are read.
+        targets: `(n,)` float64 in their own units, or positions in `classes`; only those of `train` and `validation`
+            are read.
         train: positions of the networks to fit.
         validation: positions of the networks that choose the epoch. Baselines without epochs fit these too.
         seed: of all random numbers.
         logit: targets lie in [0, 1] and are modelled as logits; predictions lie in [0, 1] again.
         augment: changes each training batch of the neural baselines, as in :func:`sne_fast.training.fit`; its `rows`
             are positions in `train`.
+        classes: names of the classes, if the target is a class; none if it is a number.
     """
 
     batch: WeightBatch
@@ -36,6 +38,12 @@ class Problem:
     seed: int = 0
     logit: bool = False
     augment: Augment | None = None
+    classes: Sequence[str] = ()
+
+    @property
+    def outputs(self) -> int:
+        """Number of values that a model gives for each network: one, or a logit per class."""
+        return len(self.classes) or 1
 
 
 class Baseline(Protocol):
@@ -48,7 +56,9 @@ class Baseline(Protocol):
         ...
 
     def fit_predict(self, problem: Problem) -> np.ndarray:
-        """Fit the training networks, and return predictions `(n,)` float64 for all, in the units of the targets.
+        """Fit the training networks, and return predictions for all.
+
+        They are `(n,)` float64 in the units of the targets, or `(n, classes)` probabilities of the classes.
 
         Raises:
             ValueError: the method cannot solve the problem, or its loss is not finite.
@@ -65,6 +75,8 @@ def problems(problem: Problem) -> list[str]:
     known = np.asarray(problem.targets, np.float64)[[*problem.train, *problem.validation]]
     if not np.isfinite(known).all():
         return ["targets that are not finite among the training and validation networks"]
+    if problem.classes and not np.isin(known, np.arange(len(problem.classes))).all():
+        return [f"targets that are no positions among {len(problem.classes)} classes"]
     if problem.logit and (known.min() < 0 or known.max() > 1):
         return [f"targets outside [0, 1] cannot be modelled as logits: {known.min():g} to {known.max():g}"]
     return []

@@ -19,7 +19,7 @@ ABSENT = -1e3
 
 
 class Mean:
-    """The mean target of the training and validation networks, whatever the weights."""
+    """The mean target of the training and validation networks, or the shares of the classes, whatever the weights."""
 
     name = "mean of the training networks"
 
@@ -31,6 +31,9 @@ class Mean:
         """Return predictions for all networks, see :class:`Baseline`."""
         check(self, problem)
         known = np.asarray(problem.targets, np.float64)[[*problem.train, *problem.validation]]
+        if problem.classes:
+            shares = np.bincount(known.astype(np.int64), minlength=len(problem.classes)) / len(known)
+            return np.tile(shares, (len(problem.batch), 1))
         return np.full(len(problem.batch), known.mean())
 
 
@@ -47,6 +50,8 @@ class Statistics:
         """Return predictions for all networks, see :class:`Baseline`."""
         check(self, problem)
         known = [*problem.train, *problem.validation]
+        if problem.classes:
+            return statistics_classification(problem.batch, problem.targets, known, problem.seed, len(problem.classes))
         return statistics_regression(problem.batch, problem.targets, known, problem.seed, problem.logit)
 
 
@@ -87,8 +92,7 @@ def statistics_regression(
     """
     from sklearn.ensemble import GradientBoostingRegressor
 
-    features = layer_statistics(batch)
-    features = np.where(np.isnan(features), ABSENT, features)
+    features = _features(batch)
     goals = np.asarray(target)[list(train)]
     if logit:
         goals = np.clip(goals, LOGIT_MARGIN, 1 - LOGIT_MARGIN)
@@ -98,3 +102,39 @@ def statistics_regression(
     )
     predicted = model.fit(features[list(train)], goals).predict(features)
     return 1 / (1 + np.exp(-predicted)) if logit else predicted
+
+
+def statistics_classification(
+    batch: WeightBatch, target: np.ndarray, train: Sequence[int], seed: int, classes: int
+) -> np.ndarray:
+    """Predict a class from layer statistics by gradient boosting, on histograms of the statistics.
+
+    Args:
+        batch: n networks.
+        target: the classes `(n,)`, whole numbers from 0; only those of `train` are used.
+        train: positions of the networks to fit.
+        seed: of the boosting.
+        classes: number of classes.
+
+    Returns:
+        Probabilities `(n, classes)` float64; 0 for classes without a training network.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    features = _features(batch)
+    goals = np.asarray(target)[list(train)].astype(np.int64)
+    found = np.zeros((len(batch), classes))
+    if len(np.unique(goals)) == 1:  # which the classifier refuses
+        found[:, goals[0]] = 1.0
+        return found
+    model = HistGradientBoostingClassifier(
+        max_iter=200, learning_rate=0.05, max_leaf_nodes=15, min_samples_leaf=5, early_stopping=False, random_state=seed
+    )
+    model.fit(features[list(train)], goals)
+    found[:, model.classes_] = model.predict_proba(features)
+    return found
+
+
+def _features(batch: WeightBatch) -> np.ndarray:
+    features = layer_statistics(batch)
+    return np.where(np.isnan(features), ABSENT, features)
