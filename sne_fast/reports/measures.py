@@ -40,6 +40,20 @@ def measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]
     return {name: None if value is None or not np.isfinite(value) else value for name, value in found.items()}
 
 
+def tau_above(predicted: np.ndarray, true: np.ndarray, threshold: float) -> float | None:
+    """Return Kendall's tau-b among the networks whose true value is above a threshold; None where it is not defined.
+
+    The order of accuracies near chance is noise, so a tau of all networks says little about a zoo with many of them.
+
+    Example:
+        >>> import numpy as np
+        >>> tau_above(np.array([0.9, 0.3, 0.5]), np.array([0.1, 0.4, 0.8]), 0.2)
+        1.0
+    """
+    chosen = true > threshold
+    return measures(predicted[chosen], true[chosen])["tau"]
+
+
 def class_measures(probabilities: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
     """Return accuracy and mean cross entropy of probabilities `(n, classes)` against classes `(n,)`.
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..training.recipes import RECIPES, TrainingRecipe
 from ..zoo.architectures import FAMILIES
-from ..zoo.classifiers import make_classifier_zoo
+from ..zoo.classifiers import Spread, make_classifier_zoo
 from ..zoo.images import SMALL_DATASETS
 from ..zoo.index import INDEX
 from ..zoo.inrs import make_sine_zoo
+from ..zoo.mnist_inrs import make_mnist_inr_zoo
 from ..zoo.table import Zoo
 
 Progress = Callable[[float], None]
@@ -72,18 +73,30 @@ def _sines(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
     return [made or make_sine_zoo(folder / "sines", networks, seed=0, init="dwsnets", on_progress=progress)]
 
 
+def _mnist_inrs(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
+    made = reuse(folder / "mnist-inrs", {"networks": networks, "seed": 0})
+    return [made or make_mnist_inr_zoo(folder / "mnist-inrs", networks, seed=0, on_progress=progress)]
+
+
 def _classifiers(
-    datasets: tuple[str, ...], architectures: tuple[str, ...]
+    datasets: tuple[str, ...], architectures: tuple[str, ...], spread: Spread = "wide"
 ) -> Callable[[Path, int, Progress], list[Zoo]]:
     def make(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
         zoos, each = [], networks // len(datasets)
         for k, dataset in enumerate(datasets):
-            about = {"networks": each, "seed": 0, "dataset": dataset, "architectures": list(architectures)}
+            about: dict[str, Any] = {
+                "networks": each,
+                "seed": 0,
+                "dataset": dataset,
+                "architectures": list(architectures),
+            }
+            if spread != "wide":
+                about["spread"] = spread
             made = reuse(folder / dataset, about)
             zoos.append(
                 made
                 or make_classifier_zoo(
-                    folder / dataset, each, dataset=dataset, architectures=architectures, seed=0,
+                    folder / dataset, each, dataset=dataset, architectures=architectures, seed=0, spread=spread,
                     on_progress=partial(_part, progress, k, len(datasets)),
                 )
             )  # fmt: skip
@@ -151,6 +164,28 @@ TASKS: dict[str, Task] = {
         (Experiment("unterthiner, digits"),),
         _ACCURACY,
         logit=True,
+    ),
+    "mnist-accuracy": Task(
+        "Accuracy of trained CNNs of one architecture on MNIST's digits, few of them near chance",
+        "test_accuracy",
+        _classifiers(("mnist",), ("unterthiner",), "trained"),
+        1000,
+        (Experiment("unterthiner, mnist"),),
+        _ACCURACY,
+        logit=True,
+    ),
+    "mnist-inr": Task(
+        "Class of a handwritten digit from the weights of the SIREN fitted to it (Navon et al. 2023)",
+        "label",
+        _mnist_inrs,
+        5000,
+        (Experiment("mnist digits"),),
+        {
+            "SNE": _INR.replace(epochs=30),
+            "SNE, chunks alone": _INR.replace(epochs=30, statistics="none"),
+            "SNE, statistics alone": _INR.replace(epochs=30, chunks=False),
+        },
+        classes=True,
     ),
     "cross-dataset": Task(
         "Accuracy on data sets that no training network saw (section 4.3)",

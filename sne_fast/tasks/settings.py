@@ -24,7 +24,9 @@ from ..training.recipes import RECIPES, InputScale, TrainingRecipe, check_choice
 from ..training.settings import AmpDtype
 
 LogFormat = Literal["csv", "tensorboard"]
-TaskName = Literal["inr", "accuracy", "cross-dataset", "cross-architecture", "transformers"]
+TaskName = Literal[
+    "inr", "accuracy", "mnist-accuracy", "mnist-inr", "cross-dataset", "cross-architecture", "transformers"
+]
 
 SEEDS = (0, 1, 2)
 """Seeds of a task unless others are asked for."""

@@ -1,4 +1,4 @@
-"""Architectures of the zoos made here: MLPs, CNNs and a transformer for 8 x 8 grey images with ten classes."""
+"""Architectures of the zoos made here: MLPs, CNNs and a transformer for small grey images with ten classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .images import CLASSES, SIDE
+from .images import CLASSES, MNIST_SIDE, SIDE
 
 
 def _mlp(*widths: int, norm: bool = False) -> Callable[[], nn.Module]:
@@ -184,6 +184,12 @@ FAMILIES: dict[str, dict[str, Callable[[], nn.Module]]] = {
 
 ARCHITECTURES = {name: make for family in FAMILIES.values() for name, make in family.items()}
 """Name -> constructor, of all families."""
+
+BY_SIDE: dict[int, dict[str, Callable[[], nn.Module]]] = {
+    SIDE: ARCHITECTURES,
+    MNIST_SIDE: {"unterthiner": unterthiner_cnn},
+}
+"""Height and width of the images -> name -> constructor of what fits them; weights of a name have the same shapes."""
 
 FAMILY_OF = {name: family for family, members in FAMILIES.items() for name in members}
 """Name -> family."""

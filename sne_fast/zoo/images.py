@@ -101,6 +101,11 @@ SMALL_DATASETS = ("digits", "shapes", "glyphs", "textures")
 """Names of those of 8 x 8 images."""
 
 
+def side_of(dataset: str) -> int:
+    """Return the height and width of the images of a data set."""
+    return SIDE if dataset in SMALL_DATASETS else MNIST_SIDE
+
+
 @cache
 def load_images(dataset: str) -> tuple[Split, Split]:
     """Return the data set of a name as `(train, test)`; it is cached, so its tensors must not be changed.

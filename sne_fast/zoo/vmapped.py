@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -109,6 +109,7 @@ def train_together(
     batch_size: int = 32,
     clip: float = 5.0,
     optimiser: str = "sgd",
+    images_at_once: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train `len(recipe)` classifiers of one architecture at once, each with its own hyperparameters.
@@ -127,6 +128,7 @@ def train_together(
         clip: largest norm of the gradients of a network.
         optimiser: "sgd" as `torch.optim.SGD`, or "adam" as `torch.optim.Adam` with `momentum` as its first beta, 0.999
             as its second, and weight decay added to the gradients.
+        images_at_once: as in `evaluate_together`.
         on_step: called with the number of each step.
 
     Raises:
@@ -195,23 +197,40 @@ def train_together(
     params = {name: p[back] for name, p in params.items()}
     buffers = {name: b[back] for name, b in buffers.items()}
     order, size, own_labels = order[back], size[back], own_labels[back]
-    logits = evaluate_together(base, params, buffers, test[0])
+    logits = evaluate_together(base, params, buffers, test[0], images_at_once)
     test_accuracy, test_loss = _score(logits, test[1].expand(len(recipe), -1))
-    logits = evaluate_together(base, params, buffers, images)
+    logits = evaluate_together(base, params, buffers, images, images_at_once)
     seen = torch.zeros(own_labels.shape).scatter_(1, order, (torch.arange(labels.numel()) < size[:, None]).float())
     train_accuracy, train_loss = _score(logits, own_labels, seen)
     return Trained(params, buffers, names, test_accuracy, test_loss, train_accuracy, train_loss)
 
 
 @torch.no_grad()
-def evaluate_together(base: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Return the logits `(K, n, classes)` of K stacked networks on the same images, in evaluation mode."""
+def evaluate_together(
+    base: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    images: Tensor,
+    images_at_once: int | None = None,
+) -> Tensor:
+    """Return the logits `(K, n, classes)` of K stacked networks on the same images, in evaluation mode.
+
+    Args:
+        base: a module of their architecture, which may be on the device "meta".
+        params: stacked parameters `(K, ...)`.
+        buffers: stacked buffers.
+        images: `(n, ...)`.
+        images_at_once: images that are run together; all of them by default. A few tens of 28 x 28 are four times
+            faster than all 4,000, since what they need fits a core's cache.
+    """
     base.eval()
 
-    def run(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
-        return functional_call(base, (p, b), (images,))
+    def run(p: Mapping[str, Tensor], b: Mapping[str, Tensor], some: Tensor) -> Tensor:
+        return functional_call(base, (dict(p), dict(b)), (some,))
 
-    return vmap(run, chunk_size=16)(params, buffers)
+    run_all = vmap(run, in_dims=(0, 0, None), chunk_size=16)
+    parts = [images] if images_at_once is None else images.split(images_at_once)
+    return torch.cat([run_all(params, buffers, part) for part in parts], 1)
 
 
 def _score(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

