@@ -62,7 +62,7 @@ class Task:
     logit: bool = False
     classes: bool = False
     sizes: tuple[float, ...] = (0.125, 0.25, 0.5)
-    baselines: tuple[str, ...] = ("mean", "statistics", "deepsets", "mlp", "nfn")
+    baselines: tuple[str, ...] = ("mean", "statistics", "deepsets", "mlp", "nfn", "probes")
 
 
 def _sines(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
