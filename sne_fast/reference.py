@@ -12,6 +12,7 @@ from .ops.reference import (
     segment_pool_backward,
     set_attention,
     set_attention_backward,
+    tensor_statistics,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "segment_pool_backward",
     "set_attention",
     "set_attention_backward",
+    "tensor_statistics",
 ]

@@ -100,6 +100,22 @@ int check(int dtype, const sne_fast_segment_pool_args *a) {
   return sne::pointers_fit(a->num_segments, a->ptr, a->rows) ? SNE_FAST_OK : SNE_FAST_BAD_ARGUMENT;
 }
 
+// Whether a row of dims is that of a tensor of `size` values.
+bool dims_fit(const int64_t *d, int64_t size) {
+  if (size < 1 || d[0] < 1 || d[1] < 0 || d[2] < 1 || d[3] < 1 || d[4] < 1 || d[5] < 0 || d[5] > 1) return false;
+  const int64_t in = d[1] < 1 ? 1 : d[1];
+  if (d[1] < 1 && d[2] != 1) return false;
+  return size % d[0] == 0 && size / d[0] % in == 0 && size / d[0] / in == d[2];
+}
+
+int check(int dtype, const sne_fast_tensor_statistics_args *a) {
+  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
+  if (!sne::pointers_fit(a->num_tensors, a->start, a->num_values)) return SNE_FAST_BAD_ARGUMENT;
+  for (int64_t t = 0; t < a->num_tensors; ++t)
+    if (!dims_fit(a->dims + 6 * t, a->start[t + 1] - a->start[t])) return SNE_FAST_BAD_ARGUMENT;
+  return SNE_FAST_OK;
+}
+
 int check(int dtype, const sne_fast_gather_chunks_args *a) {
   if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
   return a->num_matrices < 0 || a->num_values < 0 ? SNE_FAST_BAD_ARGUMENT : SNE_FAST_OK;
@@ -185,6 +201,12 @@ int sne_fast_cpu_gather_chunks_backward(int dtype, const sne_fast_gather_chunks_
   const int status = check(dtype, args);
   if (status) return status;
   return call(*args, [&](const auto &a, sne::Interrupt &i) { return sne::gather_chunks_backward(dtype, a, i); });
+}
+
+int sne_fast_cpu_tensor_statistics(int dtype, const sne_fast_tensor_statistics_args *args) {
+  const int status = check(dtype, args);
+  if (status) return status;
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels().tensor_statistics(dtype, a, i); });
 }
 
 int sne_fast_cpu_product_rate(int dtype, int64_t rows, int64_t inner, int64_t columns, int64_t repeats,

@@ -55,6 +55,7 @@ extern const Kernels kernels = {
     set_attention_backward,
     segment_pool_forward,
     segment_pool_backward,
+    tensor_statistics,
     product_rate,
 };
 

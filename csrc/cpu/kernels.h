@@ -19,6 +19,7 @@ struct Kernels {
   int (*segment_pool)(int dtype, const sne_fast_segment_pool_args &, Interrupt &);
   int (*segment_pool_backward)(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &,
                                Interrupt &);
+  int (*tensor_statistics)(int dtype, const sne_fast_tensor_statistics_args &, Interrupt &);
   int (*product_rate)(int dtype, long rows, long inner, long columns, long repeats, int threads);
 };
 
@@ -47,6 +48,7 @@ int set_attention_backward(int dtype, const sne_fast_set_attention_args &, const
 int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &, Interrupt &);
 int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &,
                           Interrupt &);
+int tensor_statistics(int dtype, const sne_fast_tensor_statistics_args &, Interrupt &);
 int product_rate(int dtype, long rows, long inner, long columns, long repeats, int threads);
 }  // namespace sne::SNE_ISA
 #endif

@@ -197,6 +197,34 @@ def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor,
     shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
 
 
+def tensor_statistics(op: str, values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> None:
+    """Check the inputs of ``tensor_statistics``."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() != 1:
+        raise TypeError(f"{op}: values must be floating of shape (V,), got {described(values)}")
+    pointer(op, "start", start, start_host, values.device)
+    count = start.shape[0] - 1
+    floats = (torch.float32, torch.float64)
+    if not isinstance(scale, Tensor) or scale.dtype not in floats or scale.shape != (count,):
+        raise TypeError(f"{op}: scale must be float32 or float64 of shape (T,) = ({count},), got {described(scale)}")
+    if scale.device != values.device:
+        raise ValueError(f"{op}: scale must be on {values.device} beside values, got {described(scale)}; use .to()")
+    if not isinstance(dims, Tensor) or dims.dtype != torch.int64 or dims.shape != (count, 6) or dims.is_cuda:
+        raise TypeError(f"{op}: dims must be int64 of shape (T, 6) = ({count}, 6) on the CPU, got {described(dims)}")
+
+
+def statistics_dims(op: str, dims: Tensor, start_host: Tensor) -> None:
+    """Check what ``dims`` of a call of ``tensor_statistics`` holds, of tensors that ``start_host`` cuts."""
+    size, (out, inn, kernel, fan_in, fan_out, first) = start_host.diff(), dims.unbind(1)
+    fits = (out > 0) & (inn >= 0) & (kernel > 0) & (fan_in > 0) & (fan_out > 0) & (first >= 0) & (first <= 1)
+    fits &= (out * inn.clamp_min(1) * kernel == size) & ((inn > 0) | (kernel == 1))
+    if not bool(fits.all()):
+        t = int((~fits).nonzero()[0])
+        raise ValueError(
+            f"{op}: dims[{t}] must be out, in, k, fan-in and fan-out of a tensor of {int(size[t])} values, and 0 or 1, "
+            f"got {dims[t].tolist()}"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------ direct calls
 
 
@@ -251,6 +279,9 @@ def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
         chunk_pointers(op, *(given[name] for name in names), element_codes=given["element_code"].shape[0])
     elif "q_ptr" in given:
         set_pointers(op, *(given[name] for name in ("q", "k", "q_ptr", "k_ptr", "q_ptr_host", "k_ptr_host")))
+    elif "dims" in given:
+        pointer_and_copy(op, "start", given["start"], given["start_host"], given["values"].shape[0])
+        statistics_dims(op, given["dims"], given["start_host"])
     elif "ptr" in given:
         pointer_and_copy(op, "ptr", given["ptr"], given["ptr_host"], given["x"].shape[0])
 
@@ -291,6 +322,8 @@ def direct_call(op: str, args: Sequence[Any]) -> None:
     elif forward == "feed_forward":
         feed_forward(op, *(given[name] for name in ("q", "attended", "w_o", "b_o", "norm")))
         results = {"grad": tuple(given["q"].shape)}
+    elif forward == "tensor_statistics":
+        tensor_statistics(op, *args)
     if op != forward:
         device = next(t for t in args if isinstance(t, Tensor)).device
         for name, expected in results.items():

@@ -19,7 +19,7 @@ import torch
 
 from . import selftest
 from .backend import Arguments, Backend, Kernel
-from .schema import FORWARD_OPS, LIBRARY, OPTIONAL_OPS, SCHEMAS
+from .schema import CONSTANT_OPS, FORWARD_OPS, LIBRARY, OPTIONAL_OPS, SCHEMAS
 from .transforms import carries_tangent
 
 ENVIRONMENT_VARIABLE = "SNE_FAST_BACKEND"
@@ -157,6 +157,7 @@ def _reasons(name: str, op: str, device: torch.device | None, args: Arguments | 
     if op not in backend.kernels:
         optional = op.removesuffix("_backward") in OPTIONAL_OPS
         without = "; modules do it by ordinary torch operations" if optional else ""
+        without = "; the reference does it" if op in CONSTANT_OPS else without
         reasons.append(f"does not implement {op}{without}")
     if device is not None and not backend.computes_on(device.type):
         reasons.append(f"runs on {' or '.join(backend.devices)}, the inputs are on {device.type}")
@@ -202,6 +203,8 @@ def _choose(op: str, args: Arguments) -> Kernel:
     fusions = backends[name].fusions if name in backends else ()
     if name != "auto" and op != forward and forward in OPTIONAL_OPS and forward not in fusions:
         name = REFERENCE  # the forward ran on the backend of that moment; the one chosen now has no backward of it
+    if name in backends and op in CONSTANT_OPS and op not in backends[name].kernels:
+        name = REFERENCE
     if name != "auto":
         reasons = _reasons(name, op, device, args)
         if reasons:
@@ -211,7 +214,7 @@ def _choose(op: str, args: Arguments) -> Kernel:
     for backend in _in_turn(op, device, args):
         reasons = _auto_reasons(backend, op, device, args)
         if not reasons:
-            if backend.name == REFERENCE and forward != "gather_chunks":  # packing is quick under any backend
+            if backend.name == REFERENCE and forward not in ("gather_chunks", *CONSTANT_OPS):  # which are quick enough
                 _warn_of_the_reference(device)
             return backend.kernels[op]
         refusals.append(f"{backend.name}: {'; '.join(reasons)}")
@@ -323,7 +326,8 @@ def explain(device: torch.device | str | None = None) -> Explanation:
 
     def reasons(name: str, op: str) -> tuple[str, ...]:
         forward = _reasons(name, op, where, None)
-        backward = [reason for reason in _reasons(name, f"{op}_backward", where, None) if reason not in forward]
+        both = [] if op in CONSTANT_OPS else _reasons(name, f"{op}_backward", where, None)
+        backward = [reason for reason in both if reason not in forward]
         reasons = (*forward, *(backward if not forward else ()))
         return reasons or tuple(f"self-test: {text}" for text in selftest.failures(name, op))
 

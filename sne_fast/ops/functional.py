@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, compositions, dispatch, reference_statistics  # dispatch registers the implementations
+from . import checks, compositions, dispatch  # dispatch registers the implementations
 from .autograd import OPS, ChunkEncode, FeedForward, GatherChunks, SegmentPool, SetAttention, apply
 from .schema import CHUNK_PARAMETERS
 from .supported_widths import WIDTHS
-from .transforms import needs_composition, torch_func_is_active
+from .transforms import is_transformed, needs_composition, outside_transforms, torch_func_is_active, unwrapped
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -331,6 +331,28 @@ def tensor_statistics(
         start_host: a CPU copy of ``start``.
 
     Returns:
-        ``(T, 23)`` float32, float64 if the values are.
+        ``(T, 23)`` float32, float64 if the values are; NaN for a tensor with values that are not finite. Where a matrix
+        has more than 64 rows and columns, the cpu backend finds its spectral norm by Lanczos, to a relative error of
+        1e-4 (usually 1e-6).
+
+    Raises:
+        TypeError: for inputs of the wrong type or dtype.
+        ValueError: for inputs of the wrong shape, device or content.
+
+    Example::
+
+        >>> start, dims = torch.tensor([0, 6]), torch.tensor([[3, 2, 1, 2, 3, 0]])
+        >>> sne_fast.functional.tensor_statistics(torch.randn(6), start, torch.ones(1), dims).shape
+        torch.Size([1, 23])
     """
-    return reference_statistics.tensor_statistics(values, start, scale, dims, _on_host(start, start_host))
+    start_host = _on_host(start, start_host)
+    if is_transformed((values, scale)):  # which take the result for a constant
+        values, scale = unwrapped((values, scale))
+        with outside_transforms():
+            return tensor_statistics(values, start, scale, dims, start_host=start_host)
+    if not torch.compiler.is_compiling():
+        checks.tensor_statistics("tensor_statistics", values, start, scale, dims, start_host)
+        checks.pointer_content("tensor_statistics", "start", start, start_host, values.shape[0])
+        checks.statistics_dims("tensor_statistics", dims, start_host)
+    out: Tensor = OPS.tensor_statistics(values.detach(), start, scale.detach(), dims, start_host)
+    return out

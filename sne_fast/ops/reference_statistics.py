@@ -7,18 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from .schema import accumulate_dtype
+from .schema import STATISTICS, accumulate_dtype
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-COUNT = 23
 LEAST_RMS, LEAST_STD, LEAST_MEAN = 1e-12, 1e-6, 1e-9
 LARGEST_SKEWNESS, LARGEST_KURTOSIS, LARGEST_QUANTILE = 20.0, 200.0, 12.0
 TILE_ELEMENTS = 1 << 19
 
 
 def tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
-    """Return the statistics of tensors `(T, 23)`; arguments as for `sne_fast.functional.tensor_statistics`."""
-    out = values.new_empty((dims.shape[0], COUNT), dtype=accumulate_dtype(values.dtype))
+    """Compute the op ``tensor_statistics``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    out = values.new_empty((dims.shape[0], STATISTICS), dtype=accumulate_dtype(values.dtype))
     if not dims.shape[0]:
         return out
     _, group = torch.unique(dims, dim=0, return_inverse=True)
@@ -38,7 +37,10 @@ def tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor
 def _of_alike(w: Tensor, out: int, inn: int, kernel: int, fan_in: int, fan_out: int, kernel_first: int) -> Tensor:
     """Return `(t, 23)` of t tensors of one shape, `w (t, n)` in float64 as they are stored in a batch."""
     size = w.shape[1]
-    rms = w.square().mean(1).sqrt().clamp_min(LEAST_RMS)  # [t]
+    square = w.square().mean(1)  # [t]
+    finite = square.isfinite()
+    w = torch.where(finite[:, None], w, 0.0)  # no decomposition takes anything else
+    rms = torch.where(finite, square, 0.0).sqrt().clamp_min(LEAST_RMS)
     u = w / rms[:, None]
     mean = u.mean(1)
     centred = u - mean[:, None]
@@ -68,7 +70,7 @@ def _of_alike(w: Tensor, out: int, inn: int, kernel: int, fan_in: int, fan_out: 
         columns += _of_units(u.reshape(-1, out, inn, kernel))
     else:
         columns += [torch.zeros_like(rms)] * 7
-    return torch.stack(columns, 1)
+    return torch.where(finite[:, None], torch.stack(columns, 1), math.nan)
 
 
 def _of_units(u: Tensor) -> list[Tensor]:

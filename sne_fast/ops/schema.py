@@ -1,7 +1,7 @@
 """The schema of every op and its shape-only ("fake") version: the one place that states names and arity.
 
-Each op is opaque to the compiler and has a forward and a backward. ``*_host`` arguments are CPU int64 copies of the
-pointers beside them, so that a backend can plan its launches without waiting for the device.
+Each op is opaque to the compiler and has a forward and, but for ``CONSTANT_OPS``, a backward. ``*_host`` arguments are
+CPU int64 copies of the pointers beside them, so that a backend can plan its launches without waiting for the device.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ SCHEMAS: dict[str, str] = {
     ),
     "feed_forward": f"({_FEED_FORWARD}) -> Tensor",
     "feed_forward_backward": f"(Tensor grad, {_FEED_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "tensor_statistics": "(Tensor values, Tensor start, Tensor scale, Tensor dims, Tensor start_host) -> Tensor",
 }
 """Op name -> arguments and results."""
 
@@ -73,8 +74,12 @@ CHUNK_PARAMETERS = argument_names("chunk_encode")[5:]
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
 OPTIONAL_OPS = ("feed_forward",)
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
-REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in OPTIONAL_OPS)
+CONSTANT_OPS = ("tensor_statistics",)
+"""Ops without a gradient, called once per network: the reference computes them where a backend has no kernel."""
+REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in (*OPTIONAL_OPS, *CONSTANT_OPS))
 """Ops that a backend should have."""
+STATISTICS = 23
+"""Results of ``tensor_statistics`` for each tensor."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -134,6 +139,10 @@ def _feed_forward_backward(grad: Tensor, q: Tensor, *args: Tensor) -> tuple[Tens
     return _fake_like(*args)  # attended, whose gradient is also q's, and the parameters
 
 
+def _tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
+    return values.new_empty((scale.shape[0], STATISTICS), dtype=accumulate_dtype(values.dtype))
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "gather_chunks": _gather_chunks,
     "gather_chunks_backward": _gather_chunks_backward,
@@ -145,6 +154,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "segment_pool_backward": _segment_pool_backward,
     "feed_forward": _feed_forward,
     "feed_forward_backward": _feed_forward_backward,
+    "tensor_statistics": _tensor_statistics,
 }
 """Op name -> function from inputs to empty outputs of the right shapes and dtypes."""
 

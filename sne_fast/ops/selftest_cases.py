@@ -50,6 +50,8 @@ def variant(op: str, args: tuple[Any, ...]) -> Variant:
         return Variant(forward, given["values"].dtype, width, heads, given["norm"].shape[0] > 0)
     if forward == "set_attention":
         return Variant(forward, given["q"].dtype, given["q"].shape[1], given["num_heads"])
+    if forward == "tensor_statistics":
+        return Variant(forward, given["values"].dtype)
     if forward == "feed_forward":
         return Variant(forward, given["q"].dtype, given["q"].shape[1], 0, given["norm"].shape[0] > 0)
     return Variant(forward, given["x"].dtype, given["x"].shape[1], given["logits"].shape[1])
@@ -130,12 +132,27 @@ def _feed_forward(case: Variant, draw: _Draw) -> Iterator[_Call]:
         yield _Call((draw(queries, h).expand(rows, h), draw(rows, h), *parameters), ())
 
 
+def _tensor_statistics(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    rows = [
+        [12, 7, 9, 63, 12, 1],
+        [80, 90, 1, 90, 80, 0],
+        [33, 0, 1, 90, 80, 0],
+        [1, 0, 1, 1, 1, 0],
+        [4, 3, 5, 15, 4, 0],
+    ]
+    dims = torch.tensor(rows, device="cpu")
+    start = _pointer(*(out * max(inn, 1) * kernel for out, inn, kernel, *_ in rows))
+    scale = torch.linspace(0.5, 2, len(rows), dtype=torch.float32, device="cpu")
+    yield _Call((draw(int(start[-1])), start, scale, dims, start), (3, 4))
+
+
 _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "gather_chunks": _gather_chunks,
     "chunk_encode": _chunk_encode,
     "set_attention": _set_attention,
     "segment_pool": _segment_pool,
     "feed_forward": _feed_forward,
+    "tensor_statistics": _tensor_statistics,
 }
 
 

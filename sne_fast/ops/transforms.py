@@ -68,11 +68,11 @@ def outside_transforms() -> Iterator[None]:
 
 
 def unwrapped(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the plain tensors inside the wrappers of `torch.func`, detached; a batch under `vmap` comes whole."""
+    """Return the plain tensors inside the wrappers of transforms, detached; a batch under `vmap` comes whole."""
     plain = []
     for tensor in tensors:
         while _FUNC.is_functorch_wrapped_tensor(tensor):
             tensor = _FUNC.get_unwrapped(tensor)
         plain.append(tensor)
     with outside_transforms():
-        return [tensor.detach() for tensor in plain]
+        return [forward_ad.unpack_dual(tensor).primal.detach() for tensor in plain]

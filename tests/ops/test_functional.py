@@ -44,6 +44,10 @@ def host_args(op: str) -> tuple:
     if op.startswith("feed_forward"):
         args = feed_forward_case(5, 8)
         return args if op == "feed_forward" else (torch.randn_like(args[0]), *args)
+    if op == "tensor_statistics":
+        dims = torch.tensor([[3, 2, 2, 4, 3, 1], [5, 0, 1, 4, 3, 0]])
+        start = torch.tensor([0, 12, 17])
+        return torch.randn(17), start, torch.rand(2) + 0.5, dims, start.clone()
     tensors, scale, plan = [torch.randn(2, 3, 2), torch.randn(5)], torch.rand(2) + 0.5, torch.tensor([[6, 2], [5, 1]])
     if op == "gather_chunks":
         return tensors, scale, plan, torch.float64

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define SNE_FAST_CPU_ABI 2
+#define SNE_FAST_CPU_ABI 3
 
 #if defined(_WIN32)
 #define SNE_FAST_API __declspec(dllexport)
@@ -99,6 +99,20 @@ typedef struct {
   double *scale_grad;    /* (T) backward only */
 } sne_fast_gather_chunks_args;
 
+#define SNE_FAST_STATISTICS 23
+
+/* tensor_statistics: tensor t has the values start[t]:start[t+1], which times scale[t] are its weights. A row of dims
+ * holds out, in and kernel positions k, fan-in and fan-out, and 1 where kernel positions are outermost; in is 0 and k
+ * is 1 for a tensor of fewer than two dimensions. */
+typedef struct {
+  int64_t num_tensors, num_values, num_threads;
+  const int64_t *start; /* (T+1) */
+  const int64_t *dims;  /* (T, 6) */
+  const double *scale;  /* (T) */
+  const void *values;   /* (V) */
+  void *out;            /* (T, SNE_FAST_STATISTICS) */
+} sne_fast_tensor_statistics_args;
+
 SNE_FAST_API int sne_fast_cpu_abi(void);
 SNE_FAST_API const char *sne_fast_cpu_status(int status);
 /* Instruction set in use: "portable", "avx2" or "avx512". Null or "" selects the best that this processor runs. */
@@ -131,6 +145,7 @@ SNE_FAST_API int sne_fast_cpu_segment_pool_backward(int dtype, const sne_fast_se
 /* dtype is that of `values`: SNE_FAST_F32 or SNE_FAST_F64. */
 SNE_FAST_API int sne_fast_cpu_gather_chunks(int dtype, const sne_fast_gather_chunks_args *args);
 SNE_FAST_API int sne_fast_cpu_gather_chunks_backward(int dtype, const sne_fast_gather_chunks_args *args);
+SNE_FAST_API int sne_fast_cpu_tensor_statistics(int dtype, const sne_fast_tensor_statistics_args *args);
 SNE_FAST_API int sne_fast_cpu_product_rate(int dtype, int64_t rows, int64_t inner, int64_t columns, int64_t repeats,
                                            int64_t num_threads);
 

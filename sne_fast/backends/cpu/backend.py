@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops import checks
 from ...ops.backend import Arguments, Backend
-from ...ops.schema import CHUNK_PARAMETERS, REQUIRED_OPS, accumulate_dtype, named
+from ...ops.schema import CHUNK_PARAMETERS, CONSTANT_OPS, REQUIRED_OPS, STATISTICS, accumulate_dtype, named
 from ...ops.supported_widths import pool_width_reasons, width_reasons
 from . import library
 
@@ -40,6 +40,8 @@ def why_not(op: str, args: Arguments) -> list[str]:
         return _dtype_reasons("q", given["q"]) + width_reasons(given["q"].shape[1], given["num_heads"])
     if op.startswith("segment_pool"):
         return _dtype_reasons("x", given["x"]) + pool_width_reasons(given["x"].shape[1])
+    if op == "tensor_statistics":
+        return _dtype_reasons("values", given["values"])
     return []
 
 
@@ -236,6 +238,24 @@ def gather_chunks_backward(
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], scale_grad.to(scale.dtype)
 
 
+# -------------------------------------------------------------------------------------------------- tensor_statistics
+
+
+def tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
+    """Compute the op ``tensor_statistics``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    checks.direct_call("tensor_statistics", (values, start, scale, dims, start_host))
+    dtype = accumulate_dtype(values.dtype)
+    reals, scales = _ready(values, dtype), _ready(scale, torch.float64)
+    start_host, dims = start_host.contiguous(), dims.contiguous()
+    out = torch.empty(scale.shape[0], STATISTICS, dtype=dtype)
+    struct = library.TensorStatisticsArgs(
+        scale.shape[0], values.shape[0], library.num_threads(),
+        *(t.data_ptr() for t in (start_host, dims, scales, reals, out)),
+    )  # fmt: skip
+    _run("tensor_statistics", library.DTYPES[dtype], ctypes.byref(struct))
+    return out
+
+
 def describe() -> str:
     """Return what the native library was built for and runs, or why there is none."""
     reasons = library.reasons()
@@ -244,7 +264,10 @@ def describe() -> str:
 
 BACKEND = Backend(
     name="cpu",
-    kernels={op: globals()[op] for name in REQUIRED_OPS for op in (name, f"{name}_backward")},
+    kernels={
+        **{op: globals()[op] for name in REQUIRED_OPS for op in (name, f"{name}_backward")},
+        **{op: globals()[op] for op in CONSTANT_OPS},
+    },
     devices=("cpu",),
     priority=100,
     unavailable=library.reasons,

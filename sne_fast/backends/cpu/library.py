@@ -16,7 +16,7 @@ import torch
 from ...ops.schema import CHUNK_PARAMETERS
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 
-ABI = 2
+ABI = 3
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cpu.so")
@@ -43,6 +43,9 @@ GatherChunksArgs = struct(
     "GatherChunksArgs",
     "num_matrices num_values num_threads",
     "shapes dtypes matrices scale values grad scale_grad",
+)
+TensorStatisticsArgs = struct(
+    "TensorStatisticsArgs", "num_tensors num_values num_threads", "start dims scale values out"
 )
 
 
@@ -74,6 +77,7 @@ SYMBOLS: Symbols = {
     "sne_fast_cpu_segment_pool_backward": (INT, [INT, POINTER, POINTER]),
     "sne_fast_cpu_gather_chunks": (INT, [INT, POINTER]),
     "sne_fast_cpu_gather_chunks_backward": (INT, [INT, POINTER]),
+    "sne_fast_cpu_tensor_statistics": (INT, [INT, POINTER]),
     "sne_fast_cpu_product_rate": (INT, [INT, INT64, INT64, INT64, INT64, INT64]),
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from ...ops import devices
 from ...ops.backend import Arguments, Backend
-from ...ops.schema import SCHEMAS
+from ...ops.schema import CONSTANT_OPS, SCHEMAS
 from .. import gpu_runs
 from ..gpu_plans.op_modules import OpModules, computed_in
 
@@ -63,7 +63,7 @@ def why_not(op: str, args: Arguments) -> list[str]:
 
 BACKEND = Backend(
     name="triton",
-    kernels=OPS.kernels(SCHEMAS),
+    kernels=OPS.kernels(op for op in SCHEMAS if op not in CONSTANT_OPS),
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     priority=200,
     unavailable=unavailable,
