@@ -62,7 +62,7 @@ class Task:
     logit: bool = False
     classes: bool = False
     sizes: tuple[float, ...] = (0.125, 0.25, 0.5)
-    baselines: tuple[str, ...] = ("mean", "statistics", "deepsets", "mlp", "nfn", "probes")
+    baselines: tuple[str, ...] = ("mean", "statistics", "statistics_rich", "deepsets", "mlp", "nfn", "probes")
 
 
 def _sines(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
@@ -84,15 +84,8 @@ def _classifiers(
     def make(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
         zoos, each = [], networks // len(datasets)
         for k, dataset in enumerate(datasets):
-            about: dict[str, Any] = {
-                "networks": each,
-                "seed": 0,
-                "dataset": dataset,
-                "architectures": list(architectures),
-            }
-            if spread != "wide":
-                about["spread"] = spread
-            made = reuse(folder / dataset, about)
+            about = {"networks": each, "seed": 0, "dataset": dataset, "architectures": list(architectures)}
+            made = reuse(folder / dataset, {**about, "spread": None if spread == "wide" else spread})
             zoos.append(
                 made
                 or make_classifier_zoo(
@@ -136,7 +129,7 @@ _ACCURACY_ACROSS = {
     "SNE, chunks and statistics": _ACROSS.replace(chunks=True),
     "SNE, chunks alone": _ACROSS.replace(chunks=True, statistics="none"),
 }
-_ACROSS_BASELINES = ("mean", "statistics", "statistics_fan_in", "deepsets")
+_ACROSS_BASELINES = ("mean", "statistics", "statistics_fan_in", "statistics_rich", "statistics_relative", "deepsets")
 _MLPS, _CNNS = tuple(FAMILIES["mlp"]), tuple(FAMILIES["cnn"])
 _MLP, _CNN, _VIT = ({"family": (name,)} for name in ("mlp", "cnn", "vit"))
 

@@ -31,16 +31,18 @@ from ..training.threads import torch_threads
 from ..zoo.digits import ARCHITECTURES, make_digits_zoo
 from ..zoo.splits import PARTS
 from ..zoo.table import Zoo
-from .baselines.statistics import Statistics, statistics_regression
+from .baselines import Problem, Statistics
+from .comparisons import STACKED
 from .definitions import reuse
 from .requirements import check_extra
 from .run_folder import RunFolder
 from .settings import Demo
+from .stacking import StackedPredictor
 
 TARGET = "test_accuracy"
 SHARES = (0.75, 0.05, 0.20)
 """Shares of the networks that train the predictor, that choose its epoch, and that are held out."""
-SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", Statistics.name, "mean of the training networks"
+SNE_NAME, STATISTICS_NAME, MEAN_NAME = "SNE", Statistics().name, "mean of the training networks"
 
 
 def run(out: str | os.PathLike[str], settings: Demo | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -223,7 +225,13 @@ def _report(
         # The baselines may fit the validation networks too, since the predictor used them to choose its epoch.
         everything = {
             SNE_NAME: values[:, 0].double().cpu().numpy(),
-            STATISTICS_NAME: statistics_regression(batch, accuracy, known, settings.seed),
+            STACKED: StackedPredictor.fit(
+                predictor, batch, torch.from_numpy(accuracy)[:, None], rows=known, seed=settings.seed
+            )(batch)[:, 0]
+            .double()
+            .cpu()
+            .numpy(),
+            STATISTICS_NAME: Statistics().fit_predict(Problem(batch, accuracy, known, [], settings.seed, logit=True)),
             MEAN_NAME: np.full(len(accuracy), accuracy[known].mean()),
         }
         held_out = {name: predicted[test] for name, predicted in everything.items()}

@@ -1,4 +1,4 @@
-"""Results of all runs of a task: means and standard deviations over seeds, and curves over training-set size."""
+"""Results of all runs of a task: means and spreads over seeds, differences to a reference, and learning curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..regular_files import FileError
 from ..reports.machine import machine
 from ..training.fingerprint import differences
 from .baselines import BASELINES
-from .definitions import Task
+from .comparisons import REFERENCE, STACKED, STACKED_TREES, Comparisons, Predictions
+from .definitions import Experiment, Task
 from .networks import Networks
 from .run_folder import RunFolder
 
@@ -33,26 +34,9 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], fold
     """
     experiments: dict[str, Any] = {}
     for experiment in task.experiments:
-        methods: dict[str, Any] = {}
-        curves: dict[str, list[dict[str, Any]]] = {}
-        for row in [*sne_rows, *BASELINES]:
-            whole = folder.results_of(experiment, row)
-            if not whole:
-                continue
-            check_runs(whole, data, folder, whole[0].get("settings"))
-            for run in whole:
-                if not {"method", "seconds"} <= set(run) or not ("test" in run or "why_not" in run):
-                    damaged = f"the result of {row!r} with seed {run['seed']} in {folder}"
-                    raise FileError(f"task: {damaged} lacks its measures; remove it to make the run again")
-            title = whole[0]["method"]
-            methods[title] = _summary(whole)
-            shares = folder.results_of(experiment, row, whole[0]["seed"])
-            check_runs(shares, data, folder, whole[0].get("settings"))
-            points = [run for run in shares if "test" in run]
-            if len(points) > 1:
-                curves[title] = [{"networks": run["networks"]["train"], **run["test"]} for run in points]
-        if methods:
-            experiments[experiment.name] = {"name": experiment.name, "methods": methods, "by_training_size": curves}
+        found = _experiment(task, experiment, data, sne_rows, folder)
+        if found["methods"]:
+            experiments[experiment.name] = found
     return {
         "task": name,
         "title": task.title,
@@ -62,6 +46,57 @@ def collect(name: str, task: Task, data: Networks, sne_rows: Sequence[str], fold
         "variance": float(data.targets.var()),
         "experiments": experiments,
         "machine": machine(),
+    }
+
+
+def _experiment(
+    task: Task, experiment: Experiment, data: Networks, sne_rows: Sequence[str], folder: RunFolder
+) -> dict[str, Any]:
+    """Return the methods of an experiment, their learning curves and differences to the reference."""
+    comparisons = Comparisons(task, experiment, data, folder)
+    titles: dict[str, str] = {}
+    runs: dict[str, dict[float, Sequence[Mapping[str, Any]]]] = {}
+    predictions: dict[str, dict[float, Predictions]] = {}
+    for row in [*sne_rows, *BASELINES]:
+        runs[row] = {share: folder.results_of(experiment, row, share) for share in folder.shares_of(experiment, row)}
+        if 1.0 not in runs[row]:
+            del runs[row]
+            continue
+        titles[row] = runs[row][1.0][0]["method"]
+        for of_share in runs[row].values():
+            check_runs(of_share, data, folder, runs[row][1.0][0].get("settings"))
+            for run in of_share:
+                if not {"method", "seconds"} <= set(run) or not ("test" in run or "why_not" in run):
+                    damaged = f"the result of {row!r} with seed {run['seed']} in {folder}"
+                    raise FileError(f"task: {damaged} lacks its measures; remove it to make the run again")
+        predictions[row] = {share: comparisons.predictions(row, found, share) for share, found in runs[row].items()}
+    pair = (sne_rows[0], next((row for row in STACKED_TREES if row in task.baselines), ""))
+    if all(row in runs for row in pair):
+        stacked = {
+            share: comparisons.stacked([(runs[row][share], predictions[row][share]) for row in pair])
+            for share in runs[pair[0]]
+            if share in runs[pair[1]]
+        }
+        runs[STACKED] = {share: found for share, (found, _) in stacked.items() if found}
+        predictions[STACKED] = {share: found for share, (_, found) in stacked.items()}
+        titles[STACKED] = STACKED
+    methods: dict[str, Any] = {}
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in [*sne_rows, STACKED, *BASELINES]:
+        if 1.0 not in runs.get(row, {}):
+            continue
+        methods[titles[row]] = _summary(runs[row][1.0])
+        if REFERENCE in runs and row != REFERENCE:
+            found = comparisons.differences(predictions[row][1.0], predictions[REFERENCE][1.0])
+            methods[titles[row]]["differences"] = found
+        points = [_point(share, of_share) for share, of_share in runs[row].items() if "test" in of_share[0]]
+        if len(points) > 1:
+            curves[titles[row]] = points
+    return {
+        "name": experiment.name,
+        "reference": titles.get(REFERENCE),
+        "methods": methods,
+        "by_training_size": curves,
     }
 
 
@@ -97,16 +132,30 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     if "test" not in runs[0]:
         return {**summary, "why_not": runs[0]["why_not"]}
-    for key in (key for key in SUMMARISED if key in runs[0]["test"]):
-        values = [run["test"][key] for run in runs]
-        known = all(value is not None for value in values)
-        summary[key] = {
-            "mean": float(np.mean(values)) if known else None,
-            # Relative to the first value, so that equal values, whose mean may be rounded, have a spread of exactly 0.
-            "std": float(np.std(np.subtract(values, values[0]), ddof=1)) if known and len(values) > 1 else None,
-        }
+    summary |= _spreads(runs)
     if "invariance_rms" in runs[0]:
         shares = [run["invariance_rms"] / run["test"]["rmse"] for run in runs if run["test"].get("rmse")]
         if len(shares) == len(runs):  # not without an error to compare with
             summary["invariance_rms_over_rmse"] = float(np.max(shares))
     return summary
+
+
+def _point(share: float, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the point of a learning curve: training networks, seeds, and mean and standard deviation of measures."""
+    done = [run for run in runs if "test" in run]
+    networks = float(np.mean([run["networks"]["train"] for run in done]))
+    return {"share": share, "networks": networks, "runs": len(done), **_spreads(done)}
+
+
+def _spreads(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Return mean and standard deviation over seeds of every measure."""
+    spreads = {}
+    for key in (key for key in SUMMARISED if key in runs[0]["test"]):
+        values = [run["test"].get(key) for run in runs]
+        known = all(value is not None for value in values)
+        spreads[key] = {
+            "mean": float(np.mean(values)) if known else None,
+            # Relative to the first value, so that equal values, whose mean may be rounded, have a spread of exactly 0.
+            "std": float(np.std(np.subtract(values, values[0]), ddof=1)) if known and len(values) > 1 else None,
+        }
+    return spreads

@@ -34,8 +34,11 @@ class Run:
     @property
     def name(self) -> str:
         """Its place below `runs/`, without a suffix; the share stands in thousandths."""
-        size = "" if self.share == 1 else f"-share{1000 * self.share:.0f}"
-        return f"{slug(self.experiment.name)}/{slug(self.method)}-seed{self.seed}{size}"
+        return f"{slug(self.experiment.name)}/{slug(self.method)}-seed{self.seed}{_suffix(self.share)}"
+
+
+def _suffix(share: float) -> str:
+    return "" if share == 1 else f"-share{1000 * share:.0f}"
 
 
 class RunFolder:
@@ -49,7 +52,10 @@ class RunFolder:
 
     A task makes many runs, each with files of its own, and reports all of them:
 
-        zoos/ runs/EXPERIMENT/METHOD-seedS[-shareT]{.json,.npz,.pt,/} results.json results.md *.png
+        zoos/ runs/EXPERIMENT/METHOD-seedS[-shareT]{.json,.npz,.encodings.npz,.pt,/} results.json results.md *.png
+
+    Tables need the settings and measures (.json) and the predictions of the test networks (.npz), which are small.
+    Without the encodings of all networks and the predictor (a folder) the plot of the encodings is left as it is.
 
     What a run is made of is written when it begins and is part of its result, so that no other run takes either for its
     own: see `begin` and `read_result`.
@@ -78,9 +84,13 @@ class RunFolder:
         """Return the path of the folder of the trained predictor, which `Predictor.from_pretrained` reads."""
         return self.path / "predictor" if run is None else self._of(run, "")
 
-    def arrays(self, run: Run) -> Path:
-        """Return the path of a run's predictions and encodings of all networks."""
+    def predicted(self, run: Run) -> Path:
+        """Return the path of a run's predictions of its test networks."""
         return self._of(run, ".npz")
+
+    def encodings(self, run: Run) -> Path:
+        """Return the path of the encodings of all networks by a run's predictor."""
+        return self._of(run, ".encodings.npz")
 
     @property
     def predictions(self) -> Path:
@@ -216,15 +226,25 @@ class RunFolder:
                 )
         return found
 
-    def write_result(self, run: Run, result: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the arrays of a run if it has any, then its result, and remove its checkpoint.
+    def write_result(
+        self,
+        run: Run,
+        result: Mapping[str, Any],
+        predicted: np.ndarray | None = None,
+        encodings: np.ndarray | None = None,
+    ) -> None:
+        """Write predictions of the test networks and encodings, if there are any, then the result of a run.
 
-        The result comes last: where it says what was measured, the arrays are there too.
+        The result comes last: where it says what was measured, the arrays are there too. The checkpoint is removed.
         """
         self.result(run).parent.mkdir(parents=True, exist_ok=True)
-        if arrays:
-            with replacing(self.arrays(run)) as temporary, open(temporary, "wb") as stream:
-                np.savez(stream, **arrays)  # type: ignore[arg-type]
+        for name, array, path in (
+            ("encodings", encodings, self.encodings(run)),
+            ("predicted", predicted, self.predicted(run)),
+        ):
+            if array is not None:
+                with replacing(path) as temporary, open(temporary, "wb") as stream:
+                    np.savez(stream, **{name: array})  # type: ignore[arg-type]
         write_json(self.result(run), result)
         self.end(run)
 
@@ -233,24 +253,19 @@ class RunFolder:
         self.checkpoint(run).unlink(missing_ok=True)
         self.begun(run).unlink(missing_ok=True)
 
-    def results_of(self, experiment: Experiment, method: str, seed: int | None = None) -> list[dict[str, Any]]:
-        """Read the results of a row of a table.
+    def results_of(self, experiment: Experiment, method: str, share: float = 1.0) -> list[dict[str, Any]]:
+        """Read the results of a row of a table on a share of the training networks, by seed."""
+        stem = self.result(Run(experiment, method, 0)).name.removesuffix("0.json")
+        folder, suffix = self.result(Run(experiment, method, 0)).parent, _suffix(share)
+        files = [file for file in folder.glob(f"{stem}*{suffix}.json") if suffix or "-share" not in file.stem]
+        return sorted((_read_result(file) for file in files), key=lambda result: int(result["seed"]))
 
-        Args:
-            seed: None gives the runs on whole training sets, of all seeds; a seed gives its run on the whole training
-                set and those on shares of it.
-
-        Returns:
-            The results by seed, and of one seed by the number of training networks.
-        """
+    def shares_of(self, experiment: Experiment, method: str) -> list[float]:
+        """Return the shares of the training networks that a row of a table has runs of, in order, the whole last."""
         stem = self.result(Run(experiment, method, 0)).name.removesuffix("0.json")
         folder = self.result(Run(experiment, method, 0)).parent
-        if seed is None:
-            files = [file for file in folder.glob(f"{stem}*.json") if "-share" not in file.stem]
-        else:
-            files = [*folder.glob(f"{stem}{seed}-share*.json"), self.result(Run(experiment, method, seed))]
-        found = [_read_result(file) for file in files]
-        return sorted(found, key=lambda result: (result["seed"], result["networks"]["train"]))
+        found = [re.fullmatch(r"\d+(?:-share(\d+))?", file.stem[len(stem) :]) for file in folder.glob(f"{stem}*.json")]
+        return sorted({1.0 if match[1] is None else int(match[1]) / 1000 for match in found if match is not None})
 
     def _of(self, run: Run, suffix: str) -> Path:
         return self.path / "runs" / f"{run.name}{suffix}"
@@ -264,15 +279,15 @@ def _read_result(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read the predictions and encodings that a run has written.
+def read_array(path: Path, name: str) -> np.ndarray:
+    """Read the array of a name that a run has written.
 
     Raises:
         FileError: the file is damaged, or none that a run has written.
     """
     try:
         with open_regular(path) as stream, np.load(stream, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return np.asarray(arrays[name])
     except FileError:
         raise
     except Exception as error:  # zip files and numpy's headers fail in many ways

