@@ -239,7 +239,7 @@ def test_the_epoch_of_the_lowest_validation_loss_is_kept():
         def _outputs(self, model, batch):
             out = super()._outputs(model, batch)
             if len(batch) == len(VALIDATION):
-                errors.append(float((out.double() - goals).square().mean()))
+                errors.append(float((out.squeeze(1).double() - goals).square().mean()))
             return out
 
     known = task.targets[TRAIN]

@@ -91,8 +91,9 @@ TRAININGS = {
     "by fan-in": {"input_scale": "fan_in"},
     "by zoo": {"input_scale": "zoo", "code_gain": 1.0},
     "unscaled": {"input_scale": "none"},
-    "permuted": {"units": "permuted", "chunks": True, "invariance": 0.1},
-    "stacked": {"stack": True},
+    "permuted": {"units": "permuted", "invariance": 0.1},
+    "statistics alone": {"chunks": False},
+    "chunks alone": {"statistics": "none"},
     "kernels with isab": {"chunking": "kernel", "chunk_size": 7, "set_attention": "isab"},
     "bfloat16": {"amp": "bfloat16"},
     "two targets": {"targets": (TARGET, "train_accuracy"), "input_scale": "zoo"},
@@ -104,7 +105,7 @@ TRAININGS = {
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_train_predicts_files_as_it_reported(name, zoo, tmp_path):
-    options = {"targets": (TARGET,), "epochs": 1, "hidden_dim": 32, "head": (16,), **TRAININGS[name]}
+    options = {"targets": (TARGET,), "epochs": 1, "hidden_dim": 32, "head": (16,), "chunks": True, **TRAININGS[name]}
     train(TrainSettings(zoo=zoo.folder, out=tmp_path / "run", **options), Console(quiet=True))
     with open(tmp_path / "run" / "predictions.csv", newline="") as file:
         reported = list(csv.DictReader(file))
