@@ -88,7 +88,7 @@ class RunFolder:
         return self._of(run, ".npz")
 
     def ceiling(self, experiment: Experiment, seed: int) -> Path:
-        """Return the path of the JSON file of the tau that a perfect predictor would reach on a seed's test networks."""
+        """Return the path of the JSON file of the tau that a perfect predictor reaches on a seed's test networks."""
         return self._of(Run(experiment, "ceiling", seed), ".json")
 
     def encodings(self, run: Run) -> Path:

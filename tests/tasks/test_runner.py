@@ -353,7 +353,7 @@ def test_a_task_of_classes_reports_accuracies(tmp_path, monkeypatch):
     assert methods[BASELINES["mean"].name]["cross_entropy"]["mean"] == pytest.approx(np.log(2), abs=1e-3)
     assert methods[BASELINES["statistics"].name]["accuracy"] == {"mean": 1.0, "std": 0.0}
     text = (tmp_path / "results.md").read_text()
-    assert "| method | accuracy | cross entropy | seconds | seeds |" in text and "| 1 ± 0 |" in text
+    assert "| method | accuracy | difference | cross entropy | seconds | seeds |" in text and "| 1 ± 0 |" in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"embedding-kinds.png", "size-kinds.png"}
     again = run_task("kinds", tmp_path, Console(quiet=True), seeds=(0,), methods=["mean"])
     assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
