@@ -27,6 +27,7 @@ class PredictSettings:
 
     paths: tuple[Path, ...] = option(help=PATHS, argument=True, metavar="PATH")
     model: str = option(help="Folder (or Hub repository) of a trained predictor.")
+    stack: bool = option(False, help="Average with the boosted trees that train --stack has saved beside the model.")
     out: Path | None = option(None, help="Also write to .csv or .json.", flags=("--out", "-o"))
     json: bool = option(False, help="Print JSON instead of a table.")
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
@@ -47,15 +48,19 @@ def predict(settings: PredictSettings) -> None:
     from ..nn.predictor import Predictor
     from ..reports.files import distinct_columns, write_csv
     from ..reports.terminal import show_table
+    from ..tasks.stacking import StackedPredictor
 
     out, console = settings.out, stdout()
     if out is not None:
         check_output(out, (".csv", ".json"))
     networks = expand(settings.paths)
-    predictor = Predictor.from_pretrained(settings.model, device=settings.device)
-    results = run_in_batches(
-        predictor, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite
-    )
+    if settings.stack:
+        stacked = StackedPredictor.from_pretrained(settings.model, device=settings.device)
+        predictor, module = stacked.predictor, stacked.__call__
+    else:
+        predictor = Predictor.from_pretrained(settings.model, device=settings.device)
+        module = predictor.__call__
+    results = run_in_batches(module, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite)
     columns = distinct_columns(["name", *predictor.target_names])
     rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in rows]

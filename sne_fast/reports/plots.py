@@ -83,6 +83,63 @@ def scatter(
     save_figure(figure, path)
 
 
+def learning_curve(path: Path, losses: Mapping[str, Sequence[float]], kept: int) -> None:
+    """Plot the loss of each epoch.
+
+    Args:
+        losses: the losses by name, such as "training"; one without values is left out.
+        kept: the epoch whose parameters were kept.
+    """
+    figure = new_figure(6.0, 4.2)
+    axis = figure.subplots()
+    for name, values in losses.items():
+        if values:
+            axis.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=literal(name))
+    axis.axvline(kept + 1, color="0.7", linewidth=1, zorder=0, label="kept")
+    positive = all(value > 0 for values in losses.values() for value in values)
+    axis.set(xlabel="epoch", ylabel="loss", yscale="log" if positive else "linear")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def predicted_against_true(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], label: str) -> None:
+    """Plot predicted against true values, one panel for each pair of true and predicted values `(n,)`.
+
+    Args:
+        panels: the pairs by the title of their panel.
+        label: name of the values, such as "accuracy"; "" where each panel has its own.
+    """
+    figure = new_figure(3.2 * len(panels), 3.4)
+    axes = figure.subplots(1, len(panels), sharex=bool(label), sharey=bool(label), squeeze=False)[0]
+    for axis, (name, (true, predicted)) in zip(axes, panels.items(), strict=True):
+        low, high = float(true.min()), float(true.max())
+        axis.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0)
+        axis.scatter(true, predicted, s=12, linewidth=0, alpha=0.6)
+        axis.set_title(literal(name), fontsize=9)
+        axis.set_xlabel(f"true {literal(label)}", fontsize=8)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(f"predicted {literal(label)}", fontsize=8)
+    save_figure(figure, path)
+
+
+def confusion_matrix(path: Path, true: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> None:
+    """Plot how often each class was predicted of each true class, both `(n,)` positions in `names`."""
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (true.astype(int), predicted.astype(int)), 1)
+    figure = new_figure(1.6 + 0.4 * len(names), 1.4 + 0.4 * len(names))
+    axis = figure.subplots()
+    axis.imshow(counts, cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        dark = count > counts.max() / 2
+        axis.text(column, row, count, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    labels = [literal(name) for name in names]
+    axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), labels, fontsize=8)
+    axis.set(xlabel="predicted", ylabel="true")
+    save_figure(figure, path)
+
+
 def embedding_map(
     path: Path,
     z: np.ndarray,

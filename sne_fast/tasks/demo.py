@@ -32,10 +32,12 @@ from ..zoo.digits import ARCHITECTURES, make_digits_zoo
 from ..zoo.splits import PARTS
 from ..zoo.table import Zoo
 from .baselines import Problem, Statistics
+from .comparisons import STACKED
 from .definitions import reuse
 from .requirements import check_extra
 from .run_folder import RunFolder
 from .settings import Demo
+from .stacking import StackedPredictor
 
 TARGET = "test_accuracy"
 SHARES = (0.75, 0.05, 0.20)
@@ -223,6 +225,12 @@ def _report(
         # The baselines may fit the validation networks too, since the predictor used them to choose its epoch.
         everything = {
             SNE_NAME: values[:, 0].double().cpu().numpy(),
+            STACKED: StackedPredictor.fit(
+                predictor, batch, torch.from_numpy(accuracy)[:, None], rows=known, seed=settings.seed
+            )(batch)[:, 0]
+            .double()
+            .cpu()
+            .numpy(),
             STATISTICS_NAME: Statistics().fit_predict(Problem(batch, accuracy, known, [], settings.seed, logit=True)),
             MEAN_NAME: np.full(len(accuracy), accuracy[known].mean()),
         }

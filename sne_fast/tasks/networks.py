@@ -19,6 +19,7 @@ from ..training.digests import of_values
 from ..training.fingerprint import of_batch, of_targets
 from ..training.recipe_predictors import preparation_of
 from ..training.recipes import TrainingRecipe
+from ..zoo.runnable import Runnable, runnable
 from ..zoo.splits import PARTS, SHARES
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
@@ -58,6 +59,14 @@ class Networks:
     def symmetries(self) -> list[Symmetry]:
         """The symmetry of every network."""
         return [symmetry for zoo in self.zoos for symmetry in symmetries_of(zoo)]
+
+    @cached_property
+    def runnable(self) -> Runnable | None:
+        """How the networks are run, or None where that is not known or they are of several architectures."""
+        try:
+            return runnable(self.zoos)
+        except ValueError:
+            return None
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

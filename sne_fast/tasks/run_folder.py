@@ -47,7 +47,8 @@ class RunFolder:
     The demo and `train` are one run each and write
 
         predictor/ metrics.json predictions.csv         and the demo zoo/ scatter.png embedding.png
-                                                        and train fit.pt log.csv or tensorboard/
+                                                        and train fit.pt recipe.json learning-curve.png
+                                                        scatter.png, and log.csv or tensorboard/
 
     A task makes many runs, each with files of its own, and reports all of them:
 
@@ -88,7 +89,7 @@ class RunFolder:
         return self._of(run, ".npz")
 
     def ceiling(self, experiment: Experiment, seed: int) -> Path:
-        """Return the path of the JSON file of the tau that a perfect predictor reaches on a seed's test networks."""
+        """Return the path of the JSON file of the tau that a perfect predictor would reach on a seed's test set."""
         return self._of(Run(experiment, "ceiling", seed), ".json")
 
     def encodings(self, run: Run) -> Path:
@@ -99,6 +100,11 @@ class RunFolder:
     def predictions(self) -> Path:
         """The CSV file of predictions of held-out networks."""
         return self.path / "predictions.csv"
+
+    @property
+    def recipe(self) -> Path:
+        """The JSON file of the recipe of a training."""
+        return self.path / "recipe.json"
 
     @property
     def log(self) -> Path:
@@ -171,7 +177,7 @@ class RunFolder:
         Raises:
             OSError: something there is of another kind than what is written; the message names it.
         """
-        for path in (self.result(), self.predictions, self.log):
+        for path in (self.result(), self.predictions, self.log, self.recipe):
             if path.exists() and not path.is_file():
                 raise OSError(
                     f"{command}: {str(path)!r} is no regular file and cannot be replaced; choose another --out"

@@ -247,7 +247,7 @@ class _Job:
         augment = augmentation_of(settings, own, data.preparation(settings))
         problem = Problem(
             data.packed(settings, "tensor"), data.targets, parts["train"], parts["validation"], run.seed,
-            self.task.logit, augment, data.classes,
+            self.task.logit, augment, data.classes, data.runnable,
         )  # fmt: skip
         reasons = BASELINES[run.method].why_not(problem)
         if reasons:

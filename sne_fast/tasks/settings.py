@@ -6,7 +6,8 @@ field's. Further metadata, all optional:
 - `argument`: the field is a positional argument;
 - `flags`: the option's names, where they are not the field's;
 - `shown`: the text that stands for the default in the help;
-- `min`, `max`: bounds of a number.
+- `min`, `max`: bounds of a number;
+- `of_recipe`: the field replaces a value of the recipe, unless it is None or ().
 
 This module imports neither torch nor any other heavy library, so that the help of a command appears at once.
 """
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.choices import Chunking
-from ..nn.choices import Loss, SetAttention, Transform
-from ..training.recipes import RECIPES, InputScale, TrainingRecipe, check_choices
+from ..nn.choices import Loss, SetAttention, Statistics, Transform
+from ..training.recipes import RECIPES, InputScale, TrainingRecipe, UnitOrder, check_choices, find_recipe
 from ..training.settings import AmpDtype
 
 LogFormat = Literal["csv", "tensorboard"]
@@ -96,52 +97,66 @@ class DemoSettings:
         return settings.replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
+def of_recipe(help: str, **metadata: Any) -> Any:
+    """Return an option that replaces a value of the recipe, of the same name."""
+    return option(None, help=help, shown="the recipe's", of_recipe=True, **metadata)
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """Options of `sne-fast train`: the zoo, what to predict of its networks, the encoder and the training loop.
+    """Options of `sne-fast train`: the zoo, what to predict of its networks, and the recipe.
 
     `targets` are columns of the zoo; "cross_entropy" takes one column, of any values, as classes. Without `split`, a
-    column that says train, validation or test, the networks are split 80/10/10 within each architecture.
-    `permute` draws fresh permutations of hidden units for every batch. `input_scale` names what weights are divided by:
-    "tensor", the root mean square (RMS) of their own tensor; "zoo", the RMS that tensors of their kind have in the
-    training networks (:class:`sne_fast.nn.input_scales.InputNormaliser`); "fan_in", one over the root of their layer's
-    fan-in (:class:`sne_fast.nn.input_scales.FanInScale`); "none", nothing. `code_gain`: see
-    :meth:`sne_fast.SNE.fill_code_gains`. The other names are those of :class:`sne_fast.SNE`,
-    :class:`sne_fast.Predictor` and :class:`sne_fast.training.FitSettings`.
+    column that says train, validation or test, the networks are split 80/10/10 within each architecture. What is not
+    listed are values of the recipe, see :class:`sne_fast.training.TrainingRecipe`: None, or () for `head`, leaves them
+    as they are.
 
     Raises:
-        ValueError: a value that is not among a field's choices, or the invariance loss without `permute`.
+        ValueError: a value that is not among a field's choices, no such recipe, or values that do not fit together.
     """
 
-    zoo: Path = option(help="Folder of a zoo (see sne_fast.zoo).", argument=True)
+    zoo: Path = option(help="Folder of a zoo, or of checkpoints with a table index.csv.", argument=True)
     out: Path = option(help="Folder for the predictor; the same command resumes.", flags=("--out", "-o"))
     targets: tuple[str, ...] = option((), help="Column to predict; repeat for several.", flags=("--target",))
+    recipe: str = option(
+        "best",
+        help="best, for properties of the training such as accuracy; across, for architectures never seen; inr, for "
+        "implicit representations; paper; or a recipe.json.",
+    )
     loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
     transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
-    head: tuple[int, ...] = (512, 512)
     split: str | None = option(
         None, help="Column that says train, validation or test.", shown="80/10/10 by architecture"
     )
-    permute: bool = option(False, help="Permute hidden units anew for every batch; needs known symmetries.")
-    invariance: float = option(0.0, help="Weight of the logit-invariance loss; needs --permute.")
-    hidden_dim: int = option(64, help="Width of the encoder.")
-    num_heads: int = option(4, help="Attention heads of the encoder.")
-    chunk_size: int = option(32, help="Largest number of weights in a chunk.")
-    chunking: Chunking = option("flat", help="Rule that cuts tensors into chunks.")
-    set_attention: SetAttention = option(
-        "sab", help="Set attention; isab is for tensors of a million weights and more."
+    drop_missing: bool = option(False, help="Leave out networks without a value of a target.")
+    stack: bool = option(False, help="Also fit boosted trees, and average their predictions with SNE's.")
+    statistics: Statistics | None = of_recipe("Statistics of tensors that SNE is told.")
+    chunks: bool | None = of_recipe("Encode chunks of weights, or statistics alone.", flags=("--chunks/--no-chunks",))
+    units: UnitOrder | None = of_recipe("Order of hidden units; all but given need known symmetries.")
+    odd: bool | None = of_recipe("Canonical units: turn signs too.", flags=("--odd/--no-odd",))
+    jitter: float | None = of_recipe("Canonical units: noise on the keys in training.")
+    invariance: float | None = of_recipe("Weight of the logit-invariance loss; not for given units.")
+    relative: bool | None = of_recipe(
+        "Replace types and levels by ones that architectures share.", flags=("--relative/--no-relative",)
     )
-    input_scale: InputScale = option(
-        "tensor",
-        help="Divide weights by the RMS of their tensor (tensor), by that of such tensors in the training networks "
-        "(zoo), by one over the root of the fan-in (fan_in), or not (none).",
+    hidden_dim: int | None = of_recipe("Width of the encoder.")
+    num_heads: int | None = of_recipe("Attention heads of the encoder.")
+    chunk_size: int | None = of_recipe("Largest number of weights in a chunk.")
+    chunking: Chunking | None = of_recipe("Rule that cuts tensors into chunks.")
+    set_attention: SetAttention | None = of_recipe("Set attention; isab is for tensors of a million weights and more.")
+    input_scale: InputScale | None = of_recipe(
+        "Divide weights by the RMS of their tensor (tensor), by that of such tensors in the training networks "
+        "(zoo), by one over the root of the fan-in (fan_in), or not (none)."
     )
-    code_gain: float | None = option(None, help="Initial gain of the position codes.", shown="0.1")
-    epochs: int = option(40, help="Passes over the training networks.")
-    lr: float = option(1e-3, help="Peak learning rate.")
-    batch_weights: int = option(20_000, help="Largest number of weights in a batch.")
-    weight_decay: float = option(1e-2, help="Weight decay of matrices.")
-    patience: int | None = option(None, help="Epochs without improvement after which training ends.")
+    code_gain: float | None = of_recipe("Initial gain of the position codes.")
+    head: tuple[int, ...] = option(
+        (), help="Width of a hidden layer of the head; repeat for several.", shown="the recipe's", of_recipe=True
+    )
+    epochs: int | None = of_recipe("Passes over the training networks.")
+    lr: float | None = of_recipe("Peak learning rate.")
+    batch_weights: int | None = of_recipe("Largest number of weights in a batch.")
+    weight_decay: float | None = of_recipe("Weight decay of matrices.")
+    patience: int | None = of_recipe("Epochs without improvement after which training ends.")
     amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
     log: LogFormat = option("csv", help="Format of the log.")
     seed: int = option(0, help="Seed of the initial parameters, the split, the order and the permutations.")
@@ -149,20 +164,14 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_choices(self, "train")
-        if self.invariance and not self.permute:
-            raise ValueError("train: the invariance loss compares permuted copies; it needs --permute")
+        _ = self.chosen
 
     @property
-    def encoder(self) -> dict[str, Any]:
-        """Arguments of :class:`sne_fast.SNE`, besides its scale."""
-        names = ("hidden_dim", "num_heads", "chunk_size", "chunking", "set_attention")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def fit(self) -> dict[str, Any]:
-        """Arguments of :class:`sne_fast.training.FitSettings`."""
-        names = ("epochs", "lr", "batch_weights", "weight_decay", "patience", "amp", "invariance", "seed")
-        return {name: getattr(self, name) for name in names}
+    def chosen(self) -> TrainingRecipe:
+        """The recipe, with the values that were given."""
+        names = [field.name for field in dataclasses.fields(self) if field.metadata.get("of_recipe")]
+        given = {name: getattr(self, name) for name in names}
+        return find_recipe(self.recipe).replace(**{k: v for k, v in given.items() if v is not None and v != ()})
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ class TaskSettings:
     methods: tuple[str, ...] = option(
         (),
         help="Row of the table: SNE or one of its ablations by its name, mean, statistics, statistics_rich, deepsets, "
-        "mlp, nfn, or across architectures statistics_fan_in, statistics_relative; repeat for several.",
+        "mlp, nfn, probes, or across architectures statistics_fan_in, statistics_relative; repeat for several.",
         flags=("--method",),
         shown="all",
     )

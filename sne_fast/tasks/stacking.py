@@ -64,10 +64,12 @@ class StackedPredictor:
 
     Example::
 
-        >>> stacked = StackedPredictor.fit(predictor, predictor.pack(networks), targets)
+        >>> networks = [torch.nn.Linear(4, 3) for _ in range(8)]
+        >>> predictor = sne_fast.Predictor(sne_fast.SNE(hidden_dim=32))
+        >>> stacked = StackedPredictor.fit(predictor, predictor.pack(networks).detach(), torch.rand(8, 1))
         >>> stacked.save_pretrained("model")
-        >>> StackedPredictor.from_pretrained("model")(["mlp.safetensors"]).shape
-        torch.Size([1, 1])
+        >>> StackedPredictor.from_pretrained("model")(networks[:2]).shape
+        torch.Size([2, 1])
     """
 
     def __init__(self, predictor: Predictor, trees: Sequence[BoostedTrees], layers: int) -> None:

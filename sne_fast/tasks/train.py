@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..atomic_files import write_json
+from ..data.packing import pack
 from ..extras import require
-from ..nn.encoder import SNE
-from ..nn.predictor import Predictor
-from ..nn.stages import INITIAL_CODE_GAIN
 from ..reports.files import distinct_columns, write_csv
-from ..reports.measures import measures, why_undefined
 from ..reports.terminal import for_progress, progress, say
-from ..symmetry import PermutationAugmentation
+from ..symmetry import Symmetry
 from ..training.distributed import World, processes
 from ..training.loop import fit, predict
 from ..training.progress import CsvLog, Log, TensorBoardLog
-from ..training.recipes import scale_of_encoder, scale_of_predictor
+from ..training.recipe_predictors import augmentation_of, make_predictor, preparation_of
 from ..training.settings import FitSettings, History
-from ..zoo.splits import read_targets, split_zoo
+from ..training.threads import torch_threads
+from ..zoo.checkpoint_folder import load_checkpoints
+from ..zoo.index import INDEX
+from ..zoo.splits import missing_targets, read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import Zoo
+from .comparisons import STACKED
 from .run_folder import RunFolder
 from .settings import TrainSettings
+from .stacking import StackedPredictor
+from .train_report import baselines, evaluate, write_plots
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+TABLE = "index.csv"
+"""The table of a folder of checkpoints."""
+
 
 def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
-    """Train, evaluate on the test networks, and write `predictor/`, `metrics.json`, `predictions.csv` and the log.
+    """Train, evaluate on the test networks, and write everything to one folder.
+
+    It holds `predictor/`, `recipe.json`, `metrics.json`, `predictions.csv`, the log and, if matplotlib is installed,
+    `learning-curve.png` and a plot of predicted against true values.
 
     After an interruption the same settings resume from `fit.pt` in `settings.out`. Under `torchrun` the processes
     share each batch.
@@ -47,15 +54,17 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
 
     Raises:
         KeyError: a column that the zoo does not have.
-        ModuleNotFoundError: scipy is missing, or TensorBoard for its log.
+        ModuleNotFoundError: scipy is missing, TensorBoard for its log, or scikit-learn for the stack.
         ValueError: columns that do not fit the loss, a split without networks to train or test, or a folder that holds
             a training of other networks, targets or settings.
         BlockingIOError: another process trains into the folder.
         OSError: the folder cannot be written.
     """
-    fit_settings = FitSettings(**settings.fit)
+    fit_settings = settings.chosen.fit_settings(settings.seed, settings.amp)
     if settings.loss != "cross_entropy":
         require("scipy", extra="demo", why="train")
+    if settings.stack:
+        require("sklearn", extra="demo", why="train --stack")
     if settings.log == "tensorboard":
         require("tensorboard", extra="tensorboard", why="train --log tensorboard")
     with processes() as world, ExitStack() as stack:
@@ -74,41 +83,58 @@ def _enter(folder: RunFolder, stack: ExitStack) -> Exception | None:
 
 
 def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console, world: World) -> dict[str, Any]:
-    folder = RunFolder(settings.out)
+    folder, recipe = RunFolder(settings.out), settings.chosen
     log: Log = TensorBoardLog(folder.tensorboard) if settings.log == "tensorboard" else CsvLog(folder.log)
-    zoo = Zoo.open(settings.zoo)
+    zoo, left_out = _open(settings)
     parts = split_zoo(zoo, settings.split, settings.seed)
     targets, classes = read_targets(zoo, settings.targets, settings.loss)
     names = classes if classes is not None else list(settings.targets)
-    predictor = _predictor(settings, names)
-    code_gain = INITIAL_CODE_GAIN if settings.code_gain is None else settings.code_gain
     with progress(console, "packing"):
-        batch = predictor.pack(zoo, device="cpu")
-    augment = None
-    if settings.permute:
+        # As the predictor packs, which is made with the preparation, and that may need the networks.
+        batch = pack(zoo, chunk_size=recipe.chunk_size, chunking=recipe.chunking, scale=recipe.scale).detach()
+    symmetries: list[Symmetry] = []
+    if recipe.units != "given":
         with progress(console, "finding symmetries"):
-            augment = PermutationAugmentation(symmetries_of(zoo[parts["train"]]))
+            symmetries = symmetries_of(zoo)
+    predictor = make_predictor(
+        recipe,
+        names,
+        transform=settings.transform,
+        loss=settings.loss,
+        preparation=preparation_of(recipe, batch, symmetries),
+        seed=settings.seed,
+    ).to(_device(settings.device))
 
     def on_epoch(epoch: int, history: History) -> None:
         if world.first:
             unseen = f", unseen {history.validation_loss[-1]:.4g}" if history.validation_loss else ""
             say(
                 for_progress(console),
-                f"epoch {epoch + 1}/{settings.epochs}: loss {history.train_loss[-1]:.4g}{unseen}, "
+                f"epoch {epoch + 1}/{recipe.epochs}: loss {history.train_loss[-1]:.4g}{unseen}, "
                 f"{history.weights_per_second / 1e3:.0f}k weights/s",
             )
 
     rows, watched = parts["train"], parts["validation"]
-    history = fit(
-        predictor, batch[rows], targets[rows], fit_settings,
-        validation=(batch[watched], targets[watched]) if watched else None,
-        augment=augment, checkpoint=folder.checkpoint(), made_of={"code gain": code_gain}, log=log, on_epoch=on_epoch,
-    )  # fmt: skip
+    with torch_threads(recipe.threads if predictor.target_mean.device.type == "cpu" else None):
+        history = fit(
+            predictor,
+            batch[rows],
+            targets[rows],
+            fit_settings,
+            validation=(batch[watched], targets[watched]) if watched else None,
+            augment=augmentation_of(recipe, [symmetries[i] for i in rows] if symmetries else [], predictor.preparation),
+            checkpoint=folder.checkpoint(),
+            made_of={"code gain": recipe.code_gain},
+            log=log,
+            on_epoch=on_epoch,
+        )
     test = parts["test"]
     values = predict(predictor, batch[test])[0].cpu()
     metrics: dict[str, Any] = {
-        "command": _record(settings, fit_settings),
+        "command": _record(settings),
+        "recipe": recipe.values,
         "networks": {name: len(part) for name, part in parts.items()},
+        "left_out": left_out,
         "weights": batch.num_weights,
         "processes": world.size,
         "history": dataclasses.asdict(history),
@@ -116,6 +142,15 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     }
     if world.first:
         predictor.save_pretrained(folder.predictor())
+        recipe.save(folder.recipe)
+        others = baselines(batch, targets, parts, settings, classes)
+        if settings.stack:
+            stacked = StackedPredictor.fit(predictor, batch, targets, rows=[*rows, *watched], seed=settings.seed)
+            stacked.save_pretrained(folder.predictor())
+            others[STACKED] = stacked(batch)
+        metrics["baselines"] = {
+            name: evaluate(found[test], targets[test], names, classes is not None) for name, found in others.items()
+        }
         write_json(folder.result(), metrics)
         held_out = zoo[test]
         write_csv(
@@ -126,47 +161,38 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
                 for i, name in enumerate(held_out.column("name"))
             ],
         )
+        write_plots(folder, history, values, targets[test], names, classes is not None)
     return metrics
 
 
-def _predictor(settings: TrainSettings, names: Sequence[str]) -> Predictor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        encoder = SNE(**settings.encoder, scale=scale_of_encoder(settings.input_scale))
-        if settings.code_gain is not None:
-            encoder.fill_code_gains(settings.code_gain)
-        return Predictor(
-            encoder,
-            len(names),
-            settings.head,
-            names,
-            settings.transform,
-            settings.loss,
-            scale_of_predictor(settings.input_scale),
-        ).to(_device(settings.device))
+def _open(settings: TrainSettings) -> tuple[Zoo, list[str]]:
+    """Return the zoo, and the names of the networks that were left out because they lack a target.
 
-
-def _record(settings: TrainSettings, fit_settings: FitSettings) -> dict[str, Any]:
-    """Return the settings as `metrics.json` records them, those of the encoder and of the loop in groups."""
-    groups = {"encoder": settings.encoder, "fit": dataclasses.asdict(fit_settings)}
-    grouped = {name for group in groups.values() for name in group}
-    own = {name: value for name, value in vars(settings).items() if name not in grouped}
-    return {**{k: str(v) if isinstance(v, Path) else v for k, v in own.items()}, **groups}
-
-
-def evaluate(values: Tensor, targets: Tensor, names: Sequence[str], classes: bool) -> dict[str, Any]:
-    """Return the accuracy of class predictions, or by target Kendall's tau, R2, MAE and RMSE.
-
-    Where some of these are None, "undefined" says which and why.
+    Raises:
+        FileNotFoundError: neither a zoo nor a folder of checkpoints with a table.
+        ValueError: no network has all targets.
     """
-    if classes:
-        return {"accuracy": (values.argmax(1) == targets).double().mean().item()}
-    found: dict[str, Any] = {}
-    for i, name in enumerate(names):
-        pair = values[:, i].numpy(), targets[:, i].numpy()
-        undefined = why_undefined(*pair)
-        found[name] = {**measures(*pair), **({"undefined": undefined} if undefined else {})}
-    return found
+    folder = settings.zoo
+    if (folder / TABLE).is_file() and not (folder / INDEX).is_file():
+        zoo = load_checkpoints(folder, TABLE, targets=settings.targets)
+    elif (folder / INDEX).is_file():
+        zoo = Zoo.open(folder)
+    else:
+        raise FileNotFoundError(
+            f"train: {str(folder)!r} holds neither a zoo ({INDEX}) nor a table of checkpoints ({TABLE})"
+        )
+    if not settings.drop_missing:
+        return zoo, []
+    absent = set(missing_targets(zoo, settings.targets))
+    kept = [i for i in range(len(zoo)) if i not in absent]
+    if not kept:
+        raise ValueError(f"train: no network of {str(folder)!r} has a value of {' and '.join(settings.targets)}")
+    return zoo[kept], [str(zoo.rows[i]["name"]) for i in sorted(absent)]
+
+
+def _record(settings: TrainSettings) -> dict[str, Any]:
+    """Return the options as `metrics.json` records them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
 
 
 def _device(name: str) -> torch.device:

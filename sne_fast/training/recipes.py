@@ -106,10 +106,12 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head", tuple(self.head))
-        check_choices(self, "TrainingRecipe")
+        check_choices(self, "recipe")
         self.fit_settings()
         if self.invariance and self.units == "given":
-            raise ValueError("TrainingRecipe: the invariance loss compares copies that are drawn; it needs other units")
+            raise ValueError(
+                "recipe: the invariance loss compares copies that are drawn; it needs units 'permuted' or 'canonical'"
+            )
 
     @property
     def scale(self) -> Scale:

@@ -5,6 +5,7 @@ published: `load_unterthiner`, `load_schuerholt`, `load_dwsnets`, `load_nfn`, an
 your own. All give a `Zoo`; `verify` runs its networks again, `zoo.save(folder)` writes it, `Zoo.open(folder)` reads it.
 """
 
+from .ceilings import accuracy_ceiling
 from .checkpoint_folder import load_checkpoints
 from .classifiers import make_classifier_zoo
 from .dataset import WeightBudgetSampler, ZooDataset, pack_options, zoo_loader
@@ -25,6 +26,7 @@ __all__ = [
     "ZooDataset",
     "ZooNetwork",
     "ZooWriter",
+    "accuracy_ceiling",
     "load_checkpoints",
     "load_dwsnets",
     "load_nfn",

@@ -46,6 +46,26 @@ def split_zoo(zoo: Zoo, column: str | None, seed: int) -> dict[str, list[int]]:
     return parts
 
 
+def missing_targets(zoo: Zoo, columns: Sequence[str]) -> list[int]:
+    """Return the positions of the networks that lack a value, None or NaN, in one of the columns.
+
+    Raises:
+        KeyError: no such column.
+    """
+    values = [zoo.column(name).tolist() for name in columns]
+    return [i for i in range(len(zoo)) if any(v[i] is None or v[i] != v[i] for v in values)]
+
+
+def _check_complete(zoo: Zoo, columns: Sequence[str]) -> None:
+    absent = missing_targets(zoo, columns)
+    if absent:
+        names = ", ".join(repr(zoo.rows[i]["name"]) for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise ValueError(
+            f"read_targets: {len(absent)} of {len(zoo)} networks have no value in {' or '.join(map(repr, columns))}: "
+            f"{names}; leave them out (train --drop-missing)"
+        )
+
+
 def read_targets(zoo: Zoo, columns: Sequence[str], loss: str) -> tuple[Tensor, list[str] | None]:
     """Read the targets of a predictor from columns of a zoo.
 
@@ -65,17 +85,17 @@ def read_targets(zoo: Zoo, columns: Sequence[str], loss: str) -> tuple[Tensor, l
             raise ValueError(
                 f"read_targets: cross_entropy takes one column of classes, got {', '.join(columns) or 'none'}"
             )
+        _check_complete(zoo, columns)
         values = zoo.column(columns[0]).tolist()
-        if any(value is None or value != value for value in values):
-            raise ValueError(f"read_targets: column {columns[0]!r} must hold a class for every network")
         found = sorted(set(values))
         return torch.tensor([found.index(value) for value in values]), [str(value) for value in found]
     if not columns:
         raise ValueError(f"read_targets: give at least one target; the zoo has {', '.join(zoo.targets or zoo.columns)}")
+    _check_complete(zoo, columns)
     numbers = []
     for name in columns:
         values = zoo.column(name)
-        if values.dtype.kind not in "iufb" or (values != values).any():
+        if values.dtype.kind not in "iufb":
             raise ValueError(f"read_targets: column {name!r} must hold a number for every network")
         numbers.append(torch.from_numpy(values.astype("float64")))
     return torch.stack(numbers, 1).to(torch.get_default_dtype()), None

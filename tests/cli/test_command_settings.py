@@ -33,15 +33,23 @@ def test_an_input_scale_is_the_encoders_or_the_predictors() -> None:
     assert [recipes.scale_of_predictor(scale) for scale in scales] == [False, "zoo", "fan_in", False]
 
 
-def test_defaults_are_those_of_what_is_set_but_for_the_learning_rate() -> None:
-    given = TrainSettings(Path("zoo"), Path("out"))
-    assert dataclasses.asdict(FitSettings(**given.fit)) == {**dataclasses.asdict(FitSettings()), "lr": 1e-3}
-    of_sne, of_predictor = defaults_of(SNE), defaults_of(Predictor)
-    assert given.encoder == {name: of_sne[name] for name in given.encoder}
+def test_options_that_are_not_given_are_those_of_the_recipe() -> None:
+    for name, recipe in recipes.RECIPES.items():
+        assert TrainSettings(Path("zoo"), Path("out"), recipe=name).chosen == recipe
+    changed = TrainSettings(Path("zoo"), Path("out"), chunks=True, head=(8,), epochs=3).chosen
+    assert changed == recipes.RECIPES["best"].replace(chunks=True, head=(8,), epochs=3)
+    given, of_predictor = TrainSettings(Path("zoo"), Path("out")), defaults_of(Predictor)
     assert (given.loss, given.transform) == (of_predictor["loss"], of_predictor["target_transform"])
     of_task = {field.name: field.default for field in dataclasses.fields(TaskSettings)}
     by_function = defaults_of(run_task)
     assert all(by_function[name] == of_task[name] for name in ("seeds", "methods", "networks", "epochs"))
+
+
+def test_a_recipe_sets_arguments_that_exist() -> None:
+    of_sne, of_fit = defaults_of(SNE), {field.name for field in dataclasses.fields(FitSettings)}
+    for recipe in recipes.RECIPES.values():
+        assert set(recipe.encoder) < set(of_sne) and SNE(**recipe.encoder).config["hidden_dim"] == recipe.hidden_dim
+        assert set(dataclasses.asdict(recipe.fit_settings(3))) == of_fit and recipe.fit_settings(3).seed == 3
 
 
 @pytest.mark.parametrize(
@@ -50,8 +58,8 @@ def test_defaults_are_those_of_what_is_set_but_for_the_learning_rate() -> None:
         ({"loss": "mae"}, "train: loss must be one of mse, bce, cross_entropy, got 'mae'"),
         ({"log": "none"}, "train: log must be one of csv, tensorboard, got 'none'"),
         ({"amp": "float64"}, "train: amp must be one of bfloat16, float16, got 'float64'"),
-        ({"chunking": None}, "train: chunking must be one of flat, neuron, kernel, got None"),
-        ({"invariance": 0.5}, "the invariance loss compares permuted copies; it needs --permute"),
+        ({"chunking": "round"}, "train: chunking must be one of flat, neuron, kernel, got 'round'"),
+        ({"invariance": 0.5}, "the invariance loss compares copies that are drawn"),
     ],
 )
 def test_mistakes_are_told(changed: dict[str, Any], message: str) -> None:
@@ -67,7 +75,7 @@ def test_the_demo_takes_what_is_asked_for_and_else_the_defaults() -> None:
 def test_every_option_says_what_it_is() -> None:
     for command in (DemoSettings, TrainSettings, TaskSettings):
         without = [field.name for field in dataclasses.fields(command) if "help" not in field.metadata]
-        assert without == (["head"] if command is TrainSettings else [])
+        assert without == []
         assert all(str(field.metadata["help"]).endswith(".") for field in dataclasses.fields(command) if field.metadata)
 
 

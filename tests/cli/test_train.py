@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sne_fast
 from helpers.paths import ELSEWHERE, environment_of_tests
 from sne_fast.cli.commands import app
 from sne_fast.tasks.run_folder import RunFolder
+from sne_fast.training.recipes import RECIPES, find_recipe
 from sne_fast.zoo import Zoo, make_sine_zoo
 
 # gloo looks the machine's own name up, which a closed-off one may not know.
 LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
-SMALL = ["--hidden-dim", "32", "--epochs", "3", "--batch-weights", "12000"]
+SMALL = ["--epochs", "3", "--batch-weights", "12000"]
+PLAIN = ["--recipe", "paper", "--hidden-dim", "32", *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,18 @@ def run(*arguments: Any) -> str:
 
 def test_trains_evaluates_and_writes_everything(zoo: Path, tmp_path: Path) -> None:
     output = run(
-        zoo, "-o", tmp_path / "run", "--target", "a", "--target", "mse", "--split", "part", "--permute", *SMALL
+        zoo,
+        "-o",
+        tmp_path / "run",
+        "--target",
+        "a",
+        "--target",
+        "mse",
+        "--split",
+        "part",
+        "--units",
+        "permuted",
+        *SMALL,
     )
     assert "epoch 3/3" in output and "tau" in output
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -62,6 +75,9 @@ def test_trains_evaluates_and_writes_everything(zoo: Path, tmp_path: Path) -> No
     values = predictor(test)
     assert [float(row["predicted a"]) for row in rows] == pytest.approx(values[:, 0].tolist(), rel=1e-4)
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 4
+    assert {"scatter.png", "learning-curve.png", "recipe.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    trees = found["baselines"]["layer statistics, boosted trees"]
+    assert set(trees) == {"a", "mse"} and "a, layer statistics, boosted trees" in output
 
 
 def test_the_same_command_resumes_and_another_is_refused(zoo: Path, tmp_path: Path) -> None:
@@ -84,7 +100,7 @@ def refused(*arguments: Any) -> str:
 def test_a_folder_of_another_training_is_refused_and_kept(zoo: Path, tmp_path: Path) -> None:
     opened = Zoo.open(zoo)
     opened.with_column("a", [value + (i == 3) for i, value in enumerate(opened.column("a"))]).save(tmp_path / "other")
-    command = [zoo, "-o", tmp_path / "run", "--target", "a", *SMALL]
+    command = [zoo, "-o", tmp_path / "run", "--target", "a", *PLAIN]
     run(*command)
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     for changes, message in (
@@ -95,7 +111,8 @@ def test_a_folder_of_another_training_is_refused_and_kept(zoo: Path, tmp_path: P
         (["--input-scale", "zoo"], "encoder.scale 'tensor' then, 'none' now; .*normalise_inputs False then, 'zoo' now"),
         (["--num-heads", "2"], "encoder.num_heads 4 then, 2 now"),
         (["--code-gain", "1"], "code gain 0.1 then, 1.0 now"),
-        (["--permute"], "augmentation differs .none then, PermutationAugmentation now"),
+        (["--units", "permuted"], "augmentation differs .none then, PermutationAugmentation now"),
+        (["--statistics", "tensor"], "encoder.statistics 'none' then, 'tensor' now"),
         (["--split", "part"], "networks differ .24 networks .* then, 18 networks"),
         (["--seed", "1"], "networks differ; .*other settings .seed 0 then, 1 now"),
         (["--batch-weights", "6000"], "other settings .batch_weights 12000 then, 6000 now"),
@@ -176,7 +193,8 @@ def test_classes_and_probabilities(loss: str, target: str, outputs: int, zoo: Pa
     values = predictor(Zoo.open(zoo)[:4]).detach()
     assert values.shape == (4, outputs) and float(values.min()) >= 0 and float(values.max()) <= 1
     if loss == "cross_entropy":
-        assert predictor.target_names == ("fast", "slow") and "accuracy on held-out networks" in output
+        assert predictor.target_names == ("fast", "slow") and "held-out networks\taccuracy" in output
+        assert (tmp_path / "confusion.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +205,9 @@ def test_classes_and_probabilities(loss: str, target: str, outputs: int, zoo: Pa
         (["--target", "kind"], "column 'kind' must hold a number for every network"),
         (["--target", "a", "--loss", "cross_entropy", "--target", "mse"], "cross_entropy takes one column"),
         (["--target", "a", "--split", "kind"], "column 'kind' must say train, validation, test, got fast, slow"),
-        (["--target", "a", "--invariance", "0.5"], "it needs --permute"),
+        (["--target", "a", "--invariance", "0.5"], "it needs units 'permuted' or 'canonical'"),
+        (["--target", "a", "--recipe", "worst"], "recipe: must be one of best, across, inr, paper, or a JSON file"),
+        (["--target", "a", "--recipe", "paper", "--no-chunks"], "chunks=False leaves statistics alone"),
         (["--target", "a", "--log", "none"], "'none' is not one of 'csv', 'tensorboard'"),
         (["--target", "a", "--loss", "bce"], r"targets of the loss 'bce' must lie in \[0, 1\]"),
     ],
@@ -200,7 +220,7 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str, zoo: Path
 
 @pytest.mark.slow
 def test_torchrun_gives_what_one_process_gives(zoo: Path, tmp_path: Path) -> None:
-    arguments = ["train", str(zoo), "--target", "a", "--permute", *SMALL]
+    arguments = ["train", str(zoo), "--target", "a", "--units", "permuted", "--chunks", *SMALL]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "-m", "sne_fast", *arguments, "-o", str(tmp_path / "two")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
@@ -211,3 +231,71 @@ def test_torchrun_gives_what_one_process_gives(zoo: Path, tmp_path: Path) -> Non
     assert two["processes"] == 2 and one["processes"] == 1
     assert two["history"]["train_loss"] == pytest.approx(one["history"]["train_loss"], rel=1e-3)
     assert done.stderr.count("epoch 3/3") == 1
+
+
+def predictions(folder: Path, column: str) -> list[float]:
+    with open(folder / "predictions.csv", newline="") as file:
+        return [float(row[f"predicted {column}"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_files_get_the_very_predictions_of_the_report_under_every_recipe(
+    recipe: str, zoo: Path, tmp_path: Path
+) -> None:
+    run(zoo, "-o", tmp_path / "run", "--target", "a", "--split", "part", "--recipe", recipe, *SMALL)
+    held = Zoo.open(zoo)
+    files = []
+    for i in [i for i, part in enumerate(held.column("part")) if part == "test"]:
+        files.append(tmp_path / f"{i:03d}.safetensors")
+        save_file(held.state_dict(i), files[-1])
+    predictor = sne_fast.Predictor.from_pretrained(tmp_path / "run" / "predictor")
+    assert predictor(files)[:, 0].tolist() == pytest.approx(predictions(tmp_path / "run", "a"), rel=1e-4, abs=1e-5)
+    used = find_recipe(tmp_path / "run" / "recipe.json")
+    assert used == RECIPES[recipe].replace(epochs=3, batch_weights=12_000)
+    run(zoo, "-o", tmp_path / "again", "--target", "a", "--split", "part", "--recipe", tmp_path / "run" / "recipe.json")
+    assert predictions(tmp_path / "again", "a") == predictions(tmp_path / "run", "a")
+
+
+def test_networks_without_a_target_are_refused_by_name_or_left_out(zoo: Path, tmp_path: Path) -> None:
+    opened = Zoo.open(zoo)
+    gaps = [None if i in (3, 17) else value for i, value in enumerate(opened.column("a").tolist())]
+    opened.with_column("a", gaps).save(tmp_path / "zoo")
+    message = refused(tmp_path / "zoo", "-o", tmp_path / "run", "--target", "a", *SMALL)
+    assert "2 of 30 networks have no value in 'a': 'siren-0003', 'siren-0017'; leave them out" in message
+    output = run(tmp_path / "zoo", "-o", tmp_path / "run", "--target", "a", "--drop-missing", *SMALL)
+    assert "Left out for want of a target: 2 networks (siren-0003, siren-0017)" in output
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert sum(found["networks"].values()) == 28 and found["left_out"] == ["siren-0003", "siren-0017"]
+
+
+def test_a_folder_of_checkpoints_with_a_table(zoo: Path, tmp_path: Path) -> None:
+    opened = Zoo.open(zoo)
+    (tmp_path / "nets" / "late").mkdir(parents=True)
+    lines = ["file,a,note"]
+    for i in range(len(opened)):
+        name = f"late/{i}.safetensors" if i > 20 else f"{i}.safetensors"
+        save_file(opened.state_dict(i), tmp_path / "nets" / name)
+        lines.append(f"{name},{opened.column('a')[i] if i != 4 else ''},x")
+    (tmp_path / "nets" / "index.csv").write_text("\n".join(lines) + "\n")
+    command = [tmp_path / "nets", "-o", tmp_path / "run", "--target", "a", *SMALL]
+    assert "1 of 30 networks have no value in 'a': '4.safetensors'" in refused(*command)
+    assert "Left out for want of a target: 1 networks (4.safetensors)" in run(*command, "--drop-missing")
+    assert len(predictions(tmp_path / "run", "a")) == 2  # of 29, in one group
+    (tmp_path / "nets" / "late" / "25.safetensors").unlink()
+    assert "names" in refused(*command) and "25.safetensors, which is missing" in refused(*command)
+    assert "holds neither a zoo" in refused(tmp_path, "-o", tmp_path / "run", "--target", "a")
+
+
+def test_the_stack_is_a_row_and_predicts_files(zoo: Path, tmp_path: Path) -> None:
+    output = run(zoo, "-o", tmp_path / "run", "--target", "a", "--target", "share", "--stack", *SMALL)
+    assert "share, SNE and trees, mean" in output
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["baselines"]["SNE and trees, mean"]
+    with open(tmp_path / "run" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [f"{zoo}/{row['name']}" for row in rows]
+    command = ["predict", "--model", str(tmp_path / "run" / "predictor"), *names, "--json"]
+    stacked, alone = (json.loads(CliRunner().invoke(app, [*command, *extra]).stdout) for extra in (["--stack"], []))
+    errors = [abs(one["a"] - float(row["a"])) for one, row in zip(stacked, rows, strict=True)]
+    assert sum(errors) / len(errors) == pytest.approx(found["a"]["mae"], rel=1e-4)
+    assert [one["a"] for one in alone] == pytest.approx([float(row["predicted a"]) for row in rows], rel=1e-4)
+    assert [one["a"] for one in stacked] != [one["a"] for one in alone]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from dataclasses import replace
@@ -14,14 +15,17 @@ from torch import Tensor
 import sne_fast
 from sne_fast.reports.measures import class_measures
 from sne_fast.symmetry import PermutationAugmentation, chain_symmetry, permute
-from sne_fast.tasks.baselines import BASELINES, MLP, NFN, DeepSets, Mean, Problem, Statistics
+from sne_fast.tasks.baselines import BASELINES, MLP, NFN, DeepSets, Mean, Probes, Problem, Statistics
 from sne_fast.tasks.baselines.deepsets import SetOfWeights
 from sne_fast.tasks.baselines.mlp import FlatWeights
 from sne_fast.tasks.baselines.neural import Neural, raw_weights
 from sne_fast.tasks.baselines.nfn import NeuralFunctional
+from sne_fast.zoo.runnable import Runnable
+from sne_fast.zoo.sirens import Siren
 
 TRAIN, VALIDATION, TEST = list(range(80)), list(range(80, 100)), list(range(100, 120))
-NEURAL = {"deepsets": DeepSets, "mlp": MLP, "nfn": NFN}
+NEURAL = {"deepsets": DeepSets, "mlp": MLP, "nfn": NFN, "probes": Probes}
+RUNNABLE = Runnable(functools.partial(Siren, (2, 6, 5, 1), 1.0), (2,), 1.0, False)
 
 
 def network(scale: float, generator: torch.Generator, widths: tuple[int, ...] = (2, 6, 5, 1)) -> dict[str, Tensor]:
@@ -39,7 +43,7 @@ def problem(chunking: str = "flat", **changes) -> Problem:
     targets = torch.rand(120, generator=generator).double()
     networks = [network(0.2 + float(t), generator) for t in targets]
     batch = sne_fast.pack(networks, 8, chunking, scale="tensor")
-    return replace(Problem(batch, targets.numpy(), TRAIN, VALIDATION), **changes)
+    return replace(Problem(batch, targets.numpy(), TRAIN, VALIDATION, runnable=RUNNABLE), **changes)
 
 
 def mixed() -> Problem:
@@ -68,8 +72,8 @@ def make(key: str, epochs: int):
 
 def test_the_table_has_the_baselines_in_order():
     trees = ["statistics", "statistics_fan_in", "statistics_rich", "statistics_relative"]
-    assert list(BASELINES) == ["mean", *trees, "deepsets", "mlp", "nfn"]
-    assert len({baseline.name for baseline in BASELINES.values()}) == 8
+    assert list(BASELINES) == ["mean", *trees, "deepsets", "mlp", "nfn", "probes"]
+    assert len({baseline.name for baseline in BASELINES.values()}) == 9
 
 
 @pytest.mark.slow

@@ -59,7 +59,12 @@ def test_reports_what_was_measured(result):
     parts = metrics["networks"]
     assert parts["train"] + parts["validation"] + parts["test"] == parts["all"] == 36
     models = metrics["held_out"]["models"]
-    assert set(models) == {"SNE", "layer statistics, boosted trees", "mean of the training networks"}
+    assert set(models) == {
+        "SNE",
+        "SNE and trees, mean",
+        "layer statistics, boosted trees",
+        "mean of the training networks",
+    }
     mean = models["mean of the training networks"]
     assert mean["tau"] is None and mean["r2"] < 0.05
     assert sum(row["networks"] for row in metrics["held_out"]["sne_by_architecture"].values()) == parts["test"]

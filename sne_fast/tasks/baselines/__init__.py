@@ -1,4 +1,4 @@
-"""Baselines: methods that predict one number of each network from its weights, on the same split as SNE.
+"""Baselines: methods that predict a number or a class of each network from its weights, on the same split as SNE.
 
 Example:
     >>> problem = Problem(encoder.pack(zoo), zoo.column("test_accuracy"), train=range(12), validation=range(12, 15))
@@ -13,10 +13,11 @@ from __future__ import annotations
 from .deepsets import DeepSets
 from .mlp import MLP
 from .nfn import NFN
+from .probes import Probes
 from .problem import Baseline, Problem
 from .statistics import Mean, Statistics
 
-__all__ = ["BASELINES", "MLP", "NFN", "Baseline", "DeepSets", "Mean", "Problem", "Statistics"]
+__all__ = ["BASELINES", "MLP", "NFN", "Baseline", "DeepSets", "Mean", "Probes", "Problem", "Statistics"]
 
 BASELINES: dict[str, Baseline] = {
     "mean": Mean(),
@@ -29,5 +30,6 @@ BASELINES: dict[str, Baseline] = {
     "deepsets": DeepSets(),
     "mlp": MLP(),
     "nfn": NFN(epochs=70),  # takes about as long as DeepSets; 100 epochs predict no better
+    "probes": Probes(),
 }
 """Key, as `sne-fast task --method` takes it -> baseline."""

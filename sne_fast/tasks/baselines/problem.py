@@ -12,6 +12,7 @@ import numpy as np
 from ...data.batch import WeightBatch
 from ...extras import install_command
 from ...training.loop import Augment
+from ...zoo.runnable import Runnable
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Problem:
         augment: changes each training batch of the neural baselines, as in :func:`sne_fast.training.fit`; its `rows`
             are positions in `train`.
         classes: names of the classes, if the target is a class; none if it is a number.
+        runnable: how the networks are run, for methods that do; None if that is not known.
     """
 
     batch: WeightBatch
@@ -39,6 +41,7 @@ class Problem:
     logit: bool = False
     augment: Augment | None = None
     classes: Sequence[str] = ()
+    runnable: Runnable | None = None
 
     @property
     def outputs(self) -> int:
