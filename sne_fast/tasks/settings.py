@@ -193,5 +193,7 @@ class TaskSettings:
     networks: int | None = option(None, help="Number of networks of all zoos.", shown="the task's")
     epochs: int | None = option(None, help="Epochs of SNE.", shown="the task's")
     curves: bool = option(
-        True, help="Train SNE and the baselines on shares of the training networks too, for learning curves."
+        True,
+        help="Train SNE and the baselines on shares of the training networks too, for learning curves.",
+        flags=("--curves/--no-curves",),
     )

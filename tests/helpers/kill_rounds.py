@@ -92,7 +92,7 @@ class Train(Job):
 
         settings = TrainSettings(
             folder.parent / "prepared" / "zoo", folder / "run", targets=("a",), hidden_dim=32, epochs=4, head=(8,),
-            permute=True, batch_weights=6000,
+            units="permuted", chunks=True, batch_weights=6000,
         )  # fmt: skip
         train(settings, Console(quiet=True))
 
