@@ -48,7 +48,8 @@ class StatisticsChannel(nn.Module):
 
     def columns_of(self, batch: WeightBatch) -> Tensor:
         """Return the statistics of a batch that the channel takes: `(T, 23)` or `(T, 19)`."""
-        found: Tensor = tensor_statistics(batch)
+        # A compiled graph reads those that the batch has, and breaks where they are to be computed.
+        found: Tensor = tensor_statistics(batch) if batch.statistics is None else batch.statistics
         if self.statistics == "tensor":
             return found
         return found[:, list(COLUMNS[self.statistics])]
