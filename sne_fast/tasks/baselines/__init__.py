@@ -25,7 +25,7 @@ BASELINES: dict[str, Baseline] = {
     "statistics_fan_in": Statistics("layer statistics by fan-in, boosted trees", "fan_in"),
     "statistics_rich": Statistics("the 23 statistics, boosted trees", "all"),
     # For architectures never seen: places that all have, the last two layers and the whole network. Leaving families
-    # and architectures out of the training networks, trees did better so than with the first layers in two cases of three.
+    # and architectures out of the training networks, trees did better so than with first layers, in two cases of three.
     "statistics_relative": Statistics("the 19 relative statistics, boosted trees", "relative", layers=0),
     "deepsets": DeepSets(),
     "mlp": MLP(),
