@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sne_fast.tasks.report import CLASS_COLUMNS, COLUMNS, cells, columns
+from sne_fast.tasks.report import ACCURACY_COLUMNS, CLASS_COLUMNS, COLUMNS, columns, table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -39,9 +39,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def section(folder: Path) -> str:
-    """Return one table of all tasks that predict numbers, and one of those that predict classes, if there are any."""
+    """Return one table of all tasks that predict accuracies, one of other numbers, and one of classes."""
     lines = []
-    for wanted in (COLUMNS, CLASS_COLUMNS):
+    for wanted in (ACCURACY_COLUMNS, COLUMNS, CLASS_COLUMNS):
         rows = _rows(folder, wanted)
         if rows:
             shown = list(wanted)[:-1]
@@ -57,12 +57,10 @@ def _rows(folder: Path, wanted: Mapping[str, str]) -> list[str]:
         for experiment in results["experiments"].values():
             if columns(experiment) is not wanted:
                 continue
-            for name, method in experiment["methods"].items():
-                if "why_not" in method:
-                    continue
-                numbers = cells(method, wanted)[:-1]
-                title = f"`{results['task']}`, {experiment['name']}"
-                lines.append(f"| {title} | {name} | {' | '.join(numbers)} | {method['runs']} |")
+            title = f"`{results['task']}`, {experiment['name']}"
+            for name, *numbers, _, runs in table(experiment):
+                if "why_not" not in experiment["methods"].get(name, {}):
+                    lines.append(f"| {title} | {name} | {' | '.join(numbers)} | {runs} |")
     return lines
 
 

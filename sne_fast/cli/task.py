@@ -25,6 +25,7 @@ def task(settings: TaskSettings) -> None:
         methods=settings.methods,
         networks=settings.networks,
         epochs=settings.epochs,
+        curves=settings.curves,
     )
     say(
         console,

@@ -11,7 +11,15 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from .definitions import TASKS, Task
     from .runner import run_task
+    from .stacking import StackedPredictor, average_predictions
 else:
-    __getattr__, __dir__ = attach(__name__, {".definitions": ["TASKS", "Task"], ".runner": ["run_task"]})
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            ".definitions": ["TASKS", "Task"],
+            ".runner": ["run_task"],
+            ".stacking": ["StackedPredictor", "average_predictions"],
+        },
+    )
 
-__all__ = ["TASKS", "Task", "run_task"]
+__all__ = ["TASKS", "StackedPredictor", "Task", "average_predictions", "run_task"]

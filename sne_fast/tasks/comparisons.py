@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..regular_files import FileError
-from ..reports.measures import class_measures, measures
-from ..reports.paired import INFLUENCES, PairedRun, paired_difference
+from ..reports.measures import class_measures, measures, tau_above
+from ..reports.paired import ABOVE, INFLUENCES, PairedRun, paired_difference
 from .definitions import Experiment, Task
 from .networks import Networks
 from .run_folder import Run, RunFolder, read_array
@@ -99,7 +99,7 @@ class Comparisons:
                     "networks": of_seed[0]["networks"],
                     "of": [run["method"] for run in of_seed],
                     "seconds": sum(run["seconds"] for run in of_seed),
-                    "test": test_measures(mean, self.data.targets[self.test(seed)]),
+                    "test": test_measures(self.task, mean, self.data.targets[self.test(seed)]),
                 }
             )
         return runs, means
@@ -114,9 +114,14 @@ def measured(task: Task) -> list[str]:
     ]
 
 
-def test_measures(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
-    """Return the measures of predictions `(n,)`, or of probabilities `(n, classes)`, as a run's result holds them."""
+def test_measures(task: Task, predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
+    """Return the measures of predictions `(n,)`, or of probabilities `(n, classes)`, as a run's result holds them.
+
+    Targets in [0, 1] are accuracies, of which tau among networks above 20 % is measured too.
+    """
     if predicted.ndim == 2:
         return class_measures(predicted, true)
     found = measures(predicted, true)
+    if task.logit:
+        found["tau_above"] = tau_above(predicted, true, ABOVE)
     return {**found, "mse": None if found["rmse"] is None else found["rmse"] ** 2}

@@ -36,6 +36,8 @@ CLASS_COLUMNS = {
     "seconds": "seconds",
 }
 """The same for tasks whose target is a class."""
+CEILING = "ceiling, a perfect predictor"
+"""Title of the row of the tau that a perfect predictor of accuracies would reach."""
 
 
 def columns(experiment: Mapping[str, Any]) -> dict[str, str]:
@@ -55,7 +57,19 @@ def cells(method: Mapping[str, Any], shown: Mapping[str, str]) -> list[str]:
     return [_cell(method, key) for key in shown.values()]
 
 
+def table(experiment: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of an experiment's table: title, cells by `columns`, and number of seeds; the ceiling is last."""
+    shown = columns(experiment)
+    rows = [[name, *cells(method, shown), str(method["runs"])] for name, method in experiment["methods"].items()]
+    ceiling = experiment.get("ceiling")
+    if ceiling is not None:
+        rows.append([CEILING, *(_cell(ceiling, key) for key in shown.values()), str(ceiling["runs"])])
+    return rows
+
+
 def _cell(method: Mapping[str, Any], key: str) -> str:
+    if key not in method and not key.startswith("differences."):
+        return "-"
     if key == "seconds":
         return f"{method['seconds']:.0f}"
     if key.startswith("differences."):
@@ -84,7 +98,7 @@ def show_experiment(console: Console, experiment: Mapping[str, Any]) -> None:
     show_table(
         console,
         ["", *columns(experiment)],
-        [[name, *cells(method, columns(experiment))] for name, method in experiment["methods"].items()],
+        [row[:-1] for row in table(experiment)],
         title=f"{experiment['name']}: test networks, {runs} seed(s)",
     )
     say(console, about_columns(experiment))
@@ -102,8 +116,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         shown = columns(experiment)
         lines += ["", f"## {experiment['name']}", "", f"| method | {' | '.join(shown)} | seeds |"]
         lines += ["|---" * (len(shown) + 2) + "|"]
-        for name, method in experiment["methods"].items():
-            lines.append(f"| {name} | {' | '.join(cells(method, shown))} | {method['runs']} |")
+        lines += [f"| {' | '.join(row)} |" for row in table(experiment)]
         lines += ["", about_columns(experiment)]
         for name, method in experiment["methods"].items():
             if "invariance_rms_over_rmse" in method:

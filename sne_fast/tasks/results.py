@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..regular_files import FileError
+from ..regular_files import FileError, read_json
 from ..reports.machine import machine
 from ..training.fingerprint import differences
 from .baselines import BASELINES
@@ -16,7 +16,7 @@ from .definitions import Experiment, Task
 from .networks import Networks
 from .run_folder import RunFolder
 
-SUMMARISED = ("tau", "r2", "mse", "mae", "accuracy", "cross_entropy")
+SUMMARISED = ("tau", "tau_above", "r2", "mse", "mae", "accuracy", "cross_entropy")
 """Measures of which results hold mean and standard deviation over seeds."""
 
 
@@ -97,7 +97,18 @@ def _experiment(
         "reference": titles.get(REFERENCE),
         "methods": methods,
         "by_training_size": curves,
+        "ceiling": _ceiling(experiment, data, folder),
     }
+
+
+def _ceiling(experiment: Experiment, data: Networks, folder: RunFolder) -> dict[str, Any] | None:
+    """Return what a perfect predictor would reach, over the seeds that it was measured for; None if for none."""
+    stem = folder.ceiling(experiment, 0).name.removesuffix("0.json")
+    runs = [read_json(path, dict) for path in sorted(folder.ceiling(experiment, 0).parent.glob(f"{stem}*.json"))]
+    for run in runs:
+        if run.get("made_of") != data.fingerprint or not isinstance(run.get("test"), dict):
+            raise ValueError(f"task: {folder} holds a ceiling of other networks ({stem}*.json); remove it")
+    return {"runs": len(runs), **_spreads(runs)} if runs else None
 
 
 def check_runs(

@@ -88,6 +88,10 @@ class RunFolder:
         """Return the path of a run's predictions of its test networks."""
         return self._of(run, ".npz")
 
+    def ceiling(self, experiment: Experiment, seed: int) -> Path:
+        """Return the path of the JSON file of the tau that a perfect predictor would reach on a seed's test set."""
+        return self._of(Run(experiment, "ceiling", seed), ".json")
+
     def encodings(self, run: Run) -> Path:
         """Return the path of the encodings of all networks by a run's predictor."""
         return self._of(run, ".encodings.npz")

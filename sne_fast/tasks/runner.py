@@ -16,11 +16,13 @@ import torch
 from ..atomic_files import to_json, write_json
 from ..reports.machine import commit
 from ..reports.measures import why_undefined
+from ..reports.paired import ABOVE
 from ..reports.terminal import progress, say
 from ..training.digests import of_values
 from ..training.recipe_predictors import augmentation_of
 from ..training.recipes import TrainingRecipe
 from ..training.threads import torch_threads
+from ..zoo.ceilings import accuracy_ceiling
 from .baselines import BASELINES, Problem
 from .comparisons import test_measures
 from .definitions import TASKS, Task
@@ -89,6 +91,8 @@ def run_task(
     job.check(list(methods) or rows)
     for run in job.runs(list(methods) or rows, seeds):
         job.make(run)
+    for seed in seeds:
+        job.measure_ceilings(seed)
     results = collect(name, task, job.data, list(sne), folder)
     write_json(folder.results, results)
     write_report(folder, task, job.data, results)
@@ -151,13 +155,31 @@ class _Job:
         predicted = None
         if found is not None:
             predicted, true = found[parts["test"]], self.data.targets[parts["test"]]
-            about["test"] = test_measures(predicted, true)
+            about["test"] = test_measures(self.task, predicted, true)
             undefined = None if self.task.classes else why_undefined(predicted, true)
             if undefined:
                 about["undefined"] = undefined
         self.folder.write_result(run, {**asked, **about}, predicted, encodings)
         text = "; ".join(about["why_not"]) if "why_not" in about else _line(about["test"])
         say(self.console, f"{label}: {text} ({about['seconds']:.0f} s)")
+
+    def measure_ceilings(self, seed: int) -> None:
+        """Write the tau that a perfect predictor of accuracies would reach, unless it is there already."""
+        if not self.task.logit or any(zoo.about.get("source") != "classifiers" for zoo in self.data.zoos):
+            return
+        starts = np.cumsum([0, *(len(zoo) for zoo in self.data.zoos)])
+        for experiment in self.task.experiments:
+            path = self.folder.ceiling(experiment, seed)
+            if path.exists():
+                continue
+            test = np.asarray(self.data.split(experiment, seed)["test"])
+            parts = [
+                zoo[(test[(test >= start) & (test < start + len(zoo))] - start).tolist()]
+                for zoo, start in zip(self.data.zoos, starts[:-1].tolist(), strict=True)
+            ]
+            found = accuracy_ceiling(*(part for part in parts if len(part)), threshold=ABOVE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"seed": seed, "test": found, "made_of": self.data.fingerprint})
 
     def check(self, rows: Sequence[str]) -> None:
         """Check that what the folder holds of some rows is of this call's settings and networks.

@@ -185,10 +185,13 @@ class TaskSettings:
     )
     methods: tuple[str, ...] = option(
         (),
-        help="Row of the table: SNE or one of its ablations by its name, mean, statistics, deepsets, mlp, nfn, "
-        "probes, or across architectures statistics_fan_in; repeat for several.",
+        help="Row of the table: SNE or one of its ablations by its name, mean, statistics, statistics_rich, deepsets, "
+        "mlp, nfn, probes, or across architectures statistics_fan_in, statistics_relative; repeat for several.",
         flags=("--method",),
         shown="all",
     )
     networks: int | None = option(None, help="Number of networks of all zoos.", shown="the task's")
     epochs: int | None = option(None, help="Epochs of SNE.", shown="the task's")
+    curves: bool = option(
+        True, help="Train SNE and the baselines on shares of the training networks too, for learning curves."
+    )

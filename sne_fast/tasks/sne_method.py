@@ -60,6 +60,8 @@ def train_sne(
         on_epoch: as in :func:`sne_fast.training.fit`.
     """
     batch, train, watched = problem.batch, list(problem.train), list(problem.validation)
+    if not recipe.keep_best and recipe.patience is None:  # nothing is chosen by them, so they are learnt from as well
+        train, watched = [*train, *watched], []
     targets = torch.tensor(problem.targets, dtype=torch.get_default_dtype())
     targets = targets.long() if problem.classes else targets[:, None]
     predictor = make_predictor(

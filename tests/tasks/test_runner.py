@@ -19,6 +19,7 @@ import sne_fast
 from helpers.paths import ROOT
 from sne_fast.tasks import TASKS, definitions, run_task, runner
 from sne_fast.tasks.baselines import BASELINES, Problem
+from sne_fast.tasks.comparisons import STACKED
 from sne_fast.tasks.definitions import Experiment
 from sne_fast.tasks.networks import Networks
 from sne_fast.tasks.run_folder import Run, RunFolder, slug
@@ -29,7 +30,7 @@ from sne_fast.zoo import Zoo, make_classifier_zoo, make_sine_zoo
 for module in ("sklearn", "scipy", "matplotlib", "pyarrow"):
     pytest.importorskip(module)
 
-METHODS = ["SNE", "SNE, no order codes", "mean", "statistics", "mlp"]
+METHODS = ["SNE", "SNE, no order codes", "mean", "statistics", "statistics_rich", "mlp"]
 
 
 def call(out: Path, **options: Any) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def test_everything_is_written(done):
     }  # fmt: skip
     text = (out / "results.md").read_text()
     methods = results["experiments"]["sines"]["methods"]
-    assert list(methods) == ["SNE", "SNE, no order codes", *(BASELINES[k].name for k in ("mean", "statistics", "mlp"))]
+    baselines = [BASELINES[key].name for key in METHODS[2:]]
+    assert list(methods) == ["SNE", "SNE, no order codes", STACKED, *baselines]
     assert all(f"| {name} |" in text for name in methods)
     assert results["networks"] == 40 and results["weights"] == 40 * 1153
 
@@ -74,6 +76,73 @@ def test_measures_are_those_of_the_predictions(done):
         assert found["mse"]["mean"] == pytest.approx(np.mean(errors)) and found["mse"]["std"] == pytest.approx(
             np.std(errors, ddof=1)
         )
+
+
+@pytest.mark.slow
+def test_the_mean_of_sne_and_trees_and_differences_are_those_of_the_predictions(done):
+    out, results = done
+    zoo, folder = Zoo.open(out / "zoos" / "sines"), RunFolder(out)
+    data, experiment = Networks([zoo], "a"), TASKS["inr"].experiments[0]
+    found = results["experiments"]["sines"]
+    errors: dict[str, list[float]] = {}
+    for seed in (0, 1):
+        true = data.targets[data.split(experiment, seed)["test"]]
+        of = {
+            row: np.load(folder.predicted(Run(experiment, row, seed)))["predicted"]
+            for row in ("SNE", "statistics_rich", "statistics")
+        }
+        of[STACKED] = (of["SNE"] + of["statistics_rich"]) / 2
+        for row, predicted in of.items():
+            errors.setdefault(row, []).append(float(((predicted - true) ** 2).mean()))
+    stacked = found["methods"][STACKED]
+    assert stacked["mse"]["mean"] == pytest.approx(np.mean(errors[STACKED])) and stacked["runs"] == 2
+    assert [point["networks"] for point in found["by_training_size"][STACKED]] == [4, 8, 16, 32]
+    assert found["reference"] == BASELINES["statistics"].name
+    for row, title in (("SNE", "SNE"), (STACKED, STACKED), ("statistics_rich", BASELINES["statistics_rich"].name)):
+        difference = found["methods"][title]["differences"]["mse"]
+        assert difference["mean"] == pytest.approx(np.mean(errors[row]) - np.mean(errors["statistics"]))
+        assert difference["seeds"] == 2 and difference["standard_error"] > 0
+    assert "differences" not in found["methods"][found["reference"]]
+
+
+@pytest.mark.slow
+def test_tables_are_made_anew_from_small_files(done, tmp_path, monkeypatch):
+    """Predictions and measures are enough: neither encodings nor predictors are needed, and runs are not repeated."""
+    out, results = done
+    monkeypatch.setattr(runner, "train_sne", lambda *a, **k: pytest.fail("trained again"))
+    copied = tmp_path / "copy"
+    shutil.copytree(out / "zoos", copied / "zoos")
+    kept = [path for path in out.glob("runs/*/*") if path.suffix == ".json" or path.suffixes == [".npz"]]
+    assert kept and all(path.stat().st_size < 50_000 for path in kept)
+    for path in kept:
+        (copied / path.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copied / path.relative_to(out))
+    again = call(copied, seeds=(0, 1))
+    assert again["experiments"] == json.loads(json.dumps(results["experiments"]))
+    assert (copied / "results.md").read_text() == (out / "results.md").read_text()
+    assert (copied / "scatter-sines.png").exists() and not (copied / "embedding-sines.png").exists()
+    path = RunFolder(copied).predicted(Run(TASKS["inr"].experiments[0], "mean", 0))
+    np.savez(path, predicted=np.zeros(40))
+    with pytest.raises(
+        ValueError, match=r"mean-seed0\.npz: holds predictions of 40 networks, and the split has 4 test"
+    ):
+        call(copied, seeds=(0, 1))
+
+
+@pytest.mark.slow
+def test_accuracies_have_a_ceiling_and_tau_above_chance(tmp_path):
+    make_classifier_zoo(tmp_path / "zoos" / "digits", 40, architectures=("unterthiner",), seed=0)
+    options = {"methods": ["mean", "statistics"], "networks": 40, "seeds": (0, 1), "curves": False}
+    results = run_task("accuracy", tmp_path, Console(quiet=True), **options)
+    (experiment,) = results["experiments"].values()
+    assert experiment["ceiling"]["runs"] == 2 and 0.5 < experiment["ceiling"]["tau"]["mean"] <= 1
+    assert "tau_above" in experiment["methods"][BASELINES["statistics"].name] and not experiment["by_training_size"]
+    text = (tmp_path / "results.md").read_text()
+    assert "| ceiling, a perfect predictor | " in text and "tau above 20 %" in text
+    for path in tmp_path.glob("runs/*/ceiling-*.json"):
+        path.write_text("{}")
+    with pytest.raises(ValueError, match="holds a ceiling of other networks"):
+        run_task("accuracy", tmp_path, Console(quiet=True), **options)
 
 
 @pytest.mark.slow
