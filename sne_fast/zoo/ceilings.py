@@ -16,7 +16,9 @@ from .table import Zoo
 from .vmapped import evaluate_together
 
 
-def accuracy_ceiling(*zoos: Zoo, threshold: float = ABOVE, resamples: int = 20, seed: int = 0) -> dict[str, float | None]:
+def accuracy_ceiling(
+    *zoos: Zoo, threshold: float = ABOVE, resamples: int = 20, seed: int = 0
+) -> dict[str, float | None]:
     """Return the tau between the networks' accuracies on their test images and on bootstrap resamples of these images.
 
     A predictor that knew every network's accuracy on all images there are would still differ from the table, whose
