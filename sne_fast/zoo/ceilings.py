@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..reports.measures import measures, tau_above
+from ..reports.paired import ABOVE
 from .architectures import BY_SIDE
 from .classifiers import LARGE_IMAGES
 from .images import SIDE, load_images, side_of
@@ -15,7 +16,9 @@ from .table import Zoo
 from .vmapped import evaluate_together
 
 
-def accuracy_ceiling(*zoos: Zoo, threshold: float = 0.2, resamples: int = 20, seed: int = 0) -> dict[str, float | None]:
+def accuracy_ceiling(
+    *zoos: Zoo, threshold: float = ABOVE, resamples: int = 20, seed: int = 0
+) -> dict[str, float | None]:
     """Return the tau between the networks' accuracies on their test images and on bootstrap resamples of these images.
 
     A predictor that knew every network's accuracy on all images there are would still differ from the table, whose
