@@ -15,6 +15,7 @@ from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, 
 from ..data.choices import Chunking, Order, Scale
 from ..data.networks import Networks
 from ..data.packing import pack
+from ..data.tensor_statistics import tensor_statistics
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention, Statistics
 from .config_checks import choice, flag, integer, shown
@@ -187,7 +188,10 @@ class SNE(PretrainedMixin, nn.Module):
             networks: modules, state_dicts or paths.
             options: further arguments of :func:`sne_fast.pack`.
         """
-        return pack(networks, **{**self.pack_options, **options})
+        batch = pack(networks, **{**self.pack_options, **options})
+        if self.tensor_statistics is not None:
+            tensor_statistics(batch)  # which a compiled graph does not compute
+        return batch
 
     @property
     def pack_options(self) -> dict[str, Any]:

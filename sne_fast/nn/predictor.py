@@ -222,7 +222,7 @@ class Predictor(PretrainedMixin, nn.Module):
             ValueError: the batch was prepared for another predictor.
         """
         batch = self.preparation.apply(batch)
-        if self._sne.tensor_statistics is not None:
+        if self._sne.tensor_statistics is not None and batch.statistics is None:
             tensor_statistics(batch)  # of the weights as they were stored, which the input scale changes
         return batch
 
