@@ -4,8 +4,9 @@
 //
 //   python csrc/fuzz/run.py
 //
-// Bytes, in order: op (0 to 3: chunk_encode, set_attention, segment_pool, gather_chunks), dtype, instruction set,
-// width, heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes are 0.
+// Bytes, in order: op (0 to 4: chunk_encode, set_attention, segment_pool, gather_chunks, tensor_statistics), dtype,
+// instruction set, width, heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes
+// are 0.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -356,6 +357,63 @@ void gather_chunks(Bytes &bytes, int dtype, bool raw) {
 }
 
 template <class T>
+void tensor_statistics(Bytes &bytes, int dtype, bool raw) {
+  const int64_t tensors = bytes.below(6), threads = bytes.next();
+  Array<int64_t> start(tensors + 1), dims(6 * tensors);
+  start[0] = 0;
+  for (int64_t t = 0; t < tensors; ++t) {
+    int64_t *d = dims.data() + 6 * t;
+    d[0] = 1 + bytes.below(90);
+    d[1] = bytes.below(90);
+    d[2] = d[1] ? 1 + bytes.below(9) : 1;
+    d[3] = 1 + bytes.below(90), d[4] = 1 + bytes.below(90), d[5] = bytes.below(2);
+    start[t + 1] = start[t] + d[0] * (d[1] ? d[1] : 1) * d[2];
+  }
+  const int64_t total = start[tensors];
+  bool good = true;
+  if (raw && tensors) {
+    constexpr int64_t hostile[] = {0, int64_t(1) << 62, -1, INT64_MAX, INT64_MIN, int64_t(1) << 32, 3, 1};
+    for (int64_t k = bytes.below(3) + 1; k > 0; --k) {
+      const int64_t value = hostile[bytes.below(8)];
+      if (bytes.below(2))
+        dims[bytes.below(6 * tensors)] = value;
+      else
+        start[bytes.below(tensors + 1)] = value;
+    }
+    good = start[0] == 0 && start[tensors] == total;
+    for (int64_t t = 0; t < tensors && good; ++t) {
+      const int64_t *d = dims.data() + 6 * t;
+      int64_t size = 0;
+      good = start[t] < start[t + 1] && start[t + 1] <= total && d[0] > 0 && d[1] >= 0 && d[2] > 0 && d[3] > 0 &&
+             d[4] > 0 && (d[5] == 0 || d[5] == 1) && (d[1] > 0 || d[2] == 1) &&
+             !__builtin_mul_overflow(d[0], d[1] ? d[1] : 1, &size) && !__builtin_mul_overflow(size, d[2], &size) &&
+             size == start[t + 1] - start[t];
+    }
+  }
+  const bool draw = bytes.below(2);
+  Array<T> x = draw ? drawn<T>(bytes.next(), total, 1) : values<T>(bytes, total);
+  Array<double> scale(tensors);
+  for (int64_t t = 0; t < tensors; ++t) scale[t] = 1 + bytes.below(3);
+  Array<T> out = unwritten<T>(SNE_FAST_STATISTICS * tensors);
+  const sne_fast_tensor_statistics_args args = {tensors,     total,        threads,  start.data(),
+                                                dims.data(), scale.data(), x.data(), out.data()};
+  const int status = sne_fast_cpu_tensor_statistics(dtype, &args);
+  if (!judge(status, good, written(out), "status of tensor_statistics")) return;
+  require(written(out) == out.size(), "tensor_statistics writes all results");
+  for (int64_t t = 0; t < tensors; ++t) {
+    bool all_moderate = true, some_nan = false;
+    for (int64_t i = start[t]; i < start[t + 1]; ++i) {
+      all_moderate = all_moderate && moderate(x[i]);
+      some_nan = some_nan || !isfinite(x[i]);
+    }
+    for (int64_t c = SNE_FAST_STATISTICS * t; c < SNE_FAST_STATISTICS * (t + 1); ++c) {
+      if (some_nan) require(isnan(out[c]), "tensor_statistics is NaN where a value is not finite");
+      if (all_moderate) require(isfinite(out[c]), "tensor_statistics keeps tensors apart");
+    }
+  }
+}
+
+template <class T>
 void call(Bytes &bytes, int64_t op, int dtype) {
   const Shape shape(bytes);
   const uint8_t flags = bytes.next();
@@ -364,7 +422,8 @@ void call(Bytes &bytes, int64_t op, int dtype) {
     case 0: return chunk_encode<T>(bytes, dtype, shape, norms, raw);
     case 1: return set_attention<T>(bytes, dtype, shape, raw);
     case 2: return segment_pool<T>(bytes, dtype, shape, raw);
-    default: return gather_chunks<T>(bytes, dtype, raw);
+    case 3: return gather_chunks<T>(bytes, dtype, raw);
+    default: return tensor_statistics<T>(bytes, dtype, raw);
   }
 }
 
@@ -372,7 +431,7 @@ void call(Bytes &bytes, int64_t op, int dtype) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Bytes bytes(data, size);
-  const int64_t op = bytes.below(4), dtype = bytes.below(2);
+  const int64_t op = bytes.below(5), dtype = bytes.below(2);
   const char *isas[] = {"avx512", "avx2", "portable"};
   const char *isa = isas[bytes.below(3)];
   sne_fast_cpu_select_isa(sne_fast_cpu_has_isa(isa) ? isa : "");
