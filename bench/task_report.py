@@ -26,8 +26,9 @@ SEEDS = 3
 # Columns of the README's table. The baselines of every method, ablations included, are in docs/experiments.md.
 SUMMARY = {
     "SNE": "SNE",
+    "SNE and trees, mean": "SNE and trees",
     "layer statistics, boosted trees": "layer statistics",
-    "layer statistics by fan-in, boosted trees": "statistics by fan-in",
+    "the 23 statistics, boosted trees": "the 23 statistics",
     "DeepSets": "DeepSets",
     "NFN": "NFN",
 }
