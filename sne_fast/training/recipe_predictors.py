@@ -35,13 +35,16 @@ def make_predictor(
         preparation: what `preparation_of` returns; needed where the recipe's units are "canonical".
         seed: of the initial parameters.
 
+    Raises:
+        ValueError: canonical units without a preparation, or values that the encoder or the predictor refuses.
+
     Example:
         >>> from sne_fast.training import RECIPES, make_predictor
         >>> make_predictor(RECIPES["best"], ["accuracy"], transform="logit").out_features
         1
     """
     if preparation is None:
-        preparation = preparation_of(recipe.replace(units="given", odd=False, jitter=0.0, invariance=0.0))
+        preparation = preparation_of(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too
         encoder = SNE(**recipe.encoder)

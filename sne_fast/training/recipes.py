@@ -105,8 +105,19 @@ class TrainingRecipe:
     threads: int | None = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.head, (str, bytes)) or not all(type(width) is int for width in self.head):
+            raise ValueError(f"recipe: head must be a list of integers, got {self.head!r:.80}")
         object.__setattr__(self, "head", tuple(self.head))
         check_choices(self, "recipe")
+        for name in ("chunks", "order", "odd", "relative"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"recipe: {name} must be True or False, got {getattr(self, name)!r:.80}")
+        for name in ("code_gain", "jitter"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"recipe: {name} must be a number, got {value!r:.80}")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"recipe: threads must be at least 1, or None, got {self.threads!r:.80}")
         self.fit_settings()
         if self.invariance and self.units == "given":
             raise ValueError(
