@@ -157,6 +157,7 @@ class WeightBatch:
     def keep_statistics(self, statistics: Tensor) -> None:
         """Keep the statistics of the tensors, which :func:`sne_fast.tensor_statistics` has computed."""
         object.__setattr__(self, "statistics", statistics)
+        self._mark_dynamic()
 
     def _derive(self) -> None:
         lengths = self.tensor_ptr_host.diff()
@@ -171,7 +172,7 @@ class WeightBatch:
         mark = getattr(dynamo, "maybe_mark_dynamic", None)
         if mark is None or torch.compiler.is_compiling():
             return
-        for field in (*TENSORS, "chunk_positions"):
+        for field in (*TENSORS, "chunk_positions", *(("statistics",) if self.statistics is not None else ())):
             mark(getattr(self, field), 0)
         if self.chunk_ptr_host is not self.chunk_ptr:
             for field in POINTERS:

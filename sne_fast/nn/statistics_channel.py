@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data.batch import WeightBatch
 from ..data.tensor_statistics import COLUMNS, tensor_statistics
 from ..ops import functional
+from .input_scales import SCALED
 
 LARGEST = 6.0
 """Bound of statistics in standard deviations of those of the training networks."""
@@ -47,7 +48,16 @@ class StatisticsChannel(nn.Module):
         self.register_buffer("std", torch.ones(count))
 
     def columns_of(self, batch: WeightBatch) -> Tensor:
-        """Return the statistics of a batch that the channel takes: `(T, 23)` or `(T, 19)`."""
+        """Return the statistics of a batch that the channel takes: `(T, 23)` or `(T, 19)`.
+
+        Raises:
+            ValueError: they are to be computed, and the batch has no shapes, or went through an input scale.
+        """
+        if batch.statistics is None and SCALED in batch.prepared:
+            raise ValueError(
+                "SNE: batch must have its statistics before an input scale changes its values; call "
+                "sne_fast.tensor_statistics(batch) first"
+            )
         # A compiled graph reads those that the batch has, and breaks where they are to be computed.
         found: Tensor = tensor_statistics(batch) if batch.statistics is None else batch.statistics
         if self.statistics == "tensor":

@@ -16,6 +16,7 @@ from sne_fast import SNE, Predictor, tensor_statistics
 from sne_fast.data.tensor_statistics import COLUMNS
 from sne_fast.nn import Preparation
 from sne_fast.nn.bounded_memory import WEIGHTS
+from sne_fast.nn.input_scales import FanInScale
 from sne_fast.nn.position_codes import position_code
 from sne_fast.reference import PaddedSNE
 
@@ -147,6 +148,17 @@ def test_an_input_scale_does_not_change_the_statistics() -> None:
     encoder = randomised(SNE(hidden_dim=32, scale="none", statistics="tensor", chunks=False))
     plain, scaled = Predictor(encoder), Predictor(encoder, normalise_inputs="fan_in")
     torch.testing.assert_close(scaled.encode(networks()), plain.encode(networks()))
+
+
+def test_statistics_of_scaled_values_are_refused() -> None:
+    encoder = SNE(hidden_dim=32, scale="none", statistics="tensor")
+    batch = sne_fast.pack(networks(), scale="none").detach()
+    with pytest.raises(
+        ValueError, match="SNE: batch must have its statistics before an input scale changes its values"
+    ):
+        encoder(FanInScale()(batch))
+    tensor_statistics(batch)
+    assert encoder(FanInScale()(batch)).shape == (4, 96)
 
 
 def test_gradients_reach_every_parameter() -> None:
