@@ -203,7 +203,10 @@ class Predictor(PretrainedMixin, nn.Module):
             networks: modules, state_dicts or paths, or a zoo.
             options: further arguments of :func:`sne_fast.pack`.
         """
-        return pack(networks, **{**self.pack_options, **options})
+        batch = pack(networks, **{**self.pack_options, **options})
+        if self._sne.tensor_statistics is not None and not self.preparation.odd:  # turned signs have others
+            tensor_statistics(batch)
+        return batch
 
     @property
     def pack_options(self) -> dict[str, Any]:

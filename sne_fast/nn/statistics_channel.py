@@ -51,8 +51,13 @@ class StatisticsChannel(nn.Module):
         """Return the statistics of a batch that the channel takes: `(T, 23)` or `(T, 19)`.
 
         Raises:
-            ValueError: they are to be computed, and the batch has no shapes, or went through an input scale.
+            ValueError: they are to be computed, and the batch has no shapes, or went through an input scale, or
+                `torch.export` traces the call.
         """
+        if batch.statistics is None and torch.compiler.is_exporting():
+            raise ValueError(
+                "SNE: batch must have its statistics before torch.export; call sne_fast.tensor_statistics(batch) first"
+            )
         if batch.statistics is None and SCALED in batch.prepared:
             raise ValueError(
                 "SNE: batch must have its statistics before an input scale changes its values; call "

@@ -347,7 +347,14 @@ def tensor_statistics(
     """
     start_host = _on_host(start, start_host)
     if is_transformed((values, scale)):  # which take the result for a constant
-        values, scale = unwrapped((values, scale))
+        plain, scale = unwrapped((values, scale))
+        if plain.dim() != values.dim():
+            raise ValueError(
+                "tensor_statistics: values must not be batched by torch.func.vmap, which cannot compute statistics; "
+                "call sne_fast.tensor_statistics outside of it and give batches their results by "
+                "batch.with_fields(values=..., statistics=...)"
+            )
+        values = plain
         with outside_transforms():
             return tensor_statistics(values, start, scale, dims, start_host=start_host)
     if not torch.compiler.is_compiling():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.data import DataLoader
 
 import sne_fast
 from sne_fast import WeightBatch, tensor_statistics
 from sne_fast.data import tensor_statistics as module
 from sne_fast.data.tensor_statistics import COLUMNS, NAMES
-from sne_fast.ops import reference
 from sne_fast.symmetry import canonicalise, chain_symmetry, permute
 
 CHUNKINGS = ("flat", "neuron", "kernel")
@@ -109,66 +109,6 @@ def test_statistics_are_those_of_numpy_and_scipy(chunking: Any, scale: Any, back
     np.testing.assert_allclose(found.numpy(), expected(batch, nets), atol=1e-6, rtol=1e-9)
 
 
-def single(w: Tensor, dtype: torch.dtype = torch.float32) -> WeightBatch:
-    return sne_fast.pack([{"weight": w}], dtype=dtype, scale="none").detach()
-
-
-EXTREMES: dict[str, Callable[[], Tensor]] = {
-    "zeros": lambda: torch.zeros(5, 4),
-    "constant": lambda: torch.full((6, 7), -0.7),
-    "one element": lambda: torch.tensor([[2.5]]),
-    "one row": lambda: torch.randn(1, 300),
-    "one column": lambda: torch.randn(300, 1),
-    "tiny": lambda: torch.randn(30, 40) * 1e-30,
-    "huge": lambda: torch.randn(30, 40) * 1e30,
-    "denormal": lambda: torch.randn(9, 9) * 1e-41,
-    "ties": lambda: torch.randint(0, 3, (50, 60)).float(),
-    "heavy tails": lambda: torch.randn(80, 90).pow(9),
-    "one outlier": lambda: torch.zeros(100, 100).index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(1.0)),
-    "sorted": lambda: torch.arange(5000.0).view(50, 100),
-    "organ pipe": lambda: torch.cat([torch.arange(3000.0), torch.arange(3000.0).flip(0)]).view(60, 100),
-    "rank one": lambda: torch.randn(200, 1) @ torch.randn(1, 300),
-    "two equal singular values": lambda: torch.eye(128),
-}
-
-
-@pytest.mark.parametrize("name", EXTREMES)
-def test_backends_agree_on_extremes(name: str) -> None:
-    torch.manual_seed(1)
-    w = EXTREMES[name]()
-    with sne_fast.use_backend("reference"):
-        want = tensor_statistics(single(w))
-    with sne_fast.use_backend("cpu"):
-        got = tensor_statistics(single(w))
-    assert want.isfinite().all()
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(65, 65), (300, 200), (100, 2000), (512, 512)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_spectral_norms_of_large_matrices_are_found_within_the_stated_error(shape: tuple[int, int], seed: int) -> None:
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    with sne_fast.use_backend("cpu"):
-        found = tensor_statistics(single(w, torch.float64))[0, NAMES.index("log_spectral_norm")]
-    want = math.log(torch.linalg.svdvals(w)[0] / w.norm() * math.sqrt(min(shape)))
-    assert abs(float(found) - want) < 1e-4
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_tensor_with_a_value_that_is_not_finite_has_nan_statistics_and_others_do_not(
-    backend: str, value: float
-) -> None:
-    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    with torch.no_grad():
-        net[0].weight[1, 2] = value
-    batch = sne_fast.pack([net], nonfinite="keep").detach()
-    with sne_fast.use_backend(backend):
-        found = tensor_statistics(batch)
-    bad = [name == "0.weight" for name in batch.names[0][1]]
-    assert found[torch.tensor(bad)].isnan().all() and found[~torch.tensor(bad)].isfinite().all()
-
-
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_number_of_threads_does_not_change_a_bit(threads: int) -> None:
     batch = sne_fast.pack(networks() * 3).detach()
@@ -212,6 +152,23 @@ def test_they_are_computed_once_and_kept_by_what_is_made_of_the_batch(monkeypatc
     file.seek(0)
     assert torch.equal(tensor_statistics(torch.load(file, weights_only=False)), whole)
     assert calls == [batch.num_weights]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_and_pytrees_carry_them(workers: int) -> None:
+    batch = sne_fast.pack(networks()).detach()
+    whole = tensor_statistics(batch)
+    examples = [{"networks": batch[b], "target": float(b)} for b in range(len(batch))]
+    (loaded,) = DataLoader(examples, batch_size=len(batch), num_workers=workers)
+    assert torch.equal(loaded["networks"].statistics, whole)
+    doubled = tree_map_only(Tensor, lambda leaf: 2 * leaf if leaf.is_floating_point() else leaf, batch)
+    assert torch.equal(doubled.statistics, 2 * whole)
+    leaves, structure = tree_flatten(batch)
+    assert torch.equal(tree_unflatten(leaves, structure).statistics, whole)
+    bare = batch.with_fields(values=batch.values)
+    assert structure != tree_flatten(bare)[1] and tree_unflatten(*tree_flatten(bare)).statistics is None
+    assert batch.to("meta").statistics.shape == whole.shape
+    assert batch.to(torch.bfloat16).statistics.dtype == torch.float32
 
 
 def test_other_values_or_scales_have_statistics_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +234,31 @@ def test_under_torch_func_they_are_a_constant() -> None:
     torch.testing.assert_close(tangent, values.grad.sum())
 
 
+def test_vmap_takes_values_whose_statistics_are_known_and_says_so() -> None:
+    encoder = sne_fast.SNE(hidden_dim=32, statistics="tensor").double()
+    batch = encoder.pack([nn.Linear(3, 2).double()]).detach()
+    values = torch.stack([batch.values, 2 * batch.values])
+    with pytest.raises(ValueError, match=r"tensor_statistics: values must not be batched by torch\.func\.vmap"):
+        torch.func.vmap(lambda v: encoder(batch.with_fields(values=v)))(values)
+    known = {"statistics": batch.statistics}
+    z = torch.func.vmap(lambda v: encoder(batch.with_fields(values=v, **known)))(values)
+    torch.testing.assert_close(z, torch.stack([encoder(batch.with_fields(values=v, **known)) for v in values]))
+
+
+def test_per_sample_gradients_of_parameters() -> None:
+    encoder = sne_fast.SNE(hidden_dim=32, statistics="tensor", chunks=False).double()
+    batch = encoder.pack([nn.Linear(3, 2).double(), nn.Linear(2, 4).double()]).detach()
+    weight = encoder.tensor_statistics.hidden.weight
+
+    def z(w: Tensor) -> Tensor:
+        return torch.func.functional_call(encoder, {"tensor_statistics.hidden.weight": w}, (batch,)).sum(1)
+
+    found = torch.func.jacrev(z)(weight.detach())
+    for b in range(2):
+        (alone,) = torch.autograd.grad(encoder(batch[b]).sum(), weight)
+        torch.testing.assert_close(found[b], alone)
+
+
 def test_a_batch_without_shapes_is_refused() -> None:
     batch = sne_fast.pack([nn.Linear(3, 2)]).detach().with_fields(shapes=())
     with pytest.raises(ValueError, match="tensor_statistics: the batch must have the shapes of its tensors"):
@@ -293,41 +275,3 @@ def test_relative_leaves_out_what_names_a_size() -> None:
     assert {NAMES[i] for i in range(23) if i not in COLUMNS["relative"]} == {
         "log_rms", "log_numel", "log_fan_in", "log_fan_out",
     }  # fmt: skip
-
-
-def good() -> dict[str, Any]:
-    start = torch.tensor([0, 12, 17])
-    dims = torch.tensor([[3, 2, 2, 4, 3, 1], [5, 0, 1, 4, 3, 0]])
-    return {"values": torch.randn(17), "start": start, "scale": torch.ones(2), "dims": dims}
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
-        ("values", torch.ones(17, dtype=torch.int64), TypeError, "values must be floating of shape"),
-        ("values", torch.ones(16), ValueError, "start must start at 0"),
-        (
-            "start",
-            torch.tensor([0, 13, 17]),
-            ValueError,
-            r"dims\[0\] must be out, in, k, fan-in and fan-out of a tensor",
-        ),
-        ("scale", torch.ones(3), TypeError, r"scale must be float32 or float64 of shape \(T,\)"),
-        ("dims", torch.ones(2, 5, dtype=torch.int64), TypeError, r"dims must be int64 of shape \(T, 6\)"),
-        ("dims", torch.tensor([[3, 2, 2, 4, 3, 1], [5, 0, 1, 0, 3, 0]]), ValueError, r"dims\[1\] must be out"),
-    ],
-)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_bad_arguments_are_named(backend: str, name: str, value: Tensor, error: type, message: str) -> None:
-    arguments = {**good(), name: value}
-    with sne_fast.use_backend(backend):
-        with pytest.raises(error, match=f"tensor_statistics: {message}"):
-            sne_fast.functional.tensor_statistics(**arguments)
-        with pytest.raises((error, sne_fast.BackendError), match="tensor_statistics: "):
-            torch.ops.sne_fast.tensor_statistics(*arguments.values(), arguments["start"])
-
-
-def test_the_reference_is_public() -> None:
-    given = good()
-    assert sne_fast.reference.tensor_statistics is reference.tensor_statistics
-    assert reference.tensor_statistics(*given.values(), given["start"]).shape == (2, 23)

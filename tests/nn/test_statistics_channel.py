@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 import sne_fast
 from sne_fast import SNE, Predictor, tensor_statistics
@@ -212,6 +213,28 @@ def test_a_batch_that_has_its_statistics_compiles_to_one_graph(chunks: bool) -> 
         batch = encoder.pack(networks(count)).detach()
         assert batch.statistics is not None
         torch.testing.assert_close(compiled(batch), encoder(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_batch_compiles_in_a_predictor_and_one_whose_signs_turn_has_no_statistics_yet() -> None:
+    encoder = randomised(SNE(hidden_dim=32, statistics="tensor", chunks=False))
+    predictor = Predictor(encoder, normalise_inputs=False)
+    batch = predictor.pack(networks()).detach()
+    compiled = torch.compile(predictor, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch), predictor(batch))
+    odd = Predictor(encoder, preparation=Preparation(units="canonical", odd=True), normalise_inputs=False)
+    assert batch.statistics is not None and odd.pack(networks()).statistics is None
+
+
+def test_an_exported_encoder_takes_other_batches_with_their_statistics() -> None:
+    encoder = randomised(SNE(hidden_dim=32, statistics="tensor")).eval()
+    example, other = encoder.pack(networks(2)).detach(), encoder.pack(networks(3)).detach()
+    sizes = {"networks": [{0: torch.export.Dim.AUTO} for _ in _pytree.tree_leaves(example)]}
+    program = torch.export.export(encoder, (example,), dynamic_shapes=sizes)
+    for batch in (example, other):
+        torch.testing.assert_close(program.module()(batch), encoder(batch))
+    bare = example.with_fields(values=example.values)
+    with pytest.raises(ValueError, match=r"SNE: batch must have its statistics before torch\.export"):
+        torch.export.export(encoder, (bare,), strict=False)
 
 
 @pytest.mark.parametrize(
