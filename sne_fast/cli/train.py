@@ -45,7 +45,8 @@ def train(settings: TrainSettings) -> None:
     for package, what in (("sklearn", "boosted trees beside it"), ("matplotlib", "plots")):
         if not installed(package):
             say(console, f"Without {package} there are no {what}: {install_command('demo')}")
+    plots = ", plots" if installed("matplotlib") else ""
     say(
         console,
-        f"Written to {settings.out}: predictor/, recipe.json, metrics.json, predictions.csv, {settings.log} log, plots",
+        f"Written to {settings.out}: predictor/, recipe.json, metrics.json, predictions.csv, {settings.log} log{plots}",
     )

@@ -121,7 +121,7 @@ class TrainSettings:
     recipe: str = option(
         "best",
         help="best, for properties of the training such as accuracy; across, for architectures never seen; inr, for "
-        "implicit representations; paper; or a recipe.json.",
+        "implicit representations with sines or other odd activations; paper; or a recipe.json.",
     )
     loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
     transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
@@ -133,7 +133,9 @@ class TrainSettings:
     statistics: Statistics | None = of_recipe("Statistics of tensors that SNE is told.")
     chunks: bool | None = of_recipe("Encode chunks of weights, or statistics alone.", flags=("--chunks/--no-chunks",))
     units: UnitOrder | None = of_recipe("Order of hidden units; all but given need known symmetries.")
-    odd: bool | None = of_recipe("Canonical units: turn signs too.", flags=("--odd/--no-odd",))
+    odd: bool | None = of_recipe(
+        "Canonical units: turn signs too, for odd activations such as sine and tanh.", flags=("--odd/--no-odd",)
+    )
     jitter: float | None = of_recipe("Canonical units: noise on the keys in training.")
     invariance: float | None = of_recipe("Weight of the logit-invariance loss; not for given units.")
     relative: bool | None = of_recipe(

@@ -15,7 +15,7 @@ from ..data.packing import pack
 from ..extras import require
 from ..reports.files import distinct_columns, write_csv
 from ..reports.terminal import for_progress, progress, say
-from ..symmetry import Symmetry
+from ..symmetry import Symmetry, SymmetryError
 from ..training.distributed import World, processes
 from ..training.loop import fit, predict
 from ..training.progress import CsvLog, Log, TensorBoardLog
@@ -26,10 +26,11 @@ from ..zoo.checkpoint_folder import load_checkpoints
 from ..zoo.index import INDEX
 from ..zoo.splits import missing_targets, read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
-from ..zoo.table import Zoo
+from ..zoo.table import FileSource, Zoo
 from .comparisons import STACKED
 from .run_folder import RunFolder
 from .settings import TrainSettings
+from .stacking import FILE as TREES
 from .stacking import StackedPredictor
 from .train_report import baselines, evaluate, write_plots
 
@@ -86,6 +87,9 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     folder, recipe = RunFolder(settings.out), settings.chosen
     log: Log = TensorBoardLog(folder.tensorboard) if settings.log == "tensorboard" else CsvLog(folder.log)
     zoo, left_out = _open(settings)
+    if (unlisted := _unlisted(zoo)) and world.first:
+        shown = ", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else "")
+        say(for_progress(console), f"Not in {TABLE}, and not used: {len(unlisted)} checkpoints ({shown})")
     parts = split_zoo(zoo, settings.split, settings.seed)
     targets, classes = read_targets(zoo, settings.targets, settings.loss)
     names = classes if classes is not None else list(settings.targets)
@@ -95,7 +99,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     symmetries: list[Symmetry] = []
     if recipe.units != "given":
         with progress(console, "finding symmetries"):
-            symmetries = symmetries_of(zoo)
+            symmetries = _symmetries(zoo, recipe.units)
     predictor = make_predictor(
         recipe,
         names,
@@ -143,6 +147,8 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     if world.first:
         predictor.save_pretrained(folder.predictor())
         recipe.save(folder.recipe)
+        for old in folder.predictor().glob(TREES.format("*")):
+            old.unlink()  # of an earlier call with the stack
         others = baselines(batch, targets, parts, settings, classes)
         if settings.stack:
             stacked = StackedPredictor.fit(predictor, batch, targets, rows=[*rows, *watched], seed=settings.seed)
@@ -188,6 +194,30 @@ def _open(settings: TrainSettings) -> tuple[Zoo, list[str]]:
     if not kept:
         raise ValueError(f"train: no network of {str(folder)!r} has a value of {' and '.join(settings.targets)}")
     return zoo[kept], [str(zoo.rows[i]["name"]) for i in sorted(absent)]
+
+
+def _unlisted(zoo: Zoo) -> list[str]:
+    """Return the checkpoints in the folder of a zoo of files that its table does not name, relative to the folder."""
+    if zoo.folder is None or not isinstance(zoo.source, FileSource):
+        return []
+    listed = {Path(file).resolve() for file in zoo.source.files}
+    endings = {file.suffix for file in listed}
+    found = (file for file in sorted(zoo.folder.rglob("*")) if file.suffix in endings and file.is_file())
+    return [str(file.relative_to(zoo.folder)) for file in found if file.resolve() not in listed]
+
+
+def _symmetries(zoo: Zoo, units: str) -> list[Symmetry]:
+    """Return the symmetry of every network.
+
+    Raises:
+        SymmetryError: one that is not known; the message says what to do.
+    """
+    try:
+        return symmetries_of(zoo)
+    except SymmetryError as error:
+        raise SymmetryError(
+            f"train: units {units!r} need the networks' symmetries, and they are not known: {error}; use --units given"
+        ) from error
 
 
 def _record(settings: TrainSettings) -> dict[str, Any]:

@@ -299,3 +299,35 @@ def test_the_stack_is_a_row_and_predicts_files(zoo: Path, tmp_path: Path) -> Non
     assert sum(errors) / len(errors) == pytest.approx(found["a"]["mae"], rel=1e-4)
     assert [one["a"] for one in alone] == pytest.approx([float(row["predicted a"]) for row in rows], rel=1e-4)
     assert [one["a"] for one in stacked] != [one["a"] for one in alone]
+
+
+def test_checkpoints_that_the_table_does_not_name_are_said(zoo: Path, tmp_path: Path) -> None:
+    opened = Zoo.open(zoo)
+    (tmp_path / "nets").mkdir()
+    lines = ["file,a"]
+    for i in range(20):
+        save_file(opened.state_dict(i), tmp_path / "nets" / f"{i}.safetensors")
+        if i != 7:
+            lines.append(f"{i}.safetensors,{opened.column('a')[i]}")
+    (tmp_path / "nets" / "index.csv").write_text("\n".join(lines) + "\n")
+    output = run(tmp_path / "nets", "-o", tmp_path / "run", "--target", "a", *SMALL)
+    assert "Not in index.csv, and not used: 1 checkpoints (7.safetensors)" in output
+
+
+def test_units_of_unknown_symmetries_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    lines = ["file,a"]
+    for i in range(12):
+        save_file({"one.weight": torch.randn(4, 3), "two.weight": torch.randn(7, 9)}, tmp_path / f"{i}.safetensors")
+        lines.append(f"{i}.safetensors,{i}")
+    (tmp_path / "index.csv").write_text("\n".join(lines) + "\n")
+    message = refused(tmp_path, "-o", tmp_path / "run", "--target", "a", "--units", "canonical", *SMALL)
+    assert "train: units 'canonical' need the networks' symmetries" in message and "use --units given" in message
+
+
+def test_a_stack_of_an_earlier_call_does_not_stay(zoo: Path, tmp_path: Path) -> None:
+    command = [zoo, "-o", tmp_path, "--target", "a", *SMALL]
+    run(*command, "--stack")
+    assert (tmp_path / "predictor" / "trees-0.safetensors").exists()
+    run(*command, "--epochs", "4")
+    assert not (tmp_path / "predictor" / "trees-0.safetensors").exists()
+    assert "epochs" in refused(*command, "--epochs", "2")
