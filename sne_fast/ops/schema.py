@@ -76,7 +76,9 @@ OPTIONAL_OPS = ("feed_forward",)
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
 CONSTANT_OPS = ("tensor_statistics",)
 """Ops without a gradient, called once per network: the reference computes them where a backend has no kernel."""
-REQUIRED_OPS = tuple(name for name in FORWARD_OPS if name not in (*OPTIONAL_OPS, *CONSTANT_OPS))
+DIFFERENTIABLE_OPS = tuple(name for name in FORWARD_OPS if name not in CONSTANT_OPS)
+"""Ops with a backward."""
+REQUIRED_OPS = tuple(name for name in DIFFERENTIABLE_OPS if name not in OPTIONAL_OPS)
 """Ops that a backend should have."""
 STATISTICS = 23
 """Results of ``tensor_statistics`` for each tensor."""
