@@ -176,7 +176,8 @@ def fit_trees(
         n_estimators=400, learning_rate=0.03, max_depth=4, subsample=0.5, max_features=max_features, random_state=seed
     ).fit(x, goals)
     trees = [tree.tree_ for tree in model.estimators_[:, 0]]
-    nodes = [(t.feature, t.threshold, t.children_left, t.children_right, 0.03 * t.value[:, 0, 0]) for t in trees]
+    rate = model.learning_rate
+    nodes = [(t.feature, t.threshold, t.children_left, t.children_right, rate * t.value[:, 0, 0]) for t in trees]
     base = np.asarray(model.init_.constant_, np.float64).ravel()
     return _joined(nodes, [0] * len(trees), base, x.shape[1], "sigmoid" if logit else "identity")
 

@@ -275,6 +275,8 @@ def test_config_is_the_constructors_arguments() -> None:
         "hidden_dim": 64, "num_heads": 4, "chunk_size": 32, "chunking": "flat", "layer_norm": True, "scale": "tensor",
         "element_order": True, "chunk_order": True, "set_attention": "sab", "num_inducing": 32,
         "order": "names",
+        "statistics": "none",
+        "chunks": True,
     }  # fmt: skip
     assert dict(sne_fast.SNE().config) == defaults
     other = {
