@@ -274,15 +274,13 @@ def test_config_is_the_constructors_arguments() -> None:
     defaults = {
         "hidden_dim": 64, "num_heads": 4, "chunk_size": 32, "chunking": "flat", "layer_norm": True, "scale": "tensor",
         "element_order": True, "chunk_order": True, "set_attention": "sab", "num_inducing": 32,
-        "order": "names",
-        "statistics": "none",
-        "chunks": True,
+        "order": "names", "statistics": "none", "chunks": True,
     }  # fmt: skip
     assert dict(sne_fast.SNE().config) == defaults
     other = {
         "hidden_dim": 32, "num_heads": 2, "chunk_size": 8, "chunking": "kernel", "layer_norm": False, "scale": "none",
         "element_order": False, "chunk_order": False, "set_attention": "isab", "num_inducing": 7,
-        "order": "definition",
+        "order": "definition", "statistics": "relative", "chunks": False,
     }  # fmt: skip
     assert dict(sne_fast.SNE(**other).config) == other
 
