@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..atomic_files import write_text
-from ..reports.plots import embedding_map, literal, new_figure, save_figure
+from ..reports.plots import embedding_map, literal, new_figure, predicted_against_true, save_figure
 from ..reports.terminal import say, show_table
 from .baselines import BASELINES
 from .definitions import Experiment, Task
@@ -165,17 +165,7 @@ def _scatter(path: Path, task: Task, data: Networks, test: list[int], prediction
     if not shown:
         return
     true = data.targets[test]
-    low, high = float(true.min()), float(true.max())
-    figure = new_figure(3.2 * len(shown), 3.4)
-    axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, (name, predicted) in zip(axes, shown.items(), strict=True):
-        axis.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0)
-        axis.scatter(true, predicted, s=12, linewidth=0, alpha=0.6)
-        axis.set_title(literal(name), fontsize=9)
-        axis.set_xlabel(f"true {literal(task.target)}", fontsize=8)
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"predicted {literal(task.target)}", fontsize=8)
-    save_figure(figure, path)
+    predicted_against_true(path, {name: (true, p) for name, p in shown.items()}, task.target)
 
 
 def _curves(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
