@@ -96,6 +96,7 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
             )
         entries = entries_of_mapping(checkpoint.tensors, found.label)
         entries.skipped = [*checkpoint.left_out.items(), *entries.skipped]
+        kinds = dict(checkpoint.kinds)
     else:
         raise TypeError(
             f"pack: network {index} must be an nn.Module, a state_dict or a path to a checkpoint, "
