@@ -40,7 +40,7 @@ def _tensors(batch: Any) -> list[tuple[int, str, int, tuple[Any, ...]]]:
     places = batch.chunk_ptr[batch.tensor_ptr].tolist()
     found = []
     for s, (owner, name, kind) in enumerate(zip(owners, batch.names[0][1], batch.tensor_type.tolist(), strict=True)):
-        values = batch.values[places[s] : places[s + 1]]
+        values = batch.values.detach()[places[s] : places[s + 1]]
         scale = float(batch.tensor_scale[s].detach())
         print_of = (
             len(values),

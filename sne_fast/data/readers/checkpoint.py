@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .lazy_tensors import LazyTensor, OpenFile, read_all
 from .safetensors_files import open_safetensors
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import open_tensors
+from .tied_by_config import with_ties_of_config
 from .torch_files import damage_of, read_content
 
 __all__ = ["ORDER_KEY", "Checkpoint", "OpenCheckpoint", "open_checkpoint", "read_checkpoint"]
@@ -127,6 +128,11 @@ def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
 
 
 def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
+    found = _open_whole(file, key)
+    return replace(found, tensors=with_ties_of_config(file.parent, found.tensors))
+
+
+def _open_whole(file: Path, key: str | None) -> OpenCheckpoint:
     kind = format_of(file)
     if kind == "index":
         return _open_index(file, key)
