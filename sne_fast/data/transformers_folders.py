@@ -106,6 +106,8 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 def _cleaned(value: Any) -> Any:
     if isinstance(value, Mapping):
+        if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
         return {key: _cleaned(inner) for key, inner in value.items() if not _LEFT_OUT.fullmatch(key)}
     return [_cleaned(inner) for inner in value] if isinstance(value, list) else value
 
