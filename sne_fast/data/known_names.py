@@ -60,7 +60,7 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("weights of a loss", re.compile(r"(^|\.)empty_weight$")),
     ("probability of a mask", re.compile(r"(^|\.)attn_mask_probs$")),
     ("integer form of a weight", re.compile(r"(^|\.)(weight|bias)_integer$")),
-    ("scale of integers", re.compile(r"(^|\.)(\w+_scaling_factor|LayerNorm\.shift)$")),
+    ("scale of integers", re.compile(r"(^|\.)((weight|bias|fc|act|norm)_scaling_factor|LayerNorm\.shift)$")),
     ("slopes of attention", re.compile(r"(^|\.)alibi(_slopes|_bias)?$")),
     ("attention decay", re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|n(um)?_points_scale)$")),
     ("range of activations", re.compile(r"(^|\.)((input|output)_(min|max)|act_range|x_(min|max))$")),

@@ -77,12 +77,13 @@ def read_transformers_folder(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: cannot be rebuilt by transformers: {type(error).__name__}: {reason}; {_REMEDY}"
         ) from error
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    lacking = sorted(parameters & set(info["missing_keys"]))
-    if lacking:
-        raise CheckpointError(f"{folder}: lacks {shown_list(lacking, 4)}, which {cls.__name__} has; {_REMEDY}")
     modules = list(model.named_modules(remove_duplicate=False))
     entries = entries_of_modules(modules, str(folder))
+    # The library marks what it loaded or tied, and drops from the missing keys what a class says may be missing.
+    unset = {name for name, tensor in entries.weights.items() if not getattr(tensor, "_is_hf_initialized", False)}
+    lacking = sorted(unset | (entries.weights.keys() & set(info["missing_keys"])))
+    if lacking:
+        raise CheckpointError(f"{folder}: lacks {shown_list(lacking, 4)}, which {cls.__name__} has; {_REMEDY}")
     left_out = {
         **found.left_out,
         **dict.fromkeys(sorted(info["unexpected_keys"]), f"no weight of {cls.__name__}"),
@@ -148,7 +149,9 @@ def _loaded(cls: Any, config: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Mo
     if any(dtype.itemsize == 1 for dtype in dtypes):
         raise ValueError("float8 weights are not rebuilt")
     widest = next(iter(dtypes)) if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
-    return cls.from_pretrained(  # type: ignore[no-any-return]
+    # What is lacking is refused, so nothing needs initial values; some classes overwrite rows of tables with zeros.
+    plain = type(cls.__name__, (cls,), {"initialize_weights": lambda self: None, "__module__": cls.__module__})
+    return plain.from_pretrained(  # type: ignore[attr-defined, no-any-return]
         None,
         config=config,
         state_dict=dict(tensors),

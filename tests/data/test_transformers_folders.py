@@ -7,7 +7,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import agreement
+import named_networks
 import pytest
+import tiny_configs
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -17,8 +20,6 @@ from sne_fast.data.checkpoints import read_checkpoint
 from sne_fast.data.transformers_folders import read_transformers_folder
 
 transformers = pytest.importorskip("transformers", minversion="5")
-agreement = pytest.importorskip("agreement")
-tiny_configs = pytest.importorskip("tiny_configs")
 
 ALIKE = {  # their folder is packed as their module, without rebuilding
     "albert": "AlbertForMaskedLM", "bart": "BartForConditionalGeneration", "bert": "BertLMHeadModel",
@@ -26,8 +27,8 @@ ALIKE = {  # their folder is packed as their module, without rebuilding
     "deberta-v2": "DebertaV2ForMaskedLM", "distilbert": "DistilBertForMaskedLM", "electra": "ElectraForCausalLM",
     "falcon_mamba": "FalconMambaModel", "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM",
     "ibert": "IBertForMaskedLM", "llama": "LlamaForCausalLM", "opt": "OPTForCausalLM",
-    "roberta": "RobertaForCausalLM", "swin": "SwinForImageClassification", "t5": "T5ForConditionalGeneration", "vit": "ViTForImageClassification",
-    "wav2vec2": "Wav2Vec2ForCTC", "whisper": "WhisperForConditionalGeneration",
+    "roberta": "RobertaForCausalLM", "swin": "SwinForImageClassification", "t5": "T5ForConditionalGeneration",
+    "vit": "ViTForImageClassification", "wav2vec2": "Wav2Vec2ForCTC", "whisper": "WhisperForConditionalGeneration",
 }  # fmt: skip
 RENAMED = {  # joined, split or renamed on saving: experts apart, fused projections, other parents
     "nomic_bert": "NomicBertForMaskedLM", "olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -57,11 +58,9 @@ def test_a_module_and_all_that_is_saved_of_it_are_packed_alike(name: str, tmp_pa
 
 
 def test_networks_with_names_of_torchvision_and_timm_are_packed_alike(tmp_path: Path) -> None:
-    named = pytest.importorskip("named_networks")
-    assert len(named.NAMES) >= 30
     for i, name in enumerate(("torchvision/resnet18", "torchvision/swin_t", "timm/convnext_atto", "timm/repvgg_a0")):
         (tmp_path / str(i)).mkdir()
-        network = named.build(*name.split("/"))
+        network = named_networks.build(*name.split("/"))
         assert agreement.compare(network, tmp_path / str(i))["differs"] == dict.fromkeys(agreement.SOURCES[:3], "")
 
 
