@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["available_bytes"]
+__all__ = ["MemoryNeeded", "available_bytes"]
 
 _GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+class MemoryNeeded(MemoryError):
+    """More memory is needed than may be used, which was known before any work; the message says what would help."""
 
 
 def available_bytes() -> float:

@@ -16,7 +16,7 @@ from ..data.layer_stream import LayerStream
 from ..data.layers_apart import layer_names, layers_apart
 from ..data.networks import Networks
 from ..data.tensor_statistics import tensor_statistics
-from ..free_memory import available_bytes
+from ..free_memory import MemoryNeeded, available_bytes
 from .chunk_samples import sample_chunks
 from .config_checks import integer, shown
 from .layer_encodings import LayerEncodings
@@ -76,7 +76,7 @@ class LayeredEncodingMixin:
             z ``(out_features,)``, of a list or tuple of B sources ``(B, out_features)``.
 
         Raises:
-            MemoryError: more memory is needed than may be used; the message says what would help.
+            MemoryNeeded: more memory is needed than may be used (a MemoryError); the message says what would help.
             ValueError, TypeError: as :func:`sne_fast.pack`.
 
         Example::
@@ -119,7 +119,7 @@ class LayeredEncodingMixin:
             The bytes that are needed besides those in use.
 
         Raises:
-            MemoryError: these are more than may be used.
+            MemoryNeeded: these are more than may be used.
 
         Warns:
             UserWarning: attention that is quadratic in the chunks of a tensor will take more than a minute.
@@ -127,7 +127,7 @@ class LayeredEncodingMixin:
         need = memory_needed(stream, self.config, max_chunks)
         allowed = available_bytes() if max_memory is None else float(max_memory)
         if need.total > allowed:
-            raise MemoryError(describe(need, allowed, self.config, max_chunks))
+            raise MemoryNeeded(describe(need, allowed, self.config, max_chunks))
         seconds = 0.0 if self.config["set_attention"] == "isab" else attention_seconds(stream, self.config, max_chunks)
         if seconds > SLOW:
             warnings.warn(
