@@ -12,7 +12,7 @@ from .errors import CheckpointError, reading, shown
 from .formats import READABLE
 from .shards import counts_itself, shards_named, sibling_shards
 
-__all__ = ["Part", "chosen_file", "independent_files", "sentence_transformer_parts"]
+__all__ = ["Part", "chosen_file", "independent_files", "is_model_folder", "sentence_transformer_parts"]
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar")
 _INDEX = re.compile(r".*\.index(\..*)?\.json")
@@ -67,6 +67,12 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
             f"{folder}: holds several checkpoints, {', '.join(sorted([chosen, *others])[:8])}; give the path of one"
         )
     return folder / chosen, left_out | dict.fromkeys(others, f"the same model as {chosen} by its name")
+
+
+def is_model_folder(folder: Path, file: Path) -> bool:
+    """Return whether a folder is that of one model, by what lies beside its weights, or by the name of their file."""
+    beside = any((folder / name).is_file() for name in ("config.json", _MODULES))
+    return beside or _INDEX.fullmatch(file.name.lower()) is not None or _stem(file.name) in _STANDARD
 
 
 def independent_files(folder: Path) -> list[Path] | None:
