@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.masked import MaskedTensor
 
+from .adapters import Adapters, Scaling, scalings_of_module
 from .checkpoints import CheckpointError, find_state_dict
 from .flat_entries import FlatEntries, holds_tensors, quantised_recurrent_weights, refuse_hidden, saved_besides
 from .known_names import buffer_by_name, counter_by_name, is_flattened, is_optimiser_state, is_weight_name
@@ -38,7 +39,9 @@ class Entries:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
+def entries_of_mapping(
+    mapping: Mapping[Any, Any], label: str, scalings: Mapping[str, Scaling] | None = None
+) -> Entries:
     """Return the weights of a state_dict.
 
     Lists and tuples of tensors are taken as `name.0`, `name.1`, ...
@@ -46,6 +49,7 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
     Args:
         mapping: names and values.
         label: the network in messages.
+        scalings: what the configuration of adapters says of their scales, see `Adapters.canonical`.
 
     Raises:
         ValueError: no tensors, a quantised weight of an unknown format, copies of a network that are ambiguous.
@@ -72,7 +76,7 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
         )
     if refused is not None:
         raise refused
-    found = _weights(flat, {})
+    found = _weights(flat, {}, scalings or {})
     return Entries(found.weights, beside + found.skipped)
 
 
@@ -87,8 +91,10 @@ def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> 
     flat = FlatEntries(label)
     buffers: dict[str, bool] = {}
     recurrent: list[str] = []
+    scalings: dict[str, Scaling] = {}
     for name, module in modules:
         prefix = f"{name}." if name else ""
+        scalings.update(scalings_of_module(name, module))
         statistics = kind_of_module(module) in (None, NORMALISATION)
         # A normalisation that was frozen has its weight and bias among its buffers, and no file tells them apart.
         counted = _FROZEN if statistics and all(own in module._buffers for own in _STATISTICS) else _STATISTICS
@@ -111,7 +117,7 @@ def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> 
         else:
             for own, value in saved_besides(module).items():
                 flat.add(prefix + own, value)
-    return _weights(flat, buffers)
+    return _weights(flat, buffers, scalings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,16 +156,18 @@ def _path(outer: Mapping[Any, Any], inner: Mapping[Any, Any]) -> list[Any]:
 # Tensors to weights
 
 
-def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
+def _weights(flat: FlatEntries, buffers: Mapping[str, bool], scalings: Mapping[str, Scaling]) -> Entries:
     """Decode what is quantised, and part weights from the rest.
 
     Args:
         flat: all tensors, and entries that are none.
         buffers: whether it counts, for every tensor that a module calls a buffer.
+        scalings: those of adapters.
     """
     tensors, label, found = flat.tensors, flat.label, Entries(skipped=list(flat.skipped))
     decoded = decode(tensors, label)
     scaled_layers = {name.rpartition(".")[0] for name in tensors if _names_scales(name)}
+    adapters = Adapters(tensors)
     floating: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in decoded.weights:
@@ -172,7 +180,7 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
                 found.skipped.append((name, "empty tensor"))
         if name in decoded.used:
             found.skipped.append((name, decoded.used[name]))
-        elif name not in decoded.weights:
+        elif name not in decoded.weights and name not in adapters.scales:
             if nn.parameter.is_lazy(tensor):
                 reason = None
             elif is_optimiser_state(name):
@@ -192,6 +200,8 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
     found.skipped.extend(copies.items())
     floating = {name: tensor for name, tensor in floating.items() if name not in copies}
     refuse_pairs(floating, label)
+    floating, said = adapters.canonical(floating, tensors, scalings, label)
+    found.skipped.extend(said)
     found.weights.update({name: _real(tensor) for name, tensor in floating.items()})
     return found
 

@@ -39,12 +39,15 @@ class Checkpoint:
         left_out: what else the file or folder holds, by path in the file or by file name, with the reason why it is
             not part of the weights: objects, optimiser states, averages of the weights, other files.
         key: where in the file the tensors are, names joined by dots; "" at the top.
+        adapter_scales: of adapters whose configuration lies beside them, by the name of the adapted module: what the
+            update is multiplied by, and its rank.
     """
 
     tensors: dict[str, Tensor]
     keeps_order: bool
     left_out: dict[str, str] = field(default_factory=dict)
     key: str = ""
+    adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
