@@ -125,7 +125,8 @@ class Adapters:
         memo: dict[object, dict[str, Tensor]] = {}
         for one in self._found:
             held = {part: floating[name] for part, name in one.parts.items() if name in floating}
-            if len(held) < len(one.parts):  # an empty one
+            # One is empty, or a flat part of a factor, as partitioned trainings leave them.
+            if len(held) < len(one.parts) or any(held[part].ndim < 2 for part in _FACTORS & held.keys()):
                 continue
             layer = _joined(one.base, one.adapter) if self._several and one.adapter else one.base
             layer = _joined(layer, "lora") if layer in owners else layer

@@ -194,6 +194,8 @@ def test_what_has_no_canonical_form_is_taken_as_it_is() -> None:
     assert set(packed(adaptive).names[0][1]) == set(adaptive) and torch.equal(tensors(packed(adaptive))["fc.lora_A"], a)
     alone = packed({"fc.lora_A.weight": a, "fc.alpha": torch.tensor(3.0)})
     assert alone.names[0][1] == ("fc.alpha", "fc.lora_A.weight")
+    flat = packed({"fc.lora_A.weight": a.reshape(-1), "fc.lora_B.weight": torch.ones(())})
+    assert flat.names[0][1] == ("fc.lora_A.weight", "fc.lora_B.weight")
     a[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"'up.lora_A'.*NaN"):
         packed(lora(a, b))

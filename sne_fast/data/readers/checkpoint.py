@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..layer_order import natural_key
 from ..tied_names import with_tied_names
+from .adapter_configs import adapter_scales
 from .chosen_weights import choose_weights
 from .content_tree import arrays_as_tensors
 from .errors import CheckpointError, reading, shown, shown_list
@@ -65,10 +66,11 @@ class OpenCheckpoint:
     keeps_order: bool
     left_out: dict[str, str] = field(default_factory=dict)
     key: str = ""
+    adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def read(self) -> Checkpoint:
         """Read all tensors into memory; raises CheckpointError as `read_checkpoint`."""
-        return Checkpoint(read_all(self.tensors), self.keeps_order, self.left_out, self.key)
+        return Checkpoint(read_all(self.tensors), self.keeps_order, self.left_out, self.key, self.adapter_scales)
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -113,7 +115,7 @@ def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
     if parts is None:
         file, left_out = chosen_file(folder)
         found = _open_file(file, key)
-        return OpenCheckpoint(found.tensors, found.keeps_order, found.left_out | left_out, found.key)
+        return replace(found, left_out=found.left_out | left_out)
     read = [(part.number, _open_file(part.file, key)) for part in parts]
     if len(read) == 1:
         return read[0][1]
@@ -136,7 +138,8 @@ def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
     refuse_rank(file)
     if shards := sibling_shards(file):
         return _joined([(shard, _open_one(shard, key)) for shard in shards], file)
-    return _open_one(file, key)
+    found = _open_one(file, key)
+    return replace(found, adapter_scales=adapter_scales(file, found.tensors))
 
 
 def _open_one(file: Path, key: str | None) -> OpenCheckpoint:

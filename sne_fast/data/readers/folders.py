@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ...regular_files import read_json
 from ..layer_order import natural_key
+from .adapter_configs import ADAPTER_FILE
 from .errors import CheckpointError, reading, shown
 from .formats import READABLE
 from .shards import counts_itself, shards_named, sibling_shards
@@ -22,7 +23,6 @@ _NO_WEIGHTS = re.compile(
     r"random_states?([_.-].*)?|.*optim_states\..*|preprocess\w*\..*|vocab\w*\..*|tokenizer\w*\..*"
 )
 _STANDARD = ("model", "pytorch_model", "diffusion_pytorch_model")  # names of one model in several formats
-_ADAPTER = re.compile(r"adapter_model\..*")
 _MODULES = "modules.json"
 # Modules of sentence-transformers that have no weights.
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "BoW")
@@ -39,7 +39,7 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
     """Return the file of a folder that holds its weights, and the other files that look like weights, with the reason.
 
     Raises:
-        CheckpointError: no file, several, an adapter without its model, or one part of several.
+        CheckpointError: no file, several, or one part of several.
     """
     with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
@@ -48,14 +48,11 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
     left_out = {
         name: "no weights by its name" for name in names if lower[name].endswith(_ENDINGS) and name not in weights
     }
-    adapters = [name for name in weights if _ADAPTER.fullmatch(name)]
+    adapters = [name for name in weights if ADAPTER_FILE.fullmatch(name)]
     indices = [name for name in names if _INDEX.fullmatch(lower[name])]
     groups = _groups(folder, [name for name in weights if name not in adapters], indices)
     if not groups and adapters:
-        raise CheckpointError(
-            f"{folder}: holds an adapter without its base model; merge them, or give the path of {adapters[0]} to "
-            f"encode the adapter alone"
-        )
+        groups, adapters = adapters, []
     if not groups:
         held = ", ".join(names[:8]) or "no files"
         raise CheckpointError(f"{folder}: holds no checkpoint ({READABLE}) but {held}")
@@ -86,7 +83,7 @@ def independent_files(folder: Path) -> list[Path] | None:
     if any(_INDEX.fullmatch(name.lower()) or name in ("config.json", _MODULES) for name in names):
         return None
     weights = [name for name in names if name.lower().endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(name.lower())]
-    together = any(_ADAPTER.fullmatch(name.lower()) or counts_itself(name) for name in weights)
+    together = any(ADAPTER_FILE.fullmatch(name.lower()) or counts_itself(name) for name in weights)
     if len(weights) < 2 or together or len({_stem(name) for name in weights}) < len(weights):
         return None
     return [folder / name for name in weights]
