@@ -21,6 +21,7 @@ from .errors import CheckpointError, reading, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
 from .lazy_tensors import LazyTensor, OpenFile, read_all
+from .pipelines import chosen_component
 from .safetensors_files import open_safetensors
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import open_tensors
@@ -78,7 +79,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
     Args:
         path: a file, or a folder of one checkpoint.
-        key: the place of the weights in a pickled file that has several, names joined by dots.
+        key: the place of the weights in a pickled file that has several, names joined by dots; in the folder of a
+            diffusers pipeline the name of a network.
 
     Raises:
         CheckpointError: as `load_state_dict`.
@@ -111,6 +113,10 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Ope
 
 
 def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
+    component = chosen_component(folder, key)
+    if component is not None:
+        found = _open_folder(component.folder, component.key)
+        return replace(found, left_out=found.left_out | component.left_out)
     parts = sentence_transformer_parts(folder)
     if parts is None:
         file, left_out = chosen_file(folder)

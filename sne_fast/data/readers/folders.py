@@ -1,4 +1,4 @@
-"""Folders of checkpoints: which of their files are the weights, and models of sentence-transformers."""
+"""Folders of checkpoints: which of their files are the weights; models of sentence-transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import CheckpointError, reading, shown
 from .formats import READABLE
 from .shards import counts_itself, shards_named, sibling_shards
 
-__all__ = ["Part", "chosen_file", "independent_files", "sentence_transformer_parts"]
+__all__ = ["EmptyFolder", "Part", "chosen_file", "component_folders", "independent_files", "sentence_transformer_parts"]
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar")
 _INDEX = re.compile(r".*\.index(\..*)?\.json")
@@ -24,8 +24,16 @@ _NO_WEIGHTS = re.compile(
 )
 _STANDARD = ("model", "pytorch_model", "diffusion_pytorch_model")  # names of one model in several formats
 _MODULES = "modules.json"
+_PIPELINE = "model_index.json"
+_COMPONENT = re.compile(r"[A-Za-z0-9_-]+")
+# Classes of a pipeline's components that prepare inputs or outputs and have no weights.
+_WEIGHTLESS_COMPONENT = re.compile(r"Scheduler|Tokenizer|Processor|FeatureExtractor|Guider")
 # Modules of sentence-transformers that have no weights.
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "BoW")
+
+
+class EmptyFolder(CheckpointError):
+    """A folder without files of weights."""
 
 
 class Part(NamedTuple):
@@ -55,7 +63,7 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
         groups, adapters = adapters, []
     if not groups:
         held = ", ".join(names[:8]) or "no files"
-        raise CheckpointError(f"{folder}: holds no checkpoint ({READABLE}) but {held}")
+        raise EmptyFolder(f"{folder}: holds no checkpoint ({READABLE}) but {held}")
     chosen, others = _best(folder, groups)
     if adapters:
         others = [*others, *adapters]
@@ -69,10 +77,15 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
 def independent_files(folder: Path) -> list[Path] | None:
     """Return the checkpoints of a folder where each file is a network of its own, in natural order of their names.
 
+    Of a diffusers pipeline with several networks they are the folders of these.
+
     None for a folder that is one checkpoint, and wherever files may belong together: beside an index or a
     configuration, shards that count themselves, adapters, and one name in several formats.
     """
     try:
+        components = component_folders(folder)
+        if components is not None:
+            return components if len(components) > 1 else None
         chosen_file(folder)
     except CheckpointError:
         pass
@@ -135,6 +148,41 @@ def _same_model(chosen: str, others: list[str]) -> bool:
         return not any(re.fullmatch(r"model_\d+", _stem(name)) for name in others)
     stems = {_stem(name) for name in [chosen, *others]}
     return len(stems) == 1 or stems <= set(_STANDARD)
+
+
+def component_folders(folder: Path) -> list[Path] | None:
+    """Return the folders of a pipeline's networks, in the order of its list; None for a folder that is no pipeline.
+
+    Components without weights, such as schedulers and tokenizers, are not among them; networks that are missing are.
+
+    Raises:
+        CheckpointError: a list that is damaged.
+    """
+    listing = folder / _PIPELINE
+    if not listing.exists():
+        return None
+    with reading(listing):
+        entries = read_json(listing, dict)
+    found = []
+    for name, entry in entries.items():
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            continue  # settings, and components that this pipeline goes without
+        if not _COMPONENT.fullmatch(name):
+            raise CheckpointError(f"{listing}: refused, its component {shown(name)} is no name of a folder in it")
+        place = folder / name
+        if _has_weights(place) if place.is_dir() else not _WEIGHTLESS_COMPONENT.search(entry[1]):
+            found.append(place)
+    return found
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        chosen_file(folder)
+    except EmptyFolder:
+        return False
+    except CheckpointError:  # which is said where the network is read
+        pass
+    return True
 
 
 def sentence_transformer_parts(folder: Path) -> list[Part] | None:
