@@ -23,6 +23,7 @@ from .formats import format_of
 from .lazy_tensors import LazyTensor, OpenFile, read_all
 from .pipelines import chosen_component
 from .safetensors_files import open_safetensors
+from .script_programs import Script, script_weights
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import open_tensors
 from .torch_files import damage_of, read_content
@@ -171,13 +172,16 @@ def _open_torch(file: Path, key: str | None) -> OpenCheckpoint:
 
     with failing():
         held = OpenFile(file)
-        content = arrays_as_tensors(read_content(held.opened))
+        content = read_content(held.opened)
         ranks = content.get("mp_world_size") if isinstance(content, dict) else None
         if isinstance(ranks, int) and ranks > 1:
             raise CheckpointError(
                 f"is the part of one of {shown(ranks)} processes of a model-parallel checkpoint; merge the parts first"
             )
-        weights = choose_weights(content, key)
+        if isinstance(content, Script):
+            weights = script_weights(content, key)
+        else:
+            weights = choose_weights(arrays_as_tensors(content), key)
         tensors = open_tensors(weights.tensors, held, failing)
     return OpenCheckpoint(tensors, True, weights.left_out, weights.path)
 
