@@ -17,6 +17,7 @@ from ..tied_names import with_tied_names
 from .adapter_configs import adapter_scales
 from .chosen_weights import choose_weights
 from .content_tree import arrays_as_tensors
+from .distributed_folders import distributed_folder, open_distributed
 from .errors import CheckpointError, reading, shown, shown_list
 from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
@@ -104,6 +105,9 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Ope
     file = Path(os.fsdecode(path))
     try:
         with reading(file):
+            distributed = distributed_folder(file)
+            if distributed is not None:
+                return _open_distributed(distributed, key)
             return _open_folder(file, key) if file.is_dir() else _open_file(file, key)
     except RecursionError:
         raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
@@ -111,6 +115,11 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Ope
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{str(file)!r}: cannot be read: {error}") from error  # a path that no system can name
+
+
+def _open_distributed(folder: Path, key: str | None) -> OpenCheckpoint:
+    tensors, weights = open_distributed(folder, key)
+    return OpenCheckpoint(in_order(tensors, None, folder), False, weights.left_out, weights.path)
 
 
 def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
