@@ -49,7 +49,7 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
               of all modules, each under its number if there are several; of a diffusers pipeline the network that `key`
               names, or its only one; of PEFT the adapter.
         key: where the weights are in a pickled file that has several places, names joined by dots ("generator",
-            "model.encoder"); all tensors below are taken, for "" all of the file.
+            "model.encoder"), also the start of names of tensors; all tensors below are taken, for "" all of the file.
 
     Returns:
         A dict of CPU tensors in memory of their own; those that shared memory when they were saved share it.
