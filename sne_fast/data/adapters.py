@@ -94,6 +94,8 @@ class Adapters:
         self._several = len({one.adapter for one in self._found if one.adapter}) > 1
         self.scales = {one.alpha for one in self._found if one.alpha}
         """Names of the tensors that scale an adapter, which are no weights."""
+        self.names = self.scales.union(*(one.parts.values() for one in self._found))
+        """Names of all tensors of adapters."""
 
     def canonical(
         self,
@@ -118,8 +120,7 @@ class Adapters:
         Raises:
             ValueError: an `alpha` that is no finite number, an adapter inside a transform of `torch.func`.
         """
-        factors = {name for one in self._found for name in one.parts.values()}
-        owners = {name.rpartition(".")[0] for name in floating if name not in factors}
+        owners = {name.rpartition(".")[0] for name in floating if name not in self.names}
         replaced: dict[str, dict[str, Tensor]] = {}
         said: dict[str, str] = {}
         memo: dict[object, dict[str, Tensor]] = {}

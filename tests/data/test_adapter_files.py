@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sne_fast import SNE, CheckpointError, WeightBatch, pack
 from sne_fast.data.batch_summary import skipped_summary
 from sne_fast.data.checkpoints import load_state_dict, read_checkpoint
+from sne_fast.data.layer_stream import LayerStream
 
 PREFIX = "base_model.model."
 
@@ -146,3 +147,13 @@ def test_an_adapter_without_a_configuration_has_the_scale_1(tmp_path: Path) -> N
     batch = pack([tmp_path])
     assert skipped_summary(batch) == "left out: 1 unknown scale of an adapter"
     assert read_checkpoint(tmp_path).adapter_scales == {}
+
+
+def test_an_adapter_is_streamed_as_it_is_packed(tmp_path: Path) -> None:
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["fc", "conv"], "modules_to_save": ["head"]}
+    adapted(tmp_path, "LoraConfig", **options)
+    whole, stream = pack([tmp_path]), LayerStream(tmp_path)
+    parts = list(stream.batches())
+    assert torch.equal(torch.cat([part.values for part in parts]), whole.values)
+    assert torch.equal(torch.cat([part.tensor_type for part in parts]), whole.tensor_type)
+    assert tuple(stream.network.skipped) == whole.skipped[0] and stream.num_weights == whole.num_weights
