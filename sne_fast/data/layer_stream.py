@@ -21,6 +21,7 @@ from .layer_overrides import resolve_kinds
 from .layers import Layer, Network, collect
 from .packing import check_options, pack_collected
 from .readers.lazy_tensors import LazyTensor
+from .readers.quantisation_configs import NOTHING_SAID
 from .weight_entries import weight_of
 
 __all__ = ["LayerStream"]
@@ -66,6 +67,7 @@ class LayerStream:
         elif key is not None:
             raise CheckpointError("key= is for files of torch, not for a network that is in memory")
         given = source
+        self._quantisation = getattr(source, "quantisation", NOTHING_SAID)
         if isinstance(source, OpenCheckpoint):
             given = Checkpoint(**{**vars(source), "tensors": self._stand_ins(source)})
         by_names = isinstance(kinds, str) and kinds == "names"
@@ -136,7 +138,7 @@ class LayerStream:
         if all(id(part) not in self._lazy for part in sources.values()):
             return tensor
         values = {part: self._lazy[id(t)].read() if id(t) in self._lazy else t for part, t in sources.items()}
-        return weight_of(stored_as, values, self.network.label)
+        return weight_of(stored_as, values, self.network.label, self._quantisation)
 
     def _sources(self, name: str) -> dict[str, Tensor]:
         return self.network.sources[name][1]

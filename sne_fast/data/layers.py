@@ -104,7 +104,7 @@ def collect(
                 f"needs; write it with sne_fast.data.checkpoints.save_state_dict, or use order='names'"
             )
         scalings = {name: Scaling(*scaling) for name, scaling in checkpoint.adapter_scales.items()}
-        entries = entries_of_mapping(checkpoint.tensors, found.label, scalings, values=values)
+        entries = entries_of_mapping(checkpoint.tensors, found.label, scalings, checkpoint.quantisation, values=values)
         entries.skipped = [*checkpoint.left_out.items(), *entries.skipped]
     else:
         raise TypeError(

@@ -22,6 +22,7 @@ from .flat_entries import FlatEntries, holds_tensors, quantised_recurrent_weight
 from .known_names import buffer_by_name, counter_by_name, is_flattened, is_optimiser_state, is_weight_name
 from .network_copies import averaged_copies, refuse_pairs
 from .quantised_weights import decode
+from .readers.quantisation_configs import NOTHING_SAID, Quantisation
 from .tensor_types import NORMALISATION, kind_of_module
 from .tied_names import has_plain_values
 
@@ -42,7 +43,12 @@ class Entries:
 
 
 def entries_of_mapping(
-    mapping: Mapping[Any, Any], label: str, scalings: Mapping[str, Scaling] | None = None, *, values: bool = True
+    mapping: Mapping[Any, Any],
+    label: str,
+    scalings: Mapping[str, Scaling] | None = None,
+    quantisation: Quantisation = NOTHING_SAID,
+    *,
+    values: bool = True,
 ) -> Entries:
     """Return the weights of a state_dict.
 
@@ -52,6 +58,7 @@ def entries_of_mapping(
         mapping: names and values.
         label: the network in messages.
         scalings: what the configuration of adapters says of their scales, see `Adapters.canonical`.
+        quantisation: what a configuration says of quantised weights, see `decode`.
         values: whether tensors must have values. Without, those of the meta device stand for what will be read, and
             only `sources` says what weights are made of.
 
@@ -80,22 +87,25 @@ def entries_of_mapping(
         )
     if refused is not None:
         raise refused
-    found = _weights(flat, {}, scalings or {}, values)
+    found = _weights(flat, {}, scalings or {}, quantisation, values)
     return Entries(found.weights, beside + found.skipped, found.sources)
 
 
-def weight_of(name: str, sources: Mapping[str, Tensor], label: str) -> Tensor:
+def weight_of(
+    name: str, sources: Mapping[str, Tensor], label: str, quantisation: Quantisation = NOTHING_SAID
+) -> Tensor:
     """Return a weight from the tensors that `Entries.sources` has for it, once they have values.
 
     Args:
         name: of the weight.
         sources: tensors by their names in the file.
         label: the network in messages.
+        quantisation: as for `decode`.
 
     Raises:
         ValueError: as `decode`.
     """
-    decoded = decode(sources, label)
+    decoded = decode(sources, label, quantisation=quantisation)
     made = dict(decoded.weights.values())
     if name in made:
         return made[name]
@@ -181,7 +191,11 @@ def _path(outer: Mapping[Any, Any], inner: Mapping[Any, Any]) -> list[Any]:
 
 
 def _weights(
-    flat: FlatEntries, buffers: Mapping[str, bool], scalings: Mapping[str, Scaling], values: bool = True
+    flat: FlatEntries,
+    buffers: Mapping[str, bool],
+    scalings: Mapping[str, Scaling],
+    quantisation: Quantisation = NOTHING_SAID,
+    values: bool = True,
 ) -> Entries:
     """Decode what is quantised, and part weights from the rest.
 
@@ -189,10 +203,11 @@ def _weights(
         flat: all tensors, and entries that are none.
         buffers: whether it counts, for every tensor that a module calls a buffer.
         scalings: those of adapters.
+        quantisation: as for `decode`.
         values: whether tensors must have values.
     """
     tensors, label, found = flat.tensors, flat.label, Entries(skipped=list(flat.skipped))
-    decoded = decode(tensors, label, values=values)
+    decoded = decode(tensors, label, values=values, quantisation=quantisation)
     scaled_layers = {name.rpartition(".")[0] for name in tensors if _names_scales(name)}
     adapters = Adapters(tensors)
     floating: dict[str, Tensor] = {}

@@ -23,6 +23,7 @@ from .folders import chosen_file, sentence_transformer_parts
 from .formats import format_of
 from .lazy_tensors import LazyTensor, OpenFile, read_all
 from .pipelines import chosen_component
+from .quantisation_configs import NOTHING_SAID, Quantisation, quantisation_beside
 from .safetensors_files import open_safetensors
 from .script_programs import Script, script_weights
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
@@ -49,6 +50,7 @@ class Checkpoint:
         key: where in the file the tensors are, names joined by dots; "" at the top.
         adapter_scales: of adapters whose configuration lies beside them, by the name of the adapted module: what the
             update is multiplied by, and its rank.
+        quantisation: what a configuration beside them says of quantised tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -56,6 +58,7 @@ class Checkpoint:
     left_out: dict[str, str] = field(default_factory=dict)
     key: str = ""
     adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
+    quantisation: Quantisation = NOTHING_SAID
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ class OpenCheckpoint:
     left_out: dict[str, str] = field(default_factory=dict)
     key: str = ""
     adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
+    quantisation: Quantisation = NOTHING_SAID
 
     def read(self) -> Checkpoint:
         """Read all tensors into memory; raises CheckpointError as `read_checkpoint`."""
-        return Checkpoint(read_all(self.tensors), self.keeps_order, self.left_out, self.key, self.adapter_scales)
+        return Checkpoint(**{**vars(self), "tensors": read_all(self.tensors)})
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -108,7 +112,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Ope
             distributed = distributed_folder(file)
             if distributed is not None:
                 return _open_distributed(distributed, key)
-            return _open_folder(file, key) if file.is_dir() else _open_file(file, key)
+            return _open_folder(file, key) if file.is_dir() else _open_configured(file, key)
     except RecursionError:
         raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
     except ValueError as error:
@@ -130,9 +134,9 @@ def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
     parts = sentence_transformer_parts(folder)
     if parts is None:
         file, left_out = chosen_file(folder)
-        found = _open_file(file, key)
+        found = _open_configured(file, key)
         return replace(found, left_out=found.left_out | left_out)
-    read = [(part.number, _open_file(part.file, key)) for part in parts]
+    read = [(part.number, _open_configured(part.file, key)) for part in parts]
     if len(read) == 1:
         return read[0][1]
     if len({number for number, _ in read}) != len(read):
@@ -143,6 +147,10 @@ def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
         tensors.update({f"{number}.{name}": tensor for name, tensor in found.tensors.items()})
         skipped.update({f"{number}.{name}": reason for name, reason in found.left_out.items()})
     return OpenCheckpoint(tensors, all(found.keeps_order for _, found in read), skipped)
+
+
+def _open_configured(file: Path, key: str | None) -> OpenCheckpoint:
+    return replace(_open_file(file, key), quantisation=quantisation_beside(file))
 
 
 def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
