@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from sne_fast import CheckpointError, pack
@@ -162,6 +164,26 @@ def test_no_code_of_the_metadata_runs(folder: Path, tmp_path: Path) -> None:
     path = changed(folder, tmp_path / "changed", lambda m: setattr(m, "planner_data", Touch(proof)))
     assert "model.0.weight" in load_state_dict(path)  # names as they are, for paths are not known
     assert not proof.exists()
+
+
+@given(data=st.data())
+def test_folders_with_changed_bytes_are_read_or_refused(folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "changed"
+    if not path.exists():
+        shutil.copytree(folder, path)
+    for name in (".metadata", "__0_0.distcp"):
+        changed = bytearray((folder / name).read_bytes())
+        places = st.tuples(st.integers(0, len(changed) - 1), st.integers(0, 255))
+        for place, value in data.draw(st.lists(places, max_size=3)):
+            changed[place] = value
+        (path / name).write_bytes(changed)
+    try:
+        read = load_state_dict(path)
+    except CheckpointError as error:
+        told = str(error)
+        assert str(path) in told and "\n" not in told and len(told) < 700 + 2 * len(str(path)), told
+    else:
+        assert sum(tensor.numel() for tensor in read.values()) < 10**6
 
 
 def test_parts_of_a_folder_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
