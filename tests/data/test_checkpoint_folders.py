@@ -159,6 +159,16 @@ def test_folders_of_several_checkpoints_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "lora", "holds several checkpoints, adapter_model.safetensors, model.safetensors")
 
 
+def test_a_folder_without_weights_says_where_there_are_some(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "optimizer.bin", STATE)
+    refused(tmp_path / "run", "holds no checkpoint .* but optimizer.bin$")
+    save(tmp_path / "run" / "global_step10" / "mp_rank_00_model_states.pt", {"module": STATE})
+    save(tmp_path / "run" / "empty" / "scheduler.pt", STATE)
+    (tmp_path / "run" / "model_fsdp_0").mkdir()
+    (tmp_path / "run" / "model_fsdp_0" / ".metadata").touch()
+    refused(tmp_path / "run", "but optimizer.bin; give the path of a folder in it, as global_step10, model_fsdp_0$")
+
+
 def sentence_transformer(folder: Path, *modules: tuple[str, str]) -> Path:
     listing = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}

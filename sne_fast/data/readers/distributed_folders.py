@@ -23,6 +23,7 @@ from ...regular_files import open_regular
 from .chosen_weights import Weights, choose_weights
 from .content_tree import MAX_DEPTH, RefusedContent
 from .errors import CheckpointError, reading, shown
+from .folders import METADATA
 from .lazy_tensors import LazyTensor, OpenFile
 from .pickled_values import Placeholder
 from .stored import BadTensor, Storage, StoredTensor, open_tensors, read_tensors
@@ -30,7 +31,6 @@ from .torch_files import damage_of, read_content
 
 __all__ = ["distributed_folder", "open_distributed"]
 
-METADATA = ".metadata"
 _SHARD = ".distcp"
 _MODULE = "torch.distributed.checkpoint."
 _MAX_PIECES = 4096  # of one tensor, which are compared with each other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,15 @@ from .errors import CheckpointError, reading, shown
 from .formats import READABLE
 from .shards import counts_itself, shards_named, sibling_shards
 
-__all__ = ["EmptyFolder", "Part", "chosen_file", "component_folders", "independent_files", "sentence_transformer_parts"]
+__all__ = [
+    "METADATA",
+    "EmptyFolder",
+    "Part",
+    "chosen_file",
+    "component_folders",
+    "independent_files",
+    "sentence_transformer_parts",
+]
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar")
 _INDEX = re.compile(r".*\.index(\..*)?\.json")
@@ -25,6 +34,8 @@ _NO_WEIGHTS = re.compile(
 _STANDARD = ("model", "pytorch_model", "diffusion_pytorch_model")  # names of one model in several formats
 _MODULES = "modules.json"
 _PIPELINE = "model_index.json"
+METADATA = ".metadata"  # of torch.distributed.checkpoint
+_MOST_FOLDERS = 200
 _COMPONENT = re.compile(r"[A-Za-z0-9_-]+")
 # Classes of a pipeline's components that prepare inputs or outputs and have no weights.
 _WEIGHTLESS_COMPONENT = re.compile(r"Scheduler|Tokenizer|Processor|FeatureExtractor|Guider")
@@ -63,7 +74,9 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
         groups, adapters = adapters, []
     if not groups:
         held = ", ".join(names[:8]) or "no files"
-        raise EmptyFolder(f"{folder}: holds no checkpoint ({READABLE}) but {held}")
+        inside = _folders_of_checkpoints(folder)
+        more = f"; give the path of a folder in it, as {', '.join(inside)}" if inside else ""
+        raise EmptyFolder(f"{folder}: holds no checkpoint ({READABLE}) but {held}{more}")
     chosen, others = _best(folder, groups)
     if adapters:
         others = [*others, *adapters]
@@ -72,6 +85,19 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
             f"{folder}: holds several checkpoints, {', '.join(sorted([chosen, *others])[:8])}; give the path of one"
         )
     return folder / chosen, left_out | dict.fromkeys(others, f"the same model as {chosen} by its name")
+
+
+def _folders_of_checkpoints(folder: Path) -> list[str]:
+    """Return the first folders inside one in which there are files that look like weights."""
+    found: list[str] = []
+    with suppress(OSError):  # a folder that may not be looked into
+        for place in sorted(folder.iterdir())[:_MOST_FOLDERS]:
+            if len(found) < 4 and place.is_dir():
+                names = [entry.name.lower() for entry in place.iterdir()]
+                known = (_PIPELINE, METADATA)
+                if any(n in known or (n.endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(n)) for n in names):
+                    found.append(place.name)
+    return found
 
 
 def independent_files(folder: Path) -> list[Path] | None:
