@@ -57,6 +57,7 @@ def test_a_program_is_packed_as_the_module_it_was_made_of(tmp_path: Path, how: s
     assert left_out["window"] == "a buffer or attribute of the program"
     assert left_out["head.weight"] == "tied tensor: of 'again.weight'"
     assert ("attribute" if how == "script" else "constants.0.value") in left_out
+    assert how == "script" or left_out["constants.0.value"] == "a constant of the program"
 
 
 def test_a_module_of_a_program_is_chosen_by_its_name(tmp_path: Path) -> None:
@@ -70,10 +71,44 @@ def test_a_module_of_a_program_is_chosen_by_its_name(tmp_path: Path) -> None:
 def test_a_frozen_program_has_its_weights_among_its_constants(tmp_path: Path) -> None:
     made = network()
     file = saved(tmp_path / "n.pt", torch.jit.freeze(torch.jit.script(made)))
-    found = load_state_dict(file)
-    for name in ("head.weight", "rnn.weight_ih_l0", "rnn.bias_hh_l0"):
-        assert any(torch.equal(tensor, made.state_dict()[name]) for tensor in found.values()), name
-    assert pack([file]).num_weights > 60
+    found, state = load_state_dict(file), made.state_dict()
+    number = {name.split(".", 1)[1]: name for name in found}
+    for name, wanted in (("linear.weight", "head.weight"), ("linear.bias", "head.bias"),
+                         ("rnn.weight_ih_l0", "rnn.weight_ih_l0"), ("rnn.bias_hh_l0", "rnn.bias_hh_l0")):  # fmt: skip
+        assert torch.equal(found[number[name]], state[wanted])
+    assert number["conv1d.weight"].startswith("1.")  # the first is the window
+    batch = pack([file])
+    kinds = dict(zip(batch.names[0][1], (batch.tensor_type // 8).tolist(), strict=True))
+    assert (kinds[number["conv1d.bias"]], kinds[number["linear.weight"]], kinds[number["rnn.bias_hh_l0"]]) == (1, 0, 5)
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.norm, self.scale = nn.Embedding(10, 4), nn.LayerNorm(4), nn.Parameter(torch.randn(4))
+        self.conv, self.group, self.act = nn.Conv2d(1, 2, 3, padding=1), nn.GroupNorm(1, 2), nn.PReLU()
+        self.up = nn.ConvTranspose2d(2, 1, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.emb(x)) * self.scale
+        return self.up(self.act(self.group(self.conv(y[:, None]))))
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_the_source_of_a_frozen_program_names_its_constants(tmp_path: Path, how: str) -> None:
+    torch.manual_seed(0)
+    made = Frozen().eval()
+    program = torch.jit.script(made) if how == "script" else torch.jit.trace(made, torch.zeros(2, 5, dtype=torch.long))
+    found = load_state_dict(saved(tmp_path / "n.pt", torch.jit.freeze(program)))
+    conv, up = ("conv2d", "conv_transpose2d") if how == "script" else ("conv", "conv")
+    wanted = {
+        "0.embedding.weight": "emb.weight", "1.layer_norm.weight": "norm.weight", "1.layer_norm.bias": "norm.bias",
+        "3.value": "scale", f"4.{conv}.weight": "conv.weight", f"4.{conv}.bias": "conv.bias",
+        "6.group_norm.weight": "group.weight", "6.group_norm.bias": "group.bias", "8.prelu.weight": "act.weight",
+        f"9.{up}.weight": "up.weight",
+    }  # fmt: skip
+    assert list(found) == list(wanted)
+    assert all(torch.equal(tensor, made.state_dict()[wanted[name]]) for name, tensor in found.items())
 
 
 def test_quantised_linear_layers_of_a_program(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ attributes, and its source, of which only the lists of parameters and buffers at
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from .chosen_weights import NoWeights, Weights
 from .content_tree import MAX_DEPTH, MAX_MODULES, MAX_TENSORS, RefusedContent, holding, is_container, is_tensor
 from .errors import CheckpointError, shown
 from .pickled_values import Placeholder
+from .script_constants import constant_names
 
-__all__ = ["SCRIPT_NAMES", "Script", "declared_tensors", "script_weights"]
+__all__ = ["SCRIPT_NAMES", "Script", "script_weights"]
 
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n(?:  __parameters__ = \[([^\]\n]*)\]\n)?(?:  __buffers__ = \[([^\]\n]*)\]\n)?",
@@ -42,11 +43,11 @@ SCRIPT_NAMES = {
 
 @dataclass
 class Script:
-    """A TorchScript program: its tree of modules, its constants, and the weights that each class declares."""
+    """A TorchScript program: its tree of modules, its constants, and its source by path below `code/`."""
 
     root: Any
     constants: Any
-    declared: Mapping[str, frozenset[str]]
+    sources: Mapping[str, str]
 
 
 @dataclass
@@ -58,14 +59,14 @@ class _Found:
     modules: int = 0
 
 
-def declared_tensors(sources: Iterable[tuple[str, str]]) -> dict[str, frozenset[str]]:
+def _declared_tensors(sources: Mapping[str, str]) -> dict[str, frozenset[str]]:
     """Return the parameters and running statistics of each class, by its path, from the source of a program.
 
     Args:
         sources: paths of files below `code/`, such as `__torch__/torch/nn/modules/linear.py`, and their text.
     """
     found = {}
-    for path, text in sources:
+    for path, text in sources.items():
         module = path.removesuffix(".py").replace("/", ".")
         for name, *lists in _CLASS.findall(text):
             parameters, buffers = (frozenset(re.findall(r'"([^"]*)"', text)) for text in lists)
@@ -77,7 +78,7 @@ def declared_tensors(sources: Iterable[tuple[str, str]]) -> dict[str, frozenset[
 def script_weights(script: Script, key: str | None = None) -> Weights:
     """Return the parameters of a program by name, and the running mean and variance of its normalisations.
 
-    A program that was frozen has its weights among its constants; these are called `constants.0.value` and so on. The
+    A program that was frozen has its weights among its constants, whose names are those of `constant_names`. The
     constants of another are left out, and so are other buffers and attributes. Where the archive has no source,
     all tensors of modules are taken.
 
@@ -89,19 +90,20 @@ def script_weights(script: Script, key: str | None = None) -> Weights:
         RefusedContent: weights in objects of C++, modules nested too deeply.
         CheckpointError: no such module, no tensors.
     """
-    found = _Found(script.declared, holding(script.root) if is_container(script.root) else set())
+    found = _Found(_declared_tensors(script.sources), holding(script.root) if is_container(script.root) else set())
     _walk(script.root, "", found, frozenset())
     constants = script.constants if isinstance(script.constants, tuple) else ()
     numbers: dict[str, Any] = {}
+    names = constant_names(constants, script.sources.values())
     for i, value in enumerate(constants):
         if is_tensor(value):
-            numbers[f"constants.{i}.value"] = value
+            numbers[names[i]] = value
         elif is_container(value) and holding(value):
             raise RefusedContent(f"its constant {i} keeps tensors in {_shown(value)}")
     if _count(numbers) > _count(found.tensors):
         found.tensors.update(numbers)
     else:
-        found.left_out.update(dict.fromkeys(numbers, _CONSTANT))
+        found.left_out.update({f"constants.{name}": _CONSTANT for name in numbers})
     if key:
         inside = {name: tensor for name, tensor in found.tensors.items() if name.startswith(f"{key}.")}
         if not inside:

@@ -20,7 +20,7 @@ from .content_tree import RefusedContent
 from .errors import CheckpointError
 from .numpy_values import RefusedArray
 from .pickled_values import BadPickle, Bounded, RefusedName, read_pickle
-from .script_programs import SCRIPT_NAMES, Script, declared_tensors
+from .script_programs import SCRIPT_NAMES, Script
 from .stored import BadTensor, Storage, read_into
 from .torch_values import known_names, storage_maker
 
@@ -118,7 +118,7 @@ def _script(zipped: _Zip, known: Mapping[str, Any], strict: bool) -> Script:
         read_pickle(io.BytesIO(part.pickle()), {**known, **SCRIPT_NAMES}, storage_maker(part))
         for part in (zipped, constants)
     )
-    return Script(root, values, declared_tensors(zipped.sources()))
+    return Script(root, values, dict(zipped.sources()))
 
 
 class _Zip:
