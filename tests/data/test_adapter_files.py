@@ -157,3 +157,35 @@ def test_an_adapter_is_streamed_as_it_is_packed(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([part.values for part in parts]), whole.values)
     assert torch.equal(torch.cat([part.tensor_type for part in parts]), whole.tensor_type)
     assert tuple(stream.network.skipped) == whole.skipped[0] and stream.num_weights == whole.num_weights
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_diffusers_saves_has_its_configuration_in_its_metadata(tmp_path: Path) -> None:
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    from diffusers.training_utils import _collate_lora_metadata
+
+    small = {"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, "attention_head_dim": 2}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, cross_attention_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **small,
+    )  # fmt: skip
+    special = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], alpha_pattern={special: 4}))
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path, peft.get_peft_model_state_dict(unet), **_collate_lora_metadata({"unet": unet})
+    )
+    scales = read_checkpoint(tmp_path).adapter_scales
+    assert scales.pop(f"unet.{special}") == (2.0, 2)
+    assert set(scales.values()) == {(3.0, 2)} and len(scales) == 7
+    batch = pack([tmp_path])
+    assert not skipped_summary(batch) and len(batch.layer_ptr) == 9
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[3]", json.dumps({"unet.peft_type": "LORA", "unet.r": "x", "unet.lora_alpha": 3})]
+)
+def test_damaged_metadata_of_adapters_are_refused(tmp_path: Path, text: str) -> None:
+    factors = {"unet.fc.lora_A.weight": torch.ones(2, 3), "unet.fc.lora_B.weight": torch.ones(3, 2)}
+    save_file(factors, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": text})
+    with pytest.raises(CheckpointError, match=r"x.safetensors: is damaged: its (metadata lora_adapter_metadata:|r ).*"):
+        read_checkpoint(tmp_path / "x.safetensors")

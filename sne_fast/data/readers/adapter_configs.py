@@ -1,4 +1,4 @@
-"""The configuration that lies beside an adapter of PEFT, which says what its update is multiplied by."""
+"""Configurations of adapters, beside a file of PEFT or in one of diffusers: what their updates are multiplied by."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...regular_files import read_json
+from ...regular_files import parse_json, read_json
 from .errors import CheckpointError, reading
 
-__all__ = ["ADAPTER_FILE", "adapter_scales"]
+__all__ = ["ADAPTER_FILE", "adapter_scales", "scales_in_metadata"]
 
 ADAPTER_FILE = re.compile(r"adapter_model\..*")
 _CONFIG = "adapter_config.json"
 _FACTOR = re.compile(r"(.*)\.lora_(?:embedding_)?A(?:\.weight)?")
 _PREFIX = "base_model.model."
+_METADATA = "lora_adapter_metadata"
 _PLAIN = re.compile(r"\^?[\w.-]+")  # a pattern that a name fits by its letters alone
 
 
@@ -38,6 +39,40 @@ def adapter_scales(file: Path, names: Iterable[str]) -> dict[str, tuple[float, i
         return {}
     with reading(config):
         said = read_json(config, dict, nonfinite=True)
+    return _scales(said, names, _PREFIX, config)
+
+
+def scales_in_metadata(metadata: Mapping[str, str], names: Iterable[str], file: Path) -> dict[str, tuple[float, int]]:
+    """Return the same for a file of diffusers, whose metadata have the configuration of each network that it adapts.
+
+    Args:
+        metadata: of a file of safetensors.
+        names: of its tensors, which begin with that of a network, such as `unet`.
+        file: for messages.
+
+    Raises:
+        CheckpointError: metadata that are damaged.
+    """
+    text = metadata.get(_METADATA)
+    if text is None:
+        return {}
+    try:
+        said = parse_json(text, f"its metadata {_METADATA}", dict, nonfinite=True)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is damaged: {str(error).partition(chr(10))[0][:200]}") from error
+    networks: dict[str, dict[str, Any]] = {}
+    for key, value in said.items():
+        network, _, own = key.partition(".")
+        networks.setdefault(network, {})[own] = value
+    listed = list(names)
+    found: dict[str, tuple[float, int]] = {}
+    for network, own in networks.items():
+        inside = [name for name in listed if name.startswith(f"{network}.")]
+        found |= _scales(own, inside, f"{network}.", file)
+    return found
+
+
+def _scales(said: Mapping[str, Any], names: Iterable[str], prefix: str, config: Path) -> dict[str, tuple[float, int]]:
     if said.get("peft_type") != "LORA":
         return {}
     scales: dict[str, tuple[float, int]] = {}
@@ -45,7 +80,7 @@ def adapter_scales(file: Path, names: Iterable[str]) -> dict[str, tuple[float, i
         factor = _FACTOR.fullmatch(name)
         if factor is None:
             continue
-        module = factor[1].removeprefix(_PREFIX)
+        module = factor[1].removeprefix(prefix)
         rank = _of_module(said, "rank_pattern", "r", module, config)
         alpha = _of_module(said, "alpha_pattern", "lora_alpha", module, config)
         if rank is None or alpha is None:

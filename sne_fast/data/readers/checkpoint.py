@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layer_order import natural_key
 from ..tied_names import with_tied_names
-from .adapter_configs import adapter_scales
+from .adapter_configs import adapter_scales, scales_in_metadata
 from .chosen_weights import choose_weights
 from .content_tree import arrays_as_tensors
 from .distributed_folders import distributed_folder, open_distributed
@@ -163,7 +163,7 @@ def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
     if shards := sibling_shards(file):
         return _joined([(shard, _open_one(shard, key)) for shard in shards], file)
     found = _open_one(file, key)
-    return replace(found, adapter_scales=adapter_scales(file, found.tensors))
+    return replace(found, adapter_scales=found.adapter_scales | adapter_scales(file, found.tensors))
 
 
 def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
@@ -178,7 +178,9 @@ def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
     order = metadata.get(ORDER_KEY)
-    return OpenCheckpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
+    scales = scales_in_metadata(metadata, tensors, file)
+    tied = in_order(with_tied_names(tensors, metadata), order, file)
+    return OpenCheckpoint(tied, order is not None, adapter_scales=scales)
 
 
 def _open_torch(file: Path, key: str | None) -> OpenCheckpoint:
