@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sne_fast import SNE, WeightBatch, pack
@@ -88,6 +90,27 @@ def test_an_update_of_low_rank_has_as_many_rows_as_rank_and_none_has_one() -> No
     assert packed(one).shapes == (((2, 7), (9, 2)),)
     fresh = packed({**one, "up.lora_B.weight": torch.zeros(9, 4)})  # before training
     assert fresh.shapes == (((1, 7), (9, 1)),) and not fresh.values.any()
+
+
+@given(
+    out=st.integers(1, 40),
+    inputs=st.integers(1, 40),
+    r=st.integers(1, 12),
+    scale=st.sampled_from([-8.0, -0.5, 0.0, 0.01, 2.5]),
+    data=st.data(),
+)
+def test_canonical_factors_make_the_same_update_from_any_factors(
+    out: int, inputs: int, r: int, scale: float, data: st.DataObject
+) -> None:
+    a, b = factors(out, r, inputs, data.draw(st.integers(0, 2**32)))
+    small = 10.0 ** -data.draw(st.integers(0, 12))  # of both factors
+    first = canonical_factors(small * a, small * b, scale)
+    update = scale * small * small * (b.double() @ a.double())
+    torch.testing.assert_close((first[1] @ first[0]).double(), update, atol=3e-5 * float(update.abs().max()), rtol=0)
+    assert first[0].shape[0] == first[1].shape[1] <= min(out, inputs, r)
+    again = canonical_factors(*first)  # one of the canonical form is itself
+    for tensor, same in zip(first, again, strict=True):
+        torch.testing.assert_close(tensor, same, atol=1e-4 * float(tensor.abs().max()), rtol=0)
 
 
 def test_entries_of_equal_size_do_not_decide_the_sign_by_rounding() -> None:

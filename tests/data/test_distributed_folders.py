@@ -20,6 +20,7 @@ from torch import nn
 
 from sne_fast import CheckpointError, pack
 from sne_fast.data.checkpoints import load_state_dict, read_checkpoint
+from sne_fast.data.layer_stream import LayerStream
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -49,6 +50,8 @@ def test_weights_are_found_beside_the_state_of_an_optimiser(folder: Path) -> Non
         assert found.left_out == {"optimizer": "an optimiser's state", "epoch": "no tensor (bytes)"}
     batch, module = pack([folder]), pack([network()])
     assert batch.names[0][1] == module.names[0][1] and torch.equal(batch.values, module.values)
+    streamed = list(LayerStream(folder).batches())
+    assert torch.equal(torch.cat([layer.values for layer in streamed]), batch.values)
     assert load_state_dict(folder, "model").keys() == wanted.keys()
     with pytest.raises(CheckpointError, match=r"has no key 'student'; there are 'model', 'optimizer', 'epoch'"):
         load_state_dict(folder, "student")

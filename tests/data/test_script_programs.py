@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sne_fast import CheckpointError, pack
 from sne_fast.data.checkpoints import load_state_dict, read_checkpoint
+from sne_fast.data.layer_stream import LayerStream
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -53,6 +54,8 @@ def test_a_program_is_packed_as_the_module_it_was_made_of(tmp_path: Path, how: s
     wanted, batch = pack([made], kinds="names"), pack([file])
     assert batch.names[0][1] == wanted.names[0][1] and torch.equal(batch.values, wanted.values)
     assert torch.equal(batch.tensor_type, wanted.tensor_type) and torch.equal(batch.layer_ptr, wanted.layer_ptr)
+    streamed = list(LayerStream(file).batches())
+    assert torch.equal(torch.cat([layer.values for layer in streamed]), batch.values)
     left_out = dict(batch.skipped[0])
     assert left_out["window"] == "a buffer or attribute of the program"
     assert left_out["head.weight"] == "tied tensor: of 'again.weight'"
