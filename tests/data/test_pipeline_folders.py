@@ -40,7 +40,7 @@ def test_pipelines_that_diffusers_saves(tmp_path: Path) -> None:
     for name, network in (("unet", unet), ("vqvae", vqvae)):
         assert load_state_dict(tmp_path / "two", name).keys() == network.state_dict().keys()
         assert load_state_dict(tmp_path / "two" / name).keys() == network.state_dict().keys()
-    assert read_checkpoint(tmp_path / "two", "unet").left_out == {"vqvae": "another network of the pipeline"}
+    assert read_checkpoint(tmp_path / "two", "unet").left_out == {"vqvae": "other network of the pipeline"}
     assert independent_files(tmp_path / "two") == [tmp_path / "two" / name for name in ("unet", "vqvae")]
 
 

@@ -44,5 +44,5 @@ def chosen_component(folder: Path, key: str | None) -> ChosenComponent | None:
         raise CheckpointError(f"{folder}: its pipeline has no network {shown(name)}; there are {listed}")
     if not (folder / name).is_dir():
         raise CheckpointError(f"{folder}: its network {name!r} is missing; fetch it into {folder}")
-    left_out = dict.fromkeys((other for other in names if other != name), "another network of the pipeline")
+    left_out = dict.fromkeys((other for other in names if other != name), "other network of the pipeline")
     return ChosenComponent(folder / name, rest or None, left_out)

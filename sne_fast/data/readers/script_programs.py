@@ -24,10 +24,10 @@ _CLASS = re.compile(
     re.MULTILINE,
 )
 _OBJECT = "__torch__.torch.classes."  # of C++, such as packed weights
-_ATTRIBUTE = "a buffer or attribute of the program"
+_ATTRIBUTE = "attribute of the program"
 _STATISTICS = frozenset({"running_mean", "running_var"})
 _FROZEN = _STATISTICS | {"weight", "bias"}  # of a normalisation that was frozen, in which all are buffers
-_CONSTANT = "a constant of the program"
+_CONSTANT = "constant of the program"
 
 
 def _first(*arguments: Any) -> Any:
