@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from ..layer_order import natural_key
 from ..tied_names import with_tied_names
 from .chosen_weights import choose_weights
 from .content_tree import arrays_as_tensors
+from .contents import Contents
 from .errors import CheckpointError, reading, shown, shown_list
-from .folders import chosen_file, sentence_transformer_parts
+from .folders import array_files, chosen_file, sentence_transformer_parts
 from .formats import format_of
+from .numpy_files import read_npy_files
+from .other_formats import OTHER_FORMATS
 from .safetensors_files import read_safetensors
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import read_tensors
@@ -71,6 +74,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 def _read_folder(folder: Path, key: str | None) -> Checkpoint:
     parts = sentence_transformer_parts(folder)
+    if parts is None and (arrays := array_files(folder)):
+        return _of_contents(read_npy_files(folder, arrays), folder)
     if parts is None:
         file, left_out = chosen_file(folder)
         found = _read_file(file, key)
@@ -106,12 +111,29 @@ def _read_one(file: Path, key: str | None) -> Checkpoint:
     if kind == "index":
         raise CheckpointError(f"{file}: is JSON, and no file of tensors")
     if key is not None:
-        raise CheckpointError(f"{file}: key= chooses among what a pickled file holds; a safetensors file is flat")
+        raise CheckpointError(f"{file}: key= chooses among what a pickled file holds; a file of {kind} is flat")
+    if kind in OTHER_FORMATS:
+        return _of_contents(OTHER_FORMATS[kind](file), file)
     tensors, metadata = read_safetensors(file)
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
     order = metadata.get(ORDER_KEY)
     return Checkpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
+
+
+def _of_contents(found: Contents, file: Path) -> Checkpoint:
+    if not found.tensors:
+        held = f" but {shown_list(found.left_out, 4)}" if found.left_out else ""
+        raise CheckpointError(f"{file}: holds no weights{held}")
+    read: dict[Hashable, Tensor] = {}
+    for name, lazy in found.tensors.items():
+        place = name if lazy.place is None else lazy.place
+        if place not in read:
+            read[place] = lazy.read()
+    tensors = {name: read[name if lazy.place is None else lazy.place] for name, lazy in found.tensors.items()}
+    if not found.keeps_order:
+        tensors = in_order(tensors, None, file)
+    return Checkpoint(tensors, found.keeps_order, found.left_out)
 
 
 def _read_torch(file: Path, key: str | None) -> Checkpoint:

@@ -1,0 +1,79 @@
+"""Names of layers in ONNX graphs, from what exporters call tensors and nodes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+__all__ = ["dotted", "is_anonymous", "is_other_module", "is_parameter_name", "node_path", "sibling"]
+
+_ANONYMOUS = re.compile(
+    r"(.*/)?(onnx::\w+?_\d+|\d+|val_\d+|_val_\d+|t_\d+|tmp_\d+|Constant(_\d+)?(_output_\d+|_value)?|constant_?\d*"
+    r"|(.*_)?const_fold_opt__\d+|Const(_\d+)?:\d+|new_shape__\d+|const_\w*__\d+|ortshared_\w+|scalar_\w+|lifted_tensor_\d+"
+    r"|_?inlfunc_\w*|(Add|Sub|Mul|Div|Pow|Unsqueeze|Concat|Slice|Cast|Transpose|Reshape)_\d+|x\d+|p2o\.\w+|\w+_output_\d+)?"
+)
+_PARAMETER = re.compile(
+    r"(.*\.)?(\w+_)?(weight|bias|gamma|beta|running_mean|running_var|moving_mean|moving_variance)(_\w+)?"
+)
+_OPERATION = re.compile(
+    r"(ReadVariableOp|MatMul|BiasAdd|[Cc]onv\w*|depthwise\w*|separable_conv\w*|Tensordot|Cast|Gemm|FusedBatchNorm\w*"
+    r"|Read|Identity|Reshape|Transpose|ExpandDims|resource|batchnorm|Squeeze|add|mul|Add|Mul|LSTM|GRU|RNN|Gather\w*"
+    r"|embedding_lookup)(_\d+|__\d+)?"
+)
+_OUTER = ("StatefulPartitionedCall", "PartitionedCall")
+
+
+def is_anonymous(name: str) -> bool:
+    """Return whether a tensor's name is a number that an exporter gave it."""
+    return _ANONYMOUS.fullmatch(name.removesuffix(":0")) is not None
+
+
+def is_parameter_name(name: str) -> bool:
+    """Return whether the last part of a dotted name is one that parameters of modules have."""
+    return _PARAMETER.fullmatch(name) is not None
+
+
+def sibling(name: str, role: str) -> str:
+    """Return the name of another parameter of a parameter's layer: its weight for its bias, and so on."""
+    base, dot, own = name.rpartition(".")
+    kept = own.replace("bias", "weight") if role == "weight" else own.replace("weight", "bias")
+    fits = role in ("weight", "bias") and role in kept and ("bias" in own or "weight" in own)
+    return f"{base}{dot}{kept if fits else role}"
+
+
+def dotted(name: str) -> str:
+    """Return a tensor's name as exporters give it, with the separators and additions of TensorFlow taken out."""
+    if "/" not in name:
+        return name.removesuffix(":0")
+    parts = [part for part in name.removesuffix(":0").split("/") if part and part not in _OUTER]
+    while len(parts) > 1 and _OPERATION.fullmatch(parts[-1]):
+        parts.pop()
+    return ".".join(parts)
+
+
+def is_other_module(path: str, first: str) -> bool:
+    """Return whether the paths of two nodes are of two modules; a second call of one has a number behind."""
+    return path != "" and re.fullmatch(rf"{re.escape(first)}(_\d+)?", path) is None
+
+
+def node_path(node: Any) -> str:
+    """Return the layer that a node belongs to by its name or metadata, "" where they do not tell."""
+    for entry in getattr(node, "metadata_props", ()):
+        if entry.key == "pkg.torch.onnx.name_scopes" and len(entry.value) < 10_000:
+            scopes = re.findall(r"'([^']*)'", entry.value)
+            if len(scopes) > 1:
+                return str(scopes[-2])
+    name = str(node.name)
+    if "/" not in name:
+        return ""
+    parts = [part for part in name.split("/") if part and part not in _OUTER]
+    parts.pop()
+    while len(parts) > 1 and _OPERATION.fullmatch(parts[-1]):
+        parts.pop()
+    # Lists of modules are called by the path that leads to them: /layer/layer.0/layer.0.conv1
+    kept: list[str] = []
+    for part in parts:
+        if kept and part.startswith(f"{kept[-1]}."):
+            kept.pop()
+        kept.append(part)
+    return ".".join(kept)
