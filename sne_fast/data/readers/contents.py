@@ -76,7 +76,12 @@ def reading_format(file: Path, what: str) -> Iterator[None]:
     """
     try:
         with reading(file):
-            yield
+            try:
+                yield
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise ValueError(str(error)) from error  # of h5py, over what the file holds
     except CheckpointError as error:
         told = str(error)
         raise CheckpointError(told if told.startswith(f"{file}") else f"{file}: {told}") from error

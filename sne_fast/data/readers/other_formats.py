@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .contents import Contents
+from .flax_files import read_flax
 from .gguf_files import read_gguf
+from .keras_files import read_hdf5, read_keras
 from .numpy_files import read_npy_files, read_npz
 from .onnx_files import read_onnx
 
@@ -17,4 +19,7 @@ OTHER_FORMATS: Mapping[str, Callable[[Path], Contents]] = {
     "npy": read_npy_files,
     "gguf": read_gguf,
     "onnx": read_onnx,
+    "hdf5": read_hdf5,
+    "keras": read_keras,
+    "flax": read_flax,
 }
