@@ -70,6 +70,11 @@ def read_flax(file: Path) -> Contents:
             raise ValueError("it is no map")
         arrays: dict[tuple[str, ...], Any] = {}
         _gather(content, (), arrays, found, 0)
+        for cell, gates in _cells(arrays):
+            for own, stored in _of_cell(cell, gates, arrays).items():
+                arrays[(*cell, own)] = stored
+            for path in [path for path in arrays if path[:-2] == cell and path[-1] in ("kernel", "bias")]:
+                del arrays[path]
         for path, stored in arrays.items():
             name, shape, values = _as_parameter(path, stored, arrays)
             damage = partial(reading_format, file, _FORMAT)
@@ -140,8 +145,7 @@ def _as_parameter(path: tuple[str, ...], stored: _Stored, arrays: Mapping[tuple[
     base = ".".join(parts[:-1])
     name = f"{base}." if base else ""
     if own == "kernel":
-        bias = arrays.get((*path[:-1], "bias"))
-        shape, values = _kernel(stored, bias)
+        shape, values = _kernel(stored, path, arrays)
         return f"{name}weight", shape, values
     if own in ("scale", "embedding"):
         return f"{name}weight", shape, values
@@ -150,19 +154,73 @@ def _as_parameter(path: tuple[str, ...], stored: _Stored, arrays: Mapping[tuple[
     return f"{name}{_STATISTICS.get(own, own)}", shape, values
 
 
-def _kernel(stored: _Stored, bias: _Stored | None) -> tuple[tuple[int, ...], Any]:
-    """Return shape and values of a kernel with the output first.
+def _kernel(
+    stored: _Stored, path: tuple[str, ...], arrays: Mapping[tuple[str, ...], _Stored]
+) -> tuple[tuple[int, ...], Any]:
+    """Return shape and values of a kernel with the output first, and that of a transposed convolution with the input.
 
-    That of a DenseGeneral has several dimensions of outputs or inputs, as its bias tells.
+    That of a DenseGeneral has several dimensions of outputs or inputs, as its bias and its place in attention tell.
     """
     shape, values = stored.shape, stored.values
     if len(shape) < 2:
         return shape, values
     if len(shape) == 2:
         return shape[::-1], lambda: values().T
-    if bias is not None and len(bias.shape) > 1 and bias.shape == shape[-len(bias.shape) :]:
-        rows = math.prod(bias.shape)
+    bias = arrays.get((*path[:-1], "bias"))
+    attention = (*path[:-2], "query", "kernel") in arrays
+    many_outputs = bias is not None and len(bias.shape) > 1 and bias.shape == shape[-len(bias.shape) :]
+    if attention or many_outputs:
+        outputs = bias.shape if bias is not None else shape[-1:] if path[-2].startswith("out") else shape[1:]
+        rows = math.prod(outputs)
         columns = math.prod(shape) // max(rows, 1)
         return (rows, columns), lambda: values().reshape(columns, rows).T
-    order = (len(shape) - 1, len(shape) - 2, *range(len(shape) - 2))
+    kernel = tuple(range(len(shape) - 2))
+    if len(path) > 1 and path[-2].startswith("ConvTranspose"):  # torch has its kernel the other way round
+        order = (len(shape) - 2, len(shape) - 1, *kernel)
+        return tuple(shape[i] for i in order), lambda: np.flip(values(), kernel).transpose(order)
+    order = (len(shape) - 1, len(shape) - 2, *kernel)
     return tuple(shape[i] for i in order), lambda: values().transpose(order)
+
+
+# The parts of recurrent cells of Flax in the order of torch's gates; biases are with the states or with the inputs.
+_CELLS = (("i", "f", "g", "o"), ("r", "z", "n"))
+
+
+def _cells(arrays: Mapping[tuple[str, ...], _Stored]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the paths of recurrent cells, which Flax keeps gate by gate, with their gates."""
+    parts: dict[tuple[str, ...], set[str]] = {}
+    for path in arrays:
+        if len(path) > 2 and path[-1] == "kernel":
+            parts.setdefault(path[:-2], set()).add(path[-2])
+    return [
+        (cell, gates)
+        for cell, held in parts.items()
+        for gates in _CELLS
+        if held == {side + gate for side in "ih" for gate in gates}
+    ]
+
+
+def _of_cell(
+    cell: tuple[str, ...], gates: tuple[str, ...], arrays: Mapping[tuple[str, ...], _Stored]
+) -> dict[str, _Stored]:
+    """Return weights and biases of a recurrent cell as torch has them."""
+    made: dict[str, _Stored] = {}
+    for side in "ih":
+        kernels = [arrays[(*cell, side + gate, "kernel")] for gate in gates]
+        if len({(k.dtype, k.shape) for k in kernels}) != 1 or len(kernels[0].shape) != 2:
+            raise ValueError(f"its cell {shown('.'.join(cell))} has gates of several shapes")
+        inputs, units = kernels[0].shape
+        turned = [np.ascontiguousarray(_words(kernel).T).tobytes() for kernel in kernels]
+        made[f"weight_{side}h_l0"] = _Stored((units * len(gates), inputs), kernels[0].dtype, tuple(turned))
+        biases = [arrays.get((*cell, side + gate, "bias")) for gate in gates]
+        if any(bias is not None for bias in biases):
+            zeros = bytes(_words(kernels[0]).dtype.itemsize * units)
+            data = tuple(b"".join(bias.data) if bias is not None else zeros for bias in biases)
+            made[f"bias_{side}h_l0"] = _Stored((units * len(gates),), kernels[0].dtype, data)
+    return made
+
+
+def _words(stored: _Stored) -> np.ndarray[Any, Any]:
+    """Return an array with bfloat16 as integers of two bytes."""
+    dtype = "uint16" if stored.dtype == "bfloat16" else stored.dtype
+    return np.frombuffer(b"".join(stored.data), dtype).reshape(stored.shape)
