@@ -72,7 +72,8 @@ def read_flax(file: Path) -> Contents:
         _gather(content, (), arrays, found, 0)
         for cell, gates in _cells(arrays):
             for own, stored in _of_cell(cell, gates, arrays).items():
-                arrays[(*cell, own)] = stored
+                place = (*cell, own)
+                arrays[place] = stored
             for path in [path for path in arrays if path[:-2] == cell and path[-1] in ("kernel", "bias")]:
                 del arrays[path]
         for path, stored in arrays.items():
@@ -206,7 +207,8 @@ def _of_cell(
     """Return weights and biases of a recurrent cell as torch has them."""
     made: dict[str, _Stored] = {}
     for side in "ih":
-        kernels = [arrays[(*cell, side + gate, "kernel")] for gate in gates]
+        places = [(*cell, side + gate, "kernel") for gate in gates]
+        kernels = [arrays[place] for place in places]
         if len({(k.dtype, k.shape) for k in kernels}) != 1 or len(kernels[0].shape) != 2:
             raise ValueError(f"its cell {shown('.'.join(cell))} has gates of several shapes")
         inputs, units = kernels[0].shape

@@ -170,6 +170,9 @@ class _Reader:
                 continue
             if use not in fresh:
                 continue
+            if use.role == "bias" and uses[0] not in fresh and not use.constant.values().any():
+                self.found.left_out[graph.prefix + use.constant.name] = "zeros beside a weight that is used once more"
+                continue
             if recurrent:
                 full = self._recurrent_name(graph, node, use, name)
             elif name in known:
@@ -256,7 +259,7 @@ class _Reader:
             return
         if constant.count == 0:
             self.found.left_out[graph.prefix + name] = "empty tensor"
-        elif is_anonymous(constant.name) and constant.count == 1:
+        elif constant.count == 1 and (is_anonymous(constant.name) or (constant.ndim == 0 and "/" in constant.name)):
             self.found.left_out[graph.prefix + name] = "a number of the graph"
         else:
             path = node_path(consumers[0][0]) if consumers and is_anonymous(constant.name) else ""

@@ -16,10 +16,11 @@ _PARAMETER = re.compile(
     r"(.*\.)?(\w+_)?(weight|bias|gamma|beta|running_mean|running_var|moving_mean|moving_variance)(_\w+)?"
 )
 _OPERATION = re.compile(
-    r"(ReadVariableOp|MatMul|BiasAdd|[Cc]onv\w*|depthwise\w*|separable_conv\w*|Tensordot|Cast|Gemm|FusedBatchNorm\w*"
+    r"(ReadVariableOp|convolution|conv_transpose|depthwise|MatMul|BiasAdd|Conv\w*|Depthwise\w*|Tensordot|Cast|Gemm|FusedBatchNorm\w*"
     r"|Read|Identity|Reshape|Transpose|ExpandDims|resource|batchnorm|Squeeze|add|mul|Add|Mul|LSTM|GRU|RNN|Gather\w*"
     r"|embedding_lookup)(_\d+|__\d+)?"
 )
+_PRODUCT = re.compile(r".*/(MatMul|BiasAdd|Conv\w*|[Dd]epthwise\w*|conv\w*transpose)(_\d+)?", re.DOTALL)
 _OUTER = ("StatefulPartitionedCall", "PartitionedCall")
 
 
@@ -45,10 +46,27 @@ def dotted(name: str) -> str:
     """Return a tensor's name as exporters give it, with the separators and additions of TensorFlow taken out."""
     if "/" not in name:
         return name.removesuffix(":0")
-    parts = [part for part in name.removesuffix(":0").split("/") if part and part not in _OUTER]
-    while len(parts) > 1 and _OPERATION.fullmatch(parts[-1]):
-        parts.pop()
-    return ".".join(parts)
+    return ".".join(_without_operations(_split(name.removesuffix(":0"))))
+
+
+def _split(name: str) -> list[str]:
+    """Return the parts of a name; one that stands for several operations has their names one behind the other."""
+    several = name.split(";")
+    name = next((one for one in several if _PRODUCT.fullmatch(one)), several[0])
+    return [part for part in name.split("/") if part and part not in _OUTER]
+
+
+def _without_operations(parts: list[str]) -> list[str]:
+    """Return the parts of a name without the operations behind a layer's own name."""
+
+    def is_operation(part: str, before: str) -> bool:
+        named = re.fullmatch(r"(separable_)?(conv|depthwise)\w*", part) is not None and before.startswith(part)
+        return named or _OPERATION.fullmatch(part) is not None
+
+    kept = list(parts)
+    while len(kept) > 1 and is_operation(kept[-1], kept[-2]):
+        kept.pop()
+    return kept
 
 
 def is_other_module(path: str, first: str) -> bool:
@@ -66,10 +84,9 @@ def node_path(node: Any) -> str:
     name = str(node.name)
     if "/" not in name:
         return ""
-    parts = [part for part in name.split("/") if part and part not in _OUTER]
-    parts.pop()
-    while len(parts) > 1 and _OPERATION.fullmatch(parts[-1]):
-        parts.pop()
+    parts = _split(name)[:-1]
+    if not name.startswith("/"):  # as torch has them, whose modules may be called as operations are
+        parts = _without_operations(parts)
     # Lists of modules are called by the path that leads to them: /layer/layer.0/layer.0.conv1
     kept: list[str] = []
     for part in parts:

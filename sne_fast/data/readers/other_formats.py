@@ -11,6 +11,7 @@ from .gguf_files import read_gguf
 from .keras_files import read_hdf5, read_keras
 from .numpy_files import read_npy_files, read_npz
 from .onnx_files import read_onnx
+from .tflite_files import read_tflite
 
 __all__ = ["OTHER_FORMATS"]
 
@@ -22,4 +23,5 @@ OTHER_FORMATS: Mapping[str, Callable[[Path], Contents]] = {
     "hdf5": read_hdf5,
     "keras": read_keras,
     "flax": read_flax,
+    "tflite": read_tflite,
 }
