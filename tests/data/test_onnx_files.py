@@ -240,6 +240,20 @@ def test_quantised_weights_are_the_numbers_they_stand_for(tmp_path: Path, form: 
     torch.testing.assert_close(found["fc.weight"], MEANT)
 
 
+WRITTEN = Path(__file__).parent / "formats"
+NEARLY = {"dynamic": 0.005, "qdq": 0.005, "qoperator": 0.005, "nbits": 0.08}
+
+
+@pytest.mark.parametrize("form", NEARLY)
+def test_files_that_onnx_runtime_quantised(form: str) -> None:
+    read = load_state_dict(WRITTEN / f"onnx_{form}.onnx")
+    wanted = load_state_dict(WRITTEN / ("onnx_nbits_float.onnx" if form == "nbits" else "onnx_float.onnx"))
+    assert read.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert read[name].shape == tensor.shape
+        torch.testing.assert_close(read[name], tensor, rtol=0, atol=NEARLY[form] * float(tensor.abs().max()))
+
+
 def test_weights_of_four_bits(tmp_path: Path) -> None:
     codes = np.random.default_rng(0).integers(0, 16, (3, 2, 16), dtype=np.uint8)
     packed = codes[..., ::2] | (codes[..., 1::2] << 4)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ...regular_files import read_json
 from ..layer_order import natural_key
 from .errors import CheckpointError, reading, shown
-from .formats import READABLE
+from .formats import READABLE, SAVED_MODEL
 from .shards import counts_itself, shards_named, sibling_shards
 
 __all__ = ["Part", "array_files", "chosen_file", "independent_files", "sentence_transformer_parts"]
@@ -59,6 +59,8 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
             f"{folder}: holds an adapter without its base model; merge them, or give the path of {adapters[0]} to "
             f"encode the adapter alone"
         )
+    if not groups and "saved_model.pb" in names:
+        raise CheckpointError(f"{folder}: {SAVED_MODEL}")
     if not groups:
         held = ", ".join(names[:8]) or "no files"
         raise CheckpointError(f"{folder}: holds no checkpoint ({READABLE}) but {held}")

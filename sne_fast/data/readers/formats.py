@@ -10,13 +10,15 @@ from typing import IO, Literal
 from ...regular_files import open_regular
 from .errors import CheckpointError, reading
 
-__all__ = ["READABLE", "Format", "format_of"]
+__all__ = ["READABLE", "SAVED_MODEL", "Format", "format_of"]
 
 Format = Literal["safetensors", "index", "torch", "onnx", "npz", "npy", "gguf", "hdf5", "keras", "flax", "tflite"]
 READABLE = (
     "safetensors, an index of shards, files of torch.save, ONNX, GGUF, Keras, Flax, TFLite and numpy, or a folder of "
     "these"
 )
+
+SAVED_MODEL = "is a SavedModel of TensorFlow; save its weights with model.save_weights('name.weights.h5')"
 
 _PICKLE_PROTOCOLS = range(2, 6)
 _TAR_PLACE = 257
@@ -64,6 +66,10 @@ def format_of(file: Path) -> Format:
     # 35,615 those of gzip. No other format has the zeros that follow, and a brace.
     if beginning[8:9] == b"{" and 0 < int.from_bytes(beginning[:8], "little") <= size - 8:
         return "safetensors"
+    if beginning[64:68] == b"\xef\xbe\xad\xde" or file.suffix == ".mlmodel":
+        raise CheckpointError(f"{file}: is a part of a Core ML package; give the checkpoint that it was made from")
+    if file.name == "saved_model.pb":
+        raise CheckpointError(f"{file}: {SAVED_MODEL}")
     for first, known in _WHOLE:
         if beginning.startswith(first):
             return known

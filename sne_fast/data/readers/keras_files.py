@@ -19,6 +19,7 @@ from ...regular_files import open_regular, parse_json
 from ..layer_order import natural_key
 from .contents import Contents, array_tensor, lazy_array, need, reading_format
 from .errors import shown
+from .keras_configs import classes, configured_name, keys_of_layers, listed, places
 from .keras_layouts import Variable, layer_class, parameters, variable_names
 
 __all__ = ["read_hdf5", "read_keras"]
@@ -199,10 +200,10 @@ class _Reader:
     # -------------------------------------------------------------------------------------- Keras 2: layers by name
 
     def _layers(self, held: Any, config: dict[str, Any] | None) -> None:
-        names = _texts(held, "layer_names")
+        names = [name for name in _texts(held, "layer_names") if not re.fullmatch(r"input(_layer)?(_\d+)?", name)]
         groups = self._groups(held)
-        classes = dict(_classes(config, 0))
-        places = dict(_places(config, 0))
+        kinds = dict(classes(config, 0))
+        order = dict(places(config, 0))
         found = [(i, name, _texts(groups[name], "weight_names")) for i, name in enumerate(names) if name in groups]
         numbered = len(found) > 1 and not any(_TRANSFORMERS in weight for _, _, ws in found for weight in ws)
         for i, name, weights in found:
@@ -210,18 +211,20 @@ class _Reader:
             for weight in weights:
                 parts = re.sub(r":\d+$", "", weight).replace(_TRANSFORMERS, "/").split("/")
                 inner = parts[:-1]
-                if name in inner:
-                    inner = inner[len(inner) - inner[::-1].index(name) :]
+                # TensorFlow puts a number behind a name that it has seen before.
+                own = [j for j, part in enumerate(inner) if re.fullmatch(rf"{re.escape(name)}(_\d+)?", part)]
+                if own:
+                    inner = inner[own[-1] + 1 :]
                 elif len(weights) == 1 or name.startswith(("top_level", "_")):
                     inner = inner[-1:]
                 dataset = self._at(groups[name], weight)
                 layers.setdefault(tuple(inner), []).append((_own(parts[-1], name), dataset))
             for inner_path, datasets in layers.items():
                 last = inner_path[-1] if inner_path else name
-                kind = layer_class(classes.get(last, ""), classes.get(name, "") if not inner_path else "", last)
-                path = [*([str(places.get(name, i))] if numbered else []), name]
+                kind = layer_class(kinds.get(last, ""), kinds.get(name, "") if not inner_path else "", last)
+                path = [*([str(order.get(name, i))] if numbered else []), name]
                 for part in inner_path:
-                    path += [str(places[part]), part] if numbered and part in places else [part]
+                    path += [str(order[part]), part] if numbered and part in order else [part]
                 self._add(path, kind, _named(kind, datasets))
 
     def _at(self, group: Any, place: str) -> Any:
@@ -279,16 +282,20 @@ class _Reader:
 
     def _list(self, group: Any, config: Mapping[str, Any], path: list[str], depth: int) -> None:
         """Add the layers of a model, in the order of its config."""
-        listed = config.get("layers")
-        layers = _listed(listed)
-        places = {_configured_name(entry): (i, entry) for i, entry in enumerate(layers)}
+        entries = config.get("layers")
+        layers = listed(entries)
+        by_name = {configured_name(entry): (i, entry) for i, entry in enumerate(layers)}
         inside = self._groups(group)
-        known = {name: places.get(_name_of(inner)) or places.get(name) for name, inner in inside.items()}
+        by_class = keys_of_layers(entries)
+        known = {
+            name: by_name.get(_name_of(inner) or by_class.get(name, "")) or by_name.get(name)
+            for name, inner in inside.items()
+        }
         ordered = sorted(inside, key=lambda name: (known[name][0] if known[name] else len(layers), natural_key(name)))  # type: ignore[index]
         if not layers and len(inside) > 1:
             self.found.keeps_order = False
         for name in ordered:
-            place, called = known[name], _name_of(inside[name]) or name
+            place, called = known[name], _name_of(inside[name]) or by_class.get(name) or name
             if place is None:
                 self._trackable(inside[name], {}, [*path, called], name, depth + 1)
             else:
@@ -318,45 +325,6 @@ def _texts(group: Any, name: str) -> list[str]:
         parts.append(f"{name}{len(parts)}")
     held = [value for part in parts for value in np.asarray(group.attrs[part]).reshape(-1).tolist()]
     return [value.decode() if isinstance(value, bytes) else str(value) for value in held]
-
-
-def _classes(config: Any, depth: int) -> Iterator[tuple[str, str]]:
-    """Yield the classes of all layers in a config by their names."""
-    if depth > _MAX_DEPTH:
-        return
-    if isinstance(config, list):
-        for entry in config:
-            yield from _classes(entry, depth + 1)
-    elif isinstance(config, dict):
-        inner = config.get("config")
-        if isinstance(config.get("class_name"), str) and isinstance(inner, dict | list):
-            name = _configured_name(config)
-            if name:
-                yield name, config["class_name"]
-            layers = inner if isinstance(inner, list) else [inner.get("layers"), inner.get("layer")]
-            yield from _classes(layers, depth + 1)
-
-
-def _listed(layers: Any) -> list[dict[str, Any]]:
-    """Return the layers that a config lists, without those that stand for inputs."""
-    entries = [entry for entry in layers if isinstance(entry, dict)] if isinstance(layers, list) else []
-    return [entry for entry in entries if entry.get("class_name") != "InputLayer"]
-
-
-def _places(config: Any, depth: int) -> Iterator[tuple[str, int]]:
-    """Yield the place of each layer of a model, and of each layer of a model inside it, by its name."""
-    inner = config.get("config") if isinstance(config, dict) else None
-    if depth > _MAX_DEPTH or not isinstance(inner, dict | list):
-        return
-    for i, entry in enumerate(_listed(inner.get("layers") if isinstance(inner, dict) else inner)):
-        yield _configured_name(entry), i
-        yield from _places(entry, depth + 1)
-
-
-def _configured_name(entry: Mapping[str, Any]) -> str:
-    inner = entry.get("config")
-    own = inner.get("name") if isinstance(inner, dict) else None
-    return own if isinstance(own, str) else str(entry.get("name", ""))
 
 
 def _name_of(group: Any) -> str:

@@ -29,7 +29,7 @@ _NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "mov
           "running_std": "running_var", "embeddings": "weight", "alpha": "weight", "bias": "bias", "W": "weight",
           "b": "bias"}  # fmt: skip
 _GRU = (1, 0, 2)  # the place in Keras of each gate of torch: r z n
-_FROM_HEADS = re.compile(r"(attention_)?output(_dense)?|o_proj|out_proj")
+_FROM_HEADS = re.compile(r"_?(attention_)?output(_dense)?|o_proj|out_proj")
 
 
 class Variable(NamedTuple):
@@ -84,6 +84,13 @@ def _by_shapes(shapes: Sequence[tuple[int, ...]]) -> tuple[str, ...]:
         return ("gamma", "beta", "moving_mean", "moving_variance")
     if dims == [1, 1] and shapes[0] == shapes[1]:
         return ("gamma", "beta")
+    if (
+        dims[:2] == [2, 2]
+        and len(dims) <= 3
+        and shapes[0][1] == shapes[1][1]
+        and shapes[1][1] % max(shapes[1][0], 1) == 0
+    ):
+        return ("kernel", "recurrent_kernel", "bias")
     if len(dims) == 2 and 2 <= dims[0] <= 5 and shapes[1] in (shapes[0][-1:], shapes[0][-2:-1], shapes[0][1:]):
         return ("kernel", "bias")
     return ()

@@ -248,7 +248,7 @@ def dequantised(constant: Constant, scale: Constant, zero: Constant | None, axis
             raise ValueError(f"the scale of {shown(constant.name)} does not fit its shape {constant.shape}")
         return held
 
-    name = re.sub(r"_(quantized|quant|q)$", "", constant.name)
+    name = re.sub(r"(_Transposed)?_(quantized|quant|q)$", "", constant.name)
     made = (*constant.made, "dequantised")
     return replace(constant, name=name, dtype=torch.float32, values=values, made=made)
 

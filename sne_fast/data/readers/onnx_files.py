@@ -14,7 +14,16 @@ from .contents import Contents, array_tensor, lazy_array, need, reading_format
 from .errors import CheckpointError
 from .onnx_constants import Constant, constant_of_tensor
 from .onnx_graphs import SETTINGS, Graph, Use, subgraphs
-from .onnx_names import dotted, is_anonymous, is_other_module, is_parameter_name, node_path, sibling
+from .onnx_names import (
+    dotted,
+    is_anonymous,
+    is_other_module,
+    is_parameter_name,
+    layer_of,
+    lone_parameter,
+    node_path,
+    sibling,
+)
 
 __all__ = ["read_onnx"]
 
@@ -190,11 +199,11 @@ class _Reader:
         if path:
             return path
         if not is_anonymous(uses[0].constant.name):
-            return weight
+            return layer_of(weight)
         if node.name and not is_anonymous(node.name):
             return str(node.name).strip("/").replace("/", ".")
         self.unnamed += 1
-        return f"{node.op_type.lower()}_{self.unnamed}"
+        return f"{self.unnamed}.{node.op_type.lower()}"
 
     def _recurrent_name(self, graph: Graph, node: Any, use: Use, name: str) -> str:
         """Return the name of a recurrent weight: layers of one module of torch are nodes one behind the other."""
@@ -263,7 +272,7 @@ class _Reader:
             self.found.left_out[graph.prefix + name] = "a number of the graph"
         else:
             path = node_path(consumers[0][0]) if consumers and is_anonymous(constant.name) else ""
-            own = dotted(constant.name)
+            own = lone_parameter(dotted(constant.name))
             if is_anonymous(constant.name):
                 own = own.replace("::", "_").replace(".", "_").replace("/", "_")
             self._add(graph.prefix, f"{path}.{own}" if path else own, constant, consumers[0][0] if consumers else _NONE)

@@ -292,9 +292,19 @@ def _quantised(weight: int, scale: int, zero: int, bias: int | None, per: int, i
             added = dequantised(added, _product(by, inputs), None)
         if added is not None:
             uses.append(Use(added, "bias"))
-        return uses
+        return uses if added is not None else uses + _integers_added(graph, node, uses[0].constant.shape[0])
 
     return found
+
+
+def _integers_added(graph: Graph, node: Any, size: int) -> list[Use]:
+    """Return the bias of integers that a QLinearAdd adds to a node's output."""
+    following = graph.behind(node.output[0])
+    if len(following) != 1 or following[0][0].op_type != "QLinearAdd":
+        return []
+    added, place = following[0]
+    bias, by, zero = (graph.input(added, (3 if place == 0 else 0) + i) for i in range(3))
+    return [Use(dequantised(bias, by, zero), "bias")] if bias and by and bias.shape == (size,) else []
 
 
 def _product(one: Constant, other: Constant) -> Constant:

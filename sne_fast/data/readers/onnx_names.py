@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["dotted", "is_anonymous", "is_other_module", "is_parameter_name", "node_path", "sibling"]
+__all__ = [
+    "dotted",
+    "is_anonymous",
+    "is_other_module",
+    "is_parameter_name",
+    "layer_of",
+    "lone_parameter",
+    "node_path",
+    "sibling",
+]
 
 _ANONYMOUS = re.compile(
-    r"(.*/)?(onnx::\w+?_\d+|\d+|val_\d+|_val_\d+|t_\d+|tmp_\d+|Constant(_\d+)?(_output_\d+|_value)?|constant_?\d*"
+    r"(.*/)?(Constant@\d+|onnx::\w+?_\d+|\d+|val_\d+|_val_\d+|t_\d+|tmp_\d+|Constant(_\d+)?(_output_\d+|_value)?|constant_?\d*"
     r"|(.*_)?const_fold_opt__\d+|Const(_\d+)?:\d+|new_shape__\d+|const_\w*__\d+|ortshared_\w+|scalar_\w+|lifted_tensor_\d+"
     r"|_?inlfunc_\w*|(Add|Sub|Mul|Div|Pow|Unsqueeze|Concat|Slice|Cast|Transpose|Reshape)_\d+|x\d+|p2o\.\w+|\w+_output_\d+)?"
 )
@@ -20,7 +29,12 @@ _OPERATION = re.compile(
     r"|Read|Identity|Reshape|Transpose|ExpandDims|resource|batchnorm|Squeeze|add|mul|Add|Mul|LSTM|GRU|RNN|Gather\w*"
     r"|embedding_lookup)(_\d+|__\d+)?"
 )
-_PRODUCT = re.compile(r".*/(MatMul|BiasAdd|Conv\w*|[Dd]epthwise\w*|conv\w*transpose)(_\d+)?", re.DOTALL)
+_PRODUCT = re.compile(
+    r".*/(MatMul|BiasAdd|Conv\w*|[Dd]epthwise\w*|convolution|separable_conv\dd|conv\w*transpose)(_\d+)?", re.DOTALL
+)
+# How Paddle calls the parameters of a layer, whose names it puts in front.
+_PADDLE = re.compile(r"(?P<layer>.+?)(\.[wb]_\d+|_(weights|scale|offset|mean|variance))")
+_PADDLE_ROLES = {"w": "weight", "b": "bias"}
 _OUTER = ("StatefulPartitionedCall", "PartitionedCall")
 
 
@@ -67,6 +81,18 @@ def _without_operations(parts: list[str]) -> list[str]:
     while len(kept) > 1 and is_operation(kept[-1], kept[-2]):
         kept.pop()
     return kept
+
+
+def layer_of(name: str) -> str:
+    """Return the name of a layer by that of one of its weights, which does not end as those of torch do."""
+    found = _PADDLE.fullmatch(name)
+    return found["layer"] if found else name
+
+
+def lone_parameter(name: str) -> str:
+    """Return the name of a parameter that stands for itself, as those of a normalisation in several steps."""
+    found = re.fullmatch(r"(.+)\.([wb])_0", name)
+    return f"{found[1]}.{_PADDLE_ROLES[found[2]]}" if found else name
 
 
 def is_other_module(path: str, first: str) -> bool:
