@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import struct
 import zipfile
@@ -19,6 +20,7 @@ from ...regular_files import open_regular, parse_json
 from ..layer_order import natural_key
 from .contents import Contents, array_tensor, lazy_array, need, reading_format
 from .errors import shown
+from .hdf5_heaps import check_heaps
 from .keras_configs import classes, configured_name, keys_of_layers, listed, places
 from .keras_layouts import Variable, layer_class, parameters, variable_names
 
@@ -122,10 +124,12 @@ class _Reader:
     def read(self, config: dict[str, Any] | None) -> Contents:
         import h5py
 
+        with reading_format(self.file, self.what), self.opening() as opened:
+            check_heaps(opened)
         with reading_format(self.file, self.what), self.opening() as opened, h5py.File(opened, "r") as root:
             held = root["model_weights"] if "model_weights" in self._groups(root) else root
             if "layer_names" in held.attrs or "layer_names0" in held.attrs:
-                self._layers(held, _json(root.attrs["model_config"]) if "model_config" in root.attrs else config)
+                self._layers(held, _json(next(iter(_attribute(root, "model_config")), None)) or config)
                 for name in self._groups(root):
                     if held is not root and name != "model_weights":
                         self.found.left_out[name] = _BESIDE.get(name, "beside the weights of the model")
@@ -323,15 +327,26 @@ def _texts(group: Any, name: str) -> list[str]:
         if f"{name}{len(parts)}" not in group.attrs:
             break
         parts.append(f"{name}{len(parts)}")
-    held = [value for part in parts for value in np.asarray(group.attrs[part]).reshape(-1).tolist()]
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in held]
+    return [text for part in parts for text in _attribute(group, part)]
+
+
+def _attribute(group: Any, name: str) -> list[str]:
+    """Return the texts of an attribute; none where it has others, over some of which HDF5 loops for ever."""
+    import h5py
+
+    if name not in group.attrs:
+        return []
+    held = group.attrs.get_id(name)
+    if not isinstance(held.get_type(), h5py.h5t.TypeStringID) or math.prod(held.shape or (0,)) > _MOST_DATASETS:
+        return []
+    values = np.asarray(group.attrs[name]).reshape(-1).tolist()
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
 def _name_of(group: Any) -> str:
     """Return the name of a layer that Keras 3 writes beside its variables."""
-    link = group.get("vars")
-    name = link.attrs.get("name", "") if link is not None else ""
-    return name.decode() if isinstance(name, bytes) else str(name)
+    variables = group.get("vars")
+    return next(iter(_attribute(variables, "name")), "") if variables is not None else ""
 
 
 def _own(name: str, layer: str) -> str:
