@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .data.tensor_statistics import tensor_statistics
     from .nn.blocks import ISAB, MAB, PMA, SAB
     from .nn.encoder import SNE
+    from .nn.layer_encodings import LayerEncodings
     from .nn.predictor import Predictor, PredictorHead
     from .ops.dispatch import BackendError, explain, use_backend
     from .training.estimators import SNEClassifier, SNERegressor
@@ -41,6 +42,7 @@ else:
             ".data.tensor_statistics": ["tensor_statistics"],
             ".nn.blocks": ["ISAB", "MAB", "PMA", "SAB"],
             ".nn.encoder": ["SNE"],
+            ".nn.layer_encodings": ["LayerEncodings"],
             ".nn.predictor": ["Predictor", "PredictorHead"],
             ".ops.dispatch": ["BackendError", "explain", "use_backend"],
             ".training.estimators": ["SNEClassifier", "SNERegressor"],
@@ -60,6 +62,7 @@ __all__ = [
     "SNE",
     "BackendError",
     "CheckpointError",
+    "LayerEncodings",
     "Predictor",
     "PredictorHead",
     "SNEClassifier",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from ..data.batch import WeightBatch
+from ..free_memory import available_bytes
 from ..nn.encoder import SNE
 
 RESERVE = 0.8
@@ -40,20 +39,6 @@ def padded_bytes(encoder: SNE, batch: WeightBatch, training: bool) -> float:
     if not training:
         return largest
     return sum(weights + 16 * rows for weights, rows in blocks) + max(weights for weights, _ in blocks)
-
-
-def available_bytes() -> float:
-    """Return the bytes of memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 4.0 * 2**30
 
 
 def default_memory_limit() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .running import (
     KEY,
     NONFINITE,
     PATHS,
+    Encoding,
     check_output,
     expand,
     report,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import WeightBatch
+    from ..nn.encoder import SNE
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,13 @@ class EncodeSettings:
     )
     seed: int = option(0, help="Seed of the untrained encoder's parameters.")
     set_attention: SetAttention = option(
-        "sab", help="Attention of the untrained encoder; isab is for tensors of a million weights and more."
+        "isab", help="Attention of the untrained encoder; sab is quadratic in the chunks of a tensor."
+    )
+    max_chunks: int | None = option(
+        None, help="Encode a sample of so many chunks of each larger tensor, and write its error.", shown="all", min=2
+    )
+    max_memory: str | None = option(
+        None, help="Memory that one network may take, such as 8G or 500M.", shown="what is free"
     )
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
     key: str | None = option(None, help=KEY, shown="the only one")
@@ -50,6 +59,23 @@ class EncodeSettings:
 
     def __post_init__(self) -> None:
         check_choices(self, "encode")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that a text such as 8G, 1.5 GiB or 500M means; units are powers of 1024.
+
+    Raises:
+        ValueError: another text.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"--max-memory must be a number of bytes such as 8G or 500M, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 @options_of(EncodeSettings)
@@ -66,26 +92,71 @@ def encode(settings: EncodeSettings) -> None:
     out = settings.out
     check_output(out, (".npz", ".parquet"))
     networks = expand(settings.paths)
-    encode, pack = _encoder(settings)
-    results = run_in_batches(encode, networks, pack, stdout(), key=settings.key, nonfinite=settings.nonfinite)
+    encode, pack, alone = _encoder(settings)
+    results = run_in_batches(
+        encode, networks, pack, stdout(), key=settings.key, nonfinite=settings.nonfinite, alone=alone
+    )
     names, vectors = results.names, results.values
+    spread: dict[str, Any] = {}
+    if settings.max_chunks is not None:
+        spread["spread"] = np.array(results.spreads, np.float32)
     with replacing(out) as temporary:
         if out.suffix == ".npz":
             with open(temporary, "wb") as stream:
-                np.savez(stream, name=np.array(names), vector=vectors)
+                np.savez(stream, name=np.array(names), vector=vectors, **spread)
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
             flat = pa.array(vectors.ravel())
             column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-            pq.write_table(pa.table({"name": pa.array(names), "vector": column}), temporary)
+            pq.write_table(pa.table({"name": pa.array(names), "vector": column, **spread}), temporary)
     say(stdout(), f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
+    if any(results.spreads):
+        say(
+            stdout(),
+            f"estimates from at most {settings.max_chunks} chunks per tensor; relative standard error up to "
+            f"{max(results.spreads):.2g}",
+        )
     report(results, f"written to {out}")
 
 
-def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor], Callable[[Any], WeightBatch]]:
-    """Return the functions that encode a batch and that pack networks for it.
+LARGE = 2**22
+"""Bytes of a file from which a network is encoded layer by layer."""
+
+
+def _layer_by_layer(encoder: SNE, settings: EncodeSettings) -> Callable[..., Encoding | None]:
+    """Return the function that encodes a large network by itself, or any where chunks are sampled."""
+    from ..data.layer_stream import LayerStream
+
+    limit = None if settings.max_memory is None else parse_bytes(settings.max_memory)
+    order, nonfinite = encoder.config["order"], settings.nonfinite or "raise"
+
+    def alone(file: Any, progress: Callable[[float], None]) -> Encoding | None:
+        if settings.max_chunks is None and not (isinstance(file, Path) and _bytes_of(file) > LARGE):
+            return None
+        stream = LayerStream(file, key=settings.key, order=order, nonfinite=nonfinite)
+        encoder.check_stream(stream, max_chunks=settings.max_chunks, max_memory=limit)
+        layers = encoder.encode_layers(stream, max_chunks=settings.max_chunks, seed=settings.seed, progress=progress)
+        spread = float(encoder.spread(layers)) if layers.estimated else 0.0
+        return Encoding(encoder.join(layers)[0].float().cpu().numpy(), tuple(stream.network.skipped), spread)
+
+    return alone
+
+
+def _bytes_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in the folder of a folder or an index."""
+    folder = path.parent if path.suffix == ".json" else path
+    if not folder.is_dir():
+        return folder.stat().st_size
+    return sum(entry.stat().st_size for entry in folder.iterdir() if entry.is_file())
+
+
+Functions = tuple[Callable[["WeightBatch"], "Tensor"], Callable[[Any], "WeightBatch"], Callable[..., Any] | None]
+
+
+def _encoder(settings: EncodeSettings) -> Functions:
+    """Return the functions that encode a batch, that pack networks for it, and that encode a large network by itself.
 
     Those of a predictor do all that it does to networks, so that vectors are those that its head takes.
     """
@@ -108,7 +179,9 @@ def _encoder(settings: EncodeSettings) -> tuple[Callable[[WeightBatch], Tensor],
             encoder = SNE(set_attention=settings.set_attention).to(device).eval()
     elif saved_class(read_config(settings.model)) == "Predictor":
         predictor = Predictor.from_pretrained(settings.model, device=device)
-        return predictor.encode, predictor.pack
+        if settings.max_chunks is not None:
+            raise ValueError("--max-chunks is for encoders; a predictor was trained on all chunks")
+        return predictor.encode, predictor.pack, None
     else:
         encoder = SNE.from_pretrained(settings.model, device=device)
-    return encoder, encoder.pack
+    return encoder, encoder.pack, _layer_by_layer(encoder, settings)

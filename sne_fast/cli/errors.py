@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 
+from ..free_memory import MemoryNeeded
+
 EXPECTED = (ValueError, TypeError, OSError, KeyError, ModuleNotFoundError, MemoryError)
 """Kinds of errors that have a message for the user; all others are bugs and show a traceback."""
 
@@ -41,7 +43,7 @@ def sentence(error: BaseException, work: str = "") -> str:
         work: what memory was for, such as "1,000 weights", where that ran out.
     """
     text: object = error
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) and not isinstance(error, MemoryNeeded):
         return _memory_sentence(str(error), work)
     if isinstance(error, KeyError) and error.args:
         text = error.args[0]  # str() would put it in quotes

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..extras import require
 from .errors import EXPECTED, is_expected, is_out_of_memory, sentence
@@ -93,6 +93,17 @@ def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
     return [(str(file).encode("utf-8", "backslashreplace").decode("utf-8"), file) for file in files]
 
 
+class Encoding(NamedTuple):
+    """What was made of a network that was run alone: its row of output, what was left out of it, and its error.
+
+    `spread` is the relative standard error of a row that was estimated from a sample of the chunks.
+    """
+
+    row: np.ndarray
+    skipped: tuple[tuple[str, str], ...]
+    spread: float = 0.0
+
+
 @dataclass
 class Results:
     """Outputs of networks that could be read and run, and what became of the others."""
@@ -104,6 +115,8 @@ class Results:
     """A sentence for each network that is missing, which begins with its name."""
     left_out: str = ""
     """A line on what was left out of the networks that are there; "" for nothing."""
+    spreads: list[float] = field(default_factory=list)
+    """Relative standard error of each output, 0 for those that are no estimates."""
 
 
 def run_in_batches(
@@ -114,6 +127,7 @@ def run_in_batches(
     *,
     key: str | None = None,
     nonfinite: str | None = None,
+    alone: Callable[[Any, Callable[[float], None]], Encoding | None] | None = None,
 ) -> Results:
     """Run a module on all networks, in batches of bounded weights; one that fails does not take others with it.
 
@@ -125,6 +139,7 @@ def run_in_batches(
         key: place of the weights in files that hold several, as in
             :func:`sne_fast.data.checkpoints.load_state_dict`.
         nonfinite: as in :func:`sne_fast.pack`; None is what `pack` does by itself.
+        alone: runs a network that is too large for a batch, and says how far it is; returns None for others.
 
     Raises:
         ValueError: all networks failed.
@@ -139,6 +154,7 @@ def run_in_batches(
     outputs: dict[int, np.ndarray] = {}
     failures: dict[int, str] = {}
     skipped: dict[int, tuple[tuple[str, str], ...]] = {}
+    spreads: dict[int, float] = {}
 
     def run(held: Sequence[tuple[int, WeightBatch]]) -> None:
         try:
@@ -159,9 +175,13 @@ def run_in_batches(
 
     options = {} if nonfinite is None else {"nonfinite": nonfinite}
 
-    def packed(i: int) -> WeightBatch | None:
+    def packed(i: int, progress: Callable[[float], None]) -> WeightBatch | None:
         name, file = networks[i]
         try:
+            found = None if alone is None else alone(file, progress)
+            if found is not None:
+                outputs[i], skipped[i], spreads[i] = found
+                return None
             return pack([file if key is None else _read(file, key)], **options)
         except Exception as error:
             if not is_expected(error):
@@ -172,7 +192,7 @@ def run_in_batches(
     with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
         held: list[tuple[int, WeightBatch]] = []
         for i in range(len(networks)):
-            batch = packed(i)
+            batch = packed(i, lambda done, i=i: update((i + done) / len(networks)))  # type: ignore[misc]
             if batch is not None:
                 if held and sum(b.num_weights for _, b in held) + batch.num_weights > BATCH_WEIGHTS:
                     run(held)
@@ -190,7 +210,8 @@ def run_in_batches(
         raise ValueError(f"none of the {len(networks)} networks could be used")
     done = sorted(outputs)
     left_out = summary_of(tuple(skipped[i] for i in done))
-    return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences, left_out)
+    found = [spreads.get(i, 0.0) for i in done]
+    return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences, left_out, found)
 
 
 def _read(file: Any, key: str) -> Checkpoint:

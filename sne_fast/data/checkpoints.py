@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..atomic_files import replacing
-from .readers.checkpoint import ORDER_KEY, Checkpoint, read_checkpoint
+from .readers.checkpoint import ORDER_KEY, Checkpoint, OpenCheckpoint, open_checkpoint, read_checkpoint
 from .readers.chosen_weights import NoWeights, choose_weights
 from .readers.errors import CheckpointError
 from .tied_names import identity_of
@@ -20,8 +20,10 @@ __all__ = [
     "ORDER_KEY",
     "Checkpoint",
     "CheckpointError",
+    "OpenCheckpoint",
     "find_state_dict",
     "load_state_dict",
+    "open_checkpoint",
     "read_checkpoint",
     "save_state_dict",
 ]

@@ -57,6 +57,8 @@ class Network:
     name: str
     layers: list[Layer]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    sources: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
+    """Of each tensor, its name in the source and the tensors there that `weight_entries.weight_of` makes it of."""
 
     @property
     def label(self) -> str:
@@ -64,7 +66,9 @@ class Network:
         return f"network {self.index} ({self.name!r})"
 
 
-def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: bool = False) -> Network:
+def collect(
+    index: int, network: Any, order: str = "names", *, kinds_by_names: bool = False, values: bool = True
+) -> Network:
     """Collect the layers of a module, state_dict or checkpoint, and check that every tensor can be cut.
 
     Args:
@@ -72,6 +76,7 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
         network: the module, state_dict, path or checkpoint that was read.
         order: of the layers, "names" or "definition".
         kinds_by_names: whether a module's layers get the kinds that those of its file would have.
+        values: whether tensors must have values; see `entries_of_mapping`.
     """
     kinds: dict[str, int | None] = {}
     if isinstance(network, nn.Module):
@@ -94,7 +99,7 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
                 f"pack: {found.label} does not say in which order its layers were defined, which order='definition' "
                 f"needs; write it with sne_fast.data.checkpoints.save_state_dict, or use order='names'"
             )
-        entries = entries_of_mapping(checkpoint.tensors, found.label)
+        entries = entries_of_mapping(checkpoint.tensors, found.label, values=values)
         entries.skipped = [*checkpoint.left_out.items(), *entries.skipped]
     else:
         raise TypeError(
@@ -109,6 +114,9 @@ def collect(index: int, network: Any, order: str = "names", *, kinds_by_names: b
             f"pack: {found.label} has two tensors called {twice!r} once the prefixes of wrappers are dropped; "
             f"remove one"
         )
+    found.sources = {
+        name: (stored_as, entries.sources.get(stored_as, {})) for name, stored_as in zip(names, stored, strict=True)
+    }
     found.layers, tied = _layers(list(zip(names, entries.weights.values(), strict=True)), order)
     found.skipped = [*entries.skipped, *((stored[i], f"tied tensor: of {first!r}") for i, first in tied.items())]
     if not kinds_by_names:

@@ -23,7 +23,7 @@ from .layers import Network, collect
 from .networks import Networks
 from .tensor_scales import tensor_scales
 
-__all__ = ["pack"]
+__all__ = ["check_options", "pack", "pack_collected"]
 
 NONFINITE = get_args(NonFinite)
 LARGEST = torch.iinfo(torch.int64).max
@@ -113,7 +113,7 @@ def pack(
         >>> batch.tensor_type.tolist(), batch.chunk_ptr_host.diff()[:3].tolist()
         ([8, 9, 0, 1], [16, 8, 16])
     """
-    chunk_size = _check_options(chunk_size, chunking, scale, order, nonfinite)
+    chunk_size = check_options(chunk_size, chunking, scale, order, nonfinite)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in VALUE_DTYPES:
         raise ValueError(f"pack: dtype must be one of {', '.join(map(str, VALUE_DTYPES))}, got {dtype}")
@@ -131,6 +131,33 @@ def pack(
     types = resolve_kinds(found, None if by_names else kinds)
     levels = resolve_levels(found, layer_level)
 
+    return pack_collected(
+        found, types, levels, chunk_size, chunking, scale=scale, order=order, nonfinite=nonfinite, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+
+
+def pack_collected(
+    found: list[Network],
+    types: list[int],
+    levels: list[int],
+    chunk_size: int,
+    chunking: Chunking,
+    *,
+    scale: Scale,
+    order: Order,
+    nonfinite: NonFinite,
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> WeightBatch:
+    """Cut the weights of networks whose layers were collected; arguments are those of `pack`, checked.
+
+    Args:
+        found: the networks.
+        types: `8 * kind + role` of every tensor.
+        levels: of every layer.
+        chunk_size: as all that follow, see `pack`.
+    """
     where = [(network, name) for network in found for layer in network.layers for name, _ in layer.tensors]
     tensors = [tensor for network in found for layer in network.layers for _, tensor in layer.tensors]
     tensors = _on_one_device(tensors, where, device)
@@ -177,7 +204,8 @@ def pack(
     )
 
 
-def _check_options(chunk_size: Any, chunking: str, scale: str, order: str, nonfinite: str) -> int:
+def check_options(chunk_size: Any, chunking: str, scale: str, order: str, nonfinite: str) -> int:
+    """Return the chunk size as an int; raises ValueError for an option that `pack` does not have."""
     try:
         if isinstance(chunk_size, bool) or not 1 <= operator.index(chunk_size) <= LARGEST:
             raise TypeError

@@ -26,6 +26,8 @@ class Decoded:
 
     weights: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     used: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """All tensors that each weight was decoded from, by the name of the first."""
     any_scaled: bool = False
     """Whether float8 weights were multiplied by scales."""
 
@@ -39,7 +41,7 @@ class _Parts:
     values: Callable[[], Tensor]
 
 
-def decode(tensors: Mapping[str, Tensor], label: str) -> Decoded:
+def decode(tensors: Mapping[str, Tensor], label: str, *, values: bool = True) -> Decoded:
     """Return the values of all quantised weights whose format is known.
 
     Known are torch's quantised tensors; int8 and float8 with scales (and zero points) beside them, also per block;
@@ -48,6 +50,7 @@ def decode(tensors: Mapping[str, Tensor], label: str) -> Decoded:
     Args:
         tensors: all tensors of a network by name.
         label: the network in messages.
+        values: whether to decode. Without, tensors may have no values, and each weight is what its first tensor is.
 
     Raises:
         ValueError: tensors that their names join and their shapes do not, or a scale of an unknown kind.
@@ -64,7 +67,7 @@ def decode(tensors: Mapping[str, Tensor], label: str) -> Decoded:
         if parts is None:
             continue
         where = f"pack: {label}, tensor {name!r}"
-        for part in (name, *parts.besides):
+        for part in (name, *parts.besides) if values else ():
             if tensors[part].is_meta:
                 raise ValueError(
                     f"pack: {label}, tensor {part!r} is on the meta device and has no values; load its weights"
@@ -72,11 +75,12 @@ def decode(tensors: Mapping[str, Tensor], label: str) -> Decoded:
         same = identity_of(tensor)  # tied weights stay tied
         try:
             if same not in memo:
-                memo[same] = parts.values()
+                memo[same] = parts.values() if values else tensor
         except (dequantise.Unfit, RuntimeError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{where} looks like a quantised weight, but {reason}; dequantise it first") from error
         found.weights[name] = (parts.target, memo[same])
+        found.parts[name] = [name, *parts.besides]
         if name != parts.target:
             found.used[name] = f"quantised weight: decoded as {parts.target!r}"
         found.used.update(dict.fromkeys(parts.besides, f"quantisation parameter: of {parts.target!r}"))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+
+T = TypeVar("T")
 
 __all__ = ["has_plain_values", "identity_of", "with_tied_names"]
 
@@ -27,7 +30,7 @@ def identity_of(tensor: Tensor) -> object:
     return tensor.device, storage, tensor.storage_offset(), tensor.shape, strides, tensor.dtype
 
 
-def with_tied_names(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def with_tied_names(tensors: Mapping[str, T], metadata: Mapping[str, str]) -> dict[str, T]:
     """Return tensors under their other names too, where the metadata of a safetensors file maps those to them.
 
     The format holds no tensor twice, so `safetensors.torch.save_model` writes tied tensors under one of their names and

@@ -24,7 +24,7 @@ from .quantised_weights import decode
 from .tensor_types import NORMALISATION, kind_of_module
 from .tied_names import has_plain_values
 
-__all__ = ["Entries", "entries_of_mapping", "entries_of_modules"]
+__all__ = ["Entries", "entries_of_mapping", "entries_of_modules", "weight_of"]
 
 _STATISTICS = ("running_mean", "running_var")
 _FROZEN = (*_STATISTICS, "weight", "bias")
@@ -36,9 +36,11 @@ class Entries:
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    sources: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """The tensors that each weight is made of by `weight_of`, as they were given."""
 
 
-def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
+def entries_of_mapping(mapping: Mapping[Any, Any], label: str, *, values: bool = True) -> Entries:
     """Return the weights of a state_dict.
 
     Lists and tuples of tensors are taken as `name.0`, `name.1`, ...
@@ -46,6 +48,8 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
     Args:
         mapping: names and values.
         label: the network in messages.
+        values: whether tensors must have values. Without, those of the meta device stand for what will be read, and
+            only `sources` says what weights are made of.
 
     Raises:
         ValueError: no tensors, a quantised weight of an unknown format, copies of a network that are ambiguous.
@@ -72,8 +76,28 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str) -> Entries:
         )
     if refused is not None:
         raise refused
-    found = _weights(flat, {})
-    return Entries(found.weights, beside + found.skipped)
+    found = _weights(flat, {}, values)
+    return Entries(found.weights, beside + found.skipped, found.sources)
+
+
+def weight_of(name: str, sources: Mapping[str, Tensor], label: str) -> Tensor:
+    """Return a weight from the tensors that `Entries.sources` has for it, once they have values.
+
+    Args:
+        name: of the weight.
+        sources: tensors by their names in the file.
+        label: the network in messages.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    decoded = decode(sources, label)
+    made = dict(decoded.weights.values())
+    if name in made:
+        return made[name]
+    ((stored, tensor),) = sources.items()
+    _check_tensor(label, stored, tensor)
+    return _real(tensor)
 
 
 def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> Entries:
@@ -150,24 +174,26 @@ def _path(outer: Mapping[Any, Any], inner: Mapping[Any, Any]) -> list[Any]:
 # Tensors to weights
 
 
-def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
+def _weights(flat: FlatEntries, buffers: Mapping[str, bool], values: bool = True) -> Entries:
     """Decode what is quantised, and part weights from the rest.
 
     Args:
         flat: all tensors, and entries that are none.
         buffers: whether it counts, for every tensor that a module calls a buffer.
+        values: whether tensors must have values.
     """
     tensors, label, found = flat.tensors, flat.label, Entries(skipped=list(flat.skipped))
-    decoded = decode(tensors, label)
+    decoded = decode(tensors, label, values=values)
     scaled_layers = {name.rpartition(".")[0] for name in tensors if _names_scales(name)}
     floating: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in decoded.weights:
-            target, values = decoded.weights[name]
+            target, decoded_weight = decoded.weights[name]
             if target in floating or (target in tensors and target != name):
                 raise ValueError(f"pack: {label} has {target!r} beside its quantised form {name!r}; remove one")
-            if values.numel():
-                floating[target] = values
+            if decoded_weight.numel():
+                floating[target] = decoded_weight
+                found.sources[target] = {part: tensors[part] for part in decoded.parts[name]}
             elif name not in decoded.used:
                 found.skipped.append((name, "empty tensor"))
         if name in decoded.used:
@@ -182,9 +208,11 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool]) -> Entries:
             else:
                 reason = _reason_of_integers(name, tensor, label, name.rpartition(".")[0] in scaled_layers)
             if reason is None:
-                _check_tensor(label, name, tensor)
+                if values or not tensor.is_meta:
+                    _check_tensor(label, name, tensor)
                 _check_float8(label, name, tensor, decoded.any_scaled)
                 floating[name] = tensor
+                found.sources[name] = {name: tensor}
             else:
                 found.skipped.append((name, reason))
     _refuse_placeholders(flat)

@@ -7,6 +7,7 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from .blocks import ISAB, MAB, PMA, SAB
     from .encoder import SNE
+    from .layer_encodings import LayerEncodings
     from .predictor import Predictor, PredictorHead
     from .preparation import Preparation
 else:
@@ -15,9 +16,10 @@ else:
         {
             ".blocks": ["ISAB", "MAB", "PMA", "SAB"],
             ".encoder": ["SNE"],
+            ".layer_encodings": ["LayerEncodings"],
             ".predictor": ["Predictor", "PredictorHead"],
             ".preparation": ["Preparation"],
         },
     )
 
-__all__ = ["ISAB", "MAB", "PMA", "SAB", "SNE", "Predictor", "PredictorHead", "Preparation"]
+__all__ = ["ISAB", "MAB", "PMA", "SAB", "SNE", "LayerEncodings", "Predictor", "PredictorHead", "Preparation"]

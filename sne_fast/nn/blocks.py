@@ -188,6 +188,38 @@ class ISAB(nn.Module):
         induced = self.mab0(query, x, induced_ptr, ptr, induced_host, ptr_host)
         return self.mab1(x, induced, ptr, induced_ptr, ptr_host, induced_host)
 
+    def has_tiles(self) -> bool:
+        """Return whether :meth:`apply_in_place` computes what the blocks would compute if they were called."""
+        return has_plain_attention(self.mab0) and is_plain(self.mab1, MAB)
+
+    def apply_in_place(self, x: Tensor) -> None:
+        """Encode the rows ``x (rows, h)`` of one large set in place, by tiles of rows; without gradients."""
+        induced = self._induced(x)
+        ptr = torch.tensor([0, induced.shape[0]], device=x.device)
+        ptr_host = ptr.cpu()
+        for run in row_runs(x.shape[0], x.device):
+            host = torch.tensor([0, run.stop - run.start], device="cpu")
+            x[run] = self.mab1(x[run], induced, host.to(x.device), ptr, host, ptr_host)
+
+    def _induced(self, x: Tensor) -> Tensor:
+        """Return ``MAB(I, X)`` of one set, ``(m, h)``, with a softmax that is summed up tile by tile."""
+        mab = self.mab0
+        query = mab.fc_q(self.I[0])  # [m, h]
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        q = query.unflatten(1, (mab.num_heads, -1)).transpose(0, 1).to(dtype) / math.sqrt(mab.dim_v)  # [H, m, d]
+        largest = q.new_full((*q.shape[:2], 1), -math.inf)
+        total, summed = torch.zeros_like(largest), torch.zeros_like(q)
+        for run in row_runs(x.shape[0], x.device):
+            k, v = (fc(x[run]).unflatten(1, (mab.num_heads, -1)).to(q.dtype) for fc in (mab.fc_k, mab.fc_v))
+            logits = q @ k.permute(1, 2, 0)  # [H, m, rows]
+            higher = torch.maximum(largest, logits.amax(-1, keepdim=True))
+            weights, shrunk = (logits - higher).exp(), (largest - higher).exp()
+            total = total * shrunk + weights.sum(-1, keepdim=True)
+            summed = summed * shrunk + weights @ v.transpose(0, 1)
+            largest = higher
+        attended = (summed / total).transpose(0, 1).flatten(1).to(query.dtype)
+        return mab.residual(query, attended)
+
 
 class PMA(nn.Module):
     """Pooling by multihead attention, ``MAB(S, X)`` with k learned seeds S (Lee et al. 2019, eq. 11).

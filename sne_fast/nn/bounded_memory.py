@@ -33,6 +33,38 @@ def row_runs(rows: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(rows, start + limit))
 
 
+def is_large(rows: int, device: torch.device) -> bool:
+    """Return whether so many rows go through in several runs."""
+    limit = _limit(ROWS, device)
+    return limit is not None and rows > limit
+
+
+def set_runs(ptr_host: Tensor, device: torch.device) -> list[tuple[slice, slice]] | None:
+    """Return runs of sets to compute one after another, each with its rows; None for all at once.
+
+    A set that is larger than a run is alone in its own.
+
+    Args:
+        ptr_host: ``(S+1,)`` pointers of sets, on the CPU.
+        device: of the computation.
+    """
+    limit = _limit(ROWS, device)
+    if limit is None or int(ptr_host[-1]) <= limit:
+        return None
+    return [(run, slice(int(ptr_host[run.start]), int(ptr_host[run.stop]))) for run in _runs(ptr_host, limit)]
+
+
+def _runs(ptr: Tensor, limit: int) -> list[slice]:
+    """Return runs of sets of at most `limit` rows, or of one larger set."""
+    runs, first = [], 0
+    while first < ptr.shape[0] - 1:
+        fitting = int(torch.searchsorted(ptr, ptr[first] + limit, right=True)) - 1
+        last = min(ptr.shape[0] - 1, max(first + 1, fitting))
+        runs.append(slice(first, last))
+        first = last
+    return runs
+
+
 def joined(function: Callable[[slice], Tensor], runs: Sequence[slice]) -> Tensor:
     """Concatenate the rows that `function` returns for each run, in a new tensor."""
     out: Tensor | None = None
@@ -56,10 +88,4 @@ def network_runs(starts: Tensor, device: torch.device) -> list[slice]:
     limit, networks = _limit(WEIGHTS, device), starts.shape[0] - 1
     if limit is None or networks < 2 or int(starts[-1]) <= limit:
         return [slice(0, networks)]
-    runs, first = [], 0
-    while first < networks:
-        fitting = int(torch.searchsorted(starts, starts[first] + limit, right=True)) - 1
-        last = min(networks, max(first + 1, fitting))
-        runs.append(slice(first, last))
-        first = last
-    return runs
+    return _runs(starts, limit)

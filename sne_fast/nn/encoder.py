@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from ..data.batch import WeightBatch
 from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, SCALES
 from ..data.choices import Chunking, Order, Scale
+from ..data.layers_apart import layers_apart
 from ..data.networks import Networks
 from ..data.packing import pack
 from ..data.tensor_statistics import tensor_statistics
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention, Statistics
+from .chunk_samples import ChunkSample
 from .config_checks import choice, flag, integer, shown
+from .layer_encodings import LayerEncodings
+from .layered_encoding import LayeredEncodingMixin
+from .plain_modules import is_plain
 from .position_codes import position_code
 from .pretrained import PretrainedMixin
 from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder, owners
@@ -30,7 +35,7 @@ SET_ATTENTIONS = get_args(SetAttention)
 STATISTICS = get_args(Statistics)
 
 
-class SNE(PretrainedMixin, nn.Module):
+class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
     """Set-based Neural Network Encoder: one vector for the weights of any network (arXiv 2305.16625).
 
     Chunks of scalars are encoded and pooled to vectors (eq. 2-6), those to tensors (eq. 7), layers (appendix J) and the
@@ -211,29 +216,65 @@ class SNE(PretrainedMixin, nn.Module):
                 or device.
         """
         batch = networks if isinstance(networks, WeightBatch) else self.pack(networks)
-        self._check_batch(batch)
+        self.check_batch(batch)
         if fits_at_once(batch.num_weights, batch.device):
-            return self._encode(batch)
-        return torch.cat([self._encode(batch[run]) for run in network_runs(batch.network_starts, batch.device)])
+            return self.join_layers(self.encode_batch_layers(batch), batch.network_ptr, batch.network_ptr_host)
+        apart = layers_apart(batch)
+        runs = network_runs(apart.network_starts, batch.device)
+        encoded = LayerEncodings.cat([self.encode_batch_layers(apart[run]) for run in runs])
+        return self.join_layers(encoded, batch.network_ptr, batch.network_ptr_host)
 
-    def _encode(self, batch: WeightBatch) -> Tensor:
+    def encode_batch_layers(self, batch: WeightBatch, sample: ChunkSample | None = None) -> LayerEncodings:
+        """Apply stages 1 to 3 to all layers of a checked batch at once, or to a sample of its chunks."""
         dtype = self.sample_parameter.dtype
         level_code = position_code(batch.layer_level, self.hidden_dim, dtype)  # [L, h]
         layer_of_tensor = owners(batch.layer_ptr, batch.tensor_type.shape[0])
         tensor_level_code = level_code.index_select(0, layer_of_tensor)  # [T, h]
         type_code = self.type_embedding(batch.tensor_type)  # [T, h]
-        tensors, pooled = None, None
+        told: Tensor | None = None
+        pooled: Tensor | None = None
+        halves: Tensor | None = None
         if self.tensor_statistics is not None:
-            tensors, pooled = self.tensor_statistics(batch, type_code, tensor_level_code)  # [T, h], [B, 2h]
-        if self.chunk_encoder is not None and self.tensor_encoder is not None:
-            chunks = self.chunk_encoder(batch, type_code + tensor_level_code)  # [N, h]
-            encoded = self.tensor_encoder(chunks, batch, tensor_level_code)  # [T, h]
-            tensors = encoded if tensors is None else encoded + tensors
-        layers = self.layer_encoder(tensors, batch.layer_ptr, batch.layer_ptr_host)  # [L, h]
-        z = self.network_encoder(layers, batch, level_code)  # [B, h]
-        return (z if pooled is None else torch.cat([z, pooled], 1)).to(dtype)
+            told, pooled = self.tensor_statistics(batch, type_code, tensor_level_code)  # [T, h], [L, 2h]
 
-    def _check_batch(self, batch: WeightBatch) -> None:
+        if self.chunk_encoder is None or self.tensor_encoder is None:
+            assert told is not None
+            return LayerEncodings(self._encode_tensors(told, batch), batch.layer_level, batch.layer_ptr.diff(), pooled)
+        chunked = batch if sample is None else sample.batch
+        chunks = self.chunk_encoder(chunked, type_code + tensor_level_code)  # [N, h]
+        positions, index = batch.chunk_positions, None if sample is None else sample.position
+        # What nothing else refers to may be overwritten.
+        own = is_plain(self.chunk_encoder, ChunkEncoder) and is_plain(self.tensor_encoder, TensorEncoder)
+
+        def encode(x: Tensor, ptr: Tensor, ptr_host: Tensor, index: Tensor | None) -> Tensor:
+            assert self.tensor_encoder is not None
+            tensors = self.tensor_encoder(
+                x, ptr, ptr_host, batch.tensor_scale, tensor_level_code, positions, index, overwrite=own
+            )  # [T, h]
+            return self._encode_tensors(tensors if told is None else tensors + told, batch)
+
+        if sample is not None:
+            parts = [encode(chunks[h.rows], h.tensor_ptr, h.tensor_ptr_host, h.position) for h in sample.halves]
+            halves = torch.stack(parts)
+        vectors = encode(chunks, chunked.tensor_ptr, chunked.tensor_ptr_host, index)
+        return LayerEncodings(vectors, batch.layer_level, batch.layer_ptr.diff(), pooled, halves)
+
+    def _encode_tensors(self, tensors: Tensor, batch: WeightBatch) -> Tensor:
+        layers: Tensor = self.layer_encoder(tensors, batch.layer_ptr, batch.layer_ptr_host)  # [L, h]
+        return layers
+
+    def join_layers(self, encodings: LayerEncodings, network_ptr: Tensor, network_ptr_host: Tensor) -> Tensor:
+        """Apply stage 4 to checked encodings, with the pointers of networks also on the CPU."""
+        dtype = self.sample_parameter.dtype
+        level_code = position_code(encodings.levels, self.hidden_dim, dtype)  # [L, h]
+        z = self.network_encoder(encodings.vectors, network_ptr, network_ptr_host, level_code)  # [B, h]
+        if self.tensor_statistics is not None and encodings.pooled is not None:
+            pooled = self.tensor_statistics.join(encodings.pooled, encodings.tensors, network_ptr, network_ptr_host)
+            z = torch.cat([z, pooled], 1)
+        return z.to(dtype)
+
+    def check_batch(self, batch: WeightBatch) -> None:
+        """Raise ValueError for a batch that was not packed as this encoder expects."""
         for field in PACKED_BY:
             want, got = self._config[field], getattr(batch, field)
             if want != got:

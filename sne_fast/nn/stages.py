@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.batch import WeightBatch
 from ..ops import functional
 from .blocks import ISAB, PMA, SAB, has_plain_attention
-from .bounded_memory import joined, row_runs
+from .bounded_memory import is_large, joined, row_runs, set_runs
 from .plain_modules import is_plain
 from .position_codes import reversed_position_code
 
@@ -181,24 +181,87 @@ class TensorEncoder(SetEncoder):
         self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
         self.magnitude_code = nn.Parameter(torch.randn(hidden_dim))
 
-    def forward(self, x: Tensor, batch: WeightBatch, level_code: Tensor) -> Tensor:  # type: ignore[override]
-        """Encode chunk vectors ``x (N, h)`` to ``(T, h)``; ``level_code (T, h)`` is ``P(level)`` of each tensor."""
-        ptr, ptr_host = batch.tensor_ptr, batch.tensor_ptr_host
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        ptr: Tensor,
+        ptr_host: Tensor,
+        tensor_scale: Tensor,
+        level_code: Tensor,
+        positions: Tensor,
+        index: Tensor | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """Encode chunk vectors ``x (N, h)`` in tensors ``ptr (T+1,)`` to ``(T, h)``.
+
+        Without gradients, large inputs go through in runs of tensors, and a large tensor by tiles of its rows.
+
+        Args:
+            x: vectors of chunks.
+            ptr: pointers of tensors, with their copy ``ptr_host`` on the CPU.
+            ptr_host: see ``ptr``.
+            tensor_scale: ``(T,)``, what the values of each tensor were divided by.
+            level_code: ``(T, h)``, ``P(level)`` of each tensor.
+            positions: ``(P,)`` positions of chunks in their tensors.
+            index: ``(N,)``, which of ``positions`` each chunk has; None for 0, 1, ... in each tensor.
+            overwrite: whether ``x`` may be overwritten, so that a large tensor needs no second copy.
+        """
+        gain = self.code_gain
+        row_code = gain * (level_code + tensor_scale.log().to(gain.dtype)[:, None] * self.magnitude_code)
+        runs = set_runs(ptr_host, x.device) if self._is_plain() else None
+        if runs is None:
+            return self._encode(x, ptr, ptr_host, row_code, positions, index)
+        encoded = []
+        for run, rows in runs:
+            part, own_index = x[rows], None if index is None else index[rows]
+            bounds = slice(run.start, run.stop + 1)
+            pointers = (ptr[bounds] - rows.start, ptr_host[bounds] - rows.start)
+            if is_large(part.shape[0], x.device) and self._has_tiles():
+                part = part if overwrite else part.clone()
+                encoded.append(self._encode_by_tiles(part, *pointers, row_code[run], positions, own_index))
+            else:
+                encoded.append(self._encode(part, *pointers, row_code[run], positions, own_index))
+        return torch.cat(encoded)
+
+    def _encode(
+        self, x: Tensor, ptr: Tensor, ptr_host: Tensor, row_code: Tensor, positions: Tensor, index: Tensor | None
+    ) -> Tensor:
         x = self.attend(x, ptr, ptr_host)
         chunks, gain = x.shape[0], self.code_gain
-        row_code = gain * (level_code + batch.tensor_scale.log().to(gain.dtype)[:, None] * self.magnitude_code)
         tensor_of_chunk = owners(ptr, chunks)
         if not self.chunk_order:
             return self.pool(x + row_code.index_select(0, tensor_of_chunk), ptr, ptr_host).squeeze(1)
-        table = gain * reversed_position_code(batch.chunk_positions, x.shape[1], gain.dtype)
-        position = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
+        if index is None:
+            table = gain * reversed_position_code(positions, x.shape[1], gain.dtype)
+            place = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
+            order_code = table.index_select(0, place)
+        else:
+            order_code = gain * reversed_position_code(positions.index_select(0, index), x.shape[1], gain.dtype)
+        return self.pool(x + row_code.index_select(0, tensor_of_chunk) + order_code, ptr, ptr_host).squeeze(1)
 
-        def with_codes(run: slice) -> Tensor:
-            return x[run] + row_code.index_select(0, tensor_of_chunk[run]) + table.index_select(0, position[run])
+    def _is_plain(self) -> bool:
+        """Return whether blocks and pool may be called several times, as hooks and other modules might notice."""
+        blocks = all(is_plain(block, SAB) or is_plain(block, ISAB) for block in self.blocks)
+        return blocks and is_plain(self.pool, PMA)
 
-        runs = list(row_runs(chunks, x.device))
-        coded = with_codes(runs[0]) if len(runs) == 1 else joined(with_codes, runs)  # x may be kept by a hook
-        return self.pool(coded, ptr, ptr_host).squeeze(1)
+    def _has_tiles(self) -> bool:
+        """Return whether a large tensor may go through in tiles: nothing but plain induced blocks."""
+        return all(is_plain(block, ISAB) and cast(ISAB, block).has_tiles() for block in self.blocks)
+
+    def _encode_by_tiles(
+        self, x: Tensor, ptr: Tensor, ptr_host: Tensor, row_code: Tensor, positions: Tensor, index: Tensor | None
+    ) -> Tensor:
+        """Encode the chunks of one tensor in place, by tiles."""
+        for block in self.blocks:
+            cast(ISAB, block).apply_in_place(x)
+        gain = self.code_gain
+        for run in row_runs(x.shape[0], x.device):
+            x[run] += row_code
+            if self.chunk_order:
+                at = positions[run] if index is None else positions[index[run]]
+                x[run] += gain * reversed_position_code(at, x.shape[1], gain.dtype)
+        return self.pool(x, ptr, ptr_host).squeeze(1)
 
 
 class NetworkEncoder(SetEncoder):
@@ -208,6 +271,11 @@ class NetworkEncoder(SetEncoder):
         super().__init__(hidden_dim, num_heads, layer_norm, num_inducing)
         self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
 
-    def forward(self, x: Tensor, batch: WeightBatch, level_code: Tensor) -> Tensor:  # type: ignore[override]
-        """Encode layer vectors ``x (L, h)`` to ``(B, h)``; ``level_code (L, h)`` is ``P(level)`` of each layer."""
-        return super().forward(x + self.code_gain * level_code, batch.network_ptr, batch.network_ptr_host)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, ptr: Tensor, ptr_host: Tensor, level_code: Tensor
+    ) -> Tensor:
+        """Encode layer vectors ``x (L, h)`` in networks ``ptr (B+1,)`` to ``(B, h)``.
+
+        ``level_code (L, h)`` is ``P(level)`` of each layer.
+        """
+        return super().forward(x + self.code_gain * level_code, ptr, ptr_host)

@@ -92,12 +92,24 @@ class StatisticsChannel(nn.Module):
             level_code: `P(level)` of each tensor, `(T, h)`.
 
         Returns:
-            What joins the vectors of tensors `(T, h)`, and what stands beside z `(B, 2h)`.
+            What joins the vectors of tensors `(T, h)`, and the mean over each layer's tensors `(L, 2h)` of what stands
+            beside z.
         """
         found = self.columns_of(batch).to(level_code)
         standard = ((found - self.mean) / self.std).clamp(-LARGEST, LARGEST)
         a = F.relu(self.hidden(torch.cat([standard, type_code, level_code], 1)))  # [T, 4h]
-        ptr = batch.layer_ptr.index_select(0, batch.network_ptr)  # tensors of networks
-        ptr_host = batch.layer_ptr_host.index_select(0, batch.network_ptr_host)
         alike = a.new_zeros((a.shape[0], 1))  # logits: a mean
-        return self.to_tensor(a), functional.segment_pool(self.to_pool(a), alike, ptr, ptr_host=ptr_host).squeeze(1)
+        of_layers = functional.segment_pool(self.to_pool(a), alike, batch.layer_ptr, ptr_host=batch.layer_ptr_host)
+        return self.to_tensor(a), of_layers.squeeze(1)
+
+    def join(self, of_layers: Tensor, tensors: Tensor, network_ptr: Tensor, network_ptr_host: Tensor) -> Tensor:
+        """Return the mean over the tensors of each network, `(B, 2h)`, from those over the tensors of its layers.
+
+        Args:
+            of_layers: `(L, 2h)`.
+            tensors: `(L,)`, number of tensors in each layer.
+            network_ptr: `(B+1,)`.
+            network_ptr_host: the same on the CPU.
+        """
+        weights = tensors.to(of_layers.dtype).log()[:, None]  # logits: a mean in which every tensor counts alike
+        return functional.segment_pool(of_layers, weights, network_ptr, ptr_host=network_ptr_host).squeeze(1)

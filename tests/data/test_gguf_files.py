@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sne_fast import CheckpointError, pack
+from sne_fast import SNE, CheckpointError, pack
 from sne_fast.data.checkpoints import load_state_dict, read_checkpoint
+from sne_fast.data.readers.checkpoint import open_checkpoint
+from sne_fast.data.readers.lazy_tensors import LazyTensor
 
 gguf = pytest.importorskip("gguf")
 
@@ -54,6 +56,17 @@ def test_tensors_are_those_of_the_package(tmp_path: Path) -> None:
             torch.testing.assert_close(read.float(), torch.tensor(VALUES), rtol=0, atol=0.05)
     kinds = {tuple(name.split(".")[2:3]): tensor.dtype for name, tensor in found.tensors.items()}
     assert kinds[("F16",)] == torch.float16 and kinds[("BF16",)] == torch.bfloat16 and kinds[("Q4_K",)] == torch.float32
+
+
+def test_tensors_are_decoded_when_they_are_asked_for(tmp_path: Path) -> None:
+    found = open_checkpoint(saved(tmp_path / "n.gguf", ["Q8_0"]))
+    lazy = found.tensors["blk.4.Q8_0.weight"]
+    assert isinstance(lazy, LazyTensor) and lazy.shape == (16, 256) and lazy.dtype == torch.float32
+    assert torch.equal(lazy.read(), found.read().tensors["blk.4.Q8_0.weight"])
+    encoder = SNE(hidden_dim=16).eval()
+    torch.testing.assert_close(
+        encoder.encode(tmp_path / "n.gguf"), encoder([tmp_path / "n.gguf"])[0], rtol=2e-5, atol=2e-5
+    )
 
 
 def test_a_file_is_packed(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
-"""A checkpoint read whole, whichever files it is made of: its tensors, and what was left out."""
+"""A checkpoint, whichever files it is made of: its tensors, opened or read, and what was left out."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...regular_files import open_regular
 from ..layer_order import natural_key
 from ..tied_names import with_tied_names
 from .chosen_weights import choose_weights
@@ -20,16 +20,20 @@ from .contents import Contents
 from .errors import CheckpointError, reading, shown, shown_list
 from .folders import array_files, chosen_file, sentence_transformer_parts
 from .formats import format_of
+from .lazy_tensors import LazyTensor, OpenFile, read_all
 from .numpy_files import read_npy_files
 from .other_formats import OTHER_FORMATS
-from .safetensors_files import read_safetensors
+from .safetensors_files import open_safetensors
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
-from .stored import read_tensors
+from .stored import open_tensors
 from .torch_files import damage_of, read_content
 
-__all__ = ["ORDER_KEY", "Checkpoint", "read_checkpoint"]
+__all__ = ["ORDER_KEY", "Checkpoint", "OpenCheckpoint", "open_checkpoint", "read_checkpoint"]
 
 ORDER_KEY = "sne_fast.order"
+
+
+Entries = Mapping[str, Tensor | LazyTensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,23 @@ class Checkpoint:
     key: str = ""
 
 
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint of which the headers were read, and the tensors where they cannot be read one by one.
+
+    The fields are those of `Checkpoint`.
+    """
+
+    tensors: dict[str, Tensor | LazyTensor]
+    keeps_order: bool
+    left_out: dict[str, str] = field(default_factory=dict)
+    key: str = ""
+
+    def read(self) -> Checkpoint:
+        """Read all tensors into memory; raises CheckpointError as `read_checkpoint`."""
+        return Checkpoint(read_all(self.tensors), self.keeps_order, self.left_out, self.key)
+
+
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """Read a checkpoint of any form that `load_state_dict` reads, and say what was left out.
 
@@ -60,10 +81,25 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     Raises:
         CheckpointError: as `load_state_dict`.
     """
+    return open_checkpoint(path, key).read()
+
+
+def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> OpenCheckpoint:
+    """Read the headers of a checkpoint; its tensors are read when they are asked for, where its format allows it.
+
+    Files stay open as long as tensors of theirs can be read.
+
+    Args:
+        path: a file, or a folder of one checkpoint.
+        key: as for `read_checkpoint`.
+
+    Raises:
+        CheckpointError: as `load_state_dict`.
+    """
     file = Path(os.fsdecode(path))
     try:
         with reading(file):
-            return _read_folder(file, key) if file.is_dir() else _read_file(file, key)
+            return _open_folder(file, key) if file.is_dir() else _open_file(file, key)
     except RecursionError:
         raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
     except ValueError as error:
@@ -72,100 +108,100 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         raise CheckpointError(f"{str(file)!r}: cannot be read: {error}") from error  # a path that no system can name
 
 
-def _read_folder(folder: Path, key: str | None) -> Checkpoint:
+def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
     parts = sentence_transformer_parts(folder)
     if parts is None and (arrays := array_files(folder)):
         return _of_contents(read_npy_files(folder, arrays), folder)
     if parts is None:
         file, left_out = chosen_file(folder)
-        found = _read_file(file, key)
-        return Checkpoint(found.tensors, found.keeps_order, found.left_out | left_out, found.key)
-    read = [(part.number, _read_file(part.file, key)) for part in parts]
+        found = _open_file(file, key)
+        return OpenCheckpoint(found.tensors, found.keeps_order, found.left_out | left_out, found.key)
+    read = [(part.number, _open_file(part.file, key)) for part in parts]
     if len(read) == 1:
         return read[0][1]
     if len({number for number, _ in read}) != len(read):
         raise CheckpointError(f"{folder}: two of its modules have the same number in modules.json")
-    tensors, left_out = {}, {}
+    tensors: dict[str, Tensor | LazyTensor] = {}
+    skipped: dict[str, str] = {}
     for number, found in read:
         tensors.update({f"{number}.{name}": tensor for name, tensor in found.tensors.items()})
-        left_out.update({f"{number}.{name}": reason for name, reason in found.left_out.items()})
-    return Checkpoint(tensors, all(found.keeps_order for _, found in read), left_out)
+        skipped.update({f"{number}.{name}": reason for name, reason in found.left_out.items()})
+    return OpenCheckpoint(tensors, all(found.keeps_order for _, found in read), skipped)
 
 
-def _read_file(file: Path, key: str | None) -> Checkpoint:
+def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
     kind = format_of(file)
     if kind == "index":
-        return _read_index(file, key)
+        return _open_index(file, key)
     if index := index_beside(file):
-        return _read_index(index, key)
+        return _open_index(index, key)
     refuse_rank(file)
     if shards := sibling_shards(file):
-        return _joined([(shard, _read_one(shard, key)) for shard in shards], file)
-    return _read_one(file, key)
+        return _joined([(shard, _open_one(shard, key)) for shard in shards], file)
+    return _open_one(file, key)
 
 
-def _read_one(file: Path, key: str | None) -> Checkpoint:
+def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
     kind = format_of(file)
     if kind == "torch":
-        return _read_torch(file, key)
+        return _open_torch(file, key)
     if kind == "index":
         raise CheckpointError(f"{file}: is JSON, and no file of tensors")
     if key is not None:
         raise CheckpointError(f"{file}: key= chooses among what a pickled file holds; a file of {kind} is flat")
     if kind in OTHER_FORMATS:
         return _of_contents(OTHER_FORMATS[kind](file), file)
-    tensors, metadata = read_safetensors(file)
+    tensors, metadata = open_safetensors(file)
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
     order = metadata.get(ORDER_KEY)
-    return Checkpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
+    return OpenCheckpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
 
 
-def _of_contents(found: Contents, file: Path) -> Checkpoint:
+def _of_contents(found: Contents, file: Path) -> OpenCheckpoint:
     if not found.tensors:
         held = f" but {shown_list(found.left_out, 4)}" if found.left_out else ""
         raise CheckpointError(f"{file}: holds no weights{held}")
-    read: dict[Hashable, Tensor] = {}
-    for name, lazy in found.tensors.items():
-        place = name if lazy.place is None else lazy.place
-        if place not in read:
-            read[place] = lazy.read()
-    tensors = {name: read[name if lazy.place is None else lazy.place] for name, lazy in found.tensors.items()}
-    if not found.keeps_order:
-        tensors = in_order(tensors, None, file)
-    return Checkpoint(tensors, found.keeps_order, found.left_out)
+    tensors: Entries = found.tensors if found.keeps_order else in_order(found.tensors, None, file)
+    return OpenCheckpoint(dict(tensors), found.keeps_order, found.left_out)
 
 
-def _read_torch(file: Path, key: str | None) -> Checkpoint:
-    with reading(file), open_regular(file) as opened, damage_of(file):
-        content = arrays_as_tensors(read_content(opened))
+def _open_torch(file: Path, key: str | None) -> OpenCheckpoint:
+    @contextmanager
+    def failing() -> Iterator[None]:
+        with reading(file), damage_of(file):
+            yield
+
+    with failing():
+        held = OpenFile(file)
+        content = arrays_as_tensors(read_content(held.opened))
         ranks = content.get("mp_world_size") if isinstance(content, dict) else None
         if isinstance(ranks, int) and ranks > 1:
             raise CheckpointError(
                 f"is the part of one of {shown(ranks)} processes of a model-parallel checkpoint; merge the parts first"
             )
         weights = choose_weights(content, key)
-        tensors = read_tensors(weights.tensors)
-    return Checkpoint(tensors, True, weights.left_out, weights.path)
+        tensors = open_tensors(weights.tensors, held, failing)
+    return OpenCheckpoint(tensors, True, weights.left_out, weights.path)
 
 
-def _read_index(file: Path, key: str | None) -> Checkpoint:
+def _open_index(file: Path, key: str | None) -> OpenCheckpoint:
     index = read_index(file)
     shards = sorted(index.shards, key=natural_key)
     found = _joined(
-        [(file.parent / shard, _read_one(file.parent / shard, key)) for shard in shards], file, index.shards
+        [(file.parent / shard, _open_one(file.parent / shard, key)) for shard in shards], file, index.shards
     )
     order = index.metadata.get(ORDER_KEY)
     if found.keeps_order and order is None:
         return found
-    return Checkpoint(in_order(found.tensors, order, file), order is not None, found.left_out)
+    return OpenCheckpoint(in_order(found.tensors, order, file), order is not None, found.left_out)
 
 
 def _joined(
-    read: list[tuple[Path, Checkpoint]], named: Path, expected: Mapping[str, list[str]] | None = None
-) -> Checkpoint:
+    read: list[tuple[Path, OpenCheckpoint]], named: Path, expected: Mapping[str, list[str]] | None = None
+) -> OpenCheckpoint:
     """Return the tensors of all shards as one checkpoint."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | LazyTensor] = {}
     left_out: dict[str, str] = {}
     for file, found in read:
         if expected is not None:
@@ -186,11 +222,11 @@ def _joined(
         tensors.update(found.tensors)
         left_out.update(found.left_out)
     if all(found.keeps_order for _, found in read):
-        return Checkpoint(tensors, all(".safetensors" not in file.name for file, _ in read), left_out)
-    return Checkpoint(in_order(tensors, None, named), False, left_out)
+        return OpenCheckpoint(tensors, all(".safetensors" not in file.name for file, _ in read), left_out)
+    return OpenCheckpoint(in_order(tensors, None, named), False, left_out)
 
 
-def in_order(tensors: dict[str, Tensor], order: Any, file: Path) -> dict[str, Tensor]:
+def in_order(tensors: Entries, order: Any, file: Path) -> dict[str, Tensor | LazyTensor]:
     """Return tensors in the order that metadata give, else in natural order of their names."""
     if order is None:
         names = sorted(tensors, key=natural_key)

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...regular_files import open_regular
 from .contents import Contents, need, reading_format
 from .errors import CheckpointError, shown
-from .lazy_tensors import LazyTensor
+from .lazy_tensors import LazyTensor, OpenFile
 from .stored import read_into
 
 __all__ = ["read_gguf"]
@@ -54,10 +53,11 @@ def read_gguf(file: Path) -> Contents:
     """
     need(file, "a GGUF file", "gguf", extra="gguf")
     found = Contents()
-    with reading_format(file, _FORMAT), open_regular(file) as opened:
-        for name, entry in _Header(opened).entries().items():
+    with reading_format(file, _FORMAT):
+        held = OpenFile(file)
+        for name, entry in _Header(held.opened).entries().items():
             dtype = _DTYPES.get(entry.kind.name, torch.float32)
-            found.add(name, LazyTensor(dtype, entry.shape, partial(_read, file, name, entry)))
+            found.add(name, LazyTensor(dtype, entry.shape, partial(_read, held, file, name, entry)))
     return found
 
 
@@ -165,12 +165,12 @@ def _decoded(kind: Any, nbytes: int, name: str) -> Any:
     return kind
 
 
-def _read(file: Path, name: str, entry: _Entry) -> Tensor:
+def _read(source: OpenFile, file: Path, name: str, entry: _Entry) -> Tensor:
     import gguf
 
-    with reading_format(file, _FORMAT), open_regular(file) as opened:
-        opened.seek(entry.begin)
-        held = read_into(opened, entry.nbytes)
+    with reading_format(file, _FORMAT):
+        source.opened.seek(entry.begin)
+        held = read_into(source.opened, entry.nbytes)
         plain = _PLAIN.get(entry.kind.name)
         if plain is not None or entry.kind.name == "BF16":
             return held.view(_DTYPES[entry.kind.name]).reshape(entry.shape)

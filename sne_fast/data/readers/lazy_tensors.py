@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["LazyTensor"]
+from ...regular_files import open_regular
+
+__all__ = ["LazyTensor", "OpenFile", "read_all"]
+
+
+class OpenFile:
+    """A regular file that is open for reading as long as something refers to this object.
+
+    Args:
+        file: its path.
+
+    Raises:
+        FileError, OSError: as `sne_fast.regular_files.open_regular`.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.opened = open_regular(file)
+        weakref.finalize(self, self.opened.close)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,4 +45,28 @@ class LazyTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    place: Hashable = field(default=None)
+    place: Hashable = None
+
+    @property
+    def identity(self) -> Hashable:
+        """What all names of one tensor share."""
+        return id(self) if self.place is None else (self.place,)
+
+
+def read_all(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, Tensor]:
+    """Read all tensors into memory; names of one tensor share it.
+
+    Raises:
+        CheckpointError: as `LazyTensor.read`.
+    """
+    found: dict[Hashable, Tensor] = {}
+    read = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            read[name] = tensor
+            continue
+        place = tensor.identity
+        if place not in found:
+            found[place] = tensor.read()
+        read[name] = found[place]
+    return read

@@ -231,7 +231,9 @@ class _Reader:
                 full = f"{base}{dot}{operation}_{number}.{own}"
         self.places[key] = node_path(node)
         damage = partial(reading_format, self.file, _FORMAT)
-        self.found.add(full, lazy_array(constant.shape, constant.dtype, constant.values, place, damage))
+        self.found.add(
+            full, lazy_array(constant.shape, constant.dtype, constant.values, (str(self.file), place), damage)
+        )
 
     def _same_values(self, constant: Constant) -> tuple[Any, ...] | None:
         """Return the key of a matrix that a folded copy has the values of, as exporters make one for each use."""

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...regular_files import open_regular, parse_json
 from .errors import CheckpointError, reading, shown
+from .lazy_tensors import LazyTensor, OpenFile
 from .stored import MAX_DIMENSIONS, read_into
 
-__all__ = ["SafetensorsFile", "read_header", "read_safetensors"]
+__all__ = ["SafetensorsFile", "open_safetensors", "read_header"]
 
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _METADATA = "__metadata__"
@@ -48,32 +49,38 @@ class SafetensorsFile(NamedTuple):
     start: int
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file in the order of their bytes, and its metadata.
+def open_safetensors(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Return the tensors of a file in the order of their bytes, and its metadata; the file stays open for them.
 
     Raises:
         CheckpointError: a file that is missing, damaged or no safetensors file; the message names it.
     """
-    with reading(file), open_regular(file) as opened:
-        header = _header(opened, file)
-        tensors = {}
-        for name, entry in header.entries.items():
-            opened.seek(header.start + entry.begin)
+    with reading(file):
+        held = OpenFile(file)
+        header = _header(held.opened, file)
+        return {name: _lazy(held, file, header.start, name, e) for name, e in header.entries.items()}, header.metadata
+
+
+def _lazy(source: OpenFile, file: Path, start: int, name: str, entry: Entry) -> LazyTensor:
+    def read() -> Tensor:
+        with reading(file):
+            source.opened.seek(start + entry.begin)
             try:
-                held = read_into(opened, entry.end - entry.begin)
+                held = read_into(source.opened, entry.end - entry.begin)
             except CheckpointError as error:
                 raise CheckpointError(f"{file}: {error}") from error
             except (MemoryError, RuntimeError) as error:
                 raise CheckpointError(f"{file}: needs more memory than there is for {shown(name)}") from error
-            tensors[name] = held.view(entry.dtype).view(entry.shape)
-        return tensors, header.metadata
+        return held.view(entry.dtype).view(entry.shape)
+
+    return LazyTensor(entry.dtype, entry.shape, read)
 
 
 def read_header(file: Path) -> SafetensorsFile:
     """Return the header of a file without reading its tensors.
 
     Raises:
-        CheckpointError: as `read_safetensors`.
+        CheckpointError: as `open_safetensors`.
     """
     with reading(file), open_regular(file) as opened:
         return _header(opened, file)

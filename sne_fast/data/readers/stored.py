@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .lazy_tensors import LazyTensor, OpenFile
 
-__all__ = ["BadTensor", "Bytes", "Quantised", "Storage", "StoredTensor", "read_into", "read_tensors"]
+__all__ = ["BadTensor", "Bytes", "Quantised", "Storage", "StoredTensor", "open_tensors", "read_into", "read_tensors"]
 
 MAX_DIMENSIONS = 64
 _MAX_VIEWS = 64  # times that distinct tensors may cover the storage which they share
@@ -159,6 +161,48 @@ def read_tensors(tensors: Mapping[str, StoredTensor | Tensor]) -> dict[str, Tens
             reason = str(error).partition("\n")[0][:120]
             raise BadTensor(f"its tensor {name!r:.80} cannot be made: {reason}") from error
     return read
+
+
+def open_tensors(
+    tensors: Mapping[str, StoredTensor | Tensor], held: OpenFile, failing: Callable[[], AbstractContextManager[None]]
+) -> dict[str, Tensor | LazyTensor]:
+    """Return tensors that are read when they are asked for, while their file is open.
+
+    Those that share a storage with others, and those that are more than a part of one storage, are read at once.
+
+    Args:
+        tensors: those of one file.
+        held: the file, which stays open for them.
+        failing: makes the context in which a tensor is read later, which turns failures into `CheckpointError`.
+
+    Raises:
+        BadTensor: as `read_tensors`.
+        OSError: the file cannot be read.
+    """
+    places: dict[Any, set[Any]] = {}
+    for tensor in tensors.values():
+        if isinstance(tensor, StoredTensor) and tensor.storage is not None:
+            places.setdefault(tensor.same_place()[0], set()).add(tensor.same_place())
+
+    def is_lazy(tensor: StoredTensor | Tensor) -> bool:
+        if isinstance(tensor, Tensor) or tensor.storage is None or tensor.quantised is not None:
+            return False
+        return len(places[tensor.same_place()[0]]) == 1
+
+    at_once = read_tensors({name: tensor for name, tensor in tensors.items() if not is_lazy(tensor)})
+
+    def lazy(name: str, stored: StoredTensor) -> LazyTensor:
+        def read() -> Tensor:
+            with failing():
+                held.opened.tell()  # refers to the file, which this keeps open
+                return read_tensors({name: stored})[name]
+
+        return LazyTensor(stored.dtype, stored.shape, read, stored.same_place())
+
+    return {
+        name: lazy(name, tensor) if isinstance(tensor, StoredTensor) and name not in at_once else at_once[name]
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_shared(tensors: Iterable[StoredTensor]) -> None:

@@ -1,0 +1,186 @@
+"""A network that is read and packed layer by layer, so that only a layer or two are in memory at once."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .batch import WeightBatch
+from .checkpoints import Checkpoint, CheckpointError, OpenCheckpoint, open_checkpoint
+from .choices import NonFinite
+from .known_names import buffer_by_name
+from .layer_overrides import resolve_kinds
+from .layers import Layer, Network, collect
+from .packing import check_options, pack_collected
+from .readers.lazy_tensors import LazyTensor
+from .weight_entries import weight_of
+
+__all__ = ["LayerStream"]
+
+
+class LayerStream:
+    """The layers of one network, of which nothing but names, shapes and dtypes is read before they are asked for.
+
+    Formats that cannot be read tensor by tensor, and modules and state_dicts, are in memory as they are.
+
+    Args:
+        source: a path as `load_state_dict` takes it, an opened or read checkpoint, a module or a state_dict.
+        key: the place of the weights in a pickled file that has several.
+        order: of the layers, as in :func:`sne_fast.pack`.
+        kinds: of layers, "names" or a mapping, as in :func:`sne_fast.pack`.
+        nonfinite: what NaN and infinities do, as in :func:`sne_fast.pack`.
+
+    Attributes:
+        network: name, layers in order, and what is left out; tensors that are not in memory are on the meta device.
+
+    Raises:
+        ValueError, TypeError: as :func:`sne_fast.pack`, as far as it does not depend on values.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        key: str | None = None,
+        order: str = "names",
+        kinds: Literal["names"] | Mapping[str, Any] | None = None,
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        self.nonfinite = nonfinite
+        self._lazy: dict[int, LazyTensor] = {}  # by the id of the meta tensor that stands for it
+        name = None
+        if isinstance(source, (str, os.PathLike)):
+            name = os.fsdecode(source)
+            try:
+                source = open_checkpoint(source, key)
+            except CheckpointError as error:
+                raise CheckpointError(f"pack: network 0: {error}") from error
+        elif key is not None:
+            raise CheckpointError("key= is for files of torch, not for a network that is in memory")
+        given = source
+        if isinstance(source, OpenCheckpoint):
+            given = Checkpoint(self._stand_ins(source), source.keeps_order, source.left_out, source.key)
+        by_names = isinstance(kinds, str) and kinds == "names"
+        self.order = order
+        self.network: Network = collect(0, given, order, kinds_by_names=by_names, values=False)
+        if name is not None:
+            self.network.name = name
+        self._types: list[list[int]] | None = None
+        if kinds is not None and not by_names:
+            types = iter(resolve_kinds([self.network], kinds))
+            self._types = [[next(types) for _ in layer.tensors] for layer in self.network.layers]
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.network.layers)
+
+    def stored_bytes(self) -> list[int]:
+        """Return the bytes that reading each layer takes."""
+        return [
+            sum(_bytes(part) for name, _ in layer.tensors for part in self._sources(name).values())
+            for layer in self.network.layers
+        ]
+
+    def tensor_sizes(self) -> list[list[int]]:
+        """Return the weights of each tensor of each layer; of quantised ones an upper bound, by their bytes."""
+        return [[self._size(name, tensor) for name, tensor in layer.tensors] for layer in self.network.layers]
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights, see `tensor_sizes`."""
+        return sum(map(sum, self.tensor_sizes()))
+
+    def batches(self, *, ahead: bool = True, **options: Any) -> Iterator[WeightBatch]:
+        """Yield each layer as a batch of one network, with its level in the whole.
+
+        Args:
+            ahead: whether a thread reads the next layer while the caller works on this one.
+            options: the arguments of :func:`sne_fast.pack` besides those that the stream has, and levels.
+
+        Raises:
+            ValueError: as :func:`sne_fast.pack`.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            waiting: Future[Layer] | None = None
+            for i in range(len(self)):
+                layer = self.read(i) if waiting is None else waiting.result()
+                waiting = pool.submit(self.read, i + 1) if ahead and i + 1 < len(self) else None
+                batch = self._pack(i, layer, **options)
+                del layer
+                yield batch
+                del batch
+
+    def read(self, i: int) -> Layer:
+        """Read layer i into memory.
+
+        Raises:
+            CheckpointError: the file changed or is damaged.
+            ValueError: a quantised weight that cannot be decoded.
+        """
+        layer = self.network.layers[i]
+        tensors = [(name, self._read(name, tensor)) for name, tensor in layer.tensors]
+        held = {**layer.held, **{own: tuple(t.shape) for own, (_, t) in zip(layer.own, tensors, strict=True)}}
+        return replace(layer, tensors=tensors, held=held)
+
+    def _read(self, name: str, tensor: Tensor) -> Tensor:
+        stored_as, _ = self.network.sources[name]
+        sources = self._sources(name)
+        if all(id(part) not in self._lazy for part in sources.values()):
+            return tensor
+        values = {part: self._lazy[id(t)].read() if id(t) in self._lazy else t for part, t in sources.items()}
+        return weight_of(stored_as, values, self.network.label)
+
+    def _sources(self, name: str) -> dict[str, Tensor]:
+        return self.network.sources[name][1]
+
+    def _size(self, name: str, tensor: Tensor) -> int:
+        sources = self._sources(name)
+        if tensor.dtype.is_floating_point and len(sources) < 2:
+            return tensor.numel()
+        return 2 * max((_bytes(part) for part in sources.values()), default=_bytes(tensor))
+
+    def _pack(self, i: int, layer: Layer, **options: Any) -> WeightBatch:
+        network = Network(0, self.network.name, [layer])
+        types = resolve_kinds([network], None) if self._types is None else self._types[i]
+        chosen = {"chunk_size": 32, "chunking": "flat", "scale": "tensor", "nonfinite": self.nonfinite, **options}
+        chosen["dtype"] = chosen.get("dtype") or torch.get_default_dtype()
+        device = chosen.get("device")
+        chosen["device"] = None if device is None else torch.device(device)
+        chosen["order"] = self.order
+        check_options(*(chosen[name] for name in ("chunk_size", "chunking", "scale", "order", "nonfinite")))
+        if chosen["device"] is not None:  # the bytes as they are stored; they are cut there
+            layer = replace(layer, tensors=[(name, t.to(chosen["device"])) for name, t in layer.tensors])
+            network = Network(0, self.network.name, [layer])
+        return pack_collected([network], types, [i], **chosen)
+
+    def _stand_ins(self, checkpoint: OpenCheckpoint) -> dict[str, Tensor]:
+        """Return tensors in memory, and tensors without values for those that are to be read."""
+        made: dict[Any, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for name, tensor in checkpoint.tensors.items():
+            if isinstance(tensor, Tensor):
+                found[name] = tensor
+                continue
+            if tensor.identity not in made:
+                made[tensor.identity] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                self._lazy[id(made[tensor.identity])] = tensor
+            found[name] = made[tensor.identity]
+        # Names under which buffers are known in some networks and weights in others: their values decide.
+        for name, tensor in list(found.items()):
+            lazy = tensor.is_meta and tensor.is_floating_point() and id(tensor) in self._lazy
+            if lazy and tensor.numel() and buffer_by_name(name, tensor, found) is not None:
+                read = self._lazy[id(tensor)].read()
+                found.update({other: read for other, same in found.items() if same is tensor})
+        self._kept = list(made.values())  # whose ids are keys
+        return found
+
+
+def _bytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize

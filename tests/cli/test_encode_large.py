@@ -1,0 +1,98 @@
+"""`sne-fast encode` of large files: layer by layer, in bounded memory, or from a sample of chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers.command_line import call
+from sne_fast import SNE, Predictor
+from sne_fast.cli import encode
+from sne_fast.nn import layered_encoding
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    names = ("embed_tokens.weight", "layers.0.fc.weight", "layers.1.fc.weight", "lm_head.weight")
+    save_file({name: torch.randn(96, 64) for name in names}, tmp_path / "large.safetensors")
+    return tmp_path / "large.safetensors"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    save_file({"fc.weight": torch.randn(3, 4)}, tmp_path / "small.safetensors")
+    return tmp_path / "small.safetensors"
+
+
+def stored(out: Path) -> dict[str, np.ndarray]:
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+def test_large_files_are_encoded_layer_by_layer(
+    large: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("encode", large, small, "-o", tmp_path / "whole.npz").exit_code == 0
+    monkeypatch.setattr(encode, "LARGE", 10_000)
+    apart: list[int] = []
+    original = layered_encoding.LayeredEncodingMixin.encode_layers
+    monkeypatch.setattr(
+        layered_encoding.LayeredEncodingMixin,
+        "encode_layers",
+        lambda self, stream, **options: apart.append(len(stream)) or original(self, stream, **options),
+    )
+    assert call("encode", large, small, "-o", tmp_path / "apart.npz").exit_code == 0
+    assert apart == [4]
+    whole, parts = stored(tmp_path / "whole.npz"), stored(tmp_path / "apart.npz")
+    assert whole["name"].tolist() == parts["name"].tolist() and "spread" not in parts
+    np.testing.assert_allclose(parts["vector"], whole["vector"], rtol=0, atol=1e-5)
+
+
+def test_a_sample_of_chunks_has_its_error_beside_it(large: Path, small: Path, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    result = call("encode", large, small, "-o", tmp_path / "z.parquet", "--max-chunks", 64)
+    assert result.exit_code == 0
+    assert "estimates from at most 64 chunks per tensor; relative standard error up to 0.0" in result.stdout
+    table = pq.read_table(tmp_path / "z.parquet").to_pydict()
+    assert 0 < table["spread"][0] < 0.1 and table["spread"][1] == 0
+    call("encode", large, small, "-o", tmp_path / "z.npz", "--max-chunks", 64)
+    np.testing.assert_allclose(stored(tmp_path / "z.npz")["vector"], table["vector"], rtol=0, atol=1e-6)
+    call("encode", large, "-o", tmp_path / "other.npz", "--max-chunks", 64, "--model", saved_encoder(tmp_path))
+    assert stored(tmp_path / "other.npz")["vector"].shape == (1, 32)
+
+
+def saved_encoder(folder: Path) -> Path:
+    SNE(hidden_dim=32).save_pretrained(folder / "encoder")
+    return folder / "encoder"
+
+
+def test_a_network_that_needs_more_memory_is_named_and_others_are_encoded(
+    large: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "LARGE", 10_000)
+    result = call("encode", large, small, "-o", tmp_path / "z.npz", "--max-memory", "100M")
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert f"{large}: encoding needs 0.1 GiB for layer 'embed_tokens' of 6,144 weights" in said
+    assert "--max-chunks" in said and "--max-memory" in said
+    assert stored(tmp_path / "z.npz")["name"].tolist() == [str(small)]
+    assert call("encode", large, "-o", tmp_path / "z.npz", "--max-memory", "1.5 GiB").exit_code == 0
+
+
+@pytest.mark.parametrize(("text", "size"), [("8G", 8 * 2**30), ("500m", 500 * 2**20), ("1.5 GiB", 1.5 * 2**30)])
+def test_sizes_are_read(text: str, size: float) -> None:
+    assert encode.parse_bytes(text) == size
+
+
+def test_bad_options_are_refused(large: Path, tmp_path: Path) -> None:
+    result = call("encode", large, "-o", tmp_path / "z.npz", "--max-memory", "plenty")
+    assert result.exit_code == 2 and "--max-memory must be a number of bytes such as 8G" in result.stderr
+    assert call("encode", large, "-o", tmp_path / "z.npz", "--max-chunks", 1).exit_code == 2
+    Predictor(SNE(hidden_dim=32)).save_pretrained(tmp_path / "predictor")
+    result = call("encode", large, "-o", tmp_path / "z.npz", "--max-chunks", 8, "--model", tmp_path / "predictor")
+    assert result.exit_code == 2 and "--max-chunks is for encoders" in result.stderr
