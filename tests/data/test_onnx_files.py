@@ -186,6 +186,21 @@ def test_gemm_honours_transb_and_constants_are_told_from_weights(tmp_path: Path)
     }
 
 
+def test_constants_that_an_exporter_computed_are_left_out(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Add", ["x", "where"], ["h"]),
+        helper.make_node("Add", ["h", "expand"], ["i"]),
+        helper.make_node("Add", ["i", "embedding_1"], ["j"]),
+        helper.make_node("Conv", ["j", "conv.weight", "conv.weight_bias"], ["y"]),
+    ]
+    mask = np.triu(np.full((1, 1, 3, 3), -np.inf, np.float32), 1)
+    held = {"where": mask, "expand": np.ones((1, 3), np.float32), "embedding_1": B, "conv.weight": W[..., None],
+            "conv.weight_bias": B}  # fmt: skip
+    found = read_checkpoint(saved(tmp_path / "n.onnx", nodes, held))
+    assert found.tensors.keys() == {"embedding_1", "conv.weight", "conv.bias"}
+    assert found.left_out == {"where": "mask", "expand": "one number over and over"}
+
+
 def test_subgraphs_have_weights_too(tmp_path: Path) -> None:
     def branch(value: Any) -> Any:
         nodes = [helper.make_node("MatMul", ["x", "w"], ["out"], name="/fc/MatMul")]

@@ -29,6 +29,8 @@ __all__ = ["read_onnx"]
 
 _FORMAT = "ONNX file"
 _MAX_DEPTH = 16
+_MOST_LOOKED_AT = 2**26  # elements of a constant that could be a mask
+_MASKED = -1e4
 _MOST_COPIES = 100_000  # nodes of functions, once each is written out wherever it is called
 
 
@@ -185,7 +187,8 @@ class _Reader:
             if recurrent:
                 full = self._recurrent_name(graph, node, use, name)
             elif name in known:
-                full = name
+                # Of a normalisation that was folded into a convolution without bias.
+                full = name.removesuffix("weight_bias") + "bias" if name.endswith(".weight_bias") else name
             elif known:
                 full = sibling(known[0], use.role)
             else:
@@ -268,8 +271,11 @@ class _Reader:
         elif consumers and all(_is_setting(graph, node, place) for node, place in consumers):
             self.found.left_out[graph.prefix + name] = f"a setting of {consumers[0][0].op_type}"
             return
+        folded = _folded(constant)
         if constant.count == 0:
             self.found.left_out[graph.prefix + name] = "empty tensor"
+        elif folded is not None:
+            self.found.left_out[graph.prefix + name] = folded
         elif constant.count == 1 and (is_anonymous(constant.name) or (constant.ndim == 0 and "/" in constant.name)):
             self.found.left_out[graph.prefix + name] = "a number of the graph"
         else:
@@ -286,6 +292,19 @@ class _Reader:
             if place == 0 and node.op_type == "DequantizeLinear" and made is not None and made.count > 1:
                 return made
         return None
+
+
+def _folded(constant: Constant) -> str | None:
+    """Return what a constant is that an exporter has computed, by its values; None if it may be a weight."""
+    if is_parameter_name(dotted(constant.name)) or not 1 < constant.count <= _MOST_LOOKED_AT or constant.outside:
+        return None
+    values = constant.values().reshape(-1)
+    low, high = values.min(), values.max()
+    if low == high:
+        return "one number over and over"
+    if low < _MASKED and bool(((values == low) | (values == high)).all()):
+        return "mask"
+    return None
 
 
 def _is_setting(graph: Graph, node: Any, place: int, depth: int = 0) -> bool:
