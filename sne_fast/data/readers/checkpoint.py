@@ -31,6 +31,7 @@ from .safetensors_files import open_safetensors
 from .script_programs import Script, script_weights
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import open_tensors
+from .tied_by_config import with_ties_of_config
 from .torch_files import damage_of, read_content
 
 __all__ = ["ORDER_KEY", "Checkpoint", "OpenCheckpoint", "open_checkpoint", "read_checkpoint"]
@@ -54,6 +55,7 @@ class Checkpoint:
         adapter_scales: of adapters whose configuration lies beside them, by the name of the adapted module: what the
             update is multiplied by, and its rank.
         quantisation: what a configuration beside them says of quantised tensors.
+        kinds: ids of the kinds of layers by name, where a module that was rebuilt says them.
     """
 
     tensors: dict[str, Tensor]
@@ -62,6 +64,7 @@ class Checkpoint:
     key: str = ""
     adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
     quantisation: Quantisation = NOTHING_SAID
+    kinds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ def _open_configured(file: Path, key: str | None) -> OpenCheckpoint:
 
 
 def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
+    found = _open_whole(file, key)
+    return replace(found, tensors=with_ties_of_config(file.parent, found.tensors))
+
+
+def _open_whole(file: Path, key: str | None) -> OpenCheckpoint:
     kind = format_of(file)
     if kind == "index":
         return _open_index(file, key)
