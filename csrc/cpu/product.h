@@ -29,18 +29,11 @@ SNE_INLINE void product_tile(const T *a, long rs, long cs, const T *b, long ldb,
   constexpr int W = kLanes<T>;
   const long row = RS ? RS : rs, step = CS ? CS : cs;
   Vec<T> sum[MR][NV];
-  if (flags & kAccumulate) {
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < MR; ++m) {
+    const Vec<T> start = bias ? splat(bias[m]) : zero<T>();
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[m][v] = load(c + m * ldc + v * W);
-  } else {
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const Vec<T> start = bias ? splat(bias[m]) : zero<T>();
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[m][v] = start;
-    }
+    for (int v = 0; v < NV; ++v) sum[m][v] = start;
   }
   const T *rows[MR];  // one pointer per row, so that the loop multiplies no run-time stride
 #pragma GCC unroll 8
@@ -56,6 +49,12 @@ SNE_INLINE void product_tile(const T *a, long rs, long cs, const T *b, long ldb,
       for (int v = 0; v < NV; ++v) sum[m][v] += s * col[v];
     }
     b += ldb;
+  }
+  if (flags & kAccumulate) {  // last: added to a large C one by one, products would be rounded to its last digits
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[m][v] += load(c + m * ldc + v * W);
   }
   if (flags & kRelu) {
 #pragma GCC unroll 8

@@ -45,12 +45,12 @@ void attend(const sne_fast_set_attention_args &a, const RowItem &item, const Wor
     for (long head = 0; head < H; ++head) {
       T *o = work.o + head * d * L;
       product<T, NV, 0, 1>(n, k + k0 * h + head * d, h, 0, work.q + head * d * L, L, d, s, L);
-      Vec<T> top[NV], sum[NV];
+      Vec<T> top[NV], sum[NV], added[NV];  // sums over a tile are added to those before it as a whole
       for (int i = 0; i < NV; ++i) top[i] = splat(kLowest<T>);  // finite where all logits are -inf
       for (long j = 0; j < n; ++j)
         for (int i = 0; i < NV; ++i) top[i] = vmax(top[i], load(s + j * L + i * W));
       for (int i = 0; i < NV; ++i) {
-        sum[i] = zero<T>();
+        sum[i] = added[i] = zero<T>();
         if (k0 == first) continue;
         const Vec<T> before = load(work.top + head * L + i * W);
         top[i] = vmax(top[i], before);
@@ -61,12 +61,12 @@ void attend(const sne_fast_set_attention_args &a, const RowItem &item, const Wor
       for (long j = 0; j < n; ++j)
         for (int i = 0; i < NV; ++i) {
           const Vec<T> e = vexp2((load(s + j * L + i * W) - top[i]) * (scale * kLog2e<T>));
-          sum[i] += e;
+          added[i] += e;
           store(s + j * L + i * W, e);
         }
       for (int i = 0; i < NV; ++i) {
         store(work.top + head * L + i * W, top[i]);
-        store(work.sum + head * L + i * W, sum[i]);
+        store(work.sum + head * L + i * W, sum[i] + added[i]);
       }
       product<T, NV, 1, 0>(d, v + k0 * h + head * d, 0, h, s, L, n, o, L, nullptr, k0 == first ? kStore : kAccumulate);
     }

@@ -90,7 +90,7 @@ def read_transformers_folder(path: str | os.PathLike[str]) -> Checkpoint:
         **dict(entries.skipped),
     }
     kinds = {name: kind for name, module in modules if (kind := kind_of_module(module)) is not None}
-    return Checkpoint(entries.weights, True, left_out, found.key, kinds)
+    return Checkpoint(entries.weights, True, left_out, found.key, kinds=kinds)
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

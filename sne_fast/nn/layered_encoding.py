@@ -179,6 +179,7 @@ class LayeredEncodingMixin:
             names += layer_names(layer)
             if progress is not None:
                 progress(share)
+            del layer, sample  # before the next one is packed
         return replace(LayerEncodings.cat(parts), names=names)
 
     def _layers_of(self, networks: WeightBatch | Networks | LayerStream) -> Iterator[tuple[WeightBatch, float]]:
@@ -194,9 +195,9 @@ class LayeredEncodingMixin:
             sizes = apart.network_sizes.tolist()
             layers = (apart[i] for i in range(len(apart))) if len(apart) else iter([apart])
         total, done = max(sum(sizes), 1), 0
-        for layer, size in zip(layers, sizes or [0], strict=True):
+        for size in sizes or [0]:
             done += size
-            yield layer, done / total
+            yield next(layers), done / total  # without a name, which would keep it
 
     def join(self, encodings: LayerEncodings, network_ptr: Tensor | Sequence[int] | None = None) -> Tensor:
         """Encode layers that were encoded apart to the vectors of their networks (stage 4).
