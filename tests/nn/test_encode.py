@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,16 @@ def test_opened_tensors_are_those_that_are_loaded(tmp_path: Path) -> None:
             one = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
             assert torch.equal(one, loaded[name]) and tensor.shape == loaded[name].shape
             assert tensor.dtype == loaded[name].dtype
+
+
+@pytest.mark.parametrize("form", ["safetensors", "legacy", "zip"])
+def test_threads_read_tensors_of_one_file_at_once(form: str, tmp_path: Path) -> None:
+    file, state = tmp_path / "m", {f"layers.{i}.weight": torch.full((64, 64), float(i)) for i in range(8)}
+    if form == "safetensors":
+        save_file(state, file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=form == "zip")
+    tensors = list(open_checkpoint(file).tensors.values())
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(tensors[i % 8].read) for i in range(800)]
+        assert all(bool((job.result() == i % 8).all()) for i, job in enumerate(jobs))
