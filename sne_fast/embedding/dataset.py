@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..extras import require
 from ..nn.encoder import SNE
 from ..nn.layer_encodings import LayerEncodings
 from ..nn.predictor import Predictor
-from ..nn.pretrained import DIGEST, read_config, saved_class
+from ..nn.pretrained import CONFIG_NAME, DIGEST, read_config, saved_class
 from ..version import __version__
 from .units import Unit
 
@@ -45,19 +46,19 @@ class EmbeddingDataset:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         self.encoder, self.options = encoder, options
-        made = root / f".model-{os.getpid()}"
-        encoder.save_pretrained(made)
-        config = read_config(made)
+        with tempfile.TemporaryDirectory() as made:
+            encoder.save_pretrained(made)
+            config = read_config(made)
         about = {"config": config, "options": {name: options[name] for name in sorted(options)}}
         self.hash = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.path = root / f"encoder={self.hash}"
         self.path.mkdir(exist_ok=True)
-        if (self.path / MODEL).exists():
-            for file in made.iterdir():
-                file.unlink()
-            made.rmdir()
-        else:
-            made.rename(self.path / MODEL)
+        if not (self.path / MODEL).exists():
+            try:
+                encoder.save_pretrained(self.path / MODEL)  # appears whole
+            except OSError:
+                if not (self.path / MODEL / CONFIG_NAME).is_file():  # that another process has made meanwhile
+                    raise
         if not (self.path / ABOUT).exists():
             said = {
                 "model": saved_class(config), DIGEST: config.get(DIGEST), "options": about["options"],

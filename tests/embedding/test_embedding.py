@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,15 @@ def test_another_encoder_or_other_options_have_a_folder_of_their_own(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({path.name for path in made})
     with pytest.raises(ValueError, match="several encoders"):
         collect(tmp_path)
+
+
+def test_processes_that_make_one_dataset_at_once_find_one_model(tmp_path: Path) -> None:
+    encoder = encoder_of()
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: EmbeddingDataset(tmp_path, encoder).path, range(8)))
+    assert len(set(made)) == 1 and [path.name for path in tmp_path.iterdir()] == [made[0].name]
+    assert sorted(path.name for path in made[0].iterdir()) == ["embedding.json", "model"]
+    assert torch.equal(SNE.from_pretrained(made[0] / "model").type_embedding.weight, encoder.type_embedding.weight)
 
 
 def test_a_split_network_of_which_layers_are_missing_says_so(tree: Path, tmp_path: Path) -> None:
