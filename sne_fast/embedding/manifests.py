@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..data.layer_stream import LayerStream
+from ..data.readers import adapter_configs, quantisation_configs
+from ..data.readers.distributed_folders import distributed_folder
 from ..data.readers.errors import CheckpointError
-from ..data.readers.folders import chosen_file, independent_files, is_model_folder
+from ..data.readers.folders import (
+    METADATA,
+    EmptyFolder,
+    array_files,
+    chosen_file,
+    component_folders,
+    independent_files,
+    is_model_folder,
+    sentence_transformer_parts,
+)
+from ..data.readers.shards import counts_itself, index_beside
 from ..extras import require
 from ..failures import is_expected, sentence
 from ..regular_files import read_text
-from ..zoo.index import INDEX
+from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, networks_at
 
 __all__ = ["find_networks", "manifest", "network_at"]
 
+BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
+"""Files beside a checkpoint that say how its tensors are read."""
 COLUMNS = ("uri", "name", "etag", "weights", "layer_weights", "error")
 
 
@@ -86,7 +101,7 @@ def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         elif not path.exists():
             raise FileNotFoundError(f"no such file or folder: {text!r}")
         elif path.is_dir():
-            found = list(_in_tree(path))
+            found = list(_in_tree(path)) or ([path] if array_files(path) else [])
             if not found:
                 chosen_file(path)  # says what is there instead
             yield from map(str, found)
@@ -95,17 +110,32 @@ def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
 
 
 def _in_tree(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoints of a folder, else of the folders inside it, in order of their names."""
+    """Yield the checkpoints of a folder and of the folders inside it, in order of their names.
+
+    A folder whose files cannot be told apart is yielded itself: reading it says why.
+    """
     try:
+        if distributed_folder(folder) is not None or sentence_transformer_parts(folder) is not None:
+            yield folder
+            return
+        components = component_folders(folder)
+        if components is not None:
+            yield from components if len(components) > 1 else [folder]
+            return
         file, _ = chosen_file(folder)
-    except CheckpointError:
-        yield from independent_files(folder) or ()
-    else:
         if is_model_folder(folder, file):
             yield folder
             return
         yield file
-    for entry in sorted(folder.iterdir()):
+    except EmptyFolder:
+        pass
+    except CheckpointError:
+        yield from independent_files(folder) or [folder]
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # which reading it says
+        return
+    for entry in entries:
         if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
             in_zoo = networks_at(entry)
             yield from _in_tree(entry) if in_zoo is None else map(Path, map(str, in_zoo))
@@ -134,15 +164,21 @@ def etag_of(uri: str) -> str:
         OSError: there is no such file.
     """
     path = Path(uri)
-    files: Sequence[Path] = [path]
-    if path.suffix == ".json":
-        files = [entry for entry in sorted(path.parent.iterdir()) if entry.is_file()]
-    elif path.is_dir():
-        files = [entry for entry in sorted(path.rglob("*")) if entry.is_file()]
-    elif not path.exists():  # a network of a zoo
-        files = [path.parent / "zoo.json", path.parent / "index.parquet"]
-    stats = [file.stat() for file in files]
-    return f"{sum(s.st_size for s in stats):x}-{max((s.st_mtime_ns for s in stats), default=0):x}"
+    if path.is_dir():
+        files = [entry for entry in path.rglob("*") if entry.is_file()]
+    elif not path.exists() and (path.parent / INDEX).is_file():  # a network of a zoo
+        files = [path.parent / ABOUT, path.parent / INDEX]
+    elif path.suffix in (".json", ".distcp") or path.name == METADATA or counts_itself(path.name) or index_beside(path):
+        # one part of several
+        files = [entry for entry in path.parent.iterdir() if entry.is_file()]
+    else:  # with values that ONNX keeps in another file
+        beside = [path.parent / name for name in (*BESIDE, f"{path.name}.data", f"{path.name}_data")]
+        files = [path, *filter(Path.is_file, beside)]
+    said = hashlib.sha256()
+    for file in sorted(files):
+        stat = file.stat()
+        said.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return said.hexdigest()[:24]
 
 
 def _row(uri: str, key: str | None) -> dict[str, Any]:
