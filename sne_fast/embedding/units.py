@@ -156,8 +156,9 @@ def schema(width: int, encoder: SNE | Predictor) -> Any:
 
     `uri`, `name`, `etag`, `weights` are those of the manifest; `vector` is z, null where the network failed or is not
     complete; `spread` is its relative standard error where chunks were sampled; `seconds` is the time that it took;
-    `error` says why it failed. `first_layer`, `num_layers` (of the whole network) and `layers`, a struct of name,
-    level, tensors, vector and pooled, are there where layers were asked for.
+    `error` says why it failed. `first_layer` is that of a run of layers, null in rows of whole networks. `num_layers`
+    (of the whole network) and `layers`, a struct of name, level, tensors, vector, pooled and halves (see
+    `LayerEncodings`), are there where layers were asked for, and in rows of a run of layers.
     """
     arrow = _arrow()
     h = encoder.hidden_dim if isinstance(encoder, SNE) else width
@@ -165,6 +166,7 @@ def schema(width: int, encoder: SNE | Predictor) -> Any:
         [
             ("name", arrow.string()), ("level", arrow.int64()), ("tensors", arrow.int64()),
             ("vector", arrow.list_(arrow.float32(), h)), ("pooled", arrow.list_(arrow.float32())),
+            ("halves", arrow.list_(arrow.float32())),
         ]
     )  # fmt: skip
     return arrow.schema(
@@ -210,28 +212,31 @@ def _layer_by_layer(
             network_at(network.uri), key=given["key"], order=encoder.config["order"],
             nonfinite=given["nonfinite"] or "raise",
         )  # fmt: skip
-        encoder.check_stream(stream, max_chunks=max_chunks, max_memory=given["max_memory"])
         if run is not None and len(stream) != run[2]:
             raise ValueError(f"{network.uri}: has {len(stream)} layers, and the manifest says {run[2]}; make it again")
         chosen = stream if run is None else stream[run[0] : run[1]]
+        encoder.check_stream(chosen, max_chunks=max_chunks, max_memory=given["max_memory"])
         encodings = encoder.encode_layers(chosen, max_chunks=max_chunks, seed=seed)
     except Exception as error:
         if not is_expected(error):
             raise
-        return _row(network, time.perf_counter() - start, error=_about(network, error))
+        failed = {} if run is None else {"first_layer": run[0], "num_layers": run[2]}
+        return _row(network, time.perf_counter() - start, error=_about(network, error), **failed)
     found: dict[str, Any] = {}
     if run is None:
         found["vector"] = encoder.join(encodings)[0].float().tolist()
         found["spread"] = float(encoder.spread(encodings)) if encodings.estimated else None
     if keep or run is not None:
-        pooled = [None] * len(encodings) if encodings.pooled is None else encodings.pooled.float().tolist()
+        halves = None if encodings.halves is None else encodings.halves.transpose(0, 1).flatten(1)
+        optional = ([None] * len(encodings) if t is None else t.float().tolist() for t in (encodings.pooled, halves))
         columns = (
             encodings.names, encodings.levels.tolist(), encodings.tensors.tolist(), encodings.vectors.float().tolist(),
-            pooled,
+            *optional,
         )  # fmt: skip
-        names = ("name", "level", "tensors", "vector", "pooled")
+        names = ("name", "level", "tensors", "vector", "pooled", "halves")
         found["layers"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        found["first_layer"], found["num_layers"] = (0, len(stream)) if run is None else (run[0], run[2])
+        found["num_layers"] = len(stream)
+        found["first_layer"] = None if run is None else run[0]
     return _row(network, time.perf_counter() - start, **found)
 
 

@@ -173,6 +173,90 @@ def test_processes_that_make_one_dataset_at_once_find_one_model(tmp_path: Path) 
     assert torch.equal(SNE.from_pretrained(made[0] / "model").type_embedding.weight, encoder.type_embedding.weight)
 
 
+def test_what_other_units_have_done_is_not_done_again(tree: Path, tmp_path: Path) -> None:
+    dataset = EmbeddingDataset(tmp_path / "out", encoder_of(), layers=True)
+    before = plan(manifest([tree / "several", tree / "large.pt"]), budget=3000)
+    list(embed_units(dataset, before))
+    save_file(network(9), tree / "several" / "new.safetensors")
+    save_file(network(10), tree / "several" / "net0.safetensors")
+    after = plan(manifest([tree / "several", tree / "large.pt"]), budget=100_000)
+    left = dataset.missing(after)
+    assert [Path(n.uri).name for unit in left for n in unit.networks] == [
+        "large.pt",
+        "net0.safetensors",
+        "new.safetensors",
+    ]
+    assert list(embed_units(dataset, after)) == left and list(embed_units(dataset, after)) == []
+    with torch.no_grad():
+        want = encoder_of()([tree / "several" / "net0.safetensors"])[0]
+    rows = {Path(row["uri"]).name: row for row in collect(dataset.path).to_pylist()}
+    torch.testing.assert_close(torch.tensor(rows["net0.safetensors"]["vector"]), want, rtol=0, atol=1e-5)
+    assert len(rows) == 7
+
+
+@pytest.mark.parametrize("budget", [3000, 100_000], ids=["split", "whole"])
+def test_the_file_as_it_is_counts_also_where_an_old_one_came_back(tree: Path, tmp_path: Path, budget: int) -> None:
+    file, encoder = tree / "large.pt", encoder_of()
+    dataset = EmbeddingDataset(tmp_path / "out", encoder)
+    old = (file.read_bytes(), file.stat().st_mtime_ns)
+    first = manifest([file])
+    list(embed_units(dataset, plan(first, budget=3000)))
+    torch.save(network(9, width=40, depth=6), file)
+    list(embed_units(dataset, plan(manifest([file]), budget=budget)))
+    with torch.no_grad():
+        new = encoder([file])[0]
+        file.write_bytes(old[0])
+        os.utime(file, ns=(old[1], old[1]))
+        want = encoder([file])[0]
+    assert list(embed_units(dataset, plan(manifest([file]), budget=3000))) == []
+    for table, z in ((None, new), (first, want)):
+        (row,) = collect(dataset.path, table=table).to_pylist()
+        torch.testing.assert_close(torch.tensor(row["vector"]), z, rtol=0, atol=1e-5)
+
+
+def test_what_failed_is_done_again_when_asked(tree: Path, tmp_path: Path) -> None:
+    dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
+    table = manifest([tree / "several", tree / "large.pt"])
+    units = plan(table, budget=3000)
+    list(embed_units(dataset, units, max_memory=1e6))  # less than one layer alone needs
+    ((uri, said),) = dataset.failures(units).items()
+    assert (
+        uri == str(tree / "large.pt")
+        and "encoding needs" in said
+        and "encoding needs" in collect(dataset.path)["error"].to_pylist()[0]
+    )
+    assert list(embed_units(dataset, units, max_memory=1e12)) == []
+    assert len(list(embed_units(dataset, units, max_memory=1e12, retry=True))) == 6
+    assert dataset.failures(units) == {} and collect(dataset.path)["error"].null_count == 6
+    list(embed_units(dataset, units, max_memory=1e6, retry=True))
+    assert dataset.failures(units) == {}
+
+
+@pytest.mark.parametrize("options", [{}, {"statistics": "relative"}], ids=["plain", "statistics"])
+def test_split_networks_keep_layers_samples_and_narrow_dtypes(tree: Path, tmp_path: Path, options: dict) -> None:
+    encoder = encoder_of(**options)
+    table = manifest([tree / "large.pt"])
+    rows = []
+    for budget in (3000, 100_000):
+        dataset = EmbeddingDataset(tmp_path / str(budget), encoder, layers=True, max_chunks=50)
+        list(embed_units(dataset, plan(table, budget=budget)))
+        rows += collect(dataset.path).to_pylist()
+    assert rows[0]["spread"] > 0 and rows[0].pop("seconds") > 0 and rows[1].pop("seconds") > 0
+    assert rows[0] == rows[1] and [layer["name"] for layer in rows[0]["layers"]] == [f"layers.{i}" for i in range(6)]
+    narrow = EmbeddingDataset(tmp_path / "narrow", encoder.to(torch.bfloat16))
+    list(embed_units(narrow, plan(table, budget=3000)))
+    (row,) = collect(narrow.path).to_pylist()
+    torch.testing.assert_close(torch.tensor(row["vector"]), encoder.encode(tree / "large.pt").float(), rtol=0, atol=0)
+
+
+def test_a_run_of_layers_needs_the_memory_of_its_layers_alone(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file({"layers.0.weight": torch.ones(4, 4), "layers.1.weight": torch.ones(1024, 1024)}, file)
+    small, large = plan(manifest([file]), budget=1000)
+    errors = [embed_unit(encoder_of(), unit, max_memory=1.4e8)["error"][0].as_py() for unit in (small, large)]
+    assert errors[0] is None and "for layer 'layers.1'" in errors[1]
+
+
 def test_a_split_network_of_which_layers_are_missing_says_so(tree: Path, tmp_path: Path) -> None:
     dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
     units = plan(manifest([tree / "large.pt"]), budget=3000)
@@ -181,27 +265,42 @@ def test_a_split_network_of_which_layers_are_missing_says_so(tree: Path, tmp_pat
     assert row["vector"] is None and row["error"] == "4 of its 6 layers are done"
 
 
+def test_a_process_of_its_own_loads_the_encoder(tree: Path, tmp_path: Path) -> None:
+    dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
+    (unit,) = plan(manifest([tree / "one"]))  # one unit starts one process
+    assert list(embed_units(dataset, [unit], workers=2)) == [unit]
+    want = embed_unit(encoder_of(), unit)["vector"]
+    assert collect(dataset.path)["vector"].equals(want)
+
+
 def test_processes_share_the_work_and_one_that_dies_is_tried_again(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
     units = plan(manifest([tree]), budget=3000)
     monkeypatch.setattr(running_module, "_embed", dying_workers.dies_on_the_first_call)
+    monkeypatch.setattr(running_module, "START", "fork")  # in which nothing is imported again
     monkeypatch.setenv("DIES_ONCE", str(tmp_path / "died"))
     assert {unit.id for unit in embed_units(dataset, units, workers=2)} == {unit.id for unit in units}
     assert (tmp_path / "died").exists()
     assert collect(dataset.path).column("error").null_count == 7
 
 
-def test_a_network_that_kills_its_process_three_times_is_recorded(
+def test_a_network_that_kills_its_processes_is_recorded_and_no_other(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
-    units = plan(manifest([tree / "large.pt", tree / "one"]), budget=9000, split=False)
+    table = manifest([tree])
+    units = [*plan(table, budget=9000, split=False), *plan(manifest([tree / "large.pt", tree / "one"]))]
+    assert [len(unit.networks) for unit in units] == [1, 6, 2]
     monkeypatch.setattr(running_module, "_embed", dying_workers.dies_on_large_networks)
-    assert len(list(embed_units(dataset, units, workers=2))) == 2
+    monkeypatch.setattr(running_module, "START", "fork")
+    done = list(embed_units(dataset, units[1:], workers=2))
+    assert sum(len(unit.networks) for unit in done) == 8
     rows = {Path(row["uri"]).name: row for row in collect(dataset.path).to_pylist()}
-    assert "died 3 times" in rows["large.pt"]["error"]
+    assert "died 3 times" in rows.pop("large.pt")["error"]
+    assert len(rows) == 6 and all(row["error"] is None for row in rows.values())
+    assert dataset.missing(units) == [] and dataset.missing(units[:2], retry=True) == units[:1]
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -218,11 +317,24 @@ def test_encode_to_a_folder_resumes_and_records_failures(tree: Path, tmp_path: P
     save_file(network(3), tree / "new.safetensors")
     more = call("encode", tree, "-o", out)
     assert more.exit_code == 0 and collect(out).num_rows == 8
+    assert "8 networks are done" in " ".join(more.stdout.split()) and "1 of them by this call" in more.stdout
     torch.manual_seed(0)
     with torch.no_grad():
         want = SNE(set_attention="isab")([tree / "one"])[0]
     rows = {Path(row["uri"]).name: row["vector"] for row in collect(out).to_pylist()}
     torch.testing.assert_close(torch.tensor(rows["one"]), want, rtol=0, atol=1e-5)
+
+
+def test_failures_are_encoded_again_with_retry(tree: Path, tmp_path: Path) -> None:
+    (tree / "damaged.safetensors").unlink()
+    out = tmp_path / "vectors"
+    first = call("encode", tree / "large.pt", "--layers", "-o", out, "--max-memory", "1M")
+    said = " ".join(first.stderr.split())
+    assert first.exit_code == 1 and "encoding needs" in said and "1 of 1 networks failed" in said
+    assert "0 networks are done" in " ".join(first.stdout.split())
+    assert call("encode", tree / "large.pt", "--layers", "-o", out).exit_code == 1
+    again = call("encode", tree / "large.pt", "--layers", "-o", out, "--retry")
+    assert again.exit_code == 0 and "1 of them by this call" in " ".join(again.stdout.split())
 
 
 def test_shares_together_are_the_whole(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +349,7 @@ def test_shares_together_are_the_whole(tree: Path, tmp_path: Path, monkeypatch: 
 def test_bad_options_of_folders_are_refused(tree: Path, tmp_path: Path) -> None:
     for options, said in (
         (["-o", tmp_path / "z.npz", "--workers", 2], "need a folder as --out"),
+        (["-o", tmp_path / "z.npz", "--retry"], "need a folder as --out"),
         (["-o", tmp_path / "z", "--shard", "3/3"], "--shard must be i/n"),
         (["-o", tmp_path / "z.csv"], "must end in .npz or .parquet, or be a folder"),
         (["-o", tmp_path / "z", "--on-error", "stop"], "damaged.safetensors"),
