@@ -20,6 +20,7 @@ from .running import (
     NONFINITE,
     PATHS,
     Encoding,
+    about,
     check_output,
     expand,
     list_failures,
@@ -192,7 +193,7 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
 
     def stop_at(failures: dict[str, str]) -> None:
         for uri, error in failures.items() if settings.on_error == "stop" else ():
-            raise ValueError(f"{uri}: {error}")
+            raise ValueError(about(uri, error))
 
     stop_at(failures)
     share, shares = (0, 1) if settings.shard is None else parse_shard(settings.shard)
@@ -213,7 +214,7 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     own = {network.uri for unit in units if unit.layers is None or unit.layers[0] == 0 for network in unit.networks}
     ready, by_this_call = (len(uris - failures.keys()) for uris in (own, encoded))
     say(console, f"{ready:,} networks are done in {dataset.path}, {by_this_call:,} of them by this call")
-    list_failures([f"{uri}: {error}" for uri, error in failures.items()])
+    list_failures([about(uri, error) for uri, error in failures.items()])
     if failures:
         of_all = len(own | failures.keys())
         typer.echo(f"sne-fast: {len(failures)} of {of_all} networks failed; the others are done", err=True)

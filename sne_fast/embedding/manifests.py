@@ -25,7 +25,7 @@ from ..data.readers.folders import (
 )
 from ..data.readers.shards import counts_itself, index_beside
 from ..extras import require
-from ..failures import is_expected, sentence
+from ..failures import is_expected, of_one, sentence
 from ..regular_files import read_text
 from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, networks_at
@@ -189,7 +189,7 @@ def _row(uri: str, key: str | None) -> dict[str, Any]:
     except Exception as error:
         if not is_expected(error):
             raise
-        row["error"] = sentence(error)
+        row["error"] = of_one(sentence(error))
     else:
         row["weights"], row["layer_weights"] = sum(sizes), sizes
     return row

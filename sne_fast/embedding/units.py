@@ -15,7 +15,7 @@ from ..data.batch import WeightBatch
 from ..data.checkpoints import read_checkpoint
 from ..data.layer_stream import LayerStream
 from ..extras import require
-from ..failures import is_expected, sentence
+from ..failures import is_expected, of_one, sentence
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from .manifests import network_at
@@ -265,7 +265,7 @@ def _read(uri: str, key: str | None) -> Any:
 
 
 def _about(network: Network, error: BaseException) -> str:
-    return sentence(error).replace("pack: network 0: ", "").replace("network 0", network.name)
+    return of_one(sentence(error, f"{network.weights:,} weights"))
 
 
 def _arrow() -> Any:
