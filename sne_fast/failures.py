@@ -54,6 +54,14 @@ def sentence(error: BaseException, work: str = "") -> str:
     return " ".join(str(text).split())
 
 
+def any_sentence(error: Exception) -> str:
+    """Return the message of any error as one sentence, for jobs that record failures and go on."""
+    if is_expected(error):
+        return of_one(sentence(error))
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}{f': {said}' if said else ''}, which is a bug of sne_fast; please report it"
+
+
 def of_one(reason: str) -> str:
     """Return a sentence about a network that was given alone, without its being "network 0" of a call."""
     return _ALONE.sub("", reason)

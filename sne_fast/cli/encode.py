@@ -168,7 +168,7 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     """Encode what is not done yet, unit by unit, and say which networks failed."""
     import torch
 
-    from ..embedding import EmbeddingDataset, embed_units, manifest, plan
+    from ..embedding import EmbeddingDataset, cut_for, embed_units, manifest, plan
     from ..nn.encoder import SNE
     from ..reports.terminal import progress, say
 
@@ -197,7 +197,7 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
 
     stop_at(failures)
     share, shares = (0, 1) if settings.shard is None else parse_shard(settings.shard)
-    units = plan(table, split=not whole)[share::shares]
+    units = cut_for(plan(table, split=not whole), shares)[share::shares]
     waiting = dataset.missing(units, retry=settings.retry)
     total, done, encoded = max(sum(unit.weights for unit in waiting), 1), 0, set[str]()
     with torch.no_grad(), progress(console, "Encoding", bar=True) as update:

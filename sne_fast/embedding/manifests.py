@@ -25,7 +25,7 @@ from ..data.readers.folders import (
 )
 from ..data.readers.shards import counts_itself, index_beside
 from ..extras import require
-from ..failures import is_expected, of_one, sentence
+from ..failures import any_sentence
 from ..regular_files import read_text
 from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, networks_at
@@ -50,10 +50,11 @@ def manifest(
         progress: function that is called with the number of networks looked at.
 
     Returns:
-        A `pyarrow.Table` with a row per network. `uri` (string) is its path and `name` (string) what it is called in
-        results; `etag` (string) changes when its files do, by their sizes and times; `weights` (int64) and
-        `layer_weights` (list of int64) are those of the network and of each of its layers, of quantised ones an upper
-        bound, null for a network that cannot be read; `error` (string) says why it cannot, null for all others.
+        A `pyarrow.Table` with a row per network, also where paths name it twice. `uri` (string) is its path and `name`
+        (string) what it is called in results; `etag` (string) changes when its files do, by their sizes and times;
+        `weights` (int64) and `layer_weights` (list of int64) are those of the network and of each of its layers, of
+        quantised ones an upper bound, null for a network that cannot be read; `error` (string) says why it cannot, null
+        for all others.
 
     Raises:
         FileNotFoundError: a source that is not there.
@@ -62,11 +63,15 @@ def manifest(
     arrow = _arrow()
     rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     tables = []
+    seen = set[str]()
     for source in sources:
         if str(source).endswith(".parquet") and Path(source).is_file():
             tables.append(_read_manifest(Path(source)))
             continue
         for uri in find_networks([source]):
+            if uri in seen:
+                continue
+            seen.add(uri)
             for name, value in _row(uri, key).items():
                 rows[name].append(value)
             if progress is not None:
@@ -187,9 +192,7 @@ def _row(uri: str, key: str | None) -> dict[str, Any]:
         row["etag"] = etag_of(uri)
         sizes = [sum(layer) for layer in LayerStream(network_at(uri), key=key).tensor_sizes()]
     except Exception as error:
-        if not is_expected(error):
-            raise
-        row["error"] = of_one(sentence(error))
+        row["error"] = any_sentence(error)
     else:
         row["weights"], row["layer_weights"] = sum(sizes), sizes
     return row

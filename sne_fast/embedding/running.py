@@ -18,7 +18,7 @@ from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..nn.pretrained import read_config, saved_class
 from .dataset import MODEL, EmbeddingDataset
-from .units import Unit, embed_unit, schema
+from .units import Unit, cut_for, embed_unit, schema
 
 __all__ = ["embed_units"]
 
@@ -43,7 +43,7 @@ def embed_units(
 
     Args:
         dataset: where results go.
-        units: of `plan`.
+        units: of `plan`; those of several networks are cut where there are several processes.
         workers: processes, each with its share of the threads; 1 works in this process.
         device: of the encoder.
         max_memory: bytes that a network may take in each process; None is what is free.
@@ -53,7 +53,7 @@ def embed_units(
         Each unit, as soon as its file is written. A unit that kills its process is tried again, at the second time in
         two parts, so that a network that kills three processes is recorded as failed and takes no other with it.
     """
-    waiting = dataset.missing(units, retry=retry)
+    waiting = cut_for(dataset.missing(units, retry=retry), workers)
     if workers == 1:
         for unit in waiting:
             found = embed_unit(dataset.encoder.to(device), unit, max_memory=max_memory, **dataset.options)

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from helpers import dying_workers
 from helpers.command_line import call
 from sne_fast import SNE, Predictor
-from sne_fast.embedding import EmbeddingDataset, collect, embed_unit, embed_units, manifest, plan
+from sne_fast.embedding import EmbeddingDataset, collect, cut_for, embed_unit, embed_units, manifest, plan
 from sne_fast.embedding import running as running_module
+from sne_fast.embedding import units as units_module
 from sne_fast.embedding.manifests import etag_of
 
 pa = pytest.importorskip("pyarrow")
@@ -61,7 +62,7 @@ def test_a_manifest_has_a_row_for_every_network_and_says_which_cannot_be_read(tr
     assert rows["net0.safetensors"]["layer_weights"] == [72, 72] and rows["large.pt"]["weights"] == 6 * 1640
     listing = tmp_path / "list.txt"
     listing.write_text(f"{tree / 'large.pt'}\n\n{tree / 'several'}\n")
-    assert manifest([f"@{listing}"]).num_rows == 6
+    assert manifest([f"@{listing}", tree / "large.pt"]).num_rows == 6
     import pyarrow.parquet as pq
 
     pq.write_table(table, tmp_path / "manifest.parquet")
@@ -122,6 +123,15 @@ def test_units_hold_every_layer_once_and_their_names_depend_on_content_alone(tre
     assert [len(unit.networks) for unit in plan(table)] == [7]
 
 
+def test_several_processes_have_several_units_each(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (unit,) = plan(manifest([tree]))
+    assert cut_for([unit], 4) == [unit] == cut_for([unit], 1)  # which is not worth it
+    monkeypatch.setattr("sne_fast.embedding.units.LEAST", 300)
+    parts = cut_for([unit], 4)
+    assert [len(part.networks) for part in parts] == [1, 2, 2, 2]
+    assert tuple(network for part in parts for network in part.networks) == unit.networks
+
+
 @pytest.mark.parametrize("options", [{}, {"statistics": "relative"}], ids=["plain", "statistics"])
 def test_the_vectors_are_those_of_the_encoder(tree: Path, tmp_path: Path, options: dict) -> None:
     encoder = encoder_of(**options)
@@ -150,6 +160,22 @@ def test_a_network_that_fails_is_a_row(tree: Path) -> None:
     )
     assert sum(row["error"] is None for row in rows.values()) == 5
     assert embed_unit(encoder_of(), unit, nonfinite="zero").column("error").null_count == 6
+
+
+def test_an_unexpected_error_is_a_row_too(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = units_module.network_at
+
+    def fails_at_one(uri: str) -> object:
+        if uri.endswith("net1.safetensors"):
+            raise RuntimeError("index 7 is out of bounds")
+        return original(uri)
+
+    monkeypatch.setattr(units_module, "network_at", fails_at_one)
+    (unit,) = plan(manifest([tree]))
+    for options in ({}, {"layers": True}):
+        errors = embed_unit(encoder_of(), unit, **options)["error"]
+        assert errors.null_count == 6
+        assert "RuntimeError: index 7 is out of bounds, which is a bug" in str(errors.drop_null()[0])
 
 
 def test_another_encoder_or_other_options_have_a_folder_of_their_own(tmp_path: Path) -> None:
