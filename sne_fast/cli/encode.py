@@ -113,9 +113,10 @@ def parse_bytes(text: str) -> int:
         ValueError: another text.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if found is None:
+    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2].upper()])
+    if found is None or size == 0:
         raise ValueError(f"--max-memory must be a number of bytes such as 8G or 500M, got {text!r}")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return size
 
 
 @options_of(EncodeSettings)

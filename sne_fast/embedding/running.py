@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -99,8 +101,21 @@ def _started(process: ProcessPoolExecutor | None, threads: int, *job: Any) -> tu
         with contextlib.suppress(BrokenProcessPool):
             return process, process.submit(_embed, *job)
     context = multiprocessing.get_context(START)
-    process = ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
+    process = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(threads,))
     return process, process.submit(_embed, *job)
+
+
+def _begin(threads: int) -> None:
+    """Prepare a process that works here, and end it when this one is killed, as it would wait for work for ever."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _after_death(unit: Unit, deaths: Counter[str]) -> list[Unit]:

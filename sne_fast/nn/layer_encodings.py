@@ -39,7 +39,7 @@ class LayerEncodings:
         names: of the layers, or () if they are not known.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or dtypes that do not fit together.
 
     Example:
         >>> encoder = sne_fast.SNE(hidden_dim=32)
@@ -69,6 +69,13 @@ class LayerEncodings:
             got = getattr(self, name)
             if got is not None and tuple(got.shape) != shape:
                 raise ValueError(f"LayerEncodings: {name} must have shape {shape}, got {tuple(got.shape)}")
+        for name in _TENSORS:
+            got = getattr(self, name)
+            integers = name in ("levels", "tensors")
+            if got is not None and not (got.dtype == torch.int64 if integers else got.is_floating_point()):
+                raise ValueError(
+                    f"LayerEncodings: {name} must be {'int64' if integers else 'floating'}, got {got.dtype}"
+                )
         if len(self.names) not in (0, layers):
             raise ValueError(f"LayerEncodings: names must be {layers}, one per layer, got {len(self.names)}")
 
@@ -139,9 +146,9 @@ class LayerEncodings:
         found, metadata = open_safetensors(file)
         if not {"vectors", "levels", "tensors"} <= found.keys() <= set(_TENSORS):
             raise CheckpointError(f"{file}: must hold encodings of layers, got the tensors {', '.join(sorted(found))}")
-        names = {int(key.removeprefix(_NAME)): name for key, name in metadata.items() if key.startswith(_NAME)}
         held = read_all(found)
         try:
+            names = {int(key.removeprefix(_NAME)): name for key, name in metadata.items() if key.startswith(_NAME)}
             return cls(**held, names=tuple(names[i] for i in sorted(names)))
         except ValueError as error:
             raise CheckpointError(f"{file}: is damaged: {error}") from error

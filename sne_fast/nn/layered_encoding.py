@@ -222,8 +222,8 @@ class LayeredEncodingMixin:
             z ``(B, out_features)``.
 
         Raises:
-            ValueError: encodings of an encoder of another width or without the statistics of this one, or pointers that
-                do not cut them.
+            ValueError: encodings of an encoder of another width or dtype or without the statistics of this one, or
+                pointers that do not cut them.
         """
         if encodings.vectors.shape[1] != self.hidden_dim or (encodings.pooled is None) != (
             self.tensor_statistics is None
@@ -232,6 +232,11 @@ class LayeredEncodingMixin:
                 f"SNE.join: encodings must be of an encoder of width {self.hidden_dim} "
                 f"{'without' if self.tensor_statistics is None else 'with'} statistics, got width "
                 f"{encodings.vectors.shape[1]} {'without' if encodings.pooled is None else 'with'} statistics"
+            )
+        dtype, want = encodings.vectors.dtype, self.sample_parameter.dtype
+        if dtype != want and not torch.is_autocast_enabled(encodings.vectors.device.type):
+            raise ValueError(
+                f"SNE.join: encodings must be {want}, as the encoder is, got {dtype}; use encodings.to(device, dtype)"
             )
         z: Tensor = self.join_layers(encodings, *_network_pointers(network_ptr, encodings))
         return z

@@ -90,8 +90,9 @@ def test_sizes_are_read(text: str, size: float) -> None:
 
 
 def test_bad_options_are_refused(large: Path, tmp_path: Path) -> None:
-    result = call("encode", large, "-o", tmp_path / "z.npz", "--max-memory", "plenty")
-    assert result.exit_code == 2 and "--max-memory must be a number of bytes such as 8G" in result.stderr
+    for size in ("plenty", "0"):
+        result = call("encode", large, "-o", tmp_path / "z.npz", "--max-memory", size)
+        assert result.exit_code == 2 and "--max-memory must be a number of bytes such as 8G" in result.stderr
     assert call("encode", large, "-o", tmp_path / "z.npz", "--max-chunks", 1).exit_code == 2
     Predictor(SNE(hidden_dim=32)).save_pretrained(tmp_path / "predictor")
     result = call("encode", large, "-o", tmp_path / "z.npz", "--max-chunks", 8, "--model", tmp_path / "predictor")

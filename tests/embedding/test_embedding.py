@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +26,7 @@ from sne_fast.embedding import units as units_module
 from sne_fast.embedding.manifests import etag_of
 
 pa = pytest.importorskip("pyarrow")
+FORKS = pytest.mark.skipif(sys.platform != "linux", reason="processes that die are forked, to be fast")
 
 
 def network(seed: int, width: int = 8, depth: int = 2) -> dict[str, torch.Tensor]:
@@ -302,6 +306,7 @@ def test_a_process_of_its_own_loads_the_encoder(tree: Path, tmp_path: Path) -> N
     assert collect(dataset.path)["vector"].equals(want)
 
 
+@FORKS
 def test_processes_share_the_work_and_one_that_dies_is_tried_again(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +320,7 @@ def test_processes_share_the_work_and_one_that_dies_is_tried_again(
     assert collect(dataset.path).column("error").null_count == 7
 
 
+@FORKS
 def test_a_network_that_kills_its_processes_is_recorded_and_no_other(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +336,23 @@ def test_a_network_that_kills_its_processes_is_recorded_and_no_other(
     assert "died 3 times" in rows.pop("large.pt")["error"]
     assert len(rows) == 6 and all(row["error"] is None for row in rows.values())
     assert dataset.missing(units) == [] and dataset.missing(units[:2], retry=True) == units[:1]
+
+
+@FORKS
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "id"
+    target = dying_workers.starts_a_worker_and_is_killed
+    parent = multiprocessing.get_context("fork").Process(target=target, args=(str(file),))
+    parent.start()
+    parent.join()
+    assert parent.exitcode == -9
+    worker = f"/proc/{file.read_text()}/stat"
+    for _ in range(500):
+        if not os.path.exists(worker) or Path(worker).read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    os.kill(int(file.read_text()), 9)
+    pytest.fail("the worker goes on")
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from sne_fast import SNE, CheckpointError, WeightBatch, pack
@@ -174,6 +175,14 @@ def test_encodings_are_saved_moved_and_joined(tmp_path) -> None:
         assert torch.equal(getattr(loaded, name), getattr(encodings, name)), name
     wide = loaded.to("cpu", torch.float64)
     assert wide.vectors.dtype == wide.pooled.dtype == torch.float64 and wide.levels.dtype == torch.int64
+    held = {"vectors": torch.ones(1, 4), "levels": torch.zeros(1, dtype=torch.int64)}
+    for tensors, metadata, said in (
+        (torch.ones(1, dtype=torch.int64), {"sne_fast.layer_name.x": "a"}, "invalid literal"),
+        (torch.ones(1), {}, "tensors must be int64, got torch.float32"),
+    ):
+        save_file({**held, "tensors": tensors}, tmp_path / "damaged.safetensors", metadata=metadata)
+        with pytest.raises(CheckpointError, match=rf"damaged\.safetensors: is damaged: .*{said}"):
+            LayerEncodings.load(tmp_path / "damaged.safetensors")
     (tmp_path / "other.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(CheckpointError, match=r"other\.safetensors: must hold encodings of layers"):
         LayerEncodings.load(tmp_path / "other.safetensors")
@@ -194,6 +203,8 @@ def test_what_does_not_fit_is_refused() -> None:
         encoder_of(chunking="neuron").encode_layers(batch)
     with pytest.raises(ValueError, match=r"levels must have shape \(7,\)"):
         LayerEncodings(encodings.vectors, encodings.levels[:3], encodings.tensors)
+    with pytest.raises(ValueError, match=r"encodings must be torch\.float32, as the encoder is, got torch\.float64"):
+        encoder.join(encodings.to(dtype=torch.float64))
     with pytest.raises(ValueError, match="at least one"):
         LayerEncodings.cat([])
     with pytest.raises(ValueError, match="all must come from one encoder"):
