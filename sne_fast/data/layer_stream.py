@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,7 @@ class LayerStream:
         nonfinite: NonFinite = "raise",
     ) -> None:
         self.nonfinite = nonfinite
+        self.first = 0
         self._lazy: dict[int, LazyTensor] = {}  # by the id of the meta tensor that stands for it
         name = None
         if isinstance(source, (str, os.PathLike)):
@@ -83,6 +85,17 @@ class LayerStream:
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self.network.layers)
+
+    def __getitem__(self, run: slice) -> LayerStream:
+        """Return the stream of a run of layers, which keep their levels."""
+        start, stop, step = run.indices(len(self))
+        if step != 1:
+            raise ValueError(f"LayerStream: layers must be a slice of step 1, got step {step}")
+        part = copy.copy(self)
+        part.network = replace(self.network, layers=self.network.layers[start:stop])
+        part.first = self.first + start
+        part._types = None if self._types is None else self._types[start:stop]
+        return part
 
     def stored_bytes(self) -> list[int]:
         """Return the bytes that reading each layer takes."""
@@ -161,7 +174,7 @@ class LayerStream:
         if chosen["device"] is not None:  # the bytes as they are stored; they are cut there
             layer = replace(layer, tensors=[(name, t.to(chosen["device"])) for name, t in layer.tensors])
             network = Network(0, self.network.name, [layer])
-        return pack_collected([network], types, [i], **chosen)
+        return pack_collected([network], types, [self.first + i], **chosen)
 
     def _stand_ins(self, checkpoint: OpenCheckpoint) -> dict[str, Tensor]:
         """Return tensors in memory, and tensors without values for those that are to be read."""

@@ -21,6 +21,7 @@ __all__ = [
     "chosen_file",
     "component_folders",
     "independent_files",
+    "is_model_folder",
     "sentence_transformer_parts",
 ]
 
@@ -98,6 +99,13 @@ def _folders_of_checkpoints(folder: Path) -> list[str]:
                 if any(n in known or (n.endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(n)) for n in names):
                     found.append(place.name)
     return found
+
+
+def is_model_folder(folder: Path, file: Path) -> bool:
+    """Return whether a folder is that of one model, by what lies beside its weights, or by the name of their file."""
+    beside = any((folder / name).is_file() for name in ("config.json", _MODULES))
+    known = _INDEX.fullmatch(file.name.lower()) is not None or ADAPTER_FILE.fullmatch(file.name) is not None
+    return beside or known or _stem(file.name) in _STANDARD
 
 
 def independent_files(folder: Path) -> list[Path] | None:
