@@ -45,9 +45,12 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
               made. The weights are the one container of tensors in it that is no optimiser's state, whatever it is
               called and however deep it is; a module that was saved whole counts as its state_dict. A moving average
               beside the weights is left out;
+            - a file of ONNX, GGUF, Keras (HDF5), Flax (msgpack), TFLite or numpy, with the library that its extra
+              installs: weights as torch lays them out, quantised ones as the numbers they stand for;
             - an index of shards (`model.safetensors.index.json`, `pytorch_model.bin.index.json`), or one of shards that
               count themselves (`model-00001-of-00002.safetensors`): all shards;
-            - a folder: its `model.safetensors`, else its only checkpoint; of a sentence-transformers model the weights
+            - a folder: its `model.safetensors`, else its only checkpoint, else its `.npy` files as one; of a
+              sentence-transformers model the weights
               of all modules, each under its number if there are several; of a diffusers pipeline the network that `key`
               names, or its only one; of PEFT the adapter.
         key: where the weights are in a pickled file that has several places, names joined by dots ("generator",

@@ -106,6 +106,7 @@ def collect(
         scalings = {name: Scaling(*scaling) for name, scaling in checkpoint.adapter_scales.items()}
         entries = entries_of_mapping(checkpoint.tensors, found.label, scalings, checkpoint.quantisation, values=values)
         entries.skipped = [*checkpoint.left_out.items(), *entries.skipped]
+        kinds = dict(checkpoint.kinds)
     else:
         raise TypeError(
             f"pack: network {index} must be an nn.Module, a state_dict or a path to a checkpoint, "

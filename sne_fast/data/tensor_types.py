@@ -62,7 +62,7 @@ _STACKED_NAME = re.compile(r"(^|[._])(experts?|moe|bilinear|mixture)([._]|$)|bil
 _LINEAR_NAME = re.compile(
     r"^(w[123qkvo]?|[qkvo]|wi(_[01])?|wo|fc\d*|c_fc|lin\d*|linear\d*|dense\d*|(lm_)?head)$|(gate|up|down|[qkvo])_proj$"
 )
-_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj|lm_loss)$")
+_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj|proj_out|lm_loss)$")
 _TABLE_NAME = re.compile(r"pos|token|table|codebook|quer(y|ies)|memory|relative")
 _LONGEST_KERNEL = 64
 _NOT_EMBEDDING_NAME = re.compile(r"patch|(proj|projection|projector|out|output|linear|fc|dense|mapping)\d*$")

@@ -19,7 +19,14 @@ from torch.masked import MaskedTensor
 from .adapters import Adapters, Scaling, scalings_of_module
 from .checkpoints import CheckpointError, find_state_dict
 from .flat_entries import FlatEntries, holds_tensors, quantised_recurrent_weights, refuse_hidden, saved_besides
-from .known_names import buffer_by_name, counter_by_name, is_flattened, is_optimiser_state, is_weight_name
+from .known_names import (
+    buffer_by_name,
+    counter_by_name,
+    is_flattened,
+    is_optimiser_state,
+    is_weight_name,
+    parameter_left_out,
+)
 from .network_copies import averaged_copies, refuse_pairs
 from .quantised_weights import decode
 from .readers.quantisation_configs import NOTHING_SAID, Quantisation
@@ -265,7 +272,7 @@ def _reason_of_floats(name: str, tensor: Tensor, counts: bool | None, tensors: M
     if tensor.numel() == 0:
         return "empty tensor"
     if counts is None and isinstance(tensor, nn.Parameter):
-        return None
+        return parameter_left_out(name)
     known = buffer_by_name(name, tensor, tensors)
     if known is None and name.endswith("weight_v") and {name[:-1] + "u", name[:-1] + "orig"} <= tensors.keys():
         return "spectral norm vector"

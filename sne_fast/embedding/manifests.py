@@ -36,14 +36,10 @@ def manifest(
         progress: function that is called with the number of networks looked at.
 
     Returns:
-        A `pyarrow.Table` with a row per network and the columns
-
-        - `uri` (string): its path;
-        - `name` (string): what it is called in messages and results;
-        - `etag` (string): changes when its files do, by their sizes and times;
-        - `weights` (int64) and `layer_weights` (list of int64): of the network and of each of its layers, null for a
-          network that cannot be read; of quantised weights an upper bound;
-        - `error` (string): why it cannot be read, null for all others.
+        A `pyarrow.Table` with a row per network. `uri` (string) is its path and `name` (string) what it is called in
+        results; `etag` (string) changes when its files do, by their sizes and times; `weights` (int64) and
+        `layer_weights` (list of int64) are those of the network and of each of its layers, of quantised ones an upper
+        bound, null for a network that cannot be read; `error` (string) says why it cannot, null for all others.
 
     Raises:
         FileNotFoundError: a source that is not there.

@@ -191,11 +191,15 @@ def test_missing_files_and_unknown_formats(tmp_path) -> None:
     refused(tmp_path / ("n" * 5000), "cannot be read: File name too long")
     refused(tmp_path / "n.onnx", "there is no such file")
     (tmp_path / "n.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
-    refused(tmp_path / "n.onnx", "cannot tell what it is by its first bytes; readable are safetensors")
+    refused(tmp_path / "n.onnx", "holds no weights")
+    (tmp_path / "n.bin").write_bytes(b"\x00\x07\x12\x07pytorch")
+    refused(tmp_path / "n.bin", "cannot tell what it is by its first bytes; readable are safetensors")
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     refused(tmp_path / "config.json", "is damaged or no index of shards: it must map tensors to files in weight_map")
     for first, said in (
-        (b"GGUF\3\0", "is a GGUF file"),
+        (b"GGUF\3\0", "is damaged or no GGUF file"),
+        (b"0000ORTM0000", "is a model of ONNX Runtime"),
+        (b"PAR1", "is a table of Parquet"),
         (b"\x1f\x8b\x08", "is compressed by gzip"),
         (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
         (b"<!DOCTYPE html>", "is a web page"),

@@ -17,17 +17,21 @@ from ..tied_names import with_tied_names
 from .adapter_configs import adapter_scales, scales_in_metadata
 from .chosen_weights import choose_weights
 from .content_tree import arrays_as_tensors
+from .contents import Contents
 from .distributed_folders import distributed_folder, open_distributed
 from .errors import CheckpointError, reading, shown, shown_list
-from .folders import chosen_file, sentence_transformer_parts
+from .folders import array_files, chosen_file, sentence_transformer_parts
 from .formats import format_of
 from .lazy_tensors import LazyTensor, OpenFile, read_all
+from .numpy_files import read_npy_files
+from .other_formats import OTHER_FORMATS
 from .pipelines import chosen_component
 from .quantisation_configs import NOTHING_SAID, Quantisation, quantisation_beside
 from .safetensors_files import open_safetensors
 from .script_programs import Script, script_weights
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import open_tensors
+from .tied_by_config import with_ties_of_config
 from .torch_files import damage_of, read_content
 
 __all__ = ["ORDER_KEY", "Checkpoint", "OpenCheckpoint", "open_checkpoint", "read_checkpoint"]
@@ -51,6 +55,7 @@ class Checkpoint:
         adapter_scales: of adapters whose configuration lies beside them, by the name of the adapted module: what the
             update is multiplied by, and its rank.
         quantisation: what a configuration beside them says of quantised tensors.
+        kinds: ids of the kinds of layers by name, where a module that was rebuilt says them.
     """
 
     tensors: dict[str, Tensor]
@@ -59,6 +64,7 @@ class Checkpoint:
     key: str = ""
     adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
     quantisation: Quantisation = NOTHING_SAID
+    kinds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,8 @@ def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
         found = _open_folder(component.folder, component.key)
         return replace(found, left_out=found.left_out | component.left_out)
     parts = sentence_transformer_parts(folder)
+    if parts is None and (arrays := array_files(folder)):
+        return _of_contents(read_npy_files(folder, arrays), folder)
     if parts is None:
         file, left_out = chosen_file(folder)
         found = _open_configured(file, key)
@@ -154,6 +162,11 @@ def _open_configured(file: Path, key: str | None) -> OpenCheckpoint:
 
 
 def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
+    found = _open_whole(file, key)
+    return replace(found, tensors=with_ties_of_config(file.parent, found.tensors))
+
+
+def _open_whole(file: Path, key: str | None) -> OpenCheckpoint:
     kind = format_of(file)
     if kind == "index":
         return _open_index(file, key)
@@ -173,7 +186,9 @@ def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
     if kind == "index":
         raise CheckpointError(f"{file}: is JSON, and no file of tensors")
     if key is not None:
-        raise CheckpointError(f"{file}: key= chooses among what a pickled file holds; a safetensors file is flat")
+        raise CheckpointError(f"{file}: key= chooses among what a pickled file holds; a file of {kind} is flat")
+    if kind in OTHER_FORMATS:
+        return _of_contents(OTHER_FORMATS[kind](file), file)
     tensors, metadata = open_safetensors(file)
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
@@ -181,6 +196,14 @@ def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
     scales = scales_in_metadata(metadata, tensors, file)
     tied = in_order(with_tied_names(tensors, metadata), order, file)
     return OpenCheckpoint(tied, order is not None, adapter_scales=scales)
+
+
+def _of_contents(found: Contents, file: Path) -> OpenCheckpoint:
+    if not found.tensors:
+        held = f" but {shown_list(found.left_out, 4)}" if found.left_out else ""
+        raise CheckpointError(f"{file}: holds no weights{held}")
+    tensors: Entries = found.tensors if found.keeps_order else in_order(found.tensors, None, file)
+    return OpenCheckpoint(dict(tensors), found.keeps_order, found.left_out)
 
 
 def _open_torch(file: Path, key: str | None) -> OpenCheckpoint:

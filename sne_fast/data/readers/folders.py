@@ -11,13 +11,14 @@ from ...regular_files import read_json
 from ..layer_order import natural_key
 from .adapter_configs import ADAPTER_FILE
 from .errors import CheckpointError, reading, shown
-from .formats import READABLE
+from .formats import READABLE, SAVED_MODEL
 from .shards import counts_itself, shards_named, sibling_shards
 
 __all__ = [
     "METADATA",
     "EmptyFolder",
     "Part",
+    "array_files",
     "chosen_file",
     "component_folders",
     "independent_files",
@@ -25,14 +26,17 @@ __all__ = [
     "sentence_transformer_parts",
 ]
 
-_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar")
+_OTHER_ENDINGS = (".onnx", ".gguf", ".h5", ".weights.h5", ".hdf5", ".keras", ".msgpack", ".tflite", ".npz")
+_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar", *_OTHER_ENDINGS)
+_ARRAYS = (".npz", ".npy")  # which are weights where there are no others
 _INDEX = re.compile(r".*\.index(\..*)?\.json")
 # Files beside weights that trainers write. They are no weights, whatever they are called.
 _NO_WEIGHTS = re.compile(
     r"training_args\..*|(.*[_.-])?(optimi[sz]er|optim|scheduler|scaler|rng_state|optim_states)([_.-].*)?|"
     r"random_states?([_.-].*)?|.*optim_states\..*|preprocess\w*\..*|vocab\w*\..*|tokenizer\w*\..*"
 )
-_STANDARD = ("model", "pytorch_model", "diffusion_pytorch_model")  # names of one model in several formats
+# Names of one model in several formats.
+_STANDARD = ("model", "pytorch_model", "diffusion_pytorch_model", "tf_model", "flax_model", "diffusion_flax_model")
 _MODULES = "modules.json"
 _PIPELINE = "model_index.json"
 METADATA = ".metadata"  # of torch.distributed.checkpoint
@@ -64,7 +68,7 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
     with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
     lower = {name: name.lower() for name in names}
-    weights = [name for name in names if lower[name].endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(lower[name])]
+    weights = _weights_among(names)
     left_out = {
         name: "no weights by its name" for name in names if lower[name].endswith(_ENDINGS) and name not in weights
     }
@@ -73,6 +77,8 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
     groups = _groups(folder, [name for name in weights if name not in adapters], indices)
     if not groups and adapters:
         groups, adapters = adapters, []
+    if not groups and "saved_model.pb" in names:
+        raise CheckpointError(f"{folder}: {SAVED_MODEL}")
     if not groups:
         held = ", ".join(names[:8]) or "no files"
         inside = _folders_of_checkpoints(folder)
@@ -108,6 +114,21 @@ def is_model_folder(folder: Path, file: Path) -> bool:
     return beside or known or _stem(file.name) in _STANDARD
 
 
+def array_files(folder: Path) -> list[Path]:
+    """Return the `.npy` files of a folder that has no other files of weights, in natural order of their names."""
+    with reading(folder):
+        names = sorted((entry.name for entry in folder.iterdir() if not entry.is_dir()), key=natural_key)
+    if any(_INDEX.fullmatch(name.lower()) for name in names) or _weights_among(names):
+        return []
+    return [folder / name for name in names if name.lower().endswith(".npy")]
+
+
+def _weights_among(names: list[str]) -> list[str]:
+    """Return the files that are weights by their names; archives of numpy only where there are no others."""
+    found = [name for name in names if name.lower().endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(name.lower())]
+    return [name for name in found if not name.lower().endswith(_ARRAYS)] or found
+
+
 def independent_files(folder: Path) -> list[Path] | None:
     """Return the checkpoints of a folder where each file is a network of its own, in natural order of their names.
 
@@ -129,7 +150,7 @@ def independent_files(folder: Path) -> list[Path] | None:
         names = sorted((entry.name for entry in folder.iterdir() if not entry.is_dir()), key=natural_key)
     if any(_INDEX.fullmatch(name.lower()) or name in ("config.json", _MODULES) for name in names):
         return None
-    weights = [name for name in names if name.lower().endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(name.lower())]
+    weights = _weights_among(names)
     together = any(ADAPTER_FILE.fullmatch(name.lower()) or counts_itself(name) for name in weights)
     if len(weights) < 2 or together or len({_stem(name) for name in weights}) < len(weights):
         return None
@@ -156,10 +177,14 @@ def _groups(folder: Path, weights: list[str], indices: list[str]) -> list[str]:
 
 
 def _best(folder: Path, groups: list[str]) -> tuple[str, list[str]]:
-    """Return the checkpoint to read if all are of one model: safetensors before pickles, whole files before shards."""
+    """Return the checkpoint to read if all are of one model.
 
-    def rank(name: str) -> tuple[bool, bool, bool]:
-        return ".safetensors" not in name, _INDEX.fullmatch(name) is not None, _stem(name) not in _STANDARD
+    Safetensors come before files of torch, those before other formats, and whole files before shards.
+    """
+
+    def rank(name: str) -> tuple[bool, bool, bool, bool]:
+        other = name.lower().endswith(_OTHER_ENDINGS)
+        return ".safetensors" not in name, other, _INDEX.fullmatch(name) is not None, _stem(name) not in _STANDARD
 
     ordered = sorted(groups, key=rank)
     if "model.safetensors" in groups:

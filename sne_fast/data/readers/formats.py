@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from ...regular_files import open_regular
 from .errors import CheckpointError, reading
 
-__all__ = ["READABLE", "Format", "format_of"]
+__all__ = ["READABLE", "SAVED_MODEL", "Format", "format_of"]
 
-Format = Literal["safetensors", "index", "torch"]
-READABLE = "safetensors, an index of shards, files of torch.save, or a folder of these"
+Format = Literal["safetensors", "index", "torch", "onnx", "npz", "npy", "gguf", "hdf5", "keras", "flax", "tflite"]
+READABLE = (
+    "safetensors, an index of shards, files of torch.save, ONNX, GGUF, Keras, Flax, TFLite and numpy, or a folder of "
+    "these"
+)
+
+SAVED_MODEL = "is a SavedModel of TensorFlow; save its weights with model.save_weights('name.weights.h5')"
 
 _PICKLE_PROTOCOLS = range(2, 6)
 _TAR_PLACE = 257
 # Formats that are told from each other only to say which one a file has.
 _OTHERS = (
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
-    (b"\x93NUMPY", "an array of numpy"),
     (b"\x1f\x8b", "compressed by gzip; decompress it first"),
     (b"BZh", "compressed by bzip2; decompress it first"),
     (b"\xfd7zXZ", "compressed by xz; decompress it first"),
@@ -30,7 +33,21 @@ _OTHERS = (
     (b"version https://git-lfs", "a pointer of Git LFS and not the file; fetch it with git lfs pull"),
     (b"<!DOCTYPE", "a web page, perhaps the answer to a download that failed"),
     (b"<html", "a web page, perhaps the answer to a download that failed"),
+    (b"\xed\xab\xee\xdb", "an RPM package; unpack it first"),
+    (b"PAR1", "a table of Parquet and no checkpoint"),
+    (b"7767517\n", "a network of ncnn; give the file that it was converted from"),
+    (b"lmst", "weights of MNN; give the file that it was converted from"),
 )
+# Formats told by an identifier behind the first four bytes, as files of flatbuffers have it.
+_IDENTIFIED = (
+    (b"ORTM", "a model of ONNX Runtime (.ort); give the .onnx file that it was made from"),
+    (b"ET12", "a program of ExecuTorch; give the checkpoint that it was made from"),
+)
+_WHOLE: tuple[tuple[bytes, Format], ...] = (
+    (b"GGUF", "gguf"), (b"\x89HDF\r\n\x1a\n", "hdf5"), (b"\x93NUMPY", "npy"),
+)  # fmt: skip
+_MAP_KEYS = (*range(0xA0, 0xC0), 0xD9)  # of msgpack: the marks of short texts
+_ONNX_FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # that follow the version in what onnx writes
 
 
 def format_of(file: Path) -> Format:
@@ -49,12 +66,26 @@ def format_of(file: Path) -> Format:
     # 35,615 those of gzip. No other format has the zeros that follow, and a brace.
     if beginning[8:9] == b"{" and 0 < int.from_bytes(beginning[:8], "little") <= size - 8:
         return "safetensors"
+    if beginning[64:68] == b"\xef\xbe\xad\xde" or file.suffix == ".mlmodel":
+        raise CheckpointError(f"{file}: is a part of a Core ML package; give the checkpoint that it was made from")
+    if file.name == "saved_model.pb":
+        raise CheckpointError(f"{file}: {SAVED_MODEL}")
+    for first, known in _WHOLE:
+        if beginning.startswith(first):
+            return known
+    if beginning[4:8] == b"TFL3":
+        return "tflite"
+    for mark, what in _IDENTIFIED:
+        if beginning[4:8] == mark:
+            raise CheckpointError(f"{file}: is {what}")
     for first, what in _OTHERS:
         if beginning.startswith(first):
             raise CheckpointError(f"{file}: is {what}; readable are {READABLE}")
     if beginning[_TAR_PLACE : _TAR_PLACE + 5] == b"ustar":
         raise CheckpointError(f"{file}: is a tar archive; unpack it and give the path of a file in it")
-    if beginning.startswith(b"PK") or (beginning[0] == 0x80 and beginning[1:2] and beginning[1] in _PICKLE_PROTOCOLS):
+    if beginning.startswith(b"PK"):
+        return _of_archive(file)
+    if beginning[0] == 0x80 and beginning[1:2] and beginning[1] in _PICKLE_PROTOCOLS:
         return "torch"
     if file.suffix == ".safetensors":
         return "safetensors"
@@ -62,9 +93,47 @@ def format_of(file: Path) -> Format:
         return "index"
     if beginning[:1] in (b"(", b"]", b"}", b"c", b"l", b"d"):  # pickles of protocols 0 and 1 have no mark
         return "torch"
+    if _begins_onnx(beginning) or file.suffix.lower() == ".onnx":
+        return "onnx"
+    if _begins_map(beginning) or file.suffix.lower() == ".msgpack":
+        return "flax"
     raise CheckpointError(
         f"{file}: is damaged or no {_claimed(file)}: cannot tell what it is by its first bytes; readable are {READABLE}"
     )
+
+
+def _begins_onnx(beginning: bytes) -> bool:
+    """Return whether bytes are the beginning of a protobuf whose first field is a small version."""
+    return beginning[0] == 0x08 and len(beginning) > 2 and 0 < beginning[1] < 64 and beginning[2] in _ONNX_FIELDS
+
+
+def _begins_map(beginning: bytes) -> bool:
+    """Return whether bytes are the beginning of a map of msgpack whose first key is a text."""
+    head = 1 if 0x81 <= beginning[0] <= 0x8F else {0xDE: 3, 0xDF: 5}.get(beginning[0], 0)
+    return head > 0 and len(beginning) > head and beginning[head] in _MAP_KEYS
+
+
+def _of_archive(file: Path) -> Format:
+    """Return the format of a zip by the names in it; one of torch where they tell nothing."""
+    with reading(file), open_regular(file) as opened:
+        names = _names_in(opened)
+    if "model.weights.h5" in names:
+        return "keras"
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    if "[Content_Types].xml" in names:
+        raise CheckpointError(f"{file}: is an Office document and no checkpoint")
+    if any(name.endswith(".mlmodel") for name in names):
+        raise CheckpointError(f"{file}: is a Core ML package; give the checkpoint that it was made from")
+    return "torch"
+
+
+def _names_in(opened: IO[bytes]) -> list[str]:
+    try:
+        with zipfile.ZipFile(opened) as archive:
+            return archive.namelist()
+    except Exception:  # a damaged archive, of which the reader of torch's files says what is wrong
+        return []
 
 
 def _claimed(file: Path) -> str:
@@ -72,4 +141,7 @@ def _claimed(file: Path) -> str:
     name = file.name.lower()
     if name.endswith(".safetensors"):
         return "safetensors file"
-    return "index of shards" if name.endswith(".json") else "checkpoint of torch"
+    claims = {".json": "index of shards", ".gguf": "GGUF file", ".h5": "HDF5 file", ".hdf5": "HDF5 file",
+              ".keras": "file of Keras", ".npz": "archive of numpy", ".npy": "array of numpy",
+              ".tflite": "file of TFLite", ".msgpack": "file of Flax", ".onnx": "ONNX file"}  # fmt: skip
+    return next((what for ending, what in claims.items() if name.endswith(ending)), "checkpoint of torch")
