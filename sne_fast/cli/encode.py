@@ -136,7 +136,7 @@ def encode(settings: EncodeSettings) -> None:
         _encode_to_folder(settings)
         return
     check_output(out, SUFFIXES)
-    networks = expand(settings.paths)
+    networks = expand(settings.paths, settings.key)
     encode, pack, alone = _encoder(settings)
     results = run_in_batches(
         encode,

@@ -55,7 +55,7 @@ def predict(settings: PredictSettings) -> None:
     out, console = settings.out, stdout()
     if out is not None:
         check_output(out, (".csv", ".json"))
-    networks = expand(settings.paths)
+    networks = expand(settings.paths, settings.key)
     if settings.stack:
         stacked = StackedPredictor.from_pretrained(settings.model, device=settings.device)
         predictor, module = stacked.predictor, stacked.__call__

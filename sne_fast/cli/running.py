@@ -69,17 +69,21 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
         require("pyarrow.parquet", extra="parquet", why="writing .parquet", otherwise=", or write .npz")
 
 
-def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
+def expand(paths: Sequence[Path], key: str | None = None) -> list[tuple[str, Any]]:
     """Return the names of the networks at `paths`, each with its file or the network itself.
 
     The folder of a zoo stands for all its networks, and so does a folder of checkpoints each of which is a network of
     its own. Bytes of a path that are no character are escapes in its name.
 
+    Args:
+        paths: as the user gave them.
+        key: place of the weights in files that hold several; of the folder of a pipeline it names one network.
+
     Raises:
         FileNotFoundError: a path that is not there.
         ValueError: there are no networks.
     """
-    from ..data.readers.folders import independent_files
+    from ..data.readers.folders import component_folders, independent_files
     from ..zoo import networks_at
 
     files: list[Any] = []
@@ -88,7 +92,8 @@ def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
         if found is not None:
             files += found
         elif path.exists():
-            files += (independent_files(path) if path.is_dir() else None) or [path]
+            one = not path.is_dir() or (key is not None and component_folders(path) is not None)
+            files += [path] if one else independent_files(path) or [path]
         else:
             raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     if not files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,17 @@ def test_folders_of_transformers_are_rebuilt_as_modules(tmp_path: Path) -> None:
     assert np.abs(vectors["file"] - z).max() > 1e-2
     result = call("encode", tmp_path / "model", "-o", tmp_path / "vectors", "--rebuild")
     assert result.exit_code == 2 and "--rebuild needs an .npz or .parquet file" in " ".join(result.stderr.split())
+
+
+def test_a_key_names_a_network_of_a_pipeline(tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    for part in ("unet", "vae"):
+        (pipeline / part).mkdir(parents=True)
+        save_file({"fc.weight": torch.randn(3, 4)}, pipeline / part / "diffusion_pytorch_model.safetensors")
+    described = {"_class_name": "Pipeline", "unet": ["diffusers", "UNet"], "vae": ["diffusers", "VAE"]}
+    (pipeline / "model_index.json").write_text(json.dumps(described))
+    assert call("encode", pipeline, "-o", tmp_path / "all.npz").exit_code == 0
+    assert call("encode", pipeline, "-o", tmp_path / "one.npz", "--key", "unet").exit_code == 0
+    every, one = stored(tmp_path / "all.npz"), stored(tmp_path / "one.npz")
+    assert [Path(name).name for name in every["name"]] == ["unet", "vae"] and one["name"].tolist() == [str(pipeline)]
+    np.testing.assert_allclose(one["vector"][0], every["vector"][0], rtol=0, atol=1e-6)
