@@ -17,7 +17,8 @@ from sne_fast.data.checkpoints import load_state_dict, read_checkpoint
 onnx = pytest.importorskip("onnx")
 from onnx import helper, numpy_helper  # noqa: E402
 
-FLOAT, UINT8 = 1, 2
+WRITTEN = Path(__file__).parent / "formats"
+FLOAT = 1
 
 
 class Words(nn.Module):
@@ -88,6 +89,14 @@ def test_a_module_and_its_export_are_packed_alike(tmp_path: Path, network: Any, 
     ours, theirs = pack([module], kinds="names"), pack([file])
     assert ours.names[0][1] == theirs.names[0][1] and torch.equal(ours.values, theirs.values)
     assert torch.equal(ours.tensor_type, theirs.tensor_type)
+
+
+def test_the_exporter_with_dynamo() -> None:
+    wanted = load_state_dict(WRITTEN / "onnx_dynamo_state.npz")
+    read = load_state_dict(WRITTEN / "onnx_dynamo.onnx")
+    assert read.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(read[name], tensor)
 
 
 def test_a_folded_normalisation_leaves_one_convolution(tmp_path: Path) -> None:
@@ -255,7 +264,6 @@ def test_quantised_weights_are_the_numbers_they_stand_for(tmp_path: Path, form: 
     torch.testing.assert_close(found["fc.weight"], MEANT)
 
 
-WRITTEN = Path(__file__).parent / "formats"
 NEARLY = {"dynamic": 0.005, "qdq": 0.005, "qoperator": 0.005, "nbits": 0.08}
 
 
