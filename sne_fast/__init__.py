@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import benchmark as benchmark
     from . import cli as cli
     from . import data as data
+    from . import embedding as embedding
     from . import functional as functional
     from . import nn as nn
     from . import ops as ops
@@ -48,8 +49,8 @@ else:
             ".training.estimators": ["SNEClassifier", "SNERegressor"],
         },
         submodules=[
-            "backends", "benchmark", "cli", "data", "functional", "nn", "ops", "reference", "reports", "symmetry",
-            "tasks", "training", "zoo",
+            "backends", "benchmark", "cli", "data", "embedding", "functional", "nn", "ops", "reference", "reports",
+            "symmetry", "tasks", "training", "zoo",
         ],
     )  # fmt: skip
 

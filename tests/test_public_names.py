@@ -14,7 +14,7 @@ import sne_fast
 from sne_fast import extras
 from sne_fast.lazy import attach
 
-INTERNAL = {"__main__", "atomic_files", "extras", "file_locks", "free_memory", "lazy", "regular_files"}
+INTERNAL = {"__main__", "atomic_files", "extras", "file_locks", "failures", "free_memory", "lazy", "regular_files"}
 
 
 def run(code):

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..failures import is_expected, sentence
 from ..version import __version__
 from .bench import bench
 from .demo import demo
 from .encode import encode
-from .errors import is_expected, sentence
 from .info import info
 from .predict import predict
 from .task import task

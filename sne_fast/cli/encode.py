@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ from .running import (
     Encoding,
     check_output,
     expand,
+    list_failures,
     report,
     run_in_batches,
     stdout,
@@ -32,14 +33,28 @@ if TYPE_CHECKING:
 
     from ..data.batch import WeightBatch
     from ..nn.encoder import SNE
+    from ..nn.predictor import Predictor
+
+
+OnError = Literal["record", "stop"]
+SUFFIXES = (".npz", ".parquet")
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
     """Options of `sne-fast encode`."""
 
-    paths: tuple[Path, ...] = option(help=PATHS, argument=True, metavar="PATH")
-    out: Path = option(help="Output, .npz or .parquet, with columns name and vector.", flags=("--out", "-o"))
+    paths: tuple[Path, ...] = option(
+        help=f"{PATHS} With a folder as --out also trees of folders, @FILE with a path in each line, and manifests "
+        "(.parquet).",
+        argument=True,
+        metavar="PATH",
+    )
+    out: Path = option(
+        help="Output, .npz or .parquet, with columns name and vector; or a folder, for many networks, where what is "
+        "done stays done.",
+        flags=("--out", "-o"),
+    )
     model: str | None = option(
         None, help="Folder (or Hub repository) of a trained encoder or predictor.", shown="untrained"
     )
@@ -56,11 +71,33 @@ class EncodeSettings:
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
     key: str | None = option(None, help=KEY, shown="the only one")
     nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
+    layers: bool = option(False, help="Write the vectors of layers too, to a folder.")
+    workers: int = option(1, help="Processes that encode, to a folder.", min=1)
+    shard: str | None = option(
+        None, help="Share of this process among several that write to one folder, such as 0/8.", shown="all"
+    )
+    on_error: OnError = option("record", help="Record networks that fail and encode the others, or stop at the first.")
 
     def __post_init__(self) -> None:
         check_choices(self, "encode")
+        if self.shard is not None:
+            parse_shard(self.shard)
+        if self.out.suffix in SUFFIXES and (self.layers or self.workers > 1 or self.shard is not None):
+            raise ValueError(f"--layers, --workers and --shard need a folder as --out, got {str(self.out)!r}")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return share and number of shares of a text such as 0/8.
+
+    Raises:
+        ValueError: another text, or a share outside 0..n-1.
+    """
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ValueError(f"--shard must be i/n with i from 0 to n - 1, such as 0/8, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -90,7 +127,10 @@ def encode(settings: EncodeSettings) -> None:
     from ..reports.terminal import say
 
     out = settings.out
-    check_output(out, (".npz", ".parquet"))
+    if out.suffix not in SUFFIXES:
+        _encode_to_folder(settings)
+        return
+    check_output(out, SUFFIXES)
     networks = expand(settings.paths)
     encode, pack, alone = _encoder(settings)
     results = run_in_batches(
@@ -119,6 +159,57 @@ def encode(settings: EncodeSettings) -> None:
             f"{max(results.spreads):.2g}",
         )
     report(results, f"written to {out}")
+
+
+def _encode_to_folder(settings: EncodeSettings) -> None:
+    """Encode what is not done yet, unit by unit, and say which networks failed."""
+    import torch
+
+    from ..embedding import EmbeddingDataset, embed_units, manifest, plan
+    from ..nn.encoder import SNE
+    from ..reports.terminal import progress, say
+
+    out, console = settings.out, stdout()
+    if out.suffix:
+        raise ValueError(f"the output must end in .npz or .parquet, or be a folder without a suffix, got {str(out)!r}")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"the output {str(out)!r} is a file; give a folder")
+    encoder = _model(settings)
+    whole = not isinstance(encoder, SNE)
+    if whole and (settings.layers or settings.max_chunks is not None):
+        raise ValueError("--layers and --max-chunks are for encoders; a predictor takes networks whole")
+    limit = None if settings.max_memory is None else parse_bytes(settings.max_memory)
+    given = {
+        "key": settings.key, "nonfinite": settings.nonfinite, "layers": settings.layers or None,
+        "max_chunks": settings.max_chunks, "seed": settings.seed if settings.max_chunks is not None else None,
+    }  # fmt: skip
+    dataset = EmbeddingDataset(out, encoder, **{name: value for name, value in given.items() if value is not None})
+    with progress(console, "Reading headers") as update:
+        table = manifest(settings.paths, key=settings.key, progress=lambda n: update(0.0, f"{n:,} networks"))
+    failures = [f"{row['uri']}: {row['error']}" for row in table.to_pylist() if row["error"] is not None]
+    if failures and settings.on_error == "stop":
+        raise ValueError(failures[0])
+    share, shares = (0, 1) if settings.shard is None else parse_shard(settings.shard)
+    units = plan(table, split=not whole)[share::shares]
+    waiting = dataset.missing(units)
+    total, done = max(sum(unit.weights for unit in waiting), 1), 0
+    count = 0
+    with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
+        encoding = embed_units(dataset, waiting, workers=settings.workers, device=settings.device, max_memory=limit)
+        for unit in encoding:
+            done += unit.weights
+            count += len(unit.networks)
+            if settings.on_error == "stop":
+                for failure in dataset.failures([unit]):
+                    raise ValueError(failure)
+            update(done / total, f"{count:,} networks")
+    failures += dataset.failures(units)
+    ready = sum(len(unit.networks) for unit in units if unit.layers is None or unit.layers[0] == 0)
+    say(console, f"{ready:,} networks are done in {dataset.path}, {count:,} of them by this call")
+    list_failures(failures)
+    if failures:
+        typer.echo(f"sne-fast: {len(failures)} of {table.num_rows} networks failed; the others are done", err=True)
+        raise typer.Exit(1)
 
 
 LARGE = 2**22
@@ -160,6 +251,18 @@ def _encoder(settings: EncodeSettings) -> Functions:
 
     Those of a predictor do all that it does to networks, so that vectors are those that its head takes.
     """
+    from ..nn.encoder import SNE
+
+    model = _model(settings)
+    if isinstance(model, SNE):
+        return model, model.pack, _layer_by_layer(model, settings)
+    if settings.max_chunks is not None:
+        raise ValueError("--max-chunks is for encoders; a predictor was trained on all chunks")
+    return model.encode, model.pack, None
+
+
+def _model(settings: EncodeSettings) -> SNE | Predictor:
+    """Return the encoder or predictor, on its device."""
     import torch
 
     from ..data.devices import usable_device
@@ -178,10 +281,7 @@ def _encoder(settings: EncodeSettings) -> Functions:
             torch.manual_seed(settings.seed)
             encoder = SNE(set_attention=settings.set_attention).to(device).eval()
     elif saved_class(read_config(settings.model)) == "Predictor":
-        predictor = Predictor.from_pretrained(settings.model, device=device)
-        if settings.max_chunks is not None:
-            raise ValueError("--max-chunks is for encoders; a predictor was trained on all chunks")
-        return predictor.encode, predictor.pack, None
+        return Predictor.from_pretrained(settings.model, device=device)
     else:
         encoder = SNE.from_pretrained(settings.model, device=device)
-    return encoder, encoder.pack, _layer_by_layer(encoder, settings)
+    return encoder

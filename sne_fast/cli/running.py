@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..extras import require
-from .errors import EXPECTED, is_expected, is_out_of_memory, sentence
+from ..failures import EXPECTED, is_expected, is_out_of_memory, sentence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -206,7 +206,7 @@ def run_in_batches(
     if not outputs:
         if len(sentences) == 1:
             raise ValueError(sentences[0])
-        _list(sentences)
+        list_failures(sentences)
         raise ValueError(f"none of the {len(networks)} networks could be used")
     done = sorted(outputs)
     left_out = summary_of(tuple(skipped[i] for i in done))
@@ -228,7 +228,8 @@ def _about(name: str, reason: str) -> str:
     return reason if reason.startswith(name) else f"{name}: {reason}"
 
 
-def _list(sentences: Sequence[str]) -> None:
+def list_failures(sentences: Sequence[str]) -> None:
+    """Write a line on stderr for each sentence."""
     import typer
 
     from ..reports.terminal import printable
@@ -249,7 +250,7 @@ def report(results: Results, written: str) -> None:
     """
     import typer
 
-    _list([*([results.left_out] if results.left_out else []), *results.failures])
+    list_failures([*([results.left_out] if results.left_out else []), *results.failures])
     if not results.failures:
         return
     count, all_networks = len(results.failures), len(results.failures) + len(results.names)

@@ -10,7 +10,7 @@ from .names import Skipped
 
 __all__ = ["skipped_summary", "summary_of"]
 
-_DECODED = "quantised weight"
+_TAKEN = ("quantised weight", "adapter")  # whose values are there in another form
 _KINDS = (  # of what readers of files say, in the words that count
     (re.compile(r"no tensor \("), "plain value"),
     (re.compile(r"an object of |the name "), "object of an unknown class"),
@@ -33,7 +33,7 @@ def skipped_summary(batch: WeightBatch) -> str:
 
     Returns:
         A line such as `left out: 12 num_batches_tracked counters, 2 masks`, the most frequent first. Tensors of which
-        a weight was decoded are not counted: their values are there.
+        a weight was decoded or the canonical form of an adapter made are not counted: their values are there.
     """
     return summary_of(batch.skipped)
 
@@ -41,7 +41,8 @@ def skipped_summary(batch: WeightBatch) -> str:
 def summary_of(skipped: Skipped) -> str:
     """Return the line of `skipped_summary` for what was left out of networks that may be of many batches."""
     kinds = Counter(_kind(reason) for network in skipped for _, reason in network)
-    kinds.pop(_DECODED, None)
+    for kind in _TAKEN:
+        kinds.pop(kind, None)
     counts = [f"{count} {_plural(kind) if count > 1 else kind}" for kind, count in kinds.most_common()]
     return f"left out: {', '.join(counts)}" if counts else ""
 

@@ -50,9 +50,11 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
             - an index of shards (`model.safetensors.index.json`, `pytorch_model.bin.index.json`), or one of shards that
               count themselves (`model-00001-of-00002.safetensors`): all shards;
             - a folder: its `model.safetensors`, else its only checkpoint, else its `.npy` files as one; of a
-              sentence-transformers model the weights of all modules, each under its number if there are several.
+              sentence-transformers model the weights
+              of all modules, each under its number if there are several; of a diffusers pipeline the network that `key`
+              names, or its only one; of PEFT the adapter.
         key: where the weights are in a pickled file that has several places, names joined by dots ("generator",
-            "model.encoder"); all tensors below are taken, for "" all of the file.
+            "model.encoder"), also the start of names of tensors; all tensors below are taken, for "" all of the file.
 
     Returns:
         A dict of CPU tensors in memory of their own; those that shared memory when they were saved share it.

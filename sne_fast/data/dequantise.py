@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Unfit", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "mxfp4", "packed_integers", "scaled"]
+__all__ = [
+    "Unfit",
+    "awq",
+    "bitsandbytes_4bit",
+    "bitsandbytes_8bit",
+    "gptq",
+    "mxfp4",
+    "packed_integers",
+    "scaled",
+    "shape_of",
+    "unpack",
+]
 
 WORD = 32
 BLOCK = 128  # rows and columns that share a scale in block-scaled float8
@@ -41,7 +52,7 @@ def scaled(
     if columns is not None:
         if scale.ndim != 2 or stored.ndim != 2 or columns.shape != stored.shape[1:]:
             raise Unfit(
-                f"a group per column {_shape(columns)} does not fit {_shape(stored)} and scales {_shape(scale)}"
+                f"a group per column {shape_of(columns)} does not fit {shape_of(stored)} and scales {shape_of(scale)}"
             )
         columns = _indices(columns, scale.shape[1])
         scale = scale.index_select(1, columns)
@@ -56,7 +67,7 @@ def scaled(
 def bitsandbytes_8bit(stored: Tensor, row_maxima: Tensor) -> Tensor:
     """Return `stored * SCB / 127`, where `SCB (out,)` holds the largest magnitude of each row."""
     if row_maxima.numel() != stored.shape[0]:
-        raise Unfit(f"the maxima of rows {_shape(row_maxima)} do not fit {_shape(stored)}")
+        raise Unfit(f"the maxima of rows {shape_of(row_maxima)} do not fit {shape_of(stored)}")
     return scaled(stored, row_maxima.float().reshape(-1) / 127)
 
 
@@ -87,7 +98,7 @@ def bitsandbytes_4bit(
         raise Unfit(f"its quant_state is not what bitsandbytes writes ({type(error).__name__})") from error
     pairs = stored.contiguous().view(torch.uint8).reshape(-1)
     if min(shape, default=1) < 1 or size < 1 or pairs.numel() != -(-count // 2) or codes.numel() != 16:
-        raise Unfit(f"bytes {_shape(stored)} and codes {_shape(codes)} do not fit its shape {tuple(shape)}")
+        raise Unfit(f"bytes {shape_of(stored)} and codes {shape_of(codes)} do not fit its shape {tuple(shape)}")
     if maxima.numel() != -(-count // size):
         raise Unfit(f"{maxima.numel()} maxima do not fit {count} values in blocks of {size}")
     each = torch.stack([pairs >> 4, pairs & 15], 1).reshape(-1)[:count]
@@ -95,8 +106,10 @@ def bitsandbytes_4bit(
     return values.reshape(shape)
 
 
-def gptq(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_of_row: Tensor | None) -> Tensor:
-    """Return `(q - z) * scale` of GPTQ's first format, in which zero points are stored less 1.
+def gptq(
+    qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_of_row: Tensor | None, *, second: bool = False
+) -> Tensor:
+    """Return `(q - z) * scale` of GPTQ, whose first format stores zero points less 1.
 
     Zero points that are all half of the range are taken as they are: so the second format stores symmetric weights.
 
@@ -105,6 +118,7 @@ def gptq(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_of_row: T
         scales: `(groups, out)`.
         qzeros: int32 `(groups, out * bits / 32)`, a stream of bits along each row; None for half of the range.
         group_of_row: `(in,)` or None for groups of equal length. It or `qzeros` must be there.
+        second: whether zero points are stored as they are, as in the format "gptq_v2".
     """
     groups, out = scales.shape
     if qzeros is not None:
@@ -116,17 +130,17 @@ def gptq(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_of_row: T
         raise Unfit("neither zero points nor groups are there to tell the number of bits")
     rows, more = divmod(WORD * qweight.shape[0], max(bits, 1))
     if rest or more or bits not in (2, 3, 4, 8) or qweight.shape[1] != out:
-        zeros = "none" if qzeros is None else _shape(qzeros)
-        raise Unfit(f"scales {_shape(scales)} and zero points ({zeros}) do not fit {_shape(qweight)}")
+        zeros = "none" if qzeros is None else shape_of(qzeros)
+        raise Unfit(f"scales {shape_of(scales)} and zero points ({zeros}) do not fit {shape_of(qweight)}")
     groups_of = _groups(group_of_row, rows, groups, scales.device)
     half, mask = 1 << (bits - 1), (1 << bits) - 1
     if qzeros is None:
         zeros_of = torch.full((groups, out), half, dtype=torch.int32, device=scales.device)
     else:
-        zeros_of = _unpack(qzeros, bits, out, 1)
-        if not bool((zeros_of == half).all()):
+        zeros_of = unpack(qzeros, bits, out, 1)
+        if not second and not bool((zeros_of == half).all()):
             zeros_of = (zeros_of + 1) & mask
-    stored = _unpack(qweight, bits, rows, 0)
+    stored = unpack(qweight, bits, rows, 0)
     return ((stored - zeros_of[groups_of]).float() * scales.float()[groups_of]).t().contiguous()
 
 
@@ -140,9 +154,9 @@ def awq(qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Tensor:
     """
     (rows, words), (groups, out) = qweight.shape, scales.shape
     if out != 8 * words or tuple(qzeros.shape) != (groups, words):
-        raise Unfit(f"scales {_shape(scales)} and zero points {_shape(qzeros)} do not fit {_shape(qweight)}")
+        raise Unfit(f"scales {shape_of(scales)} and zero points {shape_of(qzeros)} do not fit {shape_of(qweight)}")
     order = torch.arange(out, device=qweight.device).reshape(-1, 8)[:, list(AWQ_COLUMNS)].reshape(-1)
-    stored, zeros = (_unpack(packed, 4, out, 1).index_select(1, order) for packed in (qweight, qzeros))
+    stored, zeros = (unpack(packed, 4, out, 1).index_select(1, order) for packed in (qweight, qzeros))
     of_row = _groups(None, rows, groups, qweight.device)
     return ((stored - zeros[of_row]).float() * scales.float()[of_row]).t().contiguous()
 
@@ -161,16 +175,16 @@ def packed_integers(
     """
     size = [int(n) for n in shape.tolist()]
     if len(size) != 2 or packed.ndim != 2 or size[0] != packed.shape[0] or size[1] < 1:
-        raise Unfit(f"its shape {tuple(size)} does not fit {_shape(packed)}")
+        raise Unfit(f"its shape {tuple(size)} does not fit {shape_of(packed)}")
     bits = next((b for b in (4, 8) if -(-size[1] * b // WORD) == packed.shape[1]), 0)
     if not bits:
-        raise Unfit(f"its shape {tuple(size)} does not fit {_shape(packed)} with four or eight bits")
+        raise Unfit(f"its shape {tuple(size)} does not fit {shape_of(packed)} with four or eight bits")
     half = 1 << (bits - 1)
     if zero_point is not None and zero_point.dtype == torch.int32:
         if zero_point.ndim != 2 or zero_point.shape[0] != -(-size[0] * bits // WORD):
-            raise Unfit(f"the zero points {_shape(zero_point)} do not fit its shape {tuple(size)}")
-        zero_point = _unpack(zero_point, bits, size[0], 0) - half
-    return scaled(_unpack(packed, bits, size[1], 1) - half, scale, zero_point, group_of_column)
+            raise Unfit(f"the zero points {shape_of(zero_point)} do not fit its shape {tuple(size)}")
+        zero_point = unpack(zero_point, bits, size[0], 0) - half
+    return scaled(unpack(packed, bits, size[1], 1) - half, scale, zero_point, group_of_column)
 
 
 def mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
@@ -181,14 +195,14 @@ def mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
         exponents: uint8 `(experts, out, groups)`, plus 127.
     """
     if blocks.ndim != 4 or exponents.shape != blocks.shape[:-1]:
-        raise Unfit(f"exponents {_shape(exponents)} do not fit {_shape(blocks)}")
+        raise Unfit(f"exponents {shape_of(exponents)} do not fit {shape_of(blocks)}")
     table = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)], device=blocks.device)
     numbers = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], -1).flatten(-2)
     values = torch.ldexp(numbers, (exponents.int() - 127).unsqueeze(-1))
     return values.flatten(-2).transpose(1, 2).contiguous()
 
 
-def _unpack(words: Tensor, bits: int, count: int, dim: int) -> Tensor:
+def unpack(words: Tensor, bits: int, count: int, dim: int) -> Tensor:
     """Return the first `count` integers of `bits` each, lowest bits first, of the words along a dimension; int32."""
     starts = torch.arange(count, device=words.device) * bits
     shape = [1] * words.ndim
@@ -207,7 +221,7 @@ def _unpack(words: Tensor, bits: int, count: int, dim: int) -> Tensor:
 def _groups(given: Tensor | None, rows: int, groups: int, device: torch.device) -> Tensor:
     if given is not None:
         if tuple(given.shape) != (rows,):
-            raise Unfit(f"groups of rows {_shape(given)} do not fit {rows} rows")
+            raise Unfit(f"groups of rows {shape_of(given)} do not fit {rows} rows")
         return _indices(given, groups)
     if groups < 1 or rows % groups:
         raise Unfit(f"{rows} rows do not divide into {groups} groups")
@@ -229,16 +243,17 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
     if shape and scale.ndim and scale.numel() == scale.shape[0] == shape[0]:
         return scale.reshape(-1, *[1] * (len(shape) - 1))
     if scale.ndim != len(shape):
-        raise Unfit(f"scales {_shape(scale)} do not fit {tuple(shape)}")
+        raise Unfit(f"scales {shape_of(scale)} do not fit {tuple(shape)}")
     blocked = [d for d in range(len(shape)) if scale.shape[d] not in (1, shape[d])]
     whole = all(-(-shape[d] // BLOCK) == scale.shape[d] for d in blocked)
     for d in blocked:
         if not whole and (scale.shape[d] < 1 or shape[d] % scale.shape[d]):
-            raise Unfit(f"scales {_shape(scale)} do not fit {tuple(shape)} in blocks of {BLOCK} or of equal length")
+            raise Unfit(f"scales {shape_of(scale)} do not fit {tuple(shape)} in blocks of {BLOCK} or of equal length")
         length = BLOCK if whole else shape[d] // scale.shape[d]
         scale = scale.repeat_interleave(length, dim=d).narrow(d, 0, shape[d])
     return scale
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
+    """Return the shape of a tensor for a message."""
     return f"of shape {tuple(tensor.shape)}"

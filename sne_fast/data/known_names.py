@@ -23,16 +23,28 @@ __all__ = [
     "is_optimiser_state",
     "is_quantisation_record",
     "is_weight_name",
+    "parameter_left_out",
 ]
 
 WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of names that `torch.compile`, FSDP and activation checkpointing add, wherever they stand."""
 
 _MASK = re.compile(r"(^|\.|_)(masks?|masked_bias|tril|triu)$")
-_SINUSOIDS = re.compile(r"(^|\.)(pe|pos_enc|pos_encoding|position(al)?_encoding|pos(ition)?_table)$")
+_SINUSOIDS = re.compile(
+    r"(^|\.)(pe|pos_idx_to_embed|pos_enc|pos_encoding|position(al)?_encoding|position_embedding|pos(ition)?_table)$"
+)
+
+_EITHER = (
+    ("correction of a router", re.compile(r"(^|\.)(e_score_correction_bias|balancing_biases)$")),
+    ("position table", re.compile(r"(^|\.)shared_(image_)?embedding\.positional_embedding$")),
+)
+"""What some classes of a family hold as a parameter, others as a buffer."""
 
 _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("rotary frequency", re.compile(r"(^|\.|_)(inv_freq|freqs_(cis|cos|sin)|original_inv_freq)$")),
+    (
+        "rotary frequency",
+        re.compile(r"(^|\.|_)(inv_freq|freqs_(cis|cos|sin)|original_inv_freq|timestep_embeddings?\.\d+\.freqs)$"),
+    ),
     ("rotary table", re.compile(r"(^|\.|_)((cos|sin)_(cached|table)|(cached|table)_(cos|sin))$")),
     ("position table", re.compile(r"(^|\.)(relative_coords_table|positional_encoding_gaussian_matrix|_float_tensor)$")),
     ("observer value", re.compile(r"(^|\.)(activation_post_process|\w+_fake_quant)(\.|_\d+\.)")),
@@ -42,10 +54,15 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
         "codebook statistic",
         re.compile(r"(^|\.)(_?ema_cluster_size|cluster_(size|usage)|embed_(avg|sum)|init(t?ed|ialized))$"),
     ),
-    ("correction of a router", re.compile(r"(^|\.)e_score_correction_bias$")),
+    *_EITHER,
     ("bias of outputs that is no parameter", re.compile(r"(^|\.)final_logits_bias$")),
+    ("scale of a layer that is no parameter", re.compile(r"(^|\.)layer_scalar$")),
+    ("weights of a loss", re.compile(r"(^|\.)empty_weight$")),
+    ("probability of a mask", re.compile(r"(^|\.)attn_mask_probs$")),
+    ("integer form of a weight", re.compile(r"(^|\.)(weight|bias)_integer$")),
+    ("scale of integers", re.compile(r"(^|\.)((weight|bias|fc|act|norm)_scaling_factor|LayerNorm\.shift)$")),
     ("slopes of attention", re.compile(r"(^|\.)alibi(_slopes|_bias)?$")),
-    ("attention decay", re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|num_points_scale)$")),
+    ("attention decay", re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|n(um)?_points_scale)$")),
     ("range of activations", re.compile(r"(^|\.)((input|output)_(min|max)|act_range|x_(min|max))$")),
     (
         "diffusion schedule",
@@ -55,12 +72,14 @@ _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
             r"|lvlb_weights)$"
         ),
     ),
-    ("normalisation constant", re.compile(r"(^|\.)((pixel|image|norm)_(mean|std)|global_(mean|invstd))$")),
+    ("normalisation constant", re.compile(r"(^|\.)((pixel|image|norm|latent)_(mean|std)|global_(mean|invstd))$")),
     ("audio filter", re.compile(r"(^|\.)(mel_scale\.fb|spectrogram\.window|hann_window|mel_filters|mel_basis)$")),
     ("anchor table", re.compile(r"(^|\.)(anchors|anchor_grid|anchor_points)$")),
 )
 
 _BESIDE: tuple[tuple[str, str, str], ...] = (
+    ("beta", "eps", "constant of an activation"),
+    ("eps", "beta", "constant of an activation"),
     ("betas", "alphas_cumprod", "diffusion schedule"),
     ("alphas", "alphas_cumprod", "diffusion schedule"),
     ("queue", "queue_ptr", "queue of keys"),
@@ -87,6 +106,14 @@ _QUANTISATION = re.compile(
     r"(^|\.)((input|output|act|activation|qkv|q|k|v|prob|kv_cache)_(scale|scales|zero_point|global_scale|scale_inv)"
     r"|weight_format|scaled_fp8)$"
 )
+
+
+def parameter_left_out(name: str) -> str | None:
+    """Return what a parameter is called that classes of its family hold as a parameter or as a buffer, else None.
+
+    Files do not say of which class they are, so it is left out everywhere.
+    """
+    return next((what for what, pattern in _EITHER if pattern.search(name)), None)
 
 
 def buffer_by_name(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | None:

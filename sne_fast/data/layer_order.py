@@ -36,6 +36,7 @@ class _Pattern(NamedTuple):
 
 class _Family(NamedTuple):
     when: tuple[re.Pattern[str], ...]
+    unless: re.Pattern[str] | None
     order: tuple[re.Pattern[str], ...]
     by_number: bool
 
@@ -123,7 +124,7 @@ def _keys_of_children(inside: tuple[tuple[str, bool], ...]) -> dict[str, Key]:
     if any(len(part) > _LONGEST_PART for part, _ in inside):  # no name of a module, and long for the patterns
         return {part: (_MIDDLE, table.others, natural_key(part)) for part, _ in inside}
     siblings = _Siblings(inside, table)
-    family = next((f for f in table.families if all(_any(pattern, siblings.parts) for pattern in f.when)), None)
+    family = next((f for f in table.families if _fits(f, siblings.parts)), None)
     bases: dict[str, Key] = {}
     waiting: list[str] = []
     for part, _ in inside:
@@ -230,6 +231,10 @@ def _holds(pattern: _Pattern, part: str, siblings: _Siblings) -> bool:
     return not pattern.beside or any(all(true[word] for word in words) for words in pattern.beside)
 
 
+def _fits(family: _Family, parts: Iterable[str]) -> bool:
+    return all(_any(pattern, parts) for pattern in family.when) and not (family.unless and _any(family.unless, parts))
+
+
 def _place_in_family(part: str, family: _Family) -> Key | None:
     for i, pattern in enumerate(family.order):
         if pattern.fullmatch(part):
@@ -266,6 +271,7 @@ def _table() -> _Table:
         families=tuple(
             _Family(
                 tuple(map(re.compile, family["when"])),
+                re.compile(family["unless"]) if "unless" in family else None,
                 tuple(map(re.compile, family["order"])),
                 family.get("by_number", False),
             )

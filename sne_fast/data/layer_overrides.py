@@ -34,7 +34,7 @@ def resolve_kinds(networks: list[Network], kinds: Any) -> list[int]:
     for network, given in zip(networks, chosen, strict=True):
         for i, layer in enumerate(network.layers):
             kind = kind_id(given[i]) if i in given else layer.resolved_kind()
-            types.extend(8 * kind + role for role in layer.roles())
+            types.extend(8 * kind + role for role in layer.roles(kind))
     return types
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .adapters import Adapters
 from .batch import WeightBatch
 from .checkpoints import Checkpoint, CheckpointError, OpenCheckpoint, open_checkpoint
 from .choices import NonFinite
@@ -20,6 +22,7 @@ from .layer_overrides import resolve_kinds
 from .layers import Layer, Network, collect
 from .packing import check_options, pack_collected
 from .readers.lazy_tensors import LazyTensor
+from .readers.quantisation_configs import NOTHING_SAID
 from .weight_entries import weight_of
 
 __all__ = ["LayerStream"]
@@ -54,6 +57,7 @@ class LayerStream:
         nonfinite: NonFinite = "raise",
     ) -> None:
         self.nonfinite = nonfinite
+        self.first = 0
         self._lazy: dict[int, LazyTensor] = {}  # by the id of the meta tensor that stands for it
         name = None
         if isinstance(source, (str, os.PathLike)):
@@ -65,8 +69,9 @@ class LayerStream:
         elif key is not None:
             raise CheckpointError("key= is for files of torch, not for a network that is in memory")
         given = source
+        self._quantisation = getattr(source, "quantisation", NOTHING_SAID)
         if isinstance(source, OpenCheckpoint):
-            given = Checkpoint(self._stand_ins(source), source.keeps_order, source.left_out, source.key)
+            given = Checkpoint(**{**vars(source), "tensors": self._stand_ins(source)})
         by_names = isinstance(kinds, str) and kinds == "names"
         self.order = order
         self.network: Network = collect(0, given, order, kinds_by_names=by_names, values=False)
@@ -80,6 +85,17 @@ class LayerStream:
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self.network.layers)
+
+    def __getitem__(self, run: slice) -> LayerStream:
+        """Return the stream of a run of layers, which keep their levels."""
+        start, stop, step = run.indices(len(self))
+        if step != 1:
+            raise ValueError(f"LayerStream: layers must be a slice of step 1, got step {step}")
+        part = copy.copy(self)
+        part.network = replace(self.network, layers=self.network.layers[start:stop])
+        part.first = self.first + start
+        part._types = None if self._types is None else self._types[start:stop]
+        return part
 
     def stored_bytes(self) -> list[int]:
         """Return the bytes that reading each layer takes."""
@@ -135,7 +151,7 @@ class LayerStream:
         if all(id(part) not in self._lazy for part in sources.values()):
             return tensor
         values = {part: self._lazy[id(t)].read() if id(t) in self._lazy else t for part, t in sources.items()}
-        return weight_of(stored_as, values, self.network.label)
+        return weight_of(stored_as, values, self.network.label, self._quantisation)
 
     def _sources(self, name: str) -> dict[str, Tensor]:
         return self.network.sources[name][1]
@@ -158,7 +174,7 @@ class LayerStream:
         if chosen["device"] is not None:  # the bytes as they are stored; they are cut there
             layer = replace(layer, tensors=[(name, t.to(chosen["device"])) for name, t in layer.tensors])
             network = Network(0, self.network.name, [layer])
-        return pack_collected([network], types, [i], **chosen)
+        return pack_collected([network], types, [self.first + i], **chosen)
 
     def _stand_ins(self, checkpoint: OpenCheckpoint) -> dict[str, Tensor]:
         """Return tensors in memory, and tensors without values for those that are to be read."""
@@ -172,10 +188,13 @@ class LayerStream:
                 made[tensor.identity] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 self._lazy[id(made[tensor.identity])] = tensor
             found[name] = made[tensor.identity]
-        # Names under which buffers are known in some networks and weights in others: their values decide.
+        # Names under which buffers are known in some networks and weights in others: their values decide. The canonical
+        # form of an adapter takes all of its tensors, which are small.
+        adapters = Adapters(found)
         for name, tensor in list(found.items()):
-            lazy = tensor.is_meta and tensor.is_floating_point() and id(tensor) in self._lazy
-            if lazy and tensor.numel() and buffer_by_name(name, tensor, found) is not None:
+            lazy = tensor.is_meta and id(tensor) in self._lazy
+            buffer = lazy and tensor.is_floating_point() and tensor.numel() and buffer_by_name(name, tensor, found)
+            if lazy and (buffer or name in adapters.names):
                 read = self._lazy[id(tensor)].read()
                 found.update({other: read for other, same in found.items() if same is tensor})
         self._kept = list(made.values())  # whose ids are keys

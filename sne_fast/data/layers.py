@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import Scaling
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .known_names import WRAPPER_PARTS
 from .layer_order import order_by_names
-from .tensor_types import infer_kind, kind_of_module, role_of
+from .tensor_types import ADAPTER_ROLES, infer_kind, kind_of_module, role_of
 from .tied_names import identity_of
 from .weight_entries import entries_of_mapping, entries_of_modules
 
@@ -43,9 +44,12 @@ class Layer:
         """Return the kind of the layer, inferred from names and shapes where no module said it."""
         return infer_kind(self.name, self.held) if self.kind is None else self.kind
 
-    def roles(self) -> list[int]:
-        """Return the role of each tensor."""
-        kind = self.resolved_kind()
+    def is_adapter(self) -> bool:
+        """Return whether the layer is the adapter of a module, which may have the name of that module."""
+        return not ADAPTER_ROLES.keys().isdisjoint(self.own)
+
+    def roles(self, kind: int) -> list[int]:
+        """Return the role of each tensor in a layer of this kind."""
         return [role_of(own, kind) for own in self.own]
 
 
@@ -99,8 +103,10 @@ def collect(
                 f"pack: {found.label} does not say in which order its layers were defined, which order='definition' "
                 f"needs; write it with sne_fast.data.checkpoints.save_state_dict, or use order='names'"
             )
-        entries = entries_of_mapping(checkpoint.tensors, found.label, values=values)
+        scalings = {name: Scaling(*scaling) for name, scaling in checkpoint.adapter_scales.items()}
+        entries = entries_of_mapping(checkpoint.tensors, found.label, scalings, checkpoint.quantisation, values=values)
         entries.skipped = [*checkpoint.left_out.items(), *entries.skipped]
+        kinds = dict(checkpoint.kinds)
     else:
         raise TypeError(
             f"pack: network {index} must be an nn.Module, a state_dict or a path to a checkpoint, "
@@ -122,7 +128,8 @@ def collect(
     if not kinds_by_names:
         owners = {name.rpartition(".")[0]: full.rpartition(".")[0] for name, full in zip(names, stored, strict=True)}
         for layer in found.layers:
-            layer.kind = kinds.get(owners[layer.name])
+            if not layer.is_adapter():
+                layer.kind = kinds.get(owners[layer.name])
     if not found.layers:
         raise ValueError(
             f"pack: {found.label} has no floating-point parameters, so nothing of it can be encoded; leave it out"

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import dequantise
+from . import dequantise, dequantise_groups
 from .known_names import is_quantisation_record
+from .readers.quantisation_configs import NOTHING_SAID, Quantisation
 from .tied_names import identity_of
 
 __all__ = ["Decoded", "decode"]
@@ -18,6 +19,15 @@ _CLASSES = (Tensor, torch.nn.Parameter)
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NARROW = (torch.int8, torch.uint8)
 _SCALES = ("_scale_inv", "_scale", "_scales")
+_FLOAT8_SCALES = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e8m0fnu") if hasattr(torch, name))
+_HQQ = (
+    "nbits", "shape", "axis", "group_size", "packing", "quant_zero", "quant_scale", "view_as_float",
+    "unpack_view_dtype", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
+    "optimize", "round_zero",
+)  # fmt: skip
+
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass
@@ -41,16 +51,20 @@ class _Parts:
     values: Callable[[], Tensor]
 
 
-def decode(tensors: Mapping[str, Tensor], label: str, *, values: bool = True) -> Decoded:
+def decode(
+    tensors: Mapping[str, Tensor], label: str, *, values: bool = True, quantisation: Quantisation = NOTHING_SAID
+) -> Decoded:
     """Return the values of all quantised weights whose format is known.
 
     Known are torch's quantised tensors; int8 and float8 with scales (and zero points) beside them, also per block;
-    GPTQ; AWQ; bitsandbytes with eight and four bits; packed integers of compressed-tensors; MXFP4 of experts.
+    GPTQ; AWQ; bitsandbytes with eight and four bits; packed integers of compressed-tensors; MXFP4 of experts; NVFP4 and
+    MXFP4 of ModelOpt and compressed-tensors; MLX; HQQ.
 
     Args:
         tensors: all tensors of a network by name.
         label: the network in messages.
         values: whether to decode. Without, tensors may have no values, and each weight is what its first tensor is.
+        quantisation: what a configuration says of formats that their tensors do not tell apart.
 
     Raises:
         ValueError: tensors that their names join and their shapes do not, or a scale of an unknown kind.
@@ -59,11 +73,10 @@ def decode(tensors: Mapping[str, Tensor], label: str, *, values: bool = True) ->
     memo: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
         # Most tensors are plain floats. Those of bitsandbytes may be bytes that are called floats.
-        if name in found.used or (
-            tensor.dtype in _WIDE and type(tensor) in _CLASSES and f"{name}.absmax" not in tensors
-        ):
+        plain = tensor.dtype in _WIDE and type(tensor) in _CLASSES
+        if name in found.used or (plain and f"{name}.absmax" not in tensors and _siblings(name)[1] != "W_q"):
             continue
-        parts = next((parts for form in _FORMS if (parts := form(name, tensor, tensors)) is not None), None)
+        parts = next((p for form in _FORMS if (p := form(name, tensor, tensors, quantisation)) is not None), None)
         if parts is None:
             continue
         where = f"pack: {label}, tensor {name!r}"
@@ -128,18 +141,18 @@ def _siblings(name: str) -> tuple[str, str]:
     return (f"{layer}." if layer else ""), own
 
 
-def _torch_quantised(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _torch_quantised(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     return _Parts(name, [], tensor.dequantize) if tensor.is_quantized else None
 
 
-def _subclass(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _subclass(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     """Match tensor classes of other libraries that decode themselves, such as those of torchao and quanto."""
     if type(tensor) in _CLASSES or type(tensor).dequantize is Tensor.dequantize:
         return None
     return _Parts(name, [], tensor.dequantize)
 
 
-def _integer_words(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _integer_words(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     """Match GPTQ and AWQ: `qweight`, `scales`, `qzeros` and `g_idx`."""
     base, own = _siblings(name)
     scales, zeros = tensors.get(base + "scales"), tensors.get(base + "qzeros")
@@ -152,12 +165,12 @@ def _integer_words(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> 
             raise dequantise.Unfit("its scales or zero points are no matrices")
         if zeros is not None and scales.shape[1] != tensor.shape[1]:
             return dequantise.awq(tensor, scales, zeros)
-        return dequantise.gptq(tensor, scales, zeros, tensors.get(base + "g_idx"))
+        return dequantise.gptq(tensor, scales, zeros, tensors.get(base + "g_idx"), second=said.gptq_second)
 
     return _Parts(base + "weight", besides, values)
 
 
-def _four_bits(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _four_bits(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     """Match bitsandbytes with four bits: `absmax`, `quant_map` and `quant_state.bitsandbytes__*` below the weight."""
     states = [key for kind in ("nf4", "fp4") if (key := f"{name}.quant_state.bitsandbytes__{kind}") in tensors]
     parts = {part: f"{name}.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
@@ -170,7 +183,7 @@ def _four_bits(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Par
     return _Parts(name, besides, lambda: dequantise.bitsandbytes_4bit(tensor, state, absmax, codes, nested))
 
 
-def _eight_bits(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _eight_bits(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     """Match bitsandbytes with eight bits: `weight` and `SCB`."""
     base, own = _siblings(name)
     maxima = tensors.get(base + "SCB")
@@ -186,7 +199,7 @@ def _eight_bits(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Pa
     return _Parts(name, [base + other for other in ("SCB", "weight_format") if base + other in tensors], values)
 
 
-def _packed(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _packed(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     """Match packed integers of compressed-tensors: `weight_packed`, `weight_shape` and `weight_scale`."""
     start = name.removesuffix("_packed")
     besides = [start + other for other in ("_scale", "_shape", "_zero_point", "_g_idx") if start + other in tensors]
@@ -197,7 +210,7 @@ def _packed(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts 
     return _Parts(start, besides, lambda: dequantise.packed_integers(tensor, shape, scale, zero, _if_used(groups)))
 
 
-def _experts(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _experts(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     """Match MXFP4 of experts: `gate_up_proj_blocks` and `gate_up_proj_scales`."""
     start = name.removesuffix("_blocks")
     exponents = tensors.get(start + "_scales")
@@ -206,7 +219,7 @@ def _experts(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts
     return _Parts(start, [start + "_scales"], lambda: dequantise.mxfp4(tensor, exponents))
 
 
-def _scaled(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts | None:
+def _scaled(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
     """Match int8, uint8 and float8 beside a scale that bears their name, or in a layer with `scale` or `scales`."""
     wide = _is_float8(tensor)
     if not (wide or tensor.dtype in _NARROW):
@@ -219,7 +232,10 @@ def _scaled(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts 
     if own == "weight" and not wide:
         names += [base + "scale", base + "scales"]
         zeros += [base + "zero_point", base + "zero_points", base + "zeros"]
-    scale = next((key for key in names if key in tensors and tensors[key].is_floating_point()), None)
+    octets = tensors.get(name + "_scale") if wide else None  # MXFP8, whose scales are exponents
+    fits = octets is not None and octets.dtype == torch.uint8 and octets.ndim == tensor.ndim
+    exponents = name + "_scale" if fits else None
+    scale = exponents or next((key for key in names if key in tensors and tensors[key].is_floating_point()), None)
     if scale is None or (stored and base + "_shift" in tensors):
         return None
     zero = next((key for key in zeros if key in tensors), None)
@@ -227,7 +243,12 @@ def _scaled(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> _Parts 
         return None
     besides = [scale, *([zero] if zero else []), *([name + "_g_idx"] if name + "_g_idx" in tensors else [])]
     scales, zero_point, groups = tensors[scale], tensors[zero] if zero else None, tensors.get(name + "_g_idx")
-    return _Parts(target, besides, lambda: dequantise.scaled(tensor, scales, zero_point, _if_used(groups)))
+
+    def values() -> Tensor:
+        spread = dequantise_groups.group_scales(scales) if exponents else scales
+        return dequantise.scaled(tensor, spread, zero_point, _if_used(groups))
+
+    return _Parts(target, besides, values)
 
 
 def _if_used(groups: Tensor | None) -> Tensor | None:
@@ -235,4 +256,46 @@ def _if_used(groups: Tensor | None) -> Tensor | None:
     return None if groups is None or bool((groups < 0).all()) else groups
 
 
-_FORMS = (_torch_quantised, _subclass, _integer_words, _four_bits, _eight_bits, _packed, _experts, _scaled)
+def _floats_of_four_bits(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
+    """Match NVFP4 and MXFP4: `weight` with `weight_scale` and `weight_scale_2`, or `weight_packed` with its scales."""
+    start = name.removesuffix("_packed")
+    scale = tensors.get(start + "_scale")
+    if tensor.dtype != torch.uint8 or scale is None or start + "_zero_point" in tensors:
+        return None
+    if scale.dtype not in (torch.uint8, *_FLOAT8_SCALES) and (start == name or not scale.is_floating_point()):
+        return None
+    if _siblings(name)[0] + "comfy_quant" in tensors:  # whose scales stand in another order
+        return None
+    ends = ("_scale_2",) if start == name else ("_global_scale",)
+    factor = next((start + end for end in ends if start + end in tensors), None)
+    besides = [start + "_scale", *([factor] if factor else [])]
+    second, divide = tensors[factor] if factor else None, start != name
+    return _Parts(start, besides, lambda: dequantise_groups.float4(tensor, scale, second, divide=divide))
+
+
+def _mlx(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
+    """Match MLX: `weight` of uint32 with `scales` and `biases`."""
+    base, own = _siblings(name)
+    scales, biases = tensors.get(base + "scales"), tensors.get(base + "biases")
+    if own != "weight" or tensor.dtype != torch.uint32 or scales is None:
+        return None
+    form = said.mlx.get(base.removesuffix("."), said.mlx.get(""))
+    besides = [base + other for other in ("scales", "biases") if base + other in tensors]
+    return _Parts(name, besides, lambda: dequantise_groups.mlx(tensor, scales, biases, form))
+
+
+def _hqq(name: str, tensor: Tensor, tensors: Tensors, said: Quantisation) -> _Parts | None:
+    """Match HQQ: `W_q` with `scale`, `zero` and what describes them."""
+    base, own = _siblings(name)
+    scale, zero = tensors.get(base + "scale"), tensors.get(base + "zero")
+    described = {other: tensors[base + other] for other in _HQQ if base + other in tensors}
+    if own != "W_q" or scale is None or zero is None or "nbits" not in described:
+        return None
+    besides = [base + other for other in ("scale", "zero", *described)]
+    return _Parts(base + "weight", besides, lambda: dequantise_groups.hqq(tensor, scale, zero, described))
+
+
+_FORMS = (
+    _torch_quantised, _subclass, _integer_words, _four_bits, _eight_bits, _packed, _experts, _floats_of_four_bits, _mlx,
+    _hqq, _scaled,
+)  # fmt: skip

@@ -1,4 +1,7 @@
-"""Tensor types `8 * kind + role`: kinds from the module where there is one, else inferred from names and shapes."""
+"""Tensor types `8 * kind + role`: kinds from the module where there is one, else inferred from names and shapes.
+
+Adapters are layers of the kind "other" with roles of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["KINDS", "ROLES", "infer_kind", "kind_id", "kind_of_module", "role_of"]
+__all__ = ["ADAPTER_ROLES", "KINDS", "ROLES", "infer_kind", "kind_id", "kind_of_module", "role_of"]
 
 KINDS = (
     "linear",
@@ -22,6 +25,8 @@ KINDS = (
     "other",
 )
 ROLES = ("weight", "bias", "running mean", "running variance", "other")
+ADAPTER_ROLES = {"lora_A": 5, "lora_B": 6, "lora_magnitude_vector": 7, "ia3_l": 7}
+"""Roles of the tensors of adapters, by their own names; in layers of the kind "other" alone."""
 LINEAR, CONVOLUTION, TRANSPOSED, NORMALISATION, EMBEDDING, RECURRENT, ATTENTION, OTHER = range(8)
 
 _SYNONYMS = {
@@ -31,6 +36,7 @@ _SYNONYMS = {
     "norm": NORMALISATION,
     "normalization": NORMALISATION,
     "attention": ATTENTION,
+    "adapter": OTHER,
 }
 # Subclasses before their bases: a transposed convolution is a _ConvNd too.
 _CLASSES: tuple[tuple[type | tuple[type, ...], int], ...] = (
@@ -56,7 +62,7 @@ _STACKED_NAME = re.compile(r"(^|[._])(experts?|moe|bilinear|mixture)([._]|$)|bil
 _LINEAR_NAME = re.compile(
     r"^(w[123qkvo]?|[qkvo]|wi(_[01])?|wo|fc\d*|c_fc|lin\d*|linear\d*|dense\d*|(lm_)?head)$|(gate|up|down|[qkvo])_proj$"
 )
-_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj|lm_loss)$")
+_LINEAR_BEHIND = re.compile(r"(head|decoder|classifier|projector|proj|proj_out|lm_loss)$")
 _TABLE_NAME = re.compile(r"pos|token|table|codebook|quer(y|ies)|memory|relative")
 _LONGEST_KERNEL = 64
 _NOT_EMBEDDING_NAME = re.compile(r"patch|(proj|projection|projector|out|output|linear|fc|dense|mapping)\d*$")
@@ -84,8 +90,11 @@ def kind_id(kind: Any) -> int:
 def role_of(name: str, kind: int | None = None) -> int:
     """Return the role of a tensor by its own name: weight 0, bias 1, running_mean 2, running_var 3, other 4.
 
-    In a normalisation, gamma is the weight and beta the bias.
+    In a normalisation, gamma is the weight and beta the bias. In a layer of the kind "other", the tensors of adapters
+    have roles of their own: lora_A 5, lora_B 6, lora_magnitude_vector and ia3_l 7.
     """
+    if kind == OTHER and name in ADAPTER_ROLES:
+        return ADAPTER_ROLES[name]
     if kind == NORMALISATION and name in ("gamma", "beta"):
         return int(name == "beta")
     if name == "running_mean":
@@ -98,6 +107,8 @@ def role_of(name: str, kind: int | None = None) -> int:
 def infer_kind(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Infer the kind of a layer from its name and the names and shapes of its tensors."""
     dims = {name: len(shape) for name, shape in shapes.items()}
+    if not ADAPTER_ROLES.keys().isdisjoint(dims):
+        return OTHER
     if "running_mean" in dims or "running_var" in dims:
         return NORMALISATION
     if any(_RECURRENT_NAME.match(name) for name in dims):

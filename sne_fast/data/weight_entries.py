@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.masked import MaskedTensor
 
+from .adapters import Adapters, Scaling, scalings_of_module
 from .checkpoints import CheckpointError, find_state_dict
 from .flat_entries import FlatEntries, holds_tensors, quantised_recurrent_weights, refuse_hidden, saved_besides
-from .known_names import buffer_by_name, counter_by_name, is_flattened, is_optimiser_state, is_weight_name
+from .known_names import (
+    buffer_by_name,
+    counter_by_name,
+    is_flattened,
+    is_optimiser_state,
+    is_weight_name,
+    parameter_left_out,
+)
 from .network_copies import averaged_copies, refuse_pairs
 from .quantised_weights import decode
+from .readers.quantisation_configs import NOTHING_SAID, Quantisation
 from .tensor_types import NORMALISATION, kind_of_module
 from .tied_names import has_plain_values
 
@@ -40,7 +49,14 @@ class Entries:
     """The tensors that each weight is made of by `weight_of`, as they were given."""
 
 
-def entries_of_mapping(mapping: Mapping[Any, Any], label: str, *, values: bool = True) -> Entries:
+def entries_of_mapping(
+    mapping: Mapping[Any, Any],
+    label: str,
+    scalings: Mapping[str, Scaling] | None = None,
+    quantisation: Quantisation = NOTHING_SAID,
+    *,
+    values: bool = True,
+) -> Entries:
     """Return the weights of a state_dict.
 
     Lists and tuples of tensors are taken as `name.0`, `name.1`, ...
@@ -48,6 +64,8 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str, *, values: bool =
     Args:
         mapping: names and values.
         label: the network in messages.
+        scalings: what the configuration of adapters says of their scales, see `Adapters.canonical`.
+        quantisation: what a configuration says of quantised weights, see `decode`.
         values: whether tensors must have values. Without, those of the meta device stand for what will be read, and
             only `sources` says what weights are made of.
 
@@ -76,22 +94,25 @@ def entries_of_mapping(mapping: Mapping[Any, Any], label: str, *, values: bool =
         )
     if refused is not None:
         raise refused
-    found = _weights(flat, {}, values)
+    found = _weights(flat, {}, scalings or {}, quantisation, values)
     return Entries(found.weights, beside + found.skipped, found.sources)
 
 
-def weight_of(name: str, sources: Mapping[str, Tensor], label: str) -> Tensor:
+def weight_of(
+    name: str, sources: Mapping[str, Tensor], label: str, quantisation: Quantisation = NOTHING_SAID
+) -> Tensor:
     """Return a weight from the tensors that `Entries.sources` has for it, once they have values.
 
     Args:
         name: of the weight.
         sources: tensors by their names in the file.
         label: the network in messages.
+        quantisation: as for `decode`.
 
     Raises:
         ValueError: as `decode`.
     """
-    decoded = decode(sources, label)
+    decoded = decode(sources, label, quantisation=quantisation)
     made = dict(decoded.weights.values())
     if name in made:
         return made[name]
@@ -111,8 +132,10 @@ def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> 
     flat = FlatEntries(label)
     buffers: dict[str, bool] = {}
     recurrent: list[str] = []
+    scalings: dict[str, Scaling] = {}
     for name, module in modules:
         prefix = f"{name}." if name else ""
+        scalings.update(scalings_of_module(name, module))
         statistics = kind_of_module(module) in (None, NORMALISATION)
         # A normalisation that was frozen has its weight and bias among its buffers, and no file tells them apart.
         counted = _FROZEN if statistics and all(own in module._buffers for own in _STATISTICS) else _STATISTICS
@@ -135,7 +158,7 @@ def entries_of_modules(modules: Iterable[tuple[str, nn.Module]], label: str) -> 
         else:
             for own, value in saved_besides(module).items():
                 flat.add(prefix + own, value)
-    return _weights(flat, buffers)
+    return _weights(flat, buffers, scalings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,17 +197,26 @@ def _path(outer: Mapping[Any, Any], inner: Mapping[Any, Any]) -> list[Any]:
 # Tensors to weights
 
 
-def _weights(flat: FlatEntries, buffers: Mapping[str, bool], values: bool = True) -> Entries:
+def _weights(
+    flat: FlatEntries,
+    buffers: Mapping[str, bool],
+    scalings: Mapping[str, Scaling],
+    quantisation: Quantisation = NOTHING_SAID,
+    values: bool = True,
+) -> Entries:
     """Decode what is quantised, and part weights from the rest.
 
     Args:
         flat: all tensors, and entries that are none.
         buffers: whether it counts, for every tensor that a module calls a buffer.
+        scalings: those of adapters.
+        quantisation: as for `decode`.
         values: whether tensors must have values.
     """
     tensors, label, found = flat.tensors, flat.label, Entries(skipped=list(flat.skipped))
-    decoded = decode(tensors, label, values=values)
+    decoded = decode(tensors, label, values=values, quantisation=quantisation)
     scaled_layers = {name.rpartition(".")[0] for name in tensors if _names_scales(name)}
+    adapters = Adapters(tensors)
     floating: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in decoded.weights:
@@ -198,7 +230,7 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool], values: bool = True
                 found.skipped.append((name, "empty tensor"))
         if name in decoded.used:
             found.skipped.append((name, decoded.used[name]))
-        elif name not in decoded.weights:
+        elif name not in decoded.weights and name not in adapters.scales:
             if nn.parameter.is_lazy(tensor):
                 reason = None
             elif is_optimiser_state(name):
@@ -220,6 +252,8 @@ def _weights(flat: FlatEntries, buffers: Mapping[str, bool], values: bool = True
     found.skipped.extend(copies.items())
     floating = {name: tensor for name, tensor in floating.items() if name not in copies}
     refuse_pairs(floating, label)
+    floating, said = adapters.canonical(floating, tensors, scalings, label)
+    found.skipped.extend(said)
     found.weights.update({name: _real(tensor) for name, tensor in floating.items()})
     return found
 
@@ -238,7 +272,7 @@ def _reason_of_floats(name: str, tensor: Tensor, counts: bool | None, tensors: M
     if tensor.numel() == 0:
         return "empty tensor"
     if counts is None and isinstance(tensor, nn.Parameter):
-        return None
+        return parameter_left_out(name)
     known = buffer_by_name(name, tensor, tensors)
     if known is None and name.endswith("weight_v") and {name[:-1] + "u", name[:-1] + "orig"} <= tensors.keys():
         return "spectral norm vector"

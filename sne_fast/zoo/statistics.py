@@ -86,7 +86,8 @@ def _places(batch: WeightBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     networks, layers = batch.network_ptr_host.numpy(), batch.layer_ptr_host.numpy()
     of_layer = np.repeat(np.arange(len(layers) - 1), np.diff(layers))
     network = np.repeat(np.arange(len(batch)), np.diff(networks))[of_layer]
-    return network, of_layer - networks[network], batch.tensor_type.cpu().numpy() % 8
+    role = np.minimum(batch.tensor_type.cpu().numpy() % 8, ROLES - 1)  # those of adapters count as "other"
+    return network, of_layer - networks[network], role
 
 
 def _of_tensors(batch: WeightBatch, statistics: Statistics) -> np.ndarray:

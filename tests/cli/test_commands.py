@@ -215,7 +215,7 @@ def test_errors_are_one_sentence_and_leave_no_file(files, model, tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
     out = tmp_path / "z.npz"
     assert "no such file or folder" in fails("encode", tmp_path / "absent.pt", "-o", out)
-    assert "must end in .npz or .parquet, got" in fails("encode", files[0], "-o", tmp_path / "z.txt")
+    assert "must end in .npz or .parquet, or be a folder" in fails("encode", files[0], "-o", tmp_path / "z.txt")
     assert "folder of the output" in fails("encode", files[0], "-o", tmp_path / "no" / "z.npz")
     assert "holds no config.json" in fails("encode", files[0], "-o", out, "--model", tmp_path)
     assert "neither a folder nor a repository" in fails("encode", files[0], "-o", out, "--model", tmp_path / "a b")

@@ -145,7 +145,7 @@ def test_files_beside_the_weights_that_are_none_do_not_count(tmp_path: Path) -> 
     assert read_checkpoint(tmp_path).left_out["pytorch_model.bin"] == "the same model as model.safetensors by its name"
 
 
-def test_folders_of_several_checkpoints_and_adapters_are_refused(tmp_path: Path) -> None:
+def test_folders_of_several_checkpoints_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "gan" / "generator.pt", STATE)
     save(tmp_path / "gan" / "discriminator.pt", STATE)
     refused(tmp_path / "gan", "holds several checkpoints, discriminator.pt, generator.pt; give the path of one")
@@ -153,10 +153,20 @@ def test_folders_of_several_checkpoints_and_adapters_are_refused(tmp_path: Path)
     save(tmp_path / "many" / "model_1.safetensors", STATE)
     refused(tmp_path / "many", "holds several checkpoints, model.safetensors, model_1.safetensors")
     adapter = save(tmp_path / "lora" / "adapter_model.safetensors", STATE)
-    refused(tmp_path / "lora", "holds an adapter without its base model; merge them, or give the path of adapter_model")
+    same(load_state_dict(tmp_path / "lora"))
     same(load_state_dict(adapter))
     save(tmp_path / "lora" / "model.safetensors", STATE)
     refused(tmp_path / "lora", "holds several checkpoints, adapter_model.safetensors, model.safetensors")
+
+
+def test_a_folder_without_weights_says_where_there_are_some(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "optimizer.bin", STATE)
+    refused(tmp_path / "run", "holds no checkpoint .* but optimizer.bin$")
+    save(tmp_path / "run" / "global_step10" / "mp_rank_00_model_states.pt", {"module": STATE})
+    save(tmp_path / "run" / "empty" / "scheduler.pt", STATE)
+    (tmp_path / "run" / "model_fsdp_0").mkdir()
+    (tmp_path / "run" / "model_fsdp_0" / ".metadata").touch()
+    refused(tmp_path / "run", "but optimizer.bin; give the path of a folder in it, as global_step10, model_fsdp_0$")
 
 
 def sentence_transformer(folder: Path, *modules: tuple[str, str]) -> Path:

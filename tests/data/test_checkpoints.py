@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -259,14 +258,6 @@ def test_malicious_pickles_are_never_run(tmp_path, zipped: bool) -> None:
     assert not proof.exists()
     os.system(f"touch {proof}")  # the proof that the command would have worked
     assert proof.exists()
-
-
-def test_programs_are_refused(tmp_path) -> None:
-    buffer = io.BytesIO()
-    with pytest.warns(DeprecationWarning):
-        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), buffer)
-    (tmp_path / "n.pt").write_bytes(buffer.getvalue())
-    refused(tmp_path / "n.pt", "refused, it is a TorchScript program and not weights")
 
 
 def test_checkpoints_without_weights(tmp_path) -> None:

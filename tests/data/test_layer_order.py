@@ -114,6 +114,22 @@ ARCHITECTURES = {
     ],
     "masked autoencoder": ["decoder_embed", "decoder_layers.0.mlp.fc1", "decoder_norm", "decoder_pred"],
     "prediction layer": ["transformer.embeddings", "transformer.layers.0", "pred_layer.proj"],
+    "encoders and decoders with a prefix": [
+        "vision_encoder.layers.0", "prompt_encoder.point_embed", "mask_decoder.transformer.layers.0",
+    ],
+    "towers of text and of images": [
+        "text_model.encoder.layers.0.mlp.fc1", "vision_model.encoder.layers.0.mlp.fc1", "visual_projection",
+        "text_projection",
+    ],
+    "images into a language model": ["vision_model.layers.0", "connector.proj", "text_model.layers.0", "lm_head"],
+    "images beside a language model, as published": ["visual.patch_embed.proj", "model.embed_tokens", "lm_head"],
+    "head inside a language model": ["model.vision_tower.conv", "language_model.lm_head"],
+    "vector quantisation": [
+        "encoder.conv_in", "quant_conv", "quantize.embedding", "post_quant_conv", "decoder.conv_in",
+    ],
+    "heads of a detector": ["model.backbone.conv", "model.decoder.layers.0.fc1", "bbox_embed.0", "class_embed.0"],
+    "norm behind a whole model": ["model.stages.0.conv", "layer_norm"],
+    "router before its experts": ["moe.router", "moe.input_linear", "moe.output_linear"],
     "embeddings of two languages": ["src_embed.0", "tgt_embed.0", "encoder.layers.0", "decoder.layers.0"],
 }  # fmt: skip
 

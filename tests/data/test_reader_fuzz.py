@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import shutil
+import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -37,6 +38,14 @@ def saved(content: Any, zipped: bool = True) -> bytes:
     return buffer.getvalue()
 
 
+def program() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))), buffer)
+    return buffer.getvalue()
+
+
 RICH = {
     "model": STATE,
     "args": Namespace(lr=0.1, names=["a", ("b", 2)]),
@@ -50,6 +59,7 @@ FILES = {
     "module": saved(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
     "old module": saved(nn.Sequential(nn.Linear(2, 2)), zipped=False),
     **{f"pickle {protocol}": pickle.dumps(RICH, protocol=protocol) for protocol in (0, 2, 4, 5)},
+    "program": program(),
     "safetensors": safetensors_bytes(dict(STATE)),
 }
 
@@ -100,7 +110,7 @@ def rezipped(data: bytes, change: dict[str, bytes], drop: str = "") -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["zip", "rich zip", "module"])
+@pytest.mark.parametrize("kind", ["zip", "rich zip", "module", "program"])
 @given(data=st.data())
 def test_zips_whose_pickle_is_changed_are_read_or_refused(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     """As above, with right checksums, so that the changes reach the reader of pickles."""

@@ -144,17 +144,39 @@ def test_buffers_are_left_out_of_modules_and_of_their_state_dicts_alike() -> Non
     assert skipped(state).keys() <= skipped(module).keys()
 
 
+class Router(nn.Module):
+    def __init__(self, parameter: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(3, 2)
+        self.shared_embedding = nn.Module()
+        for module, name in ((self.gate, "e_score_correction_bias"), (self.shared_embedding, "positional_embedding")):
+            if parameter:
+                module.register_parameter(name, nn.Parameter(torch.randn(2, 2)))
+            else:
+                module.register_buffer(name, torch.randn(2, 2))
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_what_classes_hold_as_parameter_or_as_buffer_is_left_out_of_both(parameter: bool) -> None:
+    network = Router(parameter)
+    for source in (network, network.state_dict()):
+        found = packed(source)
+        assert found.names[0][1] == ("gate.weight", "gate.bias")
+        assert skipped(found).keys() == {"gate.e_score_correction_bias", "shared_embedding.positional_embedding"}
+
+
 def test_buffers_are_told_from_weights_by_what_stands_beside_them() -> None:
     angles = torch.randn(4, 2)
     buffers = {
         "rope.cos": angles.cos(), "rope.sin": angles.sin(), "betas": torch.rand(4), "alphas": torch.rand(4),
         "alphas_cumprod": torch.rand(4), "queue": torch.randn(3, 8), "queue_ptr": torch.zeros(1, dtype=torch.int64),
+        "act_fn.beta": torch.rand(1), "act_fn.eps": torch.rand(1), "layer_scalar": torch.ones(1),
         "alibi_slopes": torch.rand(4), "vq.embed": torch.randn(3, 2), "vq.embed_avg": torch.randn(3, 2),
         "attn.attention_bias_idxs": torch.arange(4).view(2, 2), "bias_table": torch.arange(4).view(2, 2),
     }  # fmt: skip
     found = packed({"fc.weight": torch.ones(2, 2), **buffers})
     assert found.names[0][1] == ("fc.weight",) and skipped(found).keys() == buffers.keys()
-    weights = {name: torch.randn(4, 2) for name in ("rope.cos", "rope.sin", "betas", "alphas", "queue")}
+    weights = {name: torch.randn(4, 2) for name in ("rope.cos", "rope.sin", "betas", "alphas", "queue", "act.beta")}
     assert set(packed(weights).names[0][1]) == weights.keys()
 
 

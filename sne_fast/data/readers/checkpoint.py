@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,24 @@ from torch import Tensor
 
 from ..layer_order import natural_key
 from ..tied_names import with_tied_names
+from .adapter_configs import adapter_scales, scales_in_metadata
 from .chosen_weights import choose_weights
 from .content_tree import arrays_as_tensors
 from .contents import Contents
+from .distributed_folders import distributed_folder, open_distributed
 from .errors import CheckpointError, reading, shown, shown_list
 from .folders import array_files, chosen_file, sentence_transformer_parts
 from .formats import format_of
 from .lazy_tensors import LazyTensor, OpenFile, read_all
 from .numpy_files import read_npy_files
 from .other_formats import OTHER_FORMATS
+from .pipelines import chosen_component
+from .quantisation_configs import NOTHING_SAID, Quantisation, quantisation_beside
 from .safetensors_files import open_safetensors
+from .script_programs import Script, script_weights
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import open_tensors
+from .tied_by_config import with_ties_of_config
 from .torch_files import damage_of, read_content
 
 __all__ = ["ORDER_KEY", "Checkpoint", "OpenCheckpoint", "open_checkpoint", "read_checkpoint"]
@@ -46,12 +52,19 @@ class Checkpoint:
         left_out: what else the file or folder holds, by path in the file or by file name, with the reason why it is
             not part of the weights: objects, optimiser states, averages of the weights, other files.
         key: where in the file the tensors are, names joined by dots; "" at the top.
+        adapter_scales: of adapters whose configuration lies beside them, by the name of the adapted module: what the
+            update is multiplied by, and its rank.
+        quantisation: what a configuration beside them says of quantised tensors.
+        kinds: ids of the kinds of layers by name, where a module that was rebuilt says them.
     """
 
     tensors: dict[str, Tensor]
     keeps_order: bool
     left_out: dict[str, str] = field(default_factory=dict)
     key: str = ""
+    adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
+    quantisation: Quantisation = NOTHING_SAID
+    kinds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,10 +78,12 @@ class OpenCheckpoint:
     keeps_order: bool
     left_out: dict[str, str] = field(default_factory=dict)
     key: str = ""
+    adapter_scales: dict[str, tuple[float, int]] = field(default_factory=dict)
+    quantisation: Quantisation = NOTHING_SAID
 
     def read(self) -> Checkpoint:
         """Read all tensors into memory; raises CheckpointError as `read_checkpoint`."""
-        return Checkpoint(read_all(self.tensors), self.keeps_order, self.left_out, self.key)
+        return Checkpoint(**{**vars(self), "tensors": read_all(self.tensors)})
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -76,7 +91,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
     Args:
         path: a file, or a folder of one checkpoint.
-        key: the place of the weights in a pickled file that has several, names joined by dots.
+        key: the place of the weights in a pickled file that has several, names joined by dots; in the folder of a
+            diffusers pipeline the name of a network.
 
     Raises:
         CheckpointError: as `load_state_dict`.
@@ -99,7 +115,10 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Ope
     file = Path(os.fsdecode(path))
     try:
         with reading(file):
-            return _open_folder(file, key) if file.is_dir() else _open_file(file, key)
+            distributed = distributed_folder(file)
+            if distributed is not None:
+                return _open_distributed(distributed, key)
+            return _open_folder(file, key) if file.is_dir() else _open_configured(file, key)
     except RecursionError:
         raise CheckpointError(f"{file}: refused, its values are nested too deeply") from None
     except ValueError as error:
@@ -108,15 +127,24 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Ope
         raise CheckpointError(f"{str(file)!r}: cannot be read: {error}") from error  # a path that no system can name
 
 
+def _open_distributed(folder: Path, key: str | None) -> OpenCheckpoint:
+    tensors, weights = open_distributed(folder, key)
+    return OpenCheckpoint(in_order(tensors, None, folder), False, weights.left_out, weights.path)
+
+
 def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
+    component = chosen_component(folder, key)
+    if component is not None:
+        found = _open_folder(component.folder, component.key)
+        return replace(found, left_out=found.left_out | component.left_out)
     parts = sentence_transformer_parts(folder)
     if parts is None and (arrays := array_files(folder)):
         return _of_contents(read_npy_files(folder, arrays), folder)
     if parts is None:
         file, left_out = chosen_file(folder)
-        found = _open_file(file, key)
-        return OpenCheckpoint(found.tensors, found.keeps_order, found.left_out | left_out, found.key)
-    read = [(part.number, _open_file(part.file, key)) for part in parts]
+        found = _open_configured(file, key)
+        return replace(found, left_out=found.left_out | left_out)
+    read = [(part.number, _open_configured(part.file, key)) for part in parts]
     if len(read) == 1:
         return read[0][1]
     if len({number for number, _ in read}) != len(read):
@@ -129,7 +157,16 @@ def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
     return OpenCheckpoint(tensors, all(found.keeps_order for _, found in read), skipped)
 
 
+def _open_configured(file: Path, key: str | None) -> OpenCheckpoint:
+    return replace(_open_file(file, key), quantisation=quantisation_beside(file))
+
+
 def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
+    found = _open_whole(file, key)
+    return replace(found, tensors=with_ties_of_config(file.parent, found.tensors))
+
+
+def _open_whole(file: Path, key: str | None) -> OpenCheckpoint:
     kind = format_of(file)
     if kind == "index":
         return _open_index(file, key)
@@ -138,7 +175,8 @@ def _open_file(file: Path, key: str | None) -> OpenCheckpoint:
     refuse_rank(file)
     if shards := sibling_shards(file):
         return _joined([(shard, _open_one(shard, key)) for shard in shards], file)
-    return _open_one(file, key)
+    found = _open_one(file, key)
+    return replace(found, adapter_scales=found.adapter_scales | adapter_scales(file, found.tensors))
 
 
 def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
@@ -155,7 +193,9 @@ def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors")
     order = metadata.get(ORDER_KEY)
-    return OpenCheckpoint(in_order(with_tied_names(tensors, metadata), order, file), order is not None)
+    scales = scales_in_metadata(metadata, tensors, file)
+    tied = in_order(with_tied_names(tensors, metadata), order, file)
+    return OpenCheckpoint(tied, order is not None, adapter_scales=scales)
 
 
 def _of_contents(found: Contents, file: Path) -> OpenCheckpoint:
@@ -174,13 +214,16 @@ def _open_torch(file: Path, key: str | None) -> OpenCheckpoint:
 
     with failing():
         held = OpenFile(file)
-        content = arrays_as_tensors(read_content(held.opened))
+        content = read_content(held.opened)
         ranks = content.get("mp_world_size") if isinstance(content, dict) else None
         if isinstance(ranks, int) and ranks > 1:
             raise CheckpointError(
                 f"is the part of one of {shown(ranks)} processes of a model-parallel checkpoint; merge the parts first"
             )
-        weights = choose_weights(content, key)
+        if isinstance(content, Script):
+            weights = script_weights(content, key)
+        else:
+            weights = choose_weights(arrays_as_tensors(content), key)
         tensors = open_tensors(weights.tensors, held, failing)
     return OpenCheckpoint(tensors, True, weights.left_out, weights.path)
 

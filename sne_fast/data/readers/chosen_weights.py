@@ -253,13 +253,16 @@ class _Search:
 
 
 def _descend(value: Any, key: str) -> Any:
-    """Return what the names of the key lead to; names may have dots themselves."""
+    """Return what the names of the key lead to; names may have dots themselves, and the key may end inside some."""
     rest = key
     while rest:
         if not is_container(value):
             break
         named = value.state["_modules"].items() if is_module(value) else children(value)
         fitting = [(n, v) for n, v in named if n is not None and (rest == n or rest.startswith(f"{n}."))]
+        inside = {n[len(rest) + 1 :]: v for n, v in named if n is not None and n.startswith(f"{rest}.")}
+        if not fitting and inside:  # the part of a state_dict, whose names have dots
+            return inside
         if not fitting:
             raise CheckpointError(f"has no key {shown(key)}; there are {shown_list(n for n, _ in named if n)}")
         name, value = max(fitting, key=lambda item: len(item[0]))

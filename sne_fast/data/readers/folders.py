@@ -1,18 +1,30 @@
-"""Folders of checkpoints: which of their files are the weights, and models of sentence-transformers."""
+"""Folders of checkpoints: which of their files are the weights; models of sentence-transformers and diffusers."""
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ...regular_files import read_json
 from ..layer_order import natural_key
+from .adapter_configs import ADAPTER_FILE
 from .errors import CheckpointError, reading, shown
 from .formats import READABLE, SAVED_MODEL
 from .shards import counts_itself, shards_named, sibling_shards
 
-__all__ = ["Part", "array_files", "chosen_file", "independent_files", "sentence_transformer_parts"]
+__all__ = [
+    "METADATA",
+    "EmptyFolder",
+    "Part",
+    "array_files",
+    "chosen_file",
+    "component_folders",
+    "independent_files",
+    "is_model_folder",
+    "sentence_transformer_parts",
+]
 
 _OTHER_ENDINGS = (".onnx", ".gguf", ".h5", ".weights.h5", ".hdf5", ".keras", ".msgpack", ".tflite", ".npz")
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pth.tar", ".pt.tar", *_OTHER_ENDINGS)
@@ -25,10 +37,19 @@ _NO_WEIGHTS = re.compile(
 )
 # Names of one model in several formats.
 _STANDARD = ("model", "pytorch_model", "diffusion_pytorch_model", "tf_model", "flax_model", "diffusion_flax_model")
-_ADAPTER = re.compile(r"adapter_model\..*")
 _MODULES = "modules.json"
+_PIPELINE = "model_index.json"
+METADATA = ".metadata"  # of torch.distributed.checkpoint
+_MOST_FOLDERS = 200
+_COMPONENT = re.compile(r"[A-Za-z0-9_-]+")
+# Classes of a pipeline's components that prepare inputs or outputs and have no weights.
+_WEIGHTLESS_COMPONENT = re.compile(r"Scheduler|Tokenizer|Processor|FeatureExtractor|Guider")
 # Modules of sentence-transformers that have no weights.
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "BoW")
+
+
+class EmptyFolder(CheckpointError):
+    """A folder without files of weights."""
 
 
 class Part(NamedTuple):
@@ -42,7 +63,7 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
     """Return the file of a folder that holds its weights, and the other files that look like weights, with the reason.
 
     Raises:
-        CheckpointError: no file, several, an adapter without its model, or one part of several.
+        CheckpointError: no file, several, or one part of several.
     """
     with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
@@ -51,19 +72,18 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
     left_out = {
         name: "no weights by its name" for name in names if lower[name].endswith(_ENDINGS) and name not in weights
     }
-    adapters = [name for name in weights if _ADAPTER.fullmatch(name)]
+    adapters = [name for name in weights if ADAPTER_FILE.fullmatch(name)]
     indices = [name for name in names if _INDEX.fullmatch(lower[name])]
     groups = _groups(folder, [name for name in weights if name not in adapters], indices)
     if not groups and adapters:
-        raise CheckpointError(
-            f"{folder}: holds an adapter without its base model; merge them, or give the path of {adapters[0]} to "
-            f"encode the adapter alone"
-        )
+        groups, adapters = adapters, []
     if not groups and "saved_model.pb" in names:
         raise CheckpointError(f"{folder}: {SAVED_MODEL}")
     if not groups:
         held = ", ".join(names[:8]) or "no files"
-        raise CheckpointError(f"{folder}: holds no checkpoint ({READABLE}) but {held}")
+        inside = _folders_of_checkpoints(folder)
+        more = f"; give the path of a folder in it, as {', '.join(inside)}" if inside else ""
+        raise EmptyFolder(f"{folder}: holds no checkpoint ({READABLE}) but {held}{more}")
     chosen, others = _best(folder, groups)
     if adapters:
         others = [*others, *adapters]
@@ -72,6 +92,25 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
             f"{folder}: holds several checkpoints, {', '.join(sorted([chosen, *others])[:8])}; give the path of one"
         )
     return folder / chosen, left_out | dict.fromkeys(others, f"the same model as {chosen} by its name")
+
+
+def is_model_folder(folder: Path, file: Path) -> bool:
+    """Return whether a folder is that of one model, by what lies beside its weights, or by the name of their file."""
+    beside = any((folder / name).is_file() for name in ("config.json", _MODULES))
+    return beside or _INDEX.fullmatch(file.name.lower()) is not None or _stem(file.name) in _STANDARD
+
+
+def _folders_of_checkpoints(folder: Path) -> list[str]:
+    """Return the first folders inside one in which there are files that look like weights."""
+    found: list[str] = []
+    with suppress(OSError):  # a folder that may not be looked into
+        for place in sorted(folder.iterdir())[:_MOST_FOLDERS]:
+            if len(found) < 4 and place.is_dir():
+                names = [entry.name.lower() for entry in place.iterdir()]
+                known = (_PIPELINE, METADATA)
+                if any(n in known or (n.endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(n)) for n in names):
+                    found.append(place.name)
+    return found
 
 
 def array_files(folder: Path) -> list[Path]:
@@ -92,10 +131,15 @@ def _weights_among(names: list[str]) -> list[str]:
 def independent_files(folder: Path) -> list[Path] | None:
     """Return the checkpoints of a folder where each file is a network of its own, in natural order of their names.
 
+    Of a diffusers pipeline with several networks they are the folders of these.
+
     None for a folder that is one checkpoint, and wherever files may belong together: beside an index or a
     configuration, shards that count themselves, adapters, and one name in several formats.
     """
     try:
+        components = component_folders(folder)
+        if components is not None:
+            return components if len(components) > 1 else None
         chosen_file(folder)
     except CheckpointError:
         pass
@@ -106,7 +150,7 @@ def independent_files(folder: Path) -> list[Path] | None:
     if any(_INDEX.fullmatch(name.lower()) or name in ("config.json", _MODULES) for name in names):
         return None
     weights = _weights_among(names)
-    together = any(_ADAPTER.fullmatch(name.lower()) or counts_itself(name) for name in weights)
+    together = any(ADAPTER_FILE.fullmatch(name.lower()) or counts_itself(name) for name in weights)
     if len(weights) < 2 or together or len({_stem(name) for name in weights}) < len(weights):
         return None
     return [folder / name for name in weights]
@@ -162,6 +206,41 @@ def _same_model(chosen: str, others: list[str]) -> bool:
         return not any(re.fullmatch(r"model_\d+", _stem(name)) for name in others)
     stems = {_stem(name) for name in [chosen, *others]}
     return len(stems) == 1 or stems <= set(_STANDARD)
+
+
+def component_folders(folder: Path) -> list[Path] | None:
+    """Return the folders of a pipeline's networks, in the order of its list; None for a folder that is no pipeline.
+
+    Components without weights, such as schedulers and tokenizers, are not among them; networks that are missing are.
+
+    Raises:
+        CheckpointError: a list that is damaged.
+    """
+    listing = folder / _PIPELINE
+    if not listing.exists():
+        return None
+    with reading(listing):
+        entries = read_json(listing, dict)
+    found = []
+    for name, entry in entries.items():
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            continue  # settings, and components that this pipeline goes without
+        if not _COMPONENT.fullmatch(name):
+            raise CheckpointError(f"{listing}: refused, its component {shown(name)} is no name of a folder in it")
+        place = folder / name
+        if _has_weights(place) if place.is_dir() else not _WEIGHTLESS_COMPONENT.search(entry[1]):
+            found.append(place)
+    return found
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        chosen_file(folder)
+    except EmptyFolder:
+        return False
+    except CheckpointError:  # which is said where the network is read
+        pass
+    return True
 
 
 def sentence_transformer_parts(folder: Path) -> list[Part] | None:

@@ -149,6 +149,7 @@ def read_tensors(tensors: Mapping[str, StoredTensor | Tensor]) -> dict[str, Tens
 
     Raises:
         BadTensor: tensors that a small file would make out of shared bytes, and other tensors that cannot be.
+        CheckpointError: the file ends before the values do.
         OSError: the file cannot be read.
     """
     _check_shared(tensor for tensor in tensors.values() if isinstance(tensor, StoredTensor))
@@ -157,6 +158,8 @@ def read_tensors(tensors: Mapping[str, StoredTensor | Tensor]) -> dict[str, Tens
     for name, tensor in tensors.items():
         try:
             read[name] = tensor if isinstance(tensor, Tensor) else tensor._shown(storages)
+        except CheckpointError:  # which says it itself
+            raise
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).partition("\n")[0][:120]
             raise BadTensor(f"its tensor {name!r:.80} cannot be made: {reason}") from error

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,6 +20,7 @@ from .content_tree import RefusedContent
 from .errors import CheckpointError
 from .numpy_values import RefusedArray
 from .pickled_values import BadPickle, Bounded, RefusedName, read_pickle
+from .script_programs import SCRIPT_NAMES, Script
 from .stored import BadTensor, Storage, read_into
 from .torch_values import known_names, storage_maker
 
@@ -26,6 +28,7 @@ __all__ = ["damage_of", "read_content"]
 
 _MAGIC = torch.serialization.MAGIC_NUMBER
 _PROTOCOL = torch.serialization.PROTOCOL_VERSION
+_MAX_SOURCE = 64 * 2**20  # of a program, decompressed
 _MAX_NESTED = 2  # files inside files: a storage in the bytes of a pickle
 
 
@@ -36,6 +39,8 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplemente
 
 def read_content(opened: IO[bytes], *, strict: bool = False, arrays: bool = False) -> Any:
     """Return what a pickled checkpoint holds, with `StoredTensor`s, which can be read while the file is open.
+
+    Of a TorchScript program it is a `Script`.
 
     Args:
         opened: the checkpoint.
@@ -86,6 +91,8 @@ def _content(opened: IO[bytes], strict: bool, extra: Mapping[str, Any], depth: i
     opened.seek(0)
     if beginning == b"PK\x03\x04":
         zipped = _Zip(opened)
+        if zipped.is_script:
+            return _script(zipped, known, strict)
         return read_pickle(io.BytesIO(zipped.pickle()), known, storage_maker(zipped), strict=strict)
     size = opened.seek(0, io.SEEK_END)
     opened.seek(0)
@@ -103,25 +110,43 @@ def _content(opened: IO[bytes], strict: bool, extra: Mapping[str, Any], depth: i
     return value
 
 
+def _script(zipped: _Zip, known: Mapping[str, Any], strict: bool) -> Script:
+    if strict:
+        raise CheckpointError("refused, it is a TorchScript program and not weights; save its state_dict()")
+    constants = zipped.of("constants")
+    root, values = (
+        read_pickle(io.BytesIO(part.pickle()), {**known, **SCRIPT_NAMES}, storage_maker(part))
+        for part in (zipped, constants)
+    )
+    return Script(root, values, dict(zipped.sources()))
+
+
 class _Zip:
-    """The storages of a file of `torch.save`: entries of a zip, stored as they are."""
+    """The storages of a file of `torch.save`: entries of a zip, stored as they are.
+
+    A TorchScript program is such a file too. It has two pickles, `data` and `constants`, each with its storages, and
+    beside them its source, which may be compressed.
+    """
+
+    part = "data"
 
     def __init__(self, opened: IO[bytes]) -> None:
         size = opened.seek(0, io.SEEK_END)
         self.archive = zipfile.ZipFile(opened)
         entries = self.archive.infolist()
-        if any(e.filename.endswith("/constants.pkl") or e.filename == "constants.pkl" for e in entries):
-            raise CheckpointError("refused, it is a TorchScript program and not weights; save its state_dict()")
         found = [
             e.filename for e in entries if e.filename.rpartition("/")[2] == "data.pkl" and e.filename.count("/") < 2
         ]
         if len(found) != 1:
             raise CheckpointError("is a zip file but no checkpoint of torch, which has one data.pkl; unpack it first")
+        self.folder = found[0][: -len("data.pkl")]
+        self.is_script = any(e.filename == f"{self.folder}constants.pkl" for e in entries)
+        self.code = [e for e in entries if self.is_script and e.filename.startswith(f"{self.folder}code/")]
+        entries = [e for e in entries if e not in self.code]
         if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries):
             raise CheckpointError("refused, it is a compressed or encrypted zip, which torch.save never writes")
         if sum(e.file_size for e in entries) > size:
             raise CheckpointError("is damaged: its entries are larger than the file")
-        self.folder = found[0][: -len("data.pkl")]
         self.entries = {e.filename: e for e in entries}
         order = self.folder + "byteorder"
         self.little = order not in self.entries or self._bytes(order, 16) != b"big"
@@ -136,19 +161,34 @@ class _Zip:
             entry.CRC = None  # type: ignore[assignment]
         return self.archive.open(entry)
 
+    def of(self, part: str) -> _Zip:
+        """Return the same file for the storages of another pickle in it."""
+        other = copy(self)
+        other.part = part
+        return other
+
+    def sources(self) -> Iterator[tuple[str, str]]:
+        """Yield the paths and texts of a program's source."""
+        sources = [entry for entry in self.code if entry.filename.endswith(".py")]
+        if sum(entry.file_size for entry in sources) > _MAX_SOURCE:
+            raise CheckpointError("refused, the source of its TorchScript program is larger than any")
+        for entry in sources:
+            text = self.archive.read(entry).decode("utf-8", "replace")
+            yield entry.filename.removeprefix(f"{self.folder}code/"), text
+
     def pickle(self) -> bytes:
-        name = self.folder + "data.pkl"
+        name = f"{self.folder}{self.part}.pkl"
         return self._bytes(name, self.entries[name].file_size)
 
     def declare(self, storage: Storage) -> None:
-        name = f"{self.folder}data/{storage.key}"
+        name = f"{self.folder}{self.part}/{storage.key}"
         if name not in self.entries:
             raise BadPickle(f"it lacks the values of storage {storage.key!r:.40}")
         if max(storage.count, storage.total) * storage.dtype.itemsize > self.entries[name].file_size:
             raise BadPickle(f"storage {storage.key!r:.40} has fewer values than its pickle says")
 
     def read(self, storage: Storage) -> Tensor:
-        name = f"{self.folder}data/{storage.key}"
+        name = f"{self.folder}{self.part}/{storage.key}"
         with self._open(name) as entry:
             read = read_into(entry, self.entries[name].file_size)
             entry.read(1)  # the end, where the checksum is compared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
-from ..free_memory import MemoryNeeded
+from .free_memory import MemoryNeeded
 
 EXPECTED = (ValueError, TypeError, OSError, KeyError, ModuleNotFoundError, MemoryError)
 """Kinds of errors that have a message for the user; all others are bugs and show a traceback."""

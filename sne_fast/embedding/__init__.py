@@ -1,0 +1,27 @@
+"""Encoding of many networks: a manifest of what there is, units of equal work, and a dataset that says what is done.
+
+Nothing here needs an engine: a unit is encoded by any process that is given it, and writes a file of its own, so that
+the files that exist are the list of what is done.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .dataset import EmbeddingDataset, collect
+    from .manifests import manifest
+    from .running import embed_units
+    from .units import Unit, embed_unit, plan
+else:
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            ".dataset": ["EmbeddingDataset", "collect"],
+            ".manifests": ["manifest"],
+            ".running": ["embed_units"],
+            ".units": ["Unit", "embed_unit", "plan"],
+        },
+    )
+
+__all__ = ["EmbeddingDataset", "Unit", "collect", "embed_unit", "embed_units", "manifest", "plan"]

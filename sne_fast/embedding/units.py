@@ -1,0 +1,270 @@
+"""Units of equal work, and the encoding of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..data.batch import WeightBatch
+from ..data.checkpoints import read_checkpoint
+from ..data.layer_stream import LayerStream
+from ..extras import require
+from ..failures import is_expected, sentence
+from ..nn.encoder import SNE
+from ..nn.predictor import Predictor
+from .manifests import network_at
+
+__all__ = ["Unit", "embed_unit", "plan"]
+
+BUDGET = 200_000_000
+"""Weights of a unit: a few minutes of one core, less than a second of a GPU."""
+MOST = 4096
+"""Networks of a unit."""
+PACKED = 200_000
+"""Weights that are encoded in one call, of networks that are smaller."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a unit: its row of the manifest."""
+
+    uri: str
+    name: str
+    etag: str
+    weights: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that is done and written at once: whole networks, or a run of layers of one.
+
+    Attributes:
+        networks: of the unit; one where `layers` is given.
+        layers: first layer, the one after the last, and the number of all layers of the network; None for whole
+            networks.
+    """
+
+    networks: tuple[Network, ...]
+    layers: tuple[int, int, int] | None = None
+
+    @property
+    def id(self) -> str:
+        """Sixteen hexadecimal digits that depend on what is to be encoded, and on nothing else."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def weights(self) -> int:
+        """Weights of the networks, of which a run of layers has a part."""
+        return sum(network.weights for network in self.networks)
+
+
+def plan(table: Any, budget: int = BUDGET, *, split: bool = True) -> list[Unit]:
+    """Cut the networks of a manifest into units of about equal work, the largest first.
+
+    Args:
+        table: of `manifest`; rows with an error are left out.
+        budget: weights of a unit. A larger network becomes several units, each a run of its layers.
+        split: whether a network may be split; a predictor's preparation may need it whole.
+
+    Returns:
+        Units, the same for the same table and budget.
+    """
+    rows = [row for row in table.to_pylist() if row["error"] is None]
+    rows.sort(key=lambda row: (-row["weights"], row["uri"]))
+    units: list[Unit] = []
+    held: list[Network] = []
+    size = 0
+    for row in rows:
+        network = Network(row["uri"], row["name"], row["etag"], row["weights"])
+        if split and row["weights"] > budget and len(row["layer_weights"]) > 1:
+            runs = list(_runs(row["layer_weights"], budget))
+            units += [Unit((network,), (first, last, len(row["layer_weights"]))) for first, last in runs]
+            continue
+        if held and (size + row["weights"] > budget or len(held) == MOST):
+            units.append(Unit(tuple(held)))
+            held, size = [], 0
+        held.append(network)
+        size += row["weights"]
+    return [*units, Unit(tuple(held))] if held else units
+
+
+def _runs(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    first, size = 0, 0
+    for i, weights in enumerate(sizes):
+        if i > first and size + weights > budget:
+            yield first, i
+            first, size = i, 0
+        size += weights
+    yield first, len(sizes)
+
+
+def embed_unit(
+    encoder: SNE | Predictor,
+    unit: Unit,
+    *,
+    key: str | None = None,
+    nonfinite: str | None = None,
+    layers: bool = False,
+    max_chunks: int | None = None,
+    seed: int = 0,
+    max_memory: float | None = None,
+) -> Any:
+    """Encode the networks of a unit, without gradients; one that fails does not take others with it.
+
+    Args:
+        encoder: the encoder, or a predictor, whose head's input is computed.
+        unit: of `plan`.
+        key: the place of the weights in pickled files that have several.
+        nonfinite: as in :func:`sne_fast.pack`; None is what the encoder does by itself.
+        layers: write the vectors of layers too; for an encoder.
+        max_chunks: as in :meth:`sne_fast.SNE.encode`; for an encoder.
+        seed: of the sample of chunks.
+        max_memory: as in :meth:`sne_fast.SNE.encode`.
+
+    Returns:
+        A `pyarrow.Table` with a row per network and the columns of `schema`. A failure is a row with `error`.
+
+    Raises:
+        ValueError: `layers`, `max_chunks` or a run of layers for a predictor.
+        ModuleNotFoundError: pyarrow is missing.
+    """
+    arrow = _arrow()
+    by_layers = layers or max_chunks is not None or unit.layers is not None
+    if by_layers and not isinstance(encoder, SNE):
+        raise ValueError("embed_unit: layers, max_chunks and runs of layers are for encoders, got a Predictor")
+    width = encoder.out_features if isinstance(encoder, SNE) else encoder.in_features
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for group in _groups(unit.networks):
+            if isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED):
+                given = {"key": key, "nonfinite": nonfinite, "max_memory": max_memory}
+                for network in group:
+                    rows.append(_layer_by_layer(encoder, network, unit.layers, layers, max_chunks, seed, given))
+            else:
+                rows += _together(encoder, group, key, nonfinite)
+    return arrow.Table.from_pylist(rows, schema=schema(width, encoder))
+
+
+def schema(width: int, encoder: SNE | Predictor) -> Any:
+    """Return the pyarrow schema of results.
+
+    `uri`, `name`, `etag`, `weights` are those of the manifest; `vector` is z, null where the network failed or is not
+    complete; `spread` is its relative standard error where chunks were sampled; `seconds` is the time that it took;
+    `error` says why it failed. `first_layer`, `num_layers` (of the whole network) and `layers`, a struct of name,
+    level, tensors, vector and pooled, are there where layers were asked for.
+    """
+    arrow = _arrow()
+    h = encoder.hidden_dim if isinstance(encoder, SNE) else width
+    layer = arrow.struct(
+        [
+            ("name", arrow.string()), ("level", arrow.int64()), ("tensors", arrow.int64()),
+            ("vector", arrow.list_(arrow.float32(), h)), ("pooled", arrow.list_(arrow.float32())),
+        ]
+    )  # fmt: skip
+    return arrow.schema(
+        [
+            ("uri", arrow.string()), ("name", arrow.string()), ("etag", arrow.string()), ("weights", arrow.int64()),
+            ("vector", arrow.list_(arrow.float32(), width)), ("spread", arrow.float32()), ("seconds", arrow.float64()),
+            ("first_layer", arrow.int64()), ("num_layers", arrow.int64()), ("layers", arrow.list_(layer)),
+            ("error", arrow.string()),
+        ]
+    )  # fmt: skip
+
+
+def _groups(networks: Sequence[Network]) -> Iterator[list[Network]]:
+    """Yield networks that are packed in one call: as many as have `PACKED` weights together, or one larger one."""
+    held: list[Network] = []
+    size = 0
+    for network in networks:
+        if held and size + network.weights > PACKED:
+            yield held
+            held, size = [], 0
+        held.append(network)
+        size += network.weights
+    if held:
+        yield held
+
+
+def _row(network: Network, seconds: float, **values: Any) -> dict[str, Any]:
+    return {**asdict(network), "seconds": seconds, **values}
+
+
+def _layer_by_layer(
+    encoder: SNE,
+    network: Network,
+    run: tuple[int, int, int] | None,
+    keep: bool,
+    max_chunks: int | None,
+    seed: int,
+    given: dict[str, Any],
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        stream = LayerStream(
+            network_at(network.uri), key=given["key"], order=encoder.config["order"],
+            nonfinite=given["nonfinite"] or "raise",
+        )  # fmt: skip
+        encoder.check_stream(stream, max_chunks=max_chunks, max_memory=given["max_memory"])
+        if run is not None and len(stream) != run[2]:
+            raise ValueError(f"{network.uri}: has {len(stream)} layers, and the manifest says {run[2]}; make it again")
+        chosen = stream if run is None else stream[run[0] : run[1]]
+        encodings = encoder.encode_layers(chosen, max_chunks=max_chunks, seed=seed)
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        return _row(network, time.perf_counter() - start, error=_about(network, error))
+    found: dict[str, Any] = {}
+    if run is None:
+        found["vector"] = encoder.join(encodings)[0].float().tolist()
+        found["spread"] = float(encoder.spread(encodings)) if encodings.estimated else None
+    if keep or run is not None:
+        pooled = [None] * len(encodings) if encodings.pooled is None else encodings.pooled.float().tolist()
+        columns = (
+            encodings.names, encodings.levels.tolist(), encodings.tensors.tolist(), encodings.vectors.float().tolist(),
+            pooled,
+        )  # fmt: skip
+        names = ("name", "level", "tensors", "vector", "pooled")
+        found["layers"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        found["first_layer"], found["num_layers"] = (0, len(stream)) if run is None else (run[0], run[2])
+    return _row(network, time.perf_counter() - start, **found)
+
+
+def _together(
+    encoder: SNE | Predictor, networks: Sequence[Network], key: str | None, nonfinite: str | None
+) -> list[dict[str, Any]]:
+    """Encode small networks in one call; where that fails, one by one."""
+    start = time.perf_counter()
+    options = {} if nonfinite is None else {"nonfinite": nonfinite}
+    encode = encoder if isinstance(encoder, SNE) else encoder.encode
+    try:
+        batch: WeightBatch = encoder.pack([_read(network.uri, key) for network in networks], **options)
+        vectors = encode(batch).float().tolist()
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        if len(networks) == 1:
+            return [_row(networks[0], time.perf_counter() - start, error=_about(networks[0], error))]
+        return [row for network in networks for row in _together(encoder, [network], key, nonfinite)]
+    each = (time.perf_counter() - start) / len(networks)
+    return [_row(network, each, vector=vector) for network, vector in zip(networks, vectors, strict=True)]
+
+
+def _read(uri: str, key: str | None) -> Any:
+    return network_at(uri) if key is None else read_checkpoint(uri, key)
+
+
+def _about(network: Network, error: BaseException) -> str:
+    return sentence(error).replace("pack: network 0: ", "").replace("network 0", network.name)
+
+
+def _arrow() -> Any:
+    require("pyarrow.parquet", extra="parquet", why="encoding many networks")
+    import pyarrow
+
+    return pyarrow
