@@ -32,6 +32,7 @@ _FORMAT = "ONNX file"
 _MAX_DEPTH = 16
 _MOST_LOOKED_AT = 2**26  # elements of a constant that could be a mask
 _MASKED = -1e4
+_LARGE = 1024  # elements of a vector of bytes that may be packed weights
 _MOST_COPIES = 100_000  # nodes of functions, once each is written out wherever it is called
 
 
@@ -266,7 +267,8 @@ class _Reader:
             reason = "integers: a shape, an index or a table" if constant.dtype.itemsize > 1 else "integers"
             decoded = self._decoded(constant, graph)
             setting = all(_is_setting(graph, node, place) for node, place in consumers)
-            if decoded is None and constant.dtype in (torch.int8, torch.uint8) and constant.ndim > 1 and not setting:
+            large = constant.ndim > 1 or constant.count >= _LARGE
+            if decoded is None and constant.dtype in (torch.int8, torch.uint8) and large and not setting:
                 raise no_scale(constant)
             if decoded is None:
                 self.found.left_out[graph.prefix + name] = reason

@@ -138,9 +138,9 @@ SETTINGS: dict[str, tuple[int, ...] | None] = {
     "QLinearConv": (1, 2, 4, 5, 6, 7), "QLinearMatMul": (1, 2, 4, 5, 6, 7), "QGemm": (1, 2, 4, 5, 7, 8),
     "MatMulInteger": (2, 3), "ConvInteger": (2, 3), "QLinearAdd": (1, 2, 4, 5, 6, 7), "QLinearMul": (1, 2, 4, 5, 6, 7),
     "QLinearSigmoid": None, "QLinearLeakyRelu": None, "QLinearGlobalAveragePool": None, "QLinearConcat": None,
-    "DynamicQuantizeMatMul": (2, 3), "DynamicQuantizeLSTM": (4, 5, 6, 8, 9, 10, 11), "MatMulNBits": (2, 3, 4),
-    "LSTM": (4, 5, 6), "GRU": (4, 5, 6), "RNN": (4, 5, 6), "ScatterND": None,
-    "ConstantOfShape": None, "Loop": None, "EyeLike": None,
+    "DynamicQuantizeMatMul": (2, 3), "QAttention": (3, 4, 6, 7), "MatMulNBits": (2, 3, 4),
+    "DynamicQuantizeLSTM": (4, 5, 6, 8, 9, 10, 11), "LSTM": (4, 5, 6), "GRU": (4, 5, 6), "RNN": (4, 5, 6),
+    "ScatterND": None, "ConstantOfShape": None, "Loop": None, "EyeLike": None,
 }  # fmt: skip
 
 
@@ -374,8 +374,8 @@ _SPECIAL: dict[str, _Special] = {
     "Attention": _attention, "MatMulInteger": _integer_product, "ConvInteger": _integer_product,
     "QLinearConv": _quantised(3, 4, 5, 8, 0, False), "QLinearMatMul": _quantised(3, 4, 5, None, 1, True),
     "QGemm": _quantised(3, 4, 5, 6, 1, True), "DynamicQuantizeMatMul": _quantised(1, 2, 3, 4, 1, True),
-    "MatMulNBits": _blocks, "LSTM": _recurrent, "GRU": _recurrent, "RNN": _recurrent,
-    "DynamicQuantizeLSTM": _recurrent,
+    "QAttention": _quantised(1, 4, 7, 2, 1, True), "MatMulNBits": _blocks, "LSTM": _recurrent, "GRU": _recurrent,
+    "RNN": _recurrent, "DynamicQuantizeLSTM": _recurrent,
 }  # fmt: skip
 
 
