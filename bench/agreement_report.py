@@ -26,6 +26,7 @@ WORDS = {
     "folder": "its folder of `save_pretrained`",
     "folder_rebuilt": "that, rebuilt by `transformers`",
 }
+SHORT = {"state_dict": "state dict", "bin": "`.bin`", "folder": "folder", "folder_rebuilt": "rebuilt folder"}
 WRITTEN_DOWN = ("torchvision/", "timm/")
 WORST = 10
 
@@ -74,30 +75,30 @@ def _correlations(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _failures(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a line for each model type whose sources differ from its module, with the reason."""
-    grouped: dict[tuple[str, str, str], list[str]] = {}
+    """Return a line for each model type whose sources differ from its module, with the first difference."""
+    grouped: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    experts: list[str] = []
     for row in rows:
         family, _, name = row["name"].partition("/")
-        failed = tuple(source for source in SOURCES if source in row["differs"] and not agrees(row, source))
-        if failed:
-            reason = row["differs"][failed[-1] if failed[-1] == "folder_rebuilt" else failed[0]]
-            kind = "experts" if "experts" in reason and reason.startswith("tensors") else _reason(reason)
-            words = ", ".join(
-                WORDS[source].split(",")[0] + ("" if "," not in WORDS[source] else "*") for source in failed
-            )
-            grouped.setdefault((words, kind, "" if kind == "experts" else family), []).append(name)
-    experts = [(words, names) for (words, kind, _), names in grouped.items() if kind == "experts"]
-    lines = []
-    for words, names in experts:
-        lines += [
-            f"Experts, which modules hold stacked and files one by one ({words} differs; {len(names)} classes): "
-            f"{_listed(names)}.",
-            "",
-        ]
-    lines += ["The other networks that differ:", "", "| network | differs | first difference |", "| --- | --- | --- |"]
-    for (words, kind, family), names in grouped.items():
-        if kind != "experts":
-            lines.append(f"| {family}: {_listed(names)} | {words} | {kind} |")
+        failed = [source for source in SOURCES if source in row["differs"] and not agrees(row, source)]
+        if not failed:
+            continue
+        difference = row["differs"][failed[0]]
+        if failed == ["folder"] and difference.startswith("tensors") and "experts" in difference:
+            experts.append(name)
+        else:
+            grouped.setdefault((family, ", ".join(SHORT[source] for source in failed)), []).append((name, difference))
+    lines = [
+        f"Of {len(experts)} classes the folder differs since modules hold experts stacked and files hold them one by "
+        f"one: {_listed(experts)}.",
+        "",
+        "The other networks that differ, with the first difference of the first class:",
+        "",
+        "| network | what differs | how |",
+        "| --- | --- | --- |",
+    ]
+    for (family, failed), entries in grouped.items():
+        lines.append(f"| {family}: {_listed(name for name, _ in entries)} | {failed} | {_reason(entries[0][1])} |")
     return lines
 
 
@@ -107,8 +108,13 @@ def _listed(names: Iterable[str]) -> str:
 
 def _reason(difference: str) -> str:
     """Return a difference in words, with the first tensor of each kind."""
-    text = re.sub(r"((?:^|: )\d+ (?:lacking|more): [^,;]+)[^;]*", r"\1", difference)
-    text = text.replace("tensors: ", "").replace("order: ", "").replace("types: ", "types: ")
+    kind, _, text = difference.partition(": ")
+    if kind == "tensors":
+        parts = [part.partition(",")[0].replace(": ", ", as ") for part in text.split("; ")]
+        words = {"lacking": "of the module alone", "more": "of the file alone"}
+        text = "; ".join(re.sub(r"lacking|more", lambda found: words[found[0]], part, count=1) for part in parts)
+    elif kind not in ("order", "layers", "types"):
+        text = difference.replace("'", "").partition(" and ")[0]
     return re.sub(r"([\w-]+(?:\.[\w-]+)+)", r"`\1`", text.replace("|", "/"))[:300]
 
 

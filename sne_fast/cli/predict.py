@@ -13,6 +13,7 @@ from .running import (
     KEY,
     NONFINITE,
     PATHS,
+    REBUILD,
     check_output,
     expand,
     report,
@@ -33,6 +34,7 @@ class PredictSettings:
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
     key: str | None = option(None, help=KEY, shown="the only one")
     nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
+    rebuild: bool = option(False, help=REBUILD)
 
     def __post_init__(self) -> None:
         check_choices(self, "predict")
@@ -60,7 +62,10 @@ def predict(settings: PredictSettings) -> None:
     else:
         predictor = Predictor.from_pretrained(settings.model, device=settings.device)
         module = predictor.__call__
-    results = run_in_batches(module, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite)
+    results = run_in_batches(
+        module, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite,
+        rebuild=settings.rebuild,
+    )  # fmt: skip
     columns = distinct_columns(["name", *predictor.target_names])
     rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in rows]

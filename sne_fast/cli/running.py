@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import WeightBatch
-    from ..data.checkpoints import Checkpoint
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
@@ -28,6 +27,10 @@ PATHS = (
 )
 KEY = "Place of the weights in files that hold several, names joined by dots, such as generator or model.encoder."
 NONFINITE = "Treatment of NaN and infinities among the weights: refuse the network, read them as 0, or keep them."
+REBUILD = (
+    "Rebuild folders of transformers as modules: names, order, ties and kinds are those of the class that config.json "
+    "names. Needs transformers."
+)
 _ALONE = re.compile(r"^(pack: )?(network 0( \('.*?'\))?[:,]? ?)?")
 
 
@@ -127,6 +130,7 @@ def run_in_batches(
     *,
     key: str | None = None,
     nonfinite: str | None = None,
+    rebuild: bool = False,
     alone: Callable[[Any, Callable[[float], None]], Encoding | None] | None = None,
 ) -> Results:
     """Run a module on all networks, in batches of bounded weights; one that fails does not take others with it.
@@ -139,6 +143,7 @@ def run_in_batches(
         key: place of the weights in files that hold several, as in
             :func:`sne_fast.data.checkpoints.load_state_dict`.
         nonfinite: as in :func:`sne_fast.pack`; None is what `pack` does by itself.
+        rebuild: whether folders of transformers are rebuilt as modules.
         alone: runs a network that is too large for a batch, and says how far it is; returns None for others.
 
     Raises:
@@ -182,7 +187,7 @@ def run_in_batches(
             if found is not None:
                 outputs[i], skipped[i], spreads[i] = found
                 return None
-            return pack([file if key is None else _read(file, key)], **options)
+            return pack([given_network(file, key, rebuild)], **options)
         except Exception as error:
             if not is_expected(error):
                 raise
@@ -214,9 +219,24 @@ def run_in_batches(
     return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences, left_out, found)
 
 
-def _read(file: Any, key: str) -> Checkpoint:
-    from ..data.checkpoints import CheckpointError, read_checkpoint
+def given_network(file: Any, key: str | None, rebuild: bool) -> Any:
+    """Return what `pack` takes for a file or a network of a zoo: itself, or the checkpoint that was read from it.
 
+    Args:
+        file: a path, or a network of a zoo.
+        key: place of the weights in a file that holds several.
+        rebuild: whether a folder with a `config.json` is rebuilt as a module of transformers.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or rebuilt; `key` for a network of a zoo.
+    """
+    from ..data.checkpoints import CheckpointError, read_checkpoint
+    from ..data.transformers_folders import read_transformers_folder
+
+    if rebuild and isinstance(file, Path) and (file / "config.json").is_file():
+        return read_transformers_folder(file)
+    if key is None:
+        return file
     if not isinstance(file, Path):
         raise CheckpointError("key= is for files of torch, not for a network of a zoo")
     return read_checkpoint(file, key)

@@ -79,7 +79,7 @@ def read_transformers_folder(path: str | os.PathLike[str]) -> Checkpoint:
         ) from error
     modules = list(model.named_modules(remove_duplicate=False))
     entries = entries_of_modules(modules, str(folder))
-    # The library marks what it loaded or tied, and drops from the missing keys what a class says may be missing.
+    # The library marks what it loaded or tied.
     unset = {name for name, tensor in entries.weights.items() if not getattr(tensor, "_is_hf_initialized", False)}
     lacking = sorted(unset | (entries.weights.keys() & set(info["missing_keys"])))
     if lacking:
@@ -149,8 +149,10 @@ def _loaded(cls: Any, config: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Mo
     if any(dtype.itemsize == 1 for dtype in dtypes):
         raise ValueError("float8 weights are not rebuilt")
     widest = next(iter(dtypes)) if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
-    # What is lacking is refused, so nothing needs initial values; some classes overwrite rows of tables with zeros.
-    plain = type(cls.__name__, (cls,), {"initialize_weights": lambda self: None, "__module__": cls.__module__})
+    # What is lacking is refused, so nothing needs initial values, and some classes overwrite rows of tables with zeros.
+    # All keys without a place are wanted, those too that the library expects there.
+    changed = {"initialize_weights": _nothing, "_adjust_missing_and_unexpected_keys": _nothing}
+    plain = type(cls.__name__, (cls,), {**changed, "__module__": cls.__module__})
     return plain.from_pretrained(  # type: ignore[attr-defined, no-any-return]
         None,
         config=config,
@@ -160,6 +162,10 @@ def _loaded(cls: Any, config: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Mo
         trust_remote_code=False,
         output_loading_info=True,
     )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Take the place of a method."""
 
 
 @contextmanager

@@ -235,7 +235,7 @@ def test_a_key_does_not_hide_that_an_order_of_definition_is_lost(tmp_path, files
     assert call("encode", tmp_path / "a.pt", *ask, "--key", "net").exit_code == 0
     assert call("encode", tmp_path / "a.pt", *ask).exit_code == 0
     message = fails("encode", files[0], *ask, "--key", "net")
-    assert message.startswith(f"sne-fast: {files[0]}: ") and "safetensors file is flat" in message
+    assert message.startswith(f"sne-fast: {files[0]}: ") and "a file of safetensors is flat" in message
 
 
 def test_a_network_that_a_predictor_cannot_prepare_does_not_lose_the_others(files, model, tmp_path, monkeypatch):

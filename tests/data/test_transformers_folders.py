@@ -99,8 +99,12 @@ def test_values_are_not_rounded_to_the_dtype_of_the_configuration(saved: Path) -
 
 def test_entries_without_a_place_in_the_class_are_left_out_with_the_reason(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
-    save_file({**tensors, "other.weight": torch.ones(3, 3)}, saved / "model.safetensors", {"format": "pt"})
-    assert read_transformers_folder(saved).left_out["other.weight"] == "no weight of BertLMHeadModel"
+    more = {"other.weight": torch.ones(3, 3), "bert.embeddings.position_ids": torch.arange(64)[None]}
+    save_file({**tensors, **more}, saved / "model.safetensors", {"format": "pt"})
+    left_out = read_transformers_folder(saved).left_out
+    assert {name: left_out[name] for name in more} == {
+        "other.weight": "no weight of BertLMHeadModel", "bert.embeddings.position_ids": "position_ids table",
+    }  # fmt: skip
 
 
 def test_nothing_of_the_folder_runs_and_nothing_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
