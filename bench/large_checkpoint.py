@@ -1,8 +1,8 @@
 """Encode a large checkpoint of random weights, and measure memory and time: `bench/large_checkpoint.py --help`.
 
 The checkpoint has the names and shapes of a Llama, in bfloat16, in shards with an index. It is encoded by
-`sne-fast encode` in a process of its own, which tells its peak of resident memory, and the system its processor time; the
-rate of the chunk stage alone is measured on one matrix in the same run.
+`sne-fast encode` in a process of its own, which tells its peak of resident memory, and the system its processor time.
+The rate of the chunk stage alone is measured on one matrix in the same run.
 """
 
 from __future__ import annotations
