@@ -10,6 +10,8 @@ from .free_memory import MemoryNeeded
 EXPECTED = (ValueError, TypeError, OSError, KeyError, ModuleNotFoundError, MemoryError)
 """Kinds of errors that have a message for the user; all others are bugs and show a traceback."""
 
+_ALONE = re.compile(r"^(pack: )?(network 0( \('.*?'\))?[:,]? ?)?")
+
 # torch raises a RuntimeError on the CPU and a subclass of it, OutOfMemoryError, on a GPU.
 _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|alloc_cpu\.cpp|out of memory|can't allocate memory", re.IGNORECASE)
 _TRIED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGT]iB)")
@@ -50,6 +52,19 @@ def sentence(error: BaseException, work: str = "") -> str:
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {str(error.filename)!r}"
     return " ".join(str(text).split())
+
+
+def any_sentence(error: Exception) -> str:
+    """Return the message of any error as one sentence, for jobs that record failures and go on."""
+    if is_expected(error):
+        return of_one(sentence(error))
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}{f': {said}' if said else ''}, which is a bug of sne_fast; please report it"
+
+
+def of_one(reason: str) -> str:
+    """Return a sentence about a network that was given alone, without its being "network 0" of a call."""
+    return _ALONE.sub("", reason)
 
 
 def _memory_sentence(message: str, work: str) -> str:

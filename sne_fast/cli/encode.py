@@ -21,6 +21,7 @@ from .running import (
     PATHS,
     REBUILD,
     Encoding,
+    about,
     check_output,
     expand,
     given_network,
@@ -79,14 +80,16 @@ class EncodeSettings:
     shard: str | None = option(
         None, help="Share of this process among several that write to one folder, such as 0/8.", shown="all"
     )
+    retry: bool = option(False, help="Encode again what failed before, to a folder.")
     on_error: OnError = option("record", help="Record networks that fail and encode the others, or stop at the first.")
 
     def __post_init__(self) -> None:
         check_choices(self, "encode")
         if self.shard is not None:
             parse_shard(self.shard)
-        if self.out.suffix in SUFFIXES and (self.layers or self.workers > 1 or self.shard is not None):
-            raise ValueError(f"--layers, --workers and --shard need a folder as --out, got {str(self.out)!r}")
+        for_folders = self.layers or self.workers > 1 or self.shard is not None or self.retry
+        if self.out.suffix in SUFFIXES and for_folders:
+            raise ValueError(f"--layers, --workers, --shard and --retry need a folder as --out, got {str(self.out)!r}")
         if self.rebuild and self.out.suffix not in SUFFIXES:
             raise ValueError(f"--rebuild needs an .npz or .parquet file as --out, got {str(self.out)!r}")
         if self.max_memory is not None:
@@ -177,7 +180,7 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     """Encode what is not done yet, unit by unit, and say which networks failed."""
     import torch
 
-    from ..embedding import EmbeddingDataset, embed_units, manifest, plan
+    from ..embedding import EmbeddingDataset, cut_for, embed_units, manifest, plan
     from ..nn.encoder import SNE
     from ..reports.terminal import progress, say
 
@@ -198,29 +201,35 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     dataset = EmbeddingDataset(out, encoder, **{name: value for name, value in given.items() if value is not None})
     with progress(console, "Reading headers") as update:
         table = manifest(settings.paths, key=settings.key, progress=lambda n: update(0.0, f"{n:,} networks"))
-    failures = [f"{row['uri']}: {row['error']}" for row in table.to_pylist() if row["error"] is not None]
-    if failures and settings.on_error == "stop":
-        raise ValueError(failures[0])
+    failures = {row["uri"]: row["error"] for row in table.to_pylist() if row["error"] is not None}
+
+    def stop_at(failures: dict[str, str]) -> None:
+        for uri, error in failures.items() if settings.on_error == "stop" else ():
+            raise ValueError(about(uri, error))
+
+    stop_at(failures)
     share, shares = (0, 1) if settings.shard is None else parse_shard(settings.shard)
-    units = plan(table, split=not whole)[share::shares]
-    waiting = dataset.missing(units)
-    total, done = max(sum(unit.weights for unit in waiting), 1), 0
-    count = 0
+    units = cut_for(plan(table, split=not whole), shares)[share::shares]
+    waiting = dataset.missing(units, retry=settings.retry)
+    total, done, encoded = max(sum(unit.weights for unit in waiting), 1), 0, set[str]()
     with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
-        encoding = embed_units(dataset, waiting, workers=settings.workers, device=settings.device, max_memory=limit)
+        encoding = embed_units(
+            dataset, waiting, workers=settings.workers, device=settings.device, max_memory=limit, retry=settings.retry
+        )
         for unit in encoding:
             done += unit.weights
-            count += len(unit.networks)
+            encoded |= {network.uri for network in unit.networks}
             if settings.on_error == "stop":
-                for failure in dataset.failures([unit]):
-                    raise ValueError(failure)
-            update(done / total, f"{count:,} networks")
-    failures += dataset.failures(units)
-    ready = sum(len(unit.networks) for unit in units if unit.layers is None or unit.layers[0] == 0)
-    say(console, f"{ready:,} networks are done in {dataset.path}, {count:,} of them by this call")
-    list_failures(failures)
+                stop_at(dataset.failures([unit]))
+            update(done / total, f"{len(encoded):,} networks")
+    failures |= dataset.failures(units)
+    own = {network.uri for unit in units if unit.layers is None or unit.layers[0] == 0 for network in unit.networks}
+    ready, by_this_call = (len(uris - failures.keys()) for uris in (own, encoded))
+    say(console, f"{ready:,} networks are done in {dataset.path}, {by_this_call:,} of them by this call")
+    list_failures([about(uri, error) for uri, error in failures.items()])
     if failures:
-        typer.echo(f"sne-fast: {len(failures)} of {table.num_rows} networks failed; the others are done", err=True)
+        of_all = len(own | failures.keys())
+        typer.echo(f"sne-fast: {len(failures)} of {of_all} networks failed; the others are done", err=True)
         raise typer.Exit(1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..extras import require
-from ..failures import EXPECTED, is_expected, is_out_of_memory, sentence
+from ..failures import EXPECTED, is_expected, is_out_of_memory, of_one, sentence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +30,6 @@ REBUILD = (
     "Rebuild folders of transformers as modules: names, order, ties and kinds are those of the class that config.json "
     "names. Needs transformers."
 )
-_ALONE = re.compile(r"^(pack: )?(network 0( \('.*?'\))?[:,]? ?)?")
 
 
 def stdout() -> Console:
@@ -178,7 +176,7 @@ def run_in_batches(
             outputs.update(zip((i for i, _ in held), rows, strict=True))
             return
         if reason is not None:  # outside of the except block, which keeps what the failed call had in memory
-            failures[held[0][0]] = _about(networks[held[0][0]][0], reason)
+            failures[held[0][0]] = about(networks[held[0][0]][0], reason)
         else:
             for one in held:
                 run([one])
@@ -196,7 +194,7 @@ def run_in_batches(
         except Exception as error:
             if not is_expected(error):
                 raise
-            failures[i] = _about(name, sentence(error))
+            failures[i] = about(name, sentence(error))
             return None
 
     with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
@@ -247,9 +245,9 @@ def given_network(file: Any, key: str | None, rebuild: bool) -> Any:
     return read_checkpoint(file, key)
 
 
-def _about(name: str, reason: str) -> str:
+def about(name: str, reason: str) -> str:
     """Return a sentence about the network of a name, for which it is not "network 0" of a call."""
-    reason = _ALONE.sub("", reason)
+    reason = of_one(reason)
     return reason if reason.startswith(name) else f"{name}: {reason}"
 
 

@@ -17,6 +17,17 @@ from .tensor_types import kind_id
 
 def resolve_kinds(networks: list[Network], kinds: Any) -> list[int]:
     """Return `8 * kind + role` of every tensor."""
+    chosen = given_kinds(networks, kinds)
+    return [
+        tensor_type
+        for network, given in zip(networks, chosen, strict=True)
+        for i, layer in enumerate(network.layers)
+        for tensor_type in layer.types(given.get(i))
+    ]
+
+
+def given_kinds(networks: list[Network], kinds: Any) -> list[dict[int, int]]:
+    """Return per network the kinds of the layers, by their places, for which `kinds` says one."""
     if kinds is not None and not isinstance(kinds, Mapping) and not hasattr(kinds, "__len__"):
         raise TypeError(
             f"pack: kinds must be 'names', a mapping, or one mapping or None per network, got {type(kinds).__name__}"
@@ -30,12 +41,7 @@ def resolve_kinds(networks: list[Network], kinds: Any) -> list[int]:
         for kind in (rule or {}).values():
             kind_id(kind)
     chosen = _apply(networks, rules, "kinds")
-    types: list[int] = []
-    for network, given in zip(networks, chosen, strict=True):
-        for i, layer in enumerate(network.layers):
-            kind = kind_id(given[i]) if i in given else layer.resolved_kind()
-            types.extend(8 * kind + role for role in layer.roles(kind))
-    return types
+    return [{i: kind_id(kind) for i, kind in given.items()} for given in chosen]
 
 
 def resolve_levels(networks: list[Network], layer_level: Any) -> list[int]:

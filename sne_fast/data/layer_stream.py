@@ -16,9 +16,10 @@ from torch import Tensor
 from .adapters import Adapters
 from .batch import WeightBatch
 from .checkpoints import Checkpoint, CheckpointError, OpenCheckpoint, open_checkpoint
-from .choices import NonFinite
+from .choices import Chunking, NonFinite
+from .cutting import cut_of, has_kernel
 from .known_names import buffer_by_name
-from .layer_overrides import resolve_kinds
+from .layer_overrides import given_kinds
 from .layers import Layer, Network, collect
 from .packing import check_options, pack_collected
 from .readers.lazy_tensors import LazyTensor
@@ -39,6 +40,7 @@ class LayerStream:
         order: of the layers, as in :func:`sne_fast.pack`.
         kinds: of layers, "names" or a mapping, as in :func:`sne_fast.pack`.
         nonfinite: what NaN and infinities do, as in :func:`sne_fast.pack`.
+        index: position of the network among several, for messages.
 
     Attributes:
         network: name, layers in order, and what is left out; tensors that are not in memory are on the meta device.
@@ -55,6 +57,7 @@ class LayerStream:
         order: str = "names",
         kinds: Literal["names"] | Mapping[str, Any] | None = None,
         nonfinite: NonFinite = "raise",
+        index: int = 0,
     ) -> None:
         self.nonfinite = nonfinite
         self.first = 0
@@ -65,7 +68,7 @@ class LayerStream:
             try:
                 source = open_checkpoint(source, key)
             except CheckpointError as error:
-                raise CheckpointError(f"pack: network 0: {error}") from error
+                raise CheckpointError(f"pack: network {index}: {error}") from error
         elif key is not None:
             raise CheckpointError("key= is for files of torch, not for a network that is in memory")
         given = source
@@ -74,27 +77,28 @@ class LayerStream:
             given = Checkpoint(**{**vars(source), "tensors": self._stand_ins(source)})
         by_names = isinstance(kinds, str) and kinds == "names"
         self.order = order
-        self.network: Network = collect(0, given, order, kinds_by_names=by_names, values=False)
+        self.network: Network = collect(index, given, order, kinds_by_names=by_names, values=False)
         if name is not None:
             self.network.name = name
-        self._types: list[list[int]] | None = None
-        if kinds is not None and not by_names:
-            types = iter(resolve_kinds([self.network], kinds))
-            self._types = [[next(types) for _ in layer.tensors] for layer in self.network.layers]
+        self._kinds = given_kinds([self.network], None if by_names else kinds)[0]
 
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self.network.layers)
 
     def __getitem__(self, run: slice) -> LayerStream:
-        """Return the stream of a run of layers, which keep their levels."""
-        start, stop, step = run.indices(len(self))
-        if step != 1:
-            raise ValueError(f"LayerStream: layers must be a slice of step 1, got step {step}")
+        """Return the stream of a run of layers, which keep their levels.
+
+        Raises:
+            ValueError: anything else than a slice of step 1, or one without layers.
+        """
+        start, stop, step = run.indices(len(self)) if isinstance(run, slice) else (0, 0, 1)
+        if step != 1 or stop <= start:
+            raise ValueError(f"LayerStream: layers must be a slice of step 1 with at least one layer, got {run!r}")
         part = copy.copy(self)
         part.network = replace(self.network, layers=self.network.layers[start:stop])
         part.first = self.first + start
-        part._types = None if self._types is None else self._types[start:stop]
+        part._kinds = {i - start: kind for i, kind in self._kinds.items() if start <= i < stop}
         return part
 
     def stored_bytes(self) -> list[int]:
@@ -107,6 +111,19 @@ class LayerStream:
     def tensor_sizes(self) -> list[list[int]]:
         """Return the weights of each tensor of each layer; of quantised ones an upper bound, by their bytes."""
         return [[self._size(name, tensor) for name, tensor in layer.tensors] for layer in self.network.layers]
+
+    def chunk_counts(self, chunk_size: int, chunking: Chunking) -> list[list[int]]:
+        """Return the chunks of each tensor of each layer; of quantised ones about as many as there are at most."""
+        found = []
+        for i, (layer, sizes) in enumerate(zip(self.network.layers, self.tensor_sizes(), strict=True)):
+            counts = []
+            for (_, tensor), size, kind in zip(layer.tensors, sizes, layer.types(self._kinds.get(i)), strict=True):
+                shape = tuple(tensor.shape)
+                known = size == math.prod(shape)
+                rows = cut_of(shape, has_kernel(kind, len(shape)), chunking).rows if known else 1
+                counts.append(rows * -(-(size // rows) // chunk_size))
+            found.append(counts)
+        return found
 
     @property
     def num_weights(self) -> int:
@@ -164,8 +181,6 @@ class LayerStream:
         return 4 * max((_bytes(part) for part in sources.values()), default=_bytes(tensor))
 
     def _pack(self, i: int, layer: Layer, **options: Any) -> WeightBatch:
-        network = Network(0, self.network.name, [layer])
-        types = resolve_kinds([network], None) if self._types is None else self._types[i]
         chosen = {"chunk_size": 32, "chunking": "flat", "scale": "tensor", "nonfinite": self.nonfinite, **options}
         chosen["dtype"] = chosen.get("dtype") or torch.get_default_dtype()
         device = chosen.get("device")
@@ -174,8 +189,8 @@ class LayerStream:
         check_options(*(chosen[name] for name in ("chunk_size", "chunking", "scale", "order", "nonfinite")))
         if chosen["device"] is not None:  # the bytes as they are stored; they are cut there
             layer = replace(layer, tensors=[(name, t.to(chosen["device"])) for name, t in layer.tensors])
-            network = Network(0, self.network.name, [layer])
-        return pack_collected([network], types, [self.first + i], **chosen)
+        network = Network(self.network.index, self.network.name, [layer])
+        return pack_collected([network], layer.types(self._kinds.get(i)), [self.first + i], **chosen)
 
     def _stand_ins(self, checkpoint: OpenCheckpoint) -> dict[str, Tensor]:
         """Return tensors in memory, and tensors without values for those that are to be read."""

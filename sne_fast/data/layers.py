@@ -48,9 +48,10 @@ class Layer:
         """Return whether the layer is the adapter of a module, which may have the name of that module."""
         return not ADAPTER_ROLES.keys().isdisjoint(self.own)
 
-    def roles(self, kind: int) -> list[int]:
-        """Return the role of each tensor in a layer of this kind."""
-        return [role_of(own, kind) for own in self.own]
+    def types(self, kind: int | None = None) -> list[int]:
+        """Return `8 * kind + role` of each tensor, in a layer of this kind; None is its own."""
+        kind = self.resolved_kind() if kind is None else kind
+        return [8 * kind + role_of(own, kind) for own in self.own]
 
 
 @dataclass

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .dataset import EmbeddingDataset, collect
     from .manifests import manifest
     from .running import embed_units
-    from .units import Unit, embed_unit, plan
+    from .units import Unit, cut_for, embed_unit, plan
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -20,8 +20,8 @@ else:
             ".dataset": ["EmbeddingDataset", "collect"],
             ".manifests": ["manifest"],
             ".running": ["embed_units"],
-            ".units": ["Unit", "embed_unit", "plan"],
+            ".units": ["Unit", "cut_for", "embed_unit", "plan"],
         },
     )
 
-__all__ = ["EmbeddingDataset", "Unit", "collect", "embed_unit", "embed_units", "manifest", "plan"]
+__all__ = ["EmbeddingDataset", "Unit", "collect", "cut_for", "embed_unit", "embed_units", "manifest", "plan"]

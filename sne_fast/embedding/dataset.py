@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from ..extras import require
 from ..nn.encoder import SNE
 from ..nn.layer_encodings import LayerEncodings
 from ..nn.predictor import Predictor
-from ..nn.pretrained import DIGEST, read_config, saved_class
+from ..nn.pretrained import CONFIG_NAME, DIGEST, read_config, saved_class
+from ..regular_files import read_json
 from ..version import __version__
-from .units import Unit
+from .units import Network, Unit
 
-__all__ = ["EmbeddingDataset", "collect"]
+__all__ = ["EmbeddingDataset", "collect", "read_results"]
 
 MODEL = "model"
 ABOUT = "embedding.json"
@@ -45,19 +48,19 @@ class EmbeddingDataset:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         self.encoder, self.options = encoder, options
-        made = root / f".model-{os.getpid()}"
-        encoder.save_pretrained(made)
-        config = read_config(made)
+        with tempfile.TemporaryDirectory() as made:
+            encoder.save_pretrained(made)
+            config = read_config(made)
         about = {"config": config, "options": {name: options[name] for name in sorted(options)}}
         self.hash = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.path = root / f"encoder={self.hash}"
         self.path.mkdir(exist_ok=True)
-        if (self.path / MODEL).exists():
-            for file in made.iterdir():
-                file.unlink()
-            made.rmdir()
-        else:
-            made.rename(self.path / MODEL)
+        if not (self.path / MODEL).exists():
+            try:
+                encoder.save_pretrained(self.path / MODEL)  # appears whole
+            except OSError:
+                if not (self.path / MODEL / CONFIG_NAME).is_file():  # that another process has made meanwhile
+                    raise
         if not (self.path / ABOUT).exists():
             said = {
                 "model": saved_class(config), DIGEST: config.get(DIGEST), "options": about["options"],
@@ -69,18 +72,43 @@ class EmbeddingDataset:
         """Return the file of a unit."""
         return self.path / f"part-{unit.id}.parquet"
 
-    def missing(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units that are not done, in order."""
-        return [unit for unit in units if not self.part(unit).exists()]
+    def missing(self, units: Sequence[Unit], *, retry: bool = False) -> list[Unit]:
+        """Return the units that are not done, in order, without the networks that other units have done.
 
-    def failures(self, units: Sequence[Unit]) -> list[str]:
-        """Return a sentence for each network of the units that failed, which begins with its path."""
-        import pyarrow.parquet as pq
+        Args:
+            units: of `plan`.
+            retry: whether what failed before is to be done again.
+        """
+        if not retry and all(self.part(unit).exists() for unit in units):
+            return []
+        results = read_results(self.path, ["uri", "etag", "first_layer", "error"])
+
+        def done(network: Network) -> bool:
+            held = results.get((network.uri, network.etag))
+            return held is not None and held.whole is not None and not (retry and held.whole["error"] is not None)
 
         found = []
-        for part in map(self.part, units):
-            rows = pq.read_table(part, columns=["uri", "error"]).to_pylist() if part.exists() else []
-            found += [f"{row['uri']}: {row['error']}" for row in rows if row["error"] is not None]
+        for unit in units:
+            if unit.layers is None:
+                left = tuple(network for network in unit.networks if not done(network))
+                if left:
+                    found.append(unit if len(left) == len(unit.networks) else Unit(left))
+            elif not done(unit.networks[0]):
+                held = results.get((unit.networks[0].uri, unit.networks[0].etag))
+                run = None if held is None else held.runs.get(unit.layers[0])
+                if not self.part(unit).exists() or (retry and run is not None and run["error"] is not None):
+                    found.append(unit)
+        return found
+
+    def failures(self, units: Sequence[Unit]) -> dict[str, str]:
+        """Return why networks of the units failed, by their paths."""
+        results = read_results(self.path, ["uri", "etag", "first_layer", "error"])
+        found: dict[str, str] = {}
+        for network in dict.fromkeys(network for unit in units for network in unit.networks):
+            rows = results[network.uri, network.etag].rows if (network.uri, network.etag) in results else []
+            errors = [row["error"] for row in rows if row["error"] is not None]
+            if errors:
+                found[network.uri] = errors[0]
         return found
 
     def write(self, unit: Unit, table: Any) -> None:
@@ -91,16 +119,63 @@ class EmbeddingDataset:
             pq.write_table(table, temporary)
 
 
-def collect(folder: str | os.PathLike[str], *, encoder: SNE | None = None) -> Any:
+@dataclass
+class Results:
+    """The rows of one network with one etag: as a whole, or of runs of its layers by the first of each."""
+
+    whole: dict[str, Any] | None = None
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    newest: int = 0
+    """Place of the newest file with rows of it, among all files by their age."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that count: one that succeeded as a whole, else those of runs, else one that failed."""
+        if self.whole is not None and (self.whole["error"] is None or not self.runs):
+            return [self.whole]
+        return [self.runs[first] for first in sorted(self.runs)]
+
+    def add(self, row: dict[str, Any], place: int) -> None:
+        """Add the row of a newer file; a failure does not take the place of a success."""
+        first, self.newest = row["first_layer"], place
+        before = self.whole if first is None else self.runs.get(first)
+        if before is not None and before["error"] is None and row["error"] is not None:
+            return
+        if first is None:
+            self.whole = row
+        else:
+            self.runs[first] = row
+
+
+def read_results(path: Path, columns: list[str] | None = None) -> dict[tuple[str, str], Results]:
+    """Return the results in a folder `encoder=<hash>` by uri and etag; rows with the given columns, None for all."""
+    import pyarrow.parquet as pq
+
+    found: dict[tuple[str, str], Results] = {}
+    for place, file in enumerate(_parts(path)):
+        for row in pq.read_table(file, columns=columns).to_pylist():
+            found.setdefault((row["uri"], row["etag"]), Results()).add(row, place)
+    return found
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files of results, the oldest first."""
+    return sorted(path.glob("part-*.parquet"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+def collect(folder: str | os.PathLike[str], *, table: Any = None, encoder: SNE | None = None) -> Any:
     """Return the results of a dataset as one table, the layers of split networks joined.
 
     Args:
         folder: of one encoder, `encoder=<hash>`, or the folder around it if there is one encoder alone.
+        table: a manifest, whose networks are returned as they are in it; None returns all networks, each as its file
+            was when it was encoded last.
         encoder: joins the layers; None is the one beside the results.
 
     Returns:
-        A `pyarrow.Table` with a row per network, in order of `uri`. Of several rows for one network the one whose
-        file is newest counts. A split network of which layers are missing is a row with an `error`.
+        A `pyarrow.Table` with a row per network that has results, in order of `uri`. A success counts before a failure
+        of the same file, the newest before others. A split network of which layers are missing is a row with an
+        `error`.
 
     Raises:
         FileNotFoundError: there are no results.
@@ -111,23 +186,24 @@ def collect(folder: str | os.PathLike[str], *, encoder: SNE | None = None) -> An
     import pyarrow.parquet as pq
 
     path = _dataset_in(Path(folder))
-    files = sorted(path.glob("part-*.parquet"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    files = _parts(path)
     if not files:
         raise FileNotFoundError(f"collect: {path} holds no results")
-    whole: dict[str, dict[str, Any]] = {}
-    parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    table = pq.read_table(files[0])
-    for file in files:
-        for row in pq.read_table(file).to_pylist():
-            if row["first_layer"] is not None and row["vector"] is None:
-                parts.setdefault((row["uri"], row["etag"]), []).append(row)
-            else:
-                whole[row["uri"]] = row
-    if parts:
-        joiner = encoder or SNE.from_pretrained(path / MODEL)
-        for (uri, _), rows in parts.items():
-            whole[uri] = _joined(joiner, rows)
-    return pa.Table.from_pylist([whole[uri] for uri in sorted(whole)], schema=table.schema)
+    wanted = None if table is None else set(zip(table["uri"].to_pylist(), table["etag"].to_pylist(), strict=True))
+    chosen: dict[str, Results] = {}
+    for (uri, etag), results in read_results(path).items():
+        if (wanted is None or (uri, etag) in wanted) and (uri not in chosen or results.newest > chosen[uri].newest):
+            chosen[uri] = results
+    keep = bool(read_json(path / ABOUT, dict)["options"].get("layers"))
+    rows = []
+    for uri in sorted(chosen):
+        held = chosen[uri].rows
+        if held[0]["first_layer"] is not None:
+            encoder = encoder or SNE.from_pretrained(path / MODEL)
+            rows.append(_joined(encoder, held, keep))
+        else:
+            rows.append(held[0])
+    return pa.Table.from_pylist(rows, schema=pq.read_schema(files[0]))
 
 
 def _dataset_in(folder: Path) -> Path:
@@ -142,21 +218,31 @@ def _dataset_in(folder: Path) -> Path:
     return inside[0]
 
 
-def _joined(encoder: SNE, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the row of a network from those of its layers."""
-    rows = sorted(rows, key=lambda row: row["first_layer"])
-    layers = {row["first_layer"] + i: layer for row in rows for i, layer in enumerate(row["layers"])}
-    row = {**rows[0], "seconds": sum(part["seconds"] for part in rows), "layers": None, "first_layer": None}
+def _joined(encoder: SNE, rows: list[dict[str, Any]], keep: bool) -> dict[str, Any]:
+    """Return the row of a network from those of runs of its layers, with the vectors of layers if they are kept."""
+    layers = {row["first_layer"] + i: layer for row in rows for i, layer in enumerate(row["layers"] or ())}
+    row = {
+        **rows[0], "seconds": sum(part["seconds"] for part in rows), "layers": None, "first_layer": None,
+        "num_layers": None,
+    }  # fmt: skip
     total = rows[0]["num_layers"]
     if sorted(layers) != list(range(total)):
-        return {**row, "error": f"{len(layers)} of its {total} layers are done"}
+        errors = [part["error"] for part in rows if part["error"] is not None]
+        return {**row, "error": errors[0] if errors else f"{len(layers)} of its {total} layers are done"}
     held = [layers[i] for i in range(total)]
-    pooled = None if held[0]["pooled"] is None else torch.tensor([layer["pooled"] for layer in held])
+    sampled = [layer["halves"] is not None for layer in held]
+    vectors = torch.tensor([layer["vector"] for layer in held])
+    halves = [layer["halves"] or 2 * layer["vector"] for layer in held]
     encodings = LayerEncodings(
-        torch.tensor([layer["vector"] for layer in held]),
+        vectors,
         torch.tensor([layer["level"] for layer in held]),
         torch.tensor([layer["tensors"] for layer in held]),
-        pooled,
+        None if held[0]["pooled"] is None else torch.tensor([layer["pooled"] for layer in held]),
+        torch.tensor(halves).unflatten(1, (2, -1)).transpose(0, 1) if any(sampled) else None,
     )
+    weight = encoder.sample_parameter
     with torch.no_grad():
-        return {**row, "vector": encoder.join(encodings)[0].tolist()}
+        encodings = encodings.to(weight.device, weight.dtype)
+        row["vector"] = encoder.join(encodings)[0].float().tolist()
+        row["spread"] = float(encoder.spread(encodings)) if encodings.estimated else None
+    return {**row, "error": None, **({"layers": held, "num_layers": total} if keep else {})}

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..data.layer_stream import LayerStream
+from ..data.readers import adapter_configs, quantisation_configs
+from ..data.readers.distributed_folders import distributed_folder
 from ..data.readers.errors import CheckpointError
-from ..data.readers.folders import chosen_file, independent_files, is_model_folder
-from ..data.readers.pipelines import listed_networks
+from ..data.readers.folders import (
+    METADATA,
+    EmptyFolder,
+    array_files,
+    chosen_file,
+    component_folders,
+    independent_files,
+    is_model_folder,
+    sentence_transformer_parts,
+)
+from ..data.readers.shards import counts_itself, index_beside
 from ..extras import require
-from ..failures import is_expected, sentence
+from ..failures import any_sentence
 from ..regular_files import read_text
-from ..zoo.index import INDEX
+from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, networks_at
 
 __all__ = ["find_networks", "manifest", "network_at"]
 
+BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
+"""Files beside a checkpoint that say how its tensors are read."""
 COLUMNS = ("uri", "name", "etag", "weights", "layer_weights", "error")
 
 
@@ -36,10 +50,11 @@ def manifest(
         progress: function that is called with the number of networks looked at.
 
     Returns:
-        A `pyarrow.Table` with a row per network. `uri` (string) is its path and `name` (string) what it is called in
-        results; `etag` (string) changes when its files do, by their sizes and times; `weights` (int64) and
-        `layer_weights` (list of int64) are those of the network and of each of its layers, of quantised ones an upper
-        bound, null for a network that cannot be read; `error` (string) says why it cannot, null for all others.
+        A `pyarrow.Table` with a row per network, also where paths name it twice. `uri` (string) is its path and `name`
+        (string) what it is called in results; `etag` (string) changes when its files do, by their sizes and times;
+        `weights` (int64) and `layer_weights` (list of int64) are those of the network and of each of its layers, of
+        quantised ones an upper bound, null for a network that cannot be read; `error` (string) says why it cannot, null
+        for all others.
 
     Raises:
         FileNotFoundError: a source that is not there.
@@ -48,11 +63,15 @@ def manifest(
     arrow = _arrow()
     rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     tables = []
+    seen = set[str]()
     for source in sources:
         if str(source).endswith(".parquet") and Path(source).is_file():
             tables.append(_read_manifest(Path(source)))
             continue
         for uri in find_networks([source]):
+            if uri in seen:
+                continue
+            seen.add(uri)
             for name, value in _row(uri, key).items():
                 rows[name].append(value)
             if progress is not None:
@@ -87,7 +106,7 @@ def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         elif not path.exists():
             raise FileNotFoundError(f"no such file or folder: {text!r}")
         elif path.is_dir():
-            found = list(_in_tree(path))
+            found = list(_in_tree(path)) or ([path] if array_files(path) else [])
             if not found:
                 chosen_file(path)  # says what is there instead
             yield from map(str, found)
@@ -96,21 +115,32 @@ def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
 
 
 def _in_tree(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoints of a folder, else of the folders inside it, in order of their names."""
-    listed = listed_networks(folder)
-    if listed is not None:
-        yield from listed
-        return
+    """Yield the checkpoints of a folder and of the folders inside it, in order of their names.
+
+    A folder whose files cannot be told apart is yielded itself: reading it says why.
+    """
     try:
+        if distributed_folder(folder) is not None or sentence_transformer_parts(folder) is not None:
+            yield folder
+            return
+        components = component_folders(folder)
+        if components is not None:
+            yield from components if len(components) > 1 else [folder]
+            return
         file, _ = chosen_file(folder)
-    except CheckpointError:
-        yield from independent_files(folder) or ()
-    else:
         if is_model_folder(folder, file):
             yield folder
             return
         yield file
-    for entry in sorted(folder.iterdir()):
+    except EmptyFolder:
+        pass
+    except CheckpointError:
+        yield from independent_files(folder) or [folder]
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # which reading it says
+        return
+    for entry in entries:
         if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
             in_zoo = networks_at(entry)
             yield from _in_tree(entry) if in_zoo is None else map(Path, map(str, in_zoo))
@@ -139,15 +169,21 @@ def etag_of(uri: str) -> str:
         OSError: there is no such file.
     """
     path = Path(uri)
-    files: Sequence[Path] = [path]
-    if path.suffix == ".json":
-        files = [entry for entry in sorted(path.parent.iterdir()) if entry.is_file()]
-    elif path.is_dir():
-        files = [entry for entry in sorted(path.rglob("*")) if entry.is_file()]
-    elif not path.exists():  # a network of a zoo
-        files = [path.parent / "zoo.json", path.parent / "index.parquet"]
-    stats = [file.stat() for file in files]
-    return f"{sum(s.st_size for s in stats):x}-{max((s.st_mtime_ns for s in stats), default=0):x}"
+    if path.is_dir():
+        files = [entry for entry in path.rglob("*") if entry.is_file()]
+    elif not path.exists() and (path.parent / INDEX).is_file():  # a network of a zoo
+        files = [path.parent / ABOUT, path.parent / INDEX]
+    elif path.suffix in (".json", ".distcp") or path.name == METADATA or counts_itself(path.name) or index_beside(path):
+        # one part of several
+        files = [entry for entry in path.parent.iterdir() if entry.is_file()]
+    else:  # with values that ONNX keeps in another file
+        beside = [path.parent / name for name in (*BESIDE, f"{path.name}.data", f"{path.name}_data")]
+        files = [path, *filter(Path.is_file, beside)]
+    said = hashlib.sha256()
+    for file in sorted(files):
+        stat = file.stat()
+        said.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return said.hexdigest()[:24]
 
 
 def _row(uri: str, key: str | None) -> dict[str, Any]:
@@ -156,9 +192,7 @@ def _row(uri: str, key: str | None) -> dict[str, Any]:
         row["etag"] = etag_of(uri)
         sizes = [sum(layer) for layer in LayerStream(network_at(uri), key=key).tensor_sizes()]
     except Exception as error:
-        if not is_expected(error):
-            raise
-        row["error"] = sentence(error)
+        row["error"] = any_sentence(error)
     else:
         row["weights"], row["layer_weights"] = sum(sizes), sizes
     return row

@@ -15,15 +15,17 @@ from ..data.batch import WeightBatch
 from ..data.checkpoints import read_checkpoint
 from ..data.layer_stream import LayerStream
 from ..extras import require
-from ..failures import is_expected, sentence
+from ..failures import any_sentence
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from .manifests import network_at
 
-__all__ = ["Unit", "embed_unit", "plan"]
+__all__ = ["Unit", "cut_for", "embed_unit", "plan"]
 
 BUDGET = 200_000_000
 """Weights of a unit: a few minutes of one core, less than a second of a GPU."""
+LEAST = 1_000_000
+"""Weights below which units are not cut for several processes: about a second of one core."""
 MOST = 4096
 """Networks of a unit."""
 PACKED = 200_000
@@ -94,6 +96,28 @@ def plan(table: Any, budget: int = BUDGET, *, split: bool = True) -> list[Unit]:
     return [*units, Unit(tuple(held))] if held else units
 
 
+def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
+    """Cut units of several networks, so that there are about eight units for each of several processes.
+
+    Args:
+        units: of `plan`.
+        processes: that share the units; for one they stay as they are.
+
+    Returns:
+        Units, the same for the same units and number of processes.
+    """
+    if processes == 1:
+        return list(units)
+    most = max(LEAST, sum(unit.weights for unit in units if unit.layers is None) // (8 * processes))
+    found: list[Unit] = []
+    for unit in units:
+        if unit.layers is None and unit.weights > most:
+            found += [Unit(tuple(group)) for group in _groups(unit.networks, most)]
+        else:
+            found.append(unit)
+    return found
+
+
 def _runs(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
     first, size = 0, 0
     for i, weights in enumerate(sizes):
@@ -141,7 +165,7 @@ def embed_unit(
     width = encoder.out_features if isinstance(encoder, SNE) else encoder.in_features
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        for group in _groups(unit.networks):
+        for group in _groups(unit.networks, PACKED):
             if isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED):
                 given = {"key": key, "nonfinite": nonfinite, "max_memory": max_memory}
                 for network in group:
@@ -156,8 +180,9 @@ def schema(width: int, encoder: SNE | Predictor) -> Any:
 
     `uri`, `name`, `etag`, `weights` are those of the manifest; `vector` is z, null where the network failed or is not
     complete; `spread` is its relative standard error where chunks were sampled; `seconds` is the time that it took;
-    `error` says why it failed. `first_layer`, `num_layers` (of the whole network) and `layers`, a struct of name,
-    level, tensors, vector and pooled, are there where layers were asked for.
+    `error` says why it failed. `first_layer` is that of a run of layers, null in rows of whole networks. `num_layers`
+    (of the whole network) and `layers`, a struct of name, level, tensors, vector, pooled and halves (see
+    `LayerEncodings`), are there where layers were asked for, and in rows of a run of layers.
     """
     arrow = _arrow()
     h = encoder.hidden_dim if isinstance(encoder, SNE) else width
@@ -165,6 +190,7 @@ def schema(width: int, encoder: SNE | Predictor) -> Any:
         [
             ("name", arrow.string()), ("level", arrow.int64()), ("tensors", arrow.int64()),
             ("vector", arrow.list_(arrow.float32(), h)), ("pooled", arrow.list_(arrow.float32())),
+            ("halves", arrow.list_(arrow.float32())),
         ]
     )  # fmt: skip
     return arrow.schema(
@@ -177,12 +203,12 @@ def schema(width: int, encoder: SNE | Predictor) -> Any:
     )  # fmt: skip
 
 
-def _groups(networks: Sequence[Network]) -> Iterator[list[Network]]:
-    """Yield networks that are packed in one call: as many as have `PACKED` weights together, or one larger one."""
+def _groups(networks: Sequence[Network], most: int) -> Iterator[list[Network]]:
+    """Yield runs of networks: as many as have `most` weights together, or one larger one."""
     held: list[Network] = []
     size = 0
     for network in networks:
-        if held and size + network.weights > PACKED:
+        if held and size + network.weights > most:
             yield held
             held, size = [], 0
         held.append(network)
@@ -210,28 +236,29 @@ def _layer_by_layer(
             network_at(network.uri), key=given["key"], order=encoder.config["order"],
             nonfinite=given["nonfinite"] or "raise",
         )  # fmt: skip
-        encoder.check_stream(stream, max_chunks=max_chunks, max_memory=given["max_memory"])
         if run is not None and len(stream) != run[2]:
             raise ValueError(f"{network.uri}: has {len(stream)} layers, and the manifest says {run[2]}; make it again")
         chosen = stream if run is None else stream[run[0] : run[1]]
+        encoder.check_stream(chosen, max_chunks=max_chunks, max_memory=given["max_memory"])
         encodings = encoder.encode_layers(chosen, max_chunks=max_chunks, seed=seed)
     except Exception as error:
-        if not is_expected(error):
-            raise
-        return _row(network, time.perf_counter() - start, error=_about(network, error))
+        failed = {} if run is None else {"first_layer": run[0], "num_layers": run[2]}
+        return _row(network, time.perf_counter() - start, error=any_sentence(error), **failed)
     found: dict[str, Any] = {}
     if run is None:
         found["vector"] = encoder.join(encodings)[0].float().tolist()
         found["spread"] = float(encoder.spread(encodings)) if encodings.estimated else None
     if keep or run is not None:
-        pooled = [None] * len(encodings) if encodings.pooled is None else encodings.pooled.float().tolist()
+        halves = None if encodings.halves is None else encodings.halves.transpose(0, 1).flatten(1)
+        optional = ([None] * len(encodings) if t is None else t.float().tolist() for t in (encodings.pooled, halves))
         columns = (
             encodings.names, encodings.levels.tolist(), encodings.tensors.tolist(), encodings.vectors.float().tolist(),
-            pooled,
+            *optional,
         )  # fmt: skip
-        names = ("name", "level", "tensors", "vector", "pooled")
+        names = ("name", "level", "tensors", "vector", "pooled", "halves")
         found["layers"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        found["first_layer"], found["num_layers"] = (0, len(stream)) if run is None else (run[0], run[2])
+        found["num_layers"] = len(stream)
+        found["first_layer"] = None if run is None else run[0]
     return _row(network, time.perf_counter() - start, **found)
 
 
@@ -246,10 +273,8 @@ def _together(
         batch: WeightBatch = encoder.pack([_read(network.uri, key) for network in networks], **options)
         vectors = encode(batch).float().tolist()
     except Exception as error:
-        if not is_expected(error):
-            raise
         if len(networks) == 1:
-            return [_row(networks[0], time.perf_counter() - start, error=_about(networks[0], error))]
+            return [_row(networks[0], time.perf_counter() - start, error=any_sentence(error))]
         return [row for network in networks for row in _together(encoder, [network], key, nonfinite)]
     each = (time.perf_counter() - start) / len(networks)
     return [_row(network, each, vector=vector) for network, vector in zip(networks, vectors, strict=True)]
@@ -257,10 +282,6 @@ def _together(
 
 def _read(uri: str, key: str | None) -> Any:
     return network_at(uri) if key is None else read_checkpoint(uri, key)
-
-
-def _about(network: Network, error: BaseException) -> str:
-    return sentence(error).replace("pack: network 0: ", "").replace("network 0", network.name)
 
 
 def _arrow() -> Any:

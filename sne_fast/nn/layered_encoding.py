@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,6 @@ from ..data.choices import NonFinite
 from ..data.layer_stream import LayerStream
 from ..data.layers_apart import layer_names, layers_apart
 from ..data.networks import Networks
-from ..data.tensor_statistics import tensor_statistics
 from ..free_memory import MemoryNeeded, available_bytes
 from .chunk_samples import sample_chunks
 from .config_checks import integer, shown
@@ -34,6 +35,7 @@ class LayeredEncodingMixin:
 
     hidden_dim: int
     tensor_statistics: Any
+    sample_parameter: Any
     config: Any
     pack: Any
     pack_options: Any
@@ -77,7 +79,7 @@ class LayeredEncodingMixin:
 
         Raises:
             MemoryNeeded: more memory is needed than may be used (a MemoryError); the message says what would help.
-            ValueError, TypeError: as :func:`sne_fast.pack`.
+            ValueError, TypeError: as :func:`sne_fast.pack`; an argument that a :class:`LayerStream` has itself.
 
         Example::
 
@@ -85,25 +87,31 @@ class LayeredEncodingMixin:
             >>> encoder.encode(torch.nn.Linear(4, 3)).shape
             torch.Size([32])
         """
-        if isinstance(source, (list, tuple)):
-            if not source:
-                raise ValueError("SNE.encode: source must hold at least one network, got an empty sequence")
-            each: dict[str, Any] = {
-                "key": key, "kinds": kinds, "nonfinite": nonfinite, "max_chunks": max_chunks, "seed": seed,
-                "max_memory": max_memory,
-            }  # fmt: skip
-            rows = []
-            for i, one in enumerate(source):
-                rows.append(self.encode(one, **each))
-                if progress is not None:
-                    progress((i + 1) / len(source))
-            return torch.stack(rows)
-        stream = source
-        if not isinstance(source, LayerStream):
-            stream = LayerStream(source, key=key, order=self.config["order"], kinds=kinds, nonfinite=nonfinite)
-        self.check_stream(stream, max_chunks=max_chunks, max_memory=max_memory)
-        encodings = self.encode_layers(stream, max_chunks=max_chunks, seed=seed, progress=progress)
-        return self.join(encodings)[0]
+        several = isinstance(source, (list, tuple))
+        sources = list(source) if several else [source]
+        if not sources:
+            raise ValueError("SNE.encode: source must hold at least one network, got an empty sequence")
+
+        def share_done(i: int, share: float) -> None:
+            if progress is not None:
+                progress((i + share) / len(sources))
+
+        rows = []
+        for i, stream in enumerate(sources):
+            if not isinstance(stream, LayerStream):
+                stream = LayerStream(
+                    stream, key=key, order=self.config["order"], kinds=kinds, nonfinite=nonfinite, index=i
+                )
+            elif key is not None or kinds is not None or nonfinite not in ("raise", stream.nonfinite):
+                raise ValueError(
+                    "SNE.encode: key=, kinds= and nonfinite= are those of the LayerStream; give them to it"
+                )
+            self.check_stream(stream, max_chunks=max_chunks, max_memory=max_memory)
+            encodings = self.encode_layers(
+                stream, max_chunks=max_chunks, seed=seed, progress=functools.partial(share_done, i)
+            )
+            rows.append(self.join(encodings)[0])
+        return torch.stack(rows) if several else rows[0]
 
     def check_stream(
         self, stream: LayerStream, *, max_chunks: int | None = None, max_memory: float | None = None
@@ -120,14 +128,18 @@ class LayeredEncodingMixin:
 
         Raises:
             MemoryNeeded: these are more than may be used.
+            ValueError: ``max_chunks`` below 2, or a ``max_memory`` that is no number above 0.
 
         Warns:
             UserWarning: attention that is quadratic in the chunks of a tensor will take more than a minute.
         """
-        need = memory_needed(stream, self.config, max_chunks)
+        max_chunks = _checked(max_chunks)
+        if max_memory is not None and not (isinstance(max_memory, Real) and max_memory > 0):
+            raise ValueError(f"SNE: max_memory must be a number of bytes above 0, got {shown(max_memory)}")
+        need = memory_needed(stream, self.config, max_chunks, self.sample_parameter.dtype.itemsize)
         allowed = available_bytes() if max_memory is None else float(max_memory)
         if need.total > allowed:
-            raise MemoryNeeded(describe(need, allowed, self.config, max_chunks))
+            raise MemoryNeeded(describe(stream.network.label, need, allowed, self.config, max_chunks))
         seconds = 0.0 if self.config["set_attention"] == "isab" else attention_seconds(stream, self.config, max_chunks)
         if seconds > SLOW:
             warnings.warn(
@@ -165,15 +177,14 @@ class LayeredEncodingMixin:
         Raises:
             ValueError: as :meth:`forward`, and ``max_chunks`` below 2.
         """
-        if max_chunks is not None:
-            max_chunks = integer("SNE", "max_chunks", max_chunks, low=2)
+        max_chunks = _checked(max_chunks)
         seed = integer("SNE", "seed", seed, low=0)
         parts: list[LayerEncodings] = []
         names: tuple[str, ...] = ()
         for layer, share in self._layers_of(networks):
             self.check_batch(layer)
             if self.tensor_statistics is not None:
-                tensor_statistics(layer)
+                self.tensor_statistics.columns_of(layer)  # before a sample, which keeps them
             sample = None if max_chunks is None else sample_chunks(layer, max_chunks, seed)
             parts.append(self.encode_batch_layers(layer, sample))
             names += layer_names(layer)
@@ -251,8 +262,12 @@ def _network_pointers(given: Tensor | Sequence[int] | None, encodings: LayerEnco
     layers = len(encodings)
     if given is None:
         given = [0, layers]
-    host = torch.as_tensor(given, device="cpu")
-    cuts = host.ndim == 1 and len(host) > 0 and not (host.is_floating_point() or host.is_complex())
+    try:
+        host = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        host = torch.empty(0)
+    whole = not (host.is_floating_point() or host.is_complex() or host.dtype == torch.bool)
+    cuts = host.ndim == 1 and len(host) > 0 and whole
     if not cuts or int(host[0]) != 0 or int(host[-1]) != layers or bool((host.diff() < 1).any()):
         raise ValueError(
             f"SNE.join: network_ptr must be increasing integers from 0 to the number of layers, {layers}, got "
@@ -261,6 +276,10 @@ def _network_pointers(given: Tensor | Sequence[int] | None, encodings: LayerEnco
     host = host.long()
     device = encodings.vectors.device
     return host if device.type == "cpu" else host.to(device), host
+
+
+def _checked(max_chunks: int | None) -> int | None:
+    return None if max_chunks is None else integer("SNE", "max_chunks", max_chunks, low=2)
 
 
 def _duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ def dies_on_the_first_call(*job: Any) -> Any:
     os._exit(9)
 
 
-def dies_on_large_networks(model: str, device: str, unit: Unit, options: dict[str, Any]) -> Any:
+def dies_on_large_networks(model: str, device: str, options: dict[str, Any], unit: Unit) -> Any:
     if unit.weights > LARGE:
         os._exit(9)
-    return _embed(model, device, unit, options)
+    return _embed(model, device, options, unit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,23 @@ def test_quantised_weights_are_decoded_layer_by_layer(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.encode(file), encoder([file])[0], rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("kinds", [None, {"fc": "other"}])
+def test_a_quantised_weight_has_the_kind_of_what_it_is_decoded_to(kinds: dict | None, tmp_path: Path) -> None:
+    said = {"blocksize": 8, "shape": [4, 2, 3, 3], "quant_type": "nf4", "dtype": "float16"}
+    state = {
+        "conv.weight": torch.arange(36, dtype=torch.uint8)[:, None],
+        "conv.weight.absmax": torch.rand(9),
+        "conv.weight.quant_map": torch.linspace(-1, 1, 16),
+        "conv.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8),
+        "fc.weight": torch.randn(3, 4),
+    }
+    save_file(state, tmp_path / "m.safetensors")
+    whole = pack([tmp_path / "m.safetensors"], kinds=kinds)
+    layers = list(LayerStream(tmp_path / "m.safetensors", kinds=kinds).batches())
+    assert torch.equal(torch.cat([layer.tensor_type for layer in layers]), whole.tensor_type)
+    assert torch.equal(torch.cat([layer.values for layer in layers]), whole.values)
+
+
 def test_buffers_that_only_their_values_tell_are_left_out(tmp_path: Path) -> None:
     angles = torch.arange(40.0)[:, None] * torch.tensor([1.0, 0.1])
     table = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
@@ -163,6 +181,20 @@ def test_memory_is_known_before_any_work(tmp_path: Path) -> None:
     assert 0 < available_bytes() < 1e15
 
 
+def test_memory_depends_on_cut_and_dtype(tmp_path: Path) -> None:
+    stream = LayerStream(nn.Conv2d(64, 64, 3))
+    encoder = encoder_of(chunk_size=32, chunking="kernel")
+    for chunking in ("flat", "neuron", "kernel"):
+        batch = encoder_of(chunk_size=32, chunking=chunking).pack([nn.Conv2d(64, 64, 3)])
+        assert stream.chunk_counts(32, chunking) == [batch.tensor_ptr_host.diff().tolist()]
+    need = memory_needed(stream, encoder.config)
+    assert need.total > memory_needed(stream, encoder_of(chunk_size=32).config).total
+    assert memory_needed(stream, encoder.config, itemsize=8).total > need.total
+    wide = encoder_of(chunk_size=32, hidden_dim=512, set_attention="isab").double()
+    with pytest.raises(MemoryNeeded):
+        wide.encode(nn.Conv2d(64, 64, 3).double(), max_memory=memory_needed(stream, wide.config).total)
+
+
 def test_quadratic_attention_on_a_large_tensor_warns_with_its_time(tmp_path: Path) -> None:
     stream = LayerStream({"fc.weight": torch.zeros(4096, 1)})
     with warnings.catch_warnings():
@@ -196,7 +228,25 @@ def test_bad_arguments_and_values_are_named(tmp_path: Path) -> None:
         encoder.encode(tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match="key= is for files of torch"):
         encoder.encode(network(), key="model")
+    for options, said in (
+        ({"max_memory": float("nan")}, "max_memory must be a number of bytes above 0, got nan"),
+        ({"max_memory": "8G"}, "max_memory must be a number of bytes above 0, got '8G'"),
+        ({"max_chunks": "many"}, "max_chunks must be an integer of at least 2, got 'many'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            encoder.encode(network(), **options)
+    stream = LayerStream(network())
+    for own in ({"key": "model"}, {"kinds": "names"}, {"nonfinite": "zero"}):
+        with pytest.raises(ValueError, match="are those of the LayerStream"):
+            encoder.encode(stream, **own)
+    for run in (slice(0, 0), slice(0, 3, 2), 1):
+        with pytest.raises(ValueError, match="must be a slice of step 1 with at least one layer"):
+            stream[run]
     state = {"a.weight": torch.tensor([[1.0, float("nan")]])}
+    with pytest.raises(ValueError, match=r"network 1 \('state_dict'\), tensor 'a\.weight' has 1 NaN"):
+        encoder.encode([network(), state])
+    with pytest.raises(MemoryNeeded, match=r"^network 0 \('Tied'\): encoding needs"):
+        encoder.encode([network()], max_memory=1e6)
     with pytest.raises(ValueError, match=r"'a\.weight' has 1 NaN"):
         encoder.encode(state)
     torch.testing.assert_close(encoder.encode(state, nonfinite="zero"), encoder.encode({"a.weight": torch.eye(2)[:1]}))
@@ -211,3 +261,16 @@ def test_opened_tensors_are_those_that_are_loaded(tmp_path: Path) -> None:
             one = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
             assert torch.equal(one, loaded[name]) and tensor.shape == loaded[name].shape
             assert tensor.dtype == loaded[name].dtype
+
+
+@pytest.mark.parametrize("form", ["safetensors", "legacy", "zip"])
+def test_threads_read_tensors_of_one_file_at_once(form: str, tmp_path: Path) -> None:
+    file, state = tmp_path / "m", {f"layers.{i}.weight": torch.full((64, 64), float(i)) for i in range(8)}
+    if form == "safetensors":
+        save_file(state, file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=form == "zip")
+    tensors = list(open_checkpoint(file).tensors.values())
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(tensors[i % 8].read) for i in range(800)]
+        assert all(bool((job.result() == i % 8).all()) for i, job in enumerate(jobs))

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sne_fast import SNE, CheckpointError, WeightBatch
+from sne_fast import SNE, CheckpointError, WeightBatch, pack
 from sne_fast.nn import LayerEncodings, bounded_memory
+from sne_fast.nn.input_scales import SCALED
 
 OPTIONS = [
     {},
@@ -182,7 +183,7 @@ def test_what_does_not_fit_is_refused() -> None:
     encoder = encoder_of()
     batch = encoder.pack(networks())
     encodings = encoder.encode_layers(batch)
-    for pointers in ([0, 3], [0, 3, 3, 7], [1, 7], [], [[0, 7]], [0.0, 7.0]):
+    for pointers in ([0, 3], [0, 3, 3, 7], [1, 7], [], [[0, 7]], [0.0, 7.0], [False, True], "07"):
         with pytest.raises(ValueError, match=r"SNE\.join: network_ptr must be increasing integers from 0 to .* 7"):
             encoder.join(encodings, pointers)
     with pytest.raises(ValueError, match=r"of width 16 with statistics, got width 16 without"):
@@ -197,6 +198,15 @@ def test_what_does_not_fit_is_refused() -> None:
         LayerEncodings.cat([])
     with pytest.raises(ValueError, match="all must come from one encoder"):
         LayerEncodings.cat([encodings, encoder_of(statistics="tensor").encode_layers(networks())])
+
+
+def test_statistics_of_scaled_values_are_refused() -> None:
+    encoder = encoder_of(statistics="tensor")
+    batch = pack(networks(), chunk_size=8).detach()
+    scaled = batch.with_fields(values=batch.values * 3, prepared=(SCALED,))
+    for encode in (encoder, encoder.encode_layers):
+        with pytest.raises(ValueError, match="must have its statistics before an input scale"):
+            encode(scaled)
 
 
 def test_no_networks_have_no_layers() -> None:

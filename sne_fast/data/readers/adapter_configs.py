@@ -14,7 +14,7 @@ from .errors import CheckpointError, reading
 __all__ = ["ADAPTER_FILE", "adapter_scales", "scales_in_metadata"]
 
 ADAPTER_FILE = re.compile(r"adapter_model\..*")
-_CONFIG = "adapter_config.json"
+CONFIG = "adapter_config.json"
 _FACTOR = re.compile(r"(.*)\.lora_(?:embedding_)?A(?:\.weight)?")
 _PREFIX = "base_model.model."
 _METADATA = "lora_adapter_metadata"
@@ -34,7 +34,7 @@ def adapter_scales(file: Path, names: Iterable[str]) -> dict[str, tuple[float, i
     Raises:
         CheckpointError: a configuration that is damaged.
     """
-    config = file.parent / _CONFIG
+    config = file.parent / CONFIG
     if not ADAPTER_FILE.fullmatch(file.name) or not config.exists():
         return {}
     with reading(config):

@@ -19,7 +19,7 @@ from torch import Tensor
 from .contents import Contents, need, reading_format
 from .errors import CheckpointError, shown
 from .lazy_tensors import LazyTensor, OpenFile
-from .stored import read_into
+from .stored import read_at
 
 __all__ = ["read_gguf"]
 
@@ -169,8 +169,7 @@ def _read(source: OpenFile, file: Path, name: str, entry: _Entry) -> Tensor:
     import gguf
 
     with reading_format(file, _FORMAT):
-        source.opened.seek(entry.begin)
-        held = read_into(source.opened, entry.nbytes)
+        held = read_at(source, entry.begin, entry.nbytes)
         plain = _PLAIN.get(entry.kind.name)
         if plain is not None or entry.kind.name == "BF16":
             return held.view(_DTYPES[entry.kind.name]).reshape(entry.shape)

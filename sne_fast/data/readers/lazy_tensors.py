@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -21,12 +22,17 @@ class OpenFile:
     Args:
         file: its path.
 
+    Attributes:
+        opened: the file, whose place all tensors of it share.
+        lock: held by who moves that place and reads, since tensors may be read from several threads.
+
     Raises:
         FileError, OSError: as `sne_fast.regular_files.open_regular`.
     """
 
     def __init__(self, file: Path) -> None:
         self.opened = open_regular(file)
+        self.lock = threading.Lock()
         weakref.finalize(self, self.opened.close)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import CheckpointError, shown
-from .folders import METADATA, component_folders
+from .folders import component_folders
 
-__all__ = ["ChosenComponent", "chosen_component", "listed_networks"]
+__all__ = ["ChosenComponent", "chosen_component"]
 
 
 class ChosenComponent(NamedTuple):
@@ -17,19 +17,6 @@ class ChosenComponent(NamedTuple):
     folder: Path
     key: str | None
     left_out: dict[str, str]
-
-
-def listed_networks(folder: Path) -> list[Path] | None:
-    """Return the folders of a pipeline's networks, or that of a distributed checkpoint; None for any other folder.
-
-    A pipeline whose list is damaged is returned itself, so that reading it says what is wrong.
-    """
-    if (folder / METADATA).is_file():
-        return [folder]
-    try:
-        return component_folders(folder)
-    except CheckpointError:
-        return [folder]
 
 
 def chosen_component(folder: Path, key: str | None) -> ChosenComponent | None:

@@ -11,7 +11,7 @@ from .errors import CheckpointError, reading
 
 __all__ = ["NOTHING_SAID", "Quantisation", "quantisation_beside"]
 
-_FILES = ("config.json", "quantize_config.json", "quant_config.json")
+FILES = ("config.json", "quantize_config.json", "quant_config.json")
 
 
 class Quantisation(NamedTuple):
@@ -35,7 +35,7 @@ def quantisation_beside(file: Path) -> Quantisation:
     Known are `checkpoint_format` of GPTQ, and `quantization` of MLX with its exceptions by layer.
     """
     found = NOTHING_SAID
-    for name in _FILES:
+    for name in FILES:
         config = file.parent / name
         try:
             with reading(config):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...regular_files import open_regular, parse_json
 from .errors import CheckpointError, reading, shown
 from .lazy_tensors import LazyTensor, OpenFile
-from .stored import MAX_DIMENSIONS, read_into
+from .stored import MAX_DIMENSIONS, read_at
 
 __all__ = ["SafetensorsFile", "open_safetensors", "read_header"]
 
@@ -64,9 +64,8 @@ def open_safetensors(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]
 def _lazy(source: OpenFile, file: Path, start: int, name: str, entry: Entry) -> LazyTensor:
     def read() -> Tensor:
         with reading(file):
-            source.opened.seek(start + entry.begin)
             try:
-                held = read_into(source.opened, entry.end - entry.begin)
+                held = read_at(source, start + entry.begin, entry.end - entry.begin)
             except CheckpointError as error:
                 raise CheckpointError(f"{file}: {error}") from error
             except (MemoryError, RuntimeError) as error:

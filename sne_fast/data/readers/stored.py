@@ -14,7 +14,17 @@ from torch import Tensor
 from .errors import CheckpointError
 from .lazy_tensors import LazyTensor, OpenFile
 
-__all__ = ["BadTensor", "Bytes", "Quantised", "Storage", "StoredTensor", "open_tensors", "read_into", "read_tensors"]
+__all__ = [
+    "BadTensor",
+    "Bytes",
+    "Quantised",
+    "Storage",
+    "StoredTensor",
+    "open_tensors",
+    "read_at",
+    "read_into",
+    "read_tensors",
+]
 
 MAX_DIMENSIONS = 64
 _MAX_VIEWS = 64  # times that distinct tensors may cover the storage which they share
@@ -196,8 +206,7 @@ def open_tensors(
 
     def lazy(name: str, stored: StoredTensor) -> LazyTensor:
         def read() -> Tensor:
-            with failing():
-                held.opened.tell()  # refers to the file, which this keeps open
+            with failing(), held.lock:  # which also keeps the file open
                 return read_tensors({name: stored})[name]
 
         return LazyTensor(stored.dtype, stored.shape, read, stored.same_place())
@@ -222,6 +231,13 @@ def _check_shared(tensors: Iterable[StoredTensor]) -> None:
                 f"it holds tensors that overlap more than {_MAX_VIEWS} times in one storage; "
                 f"save a copy of each with .clone()"
             )
+
+
+def read_at(held: OpenFile, place: int, count: int) -> Tensor:
+    """Read `count` bytes from a place of an open file on, as `read_into`; several threads may do so at once."""
+    with held.lock:
+        held.opened.seek(place)
+        return read_into(held.opened, count)
 
 
 def read_into(file: IO[bytes], count: int) -> Tensor:
