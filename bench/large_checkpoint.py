@@ -1,8 +1,8 @@
 """Encode a large checkpoint of random weights, and measure memory and time: `bench/large_checkpoint.py --help`.
 
 The checkpoint has the names and shapes of a Llama, in bfloat16, in shards with an index. It is encoded by
-`sne-fast encode` in a process of its own, whose peak memory and processor time the system tells; the rate of the chunk
-stage alone is measured on one matrix in the same run.
+`sne-fast encode` in a process of its own, which tells its peak of resident memory, and the system its processor time.
+The rate of the chunk stage alone is measured on one matrix in the same run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,17 @@ SIZES = {  # hidden, intermediate, layers, key-value width, vocabulary
     "7B": (4096, 11008, 32, 4096, 32000),
 }
 SHARD = 2 * 2**30
+CHILD = """
+import sys
+from pathlib import Path
+from sne_fast.benchmark.memory import peak_bytes
+from sne_fast.cli.commands import main
+peak = Path(sys.argv.pop(1))
+try:
+    main()
+finally:
+    peak.write_text(str(peak_bytes()))
+"""
 
 
 def tensors(size: str) -> dict[str, tuple[int, ...]]:
@@ -97,15 +108,15 @@ def rate_of_chunk_stage(repeats: int) -> float:
 
 def encode(folder: Path, max_chunks: int | None, threads: int) -> dict[str, float]:
     """Run `sne-fast encode` on the checkpoint; return wall and processor seconds, peak memory in bytes, and spread."""
-    out = folder / "z.npz"
-    command = [sys.executable, "-m", "sne_fast", "encode", str(folder), "-o", str(out)]
+    out, peak = folder / "z.npz", folder / "peak.txt"
+    command = [sys.executable, "-c", CHILD, str(peak), "encode", str(folder), "-o", str(out)]
     if max_chunks is not None:
         command += ["--max-chunks", str(max_chunks)]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    found = {"wall_seconds": wall, "cpu_seconds": cpu, "peak_bytes": 1024.0 * after.ru_maxrss}
+    found = {"wall_seconds": wall, "cpu_seconds": cpu, "peak_bytes": float(peak.read_text())}
     with np.load(out) as stored:
         if "spread" in stored:
             found["spread"] = float(stored["spread"][0])

@@ -43,7 +43,7 @@ def probe(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _peak_bytes() -> float:
+def peak_bytes() -> float:
     """Return the highest resident memory of this process."""
     try:
         # Linux: not ru_maxrss, which starts at the peak of the process that started this one
@@ -94,11 +94,11 @@ def main() -> None:
     encoder.zero_grad()
     batch = case.batch(encoder, options.size)
     _reset_peak()
-    loaded = _peak_bytes()
+    loaded = peak_bytes()
     try:
         seconds = run(batch)
     except DoesNotFit as refusal:
         print(to_json({"skipped": str(refusal)}, indent=None))
         return
-    found = {"seconds": seconds, "peak_bytes": _peak_bytes() - loaded, "loaded_bytes": loaded}
+    found = {"seconds": seconds, "peak_bytes": peak_bytes() - loaded, "loaded_bytes": loaded}
     print(to_json({**found, "weights": batch.num_weights}, indent=None))

@@ -19,10 +19,12 @@ from .running import (
     KEY,
     NONFINITE,
     PATHS,
+    REBUILD,
     Encoding,
     about,
     check_output,
     expand,
+    given_network,
     list_failures,
     report,
     run_in_batches,
@@ -72,6 +74,7 @@ class EncodeSettings:
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
     key: str | None = option(None, help=KEY, shown="the only one")
     nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
+    rebuild: bool = option(False, help=REBUILD)
     layers: bool = option(False, help="Write the vectors of layers too, to a folder.")
     workers: int = option(1, help="Processes that encode, to a folder.", min=1)
     shard: str | None = option(
@@ -87,6 +90,8 @@ class EncodeSettings:
         for_folders = self.layers or self.workers > 1 or self.shard is not None or self.retry
         if self.out.suffix in SUFFIXES and for_folders:
             raise ValueError(f"--layers, --workers, --shard and --retry need a folder as --out, got {str(self.out)!r}")
+        if self.rebuild and self.out.suffix not in SUFFIXES:
+            raise ValueError(f"--rebuild needs an .npz or .parquet file as --out, got {str(self.out)!r}")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 
@@ -135,10 +140,17 @@ def encode(settings: EncodeSettings) -> None:
         _encode_to_folder(settings)
         return
     check_output(out, SUFFIXES)
-    networks = expand(settings.paths)
+    networks = expand(settings.paths, settings.key)
     encode, pack, alone = _encoder(settings)
     results = run_in_batches(
-        encode, networks, pack, stdout(), key=settings.key, nonfinite=settings.nonfinite, alone=alone
+        encode,
+        networks,
+        pack,
+        stdout(),
+        key=settings.key,
+        nonfinite=settings.nonfinite,
+        rebuild=settings.rebuild,
+        alone=alone,
     )
     names, vectors = results.names, results.values
     spread: dict[str, Any] = {}
@@ -236,7 +248,10 @@ def _layer_by_layer(encoder: SNE, settings: EncodeSettings) -> Callable[..., Enc
     def alone(file: Any, progress: Callable[[float], None]) -> Encoding | None:
         if settings.max_chunks is None and not (isinstance(file, Path) and _bytes_of(file) > LARGE):
             return None
-        stream = LayerStream(file, key=settings.key, order=order, nonfinite=nonfinite)
+        if settings.rebuild:
+            file = given_network(file, settings.key, True)
+        key = settings.key if isinstance(file, Path) else None
+        stream = LayerStream(file, key=key, order=order, nonfinite=nonfinite)
         encoder.check_stream(stream, max_chunks=settings.max_chunks, max_memory=limit)
         layers = encoder.encode_layers(stream, max_chunks=settings.max_chunks, seed=settings.seed, progress=progress)
         spread = float(encoder.spread(layers)) if layers.estimated else 0.0

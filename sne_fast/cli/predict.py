@@ -13,6 +13,7 @@ from .running import (
     KEY,
     NONFINITE,
     PATHS,
+    REBUILD,
     check_output,
     expand,
     report,
@@ -33,6 +34,7 @@ class PredictSettings:
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
     key: str | None = option(None, help=KEY, shown="the only one")
     nonfinite: NonFinite | None = option(None, help=NONFINITE, shown="raise, or as the model was trained")
+    rebuild: bool = option(False, help=REBUILD)
 
     def __post_init__(self) -> None:
         check_choices(self, "predict")
@@ -53,14 +55,17 @@ def predict(settings: PredictSettings) -> None:
     out, console = settings.out, stdout()
     if out is not None:
         check_output(out, (".csv", ".json"))
-    networks = expand(settings.paths)
+    networks = expand(settings.paths, settings.key)
     if settings.stack:
         stacked = StackedPredictor.from_pretrained(settings.model, device=settings.device)
         predictor, module = stacked.predictor, stacked.__call__
     else:
         predictor = Predictor.from_pretrained(settings.model, device=settings.device)
         module = predictor.__call__
-    results = run_in_batches(module, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite)
+    results = run_in_batches(
+        module, networks, predictor.pack, console, key=settings.key, nonfinite=settings.nonfinite,
+        rebuild=settings.rebuild,
+    )  # fmt: skip
     columns = distinct_columns(["name", *predictor.target_names])
     rows = [[name, *map(float, values)] for name, values in zip(results.names, results.values, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in rows]

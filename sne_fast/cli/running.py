@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import WeightBatch
-    from ..data.checkpoints import Checkpoint
 
 BATCH_WEIGHTS = 200_000
 PATHS = (
@@ -27,6 +26,10 @@ PATHS = (
 )
 KEY = "Place of the weights in files that hold several, names joined by dots, such as generator or model.encoder."
 NONFINITE = "Treatment of NaN and infinities among the weights: refuse the network, read them as 0, or keep them."
+REBUILD = (
+    "Rebuild folders of transformers as modules: names, order, ties and kinds are those of the class that config.json "
+    "names. Needs transformers."
+)
 
 
 def stdout() -> Console:
@@ -64,17 +67,21 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
         require("pyarrow.parquet", extra="parquet", why="writing .parquet", otherwise=", or write .npz")
 
 
-def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
+def expand(paths: Sequence[Path], key: str | None = None) -> list[tuple[str, Any]]:
     """Return the names of the networks at `paths`, each with its file or the network itself.
 
     The folder of a zoo stands for all its networks, and so does a folder of checkpoints each of which is a network of
     its own. Bytes of a path that are no character are escapes in its name.
 
+    Args:
+        paths: as the user gave them.
+        key: place of the weights in files that hold several; of the folder of a pipeline it names one network.
+
     Raises:
         FileNotFoundError: a path that is not there.
         ValueError: there are no networks.
     """
-    from ..data.readers.folders import independent_files
+    from ..data.readers.folders import component_folders, independent_files
     from ..zoo import networks_at
 
     files: list[Any] = []
@@ -83,7 +90,8 @@ def expand(paths: Sequence[Path]) -> list[tuple[str, Any]]:
         if found is not None:
             files += found
         elif path.exists():
-            files += (independent_files(path) if path.is_dir() else None) or [path]
+            one = not path.is_dir() or (key is not None and component_folders(path) is not None)
+            files += [path] if one else independent_files(path) or [path]
         else:
             raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     if not files:
@@ -125,6 +133,7 @@ def run_in_batches(
     *,
     key: str | None = None,
     nonfinite: str | None = None,
+    rebuild: bool = False,
     alone: Callable[[Any, Callable[[float], None]], Encoding | None] | None = None,
 ) -> Results:
     """Run a module on all networks, in batches of bounded weights; one that fails does not take others with it.
@@ -137,6 +146,7 @@ def run_in_batches(
         key: place of the weights in files that hold several, as in
             :func:`sne_fast.data.checkpoints.load_state_dict`.
         nonfinite: as in :func:`sne_fast.pack`; None is what `pack` does by itself.
+        rebuild: whether folders of transformers are rebuilt as modules.
         alone: runs a network that is too large for a batch, and says how far it is; returns None for others.
 
     Raises:
@@ -180,7 +190,7 @@ def run_in_batches(
             if found is not None:
                 outputs[i], skipped[i], spreads[i] = found
                 return None
-            return pack([file if key is None else _read(file, key)], **options)
+            return pack([given_network(file, key, rebuild)], **options)
         except Exception as error:
             if not is_expected(error):
                 raise
@@ -212,9 +222,24 @@ def run_in_batches(
     return Results([networks[i][0] for i in done], np.stack([outputs[i] for i in done]), sentences, left_out, found)
 
 
-def _read(file: Any, key: str) -> Checkpoint:
-    from ..data.checkpoints import CheckpointError, read_checkpoint
+def given_network(file: Any, key: str | None, rebuild: bool) -> Any:
+    """Return what `pack` takes for a file or a network of a zoo: itself, or the checkpoint that was read from it.
 
+    Args:
+        file: a path, or a network of a zoo.
+        key: place of the weights in a file that holds several.
+        rebuild: whether a folder with a `config.json` is rebuilt as a module of transformers.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or rebuilt; `key` for a network of a zoo.
+    """
+    from ..data.checkpoints import CheckpointError, read_checkpoint
+    from ..data.transformers_folders import read_transformers_folder
+
+    if rebuild and isinstance(file, Path) and (file / "config.json").is_file():
+        return read_transformers_folder(file)
+    if key is None:
+        return file
     if not isinstance(file, Path):
         raise CheckpointError("key= is for files of torch, not for a network of a zoo")
     return read_checkpoint(file, key)

@@ -177,7 +177,8 @@ class LayerStream:
         sources = self._sources(name)
         if tensor.dtype.is_floating_point and len(sources) < 2:
             return tensor.numel()
-        return 2 * max((_bytes(part) for part in sources.values()), default=_bytes(tensor))
+        # Quantised weights have two bits at the least, most have four or more.
+        return 4 * max((_bytes(part) for part in sources.values()), default=_bytes(tensor))
 
     def _pack(self, i: int, layer: Layer, **options: Any) -> WeightBatch:
         chosen = {"chunk_size": 32, "chunking": "flat", "scale": "tensor", "nonfinite": self.nonfinite, **options}

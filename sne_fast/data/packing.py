@@ -47,8 +47,9 @@ def pack(
 
     A layer is a module that owns tensors itself. All floating parameters are taken, tied ones once at their first
     place, and the running mean and variance of normalisation layers; complex ones as real and imaginary parts side by
-    side along the last dimension, quantised ones as the numbers they stand for. What is left out (other buffers,
-    counters, masks, empty tensors, states of optimisers, moving averages beside the weights) is in `batch.skipped` by
+    side along the last dimension, quantised ones as the numbers they stand for. Adapters (LoRA, DoRA, IA3) are layers
+    of their own in a canonical form, which depends on their update alone. What is left out (other buffers, counters,
+    masks, empty tensors, states of optimisers, moving averages beside the weights) is in `batch.skipped` by
     name with the reason; `len(batch.skipped[b])` counts it. The prefix `module.` of all names, and parts of names that
     `torch.compile`, FSDP and activation checkpointing add, are dropped. Tensors are cut as they are stored: fused
     projections and gates are not split, nothing is transposed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,44 @@ def test_bad_options_are_refused(large: Path, tmp_path: Path) -> None:
     Predictor(SNE(hidden_dim=32)).save_pretrained(tmp_path / "predictor")
     result = call("encode", large, "-o", tmp_path / "z.npz", "--max-chunks", 8, "--model", tmp_path / "predictor")
     assert result.exit_code == 2 and "--max-chunks is for encoders" in result.stderr
+
+
+def test_folders_of_transformers_are_rebuilt_as_modules(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=4, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    module = transformers.Qwen3MoeForCausalLM(config).eval()  # whose files have its stacked experts one by one
+    module.save_pretrained(tmp_path / "model")
+    encoder = SNE(hidden_dim=32, set_attention="isab").eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    vectors = {}
+    for name, options in {"file": [], "module": ["--rebuild"], "sample": ["--rebuild", "--max-chunks", 1000]}.items():
+        out = tmp_path / f"{name}.npz"
+        result = call("encode", tmp_path / "model", "-o", out, "--model", tmp_path / "encoder", *options)
+        assert result.exit_code == 0, result.output
+        vectors[name] = stored(out)["vector"][0]
+    with torch.no_grad():
+        want = encoder.pack([module])
+        z = encoder(want)[0].numpy()
+    np.testing.assert_allclose(vectors["module"], z, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(vectors["sample"], z, rtol=0, atol=1e-5)
+    assert np.abs(vectors["file"] - z).max() > 1e-2
+    result = call("encode", tmp_path / "model", "-o", tmp_path / "vectors", "--rebuild")
+    assert result.exit_code == 2 and "--rebuild needs an .npz or .parquet file" in " ".join(result.stderr.split())
+
+
+def test_a_key_names_a_network_of_a_pipeline(tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    for part in ("unet", "vae"):
+        (pipeline / part).mkdir(parents=True)
+        save_file({"fc.weight": torch.randn(3, 4)}, pipeline / part / "diffusion_pytorch_model.safetensors")
+    described = {"_class_name": "Pipeline", "unet": ["diffusers", "UNet"], "vae": ["diffusers", "VAE"]}
+    (pipeline / "model_index.json").write_text(json.dumps(described))
+    assert call("encode", pipeline, "-o", tmp_path / "all.npz").exit_code == 0
+    assert call("encode", pipeline, "-o", tmp_path / "one.npz", "--key", "unet").exit_code == 0
+    every, one = stored(tmp_path / "all.npz"), stored(tmp_path / "one.npz")
+    assert [Path(name).name for name in every["name"]] == ["unet", "vae"] and one["name"].tolist() == [str(pipeline)]
+    np.testing.assert_allclose(one["vector"][0], every["vector"][0], rtol=0, atol=1e-5)

@@ -166,7 +166,7 @@ def test_out_of_memory_is_one_sentence_and_loses_no_other_network(files, tmp_pat
         assert stored["name"].tolist() == [str(files[0])]
     assert message.format(weights="37 weights") in fails("encode", files[2], "-o", tmp_path / "z.npz")
 
-    def nothing(paths):
+    def nothing(paths, key):
         raise error
 
     monkeypatch.setattr("sne_fast.cli.encode.expand", nothing)

@@ -127,6 +127,29 @@ def test_words(tmp_path: Path, form: str) -> None:
         torch.testing.assert_close(at, model(x).cpu(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("file", ["tf_keras.h5", "tf_keras.keras"])
+def test_files_of_tf_keras_compute_the_same(file: str) -> None:
+    folder = Path(__file__).parent / "formats"
+    read = {name.partition(".")[2]: tensor for name, tensor in load_state_dict(folder / file).items()}
+    example = load_state_dict(folder / "tf_keras_example.npz")
+
+    def put(module: nn.Module, layer: str) -> nn.Module:
+        own = {n.removeprefix(f"{layer}."): t for n, t in read.items() if n.startswith(f"{layer}.")}
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(own.get(name, torch.zeros_like(tensor)))
+        return module.eval()
+
+    with torch.no_grad():
+        h = put(nn.Conv2d(2, 3, 3), "first")(example["x"].permute(0, 3, 1, 2))
+        h = put(nn.BatchNorm2d(3, eps=1e-3), "norm")(h)
+        h = put(nn.Conv2d(3, 3, 2, groups=3, bias=False), "apart.depthwise")(h)
+        h = put(nn.Conv2d(3, 4, 1), "apart.pointwise")(h).flatten(2).mT
+        lstm = put(nn.LSTM(4, 2, bidirectional=True, batch_first=True), "both")
+        _, (last, _) = lstm(h)
+        y = put(nn.Linear(4, 2), "last")(torch.cat([last[0], last[1]], 1))
+    torch.testing.assert_close(y, example["y"], rtol=1e-4, atol=1e-4)
+
+
 def test_files_of_keras_2_and_of_transformers(tmp_path: Path) -> None:
     file = tmp_path / "tf_model.h5"
     with h5py.File(file, "w") as root:

@@ -129,3 +129,22 @@ def test_archives_of_something_else_are_named(tmp_path: Path, names: list[str], 
             archive.writestr(name, b"")
     with pytest.raises(CheckpointError, match=message):
         formats.format_of(tmp_path / "n.zip")
+
+
+def test_files_of_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("saved_model.pb", b"\x08\x01\x12\x00", "is a SavedModel of TensorFlow; save its weights with"),
+        ("weight.bin", b"\x15\0\0\0\x02" + bytes(59) + b"\xef\xbe\xad\xde", "is a part of a Core ML package"),
+        ("n.ort", b"\x20\0\0\0ORTM", "is a model of ONNX Runtime"),
+        ("variables.data-00000-of-00001", bytes(16), "is by its name a part of a checkpoint of TensorFlow"),
+        ("frozen.pb", b"\x0a\x10abc", "is by its name a graph of TensorFlow; convert it to ONNX"),
+        ("n.engine", b"ptrt", "is by its name compiled by TensorRT; give the file that it was built from"),
+        ("n.pte", b"\x20\0\0\0ET12", "is a program of ExecuTorch"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            load_state_dict(tmp_path / name)
+    for name in ("weight.bin", "n.ort", "n.pte"):
+        (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match="is a SavedModel of TensorFlow"):
+        load_state_dict(tmp_path)

@@ -17,7 +17,8 @@ from sne_fast.data.checkpoints import load_state_dict, read_checkpoint
 onnx = pytest.importorskip("onnx")
 from onnx import helper, numpy_helper  # noqa: E402
 
-FLOAT, UINT8 = 1, 2
+WRITTEN = Path(__file__).parent / "formats"
+FLOAT = 1
 
 
 class Words(nn.Module):
@@ -88,6 +89,14 @@ def test_a_module_and_its_export_are_packed_alike(tmp_path: Path, network: Any, 
     ours, theirs = pack([module], kinds="names"), pack([file])
     assert ours.names[0][1] == theirs.names[0][1] and torch.equal(ours.values, theirs.values)
     assert torch.equal(ours.tensor_type, theirs.tensor_type)
+
+
+def test_the_exporter_with_dynamo() -> None:
+    wanted = load_state_dict(WRITTEN / "onnx_dynamo_state.npz")
+    read = load_state_dict(WRITTEN / "onnx_dynamo.onnx")
+    assert read.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(read[name], tensor)
 
 
 def test_a_folded_normalisation_leaves_one_convolution(tmp_path: Path) -> None:
@@ -214,6 +223,7 @@ def test_subgraphs_have_weights_too(tmp_path: Path) -> None:
 
 SCALES = np.abs(B) / 10
 INTEGERS = np.clip(np.round(W / SCALES[:, None]) + 3, -128, 127).astype(np.int8)
+UNSIGNED = np.arange(12, dtype=np.uint8).reshape(3, 4)
 ZEROS = np.full(3, 3, np.int8)
 MEANT = torch.tensor((INTEGERS.astype(np.float32) - 3) * SCALES[:, None])
 
@@ -221,6 +231,10 @@ MEANT = torch.tensor((INTEGERS.astype(np.float32) - 3) * SCALES[:, None])
 def quantised_nodes() -> dict[str, list[Any]]:
     make = helper.make_node
     return {
+        "rows": [
+            make("Gather", ["g", "x"], ["p"], name="/fc/Gather_quant"),
+            make("DequantizeLinear", ["p", "one", "zero"], ["y"]),
+        ],
         "weights": [
             make("DequantizeLinear", ["q", "s", "z"], ["fc.weight_DequantizeLinear_Output"], axis=0),
             make("Gemm", ["x", "fc.weight_DequantizeLinear_Output"], ["y"], transB=1, name="/fc/Gemm"),
@@ -246,16 +260,25 @@ def quantised_nodes() -> dict[str, list[Any]]:
 @pytest.mark.parametrize("form", quantised_nodes())
 def test_quantised_weights_are_the_numbers_they_stand_for(tmp_path: Path, form: str) -> None:
     nodes = quantised_nodes()[form]
-    held = {"q": INTEGERS, "t": INTEGERS.T, "s": SCALES, "z": ZEROS, "one": np.float32(0.1), "zero": np.uint8(0)}
+    held = {
+        "g": UNSIGNED,
+        "q": INTEGERS,
+        "t": INTEGERS.T,
+        "s": SCALES,
+        "z": ZEROS,
+        "one": np.float32(0.1),
+        "zero": np.uint8(0),
+    }
     taken = {name for node in nodes for name in node.input}
     found = load_state_dict(
         saved(tmp_path / "n.onnx", nodes, {name: value for name, value in held.items() if name in taken})
     )
     assert found.keys() == {"fc.weight"}
-    torch.testing.assert_close(found["fc.weight"], MEANT)
+    torch.testing.assert_close(
+        found["fc.weight"], torch.tensor(UNSIGNED * np.float32(0.1)) if form == "rows" else MEANT
+    )
 
 
-WRITTEN = Path(__file__).parent / "formats"
 NEARLY = {"dynamic": 0.005, "qdq": 0.005, "qoperator": 0.005, "nbits": 0.08}
 
 
@@ -281,9 +304,10 @@ def test_weights_of_four_bits(tmp_path: Path) -> None:
 
 
 def test_a_quantised_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
-    node = helper.make_node("MatMulInteger", ["x", "q"], ["y"])
-    with pytest.raises(CheckpointError, match="has the quantised weight 'q' without a constant scale; give the model"):
-        load_state_dict(saved(tmp_path / "n.onnx", [node], {"q": INTEGERS}))
+    for operation in ("MatMulInteger", "Unknown"):
+        node = helper.make_node(operation, ["x", "q"], ["y"])
+        with pytest.raises(CheckpointError, match="has the quantised weight 'q' without a constant scale; give the"):
+            load_state_dict(saved(tmp_path / "n.onnx", [node], {"q": INTEGERS}))
 
 
 @pytest.mark.parametrize("keep", [3, 20, 60, -1, -30])

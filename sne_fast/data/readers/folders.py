@@ -94,12 +94,6 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
     return folder / chosen, left_out | dict.fromkeys(others, f"the same model as {chosen} by its name")
 
 
-def is_model_folder(folder: Path, file: Path) -> bool:
-    """Return whether a folder is that of one model, by what lies beside its weights, or by the name of their file."""
-    beside = any((folder / name).is_file() for name in ("config.json", _MODULES))
-    return beside or _INDEX.fullmatch(file.name.lower()) is not None or _stem(file.name) in _STANDARD
-
-
 def _folders_of_checkpoints(folder: Path) -> list[str]:
     """Return the first folders inside one in which there are files that look like weights."""
     found: list[str] = []
@@ -111,6 +105,13 @@ def _folders_of_checkpoints(folder: Path) -> list[str]:
                 if any(n in known or (n.endswith(_ENDINGS) and not _NO_WEIGHTS.fullmatch(n)) for n in names):
                     found.append(place.name)
     return found
+
+
+def is_model_folder(folder: Path, file: Path) -> bool:
+    """Return whether a folder is that of one model, by what lies beside its weights, or by the name of their file."""
+    beside = any((folder / name).is_file() for name in ("config.json", _MODULES))
+    known = _INDEX.fullmatch(file.name.lower()) is not None or ADAPTER_FILE.fullmatch(file.name) is not None
+    return beside or known or _stem(file.name) in _STANDARD
 
 
 def array_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from pathlib import Path
 from typing import IO, Literal
@@ -45,6 +46,16 @@ _IDENTIFIED = (
 )
 _WHOLE: tuple[tuple[bytes, Format], ...] = (
     (b"GGUF", "gguf"), (b"\x89HDF\r\n\x1a\n", "hdf5"), (b"\x93NUMPY", "npy"),
+)  # fmt: skip
+# What a name says of a file whose first bytes tell nothing.
+_BY_NAME = (
+    (r"\.data-\d+-of-\d+$|\.ckpt\.(meta|index)$|^(variables|checkpoint)\.index$",
+     "a part of a checkpoint of TensorFlow; load it there and save model.save_weights('n.weights.h5')"),
+    (r"\.pb$", "a graph of TensorFlow; convert it to ONNX, or save the weights of its model"),
+    (r"\.caffemodel$", "a network of Caffe; convert it to ONNX"),
+    (r"\.(engine|plan|trt)$", "compiled by TensorRT; give the file that it was built from"),
+    (r"\.params$", "a file of MXNet; convert it to ONNX"),
+    (r"\.(dlc|rknn|om|hef|blob)$", "compiled for one device; give the file that it was built from"),
 )  # fmt: skip
 _MAP_KEYS = (*range(0xA0, 0xC0), 0xD9)  # of msgpack: the marks of short texts
 _ONNX_FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # that follow the version in what onnx writes
@@ -97,6 +108,9 @@ def format_of(file: Path) -> Format:
         return "onnx"
     if _begins_map(beginning) or file.suffix.lower() == ".msgpack":
         return "flax"
+    for ending, what in _BY_NAME:
+        if re.search(ending, file.name.lower()):
+            raise CheckpointError(f"{file}: is by its name {what}")
     raise CheckpointError(
         f"{file}: is damaged or no {_claimed(file)}: cannot tell what it is by its first bytes; readable are {READABLE}"
     )

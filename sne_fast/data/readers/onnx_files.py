@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...regular_files import open_regular
 from .contents import Contents, array_tensor, lazy_array, need, reading_format
 from .errors import CheckpointError
 from .onnx_constants import Constant, constant_of_tensor
-from .onnx_graphs import SETTINGS, Graph, Use, subgraphs
+from .onnx_graphs import SETTINGS, Graph, Use, no_scale, subgraphs
 from .onnx_names import (
     dotted,
     is_anonymous,
@@ -31,6 +32,7 @@ _FORMAT = "ONNX file"
 _MAX_DEPTH = 16
 _MOST_LOOKED_AT = 2**26  # elements of a constant that could be a mask
 _MASKED = -1e4
+_LARGE = 1024  # elements of a vector of bytes that may be packed weights
 _MOST_COPIES = 100_000  # nodes of functions, once each is written out wherever it is called
 
 
@@ -240,7 +242,7 @@ class _Reader:
 
     def _same_values(self, constant: Constant) -> tuple[Any, ...] | None:
         """Return the key of a matrix that a folded copy has the values of, as exporters make one for each use."""
-        if constant.ndim < 2 or constant.outside:
+        if constant.ndim < 2 or constant.outside or "dequantised" in constant.made:
             return None
         alike = self.by_shape.setdefault((constant.shape, constant.dtype), [])
         if is_anonymous(constant.name):
@@ -264,6 +266,10 @@ class _Reader:
         if not constant.dtype.is_floating_point:
             reason = "integers: a shape, an index or a table" if constant.dtype.itemsize > 1 else "integers"
             decoded = self._decoded(constant, graph)
+            setting = all(_is_setting(graph, node, place) for node, place in consumers)
+            large = constant.ndim > 1 or constant.count >= _LARGE
+            if decoded is None and constant.dtype in (torch.int8, torch.uint8) and large and not setting:
+                raise no_scale(constant)
             if decoded is None:
                 self.found.left_out[graph.prefix + name] = reason
                 return

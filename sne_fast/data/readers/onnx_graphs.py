@@ -11,7 +11,7 @@ import numpy as np
 from .errors import CheckpointError, shown
 from .onnx_constants import Constant, dequantised, fold, many_bits
 
-__all__ = ["Graph", "Use"]
+__all__ = ["SETTINGS", "Graph", "Use", "no_scale", "subgraphs"]
 
 _MAX_DEPTH = 32
 
@@ -138,9 +138,9 @@ SETTINGS: dict[str, tuple[int, ...] | None] = {
     "QLinearConv": (1, 2, 4, 5, 6, 7), "QLinearMatMul": (1, 2, 4, 5, 6, 7), "QGemm": (1, 2, 4, 5, 7, 8),
     "MatMulInteger": (2, 3), "ConvInteger": (2, 3), "QLinearAdd": (1, 2, 4, 5, 6, 7), "QLinearMul": (1, 2, 4, 5, 6, 7),
     "QLinearSigmoid": None, "QLinearLeakyRelu": None, "QLinearGlobalAveragePool": None, "QLinearConcat": None,
-    "DynamicQuantizeMatMul": (2, 3), "DynamicQuantizeLSTM": (4, 5, 6, 8, 9, 10, 11), "MatMulNBits": (2, 3, 4),
-    "LSTM": (4, 5, 6), "GRU": (4, 5, 6), "RNN": (4, 5, 6), "ScatterND": None,
-    "ConstantOfShape": None, "Loop": None, "EyeLike": None,
+    "DynamicQuantizeMatMul": (2, 3), "QAttention": (3, 4, 6, 7), "MatMulNBits": (2, 3, 4),
+    "DynamicQuantizeLSTM": (4, 5, 6, 8, 9, 10, 11), "LSTM": (4, 5, 6), "GRU": (4, 5, 6), "RNN": (4, 5, 6),
+    "ScatterND": None, "ConstantOfShape": None, "Loop": None, "EyeLike": None,
 }  # fmt: skip
 
 
@@ -195,6 +195,10 @@ def _gemm(graph: Graph, node: Any) -> list[Use]:
 
 def _gather(graph: Graph, node: Any) -> list[Use]:
     table = graph.input(node, 0)
+    if table is not None and not _is_floating(table):  # rows of integers, which are decoded behind
+        behind = [other for other, place in graph.behind(node.output[0]) if place == 0]
+        scale = graph.input(behind[0], 1) if behind and behind[0].op_type == "DequantizeLinear" else None
+        table = dequantised(table, scale, graph.input(behind[0], 2)) if scale is not None and scale.count == 1 else None
     if table is None or not _is_floating(table) or table.ndim != 2 or graph.attributes[id(node)].get("axis", 0) != 0:
         return []
     return [Use(table, "weight")]
@@ -246,7 +250,7 @@ def _integer_product(graph: Graph, node: Any) -> list[Use]:
         if multiplied.op_type == "Mul":
             scale = graph.input(multiplied, 1 - place) or _scale_of_product(graph, multiplied.input[1 - place])
     if scale is None:
-        raise _no_scale(weight)
+        raise no_scale(weight)
     graph.spent.append((scale, "the scale of a quantised weight"))
     is_matrix = node.op_type == "MatMulInteger"
     decoded = dequantised(weight, scale, graph.input(node, 3), weight.ndim - 1 if is_matrix else 0)
@@ -262,7 +266,8 @@ def _scale_of_product(graph: Graph, name: str) -> Constant | None:
     return graph.input(node, 0) or graph.input(node, 1)
 
 
-def _no_scale(weight: Constant) -> CheckpointError:
+def no_scale(weight: Constant) -> CheckpointError:
+    """Return the error for integers that are a weight and whose scale is not found."""
     return CheckpointError(
         f"has the quantised weight {shown(weight.name)} without a constant scale; give the model before quantisation"
     )
@@ -279,7 +284,7 @@ def _quantised(weight: int, scale: int, zero: int, bias: int | None, per: int, i
         if held is None:
             return []
         if by is None:
-            raise _no_scale(held)
+            raise no_scale(held)
         transposed = bool(graph.attributes[id(node)].get("transB", 0)) if node.op_type == "QGemm" else not in_out
         axis = per if in_out and not transposed else 0
         decoded = dequantised(held, by, graph.input(node, zero), axis)
@@ -288,7 +293,7 @@ def _quantised(weight: int, scale: int, zero: int, bias: int | None, per: int, i
         if added is not None and not _is_floating(added):
             inputs = graph.input(node, 1)  # a bias of integers has the scale of the products
             if inputs is None:
-                raise _no_scale(added)
+                raise no_scale(added)
             added = dequantised(added, _product(by, inputs), None)
         if added is not None:
             uses.append(Use(added, "bias"))
@@ -369,8 +374,8 @@ _SPECIAL: dict[str, _Special] = {
     "Attention": _attention, "MatMulInteger": _integer_product, "ConvInteger": _integer_product,
     "QLinearConv": _quantised(3, 4, 5, 8, 0, False), "QLinearMatMul": _quantised(3, 4, 5, None, 1, True),
     "QGemm": _quantised(3, 4, 5, 6, 1, True), "DynamicQuantizeMatMul": _quantised(1, 2, 3, 4, 1, True),
-    "MatMulNBits": _blocks, "LSTM": _recurrent, "GRU": _recurrent, "RNN": _recurrent,
-    "DynamicQuantizeLSTM": _recurrent,
+    "QAttention": _quantised(1, 4, 7, 2, 1, True), "MatMulNBits": _blocks, "LSTM": _recurrent, "GRU": _recurrent,
+    "RNN": _recurrent, "DynamicQuantizeLSTM": _recurrent,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The network of a diffusers pipeline that a key chooses."""
+"""Folders whose networks are named by a list in them: pipelines of diffusers, and distributed checkpoints."""
 
 from __future__ import annotations
 

@@ -174,6 +174,8 @@ class _Reader:
             return _Constant(name, place, shape, _FLOATS.get(kind, torch.float32), stored)
         quantised = tensor.Quantization()
         scales = quantised.ScaleLength() if quantised is not None else 0
+        if scales == 0 and kind in (3, 9, _FOUR_BITS) and len(shape) > 1:
+            raise CheckpointError(f"has the quantised weight {shown(name)} without a scale; give the model before it")
         if scales == 0:
             return _Constant(name, place, shape, None, stored)
         scale = np.asarray(quantised.ScaleAsNumpy(), np.float32)
