@@ -81,7 +81,7 @@ class EmbeddingDataset:
         """
         if not retry and all(self.part(unit).exists() for unit in units):
             return []
-        results = read_results(self.path, ["uri", "etag", "first_layer", "error"])
+        results = read_results(_parts(self.path))
 
         def done(network: Network) -> bool:
             held = results.get((network.uri, network.etag))
@@ -102,7 +102,7 @@ class EmbeddingDataset:
 
     def failures(self, units: Sequence[Unit]) -> dict[str, str]:
         """Return why networks of the units failed, by their paths."""
-        results = read_results(self.path, ["uri", "etag", "first_layer", "error"])
+        results = read_results(_parts(self.path))
         found: dict[str, str] = {}
         for network in dict.fromkeys(network for unit in units for network in unit.networks):
             rows = results[network.uri, network.etag].rows if (network.uri, network.etag) in results else []
@@ -147,15 +147,30 @@ class Results:
             self.runs[first] = row
 
 
-def read_results(path: Path, columns: list[str] | None = None) -> dict[tuple[str, str], Results]:
-    """Return the results in a folder `encoder=<hash>` by uri and etag; rows with the given columns, None for all."""
+def read_results(files: Sequence[Path]) -> dict[tuple[str, str], Results]:
+    """Return what is known of the results in files, the oldest first, by uri and etag.
+
+    Rows have `uri`, `etag`, `first_layer`, `error`, and `at`: the places of the file and of the row in it.
+
+    Raises:
+        ValueError: a file that is damaged; the message names it.
+    """
+    found: dict[tuple[str, str], Results] = {}
+    for place, file in enumerate(files):
+        for i, row in enumerate(_read(file, ["uri", "etag", "first_layer", "error"]).to_pylist()):
+            found.setdefault((row["uri"], row["etag"]), Results()).add({**row, "at": (place, i)}, place)
+    return found
+
+
+def _read(file: Path, columns: list[str] | None = None) -> Any:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found: dict[tuple[str, str], Results] = {}
-    for place, file in enumerate(_parts(path)):
-        for row in pq.read_table(file, columns=columns).to_pylist():
-            found.setdefault((row["uri"], row["etag"]), Results()).add(row, place)
-    return found
+    try:
+        return pq.read_table(file, columns=columns)
+    except pa.ArrowInvalid as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: is damaged ({reason}); remove it and encode its networks again") from error
 
 
 def _parts(path: Path) -> list[Path]:
@@ -179,11 +194,10 @@ def collect(folder: str | os.PathLike[str], *, table: Any = None, encoder: SNE |
 
     Raises:
         FileNotFoundError: there are no results.
-        ValueError: the folder has results of several encoders.
+        ValueError: the folder has results of several encoders, or a damaged file.
     """
     require("pyarrow.parquet", extra="parquet", why="collecting vectors")
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = _dataset_in(Path(folder))
     files = _parts(path)
@@ -191,19 +205,23 @@ def collect(folder: str | os.PathLike[str], *, table: Any = None, encoder: SNE |
         raise FileNotFoundError(f"collect: {path} holds no results")
     wanted = None if table is None else set(zip(table["uri"].to_pylist(), table["etag"].to_pylist(), strict=True))
     chosen: dict[str, Results] = {}
-    for (uri, etag), results in read_results(path).items():
+    for (uri, etag), results in read_results(files).items():
         if (wanted is None or (uri, etag) in wanted) and (uri not in chosen or results.newest > chosen[uri].newest):
             chosen[uri] = results
     keep = bool(read_json(path / ABOUT, dict)["options"].get("layers"))
-    rows = []
-    for uri in sorted(chosen):
-        held = chosen[uri].rows
-        if held[0]["first_layer"] is not None:
-            encoder = encoder or SNE.from_pretrained(path / MODEL)
-            rows.append(_joined(encoder, held, keep))
-        else:
-            rows.append(held[0])
-    return pa.Table.from_pylist(rows, schema=pq.read_schema(files[0]))
+    taken: dict[int, list[int]] = {}  # rows of whole networks, which stay columns
+    joined = []
+    for held in (results.rows for results in chosen.values()):
+        if held[0]["first_layer"] is None:
+            place, i = held[0]["at"]
+            taken.setdefault(place, []).append(i)
+            continue
+        rows = [_read(files[place]).slice(i, 1).to_pylist()[0] for place, i in (row["at"] for row in held)]
+        encoder = encoder or SNE.from_pretrained(path / MODEL)
+        joined.append(_joined(encoder, rows, keep))
+    tables = [_read(files[place]).take(rows) for place, rows in taken.items()]
+    schema = _read(files[0]).schema
+    return pa.concat_tables([*tables, pa.Table.from_pylist(joined, schema=schema)]).sort_by("uri")
 
 
 def _dataset_in(folder: Path) -> Path:

@@ -68,7 +68,7 @@ def manifest(
         if str(source).endswith(".parquet") and Path(source).is_file():
             tables.append(_read_manifest(Path(source)))
             continue
-        for uri in find_networks([source]):
+        for uri in find_networks([source], key):
             if uri in seen:
                 continue
             seen.add(uri)
@@ -87,8 +87,10 @@ def schema() -> Any:
     return arrow.schema(list(zip(COLUMNS, types, strict=True)))
 
 
-def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = None) -> Iterator[str]:
     """Yield the paths of all networks at some sources, see `manifest`; a network of a zoo is `FOLDER/NAME`.
+
+    The folder of a pipeline of which `key` names a network stands for that network.
 
     Raises:
         FileNotFoundError: a source that is not there.
@@ -97,7 +99,7 @@ def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         text = os.fsdecode(source)
         if text.startswith("@"):
             lines = read_text(Path(text[1:])).splitlines()
-            yield from find_networks([line.strip() for line in lines if line.strip()])
+            yield from find_networks([line.strip() for line in lines if line.strip()], key)
             continue
         path = Path(text)
         in_zoo = networks_at(path)
@@ -106,7 +108,7 @@ def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         elif not path.exists():
             raise FileNotFoundError(f"no such file or folder: {text!r}")
         elif path.is_dir():
-            found = list(_in_tree(path)) or ([path] if array_files(path) else [])
+            found = list(_in_tree(path, key)) or ([path] if array_files(path) else [])
             if not found:
                 chosen_file(path)  # says what is there instead
             yield from map(str, found)
@@ -114,7 +116,7 @@ def find_networks(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield str(path)
 
 
-def _in_tree(folder: Path) -> Iterator[Path]:
+def _in_tree(folder: Path, key: str | None) -> Iterator[Path]:
     """Yield the checkpoints of a folder and of the folders inside it, in order of their names.
 
     A folder whose files cannot be told apart is yielded itself: reading it says why.
@@ -125,7 +127,8 @@ def _in_tree(folder: Path) -> Iterator[Path]:
             return
         components = component_folders(folder)
         if components is not None:
-            yield from components if len(components) > 1 else [folder]
+            named = key is not None and key.partition(".")[0] in (component.name for component in components)
+            yield from [folder] if named or len(components) < 2 else components
             return
         file, _ = chosen_file(folder)
         if is_model_folder(folder, file):
@@ -143,7 +146,7 @@ def _in_tree(folder: Path) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
             in_zoo = networks_at(entry)
-            yield from _in_tree(entry) if in_zoo is None else map(Path, map(str, in_zoo))
+            yield from _in_tree(entry, key) if in_zoo is None else map(Path, map(str, in_zoo))
 
 
 def network_at(uri: str) -> Any:

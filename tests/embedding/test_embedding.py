@@ -95,6 +95,8 @@ def test_folders_are_found_as_they_are_read_and_none_is_dropped(tmp_path: Path) 
     rows = {Path(row["uri"]).relative_to(root).as_posix(): row["error"] for row in manifest([root]).to_pylist()}
     assert sorted(rows) == ["deep/inside", "mixed", "parts", "pipe/unet", "pipe/vae", "sharded"]
     assert "holds several checkpoints" in rows.pop("mixed") and set(rows.values()) == {None}
+    (row,) = manifest([root / "pipe"], key="vae").to_pylist()
+    assert row["uri"] == str(root / "pipe") and row["weights"] == 144
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "weight.npy", np.ones((3, 4), np.float32))
     assert manifest([root / "sharded", tmp_path / "arrays"]).column("weights").to_pylist() == [144, 12]
@@ -204,6 +206,19 @@ def test_processes_that_make_one_dataset_at_once_find_one_model(tmp_path: Path) 
     assert len(set(made)) == 1 and [path.name for path in tmp_path.iterdir()] == [made[0].name]
     assert sorted(path.name for path in made[0].iterdir()) == ["embedding.json", "model"]
     assert torch.equal(SNE.from_pretrained(made[0] / "model").type_embedding.weight, encoder.type_embedding.weight)
+
+
+def test_a_damaged_part_is_named(tree: Path, tmp_path: Path) -> None:
+    dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
+    units = plan(manifest([tree]), budget=9000)
+    list(embed_units(dataset, units))
+    part = dataset.part(units[0])
+    part.write_bytes(part.read_bytes()[:-20])
+    for reading in (lambda: collect(dataset.path), lambda: dataset.failures(units)):
+        with pytest.raises(ValueError, match=rf"{part.name}: is damaged .*; remove it and encode its networks again"):
+            reading()
+    part.unlink()
+    assert len(list(embed_units(dataset, units))) == 1 and collect(dataset.path).num_rows == 7
 
 
 def test_what_other_units_have_done_is_not_done_again(tree: Path, tmp_path: Path) -> None:
