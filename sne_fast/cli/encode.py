@@ -221,7 +221,7 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
             done += unit.weights
             encoded |= {network.uri for network in unit.networks}
             if settings.on_error == "stop":
-                stop_at(dataset.failures([unit]))
+                stop_at(dataset.failures_of(unit))
             update(done / total, f"{len(encoded):,} networks")
     failures |= dataset.failures(units)
     own = {network.uri for unit in units if unit.layers is None or unit.layers[0] == 0 for network in unit.networks}

@@ -111,6 +111,11 @@ class EmbeddingDataset:
                 found[network.uri] = errors[0]
         return found
 
+    def failures_of(self, unit: Unit) -> dict[str, str]:
+        """Return why networks failed when this unit was done, by their paths, from its file alone."""
+        rows = _read(self.part(unit), ["uri", "error"]).to_pylist()
+        return {row["uri"]: row["error"] for row in rows if row["error"] is not None}
+
     def write(self, unit: Unit, table: Any) -> None:
         """Write the results of a unit, all or nothing."""
         import pyarrow.parquet as pq
