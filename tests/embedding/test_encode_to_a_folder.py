@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 from safetensors.torch import save_file
 
 from helpers.command_line import call
@@ -46,6 +45,17 @@ def test_failures_are_encoded_again_with_retry(tree: Path, tmp_path: Path) -> No
     assert call("encode", tree / "large.pt", "--layers", "-o", out).exit_code == 1
     again = call("encode", tree / "large.pt", "--layers", "-o", out, "--retry")
     assert again.exit_code == 0 and "1 of them by this call" in " ".join(again.stdout.split())
+
+
+def test_on_error_stop_names_the_first_failure_and_a_later_call_goes_on(tree: Path, tmp_path: Path) -> None:
+    (tree / "damaged.safetensors").unlink()
+    save_file({"a.weight": torch.full((2, 2), float("nan"))}, tree / "several" / "net3.safetensors")
+    out = tmp_path / "vectors"
+    stopped = call("encode", tree, "-o", out, "--on-error", "stop")
+    said = " ".join(stopped.stderr.split())
+    assert stopped.exit_code == 2 and "net3.safetensors: tensor 'a.weight' has 4 NaN" in said
+    again = call("encode", tree, "-o", out)
+    assert again.exit_code == 1 and "6 networks are done" in " ".join(again.stdout.split())
 
 
 def test_shares_together_are_the_whole(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 
 from helpers import dying_workers
 from helpers.many_networks import encoder_of

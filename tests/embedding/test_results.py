@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 from safetensors.torch import save_file
 
 from helpers.many_networks import encoder_of, network
