@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .script_programs import Script, script_weights
 from .shards import index_beside, read_index, refuse_rank, sibling_shards
 from .stored import open_tensors
 from .tied_by_config import with_ties_of_config
-from .torch_files import damage_of, read_content
+from .torch_files import read_content, reading_torch
 
 __all__ = ["ORDER_KEY", "Checkpoint", "OpenCheckpoint", "open_checkpoint", "read_checkpoint"]
 
@@ -207,12 +207,7 @@ def _of_contents(found: Contents, file: Path) -> OpenCheckpoint:
 
 
 def _open_torch(file: Path, key: str | None) -> OpenCheckpoint:
-    @contextmanager
-    def failing() -> Iterator[None]:
-        with reading(file), damage_of(file):
-            yield
-
-    with failing():
+    with reading_torch(file):
         held = OpenFile(file)
         content = read_content(held.opened)
         ranks = content.get("mp_world_size") if isinstance(content, dict) else None
@@ -224,7 +219,7 @@ def _open_torch(file: Path, key: str | None) -> OpenCheckpoint:
             weights = script_weights(content, key)
         else:
             weights = choose_weights(arrays_as_tensors(content), key)
-        tensors = open_tensors(weights.tensors, held, failing)
+        tensors = open_tensors(weights.tensors, held, partial(reading_torch, file))
     return OpenCheckpoint(tensors, True, weights.left_out, weights.path)
 
 

@@ -10,9 +10,8 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from .folders import METADATA
 from .lazy_tensors import LazyTensor, OpenFile
 from .pickled_values import Placeholder
 from .stored import BadTensor, Storage, StoredTensor, open_tensors, read_tensors
-from .torch_files import damage_of, read_content
+from .torch_files import damage_of, read_content, reading_torch
 
 __all__ = ["distributed_folder", "open_distributed"]
 
@@ -91,16 +90,11 @@ def open_distributed(folder: Path, key: str | None) -> tuple[dict[str, Tensor | 
     """
     file = folder / METADATA
 
-    @contextmanager
-    def failing() -> Iterator[None]:
-        with reading(file), damage_of(file):
-            yield
-
-    with failing():
+    with reading_torch(file):
         held = OpenFile(file)
         source = _Pieces(folder, read_content(held.opened))
         weights = choose_weights(source.tree(), key)
-        return open_tensors(weights.tensors, held, failing), weights
+        return open_tensors(weights.tensors, held, partial(reading_torch, file)), weights
 
 
 class _Pieces:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from . import numpy_values
 from .content_tree import RefusedContent
-from .errors import CheckpointError
+from .errors import CheckpointError, reading
 from .numpy_values import RefusedArray
 from .pickled_values import BadPickle, Bounded, RefusedName, read_pickle
 from .script_programs import SCRIPT_NAMES, Script
 from .stored import BadTensor, Storage, read_into
 from .torch_values import known_names, storage_maker
 
-__all__ = ["damage_of", "read_content"]
+__all__ = ["damage_of", "read_content", "reading_torch"]
 
 _MAGIC = torch.serialization.MAGIC_NUMBER
 _PROTOCOL = torch.serialization.PROTOCOL_VERSION
@@ -51,6 +51,13 @@ def read_content(opened: IO[bytes], *, strict: bool = False, arrays: bool = Fals
         Exception: for a damaged or refused file, those that `damage_of` turns into `CheckpointError`.
     """
     return _content(opened, strict, numpy_values.KNOWN if arrays else {}, 0)
+
+
+@contextmanager
+def reading_torch(file: Path) -> Iterator[None]:
+    """Turn all that the system and the readers of pickles say of a file into errors that name it."""
+    with reading(file), damage_of(file):
+        yield
 
 
 @contextmanager
