@@ -292,8 +292,7 @@ def _model(settings: EncodeSettings) -> SNE | Predictor:
 
     from ..data.devices import usable_device
     from ..nn.encoder import SNE
-    from ..nn.predictor import Predictor
-    from ..nn.pretrained import read_config, saved_class
+    from ..nn.predictor import load_encoder
 
     device = usable_device(settings.device)
     if settings.model is None:
@@ -305,8 +304,5 @@ def _model(settings: EncodeSettings) -> SNE | Predictor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             encoder = SNE(set_attention=settings.set_attention).to(device).eval()
-    elif saved_class(read_config(settings.model)) == "Predictor":
-        return Predictor.from_pretrained(settings.model, device=device)
-    else:
-        encoder = SNE.from_pretrained(settings.model, device=device)
-    return encoder
+        return encoder
+    return load_encoder(settings.model, device=device)

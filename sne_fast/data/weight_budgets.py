@@ -18,20 +18,23 @@ def network_sizes(batch: WeightBatch) -> Tensor:
     return batch.network_sizes
 
 
-def batches_by_weights(sizes: Tensor, budget: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:
+def batches_by_weights(
+    sizes: Tensor, budget: int, generator: torch.Generator | None = None, *, most: int | None = None
+) -> Iterator[list[int]]:
     """Yield batches of networks of at most `budget` weights; a network larger than that is a batch of its own.
 
     Args:
         sizes: `(B,)` int64, weights of each network.
         budget: weights per batch.
         generator: shuffles the networks; in their order without it.
+        most: the most networks of a batch; None is any number.
     """
     order = torch.arange(len(sizes)) if generator is None else torch.randperm(len(sizes), generator=generator)
     rows: list[int] = []
     held = 0
     for row in order.tolist():
         size = int(sizes[row])
-        if rows and held + size > budget:
+        if rows and (held + size > budget or len(rows) == most):
             yield rows
             rows, held = [], 0
         rows.append(row)

@@ -10,15 +10,13 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..free_memory import available_bytes
 from ..nn.encoder import SNE
-from ..nn.predictor import Predictor
-from ..nn.pretrained import read_config, saved_class
+from ..nn.predictor import Predictor, load_encoder
 from .dataset import MODEL, EmbeddingDataset
 from .units import Unit, cut_for, embed_unit, schema
 
@@ -131,17 +129,14 @@ def _after_death(unit: Unit, deaths: Counter[str]) -> list[Unit]:
 def _embed(model: str, device: str, options: dict[str, Any], unit: Unit) -> Any:
     """Encode a unit in a process of its own, which loads the encoder once."""
     if model not in _loaded:
-        kind = Predictor if saved_class(read_config(Path(model))) == "Predictor" else SNE
-        _loaded[model] = kind.from_pretrained(model, device=device)
+        _loaded[model] = load_encoder(model, device=device)
     return embed_unit(_loaded[model], unit, **options)
 
 
 def _died(dataset: EmbeddingDataset, unit: Unit) -> Any:
     import pyarrow as pa
 
-    encoder = dataset.encoder
-    width = encoder.out_features if isinstance(encoder, SNE) else encoder.in_features
     error = f"the process that encoded it died {DEATHS} times, perhaps for lack of memory"
     run = {} if unit.layers is None else {"first_layer": unit.layers[0], "num_layers": unit.layers[2]}
     rows = [{**vars(network), "error": error, "seconds": 0.0, **run} for network in unit.networks]
-    return pa.Table.from_pylist(rows, schema=schema(width, encoder))
+    return pa.Table.from_pylist(rows, schema=schema(dataset.encoder))

@@ -14,6 +14,7 @@ import torch
 from ..data.batch import WeightBatch
 from ..data.checkpoints import read_checkpoint
 from ..data.layer_stream import LayerStream
+from ..data.weight_budgets import batches_by_weights
 from ..extras import require
 from ..failures import any_sentence
 from ..nn.encoder import SNE
@@ -80,20 +81,15 @@ def plan(table: Any, budget: int = BUDGET, *, split: bool = True) -> list[Unit]:
     rows = [row for row in table.to_pylist() if row["error"] is None]
     rows.sort(key=lambda row: (-row["weights"], row["uri"]))
     units: list[Unit] = []
-    held: list[Network] = []
-    size = 0
+    together: list[Network] = []
     for row in rows:
-        network = Network(row["uri"], row["name"], row["etag"], row["weights"])
-        if split and row["weights"] > budget and len(row["layer_weights"]) > 1:
-            runs = list(_runs(row["layer_weights"], budget))
-            units += [Unit((network,), (first, last, len(row["layer_weights"]))) for first, last in runs]
-            continue
-        if held and (size + row["weights"] > budget or len(held) == MOST):
-            units.append(Unit(tuple(held)))
-            held, size = [], 0
-        held.append(network)
-        size += row["weights"]
-    return [*units, Unit(tuple(held))] if held else units
+        network, sizes = Network(row["uri"], row["name"], row["etag"], row["weights"]), row["layer_weights"]
+        if split and row["weights"] > budget and len(sizes) > 1:
+            runs = batches_by_weights(torch.tensor(sizes), budget)
+            units += [Unit((network,), (run[0], run[-1] + 1, len(sizes))) for run in runs]
+        else:
+            together.append(network)
+    return units + [Unit(tuple(group)) for group in _groups(together, budget)]
 
 
 def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
@@ -116,16 +112,6 @@ def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
         else:
             found.append(unit)
     return found
-
-
-def _runs(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    first, size = 0, 0
-    for i, weights in enumerate(sizes):
-        if i > first and size + weights > budget:
-            yield first, i
-            first, size = i, 0
-        size += weights
-    yield first, len(sizes)
 
 
 def embed_unit(
@@ -162,7 +148,6 @@ def embed_unit(
     by_layers = layers or max_chunks is not None or unit.layers is not None
     if by_layers and not isinstance(encoder, SNE):
         raise ValueError("embed_unit: layers, max_chunks and runs of layers are for encoders, got a Predictor")
-    width = encoder.out_features if isinstance(encoder, SNE) else encoder.in_features
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for group in _groups(unit.networks, PACKED):
@@ -172,10 +157,10 @@ def embed_unit(
                     rows.append(_layer_by_layer(encoder, network, unit.layers, layers, max_chunks, seed, given))
             else:
                 rows += _together(encoder, group, key, nonfinite)
-    return arrow.Table.from_pylist(rows, schema=schema(width, encoder))
+    return arrow.Table.from_pylist(rows, schema=schema(encoder))
 
 
-def schema(width: int, encoder: SNE | Predictor) -> Any:
+def schema(encoder: SNE | Predictor) -> Any:
     """Return the pyarrow schema of results.
 
     `uri`, `name`, `etag`, `weights` are those of the manifest; `vector` is z, null where the network failed or is not
@@ -185,6 +170,7 @@ def schema(width: int, encoder: SNE | Predictor) -> Any:
     `LayerEncodings`), are there where layers were asked for, and in rows of a run of layers.
     """
     arrow = _arrow()
+    width = encoder.out_features if isinstance(encoder, SNE) else encoder.in_features
     h = encoder.hidden_dim if isinstance(encoder, SNE) else width
     layer = arrow.struct(
         [
@@ -205,16 +191,9 @@ def schema(width: int, encoder: SNE | Predictor) -> Any:
 
 def _groups(networks: Sequence[Network], most: int) -> Iterator[list[Network]]:
     """Yield runs of networks: as many as have `most` weights together, or one larger one."""
-    held: list[Network] = []
-    size = 0
-    for network in networks:
-        if held and size + network.weights > most:
-            yield held
-            held, size = [], 0
-        held.append(network)
-        size += network.weights
-    if held:
-        yield held
+    sizes = torch.tensor([network.weights for network in networks], dtype=torch.int64)
+    for rows in batches_by_weights(sizes, most, most=MOST):
+        yield [networks[i] for i in rows]
 
 
 def _row(network: Network, seconds: float, **values: Any) -> dict[str, Any]:

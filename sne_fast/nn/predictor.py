@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from os import PathLike
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -20,7 +21,7 @@ from .encoder import SNE
 from .input_scales import INPUT_SCALES
 from .plain_state import unwrapped
 from .preparation import Preparation
-from .pretrained import PretrainedMixin, about, checked_arguments, saved_class
+from .pretrained import PretrainedMixin, about, checked_arguments, read_config, saved_class
 
 TRANSFORMS = get_args(Transform)
 LOSSES = get_args(Loss)
@@ -331,3 +332,14 @@ class Predictor(PretrainedMixin, nn.Module):
                 f"{int(targets.max())}"
             )
         return targets.long()
+
+
+def load_encoder(folder: str | PathLike[str], *, device: str | torch.device = "cpu") -> SNE | Predictor:
+    """Load the `SNE` or `Predictor` that `save_pretrained` wrote, whichever it is.
+
+    Args:
+        folder: as the first argument of `SNE.from_pretrained`, which see also for the errors.
+        device: where the parameters go.
+    """
+    kind = Predictor if saved_class(read_config(folder)) == "Predictor" else SNE
+    return kind.from_pretrained(folder, device=device)
