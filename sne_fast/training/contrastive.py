@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.batch import WeightBatch
 from ..data.weight_budgets import batches_by_weights, network_sizes
+from ..nn.chunk_samples import sample_chunks
 from ..nn.encoder import SNE
 from ..nn.predictor import PredictorHead
 
@@ -72,6 +74,8 @@ class Contrastive:
             known, or `(N,)` floating, NaN where one is not known. Numbers are to be normalised.
         label_weight: of the loss of each head.
         weights_at_once: largest number of weights that are encoded with a graph; None is any number.
+        max_chunks: encode a random sample of so many chunks of each larger tensor, at least 2, another for each view.
+            It makes steps on large networks cheaper; statistics of tensors are those of all their weights.
 
     Raises:
         ValueError: labels that are not those of the model's heads.
@@ -88,10 +92,11 @@ class Contrastive:
         labels: Mapping[str, Tensor] | None = None,
         label_weight: float = 0.1,
         weights_at_once: int | None = None,
+        max_chunks: int | None = None,
     ) -> None:
         self.model, self.views, self.temperature = model, views, temperature
         self.groups, self.relatives, self.labels = groups, relatives, dict(labels or {})
-        self.label_weight, self.weights_at_once = label_weight, weights_at_once
+        self.label_weight, self.weights_at_once, self.max_chunks = label_weight, weights_at_once, max_chunks
         if set(self.labels) != set(model.heads):
             raise ValueError(
                 f"Contrastive: labels must be {sorted(model.heads)} as the heads, got {sorted(self.labels)}"
@@ -108,9 +113,14 @@ class Contrastive:
             generator: the source of all randomness, on the CPU.
             encode: encodes a batch.
         """
-        one = self.views(part, rows, generator)
-        other = self.views(part, rows, generator)
-        z = encode_in_pieces(encode, WeightBatch.cat([one, other]), self.weights_at_once)
+        encoded = []
+        for _ in range(2):
+            view = self.views(part, rows, generator)
+            if self.max_chunks is not None:
+                seed = int(torch.randint(2**31, (), generator=generator))
+                encode = partial(encode_sample, self.model.encoder, max_chunks=self.max_chunks, seed=seed)
+            encoded.append(encode_in_pieces(encode, view, self.weights_at_once))
+        z = torch.cat(encoded)
         a, b = self.model.project(z).split(len(rows))
         index = torch.tensor(list(rows), dtype=torch.int64)
         alike = None
@@ -148,6 +158,24 @@ def info_nce(
             logits = logits.masked_fill(others, torch.finfo(logits.dtype).min)
     by_row, by_column = (F.cross_entropy(part, wanted, reduction="none") for part in (logits, logits.T))
     return (by_row + by_column) / 2
+
+
+def encode_sample(encoder: SNE, batch: WeightBatch, max_chunks: int, seed: int) -> Tensor:
+    """Encode a batch from a stratified sample of the chunks of its tensors, with gradients.
+
+    Args:
+        encoder: the encoder.
+        batch: B networks.
+        max_chunks: chunks of each tensor that has more, at least 2.
+        seed: of the sample.
+
+    Returns:
+        `(B, encoder.out_features)`.
+    """
+    encoder.check_batch(batch)
+    sample = None if encoder.chunk_encoder is None else sample_chunks(batch, max_chunks, seed)
+    layers = encoder.encode_batch_layers(batch, None if sample is None else sample._replace(halves=()))
+    return encoder.join_layers(layers, batch.network_ptr, batch.network_ptr_host)
 
 
 def encode_in_pieces(encode: Encode, batch: WeightBatch, weights_at_once: int | None) -> Tensor:

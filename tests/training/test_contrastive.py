@@ -50,13 +50,14 @@ def test_info_nce_by_a_loop():
     torch.testing.assert_close(plain, info_nce(a, b, t, torch.eye(5, dtype=torch.bool)))
 
 
-def test_gradients_in_pieces_are_those_of_the_whole_batch():
+@pytest.mark.parametrize("max_chunks", [None, 2])
+def test_gradients_in_pieces_are_those_of_the_whole_batch(max_chunks):
     torch.manual_seed(0)
-    batch = sne_fast.pack(networks(9)).detach().to(dtype=torch.float64)
-    model = ContrastiveModel(sne_fast.SNE(hidden_dim=32, statistics="relative")).double()
+    batch = sne_fast.pack(networks(9), chunk_size=8).detach().to(dtype=torch.float64)
+    model = ContrastiveModel(sne_fast.SNE(hidden_dim=32, chunk_size=8, statistics="relative")).double()
     found = []
     for at_once in (None, 150, 1):
-        objective = Contrastive(model, Views(), weights_at_once=at_once)
+        objective = Contrastive(model, Views(), weights_at_once=at_once, max_chunks=max_chunks)
         model.zero_grad()
         total, shown = objective.losses(batch, range(9), generator(), model.encoder)
         total.backward()
