@@ -202,9 +202,9 @@ def gather_stored(
     op: str, buffers: Sequence[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype
 ) -> None:
     """Check the inputs of ``gather_stored``, and that every tensor of the table lies inside its buffer."""
-    for b, buffer in enumerate(buffers):
-        if not isinstance(buffer, Tensor) or buffer.device.type != "cpu" or not buffer.is_contiguous():
-            raise TypeError(f"{op}: buffers[{b}] must be a contiguous tensor on the CPU, got {described(buffer)}")
+    for b, source in enumerate(buffers):
+        if not isinstance(source, Tensor) or source.device.type != "cpu" or not source.is_contiguous():
+            raise TypeError(f"{op}: buffers[{b}] must be a contiguous tensor on the CPU, got {described(source)}")
     for name, tensor in (("table", table), ("scale", scale)):
         if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
             raise TypeError(f"{op}: {name} must be a tensor on the CPU, got {described(tensor)}")
