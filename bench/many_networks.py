@@ -1,4 +1,4 @@
-"""Encode many small checkpoints with processes that are killed, and check every vector: `bench/many_networks.py --help`.
+"""Encode many checkpoints with processes that are killed, and check every vector: `bench/many_networks.py --help`.
 
 Checkpoints of 1,000 to 2,000 random weights are made, five of them damaged. They are encoded by a plain loop; by
 `sne-fast encode --workers`, undisturbed; by the same, killed twice at random times with all its processes and started
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="Folder of checkpoints and results, new or empty.")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--note", default="", help="A sentence on the machine, such as that other work ran there.")
     parser.add_argument("--out", type=Path, help="JSON file for the result.")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(given.workers)  # one for each worker
@@ -180,7 +181,7 @@ def main() -> None:
     result["dask_with_a_worker_killed"] = {"wall_seconds": time.perf_counter() - begun}
     assert vectors(given.folder / "dask", given.count) == want
     result["same_bits"] = True
-    result["machine"] = {**machine(), "shared_with_other_work": True, "load_average": os.getloadavg()[0]}
+    result["machine"] = {**machine(), "load_average": os.getloadavg()[0], "note": given.note}
     print(json.dumps(result, indent=2))
     if given.out is not None:
         given.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -344,7 +344,7 @@ def _model(settings: EncodeSettings) -> SNE | Predictor:
     from ..nn.encoder import SNE
     from ..nn.predictor import load_encoder
 
-    device = usable_device(settings.device)
+    device = usable_device("cpu" if settings.scheduler is not None else settings.device)  # workers have their own
     if settings.model is None:
         typer.echo(
             "sne-fast: no --model given: encoding with a freshly initialised, untrained encoder "

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for
 
 @pytest.fixture(scope="module")
 def dask_cluster() -> Iterator[Any]:
-    """A cluster of one worker with one thread, which gives a unit back at the first death."""
+    """Start one worker with one thread, of a scheduler that gives a unit back at the first death."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed.nanny", "sne_fast.embedding.workers", "pyarrow.parquet"])
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,8 @@ def test_a_worker_s_limit_of_memory_is_kept(dask_cluster: Any, tmp_path: Path) -
 
 def test_a_scheduler_that_is_not_there_is_named(tree: Path, tmp_path: Path) -> None:
     dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
-    with dask.config.set({"distributed.comm.timeouts.connect": "200ms"}), pytest.raises(OSError, match="127.0.0.1:9"):
+    soon = dask.config.set({"distributed.comm.timeouts.connect": "200ms"})
+    with soon, pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
         list(embed_units(dataset, plan(manifest([tree])), scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(ValueError, match="workers= or scheduler=, not both"):
         embed_units(dataset, [], workers=2, scheduler="tcp://127.0.0.1:9")
