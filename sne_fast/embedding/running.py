@@ -16,7 +16,7 @@ from .units import Unit, cut_for, embed_unit, halves, schema
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["embed_units"]
+__all__ = ["Work", "embed_units"]
 
 DEATHS = 3
 """Times that a process may die with a network, before it counts as failed."""
