@@ -85,7 +85,9 @@ class EncodeSettings:
         None, help="Share of this process among several that write to one folder, such as 0/8.", shown="all"
     )
     retry: bool = option(False, help="Encode again what failed before, to a folder.")
-    on_error: OnError = option("record", help="Record networks that fail and encode the others, or stop at the first.")
+    on_error: OnError = option(
+        "record", help="Record networks that fail and encode the others, or (to a folder) stop at the first."
+    )
 
     def __post_init__(self) -> None:
         check_choices(self, "encode")

@@ -30,7 +30,7 @@ def dask_cluster() -> Iterator[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed.nanny", "sne_fast.embedding.workers", "pyarrow.parquet"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distributed.utils._forkserver_preload_set", True)
+        patch.setattr("distributed.utils._forkserver_preload_set", True, raising=False)
         options = {
             "distributed.worker.multiprocessing-method": "forkserver",
             "distributed.scheduler.allowed-failures": 0,
