@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.weight_budgets import SEED_STRIDE, batches_by_weights, shards_by_weights
-from .networks import NetworkStream
 from .settings import FitSettings
+from .streams import NetworkStream
 
 WINDOW = 16
 """Steps whose parts are taken from one stretch of the order of an epoch, and sorted by weights among them."""
@@ -24,7 +24,7 @@ def cut_parts(sizes: Tensor, order: Sequence[int], budget: int) -> list[Part]:
 
     Args:
         sizes: `(n,)` int64, weights of all networks.
-        order: positions of networks.
+        order: positions of networks, all or some of them.
         budget: weights per part.
     """
     cut = batches_by_weights(sizes[torch.tensor(order, dtype=torch.int64)], budget)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from .distributed import World
-from .networks import NetworkStream
 from .objective import Encode, Objective
 from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from .planning import Part, Plan
 from .progress import Progress, not_finite
 from .settings import FitSettings
+from .streams import NetworkStream
 
 MOST_SKIPPED = 32
 """Steps in a row that may be skipped under float16: its scale, 65536 at first, is halved by each, down to 2**-16."""
@@ -29,8 +29,7 @@ class Trainer:
         module: has the parameters, of which the first tells device and dtype.
         objective: what is minimised.
         encode: encodes a batch for the objective.
-        prepare: prepares a batch that was read for the objective.
-        networks: the training networks.
+        networks: the training networks, prepared for the objective.
         settings: of the training.
         world: the processes that share each step.
     """
@@ -40,12 +39,11 @@ class Trainer:
         module: nn.Module,
         objective: Objective,
         encode: Encode,
-        prepare: Callable[[WeightBatch], WeightBatch],
         networks: NetworkStream,
         settings: FitSettings,
         world: World,
     ) -> None:
-        self.module, self.objective, self.encode, self.prepare = module, objective, encode, prepare
+        self.module, self.objective, self.encode = module, objective, encode
         self.networks, self.settings, self.world = networks, settings, world
         self.weight = next(p for p in module.parameters() if p.is_floating_point())
         self.parameters = dict(module.named_parameters())
@@ -124,7 +122,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.weight.device)  # shown and minimised losses
         own: list[tuple[Part, Tensor]] = []
         for place in places:
-            part = self.prepare(next(batches)).to(self.weight.device, self.weight.dtype)
+            part = next(batches).to(self.weight.device, self.weight.dtype)
             generator = draws_of(self.settings.seed, number * self.plan.parts + place)
             losses = self.objective(part, step[place], generator, self.encode)
             self.scaler.scale(losses.minimised / len(rows)).backward()
