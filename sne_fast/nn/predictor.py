@@ -245,10 +245,16 @@ class Predictor(PretrainedMixin, nn.Module):
         Raises:
             ValueError: as `pack`, `prepare` and the encoder.
         """
-        batch = self.prepare(networks if isinstance(networks, WeightBatch) else self.pack(networks))
-        if self.input_normaliser is not None:
-            batch = self.input_normaliser(batch)
-        return self.encoder(batch)
+        return self.encoder(self.scale_inputs(networks if isinstance(networks, WeightBatch) else self.pack(networks)))
+
+    def scale_inputs(self, batch: WeightBatch) -> WeightBatch:
+        """Prepare a batch and apply the input scale, as `encode` does before the encoder.
+
+        Raises:
+            ValueError: as `prepare` and the input scale.
+        """
+        batch = self.prepare(batch)
+        return batch if self.input_normaliser is None else self.input_normaliser(batch)
 
     def set_inputs(self, batch: WeightBatch) -> None:
         """Fit the input scale, and the mean and spread of statistics, to the training networks.

@@ -33,6 +33,7 @@ from .objective import Augment, Supervised
 from .prediction import mean_loss
 from .progress import Log
 from .settings import FitSettings, History
+from .split_networks import encode_split
 from .steps import Trainer
 from .streams import NetworkStream
 
@@ -130,7 +131,10 @@ def fit(
             largest = networks.targets.abs().max().item()
             raise ValueError(f"fit: targets must fit {goals.dtype}, got up to {largest:g}")
         objective = Supervised(predictor, goals, settings, augment)
-        trainer = Trainer(predictor, objective, predictor.encode, networks, settings, world)
+        split = partial(encode_split, predictor)
+        trainer = Trainer(predictor, objective, predictor.encode, split, networks, settings, world)
+        if world.first:
+            trainer.plan.check_balance()
         validate = None if watched is None else partial(mean_loss, predictor, watched, settings, world)
         return run_epochs(trainer, state, file, validate=validate, log=log, on_epoch=on_epoch, on_batch=on_batch)
 
