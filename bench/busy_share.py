@@ -59,10 +59,9 @@ class Sizes:
         return {}
 
 
-def busy_share(sizes: Tensor, processes: int, accumulate: int = 1) -> float:
-    """Return the share of an epoch's time in which a process has work, on average."""
-    settings = FitSettings(epochs=1, accumulate=accumulate)
-    return Plan(Sizes(sizes), settings, processes).busy_share(0)
+def plan_of(sizes: Tensor, processes: int, accumulate: int = 1) -> Plan:
+    """Return the plan of one epoch at the default budget."""
+    return Plan(Sizes(sizes), FitSettings(epochs=1, accumulate=accumulate), processes)
 
 
 def main() -> None:
@@ -73,15 +72,17 @@ def main() -> None:
     rows = []
     for name, sizes in mixes().items():
         for accumulate in (1, 4):
-            found = {str(n): round(busy_share(sizes, n, accumulate), 4) for n in PROCESSES}
-            rows.append({"networks": name, "accumulate": accumulate, "busy share by processes": found})
+            plans = {str(n): plan_of(sizes, n, accumulate) for n in PROCESSES}
+            found = {n: round(plan.busy_share(0), 4) for n, plan in plans.items()}
+            split = {n: sum(len(plan.split_places(step)) for step in plan.epoch(0)) for n, plan in plans.items()}
+            rows.append({"networks": name, "accumulate": accumulate, "busy share by processes": found, "split": split})
             print(f"{name:26} accumulate {accumulate}  " + "  ".join(f"{n}: {v:.3f}" for n, v in found.items()))
     about = {
         "what": "weights of all processes over processes times those of the busiest, summed over the steps of an epoch",
         "batch_weights": FitSettings().batch_weights,
         "networks": NETWORKS,
         "weights": {name: math.floor(sizes.double().mean()) for name, sizes in mixes().items()},
-        "large networks": "counted whole; the plan splits some of them by layers, which only helps",
+        "split": "networks that the plan splits by layers count as if every process got layers to its fill",
     }
     out.write_text(json.dumps({"about": about, "rows": rows, "machine": machine()}, indent=1) + "\n")
 
