@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,43 +18,8 @@ from sne_fast.data.remote import failures
 from sne_fast.data.remote.paths import forget, is_remote, place
 from sne_fast.data.remote.ranges import RANGES
 
-fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
 pytest.importorskip("huggingface_hub")
-
-
-@pytest.fixture(autouse=True)
-def _without_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(failures, "WAITS", (0.0, 0.0, 0.0))
-    forget()
-    RANGES.forget()
-    yield
-    forget()
-
-
-@pytest.fixture
-def web() -> Iterator[WebServer]:
-    server = WebServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def memory() -> Iterator[object]:
-    fs = fsspec.filesystem("memory")
-    yield fs
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:
@@ -86,13 +51,13 @@ def same(url: str, file: Path) -> bool:
 
 
 def test_every_store_gives_what_the_same_file_on_this_machine_gives(
-    web: WebServer, hub: Hub, memory: object, tmp_path: Path
+    web: WebServer, hub: Hub, memory: Any, tmp_path: Path
 ) -> None:
     files = checkpoints(tmp_path)
     web.files |= files
     hub.files |= files
     for name, content in files.items():
-        memory.pipe(f"/zoo/{name}", content)  # type: ignore[attr-defined]
+        memory.pipe(f"/zoo/{name}", content)
     for name in SOURCES:
         folder = (tmp_path / name).is_dir()
         assert same(f"memory://zoo/{name}", tmp_path / name)
@@ -126,7 +91,7 @@ def test_names_beside_files_of_one_folder_are_asked_for_once(web: WebServer) -> 
 # Stores that fail or lie
 
 
-def test_errors_that_may_pass_are_tried_again_and_others_are_one_sentence(web: WebServer, memory: object) -> None:
+def test_errors_that_may_pass_are_tried_again_and_others_are_one_sentence(web: WebServer, memory: Any) -> None:
     web.files["n.safetensors"] = save(network(0))
     url = f"{web.url}/n.safetensors"
     web.failures = [503, 429, 502]
@@ -215,7 +180,7 @@ def test_an_unreadable_configuration_or_index_is_an_error_and_not_nothing(web: W
         ("hf://bert", r"^hf://bert: must be hf://user/name"),
     ],
 )
-def test_urls_that_are_refused(url: str, said: str) -> None:
+def test_urls_that_are_refused(fresh_stores: None, url: str, said: str) -> None:
     with pytest.raises(CheckpointError, match=said) as raised:
         load_state_dict(url)
     assert "secret" not in str(raised.value) and "token" not in str(raised.value)
@@ -230,6 +195,7 @@ def test_a_store_whose_package_is_missing_says_which(monkeypatch: pytest.MonkeyP
     def missing(root: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
+    forget()
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
     with pytest.raises(ModuleNotFoundError, match=r"^s3:// needs a package of its own: Install s3fs"):
         load_state_dict("s3://bucket/n.pt")

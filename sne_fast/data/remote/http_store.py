@@ -102,11 +102,27 @@ class HttpStore(Store):
         """Return what is at a path: a folder if it ends with a slash, else what the answer to a request says."""
         if not path or path.endswith("/"):
             return FOLDER
-        folder, _, name = path.rpartition("/")
+        kind = self._listed_as(path)
+        if kind == "unknown" or kind == "file":
+            return self._file(path)[0]
+        return FOLDER if kind == "folder" else None
+
+    def is_folder(self, path: str) -> bool | None:
+        """Return it without a request where the page of the folder around it was looked at."""
+        kind = self._listed_as(path)
+        if kind == "unknown":
+            return super().is_folder(path)
+        return None if kind == "nothing" else kind == "folder"
+
+    def _listed_as(self, path: str) -> str:
+        """Return what a path is by the page of the folder around it, "unknown" if that was not looked at."""
+        folder, _, name = path.partition("?")[0].rpartition("/")
         listed = self.listings.known(folder)
-        if listed is not None and (name not in listed or listed[name].is_folder):
-            return listed.get(name)
-        return self._file(path)[0]
+        if listed is None or not name:
+            return "unknown"
+        if name not in listed:
+            return "nothing"
+        return "folder" if listed[name].is_folder else "file"
 
     def _file(self, path: str) -> tuple[Entry | None, str]:
         url = self.url(path)

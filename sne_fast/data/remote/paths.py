@@ -130,17 +130,15 @@ class RemotePath(ForeignFile):
 
     def exists(self) -> bool:
         """Return whether there is something."""
-        return self._entry() is not None
+        return self._is_folder() is not None
 
     def is_file(self) -> bool:
         """Return whether it is a file."""
-        entry = self._entry()
-        return entry is not None and not entry.is_folder
+        return self._is_folder() is False
 
     def is_dir(self) -> bool:
         """Return whether it is a folder."""
-        entry = self._entry()
-        return entry is not None and entry.is_folder
+        return self._is_folder() is True
 
     def is_symlink(self) -> bool:
         """Return False: stores have no links."""
@@ -201,6 +199,9 @@ class RemotePath(ForeignFile):
                 file.fetch_small()
         else:
             Content(self.store, self.inside + self.query, entry).fetch_small()
+
+    def _is_folder(self) -> bool | None:
+        return self.store.is_folder(self.inside + self.query)
 
     def _entry(self) -> Entry | None:
         return self.store.entry(self.inside + self.query)

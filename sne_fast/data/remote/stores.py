@@ -74,6 +74,11 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def is_folder(self, path: str) -> bool | None:
+        """Return whether there is a folder at a path, None if there is nothing; raises as `entry`."""
+        entry = self.entry(path)
+        return None if entry is None else entry.is_folder
+
     def root_entry(self) -> Entry | None:
         """Return what the root itself is."""
         return FOLDER
