@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import WeightBatch
-    from ..embedding import Unit
+    from ..embedding.running import Work
     from ..nn.encoder import SNE
     from ..nn.predictor import Predictor
 
@@ -88,7 +86,9 @@ class EncodeSettings:
         None, help="Share of this process among several that write to one folder, such as 0/8.", shown="all"
     )
     retry: bool = option(False, help="Encode again what failed before, to a folder.")
-    on_error: OnError = option("record", help="Record networks that fail and encode the others, or stop at the first.")
+    on_error: OnError = option(
+        "record", help="Record networks that fail and encode the others, or (to a folder) stop at the first."
+    )
 
     def __post_init__(self) -> None:
         check_choices(self, "encode")
@@ -222,18 +222,17 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     stop_at({row["uri"]: row["error"] for row in table.to_pylist() if row["error"] is not None})
     share, shares = (0, 1) if settings.shard is None else parse_shard(settings.shard)
     units = cut_for(plan(table, split=not whole), shares)[share::shares]
-    encoding = embed_units(
+    work = embed_units(
         dataset, units, workers=settings.workers, scheduler=settings.scheduler, device=settings.device,
         max_memory=limit, retry=settings.retry,
     )  # fmt: skip
-    work, interrupted = _Work(encoding.waiting), False
+    interrupted = False
     try:
         with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
-            for unit in encoding:
-                work.add(unit)
+            for unit in work:
                 if settings.on_error == "stop":
                     stop_at(dataset.failures_of(unit))
-                update(work.share, work.note())
+                update(work.share, _note(work))
     except KeyboardInterrupt:
         interrupted = True
     failures = dataset.failures(units)
@@ -250,38 +249,17 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
         raise typer.Exit(1)
 
 
-class _Work:
-    """What a call has to do, and how far it is."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.left = Counter(network.uri for unit in units for network in unit.networks)
-        self.done: set[str] = set()
-        self._total, self._weights = max(sum(unit.weights for unit in units), 1), 0
-        self._start = time.perf_counter()
-
-    def add(self, unit: Unit) -> None:
-        self._weights += unit.weights
-        for network in unit.networks:
-            self.left[network.uri] -= 1
-            if self.left[network.uri] == 0:  # the last of its runs of layers
-                del self.left[network.uri]
-                self.done.add(network.uri)
-
-    @property
-    def share(self) -> float:
-        return self._weights / self._total
-
-    def note(self) -> str:
-        """Return how many networks are done, and how fast."""
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        rates = f"{len(self.done) / seconds:,.3g} networks/s, {_short(self._weights / seconds)} weights/s"
-        return f"{len(self.done):,} of {len(self.done) + len(self.left):,} networks, {rates}"
+def _note(work: Work) -> str:
+    """Return how many networks are done, and how fast."""
+    done, seconds = len(work.done), max(work.seconds, 1e-9)
+    rates = f"{done / seconds:,.3g} networks/s, {_short(work.weights / seconds)} weights/s"
+    return f"{done:,} of {done + len(work.left):,} networks, {rates}"
 
 
 def _short(number: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
-            return f"{number / size:.3g} {letter}"
+            return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
 
 
@@ -347,7 +325,7 @@ def _model(settings: EncodeSettings) -> SNE | Predictor:
     from ..nn.encoder import SNE
     from ..nn.predictor import load_encoder
 
-    device = usable_device(settings.device)
+    device = usable_device("cpu" if settings.scheduler is not None else settings.device)  # workers have their own
     if settings.model is None:
         typer.echo(
             "sne-fast: no --model given: encoding with a freshly initialised, untrained encoder "

@@ -50,8 +50,7 @@ class Cluster:
         self._futures: dict[Future, Unit] = {}
         self._done = as_completed(loop=self._client.loop)
         # A task's result and no scattered data: Dask makes it again when the worker that holds it dies.
-        job = job_of(dataset, device, max_memory)
-        self._job = self._client.submit(_same, job, pure=False, key=f"sne_fast-encoder-{dataset.hash}")
+        self._job = self._client.submit(_same, job_of(dataset, device, max_memory), pure=False)
 
     @property
     def count(self) -> int:

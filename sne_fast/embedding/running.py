@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .cluster import Cluster
@@ -15,7 +16,7 @@ from .units import Unit, cut_for, embed_unit, halves, schema
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["embed_units"]
+__all__ = ["Work", "embed_units"]
 
 DEATHS = 3
 """Times that a process may die with a network, before it counts as failed."""
@@ -41,19 +42,44 @@ class Carrier(Protocol):
         """End what is going on."""
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """Work that goes on while it is iterated over.
+class Work:
+    """Units that are encoded while it is iterated over, and how far that is.
 
     Attributes:
-        waiting: the units that are to be done, before they are cut for several processes.
+        left: the networks that are not done, by their paths, each with the number of its units.
+        done: the paths of those that this work has done.
+        weights: those that are encoded.
+        total: weights of all units.
+        seconds: since the first unit was asked for.
     """
 
-    waiting: list[Unit]
-    _units: Iterator[Unit]
+    def __init__(self, waiting: Sequence[Unit], units: Generator[Unit, None, None]) -> None:
+        self.left = Counter(network.uri for unit in waiting for network in unit.networks)
+        self.done: set[str] = set()
+        self.weights, self.total = 0, sum(unit.weights for unit in waiting)
+        self.seconds = 0.0
+        self._units = units
+
+    @property
+    def share(self) -> float:
+        """Share of the weights that is done, in [0, 1]."""
+        return self.weights / self.total if self.total else 1.0
 
     def __iter__(self) -> Iterator[Unit]:
-        return self._units
+        start = time.perf_counter()
+        with closing(self._units):  # ends processes where the loop is left
+            for unit in self._units:
+                self._add(unit)
+                self.seconds = time.perf_counter() - start
+                yield unit
+
+    def _add(self, unit: Unit) -> None:
+        self.weights += unit.weights
+        for network in unit.networks:
+            self.left[network.uri] -= 1
+            if self.left[network.uri] == 0:  # the last of its runs of layers
+                del self.left[network.uri]
+                self.done.add(network.uri)
 
 
 def embed_units(
@@ -65,7 +91,7 @@ def embed_units(
     device: str = "cpu",
     max_memory: float | None = None,
     retry: bool = False,
-) -> Encoding:
+) -> Work:
     """Encode units and write each to the dataset as soon as it is done; what is done already is left out.
 
     Args:
@@ -80,8 +106,8 @@ def embed_units(
         retry: whether networks that failed before are encoded again.
 
     Returns:
-        An iterable of the units, each as soon as its file is written, which knows what is `waiting`. A unit that kills
-        its process is tried again, at the second time in two parts, so that a network that kills three processes is
+        An iterable of the units, each as soon as its file is written, which tells how far it is. A unit that kills its
+        process is tried again, at the second time in two parts, so that a network that kills three processes is
         recorded as failed and takes no other with it. (A cluster tries by itself as often as its
         `distributed.scheduler.allowed-failures` says, before it gives the unit back.)
 
@@ -93,7 +119,7 @@ def embed_units(
     if scheduler is not None and workers != 1:
         raise ValueError("embed_units: give workers= or scheduler=, not both; a cluster has its own workers")
     waiting = dataset.missing(units, retry=retry)
-    return Encoding(waiting, _run(dataset, waiting, workers, scheduler, device, max_memory))
+    return Work(waiting, _run(dataset, waiting, workers, scheduler, device, max_memory))
 
 
 def _run(
@@ -103,7 +129,7 @@ def _run(
     scheduler: str | Client | None,
     device: str,
     max_memory: float | None,
-) -> Iterator[Unit]:
+) -> Generator[Unit, None, None]:
     carrier: Carrier
     if not units:
         return

@@ -30,7 +30,9 @@ __all__ = ["Unit", "cut_for", "embed_unit", "plan"]
 BUDGET = 200_000_000
 """Weights of a unit: a few minutes of one core, less than a second of a GPU."""
 LEAST = 1_000_000
-"""Weights below which units are not cut for several processes: about a second of one core."""
+"""Weights below which units are not cut smaller: about a second of one core."""
+EACH = 16
+"""Units for each process, at least: what progress is told by, and what evens out their times."""
 MOST = 4096
 """Networks of a unit."""
 PACKED = 200_000
@@ -116,7 +118,7 @@ def plan(table: Any, budget: int = BUDGET, *, split: bool = True) -> list[Unit]:
 
 
 def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
-    """Cut units of several networks, so that there are about eight units for each process.
+    """Cut units of several networks, so that there are about sixteen units for each process.
 
     Args:
         units: of `plan`.
@@ -125,7 +127,7 @@ def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
     Returns:
         Units, the same for the same units and number of processes.
     """
-    most = max(LEAST, sum(unit.weights for unit in units if unit.layers is None) // (8 * processes))
+    most = max(LEAST, sum(unit.weights for unit in units if unit.layers is None) // (EACH * processes))
     found: list[Unit] = []
     for unit in units:
         if unit.layers is None and unit.weights > most:

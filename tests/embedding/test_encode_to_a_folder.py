@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,13 @@ def test_on_error_stop_names_the_first_failure_and_a_later_call_goes_on(tree: Pa
 
 def test_shares_together_are_the_whole(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sne_fast.embedding.units.MOST", 2)
+    monkeypatch.setattr("sne_fast.reports.terminal.LINE_SECONDS", 0)
     (tree / "damaged.safetensors").unlink()
     for i in range(3):
-        assert call("encode", tree, "-o", tmp_path / "vectors", "--shard", f"{i}/3").exit_code == 0
+        result = call("encode", tree, "-o", tmp_path / "vectors", "--shard", f"{i}/3")
+        assert result.exit_code == 0
+        line = r"Encoding: \d+%, \d of \d networks, [\d.]+ networks/s, [\d.]+ [kM]? ?weights/s, \d+ s left"
+        assert re.search(line, result.stderr)
     assert collect(tmp_path / "vectors").column("error").null_count == 7
     assert "0 of them by this call" in " ".join(call("encode", tree, "-o", tmp_path / "vectors").stdout.split())
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sne_fast.embedding import Unit, processes
+from sne_fast.embedding import Unit, cluster, processes
+from sne_fast.embedding.cluster import _encode as encode_on_cluster
 from sne_fast.embedding.workers import Job, encode
 
 LARGE = 5000
@@ -43,3 +44,33 @@ def dies_on_large_networks(job: Job, unit: Unit) -> Any:
     if unit.weights > LARGE:
         os._exit(9)
     return encode(job, unit)
+
+
+def dies_on_the_cluster(job: Job, unit: Unit) -> Any:
+    """Die with every unit that holds kills.safetensors."""
+    if any(Path(network.uri).name == "kills.safetensors" for network in unit.networks):
+        os._exit(9)
+    return encode(job, unit)
+
+
+def has_little_memory(job: Job, unit: Unit) -> Any:
+    """Encode in a worker whose limit is little more than what it has taken."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    before = worker.memory_manager.memory_limit
+    worker.memory_manager.memory_limit = int(worker.monitor.proc.memory_info().rss / cluster.MEMORY) + 2**20
+    try:
+        return encode_on_cluster(job, unit)
+    finally:
+        worker.memory_manager.memory_limit = before
+
+
+def slow_down() -> None:
+    """Let every unit of forked workers take a while."""
+
+    def slowly(job: Job, unit: Unit) -> Any:
+        time.sleep(0.03)
+        return encode(job, unit)
+
+    processes.encode = slowly
