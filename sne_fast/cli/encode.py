@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import WeightBatch
+    from ..embedding import Unit
     from ..nn.encoder import SNE
     from ..nn.predictor import Predictor
 
@@ -54,8 +57,8 @@ class EncodeSettings:
         metavar="PATH",
     )
     out: Path = option(
-        help="Output, .npz or .parquet, with columns name and vector; or a folder, for many networks, where what is "
-        "done stays done.",
+        help="Output, .npz or .parquet, with columns name and vector; or a folder, for many networks: what is done "
+        "stays done, and the same command goes on with the rest.",
         flags=("--out", "-o"),
     )
     model: str | None = option(
@@ -77,6 +80,9 @@ class EncodeSettings:
     rebuild: bool = option(False, help=REBUILD)
     layers: bool = option(False, help="Write the vectors of layers too, to a folder.")
     workers: int = option(1, help="Processes that encode, to a folder.", min=1)
+    scheduler: str | None = option(
+        None, help="Scheduler of a Dask cluster that encodes, to a folder, such as tcp://host:8786.", shown="none"
+    )
     shard: str | None = option(
         None, help="Share of this process among several that write to one folder, such as 0/8.", shown="all"
     )
@@ -87,9 +93,14 @@ class EncodeSettings:
         check_choices(self, "encode")
         if self.shard is not None:
             parse_shard(self.shard)
-        for_folders = self.layers or self.workers > 1 or self.shard is not None or self.retry
-        if self.out.suffix in SUFFIXES and for_folders:
-            raise ValueError(f"--layers, --workers, --shard and --retry need a folder as --out, got {str(self.out)!r}")
+        many = {
+            "--layers": self.layers, "--workers": self.workers > 1, "--scheduler": self.scheduler is not None,
+            "--shard": self.shard is not None, "--retry": self.retry, "--on-error stop": self.on_error == "stop",
+        }  # fmt: skip
+        for name in (name for name, given in many.items() if given and self.out.suffix in SUFFIXES):
+            raise ValueError(f"{name} needs a folder as --out, got {str(self.out)!r}")
+        if self.scheduler is not None and self.workers > 1:
+            raise ValueError("--workers are processes of this machine; a cluster of --scheduler has its own")
         if self.rebuild and self.out.suffix not in SUFFIXES:
             raise ValueError(f"--rebuild needs an .npz or .parquet file as --out, got {str(self.out)!r}")
         if self.max_memory is not None:
@@ -201,37 +212,76 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     }  # fmt: skip
     dataset = EmbeddingDataset(out, encoder, **{name: value for name, value in given.items() if value is not None})
     with progress(console, "Reading headers") as update:
-        table = manifest(settings.paths, key=settings.key, progress=lambda n: update(0.0, f"{n:,} networks"))
-    failures = {row["uri"]: row["error"] for row in table.to_pylist() if row["error"] is not None}
+        table = manifest(settings.paths, key=settings.key, progress=lambda n: update(None, f"{n:,} networks"))
 
     def stop_at(failures: dict[str, str]) -> None:
         for uri, error in failures.items() if settings.on_error == "stop" else ():
             raise ValueError(about(uri, error))
 
-    stop_at(failures)
+    stop_at({row["uri"]: row["error"] for row in table.to_pylist() if row["error"] is not None})
     share, shares = (0, 1) if settings.shard is None else parse_shard(settings.shard)
     units = cut_for(plan(table, split=not whole), shares)[share::shares]
-    waiting = dataset.missing(units, retry=settings.retry)
-    total, done, encoded = max(sum(unit.weights for unit in waiting), 1), 0, set[str]()
-    with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
-        encoding = embed_units(
-            dataset, waiting, workers=settings.workers, device=settings.device, max_memory=limit, retry=settings.retry
-        )
-        for unit in encoding:
-            done += unit.weights
-            encoded |= {network.uri for network in unit.networks}
-            if settings.on_error == "stop":
-                stop_at(dataset.failures_of(unit))
-            update(done / total, f"{len(encoded):,} networks")
-    failures |= dataset.failures(units)
+    encoding = embed_units(
+        dataset, units, workers=settings.workers, scheduler=settings.scheduler, device=settings.device,
+        max_memory=limit, retry=settings.retry,
+    )  # fmt: skip
+    work, interrupted = _Work(encoding.waiting), False
+    try:
+        with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
+            for unit in encoding:
+                work.add(unit)
+                if settings.on_error == "stop":
+                    stop_at(dataset.failures_of(unit))
+                update(work.share, work.note())
+    except KeyboardInterrupt:
+        interrupted = True
+    failures = dataset.failures(units)
     own = {network.uri for unit in units if unit.layers is None or unit.layers[0] == 0 for network in unit.networks}
-    ready, by_this_call = (len(uris - failures.keys()) for uris in (own, encoded))
+    ready, by_this_call = (len(uris - failures.keys()) for uris in (own - work.left.keys(), work.done))
     say(console, f"{ready:,} networks are done in {dataset.path}, {by_this_call:,} of them by this call")
+    if interrupted:
+        typer.echo(f"sne-fast: interrupted with {len(work.left):,} networks left; the same command goes on", err=True)
+        raise typer.Exit(130)
     list_failures([about(uri, error) for uri, error in failures.items()])
     if failures:
         of_all = len(own | failures.keys())
         typer.echo(f"sne-fast: {len(failures)} of {of_all} networks failed; the others are done", err=True)
         raise typer.Exit(1)
+
+
+class _Work:
+    """What a call has to do, and how far it is."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.left = Counter(network.uri for unit in units for network in unit.networks)
+        self.done: set[str] = set()
+        self._total, self._weights = max(sum(unit.weights for unit in units), 1), 0
+        self._start = time.perf_counter()
+
+    def add(self, unit: Unit) -> None:
+        self._weights += unit.weights
+        for network in unit.networks:
+            self.left[network.uri] -= 1
+            if self.left[network.uri] == 0:  # the last of its runs of layers
+                del self.left[network.uri]
+                self.done.add(network.uri)
+
+    @property
+    def share(self) -> float:
+        return self._weights / self._total
+
+    def note(self) -> str:
+        """Return how many networks are done, and how fast."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rates = f"{len(self.done) / seconds:,.3g} networks/s, {_short(self._weights / seconds)} weights/s"
+        return f"{len(self.done):,} of {len(self.done) + len(self.left):,} networks, {rates}"
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.3g}"
 
 
 LARGE = 2**22

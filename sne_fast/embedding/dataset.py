@@ -90,9 +90,10 @@ class EmbeddingDataset:
         found = []
         for unit in units:
             if unit.layers is None:
-                left = tuple(network for network in unit.networks if not done(network))
+                packs = (tuple(network for network in pack if not done(network)) for pack in unit.packs)
+                left = tuple(pack for pack in packs if pack)
                 if left:
-                    found.append(unit if len(left) == len(unit.networks) else Unit(left))
+                    found.append(unit if left == unit.packs else Unit(left))
             elif not done(unit.networks[0]):
                 held = results.get((unit.networks[0].uri, unit.networks[0].etag))
                 run = None if held is None else held.runs.get(unit.layers[0])

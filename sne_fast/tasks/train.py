@@ -17,7 +17,8 @@ from ..reports.files import distinct_columns, write_csv
 from ..reports.terminal import for_progress, progress, say
 from ..symmetry import Symmetry, SymmetryError
 from ..training.distributed import World, processes
-from ..training.loop import fit, predict
+from ..training.loop import fit
+from ..training.prediction import predict
 from ..training.progress import CsvLog, Log, TensorBoardLog
 from ..training.recipe_predictors import augmentation_of, make_predictor, preparation_of
 from ..training.settings import FitSettings, History

@@ -7,7 +7,10 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
     from .estimators import SNEClassifier, SNERegressor
-    from .loop import Augment, fit, predict
+    from .loop import fit
+    from .networks import NetworkStream
+    from .objective import Augment
+    from .prediction import predict
     from .progress import CsvLog, TensorBoardLog
     from .recipe_predictors import augmentation_of, make_predictor, preparation_of
     from .recipes import RECIPES, TrainingRecipe, find_recipe
@@ -23,7 +26,10 @@ else:
                 "stratified_split",
             ],
             ".estimators": ["SNEClassifier", "SNERegressor"],
-            ".loop": ["Augment", "fit", "predict"],
+            ".loop": ["fit"],
+            ".networks": ["NetworkStream"],
+            ".objective": ["Augment"],
+            ".prediction": ["predict"],
             ".progress": ["CsvLog", "TensorBoardLog"],
             ".recipe_predictors": ["augmentation_of", "make_predictor", "preparation_of"],
             ".recipes": ["RECIPES", "TrainingRecipe", "find_recipe"],
@@ -37,6 +43,7 @@ __all__ = [
     "CsvLog",
     "FitSettings",
     "History",
+    "NetworkStream",
     "SNEClassifier",
     "SNERegressor",
     "TensorBoardLog",

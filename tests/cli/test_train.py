@@ -226,7 +226,7 @@ def test_torchrun_gives_what_one_process_gives(zoo: Path, tmp_path: Path) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    run(*arguments[1:], "-o", tmp_path / "one")
+    run(*arguments[1:], "--accumulate", "2", "-o", tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and one["processes"] == 1
     assert two["history"]["train_loss"] == pytest.approx(one["history"]["train_loss"], rel=1e-3)

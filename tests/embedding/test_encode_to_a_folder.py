@@ -26,7 +26,7 @@ def test_encode_to_a_folder_resumes_and_records_failures(tree: Path, tmp_path: P
     assert again.exit_code == 0 and "0 of them by this call" in " ".join(again.stdout.split())
     save_file(network(3), tree / "new.safetensors")
     more = call("encode", tree, "-o", out)
-    assert more.exit_code == 0 and collect(out).num_rows == 8
+    assert more.exit_code == 0 and collect(out).num_rows == 9  # with the damaged file, as it was
     assert "8 networks are done" in " ".join(more.stdout.split()) and "1 of them by this call" in more.stdout
     torch.manual_seed(0)
     with torch.no_grad():
@@ -69,8 +69,9 @@ def test_shares_together_are_the_whole(tree: Path, tmp_path: Path, monkeypatch: 
 
 def test_bad_options_of_folders_are_refused(tree: Path, tmp_path: Path) -> None:
     for options, said in (
-        (["-o", tmp_path / "z.npz", "--workers", 2], "need a folder as --out"),
-        (["-o", tmp_path / "z.npz", "--retry"], "need a folder as --out"),
+        (["-o", tmp_path / "z.npz", "--workers", 2], "--workers needs a folder as --out"),
+        (["-o", tmp_path / "z.npz", "--on-error", "stop"], "--on-error stop needs a folder as --out"),
+        (["-o", tmp_path / "z", "--workers", 2, "--scheduler", "tcp://a:1"], "a cluster of --scheduler has its own"),
         (["-o", tmp_path / "z", "--shard", "3/3"], "--shard must be i/n"),
         (["-o", tmp_path / "z.csv"], "must end in .npz or .parquet, or be a folder"),
         (["-o", tmp_path / "z", "--on-error", "stop"], "damaged.safetensors"),

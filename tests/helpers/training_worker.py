@@ -19,7 +19,7 @@ def jitter(batch: WeightBatch, rows: object, generator: torch.Generator) -> Weig
     return dataclasses.replace(batch, values=batch.values + 0.01 * noise)
 
 
-def train(epochs: int = 4) -> tuple[Predictor, list[float]]:
+def train(epochs: int = 4, accumulate: int = 1) -> tuple[Predictor, list[float]]:
     """Train twenty steps on networks of very different sizes, in float64."""
     generator = torch.Generator().manual_seed(0)
     networks = [
@@ -31,7 +31,7 @@ def train(epochs: int = 4) -> tuple[Predictor, list[float]]:
     predictor = Predictor(SNE(hidden_dim=32, num_heads=2, chunk_size=16), 1, (16,)).double()
     batch = predictor.encoder.pack(networks, dtype=torch.float64)
     targets = torch.linspace(-1, 2, 20, dtype=torch.float64)[:, None] ** 3
-    settings = FitSettings(epochs=epochs, lr=1e-3, batch_weights=500, invariance=0.5)
+    settings = FitSettings(epochs=epochs, lr=1e-3, batch_weights=500, accumulate=accumulate, invariance=0.5)
     history = fit(predictor, batch, targets, settings, augment=jitter, validation=(batch[:5], targets[:5]))
     return predictor, [*history.train_loss, *history.validation_loss]
 

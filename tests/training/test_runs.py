@@ -145,7 +145,7 @@ def test_several_processes_train_as_one(count: int, tmp_path: Path) -> None:
         [*launch, str(worker), str(out)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    predictor, losses = train()
+    predictor, losses = train(accumulate=count)
     for rank in range(count):
         found = torch.load(f"{out}.{rank}", weights_only=True)
         assert found["size"] == count
