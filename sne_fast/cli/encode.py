@@ -12,6 +12,7 @@ import typer
 
 from ..atomic_files import replacing
 from ..data.choices import NonFinite
+from ..data.remote.paths import RemotePath, place
 from ..nn.choices import SetAttention
 from ..tasks.settings import check_choices, option
 from .options import options_of
@@ -48,7 +49,7 @@ SUFFIXES = (".npz", ".parquet")
 class EncodeSettings:
     """Options of `sne-fast encode`."""
 
-    paths: tuple[Path, ...] = option(
+    paths: tuple[str, ...] = option(
         help=f"{PATHS} With a folder as --out also trees of folders, @FILE with a path in each line, and manifests "
         "(.parquet).",
         argument=True,
@@ -274,11 +275,11 @@ def _layer_by_layer(encoder: SNE, settings: EncodeSettings) -> Callable[..., Enc
     order, nonfinite = encoder.config["order"], settings.nonfinite or "raise"
 
     def alone(file: Any, progress: Callable[[float], None]) -> Encoding | None:
-        if settings.max_chunks is None and not (isinstance(file, Path) and _bytes_of(file) > LARGE):
+        if settings.max_chunks is None and not (isinstance(file, (str, Path)) and _bytes_of(place(file)) > LARGE):
             return None
         if settings.rebuild:
             file = given_network(file, settings.key, True)
-        key = settings.key if isinstance(file, Path) else None
+        key = settings.key if isinstance(file, (str, Path)) else None
         stream = LayerStream(file, key=key, order=order, nonfinite=nonfinite)
         encoder.check_stream(stream, max_chunks=settings.max_chunks, max_memory=limit)
         layers = encoder.encode_layers(stream, max_chunks=settings.max_chunks, seed=settings.seed, progress=progress)
@@ -289,7 +290,9 @@ def _layer_by_layer(encoder: SNE, settings: EncodeSettings) -> Callable[..., Enc
 
 
 def _bytes_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in the folder of a folder or an index."""
+    """Return the bytes of a file, or of all in a folder; of folders and indices elsewhere more than `LARGE`."""
+    if isinstance(path, RemotePath) and (path.suffix == ".json" or path.is_dir()):
+        return LARGE + 1
     folder = path.parent if path.suffix == ".json" else path
     if not folder.is_dir():
         return folder.stat().st_size

@@ -16,12 +16,14 @@ import torch
 from ..data.batch import WeightBatch
 from ..data.checkpoints import read_checkpoint
 from ..data.layer_stream import LayerStream
+from ..data.remote.ahead import fetched_ahead
+from ..data.remote.paths import is_remote
 from ..data.weight_budgets import batches_by_weights
 from ..extras import require
 from ..failures import any_sentence
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from .manifests import network_at
+from .manifests import etag_of, network_at
 
 __all__ = ["Unit", "cut_for", "embed_unit", "plan"]
 
@@ -178,7 +180,7 @@ def embed_unit(
         raise ValueError("embed_unit: layers, max_chunks and runs of layers are for encoders, got a Predictor")
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        for group in unit.packs:
+        for group in fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None]):
             if group[0].error is not None:
                 rows += [_row(network, 0.0) for network in group]
             elif isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED):
@@ -257,7 +259,7 @@ def _layer_by_layer(
     start = time.perf_counter()
     try:
         stream = LayerStream(
-            network_at(network.uri), key=given["key"], order=encoder.config["order"],
+            _source_of(network), key=given["key"], order=encoder.config["order"],
             nonfinite=given["nonfinite"] or "raise",
         )  # fmt: skip
         if run is not None and len(stream) != run[2]:
@@ -294,7 +296,7 @@ def _together(
     options = {} if nonfinite is None else {"nonfinite": nonfinite}
     encode = encoder if isinstance(encoder, SNE) else encoder.encode
     try:
-        batch: WeightBatch = encoder.pack([_read(network.uri, key) for network in networks], **options)
+        batch: WeightBatch = encoder.pack([_read(network, key) for network in networks], **options)
         vectors = encode(batch).float().tolist()
     except Exception as error:
         if len(networks) == 1:
@@ -304,8 +306,16 @@ def _together(
     return [_row(network, each, vector=vector) for network, vector in zip(networks, vectors, strict=True)]
 
 
-def _read(uri: str, key: str | None) -> Any:
-    return network_at(uri) if key is None else read_checkpoint(uri, key)
+def _read(network: Network, key: str | None) -> Any:
+    source = _source_of(network)
+    return source if key is None else read_checkpoint(network.uri, key)
+
+
+def _source_of(network: Network) -> Any:
+    """Return what `pack` takes for a network; one in a store elsewhere must be the one of the manifest."""
+    if is_remote(network.uri) and etag_of(network.uri) != network.etag:
+        raise ValueError(f"{network.uri}: has changed since its manifest was made; make it again")
+    return network_at(network.uri)
 
 
 def _arrow() -> Any:

@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
     from .estimators import SNEClassifier, SNERegressor
     from .loop import fit
-    from .networks import NetworkStream
     from .objective import Augment
     from .prediction import predict
     from .progress import CsvLog, TensorBoardLog
     from .recipe_predictors import augmentation_of, make_predictor, preparation_of
     from .recipes import RECIPES, TrainingRecipe, find_recipe
     from .settings import FitSettings, History
+    from .streams import NetworkStream
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -27,13 +27,13 @@ else:
             ],
             ".estimators": ["SNEClassifier", "SNERegressor"],
             ".loop": ["fit"],
-            ".networks": ["NetworkStream"],
             ".objective": ["Augment"],
             ".prediction": ["predict"],
             ".progress": ["CsvLog", "TensorBoardLog"],
             ".recipe_predictors": ["augmentation_of", "make_predictor", "preparation_of"],
             ".recipes": ["RECIPES", "TrainingRecipe", "find_recipe"],
             ".settings": ["FitSettings", "History"],
+            ".streams": ["NetworkStream"],
         },
     )
 

@@ -22,7 +22,7 @@ class Checkpoint:
 
     Args:
         path: of the file, or None.
-        fingerprint: of the training.
+        fingerprint: of the training; only that of the first process is used.
         augment: the augmentation of the training, whose values may change in use.
         seconds: between two writes within an epoch.
         world: the processes, of which the first one writes.
@@ -47,8 +47,21 @@ class Checkpoint:
         self.world.share_error(_hold(self.path, stack) if self.world.first else None)
         if not self.path.exists():
             return Progress()
-        state, self.states = Progress.load(self.path, self.fingerprint, epochs, device)
+        state, error = Progress(), None
+        if self.world.first:
+            try:
+                state, self.states = Progress.load(self.path, self.fingerprint, epochs, device)
+            except ValueError as found:
+                error = found
+        self.world.share_error(error)
+        if not self.world.first:
+            state, self.states = Progress.load(self.path, None, epochs, device)
         return state
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether `restore` will restore parameters."""
+        return self.states is not None
 
     def restore(self, trainer: Trainer) -> None:
         """Restore the parameters and the states that the file holds, if there is one.
@@ -58,7 +71,8 @@ class Checkpoint:
         """
         if self.path is not None and self.states is not None:
             restore(self.path, self.states, trainer.module, trainer.optimiser, trainer.scaler)
-            self.fingerprint = as_recorded(self.fingerprint, self.states["fingerprint"])
+            if self.world.first:
+                self.fingerprint = as_recorded(self.fingerprint, self.states["fingerprint"])
             self.states = None
 
     def save(self, state: Progress, trainer: Trainer) -> None:

@@ -92,6 +92,14 @@ class World:
         self._together(partial(dist.all_reduce, total))
         return total.tolist()
 
+    def sum_tensor(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor summed over all processes, in which it has one shape; `device` is that of parameters."""
+        if self.size == 1:
+            return tensor
+        total = tensor.to(device)
+        self._together(partial(dist.all_reduce, total))
+        return total.to(tensor.device)
+
     def wait(self) -> None:
         """Wait until all processes have come here."""
         if self.size > 1:

@@ -18,6 +18,7 @@ from ..data.batch import WeightBatch
 from ..nn.predictor import Predictor
 from .digests import Digest, home_of, of_values, what_decides
 from .settings import FitSettings
+from .streams import NetworkStream
 
 Fingerprint = dict[str, Any]
 SETTINGS = "settings"
@@ -30,10 +31,9 @@ _MISSING = object()
 
 def of_training(
     predictor: Predictor,
-    batch: WeightBatch,
-    targets: Tensor,
+    networks: NetworkStream,
     settings: FitSettings,
-    validation: tuple[WeightBatch, Tensor] | None = None,
+    validation: NetworkStream | None = None,
     augment: Any = None,
     made_of: Mapping[str, Any] | None = None,
     *,
@@ -44,12 +44,11 @@ def of_training(
     The parameters with which it starts are no part of it, since those of the checkpoint take their place. Nor are the
     device and how many processes share the parts of a step, on which only rounding depends.
     """
-    watched, goals = validation if validation is not None else (None, None)
     return {
-        "networks": of_batch(batch),
-        "targets": of_targets(targets, predictor),
-        "validation networks": None if watched is None else of_batch(watched),
-        "validation targets": None if goals is None else of_targets(goals, predictor),
+        "networks": dict(networks.fingerprint()),
+        "targets": of_targets(networks.targets, predictor),
+        "validation networks": None if validation is None else dict(validation.fingerprint()),
+        "validation targets": None if validation is None else of_targets(validation.targets, predictor),
         "augmentation": None if augment is None else of_object(augment),
         SETTINGS: {
             **{k: v for k, v in dataclasses.asdict(settings).items() if k not in CONTINUED},

@@ -28,21 +28,23 @@ from .checkpoint import Checkpoint
 from .distributed import World
 from .epochs import run_epochs
 from .fingerprint import Fingerprint, of_training
-from .networks import PackedNetworks
+from .networks import PackedNetworks, PreparedNetworks, check_stream, fit_inputs
 from .objective import Augment, Supervised
 from .prediction import mean_loss
 from .progress import Log
 from .settings import FitSettings, History
+from .split_networks import encode_split
 from .steps import Trainer
+from .streams import NetworkStream
 
 
 def fit(
     predictor: Predictor,
-    batch: WeightBatch,
-    targets: Tensor | np.ndarray | Sequence[Any],
+    batch: WeightBatch | NetworkStream,
+    targets: Tensor | np.ndarray | Sequence[Any] | None = None,
     settings: FitSettings | None = None,
     *,
-    validation: tuple[WeightBatch, Tensor | np.ndarray | Sequence[Any]] | None = None,
+    validation: tuple[WeightBatch, Tensor | np.ndarray | Sequence[Any]] | NetworkStream | None = None,
     augment: Augment | None = None,
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_seconds: float = 600.0,
@@ -66,15 +68,19 @@ def fit(
     with as many epochs from the start would have had before, so the result differs from that call's.
 
     In a process group of `torch.distributed` (see :func:`sne_fast.training.distributed.processes`) every process calls
-    this with the same arguments. The processes share the networks of each batch by their numbers of weights, and the
-    result is that of a single process.
+    this with the same arguments. A step then takes `settings.accumulate` parts for each of them, which they share by
+    their numbers of weights; each reads and changes only its own. The result is that of a single process with as many
+    parts in a step.
 
     Args:
-        batch: the training networks, packed by `predictor.pack`; on any device.
+        batch: the training networks, packed by `predictor.pack`, on any device; or a stream of networks that are read
+            when a step needs them, such as a :class:`sne_fast.zoo.ZooDataset`, or a loader that
+            :func:`sne_fast.zoo.zoo_loader` made, of which the networks are taken and `settings.batch_weights` instead
+            of its budget. A predictor with an input scale or statistics to fit reads all of a stream once before.
         targets: `(len(batch), out_features)` in their own units, as a tensor, an array or a list; `(len(batch),)` is
-            enough for a single output. `(len(batch),)` integers for "cross_entropy".
+            enough for a single output. `(len(batch),)` integers for "cross_entropy". None takes those of the stream.
         settings: learning rate, epochs and so on; those of `FitSettings()` by default.
-        validation: networks and targets whose loss is measured after every epoch.
+        validation: networks and targets, or a stream, whose loss is measured after every epoch.
         augment: changes every training batch before it is encoded; by default as the predictor's preparation says,
             with jitter if it has any.
         checkpoint: a file that is written after every epoch. If it exists, training resumes from it bit for bit.
@@ -106,35 +112,55 @@ def fit(
     predictor, settings = check_predictor(predictor), check_settings(settings)
     if augment is None and predictor.preparation.draws:
         augment = predictor.preparation.augment
-    batch = check_batch(batch, predictor)  # detached: the first backward would free the graph of a batch of modules
-    goals = check_targets(targets, predictor, len(batch))
-    watched = check_validation(validation, predictor)
+    networks = networks_of(batch, targets, predictor)
+    watched = validation_of(validation, predictor)
     check_calls(settings, augment, log, on_epoch=on_epoch, on_batch=on_batch)
     path, seconds = check_checkpoint(checkpoint), check_seconds(checkpoint_seconds)
     world = World()
     made: Fingerprint = {}
-    if path is not None:
-        made = of_training(predictor, batch, goals, settings, watched, augment, made_of, processes=world.size)
+    if path is not None and world.first:
+        made = of_training(predictor, networks, settings, watched, augment, made_of, processes=world.size)
     file = Checkpoint(path, made, augment, seconds, world)
     with ExitStack() as stack, torch.enable_grad():
         state = file.open(stack, settings.epochs, predictor.target_mean.device)
-        predictor.set_inputs(batch)
-        predictor.set_targets(goals)
-        if predictor.preparation.steps == batch.prepared:
-            batch = predictor.prepare(batch)  # whose parts keep what it has computed
-        if watched is not None:
-            watched = predictor.prepare(watched[0]), watched[1]
-        normalised = predictor.normalise(goals)
-        if not bool(normalised.isfinite().all()):
-            raise ValueError(f"fit: targets must fit {normalised.dtype}, got up to {goals.abs().max().item():g}")
-        trainer = Trainer(
-            predictor,
-            Supervised(predictor, normalised, settings, augment),
-            predictor.encode,
-            predictor.prepare,
-            PackedNetworks(batch, goals),
-            settings,
-            world,
-        )
-        validate = None if watched is None else partial(mean_loss, predictor, *watched, settings, world)
+        if not file.holds_state:
+            fit_inputs(predictor, networks, world)
+        predictor.set_targets(networks.targets)
+        goals = predictor.normalise(networks.targets)
+        if not bool(goals.isfinite().all()):
+            largest = networks.targets.abs().max().item()
+            raise ValueError(f"fit: targets must fit {goals.dtype}, got up to {largest:g}")
+        objective = Supervised(predictor, goals, settings, augment)
+        split = partial(encode_split, predictor)
+        trainer = Trainer(predictor, objective, predictor.encode, split, networks, settings, world)
+        if world.first:
+            trainer.plan.check_balance()
+        validate = None if watched is None else partial(mean_loss, predictor, watched, settings, world)
         return run_epochs(trainer, state, file, validate=validate, log=log, on_epoch=on_epoch, on_batch=on_batch)
+
+
+def networks_of(batch: Any, targets: Any, predictor: Predictor) -> NetworkStream:
+    """Return the training networks as a stream of prepared ones, with targets as `check_targets` returns them.
+
+    Raises:
+        TypeError, ValueError: as `fit`.
+    """
+    stream = check_stream(batch, targets)
+    if stream is not None:
+        given = stream.targets if targets is None else targets
+        return PreparedNetworks(stream, check_targets(given, predictor, len(stream.sizes)), predictor)
+    batch = check_batch(batch, predictor)  # detached: the first backward would free the graph of a batch of modules
+    return PackedNetworks(batch, check_targets(targets, predictor, len(batch)))
+
+
+def validation_of(validation: Any, predictor: Predictor) -> NetworkStream | None:
+    """Return the validation networks as `networks_of` returns those of the training.
+
+    Raises:
+        TypeError, ValueError: as `fit`.
+    """
+    if isinstance(validation, NetworkStream):
+        goals = check_targets(validation.targets, predictor, len(validation.sizes), "validation targets")
+        return PreparedNetworks(validation, goals, predictor)
+    found = check_validation(validation, predictor)
+    return None if found is None else PackedNetworks(*found)

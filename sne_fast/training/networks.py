@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.batch import WeightBatch
+from ..data.weight_budgets import batches_by_weights
+from ..nn.predictor import Predictor
+from .arguments import check_packed
+from .distributed import World
 from .fingerprint import of_batch
+from .streams import NetworkStream
 
-
-@runtime_checkable
-class NetworkStream(Protocol):
-    """Networks with their targets, of which those are read that are asked for.
-
-    `fit` knows the numbers of weights and the targets of all networks, plans each epoch with them, and asks for the
-    networks of one part of a step after another. So a training can stop after any step and resume exactly.
-    :class:`sne_fast.zoo.ZooDataset` is one.
-    """
-
-    @property
-    def sizes(self) -> Tensor:
-        """Number of weights of each network, `(n,)` int64 on the CPU."""
-
-    @property
-    def targets(self) -> Tensor:
-        """Targets of all networks, `(n, t)`, or classes `(n,)`."""
-
-    def order(self, generator: torch.Generator) -> list[int]:
-        """Return all positions in a random order, in which networks that are cheap to read together stand close."""
-
-    def parts(self, rows: Iterable[Sequence[int]]) -> Iterator[WeightBatch]:
-        """Read the networks at some positions, again and again, one packed batch for each sequence of positions."""
-
-    def network_name(self, row: int) -> str:
-        """Name a network as messages do."""
-
-    def fingerprint(self) -> Mapping[str, Any]:
-        """Return "size", a few words, and "sha256", a digest of the networks, as plain values."""
+READ_WEIGHTS = 100_000
+"""Largest number of weights in a batch of networks that are only read or encoded."""
 
 
 class PackedNetworks:
@@ -68,3 +46,80 @@ class PackedNetworks:
     def fingerprint(self) -> Mapping[str, Any]:
         """Return the size and the digest of the networks."""
         return of_batch(self.batch)
+
+
+class PreparedNetworks:
+    """Networks of a stream, checked and prepared for a predictor as they are read.
+
+    Args:
+        stream: the networks.
+        targets: of each, as `check_targets` returns them.
+        predictor: what they are prepared for.
+    """
+
+    def __init__(self, stream: NetworkStream, targets: Tensor, predictor: Predictor) -> None:
+        self.stream, self.targets, self.predictor, self.sizes = stream, targets, predictor, stream.sizes
+        self.order, self.network_name, self.fingerprint = stream.order, stream.network_name, stream.fingerprint
+
+    def parts(self, rows: Iterable[Sequence[int]]) -> Iterator[WeightBatch]:
+        """Read networks, one batch for each sequence of positions.
+
+        Raises:
+            TypeError: the stream gives something else than batches.
+            ValueError: networks that are packed otherwise than the predictor asks for, or have other numbers of weights
+                than the stream says.
+        """
+        listed = [list(chosen) for chosen in rows]
+        for chosen, part in zip(listed, self.stream.parts(listed), strict=True):
+            check_packed(part, self.predictor, "fit: batch")
+            if not torch.equal(part.network_sizes, self.sizes[chosen]):
+                got, wanted = part.network_sizes.tolist(), self.sizes[chosen].tolist()
+                row = next((k for k in range(len(chosen)) if k >= len(got) or got[k] != wanted[k]), 0)
+                raise ValueError(
+                    f"fit: {self.network_name(chosen[row])} must have the {wanted[row]} weights that the stream says, "
+                    f"got {got[row] if row < len(got) else 'no network'}"
+                )
+            yield self.predictor.prepare(part.detach())
+
+
+def check_stream(batch: Any, targets: Any) -> NetworkStream | None:
+    """Return the stream that `fit` is to train on, that of a `DataLoader` if it has one; None for a batch.
+
+    Raises:
+        TypeError: a batch without targets, or an iterable that is no stream.
+        ValueError: a stream without networks.
+    """
+    inner = getattr(batch, "dataset", None)
+    stream = inner if isinstance(inner, NetworkStream) else batch
+    if isinstance(stream, NetworkStream):
+        if not len(stream.sizes):
+            raise ValueError("fit: batch must have at least one network, got an empty stream")
+        return stream
+    if isinstance(batch, Iterable) and not isinstance(batch, WeightBatch | list | tuple | Mapping | str):
+        raise TypeError(
+            f"fit: batch must be a WeightBatch or a NetworkStream, got {type(batch).__name__}, which tells neither the "
+            "sizes of its networks nor gives any of them; use sne_fast.zoo.ZooDataset, or write the networks to a zoo"
+        )
+    if targets is None and isinstance(batch, WeightBatch):
+        raise TypeError("fit: targets must be given with a WeightBatch, got None")
+    return None
+
+
+def fit_inputs(predictor: Predictor, networks: NetworkStream, world: World) -> None:
+    """Fit the input scale, and the mean and spread of statistics, to networks of which each process reads its share.
+
+    Args:
+        predictor: the predictor.
+        networks: the training networks.
+        world: the processes.
+    """
+    if not predictor.fits_inputs:
+        return
+    if isinstance(networks, PackedNetworks):
+        predictor.set_inputs(networks.batch)
+        return
+    cut = list(batches_by_weights(networks.sizes, READ_WEIGHTS))
+    own = cut[world.rank :: world.size]
+    batches = networks.parts(own) if own else (batch[0:0] for batch in networks.parts([[0]]))
+    total = sum((predictor.input_sums(batch) for batch in batches), torch.zeros((), dtype=torch.float64))
+    predictor.set_input_sums(world.sum_tensor(total, predictor.target_mean.device))

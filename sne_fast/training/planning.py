@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import chain
 
@@ -9,11 +10,16 @@ import torch
 from torch import Tensor
 
 from ..data.weight_budgets import SEED_STRIDE, batches_by_weights, shards_by_weights
-from .networks import NetworkStream
 from .settings import FitSettings
+from .streams import NetworkStream
 
 WINDOW = 16
 """Steps whose parts are taken from one stretch of the order of an epoch, and sorted by weights among them."""
+
+SPLIT = 1.5
+"""A network is split by layers where a process would have this many times the mean of all processes."""
+LEAST_BUSY = 0.5
+"""Share of the time in which processes must have work for `fit` not to warn."""
 
 Part = list[int]
 """Positions of networks that one process encodes at once."""
@@ -24,7 +30,7 @@ def cut_parts(sizes: Tensor, order: Sequence[int], budget: int) -> list[Part]:
 
     Args:
         sizes: `(n,)` int64, weights of all networks.
-        order: positions of networks.
+        order: positions of networks, all or some of them.
         budget: weights per part.
     """
     cut = batches_by_weights(sizes[torch.tensor(order, dtype=torch.int64)], budget)
@@ -98,9 +104,76 @@ class Plan:
         return self._planned[1]
 
     def shares(self, step: Sequence[Part]) -> list[list[int]]:
-        """Return for each process the places of its parts in a step, so that the largest share is small."""
+        """Return for each process the places of its whole parts in a step, so that the largest share is small."""
+        split = self.split_places(step)
+        whole = [place for place in range(len(step)) if place not in split]
         loads = torch.tensor([self.load(part) for part in step])
-        return shards_by_weights(loads, range(len(step)), self.processes)
+        dealt = shards_by_weights(loads, whole, self.processes)
+        return [[whole[k] for k in places] for places in dealt]
+
+    def split_places(self, step: Sequence[Part]) -> list[int]:
+        """Return the places of the networks of a step that all processes share by layers.
+
+        These are the largest networks, as long as they are larger than a part may be and the process with the most
+        weights would have more than `SPLIT` times the mean.
+        """
+        if self.processes == 1:
+            return []
+        loads = [self.load(part) for part in step]
+        order = sorted(range(len(step)), key=lambda place: (-loads[place], place))
+        mean = sum(loads) / self.processes
+        split: list[int] = []
+        for k, place in enumerate(order):
+            if loads[place] <= self.settings.batch_weights:
+                break
+            rest = torch.tensor([loads[p] for p in order[k:]])
+            dealt = shards_by_weights(rest, range(len(rest)), self.processes)
+            if max(int(rest[places].sum()) for places in dealt) <= SPLIT * mean:
+                break
+            split.append(place)
+        return split
+
+    def busy_share(self, epoch: int) -> float:
+        """Return the share of the time of an epoch in which processes have work, if time goes by weights.
+
+        Networks that are split count as if every process had layers of them to its fill.
+        """
+        return self._loads(epoch)[0]
+
+    def check_balance(self) -> None:
+        """Warn if the processes will wait for each other most of the time of the first epoch.
+
+        Warns:
+            UserWarning: the message says what to change.
+        """
+        share, empty = self._loads(0)
+        if self.processes == 1 or share >= LEAST_BUSY:
+            return
+        steps = self.epoch(0)
+        most = max(len(step) for step in steps)
+        without = f", and {empty} of {len(steps)} steps leave one without networks" if empty else ""
+        if most < self.parts:
+            remedy = f"use at most {most} processes, since all networks make {most} parts of {self._budget} weights"
+        else:
+            remedy = f"raise accumulate ({self.settings.accumulate}) or batch_weights ({self._budget}), or use fewer"
+        warnings.warn(
+            f"fit: {self.processes} processes will have work in {share:.0%} of the time{without}; {remedy}",
+            stacklevel=3,
+        )
+
+    def _loads(self, epoch: int) -> tuple[float, int]:
+        """Return the busy share of an epoch, and in how many steps a process has no networks."""
+        work, longest, empty = 0, 0.0, 0
+        for step in self.epoch(epoch):
+            loads = [sum(self.load(step[place]) for place in places) for places in self.shares(step)]
+            total = sum(self.load(part) for part in step)
+            work, longest = work + total, longest + max(*loads, total / self.processes)
+            empty += min(loads) == 0 and total == sum(loads)
+        return work / (self.processes * longest), empty
+
+    @property
+    def _budget(self) -> int:
+        return self.settings.batch_weights
 
     def load(self, rows: Sequence[int]) -> int:
         """Return the number of weights of some networks."""

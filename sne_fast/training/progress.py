@@ -175,7 +175,7 @@ class Progress:
     def load(
         cls,
         path: Path,
-        fingerprint: Fingerprint,
+        fingerprint: Fingerprint | None,
         epochs: int,
         device: torch.device,
     ) -> tuple[Progress, dict[str, Any]]:
@@ -183,7 +183,7 @@ class Progress:
 
         Args:
             path: the file.
-            fingerprint: of the training that is asked for.
+            fingerprint: of the training that is asked for; None if another process has compared it.
             epochs: how many epochs are asked for.
             device: where tensors go.
 
@@ -209,7 +209,8 @@ class Progress:
                 "was made of; finish it with the version that began it, or remove it to train anew"
             )
         try:
-            changed = differences(state["fingerprint"], as_recorded(fingerprint, state["fingerprint"]))
+            then = state["fingerprint"]
+            changed = [] if fingerprint is None else differences(then, as_recorded(fingerprint, then))
             place = {key: state[key] for key in ("epoch", "step", "taken", "total", "lowest", "best")}
             found = cls(**place, history=History(**state["history"]))
             complete = all(type(n) is int and n >= 0 for n in (found.epoch, found.step, found.taken, found.lowest))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
+from ..data.layers_apart import layers_apart
 from .distributed import World
-from .networks import NetworkStream
 from .objective import Encode, Objective
 from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from .planning import Part, Plan
 from .progress import Progress, not_finite
 from .settings import FitSettings
+from .split_networks import deal_layers
+from .streams import NetworkStream
 
 MOST_SKIPPED = 32
 """Steps in a row that may be skipped under float16: its scale, 65536 at first, is halved by each, down to 2**-16."""
@@ -29,8 +32,9 @@ class Trainer:
         module: has the parameters, of which the first tells device and dtype.
         objective: what is minimised.
         encode: encodes a batch for the objective.
-        prepare: prepares a batch that was read for the objective.
-        networks: the training networks.
+        encode_split: does the same together with the other processes, each of which encodes some layers; called with
+            the processes, what `deal_layers` returned, and the batch.
+        networks: the training networks, prepared for the objective.
         settings: of the training.
         world: the processes that share each step.
     """
@@ -40,12 +44,13 @@ class Trainer:
         module: nn.Module,
         objective: Objective,
         encode: Encode,
-        prepare: Callable[[WeightBatch], WeightBatch],
+        encode_split: Callable[[World, Sequence[Sequence[int]], WeightBatch], Tensor],
         networks: NetworkStream,
         settings: FitSettings,
         world: World,
     ) -> None:
-        self.module, self.objective, self.encode, self.prepare = module, objective, encode, prepare
+        self.module, self.objective = module, objective
+        self.encode, self.encode_split = encode, encode_split
         self.networks, self.settings, self.world = networks, settings, world
         self.weight = next(p for p in module.parameters() if p.is_floating_point())
         self.parameters = dict(module.named_parameters())
@@ -71,17 +76,17 @@ class Trainer:
         """
         self.module.train()
         steps = self.plan.epoch(state.epoch)
-        left = [(step, self.plan.shares(step)[self.world.rank]) for step in steps[state.taken :]]
-        batches = self.networks.parts(step[place] for step, places in left for place in places)
+        left = steps[state.taken :]
+        batches = self.networks.parts(step[place] for step in left for place in self._places(step))
         done = sum(self.plan.load(part) for step in steps[: state.taken] for part in step)
-        for step, places in left:
+        for step in left:
             k = state.taken
             self.lr = self.settings.lr * warm_cosine(state.step, self.plan.steps, self.settings.warmup)
             set_learning_rate(self.optimiser, self.lr)
             where = (
                 f"epoch {state.epoch}; lower lr ({self.settings.lr}), or look at batch {k + 1} of {len(steps)} in it"
             )
-            state.total += self._step(step, places, batches, state.step, where)
+            state.total += self._step(step, batches, state.step, where)
             state.step += 1
             state.taken += 1
             done += sum(self.plan.load(part) for part in step)
@@ -104,15 +109,16 @@ class Trainer:
         if spoilt is not None:
             raise ValueError(f"fit: {spoilt} is not finite after epoch {epoch}; lower lr ({self.settings.lr})")
 
-    def _step(
-        self, step: Sequence[Part], places: Sequence[int], batches: Iterator[WeightBatch], number: int, where: str
-    ) -> float:
+    def _places(self, step: Sequence[Part]) -> list[int]:
+        """Return the places of the parts of a step that this process reads."""
+        return [*self.plan.shares(step)[self.world.rank], *self.plan.split_places(step)]
+
+    def _step(self, step: Sequence[Part], batches: Iterator[WeightBatch], number: int, where: str) -> float:
         """Take one step, and return the summed loss of its networks.
 
         Args:
             step: its parts.
-            places: of the parts that this process takes.
-            batches: the networks of those parts.
+            batches: the networks of the parts that this process reads.
             number: of the step.
             where: the middle of the sentence of an error.
 
@@ -123,13 +129,22 @@ class Trainer:
         self.optimiser.zero_grad()
         sums = torch.zeros(2, dtype=torch.float64, device=self.weight.device)  # shown and minimised losses
         own: list[tuple[Part, Tensor]] = []
-        for place in places:
-            part = self.prepare(next(batches)).to(self.weight.device, self.weight.dtype)
+        shares, split = self.plan.shares(step), self.plan.split_places(step)
+        loads = [sum(self.plan.load(step[place]) for place in share) for share in shares]
+        for place in (*shares[self.world.rank], *split):
+            part = next(batches).to(self.weight.device, self.weight.dtype)
             generator = draws_of(self.settings.seed, number * self.plan.parts + place)
-            losses = self.objective(part, step[place], generator, self.encode)
-            self.scaler.scale(losses.minimised / len(rows)).backward()
+            encode, counts = self.encode, True
+            if place in split:  # all processes compute its loss, and one counts it
+                dealt = deal_layers(part, loads)
+                layers = layers_apart(part).network_sizes.tolist()
+                loads = [load + sum(layers[k] for k in own) for load, own in zip(loads, dealt, strict=True)]
+                encode = partial(self.encode_split, self.world, dealt)
+                counts = place % self.world.size == self.world.rank
+            losses = self.objective(part, step[place], generator, encode)
+            self.scaler.scale(losses.minimised * counts / len(rows)).backward()
             shown = losses.shown.detach()
-            sums = sums + torch.stack([shown.sum(), losses.minimised.detach()])
+            sums = sums + counts * torch.stack([shown.sum(), losses.minimised.detach()])
             own.append((step[place], shown))
         sums = self.world.sum_gradients(self.parameters.values(), sums)
         self.scaler.unscale_(self.optimiser)

@@ -53,7 +53,7 @@ def test_classes_are_integers_of_any_kind() -> None:
             "ValueError: fit: batch must be packed with chunk_",
         ),
         ({"targets": ["a"] * 6}, "TypeError: fit: targets must be a tensor, an array or a list of numbers, got list"),
-        ({"targets": None}, "TypeError: fit: targets must be a tensor, an array or a list of numbers, got None"),
+        ({"targets": None}, "TypeError: fit: targets must be given with a WeightBatch, got None"),
         ({"targets": "targets"}, "TypeError: fit: targets must be a tensor, an array or a list of numbers, got 'targ"),
         (
             {"targets": [[1], [2, 3], [1], [1], [1], [1]]},
