@@ -16,8 +16,8 @@ from helpers.paths import ROOT, environment_of_tests
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA bounds mappings on Linux alone")
 def test_a_zoo_ten_times_larger_than_the_memory_limit_trains(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    command = [sys.executable, str(ROOT / "bench" / "large_zoo.py"), str(tmp_path / "zoo"), "--size", "64M"]
-    options = ["--shard", "2M", "--epochs", "1", "--out", str(tmp_path / "found.json")]
+    command = [sys.executable, str(ROOT / "bench" / "large_zoo.py"), str(tmp_path / "zoo"), "--size", "40M"]
+    options = ["--shard", "1M", "--epochs", "1", "--out", str(tmp_path / "found.json")]
     environment = environment_of_tests(OMP_NUM_THREADS="1")
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
