@@ -39,6 +39,21 @@ __all__ = ["find_networks", "listed", "manifest", "network_at"]
 
 BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
 """Files beside a checkpoint that say how its tensors are read."""
+WHOLE = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".gguf",
+    ".npz",
+    ".npy",
+    ".h5",
+    ".keras",
+    ".msgpack",
+    ".tflite",
+)
+"""Endings of files that have all their values in them, as those of ONNX may not."""
 COLUMNS = ("uri", "name", "etag", "weights", "layer_weights", "error")
 
 
@@ -230,8 +245,9 @@ def etag_of(uri: str) -> str:
         files = [path.parent / ABOUT, path.parent / INDEX]
     elif path.suffix in (".json", ".distcp") or path.name == METADATA or counts_itself(path.name) or index_beside(path):
         files = _files_of_parts(path)
-    else:  # with values that ONNX keeps in another file
-        files = [path, *beside(path, (*BESIDE, f"{path.name}.data", f"{path.name}_data"))]
+    else:
+        values = () if path.suffix in WHOLE else (f"{path.name}.data", f"{path.name}_data")
+        files = [path, *beside(path, (*BESIDE, *values))]
     said = hashlib.sha256()
     for file in sorted(files):
         size = file.stat().st_size

@@ -25,6 +25,8 @@ def beside(file: Path, names: Iterable[str]) -> list[Path]:
         names: those that end in `.json`, `.data` or `_data`.
     """
     if isinstance(file, RemotePath):
+        names = list(names)
+        file.parent.look_at(names)
         return [other for name in names if (other := file.parent / name).is_file()]
     folder = os.path.dirname(file)
     try:
