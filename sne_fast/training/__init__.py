@@ -7,11 +7,14 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
     from .estimators import SNEClassifier, SNERegressor
-    from .loop import Augment, fit, predict
+    from .loop import fit
+    from .objective import Augment
+    from .prediction import predict
     from .progress import CsvLog, TensorBoardLog
     from .recipe_predictors import augmentation_of, make_predictor, preparation_of
     from .recipes import RECIPES, TrainingRecipe, find_recipe
     from .settings import FitSettings, History
+    from .streams import NetworkStream
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -23,11 +26,14 @@ else:
                 "stratified_split",
             ],
             ".estimators": ["SNEClassifier", "SNERegressor"],
-            ".loop": ["Augment", "fit", "predict"],
+            ".loop": ["fit"],
+            ".objective": ["Augment"],
+            ".prediction": ["predict"],
             ".progress": ["CsvLog", "TensorBoardLog"],
             ".recipe_predictors": ["augmentation_of", "make_predictor", "preparation_of"],
             ".recipes": ["RECIPES", "TrainingRecipe", "find_recipe"],
             ".settings": ["FitSettings", "History"],
+            ".streams": ["NetworkStream"],
         },
     )
 
@@ -37,6 +43,7 @@ __all__ = [
     "CsvLog",
     "FitSettings",
     "History",
+    "NetworkStream",
     "SNEClassifier",
     "SNERegressor",
     "TensorBoardLog",
