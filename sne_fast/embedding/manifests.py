@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.layer_stream import LayerStream
 from ..data.readers import adapter_configs, quantisation_configs
-from ..data.readers.beside import beside
+from ..data.readers.beside import beside, folders_in
 from ..data.readers.distributed_folders import distributed_folder
 from ..data.readers.errors import CheckpointError, Unreachable
 from ..data.readers.folders import (
@@ -202,13 +202,12 @@ def _in_tree(folder: Path, key: str | None) -> Iterator[Path]:
     except CheckpointError:
         yield from independent_files(folder) or [folder]
     try:
-        entries = sorted(folder.iterdir())
+        entries = folders_in(folder)
     except OSError:  # which reading it says
         return
     for entry in entries:
-        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-            in_zoo = _zoo_at(entry)
-            yield from _in_tree(entry, key) if in_zoo is None else map(Path, map(str, in_zoo))
+        in_zoo = _zoo_at(entry)
+        yield from _in_tree(entry, key) if in_zoo is None else map(Path, map(str, in_zoo))
 
 
 def network_at(uri: str) -> Any:
@@ -250,8 +249,8 @@ def etag_of(uri: str) -> str:
         files = [path, *beside(path, (*BESIDE, *values))]
     said = hashlib.sha256()
     for file in sorted(files):
-        size = file.stat().st_size
-        version = file.etag() if isinstance(file, RemotePath) else file.stat().st_mtime_ns
+        stat = file.stat()
+        size, version = stat.st_size, file.etag() if isinstance(file, RemotePath) else stat.st_mtime_ns
         said.update(f"{file.name}\0{size}\0{version}\0".encode("utf-8", "surrogateescape"))
     return said.hexdigest()[:24]
 
