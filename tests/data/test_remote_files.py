@@ -16,7 +16,6 @@ from sne_fast.data.checkpoints import CheckpointError, load_state_dict, open_che
 from sne_fast.data.layer_stream import LayerStream
 from sne_fast.data.remote import failures
 from sne_fast.data.remote.paths import forget, is_remote, place
-from sne_fast.data.remote.ranges import RANGES
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("huggingface_hub")
@@ -110,7 +109,7 @@ def test_errors_that_may_pass_are_tried_again_and_others_are_one_sentence(web: W
         load_state_dict("memory://absent/n.pt")
     web.close()
     forget()
-    with pytest.raises(CheckpointError, match=f"^{url}: cannot be reached or read"):
+    with pytest.raises(CheckpointError, match=f"^{web.url}/.*: cannot be reached or read"):
         load_state_dict(url)
     web.close = lambda: None  # type: ignore[method-assign]
 
@@ -149,22 +148,24 @@ def test_answers_that_do_not_fit_the_file_are_refused(web: WebServer) -> None:
         load_state_dict(f"{web.url}/page")
 
 
-def test_an_unreadable_configuration_or_index_is_an_error_and_not_nothing(web: WebServer) -> None:
-    web.files |= {"n.safetensors": save(network(0)), "config.json": b"{}"}
-    open_checkpoint(f"{web.url}/n.safetensors")
-    place(f"{web.url}/n.safetensors").store.files.forget()  # type: ignore[attr-defined]
-    RANGES.forget()
-    original = web.answer
+def test_names_beside_a_file_that_are_forbidden_are_not_there_and_those_that_fail_are_an_error(web: WebServer) -> None:
+    web.files["n.safetensors"] = save(network(0))
+    url, original, status = f"{web.url}/n.safetensors", web.answer, 403
 
-    def forbidden(handler: object) -> None:
-        if "config.json" in handler.path:  # type: ignore[attr-defined]
-            handler._answer(403, b"")  # type: ignore[attr-defined]
+    def answer(handler: Any) -> None:
+        if handler.path.endswith(".json"):
+            handler._answer(status, b"")
         else:
-            original(handler)  # type: ignore[arg-type]
+            original(handler)
 
-    web.answer = forbidden  # type: ignore[method-assign]
-    with pytest.raises(CheckpointError, match=r"config.json: may not be read"):
-        open_checkpoint(f"{web.url}/n.safetensors")
+    web.answer = answer  # type: ignore[method-assign]
+    assert len(load_state_dict(url)) == 4  # as public buckets answer
+    asked = web.requests["config.json"]
+    assert len(load_state_dict(url)) == 4 and web.requests["config.json"] == asked == 1
+    forget()
+    status = 500
+    with pytest.raises(CheckpointError, match=r"json: the store answered with status 500"):
+        load_state_dict(url)
 
 
 @pytest.mark.parametrize(
