@@ -35,7 +35,7 @@ from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, ZooNetwork, networks_at
 from .in_order import in_order
 
-__all__ = ["find_networks", "manifest", "network_at"]
+__all__ = ["find_networks", "listed", "manifest", "network_at"]
 
 BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
 """Files beside a checkpoint that say how its tensors are read."""
@@ -100,7 +100,7 @@ def schema() -> Any:
 
 def _rows(sources: Iterable[str], key: str | None) -> Iterator[dict[str, Any]]:
     """Yield a row for each network at some sources; those elsewhere are looked at by threads."""
-    found = in_order(lambda source: _networks_or_failure(source, key), _listed(sources), is_remote)
+    found = in_order(lambda source: _networks_or_failure(source, key), listed(sources), is_remote)
     seen = set[str]()
 
     def each_once() -> Iterator[dict[str, Any]]:
@@ -132,7 +132,7 @@ def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = N
     Raises:
         FileNotFoundError: a source that is not there.
     """
-    for text in _listed(map(os.fsdecode, sources)):
+    for text in listed(map(os.fsdecode, sources)):
         path = place(text)
         in_zoo = _zoo_at(path)
         if in_zoo is not None:
@@ -152,12 +152,12 @@ def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = N
             yield str(path)
 
 
-def _listed(sources: Iterable[str]) -> Iterator[str]:
+def listed(sources: Iterable[str]) -> Iterator[str]:
     """Yield sources, those in the lines of a text file for `@FILE`."""
     for source in sources:
         if source.startswith("@"):
             lines = read_text(Path(source[1:])).splitlines()
-            yield from _listed(line.strip() for line in lines if line.strip())
+            yield from listed(line.strip() for line in lines if line.strip())
         else:
             yield source
 
