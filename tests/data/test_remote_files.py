@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save, save_file
@@ -68,6 +69,31 @@ def test_every_store_gives_what_the_same_file_on_this_machine_gives(
     encoder = encoder_of()
     for name in ("small.safetensors", "old.pth"):
         assert torch.equal(encoder.encode(f"{web.url}/{name}"), encoder.encode(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("onnx_float.onnx", "onnx"), ("tf_keras.keras", "h5py"), ("tf_keras.h5", "h5py"),
+        ("flax_model.msgpack", "msgpack"), ("model.tflite", "tflite"), ("large.npz", "numpy"), ("large.h5", "h5py"),
+    ],
+)  # fmt: skip
+def test_formats_from_outside_torch_are_read_by_ranges(web: WebServer, tmp_path: Path, name: str, package: str) -> None:
+    pytest.importorskip(package)
+    file = Path(__file__).parent / "formats" / name
+    if name.startswith("large"):
+        file = tmp_path / name
+        arrays = {f"layer{i}": np.random.default_rng(i).standard_normal((300, 500), np.float32) for i in range(3)}
+        if name.endswith(".npz"):
+            np.savez_compressed(file, **arrays)
+        else:
+            import h5py
+
+            with h5py.File(file, "w") as written:
+                for key, array in arrays.items():
+                    written.create_dataset(key, data=array)
+    web.files[name] = file.read_bytes()
+    assert same(f"{web.url}/{name}", file)
 
 
 def test_the_header_of_a_large_file_takes_one_request(web: WebServer) -> None:
