@@ -11,7 +11,7 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from .dataset import EmbeddingDataset, collect
     from .manifests import manifest
-    from .running import embed_units
+    from .running import Work, embed_units
     from .units import Unit, cut_for, embed_unit, plan
 else:
     __getattr__, __dir__ = attach(
@@ -19,9 +19,11 @@ else:
         {
             ".dataset": ["EmbeddingDataset", "collect"],
             ".manifests": ["manifest"],
-            ".running": ["embed_units"],
+            ".running": ["Work", "embed_units"],
             ".units": ["Unit", "cut_for", "embed_unit", "plan"],
         },
     )
 
-__all__ = ["EmbeddingDataset", "Unit", "collect", "cut_for", "embed_unit", "embed_units", "manifest", "plan"]
+__all__ = [
+    "EmbeddingDataset", "Unit", "Work", "collect", "cut_for", "embed_unit", "embed_units", "manifest", "plan",
+]  # fmt: skip

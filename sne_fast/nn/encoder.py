@@ -268,7 +268,7 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
             )  # [T, h]
             return self._encode_tensors(tensors if told is None else tensors + told, batch)
 
-        if sample is not None:
+        if sample is not None and sample.halves:
             parts = [encode(chunks[h.rows], h.tensor_ptr, h.tensor_ptr_host, h.position) for h in sample.halves]
             halves = torch.stack(parts)
         vectors = encode(chunks, chunked.tensor_ptr, chunked.tensor_ptr_host, index)

@@ -74,7 +74,7 @@ SNE_INLINE Vec<T> zero() {
 
 // Returns the larger of two, or b where either is NaN (as the x86 instruction does).
 SNE_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
-#if defined(SNE_ISA_avx512)
+#if defined(SNE_AVX512)
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(SNE_ISA_avx2)
   return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
@@ -83,7 +83,7 @@ SNE_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
 #endif
 }
 SNE_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
-#if defined(SNE_ISA_avx512)
+#if defined(SNE_AVX512)
   return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
 #elif defined(SNE_ISA_avx2)
   return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
@@ -103,7 +103,7 @@ SNE_INLINE Vec<T> vsqrt(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) v[i] = __builtin_sqrt(double(v[i]));
   return v;
 }
-#if defined(SNE_ISA_avx512)
+#if defined(SNE_AVX512)
 template <>
 SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) {
   return (Vec<float>)_mm512_sqrt_ps((__m512)v);

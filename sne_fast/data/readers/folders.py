@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...regular_files import read_json
 from ..layer_order import natural_key
 from .adapter_configs import ADAPTER_FILE
-from .errors import CheckpointError, reading, shown
+from .errors import CheckpointError, Unreachable, reading, shown
 from .formats import READABLE, SAVED_MODEL
 from .shards import counts_itself, shards_named, sibling_shards
 
@@ -142,6 +142,8 @@ def independent_files(folder: Path) -> list[Path] | None:
         if components is not None:
             return components if len(components) > 1 else None
         chosen_file(folder)
+    except Unreachable:
+        raise
     except CheckpointError:
         pass
     else:
@@ -239,6 +241,8 @@ def _has_weights(folder: Path) -> bool:
         chosen_file(folder)
     except EmptyFolder:
         return False
+    except Unreachable:
+        raise
     except CheckpointError:  # which is said where the network is read
         pass
     return True
