@@ -200,7 +200,7 @@ def train_encoder(zoos: list[Zoo], options: argparse.Namespace, report: Callable
             rows = [order[place] for place in places]
             set_learning_rate(optimiser, options.lr * warm_cosine(min(step, total), total, 0.1))
             optimiser.zero_grad()
-            minimised, shown = objective.losses(batch[rows], rows, draws_of(options.seed, step), encoder)
+            minimised, shown = objective(batch[rows], rows, draws_of(options.seed, step), encoder)
             (minimised / len(rows)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()

@@ -51,8 +51,7 @@ class EncodeSettings:
     """Options of `sne-fast encode`."""
 
     paths: tuple[str, ...] = option(
-        help=f"{PATHS} With a folder as --out also trees of folders, @FILE with a path in each line, and manifests "
-        "(.parquet).",
+        help=f"{PATHS} With a folder as --out also trees of folders and manifests (.parquet).",
         argument=True,
         metavar="PATH",
     )

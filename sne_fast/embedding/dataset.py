@@ -206,7 +206,7 @@ def collect(folder: str | os.PathLike[str], *, table: Any = None, encoder: SNE |
     require("pyarrow.parquet", extra="parquet", why="collecting vectors")
     import pyarrow as pa
 
-    path = _dataset_in(Path(folder))
+    path = dataset_folder(Path(folder))
     files = _parts(path)
     if not files:
         raise FileNotFoundError(f"collect: {path} holds no results")
@@ -231,7 +231,18 @@ def collect(folder: str | os.PathLike[str], *, table: Any = None, encoder: SNE |
     return pa.concat_tables([*tables, pa.Table.from_pylist(joined, schema=schema)]).sort_by("uri")
 
 
-def _dataset_in(folder: Path) -> Path:
+def dataset_options(folder: Path) -> dict[str, Any]:
+    """Return the options of `embed_unit` that the vectors in a folder `encoder=<hash>` were made with."""
+    return dict(read_json(folder / ABOUT, dict)["options"])
+
+
+def dataset_folder(folder: Path) -> Path:
+    """Return the folder of one encoder, `encoder=<hash>`, of itself or of the folder around it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several.
+    """
     if folder.name.startswith("encoder="):
         return folder
     inside = sorted(folder.glob("encoder=*"))

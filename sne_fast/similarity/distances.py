@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import networkx
 import numpy as np
 
 from .sketches import SKETCH, NetworkSketch
@@ -84,6 +85,16 @@ def _distances(sketches: Sequence[NetworkSketch], shared: float) -> SketchDistan
     distance[(part < shared) | (common == 0) | np.isnan(distance)] = np.inf
     np.fill_diagonal(distance, 0)
     return SketchDistances(np.minimum(distance, np.where(np.isinf(distance), np.inf, 2.0)), part)
+
+
+def sharing(sketches: Sequence[NetworkSketch]) -> list[list[int]]:
+    """Return groups of networks, places ascending, such that networks that share a compared tensor are in one group."""
+    graph: networkx.Graph[object] = networkx.Graph()
+    graph.add_nodes_from(range(len(sketches)))
+    for k, one in enumerate(sketches):
+        graph.add_edges_from((k, (name, tensor.shape)) for name, tensor in one.compared.items())
+    groups = [sorted(k for k in group if isinstance(k, int)) for group in networkx.connected_components(graph)]
+    return sorted(groups)
 
 
 def joined(sketch: NetworkSketch, names: Sequence[str]) -> np.ndarray:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import networkx
 import numpy as np
 
-from .distances import sketch_distances
+from .distances import sharing, sketch_distances
 from .sketches import NetworkSketch
 
 Kind = Literal["exact", "reordered", "near"]
@@ -66,9 +67,13 @@ def find_duplicates(sketches: Sequence[NetworkSketch], *, tolerance: float = 0.0
         found += [Duplicates(kind, tuple(rows), distance) for rows in groups.values() if len(rows) > 1]
         left = [rows[0] for rows in groups.values()]
     if tolerance:
-        near = sketch_distances([sketches[k] for k in left], shared=0.95).distance
-        for rows in _linked(near <= tolerance):
-            found.append(Duplicates("near", tuple(left[k] for k in rows), float(near[rows[0], rows].max())))
+        for group in sharing([sketches[k] for k in left]):
+            members = [left[k] for k in group]
+            near = sketch_distances([sketches[k] for k in members], shared=0.95).distance
+            graph = networkx.Graph(np.argwhere(np.triu(near <= tolerance, 1)).tolist())
+            for linked in networkx.connected_components(graph):
+                rows = sorted(linked)
+                found.append(Duplicates("near", tuple(members[k] for k in rows), float(near[rows[0], rows].max())))
     return found
 
 
@@ -78,23 +83,3 @@ def _exact(sketch: NetworkSketch) -> object:
 
 def _unordered(sketch: NetworkSketch) -> object:
     return tuple(sorted((t.size, t.unordered) for t in sketch.tensors.values()))
-
-
-def _linked(pairs: np.ndarray) -> list[list[int]]:
-    """Return the connected groups of more than one member, members ascending."""
-    seen = np.zeros(len(pairs), bool)
-    groups = []
-    for first in range(len(pairs)):
-        if seen[first]:
-            continue
-        group, waiting = [], [first]
-        seen[first] = True
-        while waiting:
-            k = waiting.pop()
-            group.append(k)
-            new = np.flatnonzero(pairs[k] & ~seen)
-            seen[new] = True
-            waiting += new.tolist()
-        if len(group) > 1:
-            groups.append(sorted(group))
-    return groups

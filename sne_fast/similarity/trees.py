@@ -26,7 +26,7 @@ from typing import Any
 import networkx
 import numpy as np
 
-from .distances import SketchDistances, joined, sketch_distances
+from .distances import joined, sharing, sketch_distances
 from .sketches import NetworkSketch
 
 UNRELATED = 0.9
@@ -117,9 +117,7 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
-def lineage(
-    sketches: Sequence[NetworkSketch], *, unrelated: float = UNRELATED, distances: SketchDistances | None = None
-) -> Lineage:
+def lineage(sketches: Sequence[NetworkSketch], *, unrelated: float = UNRELATED) -> Lineage:
     """Return which networks were made of which.
 
     Networks are compared in tensors of the same name and shape, see :func:`sne_fast.similarity.sketch_distances`.
@@ -128,7 +126,6 @@ def lineage(
     Args:
         sketches: of N networks, with names of their own.
         unrelated: networks that are not nearer than this to any other are roots.
-        distances: of the sketches, if they have been computed already.
 
     Raises:
         ValueError: two networks of one name, or `unrelated` outside of (0, 1.4].
@@ -147,28 +144,32 @@ def lineage(
         raise ValueError(f"lineage: networks must have names of their own, got {twice!r} twice")
     if not 0 < unrelated <= 1.4:
         raise ValueError(f"lineage: unrelated must lie in (0, 1.4], got {unrelated!r}")
-    distance = (sketch_distances(sketches) if distances is None else distances).distance
-    evidence = _evidence(sketches)
+    edges: list[tuple[int, Edge]] = []
+    for group in sharing(sketches):
+        own = [sketches[k] for k in group]
+        edges += [(group[child], edge) for child, edge in _edges(own, unrelated)]
+    return Lineage(names, tuple(edge for _, edge in sorted(edges, key=lambda pair: pair[0])))
+
+
+def _edges(sketches: Sequence[NetworkSketch], unrelated: float) -> list[tuple[int, Edge]]:
+    """Return the edges among networks, each with the place of its child."""
+    distance, evidence = sketch_distances(sketches).distance, _evidence(sketches)
     parents: dict[int, list[int]] = {}
-    graph = networkx.Graph()
-    graph.add_nodes_from(range(len(sketches)))
-    graph.add_edges_from(np.argwhere(np.triu(distance < unrelated, 1)).tolist())
+    graph = networkx.Graph(np.argwhere(np.triu(distance < unrelated, 1)).tolist())
     for members in networkx.connected_components(graph):
         rows = sorted(members)
-        if len(rows) > 1:
-            merged = _merged(rows, distance, sketches)
-            parents.update(_tree(rows, distance, evidence, unrelated, merged, sketches))
-            parents.update(merged)
+        merged = _merged(rows, distance, sketches)
+        parents.update(_tree(rows, distance, evidence, unrelated, merged, sketches))
+        parents.update(merged)
     edges = []
     for child in sorted(parents):
         own = parents[child]
         for parent in own:
-            relation = (
-                "merge" if len(own) > 1 else _relation(sketches[parent], sketches[child], distance[parent, child])
-            )
+            one, other, apart = sketches[parent], sketches[child], float(distance[parent, child])
+            relation = "merge" if len(own) > 1 else _relation(one, other, apart)
             sure = 1.0 if len(own) > 1 else max(0.0, float(evidence[parent, child]))
-            edges.append(Edge(names[parent], names[child], relation, float(distance[parent, child]), sure))
-    return Lineage(names, tuple(edges))
+            edges.append((child, Edge(one.name, other.name, relation, apart, sure)))
+    return edges
 
 
 def _evidence(sketches: Sequence[NetworkSketch]) -> np.ndarray:

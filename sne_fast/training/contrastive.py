@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,8 @@ from ..data.weight_budgets import batches_by_weights, network_sizes
 from ..nn.chunk_samples import sample_chunks
 from ..nn.encoder import SNE
 from ..nn.predictor import PredictorHead
-
-Encode = Callable[[WeightBatch], Tensor]
-View = Callable[[WeightBatch, Sequence[int], torch.Generator], WeightBatch]
+from .digests import of_values
+from .objective import Augment, Encode, Losses
 
 
 class ContrastiveModel(nn.Module):
@@ -84,7 +84,7 @@ class Contrastive:
     def __init__(
         self,
         model: ContrastiveModel,
-        views: View,
+        views: Augment,
         *,
         temperature: float = 0.1,
         groups: Tensor | None = None,
@@ -102,10 +102,20 @@ class Contrastive:
                 f"Contrastive: labels must be {sorted(model.heads)} as the heads, got {sorted(self.labels)}"
             )
 
-    def losses(
-        self, part: WeightBatch, rows: Sequence[int], generator: torch.Generator, encode: Encode
-    ) -> tuple[Tensor, Tensor]:
-        """Return what is minimised, a sum over the networks `()`, and the contrastive loss of each, `(n,)`.
+    @property
+    def described(self) -> dict[str, Any]:
+        """The arguments as plain values, tensors as digests, without the model and the views."""
+        return {
+            "temperature": self.temperature,
+            "groups": None if self.groups is None else of_values(self.groups),
+            "relatives": self.relatives,
+            "labels": {name: of_values(labels) for name, labels in sorted(self.labels.items())},
+            "label_weight": self.label_weight,
+            "max_chunks": self.max_chunks,
+        }
+
+    def __call__(self, part: WeightBatch, rows: Sequence[int], generator: torch.Generator, encode: Encode, /) -> Losses:
+        """Return the losses of networks: summed with those of the heads, and the contrastive loss of each.
 
         Args:
             part: n networks.
@@ -132,7 +142,7 @@ class Contrastive:
         for name, labels in self.labels.items():
             wanted = labels[index].to(z.device).repeat(2)
             total = total + self.label_weight * _label_loss(self.model.heads[name](z), wanted) / 2
-        return total, shown
+        return Losses(total, shown)
 
 
 def info_nce(

@@ -1,10 +1,14 @@
 """The contrastive objective: its loss by a loop, gradients in pieces, relatives, labels, and that it learns."""
 
+import copy
+from itertools import groupby
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sne_fast
+from sne_fast.training import FitSettings
 from sne_fast.training.contrastive import (
     Contrastive,
     ContrastiveModel,
@@ -12,6 +16,7 @@ from sne_fast.training.contrastive import (
     info_nce,
     linear_probe,
 )
+from sne_fast.training.contrastive_fit import ClusteredNetworks, fit_contrastive
 from sne_fast.training.views import Views
 
 
@@ -59,7 +64,7 @@ def test_gradients_in_pieces_are_those_of_the_whole_batch(max_chunks):
     for at_once in (None, 150, 1):
         objective = Contrastive(model, Views(), weights_at_once=at_once, max_chunks=max_chunks)
         model.zero_grad()
-        total, shown = objective.losses(batch, range(9), generator(), model.encoder)
+        total, shown = objective(batch, range(9), generator(), model.encoder)
         total.backward()
         found.append((shown.detach(), [p.grad.clone() for p in model.parameters()]))
     for shown, gradients in found[1:]:
@@ -93,14 +98,65 @@ def test_labels_train_heads_and_unknown_ones_do_nothing():
     model = ContrastiveModel(sne_fast.SNE(hidden_dim=32), labels={"kind": 3, "number": 1})
     labels = {"kind": torch.tensor([0, 1, 2, -1, -1, -1]), "number": torch.tensor([torch.nan] * 5 + [0.3])}
     objective = Contrastive(model, Views(), labels=labels)
-    total, shown = objective.losses(batch, range(6), generator(), model.encoder)
+    total, shown = objective(batch, range(6), generator(), model.encoder)
     total.backward()
     assert total > shown.sum() and model.heads["number"].weight.grad.abs().sum() > 0
     model.zero_grad()
-    total, shown = objective.losses(batch[[3, 4]], [3, 4], generator(), model.encoder)
+    total, shown = objective(batch[[3, 4]], [3, 4], generator(), model.encoder)
     assert torch.equal(total, shown.sum())
     with pytest.raises(ValueError, match=r"labels must be \['kind', 'number'\] as the heads, got \['kind'\]"):
         Contrastive(model, Views(), labels={"kind": labels["kind"]})
+
+
+def test_fit_contrastive_resumes_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    start = ContrastiveModel(sne_fast.SNE(hidden_dim=32, statistics="relative"))
+    batch, held = (sne_fast.pack(networks(n, seed)).detach() for n, seed in ((20, 1), (8, 2)))
+    settings = FitSettings(epochs=2, batch_weights=400, lr=2e-3)
+    clusters = [i % 3 for i in range(20)]
+
+    class Stop(Exception):
+        pass
+
+    def stop(epoch, history):
+        raise Stop
+
+    def run(model, **options):
+        objective = Contrastive(model, Views(), weights_at_once=200, max_chunks=4)
+        watched = held, Contrastive(model, Views())
+        return fit_contrastive(
+            model, batch, objective, settings, clusters=clusters, validation=watched, **options
+        )  # fmt: skip
+
+    whole = copy.deepcopy(start)
+    history = run(whole)
+    assert len(history.train_loss) == len(history.validation_loss) == 2
+    assert not whole.training
+    parts = copy.deepcopy(start)
+    with pytest.raises(Stop):
+        run(parts, checkpoint=tmp_path / "fit.pt", on_epoch=stop)
+    resumed = copy.deepcopy(start)
+    again = run(resumed, checkpoint=tmp_path / "fit.pt")
+    assert all(torch.equal(one, other) for one, other in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert again.train_loss == history.train_loss and again.validation_loss == history.validation_loss
+    other = copy.deepcopy(start)
+    with pytest.raises(ValueError, match="temperature"):
+        fit_contrastive(
+            other, batch, Contrastive(other, Views(), temperature=0.2), settings, clusters=clusters,
+            checkpoint=tmp_path / "fit.pt",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"clusters must be one per network \(20\), got 1"):
+        fit_contrastive(other, batch, Contrastive(other, Views()), settings, clusters=[0])
+
+
+def test_clusters_stand_together():
+    batch = sne_fast.pack(networks(40)).detach()
+    clusters = [i % 2 for i in range(40)]
+    order = ClusteredNetworks(batch, clusters).order(generator())
+    assert sorted(order) == list(range(40))
+    runs = [(key, len(list(run))) for key, run in groupby(clusters[i] for i in order)]
+    assert sum(length for _, length in runs) == 40 and max(length for _, length in runs) >= 16
+    assert order != ClusteredNetworks(batch, clusters).order(generator(1))
 
 
 def test_linear_probe_reads_what_is_linear():
@@ -127,12 +183,12 @@ def test_training_finds_noisy_copies_of_networks_never_seen():
 
     def loss():
         with torch.no_grad():
-            return float(objective.losses(held, range(40), generator(7), model.encoder)[1].mean())
+            return float(objective(held, range(40), generator(7), model.encoder)[1].mean())
 
     before = loss()
     for step in range(25):
         optimiser.zero_grad()
-        total, _ = objective.losses(batch, range(48), generator(step), model.encoder)
+        total, _ = objective(batch, range(48), generator(step), model.encoder)
         (total / 48).backward()
         optimiser.step()
     assert loss() < 0.7 * before
