@@ -142,12 +142,22 @@ def _groups(zoo: Zoo) -> Tensor:
     return torch.tensor([numbers[root] for root in roots])
 
 
+def _families(zoo: Zoo) -> Tensor:
+    """Return a number for each network, the same for networks of one root, and for roots of one recipe."""
+    if "recipe" not in zoo.columns:
+        return _groups(zoo)
+    recipes = dict(zip(zoo.column("name"), zoo.column("recipe"), strict=True))
+    own = [recipes.get(root, root) for root in zoo.column("root")]
+    numbers = {recipe: k for k, recipe in enumerate(dict.fromkeys(own))}
+    return torch.tensor([numbers[recipe] for recipe in own])
+
+
 def _parts(zoo: Zoo, settings: TrainSettings) -> dict[str, list[int]]:
     """Return the networks that are trained on and those that are held out, a tenth, whole families together."""
     if settings.split is not None or "root" not in zoo.columns:
         parts = split_zoo(zoo, settings.split, settings.seed)
         return {"train": parts["train"], "validation": sorted([*parts["validation"], *parts["test"]])}
-    groups = _groups(zoo)
+    groups = _families(zoo)
     count = int(groups.max()) + 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
     held = torch.zeros(count, dtype=torch.bool)
