@@ -4,10 +4,10 @@ python bench/compare.py main                                   # HEAD against ma
 python bench/compare.py main HEAD --cases zoo mixed --size full --dtypes float32 bfloat16 --json compared.json
 
 Each commit is checked out into a temporary worktree and its CPU library is built there; the library beside this script
-is taken where it was built from the same sources. One process per commit runs the cases in turn, BASE, HEAD, BASE, HEAD.
+is taken where it was built from the same sources. One process per commit runs the cases in turn: BASE, HEAD, BASE.
 A row is printed only after both have computed the same vectors, up to rounding. Times are CPU time of the process, so
-that other processes count little. A ratio is BASE's time by HEAD's of the same round: above 1, HEAD is faster. Ratios of a
-commit with itself show what noise does on the machine.
+that other processes count little. A ratio is BASE's time by HEAD's of the same round: above 1, HEAD is faster. A commit
+compared with itself shows what noise does on the machine.
 
 bfloat16 is float32 parameters under autocast. A training step is a forward, a backward and a step of Adam.
 """
@@ -195,10 +195,10 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         places = [
             stack.enter_context(checked_out(c, folder / n)) for c, n in zip(commits, ("base", "head"), strict=True)
         ]
-        workers = [Worker(place, options.threads) for place in places]
-        for worker in workers:
+        base, head = (Worker(place, options.threads) for place in places)
+        for worker in (base, head):
             stack.callback(worker.close)
-        known = dict(workers[1].ask("list"))
+        known = dict(head.ask("list"))
         for name in options.cases or known:
             if name not in known:
                 raise SystemExit(f"compare: --cases: {name!r} is not one of {', '.join(known)}")
@@ -206,7 +206,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         for name in options.cases or known:
             for mode in options.modes:
                 for dtype in options.dtypes if mode != "training" or known[name] else ():
-                    row = measure(*workers, name, mode, dtype, options.size, options.rounds)
+                    row = measure(base, head, name, mode, dtype, options.size, options.rounds)
                     rows.append(row)
                     low, high = row["ratio_tenths"]
                     print(

@@ -31,6 +31,26 @@ struct GroupScratch {
   }
 };
 
+// Calls body(j, low, high) for the pairs of rows j, j + 1 that hold rows lo..hi-1; low and high say whether row j and
+// row j + 1 are among these.
+template <class Body>
+SNE_INLINE void for_each_pair(long lo, long hi, Body body) {
+  long j = lo;
+  if (j % 2 && j < hi) body(j++ - 1, Constant<0>{}, Constant<1>{});
+  for (; j + 2 <= hi; j += 2) body(j, Constant<1>{}, Constant<1>{});
+  if (j < hi) body(j, Constant<1>{}, Constant<0>{});
+}
+
+// Returns 2^x for x <= 0 with a relative error of 1e-4, a twentieth of what rounding to bfloat16 leaves; else as vexp2.
+SNE_INLINE Vec<float> vexp2_to_round(Vec<float> x) {
+  const Vec<float> n = nearest_integer(x), f = x - n;
+  Vec<float> p = splat(5.500869e-2f);
+  p = p * f + 2.4221063e-1f;
+  p = p * f + 6.9328292e-1f;
+  p = p * f + 1.0f;
+  return scale_by_integer(p, n, x);
+}
+
 // Zeroes what rows lo..hi-1 leave of whole vectors of rows of e, in NV vectors of columns: the backward reads those.
 template <int NV>
 SNE_INLINE void zero_around(long lo, long hi, Pair *e, long lde) {
@@ -81,21 +101,21 @@ inline void attention_head_bf16(const Tile<float> &tile, long h, long d, long he
           if constexpr (decltype(masked)::value) s = own[v] == tile.chunk_of[j] ? s : splat(kLowest<float>);
           top[v] = vmax(top[v], s);
         }
-      for (long j = even_lo; j < even_hi; j += 2) {
+      for_each_pair(lo, hi, [&](long j, auto low, auto high) {
         Vec<float> pair[2][NV];
+        const bool seen[2] = {decltype(low)::value != 0, decltype(high)::value != 0};
         for (int r = 0; r < 2; ++r) {
-          const bool seen = j + r >= lo && j + r < hi;
           for (int v = 0; v < NV; ++v) {
             pair[r][v] = zero<float>();
-            if (!seen) continue;
-            pair[r][v] = vexp2((load(logits + (j + r) * L + v * W) - top[v]) * scale);
+            if (!seen[r]) continue;
+            pair[r][v] = vexp2_to_round((load(logits + (j + r) * L + v * W) - top[v]) * scale);
             if constexpr (decltype(masked)::value) pair[r][v] = keep<float>(own[v] == tile.chunk_of[j + r], pair[r][v]);
             sum[v] += pair[r][v];
           }
-          if (e && seen) store_row<NV>(e + (j + r) * lde + group.slot / 2, pair[r]);
+          if (e && seen[r]) store_row<NV>(e + (j + r) * lde + group.slot / 2, pair[r]);
         }
         for (int v = 0; v < NV; ++v) store_pairs(weights + j / 2 * L + v * W, round_to_words(pair[0][v], pair[1][v]));
-      }
+      });
       if (e) zero_around<NV>(lo, hi, e + group.slot / 2, lde);
       bool first = true;
       for_each_panel<float>(even_lo, even_hi, [&](long j0, long j1) {
@@ -186,18 +206,18 @@ inline void attention_head_backward_bf16(const Tile<float> &tile, long h, long d
         dot[v] *= iv[v];
         iv[v] *= scale;
       }
-      for (long j = even_lo; j < even_hi; j += 2) {
+      for_each_pair(lo, hi, [&](long j, auto low, auto high) {
         Vec<float> pair[2][NV];
+        const bool seen[2] = {decltype(low)::value != 0, decltype(high)::value != 0};
         for (int r = 0; r < 2; ++r) {
-          const bool seen = j + r >= lo && j + r < hi;
           for (int v = 0; v < NV; ++v)
-            pair[r][v] =
-                seen ? load_rounded(eb + (j + r) * lde + v * W / 2) * iv[v] * (load(dp + (j + r) * L + v * W) - dot[v])
-                     : zero<float>();
-          if (seen) store_row<NV>(zb + (j + r) * lde, pair[r]);
+            pair[r][v] = seen[r] ? load_rounded(eb + (j + r) * lde + v * W / 2) * iv[v] *
+                                       (load(dp + (j + r) * L + v * W) - dot[v])
+                                 : zero<float>();
+          if (seen[r]) store_row<NV>(zb + (j + r) * lde, pair[r]);
         }
         for (int v = 0; v < NV; ++v) store_pairs(pairs + j / 2 * L + v * W, round_to_words(pair[0][v], pair[1][v]));
-      }
+      });
       zero_around<NV>(lo, hi, zb, lde);
       for (long f = 0; f < d; ++f)
         for (int v = 0; v < NV; ++v) store(gq + f * P + v * W, load(gb + f * P + v * W));

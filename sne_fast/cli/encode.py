@@ -13,6 +13,7 @@ import typer
 from ..atomic_files import replacing
 from ..data.choices import NonFinite
 from ..data.remote.paths import RemotePath, place
+from ..free_memory import parse_bytes
 from ..nn.choices import SetAttention
 from ..tasks.settings import check_choices, option
 from .options import options_of
@@ -50,8 +51,7 @@ class EncodeSettings:
     """Options of `sne-fast encode`."""
 
     paths: tuple[str, ...] = option(
-        help=f"{PATHS} With a folder as --out also trees of folders, @FILE with a path in each line, and manifests "
-        "(.parquet).",
+        help=f"{PATHS} With a folder as --out also trees of folders and manifests (.parquet).",
         argument=True,
         metavar="PATH",
     )
@@ -118,22 +118,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if found is None or int(found[1]) >= int(found[2]):
         raise ValueError(f"--shard must be i/n with i from 0 to n - 1, such as 0/8, got {text!r}")
     return int(found[1]), int(found[2])
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes that a text such as 8G, 1.5 GiB or 500M means; units are powers of 1024.
-
-    Raises:
-        ValueError: another text.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2].upper()])
-    if found is None or size == 0:
-        raise ValueError(f"--max-memory must be a number of bytes such as 8G or 500M, got {text!r}")
-    return size
 
 
 @options_of(EncodeSettings)

@@ -23,7 +23,7 @@ BATCH_WEIGHTS = 200_000
 PATHS = (
     "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo or of "
     "several checkpoints, which stand for all their networks, or FOLDER/NAME for one network of a zoo; also URLs of "
-    "these, such as hf://USER/NAME@REVISION or s3://BUCKET/FOLDER."
+    "these, such as hf://USER/NAME@REVISION or s3://BUCKET/FOLDER, and @FILE with one of these in each line."
 )
 KEY = "Place of the weights in files that hold several, names joined by dots, such as generator or model.encoder."
 NONFINITE = "Treatment of NaN and infinities among the weights: refuse the network, read them as 0, or keep them."
@@ -76,7 +76,7 @@ def expand(paths: Sequence[str | Path], key: str | None = None) -> list[tuple[st
     are escapes in its name.
 
     Args:
-        paths: as the user gave them.
+        paths: as the user gave them; `@FILE` stands for those in the lines of a text file.
         key: place of the weights in files that hold several; of the folder of a pipeline it names one network.
 
     Raises:
@@ -86,18 +86,18 @@ def expand(paths: Sequence[str | Path], key: str | None = None) -> list[tuple[st
     """
     from ..data.readers.folders import component_folders, independent_files
     from ..data.remote.paths import is_remote, place
-    from ..embedding.manifests import find_networks
+    from ..embedding.manifests import find_networks, listed
     from ..zoo import networks_at
 
     files: list[Any] = []
-    for given in paths:
+    for given in listed(map(str, paths)):
         if is_remote(given):
             try:
                 files += list(find_networks([given], key))
             except ModuleNotFoundError:
                 raise
             except EXPECTED:
-                files.append(str(given))
+                files.append(given)
             continue
         path = place(given)
         found = networks_at(path)
@@ -107,7 +107,7 @@ def expand(paths: Sequence[str | Path], key: str | None = None) -> list[tuple[st
             one = not path.is_dir() or (key is not None and component_folders(path) is not None)
             files += [path] if one else independent_files(path) or [path]
         else:
-            raise FileNotFoundError(f"no such file or folder: {str(given)!r}")
+            raise FileNotFoundError(f"no such file or folder: {given!r}")
     if not files:
         raise ValueError("the zoo holds no networks")
     return [(str(file).encode("utf-8", "backslashreplace").decode("utf-8"), file) for file in files]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.layer_stream import LayerStream
 from ..data.readers import adapter_configs, quantisation_configs
-from ..data.readers.beside import beside
+from ..data.readers.beside import beside, folders_in
 from ..data.readers.distributed_folders import distributed_folder
 from ..data.readers.errors import CheckpointError, Unreachable
 from ..data.readers.folders import (
@@ -35,10 +35,25 @@ from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, ZooNetwork, networks_at
 from .in_order import in_order
 
-__all__ = ["find_networks", "manifest", "network_at"]
+__all__ = ["find_networks", "listed", "manifest", "network_at"]
 
 BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
 """Files beside a checkpoint that say how its tensors are read."""
+WHOLE = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".gguf",
+    ".npz",
+    ".npy",
+    ".h5",
+    ".keras",
+    ".msgpack",
+    ".tflite",
+)
+"""Endings of files that have all their values in them, as those of ONNX may not."""
 COLUMNS = ("uri", "name", "etag", "weights", "layer_weights", "error")
 
 
@@ -96,7 +111,7 @@ def schema() -> Any:
 
 def _rows(sources: Iterable[str], key: str | None) -> Iterator[dict[str, Any]]:
     """Yield a row for each network at some sources; those elsewhere are looked at by threads."""
-    found = in_order(lambda source: _networks_or_failure(source, key), _listed(sources), is_remote)
+    found = in_order(lambda source: _networks_or_failure(source, key), listed(sources), is_remote)
     seen = set[str]()
 
     def each_once() -> Iterator[dict[str, Any]]:
@@ -128,7 +143,7 @@ def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = N
     Raises:
         FileNotFoundError: a source that is not there.
     """
-    for text in _listed(map(os.fsdecode, sources)):
+    for text in listed(map(os.fsdecode, sources)):
         path = place(text)
         in_zoo = _zoo_at(path)
         if in_zoo is not None:
@@ -146,12 +161,12 @@ def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = N
             yield str(path)
 
 
-def _listed(sources: Iterable[str]) -> Iterator[str]:
+def listed(sources: Iterable[str]) -> Iterator[str]:
     """Yield sources, those in the lines of a text file for `@FILE`."""
     for source in sources:
         if source.startswith("@"):
             lines = read_text(Path(source[1:])).splitlines()
-            yield from _listed(line.strip() for line in lines if line.strip())
+            yield from listed(line.strip() for line in lines if line.strip())
         else:
             yield source
 
@@ -187,13 +202,12 @@ def _in_tree(folder: Path, key: str | None) -> Iterator[Path]:
     except CheckpointError:
         yield from independent_files(folder) or [folder]
     try:
-        entries = sorted(folder.iterdir())
+        entries = folders_in(folder)
     except OSError:  # which reading it says
         return
     for entry in entries:
-        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-            in_zoo = _zoo_at(entry)
-            yield from _in_tree(entry, key) if in_zoo is None else map(Path, map(str, in_zoo))
+        in_zoo = _zoo_at(entry)
+        yield from _in_tree(entry, key) if in_zoo is None else map(Path, map(str, in_zoo))
 
 
 def network_at(uri: str) -> Any:
@@ -230,12 +244,13 @@ def etag_of(uri: str) -> str:
         files = [path.parent / ABOUT, path.parent / INDEX]
     elif path.suffix in (".json", ".distcp") or path.name == METADATA or counts_itself(path.name) or index_beside(path):
         files = _files_of_parts(path)
-    else:  # with values that ONNX keeps in another file
-        files = [path, *beside(path, (*BESIDE, f"{path.name}.data", f"{path.name}_data"))]
+    else:
+        values = () if path.suffix in WHOLE else (f"{path.name}.data", f"{path.name}_data")
+        files = [path, *beside(path, (*BESIDE, *values))]
     said = hashlib.sha256()
     for file in sorted(files):
-        size = file.stat().st_size
-        version = file.etag() if isinstance(file, RemotePath) else file.stat().st_mtime_ns
+        stat = file.stat()
+        size, version = stat.st_size, file.etag() if isinstance(file, RemotePath) else stat.st_mtime_ns
         said.update(f"{file.name}\0{size}\0{version}\0".encode("utf-8", "surrogateescape"))
     return said.hexdigest()[:24]
 

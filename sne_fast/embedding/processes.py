@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,15 +22,28 @@ from .workers import Job, encode, job_of
 
 __all__ = ["Processes"]
 
+BEGUN, DIED = "begun", "died"
+"""What a process says when it is there, and what is said of one that is not."""
 START = "spawn"
 """How processes start; a fork of a process with threads may hang."""
 
 
-class Worker(NamedTuple):
-    """A process, and this end of the pipe to it."""
+@dataclass
+class Worker:
+    """A process, this end of the pipe to it, and whether it has said that it is there."""
 
     process: BaseProcess
     pipe: Connection
+    begun: bool = False
+
+    def receive(self) -> Any:
+        """Return what the process has sent, or `DIED`; call it when there is something or the process has ended."""
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipe.poll():
+                return self.pipe.recv()
+        self.process.kill()
+        self.process.join()
+        return DIED
 
 
 class Processes:
@@ -66,19 +80,26 @@ class Processes:
         self._busy.append((worker, unit))
 
     def finished(self) -> Iterator[tuple[Unit, Any, int]]:
-        """Wait for units; yield each with its table, or with None and the number of processes that died with it."""
+        """Wait for units; yield each with its table, or with None and the number of processes that died with it.
+
+        Raises:
+            ChildProcessError: a process ended before it came to its unit.
+        """
         ready = wait([end for worker, _ in self._busy for end in (worker.pipe, worker.process.sentinel)])
         for worker, unit in list(self._busy):
             if worker.pipe not in ready and worker.process.sentinel not in ready:
                 continue
+            found = worker.receive()
+            if found == BEGUN:
+                worker.begun = True
+                continue
             self._busy.remove((worker, unit))
-            try:
-                if not worker.pipe.poll():
-                    raise EOFError
-                found = worker.pipe.recv()
-            except (EOFError, OSError):
-                worker.process.kill()
-                worker.process.join()
+            if found == DIED:
+                if not worker.begun:
+                    raise ChildProcessError(
+                        f"a process that was to encode ended with exit code {worker.process.exitcode} before it began; "
+                        "a script must call embed_units under `if __name__ == '__main__':`"
+                    )
                 yield unit, None, 1
                 continue
             self._idle.append(worker)
@@ -121,6 +142,7 @@ def serve(pipe: Connection, job: Job, threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    pipe.send(BEGUN)
     while True:
         try:
             unit = pipe.recv()

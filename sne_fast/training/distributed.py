@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,14 @@ class World:
                 raise ConnectionError(f"process {self.rank} of {self.size} ends as the first one does: {message[0]}")
         if error is not None:
             raise error
+
+    def of_first(self, value: Any) -> Any:
+        """Return the value that the first process gives, on every process; of plain values."""
+        if self.size == 1:
+            return value
+        message = [value]
+        self._together(partial(dist.broadcast_object_list, message, 0))
+        return message[0]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], numbers: Tensor) -> Tensor:
         """Sum the gradients over all processes, in one call per dtype; a missing gradient counts as zero.

@@ -58,7 +58,7 @@ def many(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("small_units", "one_thread")
 def test_a_worker_that_is_killed_costs_nothing(dask_cluster: Any, tmp_path: Path) -> None:
     table = manifest([many(tmp_path / "networks")])
     plain, dataset = (EmbeddingDataset(tmp_path / name, encoder_of()) for name in ("plain", "dask"))

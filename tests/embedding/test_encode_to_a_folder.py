@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -70,6 +71,14 @@ def test_shares_together_are_the_whole(tree: Path, tmp_path: Path, monkeypatch: 
         assert re.search(line, result.stderr)
     assert collect(tmp_path / "vectors").column("error").null_count == 7
     assert "0 of them by this call" in " ".join(call("encode", tree, "-o", tmp_path / "vectors").stdout.split())
+
+
+def test_a_list_of_paths_does_for_a_small_file_too(tree: Path, tmp_path: Path) -> None:
+    paths = [str(tree / "large.pt"), *(str(tree / "several" / f"net{i}.safetensors") for i in range(5))]
+    (tmp_path / "list.txt").write_text(f"{paths[0]}\n\n{tree / 'several'}\n")
+    assert call("encode", f"@{tmp_path / 'list.txt'}", "-o", tmp_path / "z.npz").exit_code == 0
+    with np.load(tmp_path / "z.npz") as stored:
+        assert stored["name"].tolist() == paths
 
 
 def test_bad_options_of_folders_are_refused(tree: Path, tmp_path: Path) -> None:

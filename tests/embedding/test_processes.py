@@ -72,6 +72,17 @@ def test_a_network_that_kills_its_processes_is_recorded_and_no_other(
 
 
 @FORKS
+def test_a_process_that_does_not_begin_ends_the_work(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
+    monkeypatch.setattr(processes, "serve", lambda *given: os._exit(3))
+    monkeypatch.setattr(processes, "START", "fork")
+    with pytest.raises(ChildProcessError, match=r"exit code 3 before it began; a script must .* `if __name__ =="):
+        list(embed_units(dataset, plan(manifest([tree])), workers=2))
+
+
+@FORKS
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     file = tmp_path / "id"
     target = dying_workers.starts_a_worker_and_is_killed

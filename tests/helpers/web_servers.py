@@ -9,10 +9,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@lru_cache(maxsize=256)
+def _etag(content: bytes) -> str:
+    return f'"{hashlib.sha256(content).hexdigest()[:16]}"'
 
 
 class WebServer:
@@ -94,7 +100,7 @@ class WebServer:
         return {name.partition("/")[0] + ("/" if "/" in name else "") for name in inside}
 
     def send(self, handler: BaseHTTPRequestHandler, content: bytes) -> None:
-        etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        etag = _etag(content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
         if asked is None or not self.ranges:
             handler._answer(200, content, ETag=etag)

@@ -90,7 +90,7 @@ class Flow:
                 target = function.target(end - 1)
                 if target is None:
                     raise RuntimeError(f"{function.name}: a branch to nowhere: {last}")
-                conditional = bool(last.guard) or last.operands.startswith(("P", "!P", "UP", "!UP", "DIV"))
+                conditional = bool(last.guard) or last.operands.startswith(("P", "!P", "UP", "!UP", "UR"))
                 self.after.append([(starts[target], "taken"), *(following if conditional else [])])
             elif last.name in ("EXIT", "RET"):
                 self.after.append(following if last.guard else [])
@@ -191,6 +191,8 @@ class Flow:
         taken, onward = after
         if taken == onward:
             return {taken: 1.0}
+        if ".DIV" in self.function.instructions[self.blocks[number][1] - 1].opcode:
+            return {taken: 0.0, onward: 1.0}  # taken where a warp's threads do not run together
         here = self.chance[number] or 1.0  # a branch inside of a statement that runs seldom
         if self.chance[onward] < here:
             share = self.chance[onward] / here

@@ -40,7 +40,7 @@ class Kernel:
     saving: bool = False  # writes what the backward needs, instead of the result
 
 
-_BINS = "for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {"
+_BINS = "for (int64_t step = block_id(); step * per_step < call.count;"
 _OPERANDS = {"bfloat16": "OpBfloat", "float16": "OpHalf", "float32": "OpFloat", "tf32": "OpTf32"}
 _STORED = {"bfloat16": "BFloat", "float16": "Half", "float32": "float", "tf32": "float"}
 
@@ -79,7 +79,11 @@ def branches(kernel: Kernel) -> dict[str, float]:
         "if (bad &&": 0,
         "sync_block();": 0,
         "copy(offset, count);": 0,
+        "encode_bin<Op, Shape>(": 0,
         "if (saved && local": float(kernel.saving),
+        "if (saved) save_rows": float(kernel.saving),
+        "save_rows<Op, Shape>(saved + 3 * plane": float(kernel.saving),
+        "pool_of_full<Op, Shape>(": float(not kernel.saving),
         "if (!saved)": float(not kernel.saving),
         "else if (local < call.count)": float(kernel.saving),
     }
@@ -92,12 +96,14 @@ def loops(config: Config, kernel: Kernel) -> dict[str, Loop]:
     return {
         # once for a thread block
         _BINS: Loop(2),
-        "for (int i = thread_id(); i < at.size(); i += num_threads()) {": Loop(8),
+        "for (int i = thread_id(); i < at.": Loop(8),
+        "for (int i = thread_id(); norm &&": Loop(2),
         "for (int at = thread_id() * 16; at < bytes; at += num_threads() * 16)": Loop(26),
         "for (int i = thread_id(); i < size; i += num_threads())": Loop(2),
         # forward
         "for (int block = 1; block < 4; ++block) {": Loop(3),
         "for (int head = 0; head < Shape::HEADS; ++head) {": Loop(heads),
+        "for (int first = 0; first < Shape::HEADS; first += kGroup) {": Loop(max(1, heads / 4)),
         "for (int part = 0; part < set.warps; ++part) {": Loop(warps),
         # backward
         "for (int first = 0; first < W; first += 8 * N) {": Loop(h / 32),

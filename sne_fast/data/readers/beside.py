@@ -1,4 +1,4 @@
-"""Files beside a checkpoint, of which a folder of thousands is looked at once."""
+"""What lies beside a checkpoint, of which a folder of thousands is looked at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..remote.paths import RemotePath
 
-__all__ = ["beside"]
+__all__ = ["beside", "files_in", "folders_in"]
 
 _ENDINGS = (".json", ".data", "_data")
 _SETTLED = 2_000_000_000
@@ -25,6 +25,8 @@ def beside(file: Path, names: Iterable[str]) -> list[Path]:
         names: those that end in `.json`, `.data` or `_data`.
     """
     if isinstance(file, RemotePath):
+        names = list(names)
+        file.parent.look_at(names)
         return [other for name in names if (other := file.parent / name).is_file()]
     folder = os.path.dirname(file)
     try:
@@ -35,6 +37,24 @@ def beside(file: Path, names: Iterable[str]) -> list[Path]:
         there = _names(folder, changed)
         names = [name for name in names if name in there]
     return [other for name in names if (other := file.parent / name).is_file()]
+
+
+def files_in(folder: Path) -> list[str]:
+    """Return the names of what is in a folder and no folder, in no order; raises OSError where it cannot be listed."""
+    if isinstance(folder, RemotePath):
+        return [entry.name for entry in folder.iterdir() if not entry.is_dir()]
+    with os.scandir(folder) as entries:  # which knows what they are without asking for each
+        return [entry.name for entry in entries if not entry.is_dir()]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder in order of their names, without links and hidden ones; raises as `files_in`."""
+    if isinstance(folder, RemotePath):
+        found = [entry for entry in folder.iterdir() if entry.is_dir()]
+    else:
+        with os.scandir(folder) as entries:
+            found = [folder / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return sorted(entry for entry in found if not entry.name.startswith("."))
 
 
 @lru_cache(maxsize=64)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
+from functools import partial
 from typing import Any, NamedTuple
 
 from .failures import RangesIgnored, StoreError, attempt
-from .ranges import RANGES
+from .ranges import RANGES, fetched
 from .remembered import Remembered
 from .stores import FOLDER, HEAD, Entry, Listing, Store, etag_of, need
 
 __all__ = ["HttpStore", "Ranges"]
 
-_PIECE = 2**18
+_PIECE = 2**22
+_BUFFER = 2**21  # bytes that a connection takes in before they are read
 _IDLE = 60.0  # seconds without a byte after which a connection counts as broken
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 _MOST_FILES = 100_000
@@ -63,6 +66,7 @@ class Ranges:
         headers = {**options.pop("headers", {}), **self.headers, "Accept-Encoding": "identity"}
         headers["Range"] = f"bytes={start}-{start + count - 1}"
         options.setdefault("timeout", aiohttp.ClientTimeout(total=None, sock_connect=_IDLE, sock_read=_IDLE))
+        options.setdefault("read_bufsize", _BUFFER)
         async with session.get(self.fs.encode_url(url), headers=headers, **options) as answer:
             if answer.status in (404, 410):
                 raise FileNotFoundError(url)
@@ -106,6 +110,11 @@ class HttpStore(Store):
         if kind == "unknown" or kind == "file":
             return self._file(path)[0]
         return FOLDER if kind == "folder" else None
+
+    def look_at(self, paths: Sequence[str]) -> None:
+        """Ask for files of which nothing is known, at once."""
+        asked = [path for path in paths if self._listed_as(path) == "unknown" and self.files.known(path) is None]
+        wait([fetched(partial(self._file, path)) for path in asked])
 
     def is_folder(self, path: str) -> bool | None:
         """Return it without a request where the page of the folder around it was looked at."""

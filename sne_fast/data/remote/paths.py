@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any, cast
@@ -165,6 +165,10 @@ class RemotePath(ForeignFile):
             yield entry
             if entry.is_dir():
                 yield from entry.rglob(pattern)
+
+    def look_at(self, names: Iterable[str]) -> None:
+        """Find out at once which files of these names are in the folder."""
+        self.store.look_at([(self / name).inside for name in names])
 
     def list_tree(self) -> None:
         """Ask the store once for all folders inside this one, for what is asked of them after."""

@@ -8,15 +8,18 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from threading import Lock
+from typing import TypeVar
 
 __all__ = ["IN_FLIGHT", "RANGES", "RangeCache", "fetched"]
+
+T = TypeVar("T")
 
 IN_FLIGHT = 16
 """Requests of a process at the same time."""
 _MOST_BYTES = 2**27
 
 
-def fetched(work: Callable[[], bytes]) -> Future[bytes]:
+def fetched(work: Callable[[], T]) -> Future[T]:
     """Return what `work` will return, in a thread that waits for a store; work must not wait for other such work."""
     return _pool(os.getpid()).submit(work)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -73,6 +73,9 @@ class Store:
             return self.listing(folder).get(name)
         except FileNotFoundError:
             return None
+
+    def look_at(self, paths: Sequence[str]) -> None:
+        """Find out what is at some paths, at once where each takes a request; errors are left to who asks next."""
 
     def is_folder(self, path: str) -> bool | None:
         """Return whether there is a folder at a path, None if there is nothing; raises as `entry`."""
