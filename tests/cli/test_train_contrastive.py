@@ -40,5 +40,6 @@ def test_it_writes_an_encoder_and_resumes(zoo, tmp_path):
 
 def test_what_does_not_fit_is_refused(zoo, tmp_path):
     start = ["train", zoo, "-o", tmp_path / "run"]
-    assert "--stack, --max-memory and --workers are for predictors" in fails(*start, "--objective", "contrastive", "--stack")
+    refused = fails(*start, "--objective", "contrastive", "--stack")
+    assert "--stack, --max-memory and --workers are for predictors" in refused
     assert "--max-chunks is for the contrastive" in fails(*start, "--target", "test_loss", "--max-chunks", 4)
