@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.choices import Chunking
+from ..free_memory import parse_bytes
 from ..nn.choices import Loss, SetAttention, Statistics, Transform
 from ..training.recipes import RECIPES, InputScale, TrainingRecipe, UnitOrder, check_choices, find_recipe
 from ..training.settings import AmpDtype
@@ -156,10 +157,17 @@ class TrainSettings:
     )
     epochs: int | None = of_recipe("Passes over the training networks.")
     lr: float | None = of_recipe("Peak learning rate.")
-    batch_weights: int | None = of_recipe("Largest number of weights in a batch.")
+    batch_weights: int | None = of_recipe("Largest number of weights that a process encodes at once.")
+    accumulate: int | None = of_recipe("Such batches that each process takes one after another in a step.")
     weight_decay: float | None = of_recipe("Weight decay of matrices.")
     patience: int | None = of_recipe("Epochs without improvement after which training ends.")
     amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
+    max_memory: str | None = option(
+        None,
+        help="Memory that the networks may take, such as 8G or 500M; a zoo that needs more is read in every epoch.",
+        shown="half of the machine's",
+    )
+    workers: int = option(0, help="Processes that read ahead where networks are read in every epoch.", min=0)
     log: LogFormat = option("csv", help="Format of the log.")
     seed: int = option(0, help="Seed of the initial parameters, the split, the order and the permutations.")
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
@@ -167,6 +175,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_choices(self, "train")
         _ = self.chosen
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
 
     @property
     def chosen(self) -> TrainingRecipe:

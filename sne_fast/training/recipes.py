@@ -98,6 +98,7 @@ class TrainingRecipe:
     warmup: float = 0.1
     weight_decay: float = 1e-2
     batch_weights: int = 24_000
+    accumulate: int = 1
     clip: float = 1.0
     patience: int | None = None
     keep_best: bool = True

@@ -6,16 +6,26 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...ops import checks
 from ...ops.backend import Arguments, Backend
-from ...ops.schema import CHUNK_PARAMETERS, CONSTANT_OPS, REQUIRED_OPS, STATISTICS, accumulate_dtype, named
+from ...ops.schema import (
+    CHUNK_PARAMETERS,
+    CONSTANT_OPS,
+    REQUIRED_OPS,
+    STATISTICS,
+    STORED_DTYPES,
+    accumulate_dtype,
+    named,
+)
 from ...ops.supported_widths import pool_width_reasons, width_reasons
 from . import library
 
 LONGEST_CHUNK = 256
+CODES = np.array([library.DTYPES[dtype] for dtype in STORED_DTYPES], np.int32)
 
 
 def _dtype_reasons(name: str, tensor: Tensor) -> list[str]:
@@ -243,6 +253,25 @@ def gather_chunks_backward(
     struct.grad, struct.scale_grad = grad.data_ptr(), scale_grad.data_ptr()
     _run("gather_chunks_backward", library.DTYPES[computed], ctypes.byref(struct))
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], scale_grad.to(scale.dtype)
+
+
+def gather_stored(
+    buffers: Sequence[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype
+) -> Tensor:
+    """Compute the op ``gather_stored``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    checks.gather_stored("gather_stored", buffers, table, scale, num_values, dtype)
+    computed = accumulate_dtype(dtype)
+    rows = table.numpy()
+    starts = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
+    matrices, dtypes = starts[rows[:, 0]] + rows[:, 1], CODES[rows[:, 2]]
+    plan, scale = table[:, 3:].contiguous(), scale.to(torch.float64).contiguous()
+    values = torch.empty(num_values, dtype=computed)
+    struct = library.GatherChunksArgs(
+        table.shape[0], num_values, library.num_threads(), plan.data_ptr(), dtypes.ctypes.data, matrices.ctypes.data,
+        scale.data_ptr(), values.data_ptr(),
+    )  # fmt: skip
+    _run("gather_chunks", library.DTYPES[computed], ctypes.byref(struct))
+    return values.to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------- tensor_statistics
