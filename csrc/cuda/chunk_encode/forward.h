@@ -2,48 +2,9 @@
 // for the backward, to the inputs of blocks 1 to 3 and of the pool.
 #pragma once
 
-#include "cuda/chunk_encode/attention.h"
-#include "sne_fast/cuda_abi.h"
+#include "cuda/chunk_encode/full_bins.h"
 
 namespace sne {
-
-// Arguments of all kernels of chunk_encode, as device pointers of the right type.
-template <class T>
-struct ChunkCall {
-  const int64_t *chunk_ptr, *order, *owner, *table;
-  const T *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
-  BinClass cls;
-  int64_t bins;       // of this class
-  int64_t first_bin;  // where this launch begins
-  int64_t count;      // bins of this launch; the last ones may be empty
-};
-
-template <class Shape, class Memory, class T>
-SNE_DEVICE void load_slots(const Memory &memory, const ChunkCall<T> &call, const Chunks &chunks, int part) {
-  const int row = lane_id();
-  if (row < Shape::ROWS) {
-    const Slot slot = slot_of(chunks, call.order, part * Shape::ROWS + row);
-    memory.slots[row] = slot;
-    memory.values[row] = slot.chunk < 0 ? 0.0f : to_real(call.values[call.chunk_ptr[slot.chunk] + slot.element]);
-  }
-}
-
-// Returns the chunks in bin `local` of the launch, none if there is no such bin. All lanes of the warp call it
-// together.
-template <class T>
-SNE_DEVICE Chunks chunks_of_bin(const ChunkCall<T> &call, int64_t local) {
-  return find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local,
-                     local < call.count ? call.bins : 0);
-}
-
-// The same, and loads the bin's slots and values into shared memory, for all warps of the set.
-template <class Shape, class Memory, class T>
-SNE_DEVICE Chunks load_bin(const Memory &memory, const ChunkCall<T> &call, const SetOfWarps &set, int64_t local) {
-  const Chunks chunks = chunks_of_bin(call, local);
-  load_slots<Shape>(memory, call, chunks, set.part);
-  set.sync();
-  return chunks;
-}
 
 // Adds the codes of each row's tensor and element to x, after rounding x to the operand type.
 template <class Op, class Shape>
@@ -67,26 +28,6 @@ SNE_DEVICE void add_codes(Tile (&o)[Shape::MT][Shape::NT], const WarpMemory<Op, 
           x = to_real(from_float<T>(x));  // as between other blocks
           if (there) x += to_real(row[8 * j + e]) + to_real(element[8 * j + e]);
         }
-      }
-    }
-  }
-}
-
-template <class Op, class Shape>
-SNE_DEVICE void save_rows(typename Op::Storage *to, const Rows16<Op> (&x)[Shape::MT][Shape::KT]) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
-  SNE_UNROLL
-  for (int i = 0; i < Shape::MT; ++i) {
-    SNE_UNROLL
-    for (int k = 0; k < Shape::KT; ++k) {
-      SNE_UNROLL
-      for (int part = 0; part < 4; ++part) {  // of the 16 x 16 piece: columns 8 (part / 2).., rows 8 (part % 2)..
-        typename Op::Storage *at =
-            to + int64_t(16 * i + 8 * (part % 2) + g) * Shape::W + 16 * k + 8 * (part / 2) + 2 * t;
-        if constexpr (Op::kPacked)
-          *(uint32_t *)at = x[i][k].r[part];
-        else
-          at[0] = x[i][k].r[4 * (part / 2) + 2 * (part % 2)], at[1] = x[i][k].r[4 * (part / 2) + 2 * (part % 2) + 1];
       }
     }
   }
@@ -163,48 +104,79 @@ SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shap
   }
 }
 
+// Takes bin `local` of the launch from its values to its pooled rows or, where `saved` is not null, to the inputs of
+// blocks 1 to 3 and of the pool.
+template <class Op, class Shape>
+SNE_DEVICE void encode_bin(const ChunkCall<typename Op::Storage> &call, const WeightSource<Op> &weights,
+                           const float *vectors, const WarpMemory<Op, Shape> &memory, const SetOfWarps &set,
+                           bool layer_norm, int64_t local, typename Op::Storage *out, typename Op::Storage *saved,
+                           int64_t plane) {
+  constexpr int MT = Shape::MT;
+  const WeightLayout layout(Shape::W, Shape::D);
+  const VectorLayout at{Shape::W};
+  const Chunks chunks = load_bin<Shape>(memory, call, set, local);
+  scalar_means<Shape>(memory, set, call.logit, Shape::HEADS);
+  Tile o[MT][Shape::NT];
+  scalar_rows<Shape>(o, memory, vectors, Shape::HEADS);
+  feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
+  Rows16<Op> x[MT][Shape::KT];
+  SNE_LOOP
+  for (int block = 1; block < 4; ++block) {
+    if (block == 2) add_codes<Op, Shape>(o, memory, call);
+    to_operands<Op>(x, o);
+    if (saved && local < call.count) save_rows<Op, Shape>(saved + (block - 1) * plane, x);
+    attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
+    feed_forward<Op, Shape>(o, weights, layout.out(block), vectors + at.out_bias(block), layer_norm);
+  }
+  to_operands<Op>(x, o);
+  if (!saved)
+    pool<Op, Shape>(o, x, weights, memory, set, call, chunks, out);
+  else if (local < call.count)
+    save_rows<Op, Shape>(saved + 3 * plane, x);
+  set.sync();
+}
+
 // Writes out (N, H, h) or, if that is null, saved (4, count * slots, h).
 template <class Op, class Shape>
 SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool resident, bool layer_norm,
                               typename Op::Storage *out, typename Op::Storage *saved) {
-  constexpr int MT = Shape::MT;
-  const WeightLayout layout(Shape::W, Shape::D);
-  const VectorLayout at{Shape::W};
+  constexpr int W = Shape::W;
+  constexpr bool kFull = kHasFullBins<Op, Shape>;
+  const WeightLayout layout(W, Shape::D);
   unsigned char *memory_at = (unsigned char *)shared_memory();
-  float *vectors = (float *)memory_at;
-  memory_at += at.size() * 4;
+  float *vectors = (float *)memory_at, *tile_vectors = vectors + VectorLayout{W}.size();
+  memory_at += forward_vectors<Op, Shape>() * 4;
   const WarpMemory<Op, Shape> memory(memory_at, num_warps(), warp_id());
   memory_at += num_warps() * WarpMemory<Op, Shape>::kBytes;
   const WeightSource<Op> weights{call.prepared, memory_at, resident, 0};
-  load_vectors(vectors, Shape::W, call.basis, call.b_o, layer_norm ? call.norm : nullptr, call.b_qkv);
+  load_vectors(vectors, W, call.basis, call.b_o, layer_norm ? call.norm : nullptr, call.b_qkv);
+  if constexpr (kFull) load_tile_vectors(tile_vectors, W, Shape::HEADS, call.logit, call.b_o, call.b_qkv);
   if (resident) weights.copy(0, layout.forward_size());
   sync_block();
 
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
-  const int64_t per_step = num_warps() / set.warps;
-  const int64_t plane = call.count * call.cls.slots * Shape::W;
+  const int64_t per_step = num_warps() / set.warps, plane = call.count * call.cls.slots * W;
+  // Bins from `full` to `full_end` of this launch are full.
+  int64_t full = call.count, full_end = 0;
+  if (kFull && call.cls.slots == kFullLength && !call.cls.multi_chunk) {
+    const int64_t before = call.table[call.cls.min_length] + call.first_bin;
+    full = call.table[kFullLength] - before;
+    full_end = call.table[kFullLength + 1] - before;
+    if (full_end > call.count) full_end = call.count;
+  }
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
     const int64_t local = step * per_step + warp_id() / set.warps;
-    const Chunks chunks = load_bin<Shape>(memory, call, set, local);
-    scalar_means<Shape>(memory, set, call.logit, Shape::HEADS);
-    Tile o[MT][Shape::NT];
-    scalar_rows<Shape>(o, memory, vectors, Shape::HEADS);
-    feed_forward<Op, Shape>(o, weights, layout.out(0), vectors + at.out_bias(0), layer_norm);
-    Rows16<Op> x[MT][Shape::KT];
-    typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * Shape::W : nullptr;
-    for (int block = 1; block < 4; ++block) {
-      if (block == 2) add_codes<Op, Shape>(o, memory, call);
-      to_operands<Op>(x, o);
-      if (saved && local < call.count) save_rows<Op, Shape>(to + (block - 1) * plane, x);
-      attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
-      feed_forward<Op, Shape>(o, weights, layout.out(block), vectors + at.out_bias(block), layer_norm);
+    typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * W : nullptr;
+    if constexpr (kFull) {
+      // The same way for all warps of the block, as those of a warpgroup multiply together.
+      if (step * per_step >= full && (step + 1) * per_step <= full_end) {
+        const int64_t chunk = call.order[call.table[call.cls.min_length] + call.first_bin + local];
+        encode_full_bin<Op, Shape>(call, weights, vectors, tile_vectors, memory, set, layer_norm, chunk, out, to,
+                                   plane);
+        continue;
+      }
     }
-    to_operands<Op>(x, o);
-    if (!saved)
-      pool<Op, Shape>(o, x, weights, memory, set, call, chunks, out);
-    else if (local < call.count)
-      save_rows<Op, Shape>(to + 3 * plane, x);
-    set.sync();
+    encode_bin<Op, Shape>(call, weights, vectors, memory, set, layer_norm, local, out, to, plane);
   }
 }
 

@@ -19,10 +19,10 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
 
 template <class Op>
 int chunk_encode_by_wgmma(const sne_fast_cuda_chunk_args &a, void *out, void *saved, Stream stream) {
-  constexpr int kMaxWarps = 8;
   return with_head_width(a.hidden / a.heads, [&](auto dim) {
     if constexpr (kHasChunkVariant<Op, kWgmmaWidth, dim.value>) {
       using Shape = ChunkShape<Op, kWgmmaWidth, dim.value, kPieces<Op, kWgmmaWidth>, true>;
+      constexpr int kMaxWarps = forward_warps<Shape, Op::kPacked>();
       return run_forward_kernel<Op, Shape, kMaxWarps>(chunk_encode_forward_wgmma<Op, Shape, 32 * kMaxWarps>, a, out,
                                                       saved, stream);
     } else {

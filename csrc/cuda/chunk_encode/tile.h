@@ -12,9 +12,19 @@
 
 namespace sne {
 
-// Pieces of 16 rows of a warp: two where they fit into registers, so that every weight that is read serves both.
+// Pieces of 16 rows of a warp. For floats two where they fit into registers, so that every weight that is read serves
+// both; for 16-bit operands one, so that more warps fit beside each other.
 template <class Op, int width>
-constexpr int kPieces = width <= (Op::kPacked ? 64 : 32) ? 2 : 1;
+constexpr int kPieces = !Op::kPacked && width <= 32 ? 2 : 1;
+
+// Warps of a thread block that the registers of a forward kernel allow: 16 with 128 a thread, 12 with 168, 8 with 255.
+template <class Shape, bool packed>
+constexpr int forward_warps() {
+  if (!packed || Shape::W > 64 || Shape::D > 32) return 8;
+  if (Shape::W == 64 && !Shape::kWarpgroup) return 8;
+  if (Shape::D == 32) return 12;
+  return Shape::W == 64 && Shape::D == 8 ? 8 : 16;
+}
 
 template <class Op, int width, int dim, int pieces = kPieces<Op, width>, bool by_warpgroup = false>
 struct ChunkShape {
@@ -62,17 +72,20 @@ template <class Op, class Shape, int matrices = 2, int scalars = 1>
 struct WarpMemory {
   static constexpr int kMatrices = matrices;
   static constexpr int kPlanes = sizeof(Rows16<Op>) / 16;
-  static constexpr int kRowsBytes = 32 * int(sizeof(Rows16<Op>));  // 16 x 16 operands
-  static constexpr int kExchanged = Shape::MT * Shape::DK * matrices * kRowsBytes;
-  static constexpr int kSliceBytes = Shape::ROWS * 16 * 4;
+  static constexpr int kRowsBytes = 32 * int(sizeof(Rows16<Op>));                                  // 16 x 16 operands
+  static constexpr bool kFull = Op::kPacked && Shape::MT == 1 && Shape::W <= 64 && matrices == 2;  // full_bins.h
+  static constexpr bool kTwoBuffers = kFull && Shape::D <= 16;  // for keys and values, by turns
+  static constexpr int kExchanged = Shape::MT * Shape::DK * matrices * kRowsBytes * (kTwoBuffers ? 2 : 1);
+  static constexpr int kSliceBytes = kFull ? Shape::KT * kRowsBytes + 256 : Shape::ROWS * 16 * 4;  // for the pool
   static constexpr int kExchange = kExchanged > kSliceBytes ? kExchanged : kSliceBytes;
   static constexpr int kHeadBytes = Shape::ROWS * Shape::HEADS * scalars * 4;
-  static constexpr int kBytes = Shape::ROWS * int(sizeof(Slot)) + Shape::ROWS * 4 + kHeadBytes + 16 + kExchange;
+  static constexpr int kBytes = Shape::ROWS * int(sizeof(Slot)) + Shape::ROWS * 4 + kHeadBytes + 16 + 32 + kExchange;
 
   Slot *slots;         // (ROWS)
   float *values;       // (ROWS)
   float *head_values;  // (ROWS, HEADS, scalars)
   uint32_t *poison;    // 1 of 4 words: rows whose keys or values are not finite
+  float *tops;         // (8): largest logits of the pool
   unsigned char *exchange;
 
   SNE_MEMBER WarpMemory(unsigned char *at, int warps, int warp) {
@@ -84,6 +97,8 @@ struct WarpMemory {
     at += warps * kHeadBytes;
     poison = (uint32_t *)at + warp * 4;
     at += warps * 16;
+    tops = (float *)at + warp * 8;
+    at += warps * 32;
     exchange = at + warp * kExchange;
   }
 };

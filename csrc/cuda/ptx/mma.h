@@ -141,6 +141,10 @@ SNE_DEVICE uint32_t transpose8(uint32_t pair) {
   });
   return item.out;
 }
+// Stores four 8 x 8 matrices as pieces of 128 bytes that load_matrices reads.
+SNE_DEVICE void store_matrices(void *to, const uint32_t *r) {
+  for (int m = 0; m < 4; ++m) memcpy((unsigned char *)to + 128 * m + 4 * lane_id(), r + m, 4);
+}
 SNE_DEVICE float round_to_tf32(float v) {
   const uint32_t bits = bits_of_float(v);
   return (bits & 0x7f800000) == 0x7f800000 ? v : float_of_bits((bits + 0x1000) & 0xffffe000);
@@ -214,6 +218,18 @@ SNE_DEVICE void load_matrices_transposed(uint32_t *r, const void *row) {
                  : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(at) : "memory");
+}
+// Stores four 8 x 8 matrices as pieces of 128 bytes that load_matrices reads.
+SNE_DEVICE void store_matrices(void *to, const uint32_t *r) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(to) + 16 * lane_id()),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+#else
+  SNE_UNROLL
+  for (int m = 0; m < 4; ++m) ((uint32_t *)to)[32 * m + lane_id()] = r[m];
+#endif
 }
 SNE_DEVICE uint32_t transpose8(uint32_t pair) {
   uint32_t out;

@@ -81,6 +81,8 @@ SNE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
 SNE_DEVICE float divide_exactly(float a, float b) { return a / b; }
 SNE_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }  // rounded once
 SNE_DEVICE float max_of(float a, float b) { return __builtin_fmaxf(a, b); }
+SNE_DEVICE float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+SNE_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 SNE_DEVICE float min_of(float a, float b) { return __builtin_fminf(a, b); }
 
 // Copies 16 bytes from global to shared memory, both aligned. They have arrived after copies_done() and a barrier.
@@ -142,6 +144,16 @@ SNE_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }
 SNE_DEVICE float divide_exactly(float a, float b) { return __fdiv_rn(a, b); }
 SNE_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SNE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
+SNE_DEVICE float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+SNE_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 SNE_DEVICE float min_of(float a, float b) { return fminf(a, b); }
 
 SNE_DEVICE uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }

@@ -59,6 +59,13 @@ def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
+def _products(dtype: torch.dtype) -> int:
+    """Return the library's dtype for a call on tensors of ``dtype``: bfloat16 where the processor multiplies it."""
+    if dtype == torch.bfloat16 and library.multiplies_bf16():
+        return library.DTYPES[dtype]
+    return library.DTYPES[accumulate_dtype(dtype)]
+
+
 def _run(op: str, *args: Any) -> None:
     library.check(getattr(library.library(), f"sne_fast_cpu_{op}")(*args), op)
 
@@ -91,7 +98,7 @@ def chunk_encode(*args: Tensor) -> Tensor:
     """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     struct, dtype, _kept = _chunk_encode_args("chunk_encode", args)
     out = torch.empty(struct.num_chunks, struct.heads, struct.hidden, dtype=dtype)
-    _run("chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr())
+    _run("chunk_encode", _products(args[0].dtype), ctypes.byref(struct), out.data_ptr())
     return out.to(args[0].dtype)
 
 
@@ -102,7 +109,7 @@ def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
     inputs = (args[0], *args[5:])
     grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
     pointers = library.ChunkEncodeGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("chunk_encode_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    _run("chunk_encode_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
     del kept
     return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 

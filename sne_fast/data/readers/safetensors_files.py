@@ -86,13 +86,21 @@ def read_header(file: Path) -> SafetensorsFile:
 
 
 def _header(opened: IO[bytes], file: Path) -> SafetensorsFile:
+    def damaged(reason: ValueError) -> CheckpointError:
+        return CheckpointError(f"{file}: is damaged or no safetensors file: {reason}; fetch or write it again")
+
     size = opened.seek(0, io.SEEK_END)
     opened.seek(0)
     head = opened.read(8)
     try:
-        return parse_header(opened.read(header_length(head, size)), size)
+        length = header_length(head, size)
     except ValueError as error:
-        raise CheckpointError(f"{file}: is damaged or no safetensors file: {error}; fetch or write it again") from error
+        raise damaged(error) from error
+    header = opened.read(length)
+    try:
+        return parse_header(header, size)
+    except ValueError as error:
+        raise damaged(error) from error
 
 
 def header_length(head: bytes, size: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...regular_files import read_json
+from .errors import Unreachable, reading
 from .lazy_tensors import LazyTensor
 
 __all__ = ["names_embeddings", "with_ties_of_config"]
@@ -66,8 +67,11 @@ def names_embeddings(names: Iterable[str]) -> list[str]:
 def _may_tie(file: Path) -> bool:
     """Return whether a configuration is there and does not deny that embeddings are tied, as most leave it unsaid."""
     try:
-        config = read_json(file, dict, nonfinite=True) if file.is_file() else None
-    except (ValueError, OSError):
+        with reading(file):
+            config = read_json(file, dict, nonfinite=True) if file.is_file() else None
+    except Unreachable:
+        raise
+    except ValueError:
         return False
     return config is not None and not _denied(config)
 

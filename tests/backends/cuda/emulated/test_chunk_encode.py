@@ -103,6 +103,25 @@ def test_products_by_warpgroups_are_those_by_warps(heads: int, monkeypatch: pyte
         assert error(chunk_encode(*args), plain.double()) <= 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width, heads, wgmma", [(64, 4, True), (64, 8, False), (64, 1, True), (32, 2, False)])
+def test_bins_that_one_chunk_fills(width: int, heads: int, wgmma: bool, dtype: torch.dtype, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Enough chunks of 32 that a thread block takes the way without masks, beside others that do not fill their bin."""
+    monkeypatch.setattr(module, "EMULATED_WGMMA", wgmma)
+    args = arguments(ChunkCase.make([[32] * 10, [20, *[32] * 9]], width, heads, dtype=dtype))
+    args[0].mul_(torch.linspace(0.1, 3, len(args[0])).to(dtype))
+    exact, rounded = reference.chunk_encode(*in_float64(args)), reference.chunk_encode(*args)
+    found = chunk_encode(*args)
+    assert error(found, exact) <= 2 * error(rounded, exact)
+    for chunk in range(found.shape[0]):
+        assert error(found[chunk], exact[chunk]) <= 3 * error(rounded, exact), chunk
+    library.library().sne_fast_cuda_emulated_schedule(5)
+    assert torch.equal(chunk_encode(*args), found), "whatever the order of threads"
+    args[0][40] = math.nan
+    spoilt = chunk_encode(*args)
+    assert spoilt[1].isnan().all() and torch.equal(spoilt[2:], found[2:]) and torch.equal(spoilt[0], found[0])
+
+
 def test_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(ChunkCase.make([[32] * 3, [8] * 6], 32, 4, dtype=torch.float32))
     checks.slabs(module, args, lambda: monkeypatch.setattr(module, "SLAB_ROWS_TIMES_WIDTH", 1), 1e-6)

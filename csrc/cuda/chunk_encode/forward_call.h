@@ -1,0 +1,67 @@
+// What the kernels of chunk_encode are called with, and how their warps find their bins and save their rows.
+#pragma once
+
+#include "cuda/chunk_encode/attention.h"
+#include "sne_fast/cuda_abi.h"
+
+namespace sne {
+
+// Arguments of all kernels of chunk_encode, as device pointers of the right type.
+template <class T>
+struct ChunkCall {
+  const int64_t *chunk_ptr, *order, *owner, *table;
+  const T *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
+  BinClass cls;
+  int64_t bins;       // of this class
+  int64_t first_bin;  // where this launch begins
+  int64_t count;      // bins of this launch; the last ones may be empty
+};
+
+template <class Shape, class Memory, class T>
+SNE_DEVICE void load_slots(const Memory &memory, const ChunkCall<T> &call, const Chunks &chunks, int part) {
+  const int row = lane_id();
+  if (row < Shape::ROWS) {
+    const Slot slot = slot_of(chunks, call.order, part * Shape::ROWS + row);
+    memory.slots[row] = slot;
+    memory.values[row] = slot.chunk < 0 ? 0.0f : to_real(call.values[call.chunk_ptr[slot.chunk] + slot.element]);
+  }
+}
+
+// Returns the chunks in bin `local` of the launch, none if there is no such bin. All lanes of the warp call it
+// together.
+template <class T>
+SNE_DEVICE Chunks chunks_of_bin(const ChunkCall<T> &call, int64_t local) {
+  return find_chunks(call.table, call.order, call.chunk_ptr, call.cls, call.first_bin + local,
+                     local < call.count ? call.bins : 0);
+}
+
+// The same, and loads the bin's slots and values into shared memory, for all warps of the set.
+template <class Shape, class Memory, class T>
+SNE_DEVICE Chunks load_bin(const Memory &memory, const ChunkCall<T> &call, const SetOfWarps &set, int64_t local) {
+  const Chunks chunks = chunks_of_bin(call, local);
+  load_slots<Shape>(memory, call, chunks, set.part);
+  set.sync();
+  return chunks;
+}
+
+template <class Op, class Shape>
+SNE_DEVICE void save_rows(typename Op::Storage *to, const Rows16<Op> (&x)[Shape::MT][Shape::KT]) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  SNE_UNROLL
+  for (int i = 0; i < Shape::MT; ++i) {
+    SNE_UNROLL
+    for (int k = 0; k < Shape::KT; ++k) {
+      SNE_UNROLL
+      for (int part = 0; part < 4; ++part) {  // of the 16 x 16 piece: columns 8 (part / 2).., rows 8 (part % 2)..
+        typename Op::Storage *at =
+            to + int64_t(16 * i + 8 * (part % 2) + g) * Shape::W + 16 * k + 8 * (part / 2) + 2 * t;
+        if constexpr (Op::kPacked)
+          *(uint32_t *)at = x[i][k].r[part];
+        else
+          at[0] = x[i][k].r[4 * (part / 2) + 2 * (part % 2)], at[1] = x[i][k].r[4 * (part / 2) + 2 * (part % 2) + 1];
+      }
+    }
+  }
+}
+
+}  // namespace sne

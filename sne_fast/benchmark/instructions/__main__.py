@@ -1,0 +1,89 @@
+"""Command ``python -m sne_fast.benchmark.instructions``: see the package's docstring and docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.table import Table
+
+from ...backends.cuda import library
+from .counting import CHIPS, CLASSES, INTEGER, Count, as_row, bounds, count_library
+from .flow import CSRC
+from .kernels import Config
+
+
+def compile_library(target: Path, architecture: str) -> None:
+    """Build the CUDA library of this source tree for one architecture; minutes on two cores."""
+    script = CSRC / "cuda_build.py"
+    if not script.exists():
+        raise RuntimeError("--compile needs the source tree of sne_fast")
+    environment = {**os.environ, "SNE_FAST_CUDA_ARCHS": architecture}
+    subprocess.run([sys.executable, str(script), str(target)], check=True, env=environment)
+
+
+def show(counts: list[Count], title: str) -> None:
+    """Print a table of counts."""
+    kinds = [kind for kind in (*CLASSES, INTEGER) if any(c.classes.get(kind) for c in counts)]
+    table = Table(title=title)
+    for column in ("kernel", "launches", "instructions", *kinds, "registers", "spills", "warps"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for c in counts:
+        numbers = [c.instructions, *(c.classes.get(kind, 0) for kind in kinds)]
+        table.add_row(c.kernel, str(c.launches), *(f"{n:,.0f}" for n in numbers), str(c.registers), str(c.spills),
+                      str(c.warps_per_multiprocessor))  # fmt: skip
+    Console(width=240 if not sys.stdout.isatty() else None).print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Count, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m sne_fast.benchmark.instructions", description=__doc__)
+    parser.add_argument("library", nargs="?", type=Path, default=library.LIBRARY_FILE, help="library or object file")
+    parser.add_argument("--compile", action="store_true", help="build the library of this source tree first")
+    parser.add_argument("--architecture", default="90a", help="such as 80, 90a, 100")
+    parser.add_argument("--chip", default="h100", choices=sorted(CHIPS))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "tf32"])
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--chunk-size", type=int, default=32)
+    parser.add_argument("--only", nargs="*", default=[], help="titles of kernels")
+    parser.add_argument("--json", type=Path, help="where to write the counts")
+    options = parser.parse_args(arguments)
+    config, chip = Config(options.hidden, options.heads, options.chunk_size), CHIPS[options.chip]
+    with TemporaryDirectory() as folder:
+        binary: Path = options.library
+        if options.compile:
+            binary = Path(folder) / "libsne_fast_cuda.so"
+            compile_library(binary, options.architecture)
+        if not binary.exists():
+            raise RuntimeError(f"{binary} does not exist: build it with SNE_FAST_BUILD=cuda, or pass --compile")
+        counts = count_library(binary, options.architecture, config, options.dtype, chip, options.only)
+    show(counts, f"warp instructions per 32 weights, sm_{options.architecture}, {options.dtype}, {config}")
+    step = [c for c in counts if c.kernel != "forward"]
+    limits = {
+        "forward": bounds([c for c in counts if c.kernel == "forward"], chip),
+        "training step": bounds(counts, chip),
+    }
+    for name, found in limits.items():
+        print(f"{name}, 1e9 weights/s that {chip.name} allows: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+    print(f"training step: {sum(c.launches * c.instructions for c in counts):,.0f} instructions, "
+          f"{sum(c.launches * c.instructions for c in step):,.0f} of them in the backward")  # fmt: skip
+    if options.json:
+        row = {"architecture": options.architecture, "dtype": options.dtype, "hidden": config.hidden,
+               "heads": config.heads, "chunk_size": config.chunk_size, "chip": chip.name,
+               "bounds": {name: {k: round(v, 2) for k, v in found.items()} for name, found in limits.items()},
+               "kernels": [as_row(c) for c in counts]}  # fmt: skip
+        options.json.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(f"instructions: {error}")

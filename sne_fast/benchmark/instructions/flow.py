@@ -1,0 +1,251 @@
+"""How often each instruction of a kernel runs: the flow of control through its machine code.
+
+Trip counts are not in machine code. They come from a table by the loop's line of source (:mod:`.loops`): the branch
+that ends a loop carries that line. A loop that the table does not have is an error. Any other branch goes on to the
+next instruction, or into the longer one of two ways, unless the table of branches says how often the statement behind
+it runs.
+
+The code for what an unrolled loop leaves over counts once, so counts are rather too high where loops are unrolled.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from .machine_code import Frame, Function
+
+CSRC = Path(__file__).resolve().parents[3] / "csrc"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Runs of a loop in the source, of which the compiler puts ``unrolled`` into one of the machine code."""
+
+    runs: float
+    unrolled: int = 1
+
+
+@cache
+def _lines(file: str) -> list[str]:
+    path = Path(file)
+    here = CSRC / file.rpartition("/csrc/")[2]  # these sources, also of a library that was built in another place
+    if "/csrc/" in file and here.exists():
+        path = here
+    elif not path.exists():
+        raise RuntimeError(f"{file} is not here: instructions are counted beside the sources of the kernels")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def source_of(frame: Frame) -> str:
+    """Return the text of a line of source."""
+    file, line = frame
+    lines = _lines(file)
+    return lines[line - 1] if line <= len(lines) else ""
+
+
+@cache
+def _lines_of(file: str, text: str) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the lines of all statements that begin with ``text``, and the first lines alone."""
+    lines, found, starts = _lines(file), set(), set()
+    for first, line in enumerate(lines):
+        if not line.startswith(text):
+            continue
+        starts.add(first + 1)
+        depth, at = 0, first
+        while at < len(lines):
+            depth += sum(lines[at].count(c) for c in "({") - sum(lines[at].count(c) for c in ")}")
+            found.add(at + 1)
+            if depth <= 0 and lines[at].endswith((";", "}")):
+                break
+            at += 1
+    return frozenset(found), frozenset(starts)
+
+
+def _is_inside(frames: tuple[Frame, ...], text: str) -> bool:
+    """Return whether code belongs to a statement that begins with ``text``, and not to its condition."""
+    file, line = frames[0]
+    if line in _lines_of(file, text)[1]:
+        return False
+    return any(line in _lines_of(file, text)[0] for file, line in frames)
+
+
+class Flow:
+    """The basic blocks of a kernel with how often each runs, when the kernel is entered once."""
+
+    def __init__(self, function: Function, loops: Mapping[str, Loop], branches: Mapping[str, float]) -> None:
+        self.function, self.loops, self.branches = function, loops, branches
+        self.blocks = function.blocks
+        starts = {first: number for number, (first, _) in enumerate(self.blocks)}
+        self.after: list[list[tuple[int, str]]] = []
+        for number, (_, end) in enumerate(self.blocks):
+            last = function.instructions[end - 1]
+            following = [(number + 1, "next")] if number + 1 < len(self.blocks) else []
+            if last.name == "BRA":
+                target = function.target(end - 1)
+                if target is None:
+                    raise RuntimeError(f"{function.name}: a branch to nowhere: {last}")
+                conditional = bool(last.guard) or last.operands.startswith(("P", "!P", "UP", "!UP", "UR"))
+                self.after.append([(starts[target], "taken"), *(following if conditional else [])])
+            elif last.name in ("EXIT", "RET"):
+                self.after.append(following if last.guard else [])
+            elif last.name in ("BRX", "JMP", "JMX"):
+                raise RuntimeError(f"{function.name}: {last.opcode} is not understood")
+            else:
+                self.after.append(following)
+        self.chance = [self._chance(number) for number in range(len(self.blocks))]
+        self.bodies: dict[tuple[int, int], frozenset[int]] = {}  # of each loop, by its last block and its first
+        self.share = self._shares()
+
+    def _frames(self, at: int) -> tuple[Frame, ...]:
+        return tuple(frame for frame in self.function.instructions[at].frames if "/csrc/" in frame[0])
+
+    def _chance(self, number: int) -> float:
+        """Return how often a block runs when the code around it runs once, loops aside."""
+        first, end = self.blocks[number]
+        calls = [i for i in self.function.instructions[first:end] if i.name == "CALL"]
+        if not all("$__" in call.operands for call in calls):
+            raise RuntimeError(f"{self.function.name} calls a function that is not inlined")
+        if calls:
+            return 0.0  # a division whose operands are not ordinary
+        joins = ("BSYNC", "BAR", "NOP")  # belong to what follows
+        known = [frames for at in range(first, end) if (frames := self._frames(at))
+                 and self.function.instructions[at].name not in joins]  # fmt: skip
+        for text, chance in self.branches.items():
+            inside = sum(_is_inside(frames, text) for frames in known)
+            if 2 * inside > len(known):
+                return chance
+        return 1.0
+
+    def _back_edges(self) -> list[tuple[int, int]]:
+        return [(number, to) for number, after in enumerate(self.after) for to, _ in after
+                if to <= number and not (to == number and len(after) == 1)]  # fmt: skip
+
+    def _body(self, last: int, first: int) -> frozenset[int]:
+        before = defaultdict(list)
+        for number, after in enumerate(self.after):
+            for to, _ in after:
+                before[to].append(number)
+        body, left = {first, last}, [last] if last != first else []
+        while left:
+            for number in before[left.pop()]:
+                if number not in body:
+                    body.add(number)
+                    left.append(number)
+        return frozenset(body)
+
+    def _shares(self) -> list[dict[int, float]]:
+        """Return, for each block, which share of its runs goes on to which other one."""
+        shares = [self._share_of_branch(number) for number in range(len(self.blocks))]
+        groups = defaultdict(list)
+        for edge in self._back_edges():
+            self.bodies[edge] = self._body(*edge)
+            groups[self._frames(self.blocks[edge[0]][1] - 1)].append(edge)
+        reached = self._reached(shares)
+        for frames, edges in groups.items():
+            idle = [edge for edge in edges if edge[0] not in reached or not self.chance[edge[0]]]
+            for edge in idle:
+                self._set_runs(shares, edge, 1.0)
+            edges = [edge for edge in edges if edge not in idle]
+            if not edges:
+                continue
+            loop = self._find(frames)
+            longest = max(edges, key=lambda edge: len(self.instructions_of(self.bodies[edge])))
+            for edge in edges:
+                runs = loop.runs / loop.unrolled if edge == longest or loop.unrolled == 1 else 1
+                self._set_runs(shares, edge, max(1.0, runs))
+        return shares
+
+    def _find(self, frames: tuple[Frame, ...]) -> Loop:
+        for frame in frames:
+            for text, loop in self.loops.items():
+                if source_of(frame).startswith(text):
+                    return loop
+        where = " from ".join(f"{Path(file).name}:{line} `{source_of((file, line))}`" for file, line in frames)
+        raise RuntimeError(f"{self.function.name}: the table of loops has no trip count for {where or 'a loop'}")
+
+    def _set_runs(self, shares: list[dict[int, float]], edge: tuple[int, int], runs: float) -> None:
+        last, first = edge
+        body, back = self.bodies[edge], 1 - 1 / runs
+        others = [to for to, _ in self.after[last] if to != first]
+        if others:
+            shares[last] = {first: back, others[0]: 1 - back}
+            return
+        for number in sorted(body):  # a loop that tests at its beginning
+            leaving = [to for to, _ in self.after[number] if to not in body]
+            staying = [to for to, _ in self.after[number] if to in body]
+            if leaving and staying and self.chance[leaving[0]]:
+                shares[number] = {staying[0]: back, leaving[0]: 1 - back}
+                return
+        raise RuntimeError(f"{self.function.name}: a loop without an end")
+
+    def _share_of_branch(self, number: int) -> dict[int, float]:
+        after = [to for to, _ in self.after[number]]
+        if len(after) < 2:
+            return dict.fromkeys(after, 1.0)
+        taken, onward = after
+        if taken == onward:
+            return {taken: 1.0}
+        if ".DIV" in self.function.instructions[self.blocks[number][1] - 1].opcode:
+            return {taken: 0.0, onward: 1.0}  # taken where a warp's threads do not run together
+        here = self.chance[number] or 1.0  # a branch inside of a statement that runs seldom
+        if self.chance[onward] < here:
+            share = self.chance[onward] / here
+        elif self.chance[taken] < here:
+            share = 1 - self.chance[taken] / here
+        else:
+            share = float(not self._is_shorter(onward, taken))
+        return {taken: 1 - share, onward: share}
+
+    def _is_shorter(self, onward: int, taken: int) -> bool:
+        """Return whether the branch chooses between two ways of which the first one, ``onward``, is the shorter one."""
+        if taken <= onward or len(self.after[taken - 1]) != 1:
+            return False
+        join = self.after[taken - 1][0][0]
+        first, middle, end = self.blocks[onward][0], self.blocks[taken][0], self.blocks[join][0]
+        return join > taken and middle - first < end - middle
+
+    def _reached(self, shares: list[dict[int, float]]) -> set[int]:
+        seen, left = {0}, [0]
+        while left:
+            for to, share in shares[left.pop()].items():
+                if share and to not in seen:
+                    seen.add(to)
+                    left.append(to)
+        return seen
+
+    def instructions_of(self, body: frozenset[int]) -> list[int]:
+        """Return the indices of all instructions in some blocks."""
+        return [at for number in sorted(body) for at in range(*self.blocks[number])]
+
+    def runs(self) -> np.ndarray:
+        """Return how often each block runs."""
+        count = len(self.blocks)
+        matrix, entered = np.eye(count), np.zeros(count)
+        entered[0] = 1
+        reached = self._reached(self.share)
+        for number in reached:
+            for to, share in self.share[number].items():
+                matrix[to, number] -= share
+        return np.linalg.solve(matrix, entered)
+
+    def per_run_of(self, text: str) -> dict[int, float]:
+        """Return how often each instruction runs while the loop whose source begins with ``text`` runs once."""
+        edges = [edge for edge in self.bodies
+                 if any(source_of(frame).startswith(text) for frame in self._frames_of(edge))]  # fmt: skip
+        if not edges:
+            raise RuntimeError(f"{self.function.name}: the loop `{text}` is not in its machine code")
+        runs = self.runs()
+        edge = max(edges, key=lambda edge: (runs[edge[1]] > 0, len(self.bodies[edge])))
+        if not runs[edge[1]] > 0:
+            raise RuntimeError(f"{self.function.name}: its loop over the work does not run")
+        counted = [number for number in self.bodies[edge] if runs[number] > 0]
+        return {at: float(runs[number] / runs[edge[1]]) for number in counted for at in range(*self.blocks[number])}
+
+    def _frames_of(self, edge: tuple[int, int]) -> tuple[Frame, ...]:
+        return self._frames(self.blocks[edge[0]][1] - 1)
