@@ -31,6 +31,7 @@ from ..zoo.splits import missing_targets, read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import FileSource, Zoo
 from .comparisons import STACKED
+from .pretrain import pretrain
 from .run_folder import RunFolder
 from .settings import TrainSettings
 from .stacking import FILE as TREES
@@ -56,7 +57,7 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     of a large one, and `settings.stack` is refused.
 
     After an interruption the same settings resume from `fit.pt` in `settings.out`. Under `torchrun` the processes
-    share each batch.
+    share each batch. The contrastive objective has a job of its own, see :func:`sne_fast.tasks.pretrain.pretrain`.
 
     Returns:
         The content of `metrics.json`.
@@ -70,7 +71,8 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         OSError: the folder cannot be written.
     """
     fit_settings = settings.chosen.fit_settings(settings.seed, settings.amp)
-    if settings.loss != "cross_entropy":
+    contrastive = settings.objective == "contrastive"
+    if settings.loss != "cross_entropy" and not contrastive:
         require("scipy", extra="demo", why="train")
     if settings.stack:
         require("sklearn", extra="demo", why="train --stack")
@@ -78,6 +80,9 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         require("tensorboard", extra="tensorboard", why="train --log tensorboard")
     with processes() as world, ExitStack() as stack:
         world.share_error(_enter(RunFolder(settings.out), stack) if world.first else None)
+        if contrastive:
+            zoo, _ = _open(settings)
+            return pretrain(settings, fit_settings, zoo, _device(settings.device), console, world)
         return _train(settings, fit_settings, console, world)
 
 
@@ -157,7 +162,7 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
         "recipe": recipe.values,
         "networks": {name: len(part) for name, part in parts.items()},
         "left_out": left_out,
-        "weights": int(zoo.sizes.sum()),
+        "weights": networks.weights,
         "read": "in every epoch" if networks.batch is None else "once",
         "processes": world.size,
         "history": dataclasses.asdict(history),

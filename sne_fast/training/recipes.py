@@ -183,6 +183,12 @@ RECIPES: dict[str, TrainingRecipe] = {
 }
 """Name -> recipe, as `sne-fast train --recipe` takes them."""
 
+CONTRASTIVE = TrainingRecipe(
+    statistics="relative", chunks=True, hidden_dim=64, set_attention="isab", head=(), epochs=40, lr=1.5e-3,
+    batch_weights=1_000_000,
+)  # fmt: skip
+"""Recipe of encoders that are trained without labels; its batches are the networks that are compared."""
+
 
 def find_recipe(name: str | os.PathLike[str]) -> TrainingRecipe:
     """Return the recipe of a name in `RECIPES`, or of a JSON file that `TrainingRecipe.save` wrote.
