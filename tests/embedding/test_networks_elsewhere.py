@@ -15,6 +15,7 @@ from safetensors.torch import save
 from helpers.command_line import call, fails
 from helpers.many_networks import encoder_of, network
 from helpers.web_servers import COMMIT, Hub, WebServer
+from sne_fast.data.remote.paths import forget, place
 from sne_fast.data.remote.ranges import RANGES
 from sne_fast.embedding import EmbeddingDataset, collect, embed_unit, embed_units, manifest, plan
 
@@ -128,6 +129,17 @@ def test_many_small_files_are_asked_for_at_once(web: WebServer) -> None:
     web.most = 0
     (unit,) = plan(table)
     assert embed_unit(encoder_of(), unit)["error"].null_count == 24 and web.most >= 8
+
+
+def test_the_page_of_a_folder_gives_links_into_it_alone(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = '<a href="../up/">a</a> <A HREF="n.pt?x=1">b</A> <a href="https://other/n.pt">c</a> <a href="/z/sub/">d</a>'
+    web.files |= {"z/n.pt": b"x", "z/sub/m.pt": b"y"}
+    monkeypatch.setattr(web, "page", lambda folder: page)
+    assert [str(entry) for entry in place(f"{web.url}/z/").iterdir()] == [f"{web.url}/z/n.pt", f"{web.url}/z/sub/"]
+    monkeypatch.setattr("sne_fast.data.remote.http_store._MOST_PAGE", 20)
+    forget()
+    with pytest.raises(ValueError, match="the page of this folder is larger than the limit of 20 bytes"):
+        list(place(f"{web.url}/z/").iterdir())
 
 
 def test_encode_takes_urls_for_files_of_results_and_folders(memory: Any, web: WebServer, tmp_path: Path) -> None:
