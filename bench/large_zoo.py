@@ -75,7 +75,8 @@ def train(folder: Path, limit: int, epochs: int) -> dict[str, Any]:
     try:
         predictor.pack(zoo)
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises the second
-        return {**found, "all at once": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        why = str(error).splitlines()[0].partition(" from file")[0]
+        return {**found, "all at once": f"{type(error).__name__}: {why[:200]}"}
     return {**found, "all at once": "fits"}
 
 

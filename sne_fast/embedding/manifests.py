@@ -40,19 +40,8 @@ __all__ = ["find_networks", "listed", "manifest", "network_at"]
 BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
 """Files beside a checkpoint that say how its tensors are read."""
 WHOLE = (
-    ".safetensors",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".bin",
-    ".gguf",
-    ".npz",
-    ".npy",
-    ".h5",
-    ".keras",
-    ".msgpack",
-    ".tflite",
-)
+    ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf", ".npz", ".npy", ".h5", ".keras", ".msgpack", ".tflite",
+)  # fmt: skip
 """Endings of files that have all their values in them, as those of ONNX may not."""
 COLUMNS = ("uri", "name", "etag", "weights", "layer_weights", "error")
 
@@ -149,6 +138,8 @@ def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = N
         if in_zoo is not None:
             yield from map(str, in_zoo)
         elif not path.exists():
+            if isinstance(path, RemotePath):
+                path.stat()  # says why
             raise FileNotFoundError(f"no such file or folder: {text!r}")
         elif path.is_dir():
             if isinstance(path, RemotePath):

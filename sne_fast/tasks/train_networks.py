@@ -32,6 +32,10 @@ class TrainNetworks:
         in_memory: pack all of them now, and select from the batch.
         max_memory: bytes that they may take.
         workers: processes that read ahead, where they are not in memory.
+
+    Attributes:
+        batch: all networks, or None where they are not in memory.
+        weights: number of all weights.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class TrainNetworks:
     ) -> None:
         self.zoo, self.targets, self.recipe, self.workers = zoo, targets, recipe, workers
         self.batch = self._pack(zoo) if in_memory else None
+        self.weights = int(zoo.sizes.sum()) if self.batch is None else self.batch.num_weights
         if not in_memory and isinstance(zoo.source, ShardSource):
             zoo.source.mapped_bytes = min(zoo.source.mapped_bytes, int(max_memory / 4))
 

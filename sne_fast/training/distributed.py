@@ -102,7 +102,12 @@ class World:
         return total.tolist()
 
     def sum_tensor(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Return a tensor summed over all processes, in which it has one shape; `device` is that of parameters."""
+        """Return a tensor summed over all processes, in which it has one shape; it may be changed.
+
+        Args:
+            tensor: of this process.
+            device: of the parameters, on which processes talk to each other.
+        """
         if self.size == 1:
             return tensor
         total = tensor.to(device)

@@ -97,8 +97,8 @@ def check_stream(batch: Any, targets: Any) -> NetworkStream | None:
         return stream
     if isinstance(batch, Iterable) and not isinstance(batch, WeightBatch | list | tuple | Mapping | str):
         raise TypeError(
-            f"fit: batch must be a WeightBatch or a NetworkStream, got {type(batch).__name__}, which tells neither the "
-            "sizes of its networks nor gives any of them; use sne_fast.zoo.ZooDataset, or write the networks to a zoo"
+            f"fit: batch must be a WeightBatch or a NetworkStream, got {type(batch).__name__}, which does not tell "
+            "sizes and targets of its networks beforehand; write them to a zoo and use sne_fast.zoo.ZooDataset"
         )
     if targets is None and isinstance(batch, WeightBatch):
         raise TypeError("fit: targets must be given with a WeightBatch, got None")

@@ -146,8 +146,8 @@ class Plan:
         Warns:
             UserWarning: the message says what to change.
         """
-        share, empty = self._loads(0)
-        if self.processes == 1 or share >= LEAST_BUSY:
+        share, empty = self._loads(0) if self.processes > 1 else (1.0, 0)
+        if share >= LEAST_BUSY:
             return
         steps = self.epoch(0)
         most = max(len(step) for step in steps)
@@ -155,7 +155,8 @@ class Plan:
         if most < self.parts:
             remedy = f"use at most {most} processes, since all networks make {most} parts of {self._budget} weights"
         else:
-            remedy = f"raise accumulate ({self.settings.accumulate}) or batch_weights ({self._budget}), or use fewer"
+            now = f"accumulate ({self.settings.accumulate}) or batch_weights ({self._budget})"
+            remedy = f"raise {now}, or use fewer processes"
         warnings.warn(
             f"fit: {self.processes} processes will have work in {share:.0%} of the time{without}; {remedy}",
             stacklevel=3,

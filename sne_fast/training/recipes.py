@@ -48,6 +48,10 @@ def scale_of_predictor(input_scale: InputScale) -> FittedScale | Literal[False]:
     return False if input_scale == "tensor" or input_scale == "none" else input_scale
 
 
+OLDER_VALUES = {"accumulate": 1}
+"""Values that recipes mean which were saved before these fields existed."""
+
+
 @dataclass(frozen=True)
 class TrainingRecipe:
     """All settings of a predictor and of its training, but for the target, the seed and the device.
@@ -156,6 +160,7 @@ class TrainingRecipe:
         """Return the recipe of `values`; the message of a ValueError names what is unknown, missing or out of range."""
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe: must be an object, got {values!r:.80}")
+        values = {**OLDER_VALUES, **values}
         wanted = {field.name for field in dataclasses.fields(cls)}
         for what, names in (("unknown", set(values) - wanted), ("missing", wanted - set(values))):
             if names:

@@ -82,5 +82,5 @@ class _AllRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        total = ctx.world.sum_tensor(gradient.clone(), gradient.device)
+        total = ctx.world.sum_tensor(gradient.clone(memory_format=torch.contiguous_format), gradient.device)
         return total[ctx.places], None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,6 @@ class ZooDataset(Dataset[Item]):
         workers: processes that read and pack ahead as a stream; 0 reads when a part is needed.
 
     Attributes:
-        sizes: number of weights of each network, `(n,)` int64.
         targets: those of all networks.
 
     Raises:
@@ -67,7 +67,7 @@ class ZooDataset(Dataset[Item]):
         buffer: int = BUFFER,
         workers: int = 0,
     ) -> None:
-        self.zoo, self.sizes, self.buffer, self.workers = zoo, zoo.sizes, buffer, workers
+        self.zoo, self.buffer, self.workers = zoo, buffer, workers
         self.options = dict(options or {})
         self.targets = targets if isinstance(targets, Tensor) else self._columns(targets)
         if len(self.targets) != len(zoo):
@@ -106,11 +106,10 @@ class ZooDataset(Dataset[Item]):
 
     def order(self, generator: torch.Generator) -> list[int]:
         """Return all positions, shuffled by shard and inside stretches of at least `buffer` networks."""
-        names = {name: k for k, name in enumerate(dict.fromkeys(self.zoo.shards))}
-        shard = torch.tensor([names[name] for name in self.zoo.shards], dtype=torch.int64)
-        place = torch.randperm(len(names), generator=generator)  # of each shard in the order
-        by_shard = torch.argsort(place[shard], stable=True)
-        counts = torch.bincount(place[shard], minlength=len(names)).tolist()
+        shards = int(self._shard.max()) + 1 if len(self) else 0
+        place = torch.randperm(shards, generator=generator)[self._shard]  # of each network's shard in the order
+        by_shard = torch.argsort(place, stable=True)
+        counts = torch.bincount(place, minlength=shards).tolist()
         shuffled, first, held = [], 0, 0
         for k, count in enumerate(counts):
             held += count
@@ -119,6 +118,18 @@ class ZooDataset(Dataset[Item]):
                 shuffled.append(stretch[torch.randperm(held, generator=generator)])
                 first, held = first + held, 0
         return torch.cat(shuffled).tolist() if shuffled else []
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """Number of weights of each network, `(n,)` int64."""
+        return self.zoo.sizes
+
+    @functools.cached_property
+    def _shard(self) -> Tensor:
+        """Number of the shard of each network, `(n,)` int64."""
+        shards = self.zoo.shards
+        numbers = {name: k for k, name in enumerate(dict.fromkeys(shards))}
+        return torch.tensor([numbers[name] for name in shards], dtype=torch.int64)
 
     def parts(self, rows: Iterable[Sequence[int]]) -> Iterator[WeightBatch]:
         """Read networks: yield one batch for each sequence of positions."""

@@ -111,7 +111,7 @@ def test_encoding_again_lists_and_reads_nothing(hub: Hub, tmp_path: Path) -> Non
     hub.files["several/net0.safetensors"] = save(network(40))
     assert sum(len(unit.networks) for unit in dataset.missing(plan(manifest(["hf://user/zoo"])))) == 1
     vectors = collect(out, table=first)
-    assert vectors.num_rows == 6 - 1 and vectors["vector"].null_count == 0
+    assert vectors.num_rows == 6 and vectors["error"].null_count == 5
 
 
 def test_many_small_files_are_asked_for_at_once(web: WebServer) -> None:

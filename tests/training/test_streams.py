@@ -183,7 +183,7 @@ def test_other_iterables_are_refused_with_what_to_do(zoo: Zoo) -> None:
     def pairs() -> Iterator[tuple[WeightBatch, torch.Tensor]]:
         yield packed(), goals()
 
-    with pytest.raises(TypeError, match=r"got generator, which tells neither .* use sne_fast.zoo.ZooDataset"):
+    with pytest.raises(TypeError, match=r"got generator, which does not tell .* use sne_fast.zoo.ZooDataset"):
         fit(make(), pairs(), settings=SETTINGS)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="fit: targets must be given with a WeightBatch, got None"):
         fit(make(), packed(), settings=SETTINGS)

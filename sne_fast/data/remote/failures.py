@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ...regular_files import FileError
 
-__all__ = ["RangesIgnored", "StoreError", "attempt", "refuse_credentials", "scrubbed"]
+__all__ = ["Forbidden", "RangesIgnored", "StoreError", "attempt", "refuse_credentials", "scrubbed"]
 
 T = TypeVar("T")
 
@@ -30,6 +30,10 @@ _CONFIGURE = "give credentials as the store's own settings, see docs/many-networ
 
 class StoreError(FileError):
     """A store elsewhere that cannot be reached, refuses, or sends something else than it said; names the URL."""
+
+
+class Forbidden(StoreError):
+    """A file that may not be read; some servers say so of files that are not there."""
 
 
 class RangesIgnored(StoreError):
@@ -75,6 +79,7 @@ def attempt(url: str, work: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError: there is nothing at the URL.
+        Forbidden: it may not be read.
         StoreError: any other error of the store, as one sentence.
         ModuleNotFoundError: a package is missing.
     """
@@ -89,6 +94,9 @@ def attempt(url: str, work: Callable[[], T]) -> T:
             if wait is None or not may_pass(error):
                 if isinstance(error, StoreError):
                     raise
+                if status_of(error) in (401, 403) or isinstance(error, PermissionError):
+                    said = f" (status {status_of(error)})" if status_of(error) else ""
+                    raise Forbidden(f"{url}: may not be read{said}; check your credentials for this store") from error
                 raise StoreError(f"{url}: {_reason(error)}") from error
             time.sleep(max(wait, _asked_wait(error)) if wait else 0.0)
     raise AssertionError("the last attempt returns or raises")
@@ -122,8 +130,6 @@ def _asked_wait(error: BaseException) -> float:
 
 def _reason(error: Exception) -> str:
     status = status_of(error)
-    if status in (401, 403) or isinstance(error, PermissionError):
-        return f"may not be read{f' (status {status})' if status else ''}; check your credentials for this store"
     said = scrubbed(str(error))[:200]
     what = (
         f"the store answered with status {status}" if status else f"cannot be reached or read ({type(error).__name__})"

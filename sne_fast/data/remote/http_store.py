@@ -8,7 +8,7 @@ from concurrent.futures import wait
 from functools import partial
 from typing import Any, NamedTuple
 
-from .failures import RangesIgnored, StoreError, attempt
+from .failures import Forbidden, RangesIgnored, StoreError, attempt
 from .ranges import RANGES, fetched
 from .remembered import Remembered
 from .stores import FOLDER, HEAD, Entry, Listing, Store, etag_of, need
@@ -34,7 +34,7 @@ class Ranges:
     """Requests for ranges of files, over connections that stay open.
 
     Args:
-        headers: of each request besides those that fsspec's settings for http have.
+        headers: of each request, instead of those that fsspec's settings for http have.
     """
 
     def __init__(self, headers: Mapping[str, str] | None = None) -> None:
@@ -63,7 +63,8 @@ class Ranges:
         session = await self.fs.set_session()
         options = dict(self.fs.kwargs)
         # Bytes as they are stored: of compressed ones neither size nor places would fit.
-        headers = {**options.pop("headers", {}), **self.headers, "Accept-Encoding": "identity"}
+        headers = {**(self.headers or options.pop("headers", {})), "Accept-Encoding": "identity"}
+        options.pop("headers", None)
         headers["Range"] = f"bytes={start}-{start + count - 1}"
         options.setdefault("timeout", aiohttp.ClientTimeout(total=None, sock_connect=_IDLE, sock_read=_IDLE))
         options.setdefault("read_bufsize", _BUFFER)
@@ -100,16 +101,19 @@ class HttpStore(Store):
     def __init__(self, root: str) -> None:
         super().__init__(root)
         self.ranges = Ranges()
-        self.files: Remembered[tuple[Entry | None, str]] = Remembered(_MOST_FILES, 60.0)
+        self.files: Remembered[Entry | Forbidden | None] = Remembered(_MOST_FILES, 60.0)
 
     def entry(self, path: str) -> Entry | None:
         """Return what is at a path: a folder if it ends with a slash, else what the answer to a request says."""
         if not path or path.endswith("/"):
             return FOLDER
         kind = self._listed_as(path)
-        if kind == "unknown" or kind == "file":
-            return self._file(path)[0]
-        return FOLDER if kind == "folder" else None
+        if kind in ("folder", "nothing"):
+            return FOLDER if kind == "folder" else None
+        found = self._file(path)
+        if isinstance(found, Forbidden):
+            raise found
+        return found
 
     def look_at(self, paths: Sequence[str]) -> None:
         """Ask for files of which nothing is known, at once."""
@@ -117,11 +121,17 @@ class HttpStore(Store):
         wait([fetched(partial(self._file, path)) for path in asked])
 
     def is_folder(self, path: str) -> bool | None:
-        """Return it without a request where the page of the folder around it was looked at."""
+        """Return it without a request where the page of the folder around it was looked at.
+
+        What may not be read counts as nothing, since servers answer so for files that are not there.
+        """
         kind = self._listed_as(path)
-        if kind == "unknown":
+        if kind != "unknown":
+            return None if kind == "nothing" else kind == "folder"
+        try:
             return super().is_folder(path)
-        return None if kind == "nothing" else kind == "folder"
+        except Forbidden:
+            return None
 
     def _listed_as(self, path: str) -> str:
         """Return what a path is by the page of the folder around it, "unknown" if that was not looked at."""
@@ -133,14 +143,16 @@ class HttpStore(Store):
             return "nothing"
         return "folder" if listed[name].is_folder else "file"
 
-    def _file(self, path: str) -> tuple[Entry | None, str]:
+    def _file(self, path: str) -> Entry | Forbidden | None:
         url = self.url(path)
 
-        def find() -> tuple[Entry | None, str]:
+        def find() -> Entry | Forbidden | None:
             try:
-                head = self.ranges.get(url, 0, HEAD)
+                head = attempt(url, lambda: self.ranges.get(url, 0, HEAD))
             except FileNotFoundError:
-                return None, ""
+                return None
+            except Forbidden as error:
+                return error
             if head.size is None:
                 raise StoreError(f"{url}: the server does not say how large the file is")
             if len(head.body) > head.size:
@@ -148,9 +160,9 @@ class HttpStore(Store):
             entry = Entry(head.size, etag_of(head.size, head.version))
             if len(head.body) == min(entry.size, HEAD):
                 RANGES.put((url, entry, -1), head.body)
-            return entry, head.version
+            return entry
 
-        return self.files.get(path, lambda: attempt(url, find))
+        return self.files.get(path, find)
 
     def find_range(self, path: str, entry: Entry, start: int, count: int) -> bytes:
         """Ask the server, and check that the file is the one that was described."""
@@ -176,8 +188,3 @@ class HttpStore(Store):
     def find_tree(self, folder: str) -> dict[str, Listing]:
         """Return the listing of the folder alone; each folder inside it has a page of its own."""
         return {folder: self.find_listing(folder)}
-
-    def forget(self) -> None:
-        """Look at everything anew."""
-        super().forget()
-        self.files.forget()

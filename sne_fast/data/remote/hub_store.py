@@ -130,9 +130,8 @@ class HubStore(Store):
     def _entry(self, item: Any) -> Entry:
         if not hasattr(item, "blob_id"):
             return FOLDER
-        if not isinstance(item.size, int) or item.size < 0:
-            raise StoreError(f"{self.root}: the Hub does not say how large a file is")
-        return Entry(item.size, etag_of(item.size, item.lfs.sha256 if item.lfs else item.blob_id))
+        size = item.size if isinstance(item.size, int) and item.size >= 0 else -1
+        return Entry(size, etag_of(size, item.lfs.sha256 if item.lfs else item.blob_id))
 
     def find_range(self, path: str, entry: Entry, start: int, count: int) -> bytes:
         """Ask the Hub, which sends large files from where it keeps them."""

@@ -16,6 +16,7 @@ from .failures import StoreError, refuse_credentials, scrubbed
 from .files import Content, RemoteFile
 from .http_store import HttpStore
 from .hub_store import forget_repositories, hub_store
+from .ranges import RANGES
 from .remembered import Remembered
 from .stores import Entry, FsspecStore, Store
 
@@ -74,6 +75,16 @@ def forget() -> None:
     """Look at all stores anew from here on."""
     forget_repositories()
     _stores.forget()
+
+
+def _start_anew() -> None:
+    """Make a forked process ask for itself: requests of its parent end there, and locks may be held for ever."""
+    forget_repositories()
+    _stores.forget()
+    RANGES.forget()
+
+
+os.register_at_fork(after_in_child=_start_anew)
 
 
 class RemotePath(ForeignFile):
@@ -214,4 +225,6 @@ class RemotePath(ForeignFile):
         entry = self._entry()
         if entry is None:
             raise FileNotFoundError(f"{self}: there is no such file")
+        if entry.size < 0:
+            raise StoreError(f"{self}: the store does not say how large the file is")
         return entry

@@ -65,10 +65,9 @@ class RangeCache:
         return key in self._held
 
     def forget(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self._held.clear()
-            self._bytes = 0
+        """Forget all, also what is being fetched."""
+        self._lock = Lock()
+        self._held, self._bytes = OrderedDict(), 0
 
     def _keep(self, key: Hashable, count: int, future: Future[bytes]) -> Future[bytes]:
         before = self._held.pop(key, None)

@@ -73,9 +73,9 @@ class Remembered(Generic[T]):
         self._keep(key, future, time.monotonic())
 
     def forget(self) -> None:
-        """Forget all answers."""
-        with self._lock:
-            self._held.clear()
+        """Forget all answers, also those that are being found."""
+        self._lock = Lock()
+        self._held = OrderedDict()
 
     def _keep(self, key: Hashable, future: Future[T], began: float) -> None:
         if self._seconds is None:

@@ -31,7 +31,7 @@ def need(*modules: str) -> None:
 
 
 class Entry(NamedTuple):
-    """A file or folder of a store: its size in bytes, and a text that changes when it does."""
+    """A file or folder of a store: its size in bytes, -1 if not known, and a text that changes when it does."""
 
     size: int
     etag: str
@@ -135,10 +135,6 @@ class Store:
         """Ask the store for a range of a file."""
         raise NotImplementedError
 
-    def forget(self) -> None:
-        """Look at everything anew from here on."""
-        self.listings.forget()
-
 
 class FsspecStore(Store):
     """A store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
@@ -211,8 +207,7 @@ class FsspecStore(Store):
         if info.get("type") == "directory":
             return FOLDER
         size = info.get("size")
-        if not isinstance(size, int) or size < 0:
-            raise StoreError(f"{self.root}: the store does not say how large {str(info.get('name'))[-200:]!r} is")
+        size = size if isinstance(size, int) and size >= 0 else -1
         version = next((f"{key} {info[key]}" for key in _VERSIONS if info.get(key) is not None), "")
         return Entry(size, etag_of(size, version))
 
