@@ -10,9 +10,11 @@ Environment:
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +32,29 @@ ISA_FLAGS = {
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl",
                "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # gcc 12: PR105593
 }  # fmt: skip
+# Instruction sets that add only products of bfloat16 to avx512, and the sources that are compiled for them.
+BF16_FLAGS = {
+    "avx512_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
+    "amx_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+BF16_SOURCES = ["isa_kernels", "chunk_encode_forward", "chunk_encode_backward"]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", *INCLUDES]  # fmt: skip
 
 
+@functools.cache
+def _knows_bf16(cxx: tuple[str, ...]) -> bool:
+    """Return whether the compiler takes the flags of the instruction sets with bfloat16 (g++ 11, clang 12)."""
+    flags = sorted({flag for flags in BF16_FLAGS.values() for flag in flags if flag.startswith("-m")})
+    command = [*cxx, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def instruction_sets() -> list[str]:
-    return list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+    """Return the instruction sets that the library is compiled for."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["portable"]
+    return [*ISA_FLAGS, *(BF16_FLAGS if _knows_bf16(tuple(native_build.host_compiler())) else [])]
 
 
 def compiler(extra: Sequence[str] = ()) -> list[str]:
@@ -54,10 +73,13 @@ def compiler(extra: Sequence[str] = ()) -> list[str]:
 def units(extra: Sequence[str] = ()) -> list[Unit]:
     """Return the files to compile, each with its command; ``extra`` flags are added to all."""
     command, folder = compiler(extra), CSRC / "cpu"
+    isas = instruction_sets()
+    command.append(f"-DSNE_BF16_KERNELS={int('amx_bf16' in isas)}")
+    flags = {**ISA_FLAGS, **BF16_FLAGS}
     per_isa = [
-        Unit(folder / f"{name}.cpp", f"{name}_{isa}.o", [*command, f"-DSNE_ISA_{isa}", *ISA_FLAGS[isa]])
-        for isa in instruction_sets()
-        for name in PER_ISA
+        Unit(folder / f"{name}.cpp", f"{name}_{isa}.o", [*command, f"-DSNE_ISA_{isa}", *flags[isa]])
+        for isa in isas
+        for name in (BF16_SOURCES if isa in BF16_FLAGS else PER_ISA)
     ]
     once = [Unit(folder / f"{name}.cpp", f"{name}.o", command) for name in ONCE]
     # The longest compilations first, so that they do not run alone at the end.

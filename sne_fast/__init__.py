@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import ops as ops
     from . import reference as reference
     from . import reports as reports
+    from . import similarity as similarity
     from . import symmetry as symmetry
     from . import tasks as tasks
     from . import training as training
@@ -50,7 +51,7 @@ else:
         },
         submodules=[
             "backends", "benchmark", "cli", "data", "embedding", "functional", "nn", "ops", "reference", "reports",
-            "symmetry", "tasks", "training", "zoo",
+            "similarity", "symmetry", "tasks", "training", "zoo",
         ],
     )  # fmt: skip
 

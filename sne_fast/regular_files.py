@@ -9,17 +9,19 @@ read no more than a limit, and raise `FileError`, or the `OSError` of the system
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import os
 import stat
 import zlib
 from os import PathLike
-from typing import IO, Any, Literal, overload
+from typing import IO, Any, Literal, cast, overload
 
 __all__ = [
     "MAX_BYTES",
     "FileError",
+    "ForeignFile",
     "check_regular",
     "decode",
     "open_regular",
@@ -51,6 +53,14 @@ class FileError(ValueError):
     """A file that is no regular file, too large, damaged or of another form; the message names it."""
 
 
+class ForeignFile(PathLike[str]):
+    """Base of paths of files that are not on this machine, and open themselves."""
+
+    def open_bytes(self) -> IO[bytes]:
+        """Open the file for reading; raises FileError, or FileNotFoundError."""
+        raise NotImplementedError
+
+
 @overload
 def open_regular(path: str | PathLike[str], mode: Literal["rb"] = "rb", *, encoding: None = None) -> IO[bytes]: ...
 @overload
@@ -68,8 +78,8 @@ def open_regular(
 ) -> IO[Any]:
     """Open a regular file for reading, without ever waiting for it.
 
-    Links are followed. A FIFO, device, socket or folder is refused before it is opened, and once more after, in case it
-    took the file's place in between.
+    Links are followed; a `ForeignFile` opens itself. A FIFO, device, socket or folder is refused before it is opened,
+    and once more after, in case it took the file's place in between.
 
     Args:
         path: the file.
@@ -92,6 +102,11 @@ def open_regular(
     if mode not in ("rb", "r"):
         raise ValueError(f"open_regular: mode must be 'rb' or 'r', got {mode!r}")
     name = os.fsdecode(path)
+    if isinstance(path, ForeignFile):
+        opened = path.open_bytes()
+        if mode == "rb":
+            return opened
+        return io.TextIOWrapper(io.BufferedReader(cast(io.RawIOBase, opened)), encoding=encoding, newline=newline)
 
     def opener(file: str, flags: int) -> int:
         descriptor = os.open(file, flags | os.O_NONBLOCK | os.O_NOCTTY)
@@ -116,6 +131,8 @@ def check_regular(path: str | PathLike[str]) -> None:
         OSError: there is nothing, or it may not be looked at.
     """
     name = os.fsdecode(path)
+    if isinstance(path, ForeignFile):
+        raise FileError(f"{name}: must be a file on this machine; download it")
     try:
         _check_kind(os.stat(name), name)
     except FileError:

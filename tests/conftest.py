@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from helpers.web_servers import Hub, WebServer
     from sne_fast.ops.backend import Backend
 
 # Before torch is loaded: OpenMP's waiting threads sleep, so that tests are not slowed by whatever else runs, and the
@@ -119,3 +120,51 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backend], None]:
 
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     return put
+
+
+@pytest.fixture
+def fresh_stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget what is known of stores elsewhere; attempts follow each other without waits."""
+    from sne_fast.data.remote import failures
+    from sne_fast.data.remote.paths import forget
+    from sne_fast.data.remote.ranges import RANGES
+
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(failures, "WAITS", (0.0, 0.0, 0.0))
+    forget()
+    RANGES.forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def web(fresh_stores: None) -> Iterator[WebServer]:
+    """Run a web server on this machine."""
+    from helpers.web_servers import WebServer
+
+    server = WebServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(fresh_stores: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Run a Hub on this machine."""
+    from helpers.web_servers import Hub
+
+    pytest.importorskip("huggingface_hub")
+    server = Hub()
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def memory(fresh_stores: None) -> Iterator[Any]:
+    """Yield the store of fsspec in memory."""
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]

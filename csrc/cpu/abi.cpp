@@ -5,6 +5,12 @@
 #include <exception>
 #include <initializer_list>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/gather_chunks.h"
 #include "cpu/kernels.h"
 #include "sne_fast/cpu_abi.h"
@@ -14,10 +20,37 @@ namespace {
 using sne::Kernels;
 using sne::TilePlan;
 
+// Whether the compiler could compile the kernels for bfloat16 products.
+#if !defined(SNE_BF16_KERNELS)
+#define SNE_BF16_KERNELS 0
+#endif
+
 #if defined(__x86_64__)
 #define SNE_X86 1
 #else
 #define SNE_X86 0
+#endif
+
+#if SNE_X86 && SNE_BF16_KERNELS
+
+// Returns whether the processor has tiles of bfloat16, and asks the system to let this process use them.
+bool has_amx() {
+#if defined(SNE_EMULATED_AMX)
+  return true;
+#elif defined(__linux__)
+  static const bool usable = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7, register edx
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTiles)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, and of the extended state
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return usable;
+#else
+  return false;
+#endif
+}
+
 #endif
 
 const Kernels *find(const char *name) {
@@ -29,12 +62,18 @@ const Kernels *find(const char *name) {
   if (strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     return &sne::avx512::kernels;
+#if SNE_BF16_KERNELS
+  if (strcmp(name, "avx512_bf16") == 0 && find("avx512") && __builtin_cpu_supports("avx512bf16"))
+    return &sne::avx512_bf16::kernels;
+  if (strcmp(name, "amx_bf16") == 0 && find("avx512_bf16") && has_amx()) return &sne::amx_bf16::kernels;
+#endif
 #endif
   return nullptr;
 }
 
+// Tiles of AMX are taken by name only, as no processor with them has run the tests.
 const Kernels *best() {
-  for (const char *name : {"avx512", "avx2"})
+  for (const char *name : {"avx512_bf16", "avx512", "avx2"})
     if (const Kernels *k = find(name)) return k;
   return find("portable");
 }
@@ -45,6 +84,14 @@ const Kernels &kernels() {
   const Kernels *k = selected.load(std::memory_order_acquire);
   if (!k) selected.store(k = best(), std::memory_order_release);
   return *k;
+}
+
+// Returns the kernels for a dtype, null where there are none.
+const Kernels *kernels_of(int dtype) {
+  const Kernels &k = kernels();
+  if (dtype == SNE_FAST_BF16) return k.real ? &k : nullptr;
+  if (dtype != SNE_FAST_F32 && dtype != SNE_FAST_F64) return nullptr;
+  return k.real ? k.real : &k;
 }
 
 bool real(int dtype) { return dtype == SNE_FAST_F32 || dtype == SNE_FAST_F64; }
@@ -73,10 +120,11 @@ int call(const Args &args, Body body) {
 // Makes the tile plan, then runs body(kernels, args, plan, interrupt).
 template <class Body>
 int with_plan(int dtype, const sne_fast_chunk_encode_args *args, Body body) {
-  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
+  const Kernels *found = kernels_of(dtype);
+  if (!found) return SNE_FAST_BAD_DTYPE;
   if (!width(args->hidden, args->heads) || args->element_rows < 0) return SNE_FAST_BAD_ARGUMENT;
   return call(*args, [&](const sne_fast_chunk_encode_args &a, sne::Interrupt &interrupt) {
-    const Kernels &k = kernels();
+    const Kernels &k = *found;
     const int which = dtype == SNE_FAST_F64;
     TilePlan plan;
     int status = sne::make_tile_plan(a, k.lanes[which], k.panel[which], &plan);
@@ -166,29 +214,31 @@ int sne_fast_cpu_chunk_encode_backward(int dtype, const sne_fast_chunk_encode_ar
 int sne_fast_cpu_set_attention(int dtype, const sne_fast_set_attention_args *args) {
   const int status = check(dtype, args);
   if (status) return status;
-  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels().set_attention(dtype, a, i); });
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels_of(dtype)->set_attention(dtype, a, i); });
 }
 
 int sne_fast_cpu_set_attention_backward(int dtype, const sne_fast_set_attention_args *args,
                                         const sne_fast_set_attention_grads *grads) {
   const int status = check(dtype, args);
   if (status) return status;
-  return call(*args,
-              [&](const auto &a, sne::Interrupt &i) { return kernels().set_attention_backward(dtype, a, *grads, i); });
+  return call(*args, [&](const auto &a, sne::Interrupt &i) {
+    return kernels_of(dtype)->set_attention_backward(dtype, a, *grads, i);
+  });
 }
 
 int sne_fast_cpu_segment_pool(int dtype, const sne_fast_segment_pool_args *args) {
   const int status = check(dtype, args);
   if (status) return status;
-  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels().segment_pool(dtype, a, i); });
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels_of(dtype)->segment_pool(dtype, a, i); });
 }
 
 int sne_fast_cpu_segment_pool_backward(int dtype, const sne_fast_segment_pool_args *args,
                                        const sne_fast_segment_pool_grads *grads) {
   const int status = check(dtype, args);
   if (status) return status;
-  return call(*args,
-              [&](const auto &a, sne::Interrupt &i) { return kernels().segment_pool_backward(dtype, a, *grads, i); });
+  return call(*args, [&](const auto &a, sne::Interrupt &i) {
+    return kernels_of(dtype)->segment_pool_backward(dtype, a, *grads, i);
+  });
 }
 
 int sne_fast_cpu_gather_chunks(int dtype, const sne_fast_gather_chunks_args *args) {
@@ -206,15 +256,17 @@ int sne_fast_cpu_gather_chunks_backward(int dtype, const sne_fast_gather_chunks_
 int sne_fast_cpu_tensor_statistics(int dtype, const sne_fast_tensor_statistics_args *args) {
   const int status = check(dtype, args);
   if (status) return status;
-  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels().tensor_statistics(dtype, a, i); });
+  return call(*args,
+              [&](const auto &a, sne::Interrupt &i) { return kernels_of(dtype)->tensor_statistics(dtype, a, i); });
 }
 
 int sne_fast_cpu_product_rate(int dtype, int64_t rows, int64_t inner, int64_t columns, int64_t repeats,
                               int64_t num_threads) {
-  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
+  const Kernels *k = kernels_of(dtype);
+  if (!k) return SNE_FAST_BAD_DTYPE;
   if (rows < 1 || inner < 1 || columns < 1 || repeats < 1 || num_threads < 1) return SNE_FAST_BAD_ARGUMENT;
   sne::Interrupt interrupt;  // gives the interpreter's lock back
-  return kernels().product_rate(dtype, rows, inner, columns, repeats, int(num_threads));
+  return k->product_rate(dtype, rows, inner, columns, repeats, int(num_threads));
 }
 
 }  // extern "C"

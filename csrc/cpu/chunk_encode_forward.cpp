@@ -1,6 +1,7 @@
 // chunk_encode, forward: tiles are independent, and each writes the pooled rows of its own chunks.
 #include <omp.h>
 
+#include "cpu/chunk_encode_bf16.h"
 #include "cpu/chunk_encode_tile.h"
 #include "cpu/kernels.h"
 
@@ -11,8 +12,10 @@ thread_local ThreadBuffer shared_buffer, tile_buffer;
 
 // Encodes the chunks order[first] .. order[last - 1] of the plan as one tile, or one by one where they disturb each
 // other.
-template <class T>
-void encode(const ChunkEncoder<T> &enc, TileWork<T> &work, const TilePlan &plan, int64_t first, int64_t last, T *out) {
+template <class Encoder, class Work>
+void encode(const Encoder &enc, Work &work, const TilePlan &plan, int64_t first, int64_t last,
+            typename Encoder::Real *out) {
+  using T = typename Encoder::Real;
   const long h = enc.h, H = enc.H;
   work.tile.lay_out(plan, first, last, enc.chunk_ptr);
   encode_tile(enc, work, plan.tensor_of);
@@ -27,9 +30,11 @@ void encode(const ChunkEncoder<T> &enc, TileWork<T> &work, const TilePlan &plan,
   }
 }
 
-template <class T>
-int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out, Interrupt &interrupt) {
-  ChunkEncoder<T> enc(args);
+template <class Encoder>
+int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, void *result, Interrupt &interrupt) {
+  using T = typename Encoder::Real;
+  T *out = (T *)result;
+  Encoder enc(args);
   const long h = enc.h, H = enc.H;
   Scratch size;
   enc.take(size, false);
@@ -45,7 +50,8 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out
   const int threads = int(max_of(1, min_of(args.num_threads, plan.num_tiles)));
 #pragma omp parallel num_threads(threads)
   {
-    TileWork<T> work;
+    const TileRegisters registers;
+    typename Encoder::Work work;
     Scratch tile_size;
     work.take(tile_size, plan.slots, h, H, false);
     char *base = tile_buffer.reserve(tile_size.size());
@@ -70,8 +76,12 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, T *out
 
 int chunk_encode_forward(int dtype, const sne_fast_chunk_encode_args &args, const TilePlan &plan, void *out,
                          Interrupt &interrupt) {
-  return dtype == SNE_FAST_F64 ? forward<double>(args, plan, (double *)out, interrupt)
-                               : forward<float>(args, plan, (float *)out, interrupt);
+#if defined(SNE_BF16)
+  return dtype == SNE_FAST_BF16 ? forward<Bf16Encoder>(args, plan, out, interrupt) : SNE_FAST_BAD_DTYPE;
+#else
+  return dtype == SNE_FAST_F64 ? forward<ChunkEncoder<double> >(args, plan, out, interrupt)
+                               : forward<ChunkEncoder<float> >(args, plan, out, interrupt);
+#endif
 }
 
 }  // namespace sne::SNE_ISA

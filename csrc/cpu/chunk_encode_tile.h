@@ -7,9 +7,14 @@
 
 namespace sne::SNE_ISA {
 
+template <class T>
+struct TileWork;
+
 // Sizes, named parameters and the weights packed for the products, shared read-only by all threads of a call.
 template <class T>
 struct ChunkEncoder {
+  using Real = T;
+  using Work = TileWork<T>;
   long h, H, d;
   bool norms;
   const int64_t *chunk_ptr;
@@ -32,10 +37,13 @@ struct ChunkEncoder {
   const T *norm_of(int block, int which) const { return norm + (block * 4 + which) * h; }
   const T *bias_qkv(int block) const { return b_qkv + (block - 1) * 3 * h; }
 
-  void take(Scratch &scratch, bool backward) {
+  void take_table(Scratch &scratch) {
     generators = scratch.take<T>((H + 2) * h);
     table = scratch.take<T>((H + 2) * h);
     table_bias = scratch.take<T>(h);
+  }
+  void take(Scratch &scratch, bool backward) {
+    take_table(scratch);
     for (int b = 0; b < 4; ++b) {
       out[b] = b ? scratch.take<T>(h * h) : nullptr;
       qkv[b] = b ? scratch.take<T>(3 * h * h) : nullptr;
@@ -107,13 +115,7 @@ struct TileWork {
   bool backward;
 
   void take(Scratch &scratch, long R, long h, long H, bool for_backward) {
-    backward = for_backward;
-    tile.take(scratch, R);
-    x = scratch.take<T>(R);
-    low = scratch.take<T>(R);
-    high = scratch.take<T>(R);
-    scalar.take(scratch, H, R);
-    coefficients = scratch.take<T>((H + 2) * R);
+    take_shared(scratch, R, h, H, for_backward);
     for (int b = 0; b < 4; ++b) {
       BlockActivations<T> &k = block[b];
       if (!for_backward && b > 1) {
@@ -123,17 +125,31 @@ struct TileWork {
       k.in = b ? scratch.take<T>(h * R) : nullptr;
       k.qkv = b ? scratch.take<T>(3 * h * R) : nullptr;
       k.e = b ? scratch.take<T>(for_backward ? H * R * R : 2 * kLanes<T> * R) : nullptr;
-      k.inv = b ? scratch.take<T>(H * R) : nullptr;
-      k.relu = scratch.take<T>(h * R);
-      k.hat0 = for_backward ? scratch.take<T>(h * R) : nullptr;
-      k.rstd0 = for_backward || b == 0 ? scratch.take<T>(R) : nullptr;
-      k.hat1 = for_backward ? scratch.take<T>(h * R) : nullptr;
-      k.rstd1 = for_backward ? scratch.take<T>(R) : nullptr;
+      take_rest(scratch, R, h, H, b);
     }
+  }
+  // Takes what does not depend on the products' operands: of all blocks, and of one.
+  void take_shared(Scratch &scratch, long R, long h, long H, bool for_backward) {
+    backward = for_backward;
+    tile.take(scratch, R);
+    x = scratch.take<T>(R);
+    low = scratch.take<T>(R);
+    high = scratch.take<T>(R);
+    scalar.take(scratch, H, R);
+    coefficients = scratch.take<T>((H + 2) * R);
     o = scratch.take<T>(h * R);
     final_x = scratch.take<T>(h * R);
     rows = scratch.take<T>(h * R);
     weight = scratch.take<T>(H * R);
+  }
+  void take_rest(Scratch &scratch, long R, long h, long H, int b) {
+    BlockActivations<T> &k = block[b];
+    k.inv = b ? scratch.take<T>(H * R) : nullptr;
+    k.relu = scratch.take<T>(h * R);
+    k.hat0 = backward ? scratch.take<T>(h * R) : nullptr;
+    k.rstd0 = backward || b == 0 ? scratch.take<T>(R) : nullptr;
+    k.hat1 = backward ? scratch.take<T>(h * R) : nullptr;
+    k.rstd1 = backward ? scratch.take<T>(R) : nullptr;
   }
 };
 
@@ -153,9 +169,17 @@ T *coefficients_of(const ChunkEncoder<T> &enc, TileWork<T> &work, long p) {
   return c;
 }
 
-// o -> ln0 -> fc_o -> relu -> residual -> ln1 -> to.
+// relu(fc_o(o)) of one of the blocks 1 to 3, for panel p.
 template <class T>
-void finish_block(const ChunkEncoder<T> &enc, TileWork<T> &work, int b, T *to) {
+void output_product(const ChunkEncoder<T> &enc, TileWork<T> &work, int b, long p) {
+  const long at = p * enc.h * kPanel<T>;
+  packed_product<T>(enc.h, enc.out[b], work.o + at, enc.h, work.block[b].relu + at, enc.b_o + b * enc.h, kRelu);
+}
+
+// o -> ln0 -> fc_o -> relu -> residual -> ln1 -> to.
+template <class Encoder, class Work>
+void finish_block(const Encoder &enc, Work &work, int b, typename Encoder::Real *to) {
+  using T = typename Encoder::Real;
   constexpr long P = kPanel<T>;
   const long h = enc.h;
   BlockActivations<T> &k = work.block[b];
@@ -169,7 +193,7 @@ void finish_block(const ChunkEncoder<T> &enc, TileWork<T> &work, int b, T *to) {
     if (b == 0)
       packed_product<T>(h, enc.table, coefficients_of(enc, work, p), enc.H + 2, k.relu + f, enc.table_bias, kRelu);
     else
-      packed_product<T>(h, enc.out[b], o, h, k.relu + f, enc.b_o + b * h, kRelu);
+      output_product(enc, work, b, p);
     if (enc.norms) {
       norm_panel<T>(h, o, k.relu + f, enc.norm_of(b, 2), enc.norm_of(b, 3), to + f, hat1,
                     k.rstd1 ? k.rstd1 + p * P : nullptr);
@@ -201,8 +225,9 @@ void load_values(const ChunkEncoder<T> &enc, TileWork<T> &work) {
 }
 
 // Block 0 (docs/method.md 4.1): o = x basis0 + m basis1 + basis2.
-template <class T>
-void scalar_block(const ChunkEncoder<T> &enc, TileWork<T> &work, T *to) {
+template <class Encoder, class Work>
+void scalar_block(const Encoder &enc, Work &work, typename Encoder::Real *to) {
+  using T = typename Encoder::Real;
   constexpr int W = kLanes<T>;
   constexpr long P = kPanel<T>;
   const long h = enc.h, R = work.tile.slots;
@@ -318,8 +343,9 @@ bool stayed_apart(const ChunkEncoder<T> &enc, const TileWork<T> &work) {
 }
 
 // Runs all blocks on the tile in work.tile, up to work.weight and work.rows (the final rows).
-template <class T>
-void encode_tile(const ChunkEncoder<T> &enc, TileWork<T> &work, const int64_t *tensor_of) {
+template <class Encoder, class Work>
+void encode_tile(const Encoder &enc, Work &work, const int64_t *tensor_of) {
+  using T = typename Encoder::Real;
   load_values(enc, work);
   scalar_block(enc, work, work.block[1].in);
   attention_block(enc, work, 1, work.block[2].in);

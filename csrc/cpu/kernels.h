@@ -1,4 +1,4 @@
-// The table of kernels that each instruction set (portable, avx2, avx512) offers to abi.cpp.
+// The table of kernels that each instruction set (portable, avx2, avx512, avx512_bf16, amx_bf16) offers to abi.cpp.
 #pragma once
 
 #include "cpu/interrupt.h"
@@ -21,6 +21,8 @@ struct Kernels {
                                Interrupt &);
   int (*tensor_statistics)(int dtype, const sne_fast_tensor_statistics_args &, Interrupt &);
   int (*product_rate)(int dtype, long rows, long inner, long columns, long repeats, int threads);
+  // The table for float and double where this one is for products of bfloat16, and lacks some of the kernels.
+  const Kernels *real;
 };
 
 namespace portable {
@@ -32,10 +34,17 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx_bf16 {
+extern const Kernels kernels;
+}
 
 }  // namespace sne
 
-#if defined(SNE_ISA_portable) || defined(SNE_ISA_avx2) || defined(SNE_ISA_avx512)
+#if defined(SNE_ISA_portable) || defined(SNE_ISA_avx2) || defined(SNE_ISA_avx512) || defined(SNE_ISA_avx512_bf16) || \
+    defined(SNE_ISA_amx_bf16)
 #include "sne_fast/isa.h"
 
 namespace sne::SNE_ISA {

@@ -4,7 +4,8 @@
 //
 //   python csrc/fuzz/run.py
 //
-// Bytes, in order: op (0 to 4: chunk_encode, set_attention, segment_pool, gather_chunks, tensor_statistics), dtype,
+// Bytes, in order: op (0 to 4: chunk_encode, set_attention, segment_pool, gather_chunks, tensor_statistics), dtype
+// (even float, odd double; from 128 on even ones are products of bfloat16 where op and processor have them),
 // instruction set, width, heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes
 // are 0.
 #include <math.h>
@@ -431,12 +432,15 @@ void call(Bytes &bytes, int64_t op, int dtype) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Bytes bytes(data, size);
-  const int64_t op = bytes.below(5), dtype = bytes.below(2);
+  const int64_t op = bytes.below(5), kind = bytes.next();
   const char *isas[] = {"avx512", "avx2", "portable"};
   const char *isa = isas[bytes.below(3)];
   sne_fast_cpu_select_isa(sne_fast_cpu_has_isa(isa) ? isa : "");
-  if (dtype)
+  const char *bf16 = kind < 192 ? "avx512_bf16" : "amx_bf16";
+  if (kind % 2)
     call<double>(bytes, op, SNE_FAST_F64);
+  else if (kind >= 128 && op == 0 && sne_fast_cpu_select_isa(bf16) == SNE_FAST_OK)
+    call<float>(bytes, op, SNE_FAST_BF16);
   else
     call<float>(bytes, op, SNE_FAST_F32);
   return 0;

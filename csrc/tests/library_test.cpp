@@ -93,7 +93,7 @@ struct ChunkCase {
   }
 
   template <class T>
-  std::vector<Reals> run(int threads) const {
+  std::vector<Reals> run(int threads, int dtype = dtype_of<T>()) const {
     std::vector<std::vector<T>> in;
     for (const Reals &r : inputs) in.push_back(as<T>(r));
     const int64_t N = int64_t(chunk_ptr.size()) - 1;
@@ -105,7 +105,7 @@ struct ChunkCase {
                              &a.b_qkv,  &a.w_o,      &a.b_o,          &a.norm,  &a.pool_query};
     for (int i = 0; i < 11; ++i) *fields[i] = in[size_t(i)].data();
     std::vector<T> out(grad.size()), g = as<T>(grad);
-    expect(sne_fast_cpu_chunk_encode(dtype_of<T>(), &a, out.data()) == SNE_FAST_OK, "chunk_encode status");
+    expect(sne_fast_cpu_chunk_encode(dtype, &a, out.data()) == SNE_FAST_OK, "chunk_encode status");
     std::vector<std::vector<T>> grads;
     for (const Reals &r : inputs) grads.emplace_back(r.size());
     sne_fast_chunk_encode_grads b = {};
@@ -113,7 +113,7 @@ struct ChunkCase {
     void **targets[] = {&b.values, &b.row_code, &b.element_code, &b.logit, &b.basis,     &b.w_qkv,
                         &b.b_qkv,  &b.w_o,      &b.b_o,          &b.norm,  &b.pool_query};
     for (int i = 0; i < 11; ++i) *targets[i] = grads[size_t(i)].data();
-    expect(sne_fast_cpu_chunk_encode_backward(dtype_of<T>(), &a, &b) == SNE_FAST_OK, "chunk_encode_backward status");
+    expect(sne_fast_cpu_chunk_encode_backward(dtype, &a, &b) == SNE_FAST_OK, "chunk_encode_backward status");
     std::vector<Reals> results = {back(out)};
     for (const auto &t : grads) results.push_back(back(t));
     return results;
@@ -219,6 +219,18 @@ void exercise(const std::string &name, const Case &c, double tolerance, std::vec
   if (first->empty()) *first = truth;
 }
 
+// Products of bfloat16: the same bits for any number of threads, near float64 in what rounding moves little, and for
+// tiles of AMX what vdpbf16ps gives up to the order of sums.
+void exercise_bf16(const ChunkCase &c, std::vector<Reals> *first) {
+  const std::string what = std::string("chunk_encode in bfloat16 ") + sne_fast_cpu_isa();
+  const auto truth = c.run<double>(1), got = c.run<float>(1, SNE_FAST_BF16), threads = c.run<float>(4, SNE_FAST_BF16);
+  expect(got == threads, what + ": other bits with four threads");
+  expect(!(error(got[0], truth[0]) > 5e-2), what + ": far from float64");
+  for (size_t i = 0; i < got.size() && !first->empty(); ++i)
+    expect(!(error(got[i], (*first)[i]) > (i ? 0.2 : 2e-2)), what + ": far from avx512_bf16 " + std::to_string(i));
+  if (first->empty()) *first = got;
+}
+
 // <grad, f(x + t d) - f(x - t d)> / 2t against <gradient, d> for the values and every parameter.
 void differences(const ChunkCase &c) {
   const auto results = c.run<double>(2);
@@ -254,12 +266,20 @@ int main() {
   const std::vector<PoolCase> pool_cases = {{64, 4, {1, 2, 0, 70, 5000}}, {32, 1, {9}}, {48, 3, {17}}, {64, 4, {}}};
   const GatherCase gather;
   std::vector<std::vector<Reals>> first(chunk_cases.size() + set_cases.size() + pool_cases.size() + 1);
-  for (const char *isa : {"portable", "avx2", "avx512"}) {
+  std::vector<std::vector<Reals>> first_bf16(chunk_cases.size());
+  for (const char *isa : {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"}) {
     if (!sne_fast_cpu_has_isa(isa)) {
       printf("%s: not on this machine\n", isa);
       continue;
     }
     expect(sne_fast_cpu_select_isa(isa) == SNE_FAST_OK && !strcmp(sne_fast_cpu_isa(), isa), isa);
+    if (strstr(isa, "bf16")) {
+      for (size_t i = 0; i < chunk_cases.size(); ++i) exercise_bf16(chunk_cases[i], &first_bf16[i]);
+      expect(sne_fast_cpu_product_rate(SNE_FAST_BF16, 100, 64, 192, 2, 2) == SNE_FAST_OK, "product_rate in bfloat16");
+      printf("%s: done\n", isa);
+      continue;  // for float and double it has the kernels of avx512
+    }
+    expect(sne_fast_cpu_product_rate(SNE_FAST_BF16, 1, 64, 64, 1, 1) == SNE_FAST_BAD_DTYPE, "bfloat16 is refused");
     size_t i = 0;
     for (const ChunkCase &c : chunk_cases) exercise("chunk_encode", c, 1e-4, &first[i++]);
     for (const SetCase &c : set_cases) exercise("set_attention", c, 1e-4, &first[i++]);

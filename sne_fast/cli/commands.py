@@ -17,10 +17,14 @@ from typer.core import TyperGroup
 from ..failures import is_expected, sentence
 from ..version import __version__
 from .bench import bench
+from .compare import compare
 from .demo import demo
+from .duplicates import duplicates
 from .encode import encode
 from .info import info
+from .lineage import lineage
 from .predict import predict
+from .search import search
 from .task import task
 from .train import train
 
@@ -67,7 +71,7 @@ def _options(
     pass
 
 
-for _command in (demo, train, task, encode, predict, bench, info):
+for _command in (demo, train, task, encode, predict, search, duplicates, lineage, compare, bench, info):
     app.command()(_command)
 
 

@@ -12,6 +12,8 @@ import typer
 
 from ..atomic_files import replacing
 from ..data.choices import NonFinite
+from ..data.remote.paths import RemotePath, place
+from ..free_memory import parse_bytes
 from ..nn.choices import SetAttention
 from ..tasks.settings import check_choices, option
 from .options import options_of
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import WeightBatch
+    from ..embedding.running import Work
     from ..nn.encoder import SNE
     from ..nn.predictor import Predictor
 
@@ -47,15 +50,14 @@ SUFFIXES = (".npz", ".parquet")
 class EncodeSettings:
     """Options of `sne-fast encode`."""
 
-    paths: tuple[Path, ...] = option(
-        help=f"{PATHS} With a folder as --out also trees of folders, @FILE with a path in each line, and manifests "
-        "(.parquet).",
+    paths: tuple[str, ...] = option(
+        help=f"{PATHS} With a folder as --out also trees of folders and manifests (.parquet).",
         argument=True,
         metavar="PATH",
     )
     out: Path = option(
-        help="Output, .npz or .parquet, with columns name and vector; or a folder, for many networks, where what is "
-        "done stays done.",
+        help="Output, .npz or .parquet, with columns name and vector; or a folder, for many networks: what is done "
+        "stays done, and the same command goes on with the rest.",
         flags=("--out", "-o"),
     )
     model: str | None = option(
@@ -77,19 +79,29 @@ class EncodeSettings:
     rebuild: bool = option(False, help=REBUILD)
     layers: bool = option(False, help="Write the vectors of layers too, to a folder.")
     workers: int = option(1, help="Processes that encode, to a folder.", min=1)
+    scheduler: str | None = option(
+        None, help="Scheduler of a Dask cluster that encodes, to a folder, such as tcp://host:8786.", shown="none"
+    )
     shard: str | None = option(
         None, help="Share of this process among several that write to one folder, such as 0/8.", shown="all"
     )
     retry: bool = option(False, help="Encode again what failed before, to a folder.")
-    on_error: OnError = option("record", help="Record networks that fail and encode the others, or stop at the first.")
+    on_error: OnError = option(
+        "record", help="Record networks that fail and encode the others, or (to a folder) stop at the first."
+    )
 
     def __post_init__(self) -> None:
         check_choices(self, "encode")
         if self.shard is not None:
             parse_shard(self.shard)
-        for_folders = self.layers or self.workers > 1 or self.shard is not None or self.retry
-        if self.out.suffix in SUFFIXES and for_folders:
-            raise ValueError(f"--layers, --workers, --shard and --retry need a folder as --out, got {str(self.out)!r}")
+        many = {
+            "--layers": self.layers, "--workers": self.workers > 1, "--scheduler": self.scheduler is not None,
+            "--shard": self.shard is not None, "--retry": self.retry, "--on-error stop": self.on_error == "stop",
+        }  # fmt: skip
+        for name in (name for name, given in many.items() if given and self.out.suffix in SUFFIXES):
+            raise ValueError(f"{name} needs a folder as --out, got {str(self.out)!r}")
+        if self.scheduler is not None and self.workers > 1:
+            raise ValueError("--workers are processes of this machine; a cluster of --scheduler has its own")
         if self.rebuild and self.out.suffix not in SUFFIXES:
             raise ValueError(f"--rebuild needs an .npz or .parquet file as --out, got {str(self.out)!r}")
         if self.max_memory is not None:
@@ -106,22 +118,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if found is None or int(found[1]) >= int(found[2]):
         raise ValueError(f"--shard must be i/n with i from 0 to n - 1, such as 0/8, got {text!r}")
     return int(found[1]), int(found[2])
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes that a text such as 8G, 1.5 GiB or 500M means; units are powers of 1024.
-
-    Raises:
-        ValueError: another text.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2].upper()])
-    if found is None or size == 0:
-        raise ValueError(f"--max-memory must be a number of bytes such as 8G or 500M, got {text!r}")
-    return size
 
 
 @options_of(EncodeSettings)
@@ -201,37 +197,54 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     }  # fmt: skip
     dataset = EmbeddingDataset(out, encoder, **{name: value for name, value in given.items() if value is not None})
     with progress(console, "Reading headers") as update:
-        table = manifest(settings.paths, key=settings.key, progress=lambda n: update(0.0, f"{n:,} networks"))
-    failures = {row["uri"]: row["error"] for row in table.to_pylist() if row["error"] is not None}
+        table = manifest(settings.paths, key=settings.key, progress=lambda n: update(None, f"{n:,} networks"))
 
     def stop_at(failures: dict[str, str]) -> None:
         for uri, error in failures.items() if settings.on_error == "stop" else ():
             raise ValueError(about(uri, error))
 
-    stop_at(failures)
+    stop_at({row["uri"]: row["error"] for row in table.to_pylist() if row["error"] is not None})
     share, shares = (0, 1) if settings.shard is None else parse_shard(settings.shard)
     units = cut_for(plan(table, split=not whole), shares)[share::shares]
-    waiting = dataset.missing(units, retry=settings.retry)
-    total, done, encoded = max(sum(unit.weights for unit in waiting), 1), 0, set[str]()
-    with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
-        encoding = embed_units(
-            dataset, waiting, workers=settings.workers, device=settings.device, max_memory=limit, retry=settings.retry
-        )
-        for unit in encoding:
-            done += unit.weights
-            encoded |= {network.uri for network in unit.networks}
-            if settings.on_error == "stop":
-                stop_at(dataset.failures_of(unit))
-            update(done / total, f"{len(encoded):,} networks")
-    failures |= dataset.failures(units)
+    work = embed_units(
+        dataset, units, workers=settings.workers, scheduler=settings.scheduler, device=settings.device,
+        max_memory=limit, retry=settings.retry,
+    )  # fmt: skip
+    interrupted = False
+    try:
+        with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
+            for unit in work:
+                if settings.on_error == "stop":
+                    stop_at(dataset.failures_of(unit))
+                update(work.share, _note(work))
+    except KeyboardInterrupt:
+        interrupted = True
+    failures = dataset.failures(units)
     own = {network.uri for unit in units if unit.layers is None or unit.layers[0] == 0 for network in unit.networks}
-    ready, by_this_call = (len(uris - failures.keys()) for uris in (own, encoded))
+    ready, by_this_call = (len(uris - failures.keys()) for uris in (own - work.left.keys(), work.done))
     say(console, f"{ready:,} networks are done in {dataset.path}, {by_this_call:,} of them by this call")
+    if interrupted:
+        typer.echo(f"sne-fast: interrupted with {len(work.left):,} networks left; the same command goes on", err=True)
+        raise typer.Exit(130)
     list_failures([about(uri, error) for uri, error in failures.items()])
     if failures:
         of_all = len(own | failures.keys())
         typer.echo(f"sne-fast: {len(failures)} of {of_all} networks failed; the others are done", err=True)
         raise typer.Exit(1)
+
+
+def _note(work: Work) -> str:
+    """Return how many networks are done, and how fast."""
+    done, seconds = len(work.done), max(work.seconds, 1e-9)
+    rates = f"{done / seconds:,.3g} networks/s, {_short(work.weights / seconds)} weights/s"
+    return f"{done:,} of {done + len(work.left):,} networks, {rates}"
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
 
 
 LARGE = 2**22
@@ -246,11 +259,11 @@ def _layer_by_layer(encoder: SNE, settings: EncodeSettings) -> Callable[..., Enc
     order, nonfinite = encoder.config["order"], settings.nonfinite or "raise"
 
     def alone(file: Any, progress: Callable[[float], None]) -> Encoding | None:
-        if settings.max_chunks is None and not (isinstance(file, Path) and _bytes_of(file) > LARGE):
+        if settings.max_chunks is None and not (isinstance(file, (str, Path)) and _bytes_of(place(file)) > LARGE):
             return None
         if settings.rebuild:
             file = given_network(file, settings.key, True)
-        key = settings.key if isinstance(file, Path) else None
+        key = settings.key if isinstance(file, (str, Path)) else None
         stream = LayerStream(file, key=key, order=order, nonfinite=nonfinite)
         encoder.check_stream(stream, max_chunks=settings.max_chunks, max_memory=limit)
         layers = encoder.encode_layers(stream, max_chunks=settings.max_chunks, seed=settings.seed, progress=progress)
@@ -261,7 +274,9 @@ def _layer_by_layer(encoder: SNE, settings: EncodeSettings) -> Callable[..., Enc
 
 
 def _bytes_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in the folder of a folder or an index."""
+    """Return the bytes of a file, or of all in a folder; of folders and indices elsewhere more than `LARGE`."""
+    if isinstance(path, RemotePath) and (path.suffix == ".json" or path.is_dir()):
+        return LARGE + 1
     folder = path.parent if path.suffix == ".json" else path
     if not folder.is_dir():
         return folder.stat().st_size
@@ -294,7 +309,7 @@ def _model(settings: EncodeSettings) -> SNE | Predictor:
     from ..nn.encoder import SNE
     from ..nn.predictor import load_encoder
 
-    device = usable_device(settings.device)
+    device = usable_device("cpu" if settings.scheduler is not None else settings.device)  # workers have their own
     if settings.model is None:
         typer.echo(
             "sne-fast: no --model given: encoding with a freshly initialised, untrained encoder "

@@ -26,7 +26,7 @@ from .running import (
 class PredictSettings:
     """Options of `sne-fast predict`."""
 
-    paths: tuple[Path, ...] = option(help=PATHS, argument=True, metavar="PATH")
+    paths: tuple[str, ...] = option(help=PATHS, argument=True, metavar="PATH")
     model: str = option(help="Folder (or Hub repository) of a trained predictor.")
     stack: bool = option(False, help="Average with the boosted trees that train --stack has saved beside the model.")
     out: Path | None = option(None, help="Also write to .csv or .json.", flags=("--out", "-o"))

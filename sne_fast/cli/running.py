@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 BATCH_WEIGHTS = 200_000
 PATHS = (
     "Checkpoints (.safetensors, a sharded index, .pt, .pth, .bin, .ckpt), folders holding one, folders of a zoo or of "
-    "several checkpoints, which stand for all their networks, or FOLDER/NAME for one network of a zoo."
+    "several checkpoints, which stand for all their networks, or FOLDER/NAME for one network of a zoo; also URLs of "
+    "these, such as hf://USER/NAME@REVISION or s3://BUCKET/FOLDER, and @FILE with one of these in each line."
 )
 KEY = "Place of the weights in files that hold several, names joined by dots, such as generator or model.encoder."
 NONFINITE = "Treatment of NaN and infinities among the weights: refuse the network, read them as 0, or keep them."
@@ -67,25 +68,38 @@ def check_output(out: Path, suffixes: Sequence[str]) -> None:
         require("pyarrow.parquet", extra="parquet", why="writing .parquet", otherwise=", or write .npz")
 
 
-def expand(paths: Sequence[Path], key: str | None = None) -> list[tuple[str, Any]]:
+def expand(paths: Sequence[str | Path], key: str | None = None) -> list[tuple[str, Any]]:
     """Return the names of the networks at `paths`, each with its file or the network itself.
 
     The folder of a zoo stands for all its networks, and so does a folder of checkpoints each of which is a network of
-    its own. Bytes of a path that are no character are escapes in its name.
+    its own. A URL that cannot be read is a network, whose error reading it says. Bytes of a path that are no character
+    are escapes in its name.
 
     Args:
-        paths: as the user gave them.
+        paths: as the user gave them; `@FILE` stands for those in the lines of a text file.
         key: place of the weights in files that hold several; of the folder of a pipeline it names one network.
 
     Raises:
         FileNotFoundError: a path that is not there.
+        ModuleNotFoundError: a package is missing that a URL needs.
         ValueError: there are no networks.
     """
     from ..data.readers.folders import component_folders, independent_files
+    from ..data.remote.paths import is_remote, place
+    from ..embedding.manifests import find_networks, listed
     from ..zoo import networks_at
 
     files: list[Any] = []
-    for path in paths:
+    for given in listed(map(str, paths)):
+        if is_remote(given):
+            try:
+                files += list(find_networks([given], key))
+            except ModuleNotFoundError:
+                raise
+            except EXPECTED:
+                files.append(given)
+            continue
+        path = place(given)
         found = networks_at(path)
         if found is not None:
             files += found
@@ -93,7 +107,7 @@ def expand(paths: Sequence[Path], key: str | None = None) -> list[tuple[str, Any
             one = not path.is_dir() or (key is not None and component_folders(path) is not None)
             files += [path] if one else independent_files(path) or [path]
         else:
-            raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
+            raise FileNotFoundError(f"no such file or folder: {given!r}")
     if not files:
         raise ValueError("the zoo holds no networks")
     return [(str(file).encode("utf-8", "backslashreplace").decode("utf-8"), file) for file in files]
@@ -157,6 +171,7 @@ def run_in_batches(
 
     from ..data.batch import WeightBatch
     from ..data.batch_summary import summary_of
+    from ..data.remote.ahead import fetched_ahead
     from ..reports.terminal import progress
 
     outputs: dict[int, np.ndarray] = {}
@@ -199,7 +214,9 @@ def run_in_batches(
 
     with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
         held: list[tuple[int, WeightBatch]] = []
-        for i in range(len(networks)):
+        for i in fetched_ahead(
+            range(len(networks)), lambda i: [file] if isinstance(file := networks[i][1], str) else []
+        ):
             batch = packed(i, lambda done, i=i: update((i + done) / len(networks)))  # type: ignore[misc]
             if batch is not None:
                 if held and sum(b.num_weights for _, b in held) + batch.num_weights > BATCH_WEIGHTS:
@@ -226,7 +243,7 @@ def given_network(file: Any, key: str | None, rebuild: bool) -> Any:
     """Return what `pack` takes for a file or a network of a zoo: itself, or the checkpoint that was read from it.
 
     Args:
-        file: a path, or a network of a zoo.
+        file: a path, a URL, or a network of a zoo.
         key: place of the weights in a file that holds several.
         rebuild: whether a folder with a `config.json` is rebuilt as a module of transformers.
 
@@ -236,11 +253,13 @@ def given_network(file: Any, key: str | None, rebuild: bool) -> Any:
     from ..data.checkpoints import CheckpointError, read_checkpoint
     from ..data.transformers_folders import read_transformers_folder
 
+    if rebuild and isinstance(file, str):
+        raise CheckpointError("cannot be rebuilt from elsewhere; download its folder")
     if rebuild and isinstance(file, Path) and (file / "config.json").is_file():
         return read_transformers_folder(file)
     if key is None:
         return file
-    if not isinstance(file, Path):
+    if not isinstance(file, (str, Path)):
         raise CheckpointError("key= is for files of torch, not for a network of a zoo")
     return read_checkpoint(file, key)
 

@@ -13,7 +13,7 @@ MEASURES = ("tau", "r2", "mae", "rmse")
 
 @options_of(TrainSettings)
 def train(settings: TrainSettings) -> None:
-    """Train a predictor of a zoo's columns from the networks' weights.
+    """Train a predictor of a zoo's columns from the networks' weights, or an encoder without labels.
 
     Run it under torchrun to use several processes.
     """
@@ -27,6 +27,12 @@ def train(settings: TrainSettings) -> None:
     console = stdout()
     metrics = run(settings, console)
     if int(os.environ.get("RANK", "0")):
+        return
+    if settings.objective == "contrastive":
+        rows = [[name, number_or_dash(score, ".3f")] for name, score in metrics["linear_probes"].items()]
+        if rows:
+            show_table(console, ["linear probe of z, held-out networks", "accuracy or R2"], rows)
+        say(console, f"Written to {settings.out}: encoder/, recipe.json, metrics.json, {settings.log} log")
         return
     test, others = metrics["test"], metrics["baselines"]
     if "accuracy" in test and not isinstance(test["accuracy"], dict):

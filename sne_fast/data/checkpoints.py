@@ -52,7 +52,9 @@ def load_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
             - a folder: its `model.safetensors`, else its only checkpoint, else its `.npy` files as one; of a
               sentence-transformers model the weights
               of all modules, each under its number if there are several; of a diffusers pipeline the network that `key`
-              names, or its only one; of PEFT the adapter.
+              names, or its only one; of PEFT the adapter;
+            - the URL of any of these, such as `hf://user/name@revision` or `s3://bucket/folder`, read by ranges; needs
+              the extra `remote`.
         key: where the weights are in a pickled file that has several places, names joined by dots ("generator",
             "model.encoder"), also the start of names of tensors; all tensors below are taken, for "" all of the file.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -24,9 +25,13 @@ from .layers import Layer, Network, collect
 from .packing import check_options, pack_collected
 from .readers.lazy_tensors import LazyTensor
 from .readers.quantisation_configs import NOTHING_SAID
+from .remote.paths import is_remote
 from .weight_entries import weight_of
 
 __all__ = ["LayerStream"]
+
+_REMOTE_THREADS = 8  # that read layers of a network in a store elsewhere
+_BYTES_AHEAD = 2**26
 
 
 class LayerStream:
@@ -35,7 +40,7 @@ class LayerStream:
     Formats that cannot be read tensor by tensor, and modules and state_dicts, are in memory as they are.
 
     Args:
-        source: a path as `load_state_dict` takes it, an opened or read checkpoint, a module or a state_dict.
+        source: a path or URL as `load_state_dict` takes it, an opened or read checkpoint, a module or a state_dict.
         key: the place of the weights in a pickled file that has several.
         order: of the layers, as in :func:`sne_fast.pack`.
         kinds: of layers, "names" or a mapping, as in :func:`sne_fast.pack`.
@@ -62,9 +67,11 @@ class LayerStream:
         self.nonfinite = nonfinite
         self.first = 0
         self._lazy: dict[int, LazyTensor] = {}  # by the id of the meta tensor that stands for it
+        self._threads = 1
         name = None
         if isinstance(source, (str, os.PathLike)):
             name = os.fsdecode(source)
+            self._threads = _REMOTE_THREADS if is_remote(name) else 1
             try:
                 source = open_checkpoint(source, key)
             except CheckpointError as error:
@@ -134,21 +141,35 @@ class LayerStream:
         """Yield each layer as a batch of one network, with its level in the whole.
 
         Args:
-            ahead: whether a thread reads the next layer while the caller works on this one.
+            ahead: whether a thread reads the next layer while the caller works on this one; of a network in a store
+                elsewhere, eight threads read as many layers as have 64 MiB together, at least one.
             options: the arguments of :func:`sne_fast.pack` besides those that the stream has, and levels.
 
         Raises:
             ValueError: as :func:`sne_fast.pack`.
         """
-        with ThreadPoolExecutor(1) as pool:
-            waiting: Future[Layer] | None = None
-            for i in range(len(self)):
-                layer = self.read(i) if waiting is None else waiting.result()
-                waiting = pool.submit(self.read, i + 1) if ahead and i + 1 < len(self) else None
-                batch = self._pack(i, layer, **options)
-                del layer
-                yield batch
-                del batch
+        sizes = self.stored_bytes()
+        with ThreadPoolExecutor(self._threads) as pool:
+            waiting: deque[Future[Layer]] = deque()
+            try:
+                for i in range(len(self)):
+                    layer = waiting.popleft().result() if waiting else self.read(i)
+                    while ahead and self._may_read(i, len(waiting), sizes):
+                        waiting.append(pool.submit(self.read, i + 1 + len(waiting)))
+                    batch = self._pack(i, layer, **options)
+                    del layer
+                    yield batch
+                    del batch
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _may_read(self, i: int, waiting: int, sizes: list[int]) -> bool:
+        """Return whether one more layer may be read while layer i is worked on and others are waiting."""
+        following = i + 1 + waiting
+        if following >= len(self) or waiting >= self._threads:
+            return False
+        return waiting == 0 or sum(sizes[i + 1 : following + 1]) <= _BYTES_AHEAD
 
     def read(self, i: int) -> Layer:
         """Read layer i into memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
@@ -31,9 +32,9 @@ def batches_by_weights(
     """
     order = torch.arange(len(sizes)) if generator is None else torch.randperm(len(sizes), generator=generator)
     rows: list[int] = []
-    held = 0
+    held, weights = 0, sizes.tolist()
     for row in order.tolist():
-        size = int(sizes[row])
+        size = weights[row]
         if rows and (held + size > budget or len(rows) == most):
             yield rows
             rows, held = [], 0
@@ -57,10 +58,12 @@ def shards_by_weights(sizes: Tensor, rows: Sequence[int], shards: int) -> list[l
     Returns:
         `shards` lists of places in `rows`, each in ascending order; some are empty where there are fewer networks.
     """
-    held, dealt = [0] * shards, [[] for _ in range(shards)]  # type: list[int], list[list[int]]
-    for place in sorted(range(len(rows)), key=lambda p: (-int(sizes[rows[p]]), p)):
-        least = min(range(shards), key=lambda shard: (held[shard], shard))
-        held[least] += int(sizes[rows[place]])
+    held = [(0, shard) for shard in range(shards)]  # a heap
+    dealt: list[list[int]] = [[] for _ in range(shards)]
+    weights = sizes[torch.tensor(rows, dtype=torch.int64)].tolist()
+    for place in sorted(range(len(rows)), key=lambda p: (-weights[p], p)):
+        load, least = held[0]
+        heapq.heapreplace(held, (load + weights[place], least))
         dealt[least].append(place)
     return [sorted(places) for places in dealt]
 

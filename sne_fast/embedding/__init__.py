@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
-    from .dataset import EmbeddingDataset, collect
+    from .dataset import EmbeddingDataset, collect, dataset_folder, dataset_options
     from .manifests import manifest
-    from .running import embed_units
+    from .running import Work, embed_units
     from .units import Unit, cut_for, embed_unit, plan
 else:
     __getattr__, __dir__ = attach(
         __name__,
         {
-            ".dataset": ["EmbeddingDataset", "collect"],
+            ".dataset": ["EmbeddingDataset", "collect", "dataset_folder", "dataset_options"],
             ".manifests": ["manifest"],
-            ".running": ["embed_units"],
+            ".running": ["Work", "embed_units"],
             ".units": ["Unit", "cut_for", "embed_unit", "plan"],
         },
     )
 
-__all__ = ["EmbeddingDataset", "Unit", "collect", "cut_for", "embed_unit", "embed_units", "manifest", "plan"]
+__all__ = [
+    "EmbeddingDataset", "Unit", "Work", "collect", "cut_for", "dataset_folder", "dataset_options", "embed_unit",
+    "embed_units", "manifest", "plan",
+]  # fmt: skip

@@ -61,12 +61,12 @@ class EmbeddingDataset:
             except OSError:
                 if not (self.path / MODEL / CONFIG_NAME).is_file():  # that another process has made meanwhile
                     raise
+        self._about = {
+            "model": saved_class(config), DIGEST: config.get(DIGEST), "options": about["options"],
+            "preparation": config.get("preparation"), "sne_fast_version": __version__,
+        }  # fmt: skip
         if not (self.path / ABOUT).exists():
-            said = {
-                "model": saved_class(config), DIGEST: config.get(DIGEST), "options": about["options"],
-                "sne_fast_version": __version__,
-            }  # fmt: skip
-            write_json(self.path / ABOUT, said)
+            write_json(self.path / ABOUT, self._about)
 
     def part(self, unit: Unit) -> Path:
         """Return the file of a unit."""
@@ -90,9 +90,10 @@ class EmbeddingDataset:
         found = []
         for unit in units:
             if unit.layers is None:
-                left = tuple(network for network in unit.networks if not done(network))
+                packs = (tuple(network for network in pack if not done(network)) for pack in unit.packs)
+                left = tuple(pack for pack in packs if pack)
                 if left:
-                    found.append(unit if len(left) == len(unit.networks) else Unit(left))
+                    found.append(unit if left == unit.packs else Unit(left))
             elif not done(unit.networks[0]):
                 held = results.get((unit.networks[0].uri, unit.networks[0].etag))
                 run = None if held is None else held.runs.get(unit.layers[0])
@@ -117,9 +118,10 @@ class EmbeddingDataset:
         return {row["uri"]: row["error"] for row in rows if row["error"] is not None}
 
     def write(self, unit: Unit, table: Any) -> None:
-        """Write the results of a unit, all or nothing."""
+        """Write the results of a unit, all or nothing, with what made them as `sne_fast` in the file's metadata."""
         import pyarrow.parquet as pq
 
+        table = table.replace_schema_metadata({"sne_fast": json.dumps(self._about)})
         with replacing(self.part(unit)) as temporary:
             pq.write_table(table, temporary)
 
@@ -204,7 +206,7 @@ def collect(folder: str | os.PathLike[str], *, table: Any = None, encoder: SNE |
     require("pyarrow.parquet", extra="parquet", why="collecting vectors")
     import pyarrow as pa
 
-    path = _dataset_in(Path(folder))
+    path = dataset_folder(Path(folder))
     files = _parts(path)
     if not files:
         raise FileNotFoundError(f"collect: {path} holds no results")
@@ -229,7 +231,18 @@ def collect(folder: str | os.PathLike[str], *, table: Any = None, encoder: SNE |
     return pa.concat_tables([*tables, pa.Table.from_pylist(joined, schema=schema)]).sort_by("uri")
 
 
-def _dataset_in(folder: Path) -> Path:
+def dataset_options(folder: Path) -> dict[str, Any]:
+    """Return the options of `embed_unit` that the vectors in a folder `encoder=<hash>` were made with."""
+    return dict(read_json(folder / ABOUT, dict)["options"])
+
+
+def dataset_folder(folder: Path) -> Path:
+    """Return the folder of one encoder, `encoder=<hash>`, of itself or of the folder around it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several.
+    """
     if folder.name.startswith("encoder="):
         return folder
     inside = sorted(folder.glob("encoder=*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -11,8 +12,9 @@ from typing import Any
 
 from ..data.layer_stream import LayerStream
 from ..data.readers import adapter_configs, quantisation_configs
+from ..data.readers.beside import beside, folders_in
 from ..data.readers.distributed_folders import distributed_folder
-from ..data.readers.errors import CheckpointError
+from ..data.readers.errors import CheckpointError, Unreachable
 from ..data.readers.folders import (
     METADATA,
     EmptyFolder,
@@ -23,17 +25,24 @@ from ..data.readers.folders import (
     is_model_folder,
     sentence_transformer_parts,
 )
-from ..data.readers.shards import counts_itself, index_beside
+from ..data.readers.shards import counts_itself, index_beside, shards_named, sibling_shards
+from ..data.remote.failures import scrubbed
+from ..data.remote.paths import RemotePath, forget, is_remote, place
 from ..extras import require
 from ..failures import any_sentence
 from ..regular_files import read_text
 from ..zoo.index import ABOUT, INDEX
-from ..zoo.table import Zoo, networks_at
+from ..zoo.table import Zoo, ZooNetwork, networks_at
+from .in_order import in_order
 
-__all__ = ["find_networks", "manifest", "network_at"]
+__all__ = ["find_networks", "listed", "manifest", "network_at"]
 
 BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
 """Files beside a checkpoint that say how its tensors are read."""
+WHOLE = (
+    ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf", ".npz", ".npy", ".h5", ".keras", ".msgpack", ".tflite",
+)  # fmt: skip
+"""Endings of files that have all their values in them, as those of ONNX may not."""
 COLUMNS = ("uri", "name", "etag", "weights", "layer_weights", "error")
 
 
@@ -45,37 +54,39 @@ def manifest(
     Args:
         sources: paths, each of a checkpoint, of a folder of one or of several, of a tree of such folders, of a zoo
             (all its networks), or `FOLDER/NAME` for one network of a zoo; `@FILE` stands for the paths in a text file,
-            one in each line; a `.parquet` file is a manifest that was written before.
+            one in each line; a `.parquet` file is a manifest that was written before. Also URLs of files and folders,
+            `hf://user/name@revision` of the Hugging Face Hub or those of stores that fsspec knows (extra `remote`).
         key: the place of the weights in pickled files that have several.
         progress: function that is called with the number of networks looked at.
 
     Returns:
-        A `pyarrow.Table` with a row per network, also where paths name it twice. `uri` (string) is its path and `name`
-        (string) what it is called in results; `etag` (string) changes when its files do, by their sizes and times;
-        `weights` (int64) and `layer_weights` (list of int64) are those of the network and of each of its layers, of
-        quantised ones an upper bound, null for a network that cannot be read; `error` (string) says why it cannot, null
-        for all others.
+        A `pyarrow.Table` with a row per network, also where paths name it twice. `uri` (string) is its path or URL, of
+        a repository at the commit that its revision meant, and `name` (string) what it is called in results; `etag`
+        (string) changes when its files do, by their sizes and times, or what their store says of versions; `weights`
+        (int64) and `layer_weights` (list of int64) are those of the network and of each of its layers, of quantised
+        ones an upper bound, null for a network that cannot be read; `error` (string) says why it cannot, null for all
+        others.
 
     Raises:
-        FileNotFoundError: a source that is not there.
-        ModuleNotFoundError: pyarrow is missing.
+        FileNotFoundError: a source on this machine that is not there; a URL at which nothing can be read is a row with
+            its error.
+        ModuleNotFoundError: pyarrow is missing, or a package that a URL needs.
     """
     arrow = _arrow()
+    forget()
     rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     tables = []
-    seen = set[str]()
+    others = []
     for source in sources:
-        if str(source).endswith(".parquet") and Path(source).is_file():
+        if str(source).endswith(".parquet") and not is_remote(source) and Path(source).is_file():
             tables.append(_read_manifest(Path(source)))
-            continue
-        for uri in find_networks([source], key):
-            if uri in seen:
-                continue
-            seen.add(uri)
-            for name, value in _row(uri, key).items():
-                rows[name].append(value)
-            if progress is not None:
-                progress(len(rows["uri"]))
+        else:
+            others.append(os.fsdecode(source))
+    for row in _rows(others, key):
+        for name, value in row.items():
+            rows[name].append(value)
+        if progress is not None:
+            progress(len(rows["uri"]))
     made = arrow.table(rows, schema=schema())
     return arrow.concat_tables([*tables, made]) if tables else made
 
@@ -87,6 +98,32 @@ def schema() -> Any:
     return arrow.schema(list(zip(COLUMNS, types, strict=True)))
 
 
+def _rows(sources: Iterable[str], key: str | None) -> Iterator[dict[str, Any]]:
+    """Yield a row for each network at some sources; those elsewhere are looked at by threads."""
+    found = in_order(lambda source: _networks_or_failure(source, key), listed(sources), is_remote)
+    seen = set[str]()
+
+    def each_once() -> Iterator[dict[str, Any]]:
+        for row in itertools.chain.from_iterable(found):
+            if row["uri"] not in seen:
+                seen.add(row["uri"])
+                yield row
+
+    yield from in_order(lambda row: _described(row, key), each_once(), lambda row: is_remote(row["uri"]))
+
+
+def _networks_or_failure(source: str, key: str | None) -> list[dict[str, Any]]:
+    """Return rows of the networks at a source without what their headers say; one with its error for a failed URL."""
+    if not is_remote(source):
+        return [_row(uri) for uri in find_networks([source], key)]
+    try:
+        return [_row(uri) for uri in find_networks([source], key)]
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        return [_row(scrubbed(source), error=any_sentence(error))]
+
+
 def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = None) -> Iterator[str]:
     """Yield the paths of all networks at some sources, see `manifest`; a network of a zoo is `FOLDER/NAME`.
 
@@ -95,25 +132,39 @@ def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = N
     Raises:
         FileNotFoundError: a source that is not there.
     """
-    for source in sources:
-        text = os.fsdecode(source)
-        if text.startswith("@"):
-            lines = read_text(Path(text[1:])).splitlines()
-            yield from find_networks([line.strip() for line in lines if line.strip()], key)
-            continue
-        path = Path(text)
-        in_zoo = networks_at(path)
+    for text in listed(map(os.fsdecode, sources)):
+        path = place(text)
+        in_zoo = _zoo_at(path)
         if in_zoo is not None:
             yield from map(str, in_zoo)
         elif not path.exists():
+            if isinstance(path, RemotePath):
+                path.stat()  # says why
             raise FileNotFoundError(f"no such file or folder: {text!r}")
         elif path.is_dir():
+            if isinstance(path, RemotePath):
+                path.list_tree()
             found = list(_in_tree(path, key)) or ([path] if array_files(path) else [])
             if not found:
                 chosen_file(path)  # says what is there instead
             yield from map(str, found)
         else:
             yield str(path)
+
+
+def listed(sources: Iterable[str]) -> Iterator[str]:
+    """Yield sources, those in the lines of a text file for `@FILE`."""
+    for source in sources:
+        if source.startswith("@"):
+            lines = read_text(Path(source[1:])).splitlines()
+            yield from listed(line.strip() for line in lines if line.strip())
+        else:
+            yield source
+
+
+def _zoo_at(path: Path) -> list[ZooNetwork] | None:
+    """Return the networks at a path of a zoo on this machine, None for other paths."""
+    return None if isinstance(path, RemotePath) else networks_at(path)
 
 
 def _in_tree(folder: Path, key: str | None) -> Iterator[Path]:
@@ -137,21 +188,24 @@ def _in_tree(folder: Path, key: str | None) -> Iterator[Path]:
         yield file
     except EmptyFolder:
         pass
+    except Unreachable:
+        raise
     except CheckpointError:
         yield from independent_files(folder) or [folder]
     try:
-        entries = sorted(folder.iterdir())
+        entries = folders_in(folder)
     except OSError:  # which reading it says
         return
     for entry in entries:
-        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-            in_zoo = networks_at(entry)
-            yield from _in_tree(entry, key) if in_zoo is None else map(Path, map(str, in_zoo))
+        in_zoo = _zoo_at(entry)
+        yield from _in_tree(entry, key) if in_zoo is None else map(Path, map(str, in_zoo))
 
 
 def network_at(uri: str) -> Any:
-    """Return what `pack` takes for a row of a manifest: a path, or the network of a zoo."""
-    path = Path(uri)
+    """Return what `pack` takes for a row of a manifest: a path or URL, or the network of a zoo."""
+    if is_remote(uri):
+        return uri
+    path = place(uri)
     index = path.parent / INDEX
     if path.exists() or not index.is_file():
         return path
@@ -166,31 +220,51 @@ def _opened(folder: Path, changed: int) -> Zoo:
 
 
 def etag_of(uri: str) -> str:
-    """Return a text that changes when the files of a network do, by their sizes and times of change.
+    """Return a text that changes when the files of a network do.
+
+    That is by their sizes and times of change, or in a store elsewhere by what it says of versions.
 
     Raises:
         OSError: there is no such file.
+        StoreError: a store elsewhere cannot be asked.
     """
-    path = Path(uri)
+    path = place(uri)
     if path.is_dir():
         files = [entry for entry in path.rglob("*") if entry.is_file()]
     elif not path.exists() and (path.parent / INDEX).is_file():  # a network of a zoo
         files = [path.parent / ABOUT, path.parent / INDEX]
     elif path.suffix in (".json", ".distcp") or path.name == METADATA or counts_itself(path.name) or index_beside(path):
-        # one part of several
-        files = [entry for entry in path.parent.iterdir() if entry.is_file()]
-    else:  # with values that ONNX keeps in another file
-        beside = [path.parent / name for name in (*BESIDE, f"{path.name}.data", f"{path.name}_data")]
-        files = [path, *filter(Path.is_file, beside)]
+        files = _files_of_parts(path)
+    else:
+        values = () if path.suffix in WHOLE else (f"{path.name}.data", f"{path.name}_data")
+        files = [path, *beside(path, (*BESIDE, *values))]
     said = hashlib.sha256()
     for file in sorted(files):
         stat = file.stat()
-        said.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        size, version = stat.st_size, file.etag() if isinstance(file, RemotePath) else stat.st_mtime_ns
+        said.update(f"{file.name}\0{size}\0{version}\0".encode("utf-8", "surrogateescape"))
     return said.hexdigest()[:24]
 
 
-def _row(uri: str, key: str | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"uri": uri, "name": uri, "etag": "", "weights": None, "layer_weights": None, "error": None}
+def _files_of_parts(path: Path) -> list[Path]:
+    """Return the files of a checkpoint of which a path is one part: all in its folder, where that can be listed."""
+    if not isinstance(path, RemotePath) or path.store.lists:
+        return [entry for entry in path.parent.iterdir() if entry.is_file()]
+    index = path if path.suffix == ".json" else index_beside(path)
+    if index is None:
+        return [*(sibling_shards(path) or [path]), *beside(path, BESIDE)]
+    return [index, *(index.parent / shard for shard in shards_named(index)), *beside(path, BESIDE)]
+
+
+def _row(uri: str, error: str | None = None) -> dict[str, Any]:
+    return {"uri": uri, "name": uri, "etag": "", "weights": None, "layer_weights": None, "error": error}
+
+
+def _described(row: dict[str, Any], key: str | None) -> dict[str, Any]:
+    """Fill in what the headers of a network say; return the row."""
+    if row["error"] is not None:
+        return row
+    uri = row["uri"]
     try:
         row["etag"] = etag_of(uri)
         sizes = [sum(layer) for layer in LayerStream(network_at(uri), key=key).tensor_sizes()]

@@ -7,6 +7,8 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,19 +16,23 @@ import torch
 from ..data.batch import WeightBatch
 from ..data.checkpoints import read_checkpoint
 from ..data.layer_stream import LayerStream
+from ..data.remote.ahead import fetched_ahead
+from ..data.remote.paths import is_remote
 from ..data.weight_budgets import batches_by_weights
 from ..extras import require
 from ..failures import any_sentence
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from .manifests import network_at
+from .manifests import etag_of, network_at
 
 __all__ = ["Unit", "cut_for", "embed_unit", "plan"]
 
 BUDGET = 200_000_000
 """Weights of a unit: a few minutes of one core, less than a second of a GPU."""
 LEAST = 1_000_000
-"""Weights below which units are not cut for several processes: about a second of one core."""
+"""Weights below which units are not cut smaller: about a second of one core."""
+EACH = 16
+"""Units for each process, at least: what progress is told by, and what evens out their times."""
 MOST = 4096
 """Networks of a unit."""
 PACKED = 200_000
@@ -35,12 +41,17 @@ PACKED = 200_000
 
 @dataclass(frozen=True)
 class Network:
-    """A network of a unit: its row of the manifest."""
+    """A network of a unit: its row of the manifest; `weights` is 0 where `error` says why it cannot be read."""
 
     uri: str
     name: str
     etag: str
     weights: int
+    error: str | None = None
+
+
+Pack = tuple[Network, ...]
+"""Networks that are encoded in one call, since the last bits of their vectors may depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -48,70 +59,89 @@ class Unit:
     """Work that is done and written at once: whole networks, or a run of layers of one.
 
     Attributes:
-        networks: of the unit; one where `layers` is given.
+        packs: networks of the unit, those that are encoded in one call together; one network where `layers` is given.
+            Units are cut between packs, so that a vector has the same bits whatever the units are.
         layers: first layer, the one after the last, and the number of all layers of the network; None for whole
             networks.
+        layer_weights: weights of the run of layers.
     """
 
-    networks: tuple[Network, ...]
+    packs: tuple[Pack, ...]
     layers: tuple[int, int, int] | None = None
+    layer_weights: int | None = None
 
-    @property
+    @cached_property
+    def networks(self) -> tuple[Network, ...]:
+        """The networks of all packs."""
+        return tuple(chain.from_iterable(self.packs))
+
+    @cached_property
     def id(self) -> str:
         """Sixteen hexadecimal digits that depend on what is to be encoded, and on nothing else."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
+    @cached_property
     def weights(self) -> int:
-        """Weights of the networks, of which a run of layers has a part."""
-        return sum(network.weights for network in self.networks)
+        """Weights that are encoded."""
+        return sum(network.weights for network in self.networks) if self.layer_weights is None else self.layer_weights
 
 
 def plan(table: Any, budget: int = BUDGET, *, split: bool = True) -> list[Unit]:
     """Cut the networks of a manifest into units of about equal work, the largest first.
 
     Args:
-        table: of `manifest`; rows with an error are left out.
+        table: of `manifest`; rows with an error become rows of results with that error.
         budget: weights of a unit. A larger network becomes several units, each a run of its layers.
         split: whether a network may be split; a predictor's preparation may need it whole.
 
     Returns:
-        Units, the same for the same table and budget.
+        Units, the same for the same table and budget. What is encoded in one call depends on the table alone, unless
+        the budget is smaller than that.
     """
-    rows = [row for row in table.to_pylist() if row["error"] is None]
-    rows.sort(key=lambda row: (-row["weights"], row["uri"]))
+    rows = sorted(table.to_pylist(), key=lambda row: (row["error"] is not None, -(row["weights"] or 0), row["uri"]))
     units: list[Unit] = []
     together: list[Network] = []
+    failed: list[Pack] = []
     for row in rows:
-        network, sizes = Network(row["uri"], row["name"], row["etag"], row["weights"]), row["layer_weights"]
-        if split and row["weights"] > budget and len(sizes) > 1:
+        network = Network(row["uri"], row["name"], row["etag"], row["weights"] or 0, row["error"])
+        sizes = row["layer_weights"]
+        if network.error is not None:
+            failed.append((network,))
+        elif split and network.weights > budget and len(sizes) > 1:
             runs = batches_by_weights(torch.tensor(sizes), budget)
-            units += [Unit((network,), (run[0], run[-1] + 1, len(sizes))) for run in runs]
+            for run in runs:
+                held = (run[0], run[-1] + 1, len(sizes))
+                units.append(Unit(((network,),), held, sum(sizes[run[0] : run[-1] + 1])))
         else:
             together.append(network)
-    return units + [Unit(tuple(group)) for group in _groups(together, budget)]
+    return units + list(_units([*_packs(together, min(budget, PACKED)), *failed], budget))
 
 
 def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
-    """Cut units of several networks, so that there are about eight units for each of several processes.
+    """Cut units of several networks, so that there are about sixteen units for each process.
 
     Args:
         units: of `plan`.
-        processes: that share the units; for one they stay as they are.
+        processes: that share the units.
 
     Returns:
         Units, the same for the same units and number of processes.
     """
-    if processes == 1:
-        return list(units)
-    most = max(LEAST, sum(unit.weights for unit in units if unit.layers is None) // (8 * processes))
+    most = max(LEAST, sum(unit.weights for unit in units if unit.layers is None) // (EACH * processes))
     found: list[Unit] = []
     for unit in units:
         if unit.layers is None and unit.weights > most:
-            found += [Unit(tuple(group)) for group in _groups(unit.networks, most)]
+            found += _units(unit.packs, most)
         else:
             found.append(unit)
     return found
+
+
+def halves(unit: Unit) -> list[Unit]:
+    """Return a unit in two parts, cut between packs; one pack alone is cut between its networks."""
+    packs = unit.packs if len(unit.packs) > 1 else tuple((network,) for network in unit.networks)
+    middle = len(packs) // 2
+    return [Unit(packs[:middle]), Unit(packs[middle:])]
 
 
 def embed_unit(
@@ -150,8 +180,10 @@ def embed_unit(
         raise ValueError("embed_unit: layers, max_chunks and runs of layers are for encoders, got a Predictor")
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        for group in _groups(unit.networks, PACKED):
-            if isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED):
+        for group in fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None]):
+            if group[0].error is not None:
+                rows += [_row(network, 0.0) for network in group]
+            elif isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED):
                 given = {"key": key, "nonfinite": nonfinite, "max_memory": max_memory}
                 for network in group:
                     rows.append(_layer_by_layer(encoder, network, unit.layers, layers, max_chunks, seed, given))
@@ -189,11 +221,26 @@ def schema(encoder: SNE | Predictor) -> Any:
     )  # fmt: skip
 
 
-def _groups(networks: Sequence[Network], most: int) -> Iterator[list[Network]]:
-    """Yield runs of networks: as many as have `most` weights together, or one larger one."""
+def _packs(networks: Sequence[Network], most: int) -> Iterator[Pack]:
+    """Yield runs of small networks that are encoded in one call, and each larger one alone."""
     sizes = torch.tensor([network.weights for network in networks], dtype=torch.int64)
     for rows in batches_by_weights(sizes, most, most=MOST):
-        yield [networks[i] for i in rows]
+        yield tuple(networks[i] for i in rows)
+
+
+def _units(packs: Sequence[Pack], budget: int) -> Iterator[Unit]:
+    """Yield units of consecutive packs, of at most so many weights and networks unless one pack has more."""
+    held: list[Pack] = []
+    weights = networks = 0
+    for pack in packs:
+        size = sum(network.weights for network in pack)
+        if held and (weights + size > budget or networks + len(pack) > MOST):
+            yield Unit(tuple(held))
+            held, weights, networks = [], 0, 0
+        held.append(pack)
+        weights, networks = weights + size, networks + len(pack)
+    if held:
+        yield Unit(tuple(held))
 
 
 def _row(network: Network, seconds: float, **values: Any) -> dict[str, Any]:
@@ -212,7 +259,7 @@ def _layer_by_layer(
     start = time.perf_counter()
     try:
         stream = LayerStream(
-            network_at(network.uri), key=given["key"], order=encoder.config["order"],
+            _source_of(network), key=given["key"], order=encoder.config["order"],
             nonfinite=given["nonfinite"] or "raise",
         )  # fmt: skip
         if run is not None and len(stream) != run[2]:
@@ -249,7 +296,7 @@ def _together(
     options = {} if nonfinite is None else {"nonfinite": nonfinite}
     encode = encoder if isinstance(encoder, SNE) else encoder.encode
     try:
-        batch: WeightBatch = encoder.pack([_read(network.uri, key) for network in networks], **options)
+        batch: WeightBatch = encoder.pack([_read(network, key) for network in networks], **options)
         vectors = encode(batch).float().tolist()
     except Exception as error:
         if len(networks) == 1:
@@ -259,8 +306,16 @@ def _together(
     return [_row(network, each, vector=vector) for network, vector in zip(networks, vectors, strict=True)]
 
 
-def _read(uri: str, key: str | None) -> Any:
-    return network_at(uri) if key is None else read_checkpoint(uri, key)
+def _read(network: Network, key: str | None) -> Any:
+    source = _source_of(network)
+    return source if key is None else read_checkpoint(network.uri, key)
+
+
+def _source_of(network: Network) -> Any:
+    """Return what `pack` takes for a network; one in a store elsewhere must be the one of the manifest."""
+    if is_remote(network.uri) and etag_of(network.uri) != network.etag:
+        raise ValueError(f"{network.uri}: has changed since its manifest was made; make it again")
+    return network_at(network.uri)
 
 
 def _arrow() -> Any:

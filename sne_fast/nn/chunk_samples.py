@@ -37,12 +37,12 @@ class ChunkSample(NamedTuple):
     Attributes:
         batch: with these chunks alone; statistics are those of all.
         position: `(N',)` int64, the place of each chunk in its tensor.
-        halves: the two halves of the sample.
+        halves: the two halves of the sample, from which its error is estimated; none where that is not wanted.
     """
 
     batch: WeightBatch
     position: Tensor
-    halves: tuple[Half, Half]
+    halves: tuple[Half, ...]
 
 
 def sample_chunks(batch: WeightBatch, max_chunks: int, seed: int) -> ChunkSample | None:

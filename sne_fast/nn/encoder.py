@@ -181,10 +181,25 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
         Raises:
             ValueError: a batch without the shapes of its tensors.
         """
-        if self.tensor_statistics is not None and self.tensor_statistics.fit(batch):
-            seen = torch.zeros(NUM_TENSOR_TYPES, dtype=torch.bool, device=batch.device)
-            seen[batch.tensor_type] = True
-            self.type_embedding.weight[~seen.to(self.type_embedding.weight.device)] = 0
+        self.set_statistics_sums(*self.statistics_sums(batch))
+
+    @torch.no_grad()
+    def statistics_sums(self, batch: WeightBatch) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`set_statistics_sums` takes; the values of several batches add up to those of all.
+
+        Returns:
+            Sums of the statistics, empty without statistics, and the number of tensors of each type, float64 on the
+            CPU.
+        """
+        channel = self.tensor_statistics
+        sums = torch.zeros(0, dtype=torch.float64) if channel is None else channel.sums(batch)
+        return sums, torch.bincount(batch.tensor_type.cpu(), minlength=NUM_TENSOR_TYPES).double()
+
+    @torch.no_grad()
+    def set_statistics_sums(self, sums: Tensor, types: Tensor) -> None:
+        """Do what :meth:`set_statistics` does, by what :meth:`statistics_sums` returned of the training networks."""
+        if self.tensor_statistics is not None and self.tensor_statistics.set_sums(sums):
+            self.type_embedding.weight[(types == 0).to(self.type_embedding.weight.device)] = 0
 
     def pack(self, networks: Networks, **options: Any) -> WeightBatch:
         """Pack networks as this encoder expects them: with its chunk size, chunking, scale, order, dtype and device.
@@ -253,7 +268,7 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
             )  # [T, h]
             return self._encode_tensors(tensors if told is None else tensors + told, batch)
 
-        if sample is not None:
+        if sample is not None and sample.halves:
             parts = [encode(chunks[h.rows], h.tensor_ptr, h.tensor_ptr_host, h.position) for h in sample.halves]
             halves = torch.stack(parts)
         vectors = encode(chunks, chunked.tensor_ptr, chunked.tensor_ptr_host, index)

@@ -56,6 +56,14 @@ class InputNormaliser(nn.Module):
         Types never seen at a level, as deeper networks will have, take the mean over the levels where they were seen,
         types never seen at all the mean over everything (root mean squares, both).
         """
+        self.set_sums(self.sums(batch))
+
+    @torch.no_grad()
+    def sums(self, batch: WeightBatch) -> Tensor:
+        """Return sums of squares and numbers of weights by type and level, `(2, 64, 64)` float64 on the CPU.
+
+        Those of several batches add up to those of all their networks.
+        """
         _check_unscaled(batch)
         batch = batch.to("cpu")  # where sums by index have one order
         places, sizes = self._places(batch)
@@ -64,7 +72,12 @@ class InputNormaliser(nn.Module):
         of_value = torch.repeat_interleave(places, sizes, output_size=batch.num_weights)
         sums.index_add_(0, of_value, batch.values.double().square())
         counts.index_add_(0, places, sizes.double())
-        sums, counts = sums.view(TYPES, LEVELS), counts.view(TYPES, LEVELS)
+        return torch.stack([sums, counts]).view(2, TYPES, LEVELS)
+
+    @torch.no_grad()
+    def set_sums(self, of_networks: Tensor) -> None:
+        """Set `divisor` from what `sums` returned of the training networks."""
+        sums, counts = of_networks.cpu()
         mean = sums.sum() / counts.sum()
         for total, count in ((sums.sum(1, keepdim=True), counts.sum(1, keepdim=True)), (sums, counts)):
             mean = torch.where(count > 0, total / count.clamp_min(1), mean)
@@ -112,8 +125,12 @@ class FanInScale(nn.Module):
 
     __call__: Callable[..., WeightBatch]
 
-    def fit(self, batch: WeightBatch) -> None:
-        """Do nothing: there is nothing to fit; the interface is that of `InputNormaliser`."""
+    def sums(self, batch: WeightBatch) -> Tensor:
+        """Return nothing to add up: there is nothing to fit; the interface is that of `InputNormaliser`."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    def set_sums(self, of_networks: Tensor) -> None:
+        """Do nothing."""
 
     def forward(self, batch: WeightBatch) -> WeightBatch:
         """Multiply every value by the root of its layer's fan-in."""

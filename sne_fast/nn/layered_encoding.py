@@ -63,9 +63,9 @@ class LayeredEncodingMixin:
         ``set_attention="isab"``. The vector is that of :meth:`forward` up to rounding.
 
         Args:
-            source: a path (see :func:`sne_fast.data.checkpoints.load_state_dict`), a module, a state_dict, a checkpoint
-                that was opened or read, or a :class:`sne_fast.data.layer_stream.LayerStream`; or a list or tuple of
-                these.
+            source: a path or URL (see :func:`sne_fast.data.checkpoints.load_state_dict`), a module, a state_dict, a
+                checkpoint that was opened or read, or a :class:`sne_fast.data.layer_stream.LayerStream`; or a list or
+                tuple of these.
             key: the place of the weights in a pickled file that has several.
             kinds: as in :func:`sne_fast.pack`.
             nonfinite: as in :func:`sne_fast.pack`.

@@ -18,7 +18,7 @@ from ..data.tensor_statistics import tensor_statistics
 from .choices import FittedScale, Loss, Transform
 from .config_checks import choice, integer, integers, listed, shown
 from .encoder import SNE
-from .input_scales import INPUT_SCALES
+from .input_scales import INPUT_SCALES, InputNormaliser
 from .plain_state import unwrapped
 from .preparation import Preparation
 from .pretrained import PretrainedMixin, about, checked_arguments, read_config, saved_class
@@ -245,22 +245,48 @@ class Predictor(PretrainedMixin, nn.Module):
         Raises:
             ValueError: as `pack`, `prepare` and the encoder.
         """
-        batch = self.prepare(networks if isinstance(networks, WeightBatch) else self.pack(networks))
-        if self.input_normaliser is not None:
-            batch = self.input_normaliser(batch)
-        return self.encoder(batch)
+        return self.encoder(self.scale_inputs(networks if isinstance(networks, WeightBatch) else self.pack(networks)))
+
+    def scale_inputs(self, batch: WeightBatch) -> WeightBatch:
+        """Prepare a batch and apply the input scale, as `encode` does before the encoder.
+
+        Raises:
+            ValueError: as `prepare` and the input scale.
+        """
+        batch = self.prepare(batch)
+        return batch if self.input_normaliser is None else self.input_normaliser(batch)
 
     def set_inputs(self, batch: WeightBatch) -> None:
         """Fit the input scale, and the mean and spread of statistics, to the training networks.
 
         Does nothing without `normalise_inputs` and for an encoder without statistics.
         """
-        if self.input_normaliser is None and self._sne.tensor_statistics is None:
-            return
+        if self.fits_inputs:
+            self.set_input_sums(self.input_sums(batch))
+
+    @property
+    def fits_inputs(self) -> bool:
+        """Whether `set_inputs` sets anything."""
+        return self.input_scale == "zoo" or self._sne.tensor_statistics is not None
+
+    def input_sums(self, batch: WeightBatch) -> Tensor:
+        """Return what `set_input_sums` takes, as one vector of float64 on the CPU.
+
+        The vectors of several batches add up to that of all their networks.
+        """
         batch = self.prepare(batch)
-        if self.input_normaliser is not None:
-            self.input_normaliser.fit(batch)
-        self._sne.set_statistics(batch)
+        scale = [] if self.input_normaliser is None else [self.input_normaliser.sums(batch)]
+        return torch.cat([sums.flatten() for sums in (*scale, *self._sne.statistics_sums(batch))])
+
+    def set_input_sums(self, sums: Tensor) -> None:
+        """Do what `set_inputs` does, by what `input_sums` returned of the training networks."""
+        if isinstance(self.input_normaliser, InputNormaliser):
+            divisor = self.input_normaliser.divisor
+            self.input_normaliser.set_sums(sums[: 2 * divisor.numel()].view(2, *divisor.shape))
+            sums = sums[2 * divisor.numel() :]
+        channel = self._sne.tensor_statistics
+        columns = 0 if channel is None else len(channel.mean)
+        self._sne.set_statistics_sums(sums[: 3 * columns].view(3, columns), sums[3 * columns :])
 
     def set_targets(self, targets: Tensor) -> None:
         """Set `target_mean` and `target_std` from training targets `(n, out_features)` in their own units.

@@ -29,7 +29,7 @@ class StatisticsChannel(nn.Module):
         hidden_dim: h.
         statistics: "tensor" for all 23 statistics, or "relative" for the 19 that do not name a size.
 
-    Parameters are `hidden`, `to_tensor` and `to_pool`; the buffers `mean` and `std` are 0 and 1 until `fit`.
+    Parameters are `hidden`, `to_tensor` and `to_pool`; the buffers `mean` and `std` are 0 and 1 until `set_sums`.
     """
 
     mean: Tensor
@@ -70,17 +70,28 @@ class StatisticsChannel(nn.Module):
         return found[:, list(COLUMNS[self.statistics])]
 
     @torch.no_grad()
-    def fit(self, batch: WeightBatch) -> bool:
-        """Set `mean` and `std` from the tensors of the training networks.
+    def sums(self, batch: WeightBatch) -> Tensor:
+        """Return the number, sums and sums of squares of the statistics of tensors, `(3, columns)` float64 on the CPU.
+
+        Those of several batches add up to those of all their networks.
+        """
+        found = self.columns_of(batch).double().cpu()
+        return torch.stack([torch.full_like(self.mean, len(found), dtype=torch.float64, device="cpu"),
+                            found.sum(0), found.square().sum(0)])  # fmt: skip
+
+    @torch.no_grad()
+    def set_sums(self, of_networks: Tensor) -> bool:
+        """Set `mean` and `std` from what `sums` returned of the training networks.
 
         Returns:
             Whether they had never been set before.
         """
         first = not bool(self.mean.any()) and bool((self.std == 1).all())
-        found = self.columns_of(batch).double()
-        if found.shape[0]:
-            self.mean.copy_(found.mean(0))
-            self.std.copy_(found.std(0, correction=0).clamp_min(LEAST_STD))
+        counts, sums, squares = of_networks.cpu()
+        if int(counts[0]):
+            mean = sums / counts
+            self.mean.copy_(mean)
+            self.std.copy_((squares / counts - mean.square()).clamp_min(0).sqrt().clamp_min(LEAST_STD))
         return first
 
     def forward(self, batch: WeightBatch, type_code: Tensor, level_code: Tensor) -> tuple[Tensor, Tensor]:

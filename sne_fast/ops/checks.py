@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .schema import CHUNK_PARAMETERS, named
+from .schema import CHUNK_PARAMETERS, STORED_DTYPES, named
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -197,6 +198,42 @@ def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor,
     shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
 
 
+def gather_stored(
+    op: str, buffers: Sequence[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype
+) -> None:
+    """Check the inputs of ``gather_stored``, and that every tensor of the table lies inside its buffer."""
+    for b, source in enumerate(buffers):
+        if not isinstance(source, Tensor) or source.device.type != "cpu" or not source.is_contiguous():
+            raise TypeError(f"{op}: buffers[{b}] must be a contiguous tensor on the CPU, got {described(source)}")
+    for name, tensor in (("table", table), ("scale", scale)):
+        if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
+            raise TypeError(f"{op}: {name} must be a tensor on the CPU, got {described(tensor)}")
+    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 5:
+        raise TypeError(f"{op}: table must be int64 of shape (T, 5), got {described(table)}")
+    if scale.dtype not in (torch.float32, torch.float64) or scale.shape != table.shape[:1]:
+        raise TypeError(
+            f"{op}: scale must be float32 or float64 of shape (T,) = ({len(table)},), got {described(scale)}"
+        )
+    if dtype not in FLOATING:
+        raise TypeError(f"{op}: dtype must be one of {FLOATING}, got {dtype}")
+    buffer, offset, code, rows, columns = (column.numpy() for column in table.unbind(1))
+    known = (code >= 0) & (code < len(STORED_DTYPES)) & (buffer >= 0) & (buffer < len(buffers))
+    known &= (offset >= 0) & (rows >= 0) & (columns >= 0)
+    if known.all():
+        widths = np.array([stored.itemsize for stored in STORED_DTYPES])[code]
+        held = np.array([b.numel() * b.dtype.itemsize for b in buffers], np.float64)[buffer]
+        # Sizes as float64, which do not wrap around.
+        known = (offset % widths == 0) & (offset + rows.astype(np.float64) * columns * widths <= held)
+    if not known.all():
+        t = int(np.argmin(known))
+        raise ValueError(
+            f"{op}: table must have (buffer, byte offset, dtype, R, K) of tensors inside the {len(buffers)} buffers, "
+            f"got {table[t].tolist()} in row {t}"
+        )
+    if int((rows * columns).sum()) != num_values:
+        raise ValueError(f"{op}: num_values must be {int((rows * columns).sum())} by table, got {num_values}")
+
+
 def tensor_statistics(op: str, values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> None:
     """Check the inputs of ``tensor_statistics``."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() != 1:
@@ -324,6 +361,8 @@ def direct_call(op: str, args: Sequence[Any]) -> None:
         results = {"grad": tuple(given["q"].shape)}
     elif forward == "tensor_statistics":
         tensor_statistics(op, *args)
+    elif forward == "gather_stored":
+        gather_stored(op, *args)
     if op != forward:
         device = next(t for t in args if isinstance(t, Tensor)).device
         for name, expected in results.items():

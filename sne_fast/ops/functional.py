@@ -96,6 +96,38 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
     return values
 
 
+def gather_stored(
+    buffers: Sequence[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype
+) -> Tensor:
+    """Write tensors that lie in buffers one after another in chunk order, as :func:`gather_chunks`, without gradients.
+
+    Many small tensors of a file cost one buffer and a row each of a table, and no tensor object.
+
+    Args:
+        buffers: contiguous tensors on the CPU of any dtype, such as the bytes of files.
+        table: ``(T, 5)`` int64 on the CPU: the place of the buffer, the offset in it in bytes, the place of the dtype
+            in ``sne_fast.ops.schema.STORED_DTYPES``, and the matrix ``(R, K)``.
+        scale: ``(T,)`` float32 or float64; each tensor is divided by its entry.
+        num_values: V, the number of all elements.
+        dtype: floating dtype of the result.
+
+    Returns:
+        values ``(V,)``: for each tensor its transpose ``(K, R)``, row-major.
+
+    Raises:
+        TypeError: for inputs of the wrong type or dtype.
+        ValueError: for a row of the table that is outside its buffer, or another number of values.
+
+    Example::
+
+        >>> table = torch.tensor([[0, 8, 0, 2, 1], [0, 0, 0, 2, 1]])
+        >>> gather_stored([torch.arange(4.0)], table, torch.ones(2), 4, torch.float32)
+        tensor([2., 3., 0., 1.])
+    """
+    values: Tensor = OPS.gather_stored(list(buffers), table, scale, num_values, dtype)
+    return values
+
+
 def chunk_encode(
     values: Tensor,
     chunk_ptr: Tensor,

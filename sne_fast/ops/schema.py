@@ -45,6 +45,7 @@ SCHEMAS: dict[str, str] = {
     "feed_forward": f"({_FEED_FORWARD}) -> Tensor",
     "feed_forward_backward": f"(Tensor grad, {_FEED_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     "tensor_statistics": "(Tensor values, Tensor start, Tensor scale, Tensor dims, Tensor start_host) -> Tensor",
+    "gather_stored": "(Tensor[] buffers, Tensor table, Tensor scale, int num_values, ScalarType dtype) -> Tensor",
 }
 """Op name -> arguments and results."""
 
@@ -74,7 +75,7 @@ CHUNK_PARAMETERS = argument_names("chunk_encode")[5:]
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
 OPTIONAL_OPS = ("feed_forward",)
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
-CONSTANT_OPS = ("tensor_statistics",)
+CONSTANT_OPS = ("tensor_statistics", "gather_stored")
 """Ops without a gradient, called once per network: the reference computes them where a backend has no kernel."""
 DIFFERENTIABLE_OPS = tuple(name for name in FORWARD_OPS if name not in CONSTANT_OPS)
 """Ops with a backward."""
@@ -82,6 +83,8 @@ REQUIRED_OPS = tuple(name for name in DIFFERENTIABLE_OPS if name not in OPTIONAL
 """Ops that a backend should have."""
 STATISTICS = 23
 """Results of ``tensor_statistics`` for each tensor."""
+STORED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Dtypes of tensors that ``gather_stored`` reads; its table has their places here."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -145,6 +148,10 @@ def _tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tenso
     return values.new_empty((scale.shape[0], STATISTICS), dtype=accumulate_dtype(values.dtype))
 
 
+def _gather_stored(buffers: list[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype) -> Tensor:
+    return scale.new_empty((num_values,), dtype=dtype)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "gather_chunks": _gather_chunks,
     "gather_chunks_backward": _gather_chunks_backward,
@@ -157,6 +164,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "feed_forward": _feed_forward,
     "feed_forward_backward": _feed_forward_backward,
     "tensor_statistics": _tensor_statistics,
+    "gather_stored": _gather_stored,
 }
 """Op name -> function from inputs to empty outputs of the right shapes and dtypes."""
 

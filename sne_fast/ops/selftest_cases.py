@@ -43,6 +43,8 @@ class Comparison:
 def variant(op: str, args: tuple[Any, ...]) -> Variant:
     """Return the variant of a call with the arguments of the op's schema."""
     forward, given = op.removesuffix("_backward"), named(op, args)
+    if forward == "gather_stored":
+        return Variant(forward, given["dtype"])
     if forward == "gather_chunks":
         return Variant(forward, given["dtype"] if "dtype" in given else given["values"].dtype)
     if forward == "chunk_encode":
@@ -146,6 +148,12 @@ def _tensor_statistics(case: Variant, draw: _Draw) -> Iterator[_Call]:
     yield _Call((draw(int(start[-1])), start, scale, dims, start), (3, 4))
 
 
+def _gather_stored(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    table = [[1, 16, 1, 7, 9], [0, 0, 1, 33, 1], [0, 0, 1, 0, 3], [1, 800, 1, 3, 5]]
+    scale = torch.linspace(0.5, 2, len(table), dtype=torch.float32, device="cpu")
+    yield _Call(([draw(33), draw(120)], torch.tensor(table, device="cpu"), scale, 111, case.dtype), (0, 1, 2))
+
+
 _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "gather_chunks": _gather_chunks,
     "chunk_encode": _chunk_encode,
@@ -153,6 +161,7 @@ _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "segment_pool": _segment_pool,
     "feed_forward": _feed_forward,
     "tensor_statistics": _tensor_statistics,
+    "gather_stored": _gather_stored,
 }
 
 
@@ -200,6 +209,8 @@ def comparisons(case: Variant, kernels: Mapping[str, Callable[..., Any]], device
         exact = call.args
         if op == "gather_chunks":
             exact = (*call.args[:3], torch.float64)
+        elif op == "gather_stored":
+            exact = (*call.args[:4], torch.float64)
         got, want = _as_tuple(kernels[op](*args)), _as_tuple(getattr(reference, op)(*exact))
         for which, pair in enumerate(zip(got, want, strict=True)):
             yield Comparison(f"result {which}", *pair, is_gradient=False)

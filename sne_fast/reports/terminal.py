@@ -18,7 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 LINE_SECONDS = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Least seconds between two lines of progress where there is no terminal."""
+QUIET_SECONDS = 60.0
+"""Seconds after which there is a line although less than `LINE_SHARE` more is done."""
+LINE_SHARE = 0.05
 
 Update = Callable[..., None]
 """Takes the share that is done, in [0, 1] or None, and a note."""
@@ -85,7 +88,7 @@ def progress(console: Console, label: str, *, bar: bool = False, stays: bool = F
     Args:
         console: of the results; progress is shown beside it, on stderr.
         label: what is being done.
-        bar: show a bar and the remaining time, for work that tells the share that is done.
+        bar: show a bar (where there is a terminal) and the remaining time, for work that tells the share that is done.
         stays: leave the last state in view.
 
     Yields:
@@ -93,7 +96,7 @@ def progress(console: Console, label: str, *, bar: bool = False, stays: bool = F
     """
     where, label = for_progress(console), printable(label)
     if not where.is_terminal:
-        yield _lines(where, label, stays)
+        yield _lines(where, label, stays, bar)
     elif bar:
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -111,18 +114,42 @@ def progress(console: Console, label: str, *, bar: bool = False, stays: bool = F
             yield lambda share=None, note="": status.update(Text(_sentence(label, share, note)))
 
 
-def _lines(console: Console, label: str, at_once: bool) -> Update:
-    last = time.monotonic()
+def _lines(console: Console, label: str, at_once: bool, remaining: bool) -> Update:
+    start = last = time.monotonic()
+    last_share = 0.0
     if at_once:
         say(console, label)
 
     def update(share: float | None = None, note: str = "") -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_SECONDS:
-            last = time.monotonic()
-            say(console, _sentence(label, share, note))
+        nonlocal last, last_share
+        now = time.monotonic()
+        more = LINE_SHARE if share is None else share - last_share
+        if now - last < (LINE_SECONDS if more >= LINE_SHARE else QUIET_SECONDS):
+            return
+        last, last_share = now, share or 0.0
+        if remaining and share:
+            note = ", ".join([*([note] if note else []), f"{duration((now - start) * (1 - share) / share)} left"])
+        say(console, _sentence(label, share, note))
 
     return update
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person would say it.
+
+    Example:
+        >>> from sne_fast.reports.terminal import duration
+        >>> duration(44.6), duration(200), duration(20000), duration(200000)
+        ('45 s', '3 min', '5 h 33 min', '2 d 7 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def _sentence(label: str, share: float | None, note: str) -> str:

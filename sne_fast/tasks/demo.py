@@ -24,7 +24,8 @@ from ..reports.machine import machine
 from ..reports.measures import COLUMNS, measure_rows, measures
 from ..reports.plots import embedding_map, scatter
 from ..reports.terminal import progress, say, show_table
-from ..training.loop import fit, predict
+from ..training.loop import fit
+from ..training.prediction import predict
 from ..training.recipe_predictors import make_predictor
 from ..training.settings import History
 from ..training.threads import torch_threads

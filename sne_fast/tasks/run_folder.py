@@ -16,6 +16,7 @@ from ..atomic_files import TEMPORARY, remove_leftovers, replacing, write_json
 from ..file_locks import holding
 from ..regular_files import FileError, open_regular, read_json
 from ..training.fingerprint import differences
+from ..training.recipes import OLDER_VALUES
 from .definitions import Experiment
 
 LOCK = ".lock"
@@ -277,6 +278,8 @@ class RunFolder:
 
 def _read_result(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = read_json(path, dict)
+    if isinstance(found.get("settings"), dict):
+        found["settings"] = {**OLDER_VALUES, **found["settings"]}
     counts = found.get("networks")
     if type(found.get("seed")) is not int or not isinstance(counts, dict) or type(counts.get("train")) is not int:
         raise FileError(f"{path}: is damaged or no result of a run, remove it to make the run anew")

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.choices import Chunking
+from ..free_memory import parse_bytes
 from ..nn.choices import Loss, SetAttention, Statistics, Transform
-from ..training.recipes import RECIPES, InputScale, TrainingRecipe, UnitOrder, check_choices, find_recipe
+from ..training.recipes import CONTRASTIVE, RECIPES, InputScale, TrainingRecipe, UnitOrder, check_choices, find_recipe
 from ..training.settings import AmpDtype
 
 LogFormat = Literal["csv", "tensorboard"]
+Objective = Literal["targets", "contrastive"]
 TaskName = Literal[
     "inr", "accuracy", "mnist-accuracy", "mnist-inr", "cross-dataset", "cross-architecture", "transformers"
 ]
@@ -118,10 +120,19 @@ class TrainSettings:
     zoo: Path = option(help="Folder of a zoo, or of checkpoints with a table index.csv.", argument=True)
     out: Path = option(help="Folder for the predictor; the same command resumes.", flags=("--out", "-o"))
     targets: tuple[str, ...] = option((), help="Column to predict; repeat for several.", flags=("--target",))
+    objective: Objective = option(
+        "targets",
+        help="targets trains a predictor of columns; contrastive trains an encoder without labels, to tell views "
+        "of a network from other networks, with targets as a help.",
+    )
+    max_chunks: int | None = option(
+        None, help="Contrastive: encode a sample of so many chunks of each larger tensor.", shown="all", min=2
+    )
     recipe: str = option(
         "best",
         help="best, for properties of the training such as accuracy; across, for architectures never seen; inr, for "
-        "implicit representations with sines or other odd activations; paper; or a recipe.json.",
+        "implicit representations with sines or other odd activations; paper; or a recipe.json. The contrastive "
+        "objective has one of its own in place of best.",
     )
     loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
     transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
@@ -156,10 +167,17 @@ class TrainSettings:
     )
     epochs: int | None = of_recipe("Passes over the training networks.")
     lr: float | None = of_recipe("Peak learning rate.")
-    batch_weights: int | None = of_recipe("Largest number of weights in a batch.")
+    batch_weights: int | None = of_recipe("Largest number of weights that a process encodes at once.")
+    accumulate: int | None = of_recipe("Such batches that each process takes one after another in a step.")
     weight_decay: float | None = of_recipe("Weight decay of matrices.")
     patience: int | None = of_recipe("Epochs without improvement after which training ends.")
     amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
+    max_memory: str | None = option(
+        None,
+        help="Memory that the networks may take, such as 8G or 500M; a zoo that needs more is read in every epoch.",
+        shown="half of the machine's",
+    )
+    workers: int = option(0, help="Processes that read ahead where networks are read in every epoch.", min=0)
     log: LogFormat = option("csv", help="Format of the log.")
     seed: int = option(0, help="Seed of the initial parameters, the split, the order and the permutations.")
     device: str = option("cpu", help="Device to run on, such as cpu or cuda.")
@@ -167,13 +185,22 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_choices(self, "train")
         _ = self.chosen
+        if self.objective == "contrastive" and (self.stack or self.max_memory is not None or self.workers):
+            raise ValueError("train: --stack, --max-memory and --workers are for predictors of targets")
+        if self.objective != "contrastive" and self.max_chunks is not None:
+            raise ValueError("train: --max-chunks is for the contrastive objective")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
 
     @property
     def chosen(self) -> TrainingRecipe:
         """The recipe, with the values that were given."""
         names = [field.name for field in dataclasses.fields(self) if field.metadata.get("of_recipe")]
         given = {name: getattr(self, name) for name in names}
-        return find_recipe(self.recipe).replace(**{k: v for k, v in given.items() if v is not None and v != ()})
+        own = self.objective == "contrastive" and self.recipe == TrainSettings.recipe
+        return (CONTRASTIVE if own else find_recipe(self.recipe)).replace(
+            **{k: v for k, v in given.items() if v is not None and v != ()}
+        )
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..atomic_files import write_json
-from ..data.packing import pack
+from ..data.batch import WeightBatch
 from ..extras import require
+from ..free_memory import parse_bytes
 from ..reports.files import distinct_columns, write_csv
 from ..reports.terminal import for_progress, progress, say
 from ..symmetry import Symmetry, SymmetryError
 from ..training.distributed import World, processes
-from ..training.loop import fit, predict
+from ..training.loop import fit
+from ..training.prediction import predict
 from ..training.progress import CsvLog, Log, TensorBoardLog
 from ..training.recipe_predictors import augmentation_of, make_predictor, preparation_of
 from ..training.settings import FitSettings, History
@@ -28,10 +31,13 @@ from ..zoo.splits import missing_targets, read_targets, split_zoo
 from ..zoo.symmetries import symmetries_of
 from ..zoo.table import FileSource, Zoo
 from .comparisons import STACKED
+from .pretrain import pretrain
 from .run_folder import RunFolder
 from .settings import TrainSettings
 from .stacking import FILE as TREES
 from .stacking import StackedPredictor
+from .stream_baselines import stream_baselines
+from .train_networks import TrainNetworks, memory_limit, why_streamed
 from .train_report import baselines, evaluate, write_plots
 
 if TYPE_CHECKING:
@@ -47,8 +53,11 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     It holds `predictor/`, `recipe.json`, `metrics.json`, `predictions.csv`, the log and, if matplotlib is installed,
     `learning-curve.png` and a plot of predicted against true values.
 
+    A zoo that needs more than `settings.max_memory` is read in every epoch; then boosted trees are fitted to a sample
+    of a large one, and `settings.stack` is refused.
+
     After an interruption the same settings resume from `fit.pt` in `settings.out`. Under `torchrun` the processes
-    share each batch.
+    share each batch. The contrastive objective has a job of its own, see :func:`sne_fast.tasks.pretrain.pretrain`.
 
     Returns:
         The content of `metrics.json`.
@@ -62,7 +71,8 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         OSError: the folder cannot be written.
     """
     fit_settings = settings.chosen.fit_settings(settings.seed, settings.amp)
-    if settings.loss != "cross_entropy":
+    contrastive = settings.objective == "contrastive"
+    if settings.loss != "cross_entropy" and not contrastive:
         require("scipy", extra="demo", why="train")
     if settings.stack:
         require("sklearn", extra="demo", why="train --stack")
@@ -70,6 +80,9 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         require("tensorboard", extra="tensorboard", why="train --log tensorboard")
     with processes() as world, ExitStack() as stack:
         world.share_error(_enter(RunFolder(settings.out), stack) if world.first else None)
+        if contrastive:
+            zoo, _ = _open(settings)
+            return pretrain(settings, fit_settings, zoo, _device(settings.device), console, world)
         return _train(settings, fit_settings, console, world)
 
 
@@ -90,22 +103,32 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     if (unlisted := _unlisted(zoo)) and world.first:
         shown = ", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else "")
         say(for_progress(console), f"Not in {TABLE}, and not used: {len(unlisted)} checkpoints ({shown})")
-    parts = split_zoo(zoo, settings.split, settings.seed)
+    parts = _parts(zoo, settings)
     targets, classes = read_targets(zoo, settings.targets, settings.loss)
     names = classes if classes is not None else list(settings.targets)
-    with progress(console, "packing"):
-        # As the predictor packs, which is made with the preparation, and that may need the networks.
-        batch = pack(zoo, chunk_size=recipe.chunk_size, chunking=recipe.chunking, scale=recipe.scale).detach()
+    limit = None if settings.max_memory is None else parse_bytes(settings.max_memory)
+    why = world.of_first(why_streamed(zoo, limit))
+    if why is not None:
+        if settings.stack:
+            remedy = "leave --stack out, or raise --max-memory"
+            raise ValueError(f"train: --stack needs all networks in memory. {why}; {remedy}")
+        if world.first:
+            say(for_progress(console), why)
     symmetries: list[Symmetry] = []
     if recipe.units != "given":
         with progress(console, "finding symmetries"):
             symmetries = _symmetries(zoo, recipe.units)
+    with progress(console, "packing"):
+        networks = TrainNetworks(
+            zoo, targets, recipe, in_memory=why is None, max_memory=memory_limit(limit), workers=settings.workers
+        )
+        preparation = preparation_of(recipe, *networks.kinds(symmetries))
     predictor = make_predictor(
         recipe,
         names,
         transform=settings.transform,
         loss=settings.loss,
-        preparation=preparation_of(recipe, batch, symmetries),
+        preparation=preparation,
         seed=settings.seed,
     ).to(_device(settings.device))
 
@@ -122,10 +145,9 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
     with torch_threads(recipe.threads if predictor.target_mean.device.type == "cpu" else None):
         history = fit(
             predictor,
-            batch[rows],
-            targets[rows],
+            *networks.part(rows, predictor),
             fit_settings,
-            validation=(batch[watched], targets[watched]) if watched else None,
+            validation=_validation(networks.part(watched, predictor)) if watched else None,
             augment=augmentation_of(recipe, [symmetries[i] for i in rows] if symmetries else [], predictor.preparation),
             checkpoint=folder.checkpoint(),
             made_of={"code gain": recipe.code_gain},
@@ -133,13 +155,15 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
             on_epoch=on_epoch,
         )
     test = parts["test"]
-    values = predict(predictor, batch[test])[0].cpu()
+    tested = networks.part(test, predictor)[0]
+    values = predict(predictor, tested)[0].cpu()
     metrics: dict[str, Any] = {
         "command": _record(settings),
         "recipe": recipe.values,
         "networks": {name: len(part) for name, part in parts.items()},
         "left_out": left_out,
-        "weights": batch.num_weights,
+        "weights": networks.weights,
+        "read": "in every epoch" if networks.batch is None else "once",
         "processes": world.size,
         "history": dataclasses.asdict(history),
         "test": evaluate(values, targets[test], names, classes is not None),
@@ -149,13 +173,19 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
         recipe.save(folder.recipe)
         for old in folder.predictor().glob(TREES.format("*")):
             old.unlink()  # of an earlier call with the stack
-        others = baselines(batch, targets, parts, settings, classes)
-        if settings.stack:
-            stacked = StackedPredictor.fit(predictor, batch, targets, rows=[*rows, *watched], seed=settings.seed)
-            stacked.save_pretrained(folder.predictor())
-            others[STACKED] = stacked(batch)
+        batch, known = networks.batch, [*rows, *watched]
+        if batch is None:
+            logit = settings.transform == "logit" or settings.loss == "bce"
+            streamed = networks.part(known, predictor)[0], tested
+            others = stream_baselines(*streamed, logit=logit, seed=settings.seed, classes=classes)
+        else:
+            others = {name: of[test] for name, of in baselines(batch, targets, parts, settings, classes).items()}
+            if settings.stack:
+                stacked = StackedPredictor.fit(predictor, batch, targets, rows=known, seed=settings.seed)
+                stacked.save_pretrained(folder.predictor())
+                others[STACKED] = stacked(batch[test])
         metrics["baselines"] = {
-            name: evaluate(found[test], targets[test], names, classes is not None) for name, found in others.items()
+            name: evaluate(found, targets[test], names, classes is not None) for name, found in others.items()
         }
         write_json(folder.result(), metrics)
         held_out = zoo[test]
@@ -169,6 +199,23 @@ def _train(settings: TrainSettings, fit_settings: FitSettings, console: Console,
         )
         write_plots(folder, history, values, targets[test], names, classes is not None)
     return metrics
+
+
+def _parts(zoo: Zoo, settings: TrainSettings) -> dict[str, list[int]]:
+    """Return the positions of the networks of each part of the split.
+
+    Where nothing is chosen by the validation loss, and no column keeps them apart, validation networks train too.
+    """
+    parts = split_zoo(zoo, settings.split, settings.seed)
+    recipe = settings.chosen
+    if settings.split is None and not recipe.keep_best and recipe.patience is None:
+        parts = {**parts, "train": sorted([*parts["train"], *parts["validation"]]), "validation": []}
+    return parts
+
+
+def _validation(networks: tuple[Any, Tensor]) -> Any:
+    """Return validation networks as `fit` takes them, a stream without its targets."""
+    return networks if isinstance(networks[0], WeightBatch) else networks[0]
 
 
 def _open(settings: TrainSettings) -> tuple[Zoo, list[str]]:

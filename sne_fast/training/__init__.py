@@ -1,4 +1,4 @@
-"""Training of predictors on packed networks: `fit`, on one process or several, its batches and splits."""
+"""Training on packed networks: `fit` of predictors, `fit_contrastive` of encoders without labels, and their batches."""
 
 from typing import TYPE_CHECKING
 
@@ -6,12 +6,18 @@ from ..lazy import attach
 
 if TYPE_CHECKING:
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
+    from .contrastive import Contrastive, ContrastiveModel, linear_probe
+    from .contrastive_fit import fit_contrastive
     from .estimators import SNEClassifier, SNERegressor
-    from .loop import Augment, fit, predict
+    from .loop import fit
+    from .objective import Augment
+    from .prediction import predict
     from .progress import CsvLog, TensorBoardLog
     from .recipe_predictors import augmentation_of, make_predictor, preparation_of
     from .recipes import RECIPES, TrainingRecipe, find_recipe
     from .settings import FitSettings, History
+    from .streams import NetworkStream
+    from .views import Views
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -22,29 +28,41 @@ else:
                 "shards_by_weights",
                 "stratified_split",
             ],
+            ".contrastive": ["Contrastive", "ContrastiveModel", "linear_probe"],
+            ".contrastive_fit": ["fit_contrastive"],
             ".estimators": ["SNEClassifier", "SNERegressor"],
-            ".loop": ["Augment", "fit", "predict"],
+            ".loop": ["fit"],
+            ".objective": ["Augment"],
+            ".prediction": ["predict"],
             ".progress": ["CsvLog", "TensorBoardLog"],
             ".recipe_predictors": ["augmentation_of", "make_predictor", "preparation_of"],
             ".recipes": ["RECIPES", "TrainingRecipe", "find_recipe"],
             ".settings": ["FitSettings", "History"],
+            ".streams": ["NetworkStream"],
+            ".views": ["Views"],
         },
     )
 
 __all__ = [
     "RECIPES",
     "Augment",
+    "Contrastive",
+    "ContrastiveModel",
     "CsvLog",
     "FitSettings",
     "History",
+    "NetworkStream",
     "SNEClassifier",
     "SNERegressor",
     "TensorBoardLog",
     "TrainingRecipe",
+    "Views",
     "augmentation_of",
     "batches_by_weights",
     "find_recipe",
     "fit",
+    "fit_contrastive",
+    "linear_probe",
     "make_predictor",
     "network_sizes",
     "predict",

@@ -186,6 +186,20 @@ def check_checkpoint(checkpoint: Any) -> Path | None:
     return path
 
 
+def check_seconds(value: Any) -> float:
+    """Return the seconds between two writes of the checkpoint.
+
+    Raises:
+        TypeError: they are no number.
+        ValueError: they are below 0, or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"fit: checkpoint_seconds must be a number, got {_kind(value)}")
+    if not value >= 0:
+        raise ValueError(f"fit: checkpoint_seconds must be at least 0, got {value}")
+    return float(value)
+
+
 def _tensor(values: Any, what: str) -> Tensor:
     if not isinstance(values, Tensor | np.ndarray | Sequence) and hasattr(values, "__array__"):
         values = np.asarray(values)  # a column of a table

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,9 @@ _ROLL_CALL = 5.0  # seconds in which processes that are alive notice that anothe
 class World:
     """Processes that train together; one process where no process group of `torch.distributed` was set up.
 
-    Every process holds all parameters and plans the same batches. Each takes its shard of a batch, and gradients are
-    summed: since losses are divided by the number of networks of the whole batch, the sum is the gradient of the whole
-    batch, whatever the sizes of the shards, also where a shard is empty.
+    Every process holds all parameters and plans the same steps. Each takes its share of the parts of a step, and
+    gradients are summed: since losses are divided by the number of networks of the whole step, the sum is the gradient
+    of the whole step, whatever the sizes of the shares, also where a share is empty.
 
     Raises:
         ConnectionError: by every method that waits for other processes, where one of them has ended or does not answer
@@ -57,32 +58,40 @@ class World:
         if error is not None:
             raise error
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+    def of_first(self, value: Any) -> Any:
+        """Return the value that the first process gives, on every process; of plain values."""
+        if self.size == 1:
+            return value
+        message = [value]
+        self._together(partial(dist.broadcast_object_list, message, 0))
+        return message[0]
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], numbers: Tensor) -> Tensor:
         """Sum the gradients over all processes, in one call per dtype; a missing gradient counts as zero.
 
         Args:
-            parameters: of the module.
-            loss: the loss of this process.
+            parameters: of the module, of which at least one requires a gradient.
+            numbers: `(k,)`, of this process, to be summed in the same call.
 
         Returns:
-            0 where the losses of all processes are finite, else NaN, on every process.
+            The sums of the numbers, on every process.
         """
-        spoilt = loss.detach() * 0
         if self.size == 1:
-            return spoilt
+            return numbers
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
             if parameter.requires_grad:
                 by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for dtype, group in by_dtype.items():
+        for i, (dtype, group) in enumerate(by_dtype.items()):
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]
-            flat = torch.cat([*(g.reshape(-1) for g in grads), spoilt.to(dtype).reshape(1)])
+            more = [numbers.to(dtype)] if i == 0 else []
+            flat = torch.cat([*(g.reshape(-1) for g in grads), *more])
             self._together(partial(dist.all_reduce, flat))
-            *parts, last = flat.split([*(p.numel() for p in group), 1])
+            *parts, last = flat.split([*(p.numel() for p in group), len(numbers) if more else 0])
             for p, part in zip(group, parts, strict=True):
                 p.grad = part.view_as(p)
-            spoilt = spoilt + last.reshape(())
-        return spoilt
+            numbers = last.to(numbers.dtype) if more else numbers
+        return numbers
 
     def sum(self, *numbers: float, device: torch.device) -> list[float]:
         """Return each number summed over all processes."""
@@ -91,6 +100,19 @@ class World:
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
         self._together(partial(dist.all_reduce, total))
         return total.tolist()
+
+    def sum_tensor(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor summed over all processes, in which it has one shape; it may be changed.
+
+        Args:
+            tensor: of this process.
+            device: of the parameters, on which processes talk to each other.
+        """
+        if self.size == 1:
+            return tensor
+        total = tensor.to(device)
+        self._together(partial(dist.all_reduce, total))
+        return total.to(tensor.device)
 
     def wait(self) -> None:
         """Wait until all processes have come here."""
@@ -176,8 +198,3 @@ def processes() -> Iterator[World]:
         yield World()
     finally:
         dist.destroy_process_group()
-
-
-def part_of(places: list[int], rows: Tensor) -> Tensor:
-    """Return the rows of a tensor at some places; without places, an empty tensor."""
-    return rows[torch.tensor(places, dtype=torch.int64, device=rows.device)]

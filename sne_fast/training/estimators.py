@@ -20,7 +20,9 @@ from ..extras import installed, require
 from ..nn.choices import SetAttention, Statistics, Transform
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
-from .loop import Augment, fit, predict
+from .loop import fit
+from .objective import Augment
+from .prediction import predict
 from .settings import FitSettings
 
 if TYPE_CHECKING or installed("sklearn"):

@@ -18,11 +18,12 @@ from ..data.batch import WeightBatch
 from ..nn.predictor import Predictor
 from .digests import Digest, home_of, of_values, what_decides
 from .settings import FitSettings
+from .streams import NetworkStream
 
 Fingerprint = dict[str, Any]
 SETTINGS = "settings"
-CONTINUED = ("epochs",)
-"""Settings that may change when a training goes on."""
+CONTINUED = ("epochs", "accumulate")
+"""Settings that may change when a training goes on, but not the product of `accumulate` and the processes."""
 _MESSAGES = ("names", "skipped")  # fields of a batch that no number depends on
 _VERSIONS = ("library_name", "sne_fast_version")  # entries of a configuration that do not decide what is computed
 _MISSING = object()
@@ -30,26 +31,29 @@ _MISSING = object()
 
 def of_training(
     predictor: Predictor,
-    batch: WeightBatch,
-    targets: Tensor,
+    networks: NetworkStream,
     settings: FitSettings,
-    validation: tuple[WeightBatch, Tensor] | None = None,
+    validation: NetworkStream | None = None,
     augment: Any = None,
     made_of: Mapping[str, Any] | None = None,
+    *,
+    processes: int = 1,
 ) -> Fingerprint:
     """Return the fingerprint of a training; arguments as for :func:`sne_fast.training.fit`.
 
     The parameters with which it starts are no part of it, since those of the checkpoint take their place. Nor are the
-    device and the number of processes, on which only rounding depends.
+    device and how many processes share the parts of a step, on which only rounding depends.
     """
-    watched, goals = validation if validation is not None else (None, None)
     return {
-        "networks": of_batch(batch),
-        "targets": of_targets(targets, predictor),
-        "validation networks": None if watched is None else of_batch(watched),
-        "validation targets": None if goals is None else of_targets(goals, predictor),
+        "networks": dict(networks.fingerprint()),
+        "targets": of_targets(networks.targets, predictor),
+        "validation networks": None if validation is None else dict(validation.fingerprint()),
+        "validation targets": None if validation is None else of_targets(validation.targets, predictor),
         "augmentation": None if augment is None else of_object(augment),
-        SETTINGS: {k: v for k, v in dataclasses.asdict(settings).items() if k not in CONTINUED},
+        SETTINGS: {
+            **{k: v for k, v in dataclasses.asdict(settings).items() if k not in CONTINUED},
+            "processes times accumulate": processes * settings.accumulate,
+        },
         "predictor": of_predictor(predictor),
         **({} if made_of is None else {"made of": dict(made_of)}),
     }

@@ -23,7 +23,7 @@ from ..regular_files import FileError, open_regular
 from .fingerprint import Fingerprint, as_recorded, differences
 from .settings import History
 
-FORMAT = 2
+FORMAT = 3
 _FOREIGN = "fit: checkpoint {} is damaged or is not one of fit's; give another path or remove it"
 
 
@@ -128,10 +128,15 @@ class TensorBoardLog:
 
 @dataclass
 class Progress:
-    """State of a training after `epoch` epochs: with it, training resumes bit for bit."""
+    """State of a training after `epoch` epochs and `taken` steps of the next: with it, training resumes bit for bit.
+
+    `total` is the summed loss of the networks of those steps.
+    """
 
     epoch: int = 0
     step: int = 0
+    taken: int = 0
+    total: float = 0.0
     history: History = field(default_factory=History)
     lowest: int = 0
     best: dict[str, Tensor] | None = None
@@ -151,6 +156,7 @@ class Progress:
         """
         state = {
             "format": FORMAT, "fingerprint": fingerprint, "epoch": self.epoch, "step": self.step,
+            "taken": self.taken, "total": self.total,
             "history": dataclasses.asdict(self.history), "lowest": self.lowest, "best": self.best,
             "predictor": predictor.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
         }  # fmt: skip
@@ -169,7 +175,7 @@ class Progress:
     def load(
         cls,
         path: Path,
-        fingerprint: Fingerprint,
+        fingerprint: Fingerprint | None,
         epochs: int,
         device: torch.device,
     ) -> tuple[Progress, dict[str, Any]]:
@@ -177,7 +183,7 @@ class Progress:
 
         Args:
             path: the file.
-            fingerprint: of the training that is asked for.
+            fingerprint: of the training that is asked for; None if another process has compared it.
             epochs: how many epochs are asked for.
             device: where tensors go.
 
@@ -203,9 +209,12 @@ class Progress:
                 "was made of; finish it with the version that began it, or remove it to train anew"
             )
         try:
-            changed = differences(state["fingerprint"], as_recorded(fingerprint, state["fingerprint"]))
-            found = cls(state["epoch"], state["step"], History(**state["history"]), state["lowest"], state["best"])
-            complete = all(type(n) is int and n >= 0 for n in (found.epoch, found.step, found.lowest))
+            then = state["fingerprint"]
+            changed = [] if fingerprint is None else differences(then, as_recorded(fingerprint, then))
+            place = {key: state[key] for key in ("epoch", "step", "taken", "total", "lowest", "best")}
+            found = cls(**place, history=History(**state["history"]))
+            complete = all(type(n) is int and n >= 0 for n in (found.epoch, found.step, found.taken, found.lowest))
+            complete &= type(found.total) is float
             losses = (found.history.train_loss, found.history.validation_loss)
             complete &= all(type(one) is list and all(type(loss) is float for loss in one) for one in losses)
             states = {key: state[key] for key in ("predictor", "optimiser", "scaler", "best", "fingerprint")}

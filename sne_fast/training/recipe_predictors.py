@@ -12,7 +12,7 @@ from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from ..nn.preparation import Preparation
 from ..symmetry import PermutationAugmentation, Symmetry
-from .loop import Augment
+from .objective import Augment
 from .recipes import TrainingRecipe, scale_of_predictor
 
 

@@ -48,6 +48,10 @@ def scale_of_predictor(input_scale: InputScale) -> FittedScale | Literal[False]:
     return False if input_scale == "tensor" or input_scale == "none" else input_scale
 
 
+OLDER_VALUES = {"accumulate": 1}
+"""Values that recipes mean which were saved before these fields existed."""
+
+
 @dataclass(frozen=True)
 class TrainingRecipe:
     """All settings of a predictor and of its training, but for the target, the seed and the device.
@@ -98,6 +102,7 @@ class TrainingRecipe:
     warmup: float = 0.1
     weight_decay: float = 1e-2
     batch_weights: int = 24_000
+    accumulate: int = 1
     clip: float = 1.0
     patience: int | None = None
     keep_best: bool = True
@@ -155,6 +160,7 @@ class TrainingRecipe:
         """Return the recipe of `values`; the message of a ValueError names what is unknown, missing or out of range."""
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe: must be an object, got {values!r:.80}")
+        values = {**OLDER_VALUES, **values}
         wanted = {field.name for field in dataclasses.fields(cls)}
         for what, names in (("unknown", set(values) - wanted), ("missing", wanted - set(values))):
             if names:
@@ -181,6 +187,12 @@ RECIPES: dict[str, TrainingRecipe] = {
     "paper": TrainingRecipe(statistics="none", chunks=True, hidden_dim=64, code_gain=0.1, head=(512, 512)),
 }
 """Name -> recipe, as `sne-fast train --recipe` takes them."""
+
+CONTRASTIVE = TrainingRecipe(
+    statistics="relative", chunks=True, hidden_dim=64, set_attention="isab", head=(), epochs=40, lr=1.5e-3,
+    batch_weights=1_000_000,
+)  # fmt: skip
+"""Recipe of encoders that are trained without labels; its batches are the networks that are compared."""
 
 
 def find_recipe(name: str | os.PathLike[str]) -> TrainingRecipe:

@@ -19,7 +19,12 @@ class FitSettings:
         lr: peak learning rate of AdamW, finite.
         warmup: share of all steps in which the learning rate rises to its peak, before it falls to zero along a cosine.
         weight_decay: weight decay of matrices; vectors have none.
-        batch_weights: largest number of weights in a batch; a network with more is a batch of its own.
+        batch_weights: largest number of weights that a process encodes at once, in one part of a step; a network with
+            more is a part of its own.
+        accumulate: parts that each process takes one after another in a step. A step has `accumulate` times the number
+            of processes parts, and its loss is the mean over the networks of all of them: two processes train as one
+            does with twice `accumulate`, and one with `accumulate` up to rounding as with so many times
+            `batch_weights` in parts of that size.
         clip: largest norm of the gradients; infinity does not clip.
         patience: epochs without a better validation loss after which training ends; None trains to the end.
         keep_best: end with the parameters of the epoch with the lowest validation loss, not with those of the last.
@@ -42,6 +47,7 @@ class FitSettings:
     warmup: float = 0.1
     weight_decay: float = 1e-2
     batch_weights: int = 20_000
+    accumulate: int = 1
     clip: float = 1.0
     patience: int | None = None
     keep_best: bool = True
@@ -50,7 +56,7 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_weights", "patience", "seed"):
+        for name in ("epochs", "batch_weights", "accumulate", "patience", "seed"):
             value = getattr(self, name)
             if value is None and name == "patience":
                 continue
@@ -64,7 +70,7 @@ class FitSettings:
             object.__setattr__(self, name, float(value))
         if not isinstance(self.keep_best, bool):
             raise TypeError(f"FitSettings: keep_best must be True or False, got {self.keep_best!r:.80}")
-        for name in ("epochs", "batch_weights"):
+        for name in ("epochs", "batch_weights", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FitSettings: {name} must be at least 1, got {getattr(self, name)}")
         if self.patience is not None and self.patience < 0:

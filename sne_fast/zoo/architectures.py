@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .images import CLASSES, MNIST_SIDE, SIDE
@@ -114,49 +116,70 @@ def _cnn_maxpool() -> nn.Module:
     )
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with a fused projection; `causal` hides later tokens."""
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the mixed tokens `(n, tokens, width)` of tokens of the same shape."""
         n, tokens, width = x.shape
         q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5).softmax(-1)  # [n, heads, tokens, tokens]
+        logits = q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5  # [n, heads, tokens, tokens]
+        if self.causal:
+            logits = logits + torch.full((tokens, tokens), -math.inf).triu(1)
+        weights = logits.softmax(-1)
         return self.out((weights @ v).transpose(1, 2).reshape(n, tokens, width))
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+class TransformerBlock(nn.Module):
+    """Block of a transformer with its norms before attention and feed-forward part."""
+
+    def __init__(self, width: int, heads: int, hidden: int, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = _Attention(width, heads)
+        self.attention = SelfAttention(width, heads, causal)
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens `(n, tokens, width)` behind the block."""
         x = x + self.attention(self.norm1(x))
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
 class SmallViT(nn.Module):
-    """Vision transformer (Dosovitskiy et al. 2021) for 8 x 8 images in 16 patches, with a classifier on their mean."""
+    """Vision transformer (Dosovitskiy et al. 2021) for small images, with a classifier on the mean of patches.
 
-    def __init__(self, width: int = 16, depth: int = 2, heads: int = 2) -> None:
+    Patches are of 2 x 2 pixels.
+
+    Args:
+        width: of a token.
+        depth: number of blocks.
+        heads: of the attention.
+        side: height and width of the images, even.
+        outputs: number of classes.
+    """
+
+    def __init__(
+        self, width: int = 16, depth: int = 2, heads: int = 2, side: int = SIDE, outputs: int = CLASSES
+    ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(1, width, 2, stride=2)
-        self.position_embed = nn.Embedding((SIDE // 2) ** 2, width)
+        self.position_embed = nn.Embedding((side // 2) ** 2, width)
         nn.init.normal_(self.position_embed.weight, std=0.1)
-        self.blocks = nn.Sequential(*(_Block(width, heads, 2 * width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, 2 * width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, CLASSES)
+        self.head = nn.Linear(width, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits `(n, 10)` of images `(n, 1, 8, 8)`."""
-        tokens = self.patch(images).flatten(2).transpose(1, 2) + self.position_embed.weight  # [n, 16, width]
+        """Return the logits `(n, outputs)` of images `(n, 1, side, side)`."""
+        tokens = self.patch(images).flatten(2).transpose(1, 2) + self.position_embed.weight  # [n, patches, width]
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 

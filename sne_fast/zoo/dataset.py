@@ -1,8 +1,9 @@
-"""Batches of a zoo for training, cut by a budget of weights and packed in the worker processes of a `DataLoader`."""
+"""The networks of a zoo for training, packed when they are asked for, here or in the worker processes of a loader."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +13,42 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..data.batch import WeightBatch
 from ..data.packing import pack
 from ..data.weight_budgets import SEED_STRIDE, batches_by_weights
+from ..training.digests import of_values
 from .table import Zoo
 
 Item = tuple[WeightBatch, Tensor]
 
 
+BUFFER = 4096
+"""Networks among which a shuffle draws, besides that of shards."""
+_SAMPLED = 1 << 22  # weights of networks that are read for a fingerprint
+
+
 class ZooDataset(Dataset[Item]):
-    """Dataset of the networks of a zoo, packed, with their targets.
+    """Dataset of the networks of a zoo, packed, with their targets; also the stream that `sne_fast.training.fit` takes.
 
     Item i is a `WeightBatch` of one network and its targets `(t,)` in the default floating dtype. A `DataLoader` asks
     for a whole batch at once, which is packed in one call; `collate` takes items and batches.
 
+    As a stream it is shuffled by shard and inside a buffer: the shards of a zoo come in random order, and networks are
+    drawn from stretches of shards that hold at least `buffer` networks, so that a step reads from few shards. The
+    buffer holds positions, not networks: those of one part are in memory at a time.
+
     Args:
         zoo: any zoo; its networks are read when they are asked for, in the worker process if there is one.
-        targets: names of columns of numbers, which must not lack a value; one name or several.
+        targets: names of columns of numbers, which must not lack a value, one name or several; or a tensor of targets
+            `(n, t)`, or of classes `(n,)`.
         options: keyword arguments of `sne_fast.pack`; `pack_options(encoder)` gives those of an encoder.
         keep: pack all networks once, now, and keep them in memory; batches are then selected from those.
+        buffer: networks of a stretch, at least.
+        workers: processes that read and pack ahead as a stream; 0 reads when a part is needed.
+
+    Attributes:
+        targets: those of all networks.
 
     Raises:
         KeyError: no such column.
-        ValueError: a target that is not a number for every network.
+        ValueError: a target that is not a number for every network, or not one row of a tensor for each.
 
     Example:
         >>> data = ZooDataset(zoo, "test_accuracy", pack_options(encoder))
@@ -43,23 +60,31 @@ class ZooDataset(Dataset[Item]):
     def __init__(
         self,
         zoo: Zoo,
-        targets: str | Sequence[str] = (),
+        targets: str | Sequence[str] | Tensor = (),
         options: Mapping[str, Any] | None = None,
         *,
         keep: bool = False,
+        buffer: int = BUFFER,
+        workers: int = 0,
     ) -> None:
-        self.zoo = zoo
+        self.zoo, self.buffer, self.workers = zoo, buffer, workers
         self.options = dict(options or {})
+        self.targets = targets if isinstance(targets, Tensor) else self._columns(targets)
+        if len(self.targets) != len(zoo):
+            raise ValueError(f"ZooDataset: targets must have one row per network ({len(zoo)}), got {len(self.targets)}")
+        self._packed = pack(zoo, **self.options).detach() if keep and len(zoo) else None  # type: ignore[arg-type]
+
+    def _columns(self, targets: str | Sequence[str]) -> Tensor:
+        """Return columns of numbers as targets `(n, t)`."""
         names = [targets] if isinstance(targets, str) else list(targets)
         columns = []
         for name in names:
-            values = zoo.column(name)
+            values = self.zoo.column(name)
             if values.dtype == object or (values != values).any():
                 raise ValueError(f"ZooDataset: the target {name!r} must be a number for every network")
             columns.append(torch.from_numpy(values))
-        goal = torch.stack(columns, 1) if columns else torch.zeros(len(zoo), 0)
-        self.targets = goal.to(torch.get_default_dtype())
-        self._packed = pack(zoo, **self.options).detach() if keep and len(zoo) else None  # type: ignore[arg-type]
+        goal = torch.stack(columns, 1) if columns else torch.zeros(len(self.zoo), 0)
+        return goal.to(torch.get_default_dtype())
 
     def __len__(self) -> int:
         """Return the number of networks."""
@@ -78,6 +103,68 @@ class ZooDataset(Dataset[Item]):
         if self._packed is not None:
             return self._packed[list(rows)]
         return pack([self.zoo[i] for i in rows], **self.options).detach()
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Return all positions, shuffled by shard and inside stretches of at least `buffer` networks."""
+        shards = int(self._shard.max()) + 1 if len(self) else 0
+        place = torch.randperm(shards, generator=generator)[self._shard]  # of each network's shard in the order
+        by_shard = torch.argsort(place, stable=True)
+        counts = torch.bincount(place, minlength=shards).tolist()
+        shuffled, first, held = [], 0, 0
+        for k, count in enumerate(counts):
+            held += count
+            if held >= self.buffer or k == len(counts) - 1:
+                stretch = by_shard[first : first + held]
+                shuffled.append(stretch[torch.randperm(held, generator=generator)])
+                first, held = first + held, 0
+        return torch.cat(shuffled).tolist() if shuffled else []
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """Number of weights of each network, `(n,)` int64."""
+        return self.zoo.sizes
+
+    @functools.cached_property
+    def _shard(self) -> Tensor:
+        """Number of the shard of each network, `(n,)` int64."""
+        shards = self.zoo.shards
+        numbers = {name: k for k, name in enumerate(dict.fromkeys(shards))}
+        return torch.tensor([numbers[name] for name in shards], dtype=torch.int64)
+
+    def parts(self, rows: Iterable[Sequence[int]]) -> Iterator[WeightBatch]:
+        """Read networks: yield one batch for each sequence of positions."""
+        if not self.workers or self._packed is not None:
+            return (self.batch(chosen) for chosen in rows)
+        # A generator of its own, so that torch's stays where it is.
+        loader: DataLoader[Item] = DataLoader(
+            self,
+            batch_sampler=[list(chosen) for chosen in rows],
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+        )
+        return (batch for batch, _ in loader)
+
+    def network_name(self, row: int) -> str:
+        """Name a network as messages do."""
+        return f"network {row} ({self.zoo[row].name!r})"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return "size" and "sha256", a digest of all names and sizes, and of the weights of some networks.
+
+        Those networks are spread evenly over the zoo, the first one and so many that they have about four million
+        weights. So other weights under the same names and sizes may go unnoticed in a large zoo.
+        """
+        total, count = int(self.sizes.sum()), len(self)
+        read = max(1, min(count, _SAMPLED * count // max(total, 1)))
+        sample = [k * count // read for k in range(read)] if count else []
+        options = {name: str(value) for name, value in self.options.items()}
+        read_weights = [list(self.zoo.state_dict(i).values()) for i in sample]
+        names = self.zoo.column("name").tolist()
+        return {
+            "size": f"{count} networks of {total} weights, read from disk",
+            "sha256": of_values([names, self.sizes, options, read_weights]),
+        }
 
     @staticmethod
     def collate(items: Item | Sequence[Item]) -> Item:
@@ -133,7 +220,7 @@ def pack_options(encoder: Any) -> dict[str, Any]:
 
 def zoo_loader(
     zoo: Zoo,
-    targets: str | Sequence[str],
+    targets: str | Sequence[str] | Tensor,
     *,
     encoder: Any = None,
     options: Mapping[str, Any] | None = None,
@@ -148,7 +235,7 @@ def zoo_loader(
 
     Args:
         zoo: any zoo.
-        targets: names of columns of numbers; one name or several.
+        targets: as in :class:`ZooDataset`.
         encoder: the encoder or predictor to pack for; a predictor prepares batches further when it is called.
         options: keyword arguments of `sne_fast.pack`, besides or instead of those of the encoder.
         budget: largest number of weights in a batch; a network with more is a batch of its own.
@@ -163,6 +250,6 @@ def zoo_loader(
         ...     loss = (predictor(batch) - accuracy).square().mean()
     """
     merged = {**(pack_options(encoder) if encoder is not None else {}), **(options or {})}
-    data = ZooDataset(zoo, targets, merged, keep=keep)
+    data = ZooDataset(zoo, targets, merged, keep=keep, workers=workers)
     sampler = WeightBudgetSampler(zoo.sizes, budget, shuffle=shuffle, seed=seed)
     return DataLoader(data, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers, pin_memory=pin_memory)

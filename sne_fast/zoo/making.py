@@ -17,7 +17,7 @@ from .shards import ZooWriter
 from .table import Zoo
 
 Made = tuple[Mapping[str, Tensor], Sequence[tuple[str, Mapping[str, Any]]]]
-"""Stacked tensors `(K, *shape)` of a group in module order, and K pairs of name and row."""
+"""Stacked tensors `(K, *shape)` of networks in module order, and K pairs of name and row."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def groups_of(name: str, count: int, largest: int, first: int, cost: float) -> l
 def make_zoo(
     folder: str | PathLike[str],
     groups: Sequence[Group],
-    work: Callable[[Group, Callable[[float], None]], Made],
+    work: Callable[[Group, Callable[[float], None]], Made | list[Made]],
     about: Mapping[str, Any],
     on_progress: Callable[[float], None] | None = None,
 ) -> Zoo:
@@ -68,7 +68,8 @@ def make_zoo(
     Args:
         folder: the folder of the zoo.
         groups: all groups of the zoo.
-        work: makes a group; it calls its second argument with the share of the group done, at every step.
+        work: makes a group; it calls its second argument with the share of the group done, at every step. Networks of
+            one group that differ in their shapes are a list of stacks, in their order.
         about: description of the zoo; an unfinished zoo of another description is refused.
         on_progress: called with the share of all work done, in [0, 1].
     """
@@ -82,10 +83,10 @@ def make_zoo(
             futures = {pool.submit(work, group, progress.of(group)): group for group in longest_first}
             unwritten = set(futures)
 
-            def write(future: Future[Made]) -> None:
+            def write(future: Future[Made | list[Made]]) -> None:
                 unwritten.discard(future)
-                stacked, rows = future.result()
-                writer.add_group(futures[future].name, futures[future].first, stacked, rows)
+                made = future.result()
+                _write_group(writer, futures[future], made if isinstance(made, list) else [made])
 
             try:
                 for future in as_completed(futures):
@@ -99,6 +100,16 @@ def make_zoo(
     if on_progress is not None:
         on_progress(1.0)
     return Zoo.open(folder)
+
+
+def _write_group(writer: ZooWriter, group: Group, stacks: Sequence[Made]) -> None:
+    """Write the stacks of a group as shards; the one of the group's name is the last, so that the group is whole."""
+    first = group.first
+    for k, (stacked, rows) in enumerate(stacks, 1):
+        name = group.name if k == len(stacks) else f"{group.name}-{k}"
+        if not writer.has(name):  # an interrupted call may have written it
+            writer.add_group(name, first, stacked, rows)
+        first += len(rows)
 
 
 class _Progress:

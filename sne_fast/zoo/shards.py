@@ -39,7 +39,8 @@ LOCK = ".lock"
 SHARDS = "shards"
 SHARD_BYTES = 64 << 20
 _STACK = "stack."
-_OPEN_SHARDS = 256
+MAPPED_BYTES = 1 << 30
+"""Bytes of shards that are mapped at once; pages that were read count as memory of the process until unmapped."""
 
 
 class ShardSource:
@@ -49,12 +50,16 @@ class ShardSource:
         folder: of the zoo.
         shards: the shard of each network.
         positions: the position of each network in its shard.
+
+    Attributes:
+        mapped_bytes: the most bytes of shards that stay mapped, but for the last one; at first `MAPPED_BYTES`.
     """
 
     def __init__(self, folder: Path, shards: Sequence[str], positions: Sequence[int]) -> None:
         self.folder = folder
         self.shards = list(shards)
         self.positions = list(positions)
+        self.mapped_bytes = MAPPED_BYTES
         self._open: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,8 +82,9 @@ class ShardSource:
             return self._open[shard]
         found = _map_shard(self._file(shard))
         self._open[shard] = found
-        if len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)
+        held = {name: sum(t.nbytes for t in tensors.values()) for name, tensors in self._open.items()}
+        while len(self._open) > 1 and sum(held.values()) > self.mapped_bytes:
+            del held[self._open.popitem(last=False)[0]]
         return found
 
     def _file(self, shard: str) -> Path:

@@ -169,6 +169,13 @@ class Zoo:
             self._columns["weights"] = [network_weights(self.state_dict(i)) for i in range(len(self))]
         return torch.tensor(self._columns["weights"], dtype=torch.int64)
 
+    @property
+    def shards(self) -> list[str]:
+        """The shard that holds each network; a name of its own for each network of another source than shards."""
+        if isinstance(self.source, ShardSource):
+            return [self.source.shards[place] for place in self._places]
+        return [str(place) for place in self._places]
+
     def state_dict(self, i: int) -> dict[str, Tensor]:
         """Return the weights of network `i` in their module's order, copied out of the file."""
         return self.source.read(self._places[self._at(i)])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import classifiers, inr_folders, inrs, mnist_inrs, schuerholt, unterthiner
+from . import classifiers, family_zoo, inr_folders, inrs, mnist_inrs, schuerholt, unterthiner
 from .rebuilding import compare
 from .table import Zoo
 
 _VERIFIERS: dict[str, Callable[..., list[tuple[float, str]]]] = {
     "classifiers": classifiers.verify,
+    "families": family_zoo.verify,
     "sine_inrs": inrs.verify,
     "mnist_inrs": mnist_inrs.verify,
     "unterthiner": unterthiner.verify,
@@ -40,7 +41,8 @@ def verify(zoo: Zoo, networks: Sequence[int] | None = None, *, tolerance: float 
             for INRs of images; see `verify` in `unterthiner`, `schuerholt` and `inr_folders`.
 
     Returns:
-        The largest difference found: of accuracies in [0, 1] for classifiers, of mean squared errors for INRs.
+        The largest difference found: of accuracies in [0, 1] for classifiers, of mean squared errors for INRs, of
+        losses for zoos of `make_family_zoo`.
 
     Raises:
         VerifyError: a difference above `tolerance`; the message names the network.

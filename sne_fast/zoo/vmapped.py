@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +16,15 @@ from ..training.threads import torch_threads
 
 _GLOBAL_GENERATOR = threading.Lock()
 """Held while modules draw their initial weights from torch's generator, since groups may train in threads."""
+
+
+@contextmanager
+def drawing_weights(seed: int) -> Iterator[None]:
+    """Draw initial weights of modules from torch's generator, seeded; the generator is left as it was."""
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
 
 BETA2 = 0.999
 LARGEST_WEIGHT = 1e4
@@ -137,8 +147,7 @@ def train_together(
     if optimiser not in ("sgd", "adam"):
         raise ValueError(f"train_together: optimiser must be 'sgd' or 'adam', got {optimiser!r}")
     generator = torch.Generator().manual_seed(seed)
-    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_weights(seed):
         modules = [make() for _ in range(len(recipe))]
         base = make().to("meta").train()
     names = tuple(modules[0].state_dict())

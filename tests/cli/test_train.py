@@ -226,7 +226,7 @@ def test_torchrun_gives_what_one_process_gives(zoo: Path, tmp_path: Path) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    run(*arguments[1:], "-o", tmp_path / "one")
+    run(*arguments[1:], "--accumulate", "2", "-o", tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and one["processes"] == 1
     assert two["history"]["train_loss"] == pytest.approx(one["history"]["train_loss"], rel=1e-3)
@@ -331,3 +331,51 @@ def test_a_stack_of_an_earlier_call_does_not_stay(zoo: Path, tmp_path: Path) -> 
     run(*command, "--epochs", "4")
     assert not (tmp_path / "predictor" / "trees-0.safetensors").exists()
     assert "epochs" in refused(*command, "--epochs", "2")
+
+
+SETTINGS_OF_STREAMS = [
+    ["--recipe", "best", "--target", "a", "--target", "share"],
+    ["--recipe", "inr", "--hidden-dim", "32", "--target", "kind", "--loss", "cross_entropy"],
+    ["--recipe", "paper", "--hidden-dim", "32", "--units", "permuted", "--target", "share", "--transform", "logit"],
+]
+
+
+@pytest.mark.parametrize("chosen", SETTINGS_OF_STREAMS, ids=["best", "inr", "paper"])
+def test_a_zoo_larger_than_memory_is_read_in_every_epoch(chosen: list[str], zoo: Path, tmp_path: Path) -> None:
+    output = run(zoo, "-o", tmp_path / "run", "--max-memory", "300K", *chosen, *SMALL)
+    sentence = "Networks are read from disk in every epoch: all of them would take about .* --max-memory is 300 KiB"
+    assert len(re.findall(sentence, " ".join(output.split()))) == 1
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["read"] == "in every epoch" and found["history"]["validation_loss"]
+    assert {"mean of the training networks", "layer statistics, boosted trees"} == set(found["baselines"])
+    predictor = sne_fast.Predictor.from_pretrained(tmp_path / "run" / "predictor")
+    with open(tmp_path / "run" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    held = Zoo.open(zoo)
+    with torch.no_grad():
+        values = predictor([held[held.find(row["name"])] for row in rows])
+    names = predictor.target_names
+    written = torch.tensor([[float(row[f"predicted {name}"]) for name in names] for row in rows])
+    torch.testing.assert_close(written, values, rtol=1e-4, atol=1e-5)
+    in_memory = run(zoo, "-o", tmp_path / "other", *chosen, *SMALL)
+    assert "read from disk" not in in_memory
+    other = json.loads((tmp_path / "other" / "metrics.json").read_text())
+    assert other["read"] == "once" and other["networks"] == found["networks"]
+    assert other["baselines"] == found["baselines"], "the same networks and targets"
+
+
+def test_what_needs_all_networks_in_memory_is_refused(zoo: Path, tmp_path: Path) -> None:
+    command = [zoo, "-o", tmp_path, "--target", "a", "--max-memory", "300K", *SMALL]
+    message = refused(*command, "--stack")
+    assert (
+        "train: --stack needs all networks in memory. Networks are read" in message and "leave --stack out" in message
+    )
+    assert "--max-memory must be a number of bytes such as 8G or 500M, got 'much'" in refused(*command[:-5], "much")
+
+
+def test_validation_networks_train_where_nothing_is_chosen_by_them(zoo: Path, tmp_path: Path) -> None:
+    run(zoo, "-o", tmp_path / "run", "--target", "a", "--recipe", "across", *SMALL)
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["networks"] == {"train": 27, "validation": 0, "test": 3}
+    run(zoo, "-o", tmp_path / "apart", "--target", "a", "--recipe", "across", "--split", "part", *SMALL)
+    assert json.loads((tmp_path / "apart" / "metrics.json").read_text())["networks"]["validation"] == 6

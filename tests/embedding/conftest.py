@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,12 @@ def tree(tmp_path: Path) -> Path:
     torch.save(network(8, width=40, depth=6), root / "large.pt")
     (root / "damaged.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
     return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Give this process one thread, as workers have: the last bits of vectors depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -84,17 +84,19 @@ def test_units_hold_every_layer_once_and_their_names_depend_on_content_alone(tre
     table = manifest([tree])
     units = plan(table, budget=3000)
     assert [unit.layers for unit in units] == [(0, 1, 6), (1, 2, 6), (2, 3, 6), (3, 4, 6), (4, 5, 6), (5, 6, 6), None]
-    assert len(units[-1].networks) == 6 and len({unit.id for unit in units}) == len(units)
+    assert len(units[-1].networks) == 7 and len({unit.id for unit in units}) == len(units)
     shuffled = table.take(list(reversed(range(table.num_rows))))
     assert [unit.id for unit in plan(shuffled, budget=3000)] == [unit.id for unit in units]
     assert [unit.layers for unit in plan(table, budget=3000, split=False)] == [None, None]
-    assert [len(unit.networks) for unit in plan(table)] == [7]
+    assert [len(unit.networks) for unit in plan(table)] == [8] and sum(unit.weights for unit in units) == 6 * 1640 + 864
 
 
 def test_several_processes_have_several_units_each(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sne_fast.embedding.units.PACKED", 150)
     (unit,) = plan(manifest([tree]))
     assert cut_for([unit], 4) == [unit] == cut_for([unit], 1)  # which is not worth it
     monkeypatch.setattr("sne_fast.embedding.units.LEAST", 300)
     parts = cut_for([unit], 4)
-    assert [len(part.networks) for part in parts] == [1, 2, 2, 2]
+    assert [len(part.networks) for part in parts] == [1, 2, 2, 3]  # the last with the one that cannot be read
+    assert tuple(pack for part in parts for pack in part.packs) == unit.packs  # what is encoded in one call stays so
     assert tuple(network for part in parts for network in part.networks) == unit.networks

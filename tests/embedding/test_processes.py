@@ -15,8 +15,7 @@ import torch
 from helpers import dying_workers
 from helpers.many_networks import encoder_of
 from sne_fast import SNE
-from sne_fast.embedding import EmbeddingDataset, collect, embed_unit, embed_units, manifest, plan
-from sne_fast.embedding import running as running_module
+from sne_fast.embedding import EmbeddingDataset, collect, embed_unit, embed_units, manifest, plan, processes
 
 pytest.importorskip("pyarrow")
 FORKS = pytest.mark.skipif(sys.platform != "linux", reason="processes that die are forked, to be fast")
@@ -45,12 +44,12 @@ def test_processes_share_the_work_and_one_that_dies_is_tried_again(
 ) -> None:
     dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
     units = plan(manifest([tree]), budget=3000)
-    monkeypatch.setattr(running_module, "_embed", dying_workers.dies_on_the_first_call)
-    monkeypatch.setattr(running_module, "START", "fork")  # in which nothing is imported again
+    monkeypatch.setattr(processes, "encode", dying_workers.dies_on_the_first_call)
+    monkeypatch.setattr(processes, "START", "fork")  # in which nothing is imported again
     monkeypatch.setenv("DIES_ONCE", str(tmp_path / "died"))
     assert {unit.id for unit in embed_units(dataset, units, workers=2)} == {unit.id for unit in units}
     assert (tmp_path / "died").exists()
-    assert collect(dataset.path).column("error").null_count == 7
+    assert collect(dataset.path, table=manifest([tree])).column("error").null_count == 7
 
 
 @FORKS
@@ -60,15 +59,27 @@ def test_a_network_that_kills_its_processes_is_recorded_and_no_other(
     dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
     table = manifest([tree])
     units = [*plan(table, budget=9000, split=False), *plan(manifest([tree / "large.pt", tree / "one"]))]
-    assert [len(unit.networks) for unit in units] == [1, 6, 2]
-    monkeypatch.setattr(running_module, "_embed", dying_workers.dies_on_large_networks)
-    monkeypatch.setattr(running_module, "START", "fork")
+    assert [len(unit.networks) for unit in units] == [1, 7, 2]
+    monkeypatch.setattr(processes, "encode", dying_workers.dies_on_large_networks)
+    monkeypatch.setattr(processes, "START", "fork")
     done = list(embed_units(dataset, units[1:], workers=2))
-    assert sum(len(unit.networks) for unit in done) == 8
+    assert sum(len(unit.networks) for unit in done) == 9
     rows = {Path(row["uri"]).name: row for row in collect(dataset.path).to_pylist()}
     assert "died 3 times" in rows.pop("large.pt")["error"]
+    assert "is damaged" in rows.pop("damaged.safetensors")["error"]
     assert len(rows) == 6 and all(row["error"] is None for row in rows.values())
-    assert dataset.missing(units) == [] and dataset.missing(units[:2], retry=True) == units[:1]
+    assert dataset.missing(units) == [] and dataset.missing(units[:2], retry=True)[0] == units[0]
+
+
+@FORKS
+def test_a_process_that_does_not_begin_ends_the_work(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = EmbeddingDataset(tmp_path / "out", encoder_of())
+    monkeypatch.setattr(processes, "serve", lambda *given: os._exit(3))
+    monkeypatch.setattr(processes, "START", "fork")
+    with pytest.raises(ChildProcessError, match=r"exit code 3 before it began; a script must .* `if __name__ =="):
+        list(embed_units(dataset, plan(manifest([tree])), workers=2))
 
 
 @FORKS

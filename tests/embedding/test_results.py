@@ -15,7 +15,7 @@ from sne_fast import Predictor
 from sne_fast.embedding import EmbeddingDataset, collect, embed_unit, embed_units, manifest, plan
 from sne_fast.embedding import units as units_module
 
-pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.mark.parametrize("options", [{}, {"statistics": "relative"}], ids=["plain", "statistics"])
@@ -25,7 +25,7 @@ def test_the_vectors_are_those_of_the_encoder(tree: Path, tmp_path: Path, option
     units = plan(manifest([tree]), budget=3000)
     assert list(embed_units(dataset, units)) == units and list(embed_units(dataset, units)) == []
     rows = {row["uri"]: row for row in collect(tmp_path / "out").to_pylist()}
-    assert len(rows) == 7
+    assert "is damaged" in rows.pop(str(tree / "damaged.safetensors"))["error"] and len(rows) == 7
     for uri, row in rows.items():
         with torch.no_grad():
             want = encoder([uri])[0]
@@ -74,6 +74,10 @@ def test_another_encoder_or_other_options_have_a_folder_of_their_own(tmp_path: P
     assert made[0] == made[1] and len(set(made)) == 3
     said = json.loads((made[2] / "embedding.json").read_text())
     assert said["model"] == "SNE" and said["options"] == {"max_chunks": 4, "seed": 1}
+    assert (
+        json.loads((made[3] / "embedding.json").read_text())["preparation"]
+        == Predictor(encoder_of()).preparation.config
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({path.name for path in made})
     with pytest.raises(ValueError, match="several encoders"):
         collect(tmp_path)
@@ -89,7 +93,10 @@ def test_a_damaged_part_is_named(tree: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{part.name}: is damaged .*; remove it and encode its networks again"):
             reading()
     part.unlink()
-    assert len(list(embed_units(dataset, units))) == 1 and collect(dataset.path).num_rows == 7
+    assert len(list(embed_units(dataset, units))) == 1
+    said = json.loads(pq.read_metadata(part).metadata[b"sne_fast"])
+    assert said == json.loads((dataset.path / "embedding.json").read_text()) and len(said["weights_sha256"]) == 64
+    assert collect(dataset.path).num_rows == 8
 
 
 def test_what_other_units_have_done_is_not_done_again(tree: Path, tmp_path: Path) -> None:

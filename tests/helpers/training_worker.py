@@ -1,16 +1,24 @@
-"""Trains a small predictor on a fixed task: run by `torchrun` and, alone, for the result to compare with."""
+"""Trains small predictors on fixed tasks: run by `torchrun` and, alone, for the results to compare with."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sne_fast import SNE, Predictor
 from sne_fast.data.batch import WeightBatch
 from sne_fast.training import FitSettings, fit
 from sne_fast.training.distributed import processes
+from sne_fast.training.networks import PackedNetworks
+
+CASES = ("batch", "stream")
+LARGE = 7
+"""Position of the network of "stream" that several processes share by layers."""
+SETTINGS = FitSettings(epochs=4, lr=1e-3, batch_weights=500, invariance=0.5)
 
 
 def jitter(batch: WeightBatch, rows: object, generator: torch.Generator) -> WeightBatch:
@@ -19,26 +27,50 @@ def jitter(batch: WeightBatch, rows: object, generator: torch.Generator) -> Weig
     return dataclasses.replace(batch, values=batch.values + 0.01 * noise)
 
 
-def train(epochs: int = 4) -> tuple[Predictor, list[float]]:
-    """Train twenty steps on networks of very different sizes, in float64."""
+def networks(large: bool = False) -> list[dict[str, Tensor]]:
+    """Return twenty networks of very different sizes, in float64; a large one has six layers."""
     generator = torch.Generator().manual_seed(0)
-    networks = [
+    made = [
         {"0.weight": torch.randn(4 + 5 * (n % 7), 6, generator=generator, dtype=torch.float64) * (1 + n)}
         for n in range(20)
     ]
+    if large:
+        shapes = [(30, 10 + k) for k in range(6)]
+        layers = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        made[LARGE] = {f"{k}.weight": layer for k, layer in enumerate(layers)}
+    return made
+
+
+class Stream(PackedNetworks):
+    """Networks that remember which of them were read."""
+
+    def __init__(self, batch: WeightBatch, targets: Tensor) -> None:
+        super().__init__(batch, targets)
+        self.read: list[int] = []
+
+    def parts(self, rows: Any) -> Any:
+        for chosen in rows:
+            self.read += chosen
+            yield self.batch[list(chosen)]
+
+
+def train(case: str, accumulate: int = 1) -> dict[str, Any]:
+    """Train some steps, and return the parameters, the losses, and how often which network was read."""
     # The processes start apart: the first one's parameters must win.
     torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
-    predictor = Predictor(SNE(hidden_dim=32, num_heads=2, chunk_size=16), 1, (16,)).double()
-    batch = predictor.encoder.pack(networks, dtype=torch.float64)
+    statistics = "tensor" if case == "stream" else "none"
+    encoder = SNE(hidden_dim=32, num_heads=2, chunk_size=16, statistics=statistics)
+    predictor = Predictor(encoder, 1, (16,)).double()
+    batch = predictor.encoder.pack(networks(case == "stream"), dtype=torch.float64)
     targets = torch.linspace(-1, 2, 20, dtype=torch.float64)[:, None] ** 3
-    settings = FitSettings(epochs=epochs, lr=1e-3, batch_weights=500, invariance=0.5)
-    history = fit(predictor, batch, targets, settings, augment=jitter, validation=(batch[:5], targets[:5]))
-    return predictor, [*history.train_loss, *history.validation_loss]
+    settings = dataclasses.replace(SETTINGS, accumulate=accumulate)
+    stream = Stream(batch, targets)
+    given: Any = (batch, targets) if case == "batch" else (stream, None)
+    history = fit(predictor, *given, settings, augment=jitter, validation=(batch[:5], targets[:5]))
+    counts = torch.bincount(torch.tensor(stream.read, dtype=torch.int64), minlength=20)
+    return {"state": predictor.state_dict(), "losses": [*history.train_loss, *history.validation_loss], "read": counts}
 
 
 if __name__ == "__main__":
     with processes() as world:
-        predictor, losses = train()
-        torch.save(
-            {"state": predictor.state_dict(), "losses": losses, "size": world.size}, f"{sys.argv[1]}.{world.rank}"
-        )
+        torch.save({"size": world.size, **{case: train(case) for case in CASES}}, f"{sys.argv[1]}.{world.rank}")

@@ -15,7 +15,7 @@ from sne_fast.nn.preparation import Preparation, relative_places
 from sne_fast.symmetry import SymmetryError, canonicalise, chain_symmetry, permute, trace
 from sne_fast.symmetry.stored import from_json, same_permutations, to_json
 from sne_fast.training import FitSettings, fit
-from sne_fast.training.loop import predict
+from sne_fast.training.prediction import predict
 from sne_fast.zoo.architectures import ARCHITECTURES
 
 IMAGE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

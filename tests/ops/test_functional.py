@@ -11,6 +11,7 @@ from torch import Tensor
 import sne_fast
 from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pointer, pool_case
 from sne_fast import functional as F
+from sne_fast.ops import functional
 from sne_fast.ops.schema import CHUNK_PARAMETERS, SCHEMAS
 
 TENSORS = [[5, 5, 3], [1], [2, 1], [5]]
@@ -48,6 +49,9 @@ def host_args(op: str) -> tuple:
         dims = torch.tensor([[3, 2, 2, 4, 3, 1], [5, 0, 1, 4, 3, 0]])
         start = torch.tensor([0, 12, 17])
         return torch.randn(17), start, torch.rand(2) + 0.5, dims, start.clone()
+    if op == "gather_stored":
+        buffers, table = [torch.randn(5), torch.randn(14)], torch.tensor([[1, 8, 0, 6, 2], [0, 0, 0, 5, 1]])
+        return buffers, table, torch.rand(2) + 0.5, 17, torch.float64
     tensors, scale, plan = [torch.randn(2, 3, 2), torch.randn(5)], torch.rand(2) + 0.5, torch.tensor([[6, 2], [5, 1]])
     if op == "gather_chunks":
         return tensors, scale, plan, torch.float64
@@ -166,6 +170,33 @@ def test_segment_pool_errors() -> None:
         F.segment_pool(x, logits[:4], ptr)
     with pytest.raises(TypeError, match="ptr must be int64 of shape"):
         F.segment_pool(x, logits, ptr.float())
+
+
+def test_gather_stored_errors() -> None:
+    buffers, table, scale, values, dtype = host_args("gather_stored")
+    for backend in ("reference", "cpu"):
+        with sne_fast.use_backend(backend):
+            call = functional.gather_stored
+            for row in (
+                [2, 0, 0, 5, 1],
+                [0, 4, 0, 5, 1],
+                [0, 2, 0, 2, 1],
+                [0, 0, 4, 5, 1],
+                [0, 0, 0, 1 << 62, 4],
+                [0, -4, 0, 5, 1],
+            ):
+                with pytest.raises(ValueError, match=r"table must have .* inside the 2 buffers, got .* in row 1"):
+                    call(buffers, torch.tensor([table[0].tolist(), row]), scale, values, dtype)
+            with pytest.raises(ValueError, match="num_values must be 17 by table, got 16"):
+                call(buffers, table, scale, 16, dtype)
+            with pytest.raises(TypeError, match=r"buffers\[1\] must be a contiguous tensor on the CPU"):
+                call([buffers[0], torch.randn(4, 7).t()], table, scale, values, dtype)
+            with pytest.raises(TypeError, match=r"table must be int64 of shape \(T, 5\)"):
+                call(buffers, table[:, :4], scale, values, dtype)
+            with pytest.raises(TypeError, match=r"scale must be float32 or float64 of shape \(T,\) = \(2,\)"):
+                call(buffers, table, scale[:1], values, dtype)
+            with pytest.raises(TypeError, match="dtype must be one of"):
+                call(buffers, table, scale, values, torch.int8)
 
 
 def test_gather_chunks_errors() -> None:

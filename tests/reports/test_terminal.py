@@ -60,6 +60,21 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
     assert found.err.splitlines() == ["working: 25%, step 2", "working: 62%, step 5"]
 
 
+def test_lines_of_long_work_tell_the_remaining_time_and_come_with_progress_or_each_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with progress(Console(), "working", bar=True) as update:
+        for seconds, share in ((9, 0.09), (20, 0.1), (45, 0.12), (79, 0.13), (80, 0.14), (90, 0.2), (900, 0.9)):
+            now[0] = seconds
+            update(share, "steps")
+    assert capsys.readouterr().err.splitlines() == [
+        "working: 10%, steps, 3 min left",
+        "working: 14%, steps, 8 min left",
+        "working: 20%, steps, 6 min left",
+        "working: 90%, steps, 2 min left",
+    ]
+
+
 def test_progress_that_stays_is_announced_and_quiet_ones_are_not(capsys):
     with progress(Console(), "1. Training", bar=True, stays=True) as update:
         update(0.5)

@@ -256,20 +256,20 @@ def test_an_interrupted_training_goes_on_to_the_same_predictions(tmp_path, monke
     """Killed in its second epoch, the same call ends with the bits of a run that was not."""
     whole = tmp_path / "whole"
     call(whole, methods=["SNE"], epochs=3)
-    import sne_fast.training.loop as loop
+    from sne_fast.training.steps import Trainer
 
     cut = tmp_path / "cut"
-    original = loop._Run.epoch
+    original = Trainer.epoch
 
-    def stop(self, state, on_batch):
+    def stop(self, state, *others):
         if state.epoch == 1:
             raise KeyboardInterrupt
-        return original(self, state, on_batch)
+        return original(self, state, *others)
 
-    monkeypatch.setattr(loop._Run, "epoch", stop)
+    monkeypatch.setattr(Trainer, "epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         call(cut, methods=["SNE"], epochs=3)
-    monkeypatch.setattr(loop._Run, "epoch", original)
+    monkeypatch.setattr(Trainer, "epoch", original)
     run = Run(TASKS["inr"].experiments[0], "SNE", 0)
     assert RunFolder(cut).checkpoint(run).exists()
     call(cut, methods=["SNE"], epochs=3)

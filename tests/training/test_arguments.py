@@ -53,7 +53,7 @@ def test_classes_are_integers_of_any_kind() -> None:
             "ValueError: fit: batch must be packed with chunk_",
         ),
         ({"targets": ["a"] * 6}, "TypeError: fit: targets must be a tensor, an array or a list of numbers, got list"),
-        ({"targets": None}, "TypeError: fit: targets must be a tensor, an array or a list of numbers, got None"),
+        ({"targets": None}, "TypeError: fit: targets must be given with a WeightBatch, got None"),
         ({"targets": "targets"}, "TypeError: fit: targets must be a tensor, an array or a list of numbers, got 'targ"),
         (
             {"targets": [[1], [2, 3], [1], [1], [1], [1]]},
@@ -195,7 +195,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_sentence(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=r"fit.pt' is damaged or is not one of fit's; give another path or"):
             fit(make(), packed(), goals(), SETTINGS, checkpoint=path)
     torch.save({**state, "format": 1}, path)
-    with pytest.raises(ValueError, match=r"has format 1, this version reads 2 only.*remove it to train anew"):
+    with pytest.raises(ValueError, match=r"has format 1, this version reads 3 only.*remove it to train anew"):
         fit(make(), packed(), goals(), SETTINGS, checkpoint=path)
 
 

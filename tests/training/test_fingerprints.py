@@ -16,7 +16,8 @@ from sne_fast.nn import Preparation
 from sne_fast.symmetry import CanonicalAugmentation, PermutationAugmentation, chain_symmetry
 from sne_fast.training import FitSettings, fit
 from sne_fast.training.digests import of_values
-from sne_fast.training.fingerprint import differences, of_batch, of_object
+from sne_fast.training.fingerprint import differences, of_batch, of_object, of_training
+from sne_fast.training.networks import PackedNetworks
 
 
 def jitter(part: Any, rows: Any, generator: Any, size: float = 0.01) -> Any:
@@ -93,10 +94,17 @@ def test_frozen_parameters_are_another_training(begun: Path) -> None:
         ({"lr": 0.1}, r"other settings \(lr 0.002 then, 0.1 now\)"),
         ({"seed": 1, "clip": 0.5}, r"other settings \(clip 1.0 then, 0.5 now; seed 0 then, 1 now\)"),
         ({"patience": 3}, r"other settings \(patience none then, 3 now\)"),
+        ({"accumulate": 2}, r"other settings \(processes times accumulate 1 then, 2 now\)"),
     ],
 )
 def test_other_settings_are_refused(changes: dict[str, Any], message: str, begun: Path) -> None:
     refused(begun, message, settings=FitSettings(epochs=2, **{"batch_weights": 80, **changes}))
+
+
+def test_processes_and_accumulate_count_as_their_product() -> None:
+    given = make(), PackedNetworks(packed(), goals())
+    made = [of_training(*given, FitSettings(accumulate=a), processes=n) for a, n in ((6, 1), (2, 3), (3, 1))]
+    assert made[0] == made[1] != made[2]
 
 
 def test_other_validation_is_refused(tmp_path: Path, begun: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.small_trainings import SETTINGS, goals, make, packed, same
 from sne_fast import Predictor
-from sne_fast.training import FitSettings, fit, loop
+from sne_fast.training import FitSettings, fit, loop, steps
 
 
 def spoil_gradient(predictor: Predictor, call: int, value: float = math.nan) -> None:
@@ -73,8 +73,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: py
         optimiser.register_step_post_hook(lambda *_: predictor.head[0].bias.data.fill_(math.inf))
         return optimiser
 
-    original: Callable[..., torch.optim.Optimizer] = loop.adamw
-    monkeypatch.setattr(loop, "adamw", adamw)
+    original: Callable[..., torch.optim.Optimizer] = steps.adamw
+    monkeypatch.setattr(steps, "adamw", adamw)
     with pytest.raises(ValueError, match=r"predictor.head.0.bias is not finite after epoch 0; lower lr"):
         fit(predictor, packed(), goals(), FitSettings(epochs=1), checkpoint=path)
     assert not path.exists()
@@ -82,7 +82,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: py
 
 def losses_of(monkeypatch: pytest.MonkeyPatch, values: list[float], **settings: Any) -> Any:
     given = iter(values)
-    monkeypatch.setattr(loop, "_loss", lambda *_: next(given))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: next(given))
     options = {"epochs": len(values), "batch_weights": 80, **settings}
     return fit(make(), packed(), goals(), FitSettings(**options), validation=(packed(), goals()))
 
@@ -124,7 +124,7 @@ def test_float16_skips_steps_whose_gradients_overflow_but_not_for_ever(monkeypat
     assert len(fit(skipping, packed(), goals(), settings).train_loss) == 10
     fit(plain, packed(), goals(), settings)
     assert all(bool(t.isfinite().all()) for t in skipping.state_dict().values()) and not same(plain, skipping)
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 4)
+    monkeypatch.setattr(steps, "MOST_SKIPPED", 4)
     endless = make()
     endless.head[0].weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(ValueError, match=r"gradients became not finite .* in 5 steps in a row, the last in epoch 1;"):

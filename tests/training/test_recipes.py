@@ -75,6 +75,8 @@ def test_a_recipe_is_saved_and_found_again(tmp_path: Path) -> None:
     recipe.save(tmp_path / "recipe.json")
     assert find_recipe(tmp_path / "recipe.json") == recipe and find_recipe("paper") is RECIPES["paper"]
     assert TrainingRecipe.from_values(recipe.values) == recipe
+    older = {name: value for name, value in recipe.values.items() if name != "accumulate"}
+    assert TrainingRecipe.from_values(older) == recipe
 
 
 @pytest.mark.parametrize(

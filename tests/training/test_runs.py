@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
-from helpers.training_worker import jitter, train
+from helpers.training_worker import CASES, LARGE, jitter, train
+from helpers.training_worker import SETTINGS as WORKERS
 from sne_fast import SNE, Predictor
 from sne_fast.training import CsvLog, FitSettings, History, TensorBoardLog, fit, predict, shards_by_weights
 
@@ -145,14 +146,34 @@ def test_several_processes_train_as_one(count: int, tmp_path: Path) -> None:
         [*launch, str(worker), str(out)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    predictor, losses = train()
-    for rank in range(count):
-        found = torch.load(f"{out}.{rank}", weights_only=True)
-        assert found["size"] == count
-        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(losses), rtol=1e-5, atol=0)
-        for name, expected in predictor.state_dict().items():
-            # Some biases have a gradient of zero and stay at rounding errors.
-            assert (found["state"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-9, (rank, name)
+    every = [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(count)]
+    for case in CASES:
+        one = train(case, accumulate=count)
+        for rank, each in enumerate(every):
+            found = each[case]
+            assert each["size"] == count
+            torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=0)
+            for name, expected in one["state"].items():
+                # Some biases have a gradient of zero and stay at rounding errors.
+                assert (found["state"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-9, (case, rank, name)
+    reads = torch.stack([each["stream"]["read"] for each in every])
+    others = [row for row in range(1, 20) if row != LARGE]  # the first one also where no other is left to read
+    assert (reads.sum(0)[others] == WORKERS.epochs + 1).all(), "for the statistics and in every epoch, by one process"
+    assert int(reads[:, LARGE].sum()) == WORKERS.epochs * count + 1, "all processes encode layers of the large one"
+
+
+def test_accumulated_parts_train_as_one_large_batch() -> None:
+    networks, targets = task(24)
+    results = []
+    for settings in ({"batch_weights": 10**6}, {"batch_weights": 100, "accumulate": 100}):
+        predictor = make().double()
+        batch = predictor.encoder.pack(networks)
+        history = fit(predictor, batch, targets, FitSettings(epochs=5, lr=1e-3, **settings))  # type: ignore[arg-type]
+        results.append((history.train_loss, predictor.state_dict()))
+    (expected, one), (found, other) = results
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, value in one.items():
+        assert (other[name] - value).norm() <= 1e-5 * value.norm() + 1e-9, name
 
 
 # ----------------------------------------------------------------------------------------------------- losses and types

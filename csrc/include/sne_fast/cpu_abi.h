@@ -1,16 +1,18 @@
 /* The C interface of the CPU library: plain pointers and sizes in, a status code out, no torch and no Python.
  *
  * sne_fast/backends/cpu/library.py mirrors these structs with ctypes, field by field. Whoever changes one changes the
- * other and raises SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major; "real" is float
- * or double as `dtype` says. Every call is reentrant, and its results do not depend on `num_threads`. Sizes and
- * pointers are checked before anything is read through them: what does not fit is SNE_FAST_BAD_ARGUMENT, and nothing is
- * written. The caller answers for the arrays having the sizes that it states. */
+ * other and raises SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major, of float or
+ * double as `dtype` says. SNE_FAST_BF16 means arrays of float, and operands of the large products rounded to bfloat16
+ * with float sums: chunk_encode and product_rate take it where the instruction set is avx512_bf16 or amx_bf16. Every
+ * call is reentrant, and its results do not depend on `num_threads`. Sizes and pointers are checked before anything is
+ * read through them: what does not fit is SNE_FAST_BAD_ARGUMENT, and nothing is written. The caller answers for the
+ * arrays having the sizes that it states. */
 #ifndef SNE_FAST_CPU_ABI_H
 #define SNE_FAST_CPU_ABI_H
 
 #include <stdint.h>
 
-#define SNE_FAST_CPU_ABI 3
+#define SNE_FAST_CPU_ABI 4
 
 #if defined(_WIN32)
 #define SNE_FAST_API __declspec(dllexport)
@@ -115,7 +117,8 @@ typedef struct {
 
 SNE_FAST_API int sne_fast_cpu_abi(void);
 SNE_FAST_API const char *sne_fast_cpu_status(int status);
-/* Instruction set in use: "portable", "avx2" or "avx512". Null or "" selects the best that this processor runs. */
+/* Instruction set in use: "portable", "avx2", "avx512", "avx512_bf16" or "amx_bf16". Null or "" selects the best that
+ * this processor runs. */
 SNE_FAST_API const char *sne_fast_cpu_isa(void);
 SNE_FAST_API int sne_fast_cpu_select_isa(const char *name);
 /* Returns 1 if this processor and this build can run the instruction set. */

@@ -74,7 +74,7 @@ SNE_INLINE Vec<T> zero() {
 
 // Returns the larger of two, or b where either is NaN (as the x86 instruction does).
 SNE_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
-#if defined(SNE_ISA_avx512)
+#if defined(SNE_AVX512)
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(SNE_ISA_avx2)
   return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
@@ -83,7 +83,7 @@ SNE_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
 #endif
 }
 SNE_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
-#if defined(SNE_ISA_avx512)
+#if defined(SNE_AVX512)
   return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
 #elif defined(SNE_ISA_avx2)
   return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
@@ -103,7 +103,7 @@ SNE_INLINE Vec<T> vsqrt(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) v[i] = __builtin_sqrt(double(v[i]));
   return v;
 }
-#if defined(SNE_ISA_avx512)
+#if defined(SNE_AVX512)
 template <>
 SNE_INLINE Vec<float> vsqrt<float>(Vec<float> v) {
   return (Vec<float>)_mm512_sqrt_ps((__m512)v);
@@ -155,19 +155,36 @@ SNE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> shifted, Mask<T> seen) {
 
 // Returns 2^x for x <= 0 or moderately positive, with a relative error of 1e-7 (2e-16), and 0 for x below -100 (-1000):
 // every caller adds it to a sum of at least one, and denormal numbers would be slow. NaN stays NaN.
+#if defined(SNE_AVX512)
+// Returns p 2^n, 0 where x is below -100: x and n are NaN together.
+SNE_INLINE Vec<float> scale_by_integer(Vec<float> p, Vec<float> n, Vec<float> x) {
+  const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
+}
+SNE_INLINE Vec<float> nearest_integer(Vec<float> x) { return (Vec<float>)_mm512_roundscale_ps((__m512)x, 0); }
+#endif
+
 SNE_INLINE Vec<float> vexp2(Vec<float> x) {
+#if defined(SNE_AVX512)
+  const Vec<float> n = nearest_integer(x), f = x - n;
+#else
   const Mask<float> seen = ~(x < -100.0f);
   x = vmax(splat(-100.0f), x);
   // 1.5 * 2^23 + 127: adding it rounds to an integer in the low mantissa bits, with the bias of exponents.
   const Vec<float> magic = splat(12583039.0f);
   const Vec<float> shifted = x + magic, n = shifted - magic, f = x - n;
+#endif
   Vec<float> p = splat(1.3276472e-3f);
   p = p * f + 9.6755413e-3f;
   p = p * f + 5.5507131e-2f;
   p = p * f + 2.4022233e-1f;
   p = p * f + 6.9314696e-1f;
   p = p * f + 1.0f;
+#if defined(SNE_AVX512)
+  return scale_by_integer(p, n, x);
+#else
   return scale_by_power<float>(p, shifted, seen);
+#endif
 }
 SNE_INLINE Vec<double> vexp2(Vec<double> x) {
   const Mask<double> seen = ~(x < -1000.0);

@@ -6,16 +6,26 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...ops import checks
 from ...ops.backend import Arguments, Backend
-from ...ops.schema import CHUNK_PARAMETERS, CONSTANT_OPS, REQUIRED_OPS, STATISTICS, accumulate_dtype, named
+from ...ops.schema import (
+    CHUNK_PARAMETERS,
+    CONSTANT_OPS,
+    REQUIRED_OPS,
+    STATISTICS,
+    STORED_DTYPES,
+    accumulate_dtype,
+    named,
+)
 from ...ops.supported_widths import pool_width_reasons, width_reasons
 from . import library
 
 LONGEST_CHUNK = 256
+CODES = np.array([library.DTYPES[dtype] for dtype in STORED_DTYPES], np.int32)
 
 
 def _dtype_reasons(name: str, tensor: Tensor) -> list[str]:
@@ -47,6 +57,13 @@ def why_not(op: str, args: Arguments) -> list[str]:
 
 def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
+
+
+def _products(dtype: torch.dtype) -> int:
+    """Return the library's dtype for a call on tensors of ``dtype``: bfloat16 where the processor multiplies it."""
+    if dtype == torch.bfloat16 and library.multiplies_bf16():
+        return library.DTYPES[dtype]
+    return library.DTYPES[accumulate_dtype(dtype)]
 
 
 def _run(op: str, *args: Any) -> None:
@@ -81,7 +98,7 @@ def chunk_encode(*args: Tensor) -> Tensor:
     """Compute the op ``chunk_encode``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     struct, dtype, _kept = _chunk_encode_args("chunk_encode", args)
     out = torch.empty(struct.num_chunks, struct.heads, struct.hidden, dtype=dtype)
-    _run("chunk_encode", library.DTYPES[dtype], ctypes.byref(struct), out.data_ptr())
+    _run("chunk_encode", _products(args[0].dtype), ctypes.byref(struct), out.data_ptr())
     return out.to(args[0].dtype)
 
 
@@ -92,7 +109,7 @@ def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
     inputs = (args[0], *args[5:])
     grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
     pointers = library.ChunkEncodeGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("chunk_encode_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    _run("chunk_encode_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
     del kept
     return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
@@ -236,6 +253,25 @@ def gather_chunks_backward(
     struct.grad, struct.scale_grad = grad.data_ptr(), scale_grad.data_ptr()
     _run("gather_chunks_backward", library.DTYPES[computed], ctypes.byref(struct))
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], scale_grad.to(scale.dtype)
+
+
+def gather_stored(
+    buffers: Sequence[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype
+) -> Tensor:
+    """Compute the op ``gather_stored``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    checks.gather_stored("gather_stored", buffers, table, scale, num_values, dtype)
+    computed = accumulate_dtype(dtype)
+    rows = table.numpy()
+    starts = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
+    matrices, dtypes = starts[rows[:, 0]] + rows[:, 1], CODES[rows[:, 2]]
+    plan, scale = table[:, 3:].contiguous(), scale.to(torch.float64).contiguous()
+    values = torch.empty(num_values, dtype=computed)
+    struct = library.GatherChunksArgs(
+        table.shape[0], num_values, library.num_threads(), plan.data_ptr(), dtypes.ctypes.data, matrices.ctypes.data,
+        scale.data_ptr(), values.data_ptr(),
+    )  # fmt: skip
+    _run("gather_chunks", library.DTYPES[computed], ctypes.byref(struct))
+    return values.to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------- tensor_statistics

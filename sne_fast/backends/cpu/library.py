@@ -16,9 +16,9 @@ import torch
 from ...ops.schema import CHUNK_PARAMETERS
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 
-ABI = 3
+ABI = 4
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cpu.so")
 ERROR_FILE = Path(__file__).with_name("libsne_fast_cpu_build_error.txt")
 BAD_ARGUMENT, NO_MEMORY = 1, 2
@@ -137,9 +137,14 @@ def num_threads() -> int:
 
 
 def isa() -> str:
-    """Return the instruction set in use: "portable", "avx2" or "avx512"."""
+    """Return the instruction set in use, one of :data:`ISAS`."""
     name: bytes = library().sne_fast_cpu_isa()
     return name.decode()
+
+
+def multiplies_bf16() -> bool:
+    """Return whether the instruction set in use multiplies bfloat16."""
+    return isa().endswith("_bf16")
 
 
 def supported_isas() -> list[str]:

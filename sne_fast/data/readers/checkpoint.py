@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layer_order import natural_key
+from ..remote.paths import place
 from ..tied_names import with_tied_names
 from .adapter_configs import adapter_scales, scales_in_metadata
 from .chosen_weights import choose_weights
@@ -21,7 +22,7 @@ from .contents import Contents
 from .distributed_folders import distributed_folder, open_distributed
 from .errors import CheckpointError, reading, shown, shown_list
 from .folders import array_files, chosen_file, sentence_transformer_parts
-from .formats import format_of
+from .formats import Format, format_of
 from .lazy_tensors import LazyTensor, OpenFile, read_all
 from .numpy_files import read_npy_files
 from .other_formats import OTHER_FORMATS
@@ -90,7 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     """Read a checkpoint of any form that `load_state_dict` reads, and say what was left out.
 
     Args:
-        path: a file, or a folder of one checkpoint.
+        path: a file, or a folder of one checkpoint, or the URL of one.
         key: the place of the weights in a pickled file that has several, names joined by dots; in the folder of a
             diffusers pipeline the name of a network.
 
@@ -106,13 +107,14 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Ope
     Files stay open as long as tensors of theirs can be read.
 
     Args:
-        path: a file, or a folder of one checkpoint.
+        path: a file, or a folder of one checkpoint, or the URL of one.
         key: as for `read_checkpoint`.
 
     Raises:
         CheckpointError: as `load_state_dict`.
     """
-    file = Path(os.fsdecode(path))
+    with reading(Path(os.fsdecode(path))):
+        file = place(path)
     try:
         with reading(file):
             distributed = distributed_folder(file)
@@ -175,12 +177,12 @@ def _open_whole(file: Path, key: str | None) -> OpenCheckpoint:
     refuse_rank(file)
     if shards := sibling_shards(file):
         return _joined([(shard, _open_one(shard, key)) for shard in shards], file)
-    found = _open_one(file, key)
+    found = _open_one(file, key, kind)
     return replace(found, adapter_scales=found.adapter_scales | adapter_scales(file, found.tensors))
 
 
-def _open_one(file: Path, key: str | None) -> OpenCheckpoint:
-    kind = format_of(file)
+def _open_one(file: Path, key: str | None, kind: Format | None = None) -> OpenCheckpoint:
+    kind = kind or format_of(file)
     if kind == "torch":
         return _open_torch(file, key)
     if kind == "index":

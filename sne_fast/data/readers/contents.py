@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import extras
-from .errors import CheckpointError, reading, shown
+from .errors import CheckpointError, Unreachable, reading, shown
 from .lazy_tensors import LazyTensor
 
 __all__ = ["Contents", "array_tensor", "lazy_array", "need", "reading_format"]
@@ -82,6 +82,8 @@ def reading_format(file: Path, what: str) -> Iterator[None]:
                 if error.errno is not None:
                     raise
                 raise ValueError(str(error)) from error  # of h5py, over what the file holds
+    except Unreachable:
+        raise
     except CheckpointError as error:
         told = str(error)
         raise CheckpointError(told if told.startswith(f"{file}") else f"{file}: {told}") from error

@@ -68,8 +68,9 @@ def distributed_folder(path: Path) -> Path | None:
     Raises:
         CheckpointError: a file of one that lacks its `.metadata`.
     """
-    folder = path if path.is_dir() else path.parent
-    if (folder / METADATA).is_file() and (path.is_dir() or path.name == METADATA or path.suffix == _SHARD):
+    is_folder = path.is_dir()
+    folder = path if is_folder else path.parent
+    if (is_folder or path.name == METADATA or path.suffix == _SHARD) and (folder / METADATA).is_file():
         return folder
     if path.suffix == _SHARD and path.is_file():
         raise CheckpointError(

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ...regular_files import FileError
+from ..remote.failures import StoreError
 
-__all__ = ["CheckpointError", "reading", "shown", "shown_list"]
+__all__ = ["CheckpointError", "Unreachable", "reading", "shown", "shown_list"]
 
 _MAX_SHOWN = 60  # characters of a name from a file
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, refused, or holds no weights; the message names the file."""
+
+
+class Unreachable(CheckpointError):
+    """A file elsewhere that may be whole, and could not be read."""
 
 
 def shown(value: Any) -> str:
@@ -41,6 +46,8 @@ def reading(file: Path) -> Iterator[None]:
     """Turn what the system says of a file, and files that are no regular ones, into a `CheckpointError`."""
     try:
         yield
+    except StoreError as error:
+        raise Unreachable(str(error)) from error
     except FileError as error:
         raise CheckpointError(str(error)) from error
     except FileNotFoundError as error:

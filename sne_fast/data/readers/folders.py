@@ -10,7 +10,8 @@ from typing import NamedTuple
 from ...regular_files import read_json
 from ..layer_order import natural_key
 from .adapter_configs import ADAPTER_FILE
-from .errors import CheckpointError, reading, shown
+from .beside import files_in
+from .errors import CheckpointError, Unreachable, reading, shown
 from .formats import READABLE, SAVED_MODEL
 from .shards import counts_itself, shards_named, sibling_shards
 
@@ -66,7 +67,7 @@ def chosen_file(folder: Path) -> tuple[Path, dict[str, str]]:
         CheckpointError: no file, several, or one part of several.
     """
     with reading(folder):
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
+        names = sorted(files_in(folder))
     lower = {name: name.lower() for name in names}
     weights = _weights_among(names)
     left_out = {
@@ -117,7 +118,7 @@ def is_model_folder(folder: Path, file: Path) -> bool:
 def array_files(folder: Path) -> list[Path]:
     """Return the `.npy` files of a folder that has no other files of weights, in natural order of their names."""
     with reading(folder):
-        names = sorted((entry.name for entry in folder.iterdir() if not entry.is_dir()), key=natural_key)
+        names = sorted(files_in(folder), key=natural_key)
     if any(_INDEX.fullmatch(name.lower()) for name in names) or _weights_among(names):
         return []
     return [folder / name for name in names if name.lower().endswith(".npy")]
@@ -142,12 +143,14 @@ def independent_files(folder: Path) -> list[Path] | None:
         if components is not None:
             return components if len(components) > 1 else None
         chosen_file(folder)
+    except Unreachable:
+        raise
     except CheckpointError:
         pass
     else:
         return None
     with reading(folder):
-        names = sorted((entry.name for entry in folder.iterdir() if not entry.is_dir()), key=natural_key)
+        names = sorted(files_in(folder), key=natural_key)
     if any(_INDEX.fullmatch(name.lower()) or name in ("config.json", _MODULES) for name in names):
         return None
     weights = _weights_among(names)
@@ -239,6 +242,8 @@ def _has_weights(folder: Path) -> bool:
         chosen_file(folder)
     except EmptyFolder:
         return False
+    except Unreachable:
+        raise
     except CheckpointError:  # which is said where the network is read
         pass
     return True

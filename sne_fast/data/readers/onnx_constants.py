@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +150,7 @@ def _external(tensor: Any, folder: Path, name: str, count: int, dtype: np.dtype[
     nbytes = -(-count // 2) if four_bits else count * dtype.itemsize
     offset = int(said.get("offset", "0"))
     length = int(said.get("length", nbytes))
-    if offset < 0 or length != nbytes or offset + nbytes > os.path.getsize(file):
+    if offset < 0 or length != nbytes or offset + nbytes > file.stat().st_size:
         raise ValueError(f"its tensor {shown(name)} does not fit into {shown(location)} beside it")
     if four_bits:
         raise CheckpointError(f"keeps {shown(name)} of four bits outside of it, which is not read")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...regular_files import read_json
-from .errors import CheckpointError, reading
+from .beside import beside
+from .errors import CheckpointError, Unreachable, reading
 
 __all__ = ["NOTHING_SAID", "Quantisation", "quantisation_beside"]
 
@@ -30,19 +31,20 @@ NOTHING_SAID = Quantisation()
 
 
 def quantisation_beside(file: Path) -> Quantisation:
-    """Return what the configurations in the folder of a file say; one that cannot be read says nothing.
+    """Return what the configurations in the folder of a file say; one that is damaged says nothing.
 
     Known are `checkpoint_format` of GPTQ, and `quantization` of MLX with its exceptions by layer.
     """
     found = NOTHING_SAID
-    for name in FILES:
-        config = file.parent / name
+    for config in beside(file, FILES):
         try:
             with reading(config):
                 said = read_json(config, dict, nonfinite=True)
+        except Unreachable:
+            raise
         except (CheckpointError, ValueError):
             continue
-        gptq = said.get("quantization_config", said if name != "config.json" else None)
+        gptq = said.get("quantization_config", said if config.name != "config.json" else None)
         if isinstance(gptq, dict) and gptq.get("checkpoint_format") == "gptq_v2":
             found = found._replace(gptq_second=True)
         mlx = said.get("quantization")

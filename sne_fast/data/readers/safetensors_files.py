@@ -95,9 +95,9 @@ def _header(opened: IO[bytes], file: Path) -> SafetensorsFile:
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
         raise damaged("its header does not fit into it")
+    text = opened.read(length)
     try:
-        text = opened.read(length).decode("utf-8")
-        content = parse_json(text, "its header", dict, max_depth=4)
+        content = parse_json(text.decode("utf-8"), "its header", dict, max_depth=4)
     except ValueError as error:
         raise damaged(str(error).partition("\n")[0][:200]) from error
     metadata = content.pop(_METADATA, {})

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...regular_files import read_json
-from .errors import CheckpointError, reading, shown
+from .beside import beside
+from .errors import CheckpointError, Unreachable, reading, shown
 
 __all__ = ["Index", "index_beside", "read_index", "refuse_rank", "shards_named", "sibling_shards"]
 
@@ -72,6 +73,8 @@ def shards_named(index: Path) -> set[str]:
     """Return the files that an index names, none for one that cannot be read."""
     try:
         return set(read_index(index, complete=False).shards)
+    except Unreachable:
+        raise
     except CheckpointError:
         return set()
 
@@ -88,11 +91,9 @@ def index_beside(shard: Path) -> Path | None:
     match = _COUNTED.fullmatch(shard.name)
     if match is not None:
         stem, rest = match["stem"].rstrip("-_."), match["rest"]
-        found = shard.parent / f"{stem}{rest}.index.json"
-        if found.is_file():
-            return found
-    usual = (shard.parent / name for name in _USUAL)
-    return next((index for index in usual if index.is_file() and shard.name in shards_named(index)), None)
+        if found := beside(shard, [f"{stem}{rest}.index.json"]):
+            return found[0]
+    return next((index for index in beside(shard, _USUAL) if shard.name in shards_named(index)), None)
 
 
 def counts_itself(name: str) -> bool:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from ..remote.files import RemoteFile
 from .errors import CheckpointError
 from .lazy_tensors import LazyTensor, OpenFile
 
@@ -235,6 +236,8 @@ def _check_shared(tensors: Iterable[StoredTensor]) -> None:
 
 def read_at(held: OpenFile, place: int, count: int) -> Tensor:
     """Read `count` bytes from a place of an open file on, as `read_into`; several threads may do so at once."""
+    if isinstance(held.opened, RemoteFile):  # which has no place to share
+        return read_into(cast(IO[bytes], held.opened.at(place)), count)
     with held.lock:
         held.opened.seek(place)
         return read_into(held.opened, count)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...regular_files import read_json
+from .errors import Unreachable, reading
 from .lazy_tensors import LazyTensor
 
 __all__ = ["with_ties_of_config"]
@@ -60,8 +61,11 @@ def with_ties_of_config(folder: Path, tensors: Mapping[str, Tensor | LazyTensor]
 def _may_tie(file: Path) -> bool:
     """Return whether a configuration is there and does not deny that embeddings are tied, as most leave it unsaid."""
     try:
-        config = read_json(file, dict, nonfinite=True) if file.is_file() else None
-    except (ValueError, OSError):
+        with reading(file):
+            config = read_json(file, dict, nonfinite=True) if file.is_file() else None
+    except Unreachable:
+        raise
+    except ValueError:
         return False
     return config is not None and not _denied(config)
 

@@ -15,9 +15,10 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from ..remote.failures import StoreError
 from . import numpy_values
 from .content_tree import RefusedContent
-from .errors import CheckpointError, reading
+from .errors import CheckpointError, Unreachable, reading
 from .numpy_values import RefusedArray
 from .pickled_values import BadPickle, Bounded, RefusedName, read_pickle
 from .script_programs import SCRIPT_NAMES, Script
@@ -65,6 +66,8 @@ def damage_of(file: Path) -> Iterator[None]:
     """Turn what a damaged or refused file makes of its reader into errors that name it."""
     try:
         yield
+    except (StoreError, Unreachable):
+        raise
     except CheckpointError as error:
         told = str(error)
         raise CheckpointError(told if told.startswith(f"{file}: ") else f"{file}: {told}") from error

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...data.batch import WeightBatch
 from ...extras import install_command
-from ...training.loop import Augment
+from ...training.objective import Augment
 from ...zoo.runnable import Runnable
 
 

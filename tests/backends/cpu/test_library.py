@@ -62,7 +62,7 @@ def test_the_environment_variable_chooses_the_instruction_set(monkeypatch, fresh
     isas = library.supported_isas()
     for name in isas:
         assert chosen(name) == name
-    assert chosen("") == isas[-1]
+    assert chosen("") == [isa for isa in isas if isa != "amx_bf16"][-1]
 
 
 @needs_backend

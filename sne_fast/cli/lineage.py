@@ -1,0 +1,56 @@
+"""`sne-fast lineage`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..tasks.settings import option
+from .options import options_of
+from .running import KEY, check_output, list_failures, stdout
+from .vectors import NETWORKS, networks_of, read_sketches
+
+
+@dataclass(frozen=True)
+class LineageSettings:
+    """Options of `sne-fast lineage`."""
+
+    paths: tuple[Path, ...] = option(help=NETWORKS, argument=True, metavar="PATH")
+    out: Path | None = option(
+        None, help="Also write to .csv, or to .dot for Graphviz.", flags=("--out", "-o")
+    )  # fmt: skip
+    unrelated: float = option(0.9, help="Relative distance from which networks are unrelated, up to 1.4.")
+    key: str | None = option(None, help=KEY, shown="the only one")
+
+
+@options_of(LineageSettings)
+def lineage(settings: LineageSettings) -> None:
+    """Find which networks were made of which others, by their weights.
+
+    Shows a row for each step from a parent to a child: how it was made, the relative distance of the weights, and how
+    much speaks for the direction, from 0 (a guess) to 1. Means of two networks have two rows.
+    """
+    import typer
+
+    from ..atomic_files import write_text
+    from ..reports.terminal import say, show_table
+    from ..similarity import lineage as find
+
+    if settings.out is not None:
+        check_output(settings.out, (".csv", ".dot"))
+    console = stdout()
+    networks = networks_of(settings.paths, settings.key)
+    sketches, failures = read_sketches(networks, console, settings.key)
+    found = find(sketches, unrelated=settings.unrelated)
+    rows = [
+        [edge.child, edge.parent, edge.relation, f"{edge.distance:.4f}", f"{edge.evidence:.2f}"] for edge in found.edges
+    ]
+    if rows:
+        show_table(console, ["child", "parent", "relation", "distance", "evidence"], rows, text_columns=3)
+    alone = len(sketches) - sum(map(len, found.families))
+    say(console, f"{len(found.families)} families of {len(sketches) - alone} networks, {alone} without relatives")
+    if settings.out is not None:
+        write_text(settings.out, found.dot() if settings.out.suffix == ".dot" else found.table())
+    list_failures(failures)
+    if failures:
+        raise typer.Exit(1)

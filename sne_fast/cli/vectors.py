@@ -1,0 +1,104 @@
+"""Networks of the commands that search among many: those of a folder of vectors, or of paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..failures import is_expected, sentence
+from .running import about
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from ..similarity import NetworkSketch
+
+NETWORKS = (
+    "Folders that encode wrote, which stand for all their networks; checkpoints, trees of folders of them, zoos, "
+    "FOLDER/NAME for one network of a zoo, or @FILE with a path in each line."
+)
+
+
+class Vectors(NamedTuple):
+    """The vectors of a folder that `sne-fast encode -o FOLDER` wrote.
+
+    Args:
+        names: paths of the networks.
+        values: `(n, h)` float32.
+        failed: number of networks that have no vector.
+    """
+
+    names: list[str]
+    values: np.ndarray
+    failed: int
+
+
+def is_vectors(path: Path) -> bool:
+    """Return True for a folder of vectors, of one encoder or around it."""
+    return path.is_dir() and (path.name.startswith("encoder=") or any(path.glob("encoder=*")))
+
+
+def read_vectors(folder: Path) -> Vectors:
+    """Read the vectors of a folder.
+
+    Raises:
+        FileNotFoundError: it holds none.
+        ValueError: it holds those of several encoders, or a damaged file.
+    """
+    import numpy as np
+
+    from ..embedding import collect
+
+    if not folder.exists():
+        raise FileNotFoundError(f"no such folder: {str(folder)!r}")
+    table = collect(folder)
+    kept = table.filter(table["vector"].is_valid())
+    if not kept.num_rows:
+        raise FileNotFoundError(f"{folder}: none of its {table.num_rows} networks has a vector")
+    values = np.array(kept["vector"].to_pylist(), np.float32)
+    return Vectors(kept["uri"].to_pylist(), values, table.num_rows - kept.num_rows)
+
+
+def networks_of(paths: Sequence[Path], key: str | None) -> list[str]:
+    """Return the paths of the networks at paths, each once.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ValueError: there are no networks.
+    """
+    from ..embedding.manifests import find_networks
+
+    found: list[str] = []
+    for path in paths:
+        found += read_vectors(path).names if is_vectors(path) else find_networks([path], key)
+    if not found:
+        raise ValueError(f"there are no networks at {', '.join(map(str, paths))}")
+    return list(dict.fromkeys(found))
+
+
+def read_sketches(networks: Sequence[str], console: Console, key: str | None) -> tuple[list[NetworkSketch], list[str]]:
+    """Return the sketches of the networks that can be read, and a sentence for each of the others.
+
+    Raises:
+        ValueError: none of them can be read.
+    """
+    from ..embedding.manifests import network_at
+    from ..reports.terminal import progress
+    from ..similarity import sketch
+
+    found, failures = [], []
+    with progress(console, "Reading", bar=True) as update:
+        for k, name in enumerate(networks):
+            try:
+                network = network_at(name)
+                found.append(sketch(network, name=name, key=key if isinstance(network, str | Path) else None))
+            except Exception as error:
+                if not is_expected(error):
+                    raise
+                failures.append(about(name, sentence(error)))
+            update((k + 1) / len(networks))
+    if not found:
+        raise ValueError(failures[0])
+    return found, failures
