@@ -2,6 +2,7 @@
 //
 // All products are of vectors: lanes are rows for the softmax, and columns where rows are read and written.
 #include "cuda/chunk_encode/backward.h"
+#include "cuda/ptx/vectors.h"
 
 namespace sne {
 namespace {
@@ -116,13 +117,29 @@ SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_sums(ChunkCall<T> call, const float *row
   }
 }
 
-// Adds the sums of rows_grad over element e of all chunks to element_part (multiprocessors, codes, h). A thread block
-// walks its bins once for every element.
+// Adds the sums of rows_grad over element e of all chunks to element_part (multiprocessors, codes, h), where a bin
+// holds one chunk: element e is row e, and the gradients of parked rows are zeros. A thread has four columns of a row.
+SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_element_sums(const float *rows_grad, int64_t count, int slots, int width,
+                                                     int codes, float *element_part) {
+  const int at = (int(block_id(1)) * num_threads() + thread_id()) * 4;
+  if (at >= slots * width || at / width >= codes) return;
+  float sum[4] = {0, 0, 0, 0};
+  SNE_UNROLL_BY(4)
+  for (int64_t bin = block_id(); bin < count; bin += num_blocks()) {
+    const Words row = load_words(rows_grad + bin * slots * width + at);
+    SNE_UNROLL
+    for (int e = 0; e < 4; ++e) sum[e] += float_of_bits(row.w[e]);
+  }
+  float *to = element_part + block_id() * codes * width + at;
+  SNE_UNROLL
+  for (int e = 0; e < 4; ++e) to[e] += sum[e];
+}
+
+// The same where a bin holds several chunks. A thread block walks its bins once for every element.
 template <class T>
 SNE_KERNEL SNE_BOUNDS(256, 4)
     chunk_element_sums(ChunkCall<T> call, const float *rows_grad, int width, int codes, float *element_part) {
-  const int max_length = call.cls.multi_chunk ? kMaxMultiLength : call.cls.slots;
-  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < max_length;
+  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < kMaxMultiLength;
        element += int(num_blocks(1)) * num_warps())
     for (int c = lane_id(); c - lane_id() < width; c += 32) {
       float sum = 0;
@@ -159,8 +176,12 @@ int run_codes(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int64_
   const int status = launch(stream, tiles < 8 * a.multiprocessors ? tiles : 8 * a.multiprocessors, 1, 256, 0,
                             chunk_row_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), chunk_grad);
   if (status) return status;
-  return launch(stream, a.count < a.multiprocessors ? a.count : a.multiprocessors, a.multi_chunk ? 2 : a.slots / 8, 256,
-                0, chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), int(codes), part);
+  const int64_t blocks = a.count < a.multiprocessors ? a.count : a.multiprocessors;
+  if (a.multi_chunk)
+    return launch(stream, blocks, 2, 256, 0, chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden),
+                  int(codes), part);
+  return launch(stream, blocks, (a.slots * a.hidden + 1023) / 1024, 256, 0, chunk_row_element_sums, space.rows_grad,
+                a.count, int(a.slots), int(a.hidden), int(codes), part);
 }
 
 }  // namespace

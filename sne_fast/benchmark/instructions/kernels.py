@@ -63,9 +63,9 @@ def training_kernels(config: Config, dtype: str, wgmma: bool) -> list[Kernel]:
         Kernel("sums of chunks", rf"chunk_row_sums<sne::{stored}>",
                "for (int64_t first = block_id() * num_warps(); first < call.count; ",
                lambda c, rows: 32 / c.chunk_size, threads=256),
-        Kernel("sums of elements", rf"chunk_element_sums<sne::{stored}>",
-               "for (int64_t local = block_id(); local < call.count; local += num_blocks()) {",
-               lambda c, rows: c.hidden, threads=256),
+        Kernel("sums of elements", "chunk_row_element_sums",
+               "for (int64_t bin = block_id(); bin < count; bin += num_blocks()) {",
+               lambda c, rows: c.hidden / 4 / 4, threads=256),
         Kernel("scalar backward", rf"chunk_scalar_backward<sne::{op}, {h}, ", _BINS, lambda c, rows: 2.0),
     ]  # fmt: skip
 
@@ -116,7 +116,6 @@ def loops(config: Config, kernel: Kernel) -> dict[str, Loop]:
         "for (int mask = 8; mask; mask /= 2)": Loop(4),
         "for (int j = slot.key_begin; j < slot.key_end; ++j) top = max_of(top, weight[j * heads": Loop(length, 4),
         "for (int j = slot.key_begin; j < slot.key_end; ++j) total +=": Loop(length, 4),
-        "for (int element = int(block_id(1)) * num_warps() + warp_id(); element < max_length;": Loop(1),
         "for (int a = 0; a < heads; ++a) own.weight": Loop(heads, 4),
         "for (int a = 0; a < heads; ++a) {": Loop(heads, 4 if kernel.title == "pool backward" else 1),
         "for (int a = 0; a < heads; ++a)": Loop(heads),
@@ -138,7 +137,6 @@ def loops(config: Config, kernel: Kernel) -> dict[str, Loop]:
         "for (int i = thread_id(); i < kRowsAtOnce * kPerRow; i += num_threads()) {": Loop(h / 32),
         "for (int64_t row = block_id() * kRowsAtOnce; row < rows; row += num_blocks() * kRowsAtOnce) {": Loop(2),
         "for (int64_t first = block_id() * num_warps(); first < call.count; ": Loop(2),
-        "for (int64_t local = block_id(); local < call.count; local += num_blocks()) {": Loop(2),
-        "for (int c = lane_id(); c - lane_id() < width; c += 32) {": Loop(h / 32),
+        "for (int64_t bin = block_id(); bin < count; bin += num_blocks()) {": Loop(8, 4),
         "for (int i = 0; i < kRowsAtOnce; ++i) bias += to_real(grads[i * G::kStride + thread_id()]);": Loop(32, 32),
     }  # fmt: skip
