@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -23,6 +22,7 @@ from ..data.weight_budgets import batches_by_weights
 from ..extras import require
 from ..failures import any_sentence
 from ..nn.encoder import SNE
+from ..nn.many_networks import PACKED_WEIGHTS, packed_ahead
 from ..nn.predictor import Predictor
 from .manifests import etag_of, network_at
 
@@ -36,8 +36,6 @@ EACH = 16
 """Units for each process, at least: what progress is told by, and what evens out their times."""
 MOST = 4096
 """Networks of a unit."""
-PACKED = 200_000
-"""Weights that are encoded in one call, of networks that are smaller."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def plan(table: Any, budget: int = BUDGET, *, split: bool = True) -> list[Unit]:
                 units.append(Unit(((network,),), held, sum(sizes[run[0] : run[-1] + 1])))
         else:
             together.append(network)
-    return units + list(_units([*_packs(together, min(budget, PACKED)), *failed], budget))
+    return units + list(_units([*_packs(together, min(budget, PACKED_WEIGHTS)), *failed], budget))
 
 
 def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
@@ -182,28 +180,20 @@ def embed_unit(
     rows: list[dict[str, Any]] = []
     fetched = fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None])
 
-    def read_next() -> tuple[Pack, _Packed | None] | None:
-        group = next(fetched, None)
-        if group is None:
-            return None
-        apart = isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED)
-        return group, None if apart or group[0].error is not None else _packed(encoder, group, key, nonfinite)
+    def pack_group(group: Pack) -> _Packed | None:
+        apart = isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED_WEIGHTS)
+        return None if apart or group[0].error is not None else _packed(encoder, group, key, nonfinite)
 
-    # One thread reads and packs the next networks while these are encoded.
-    with torch.no_grad(), ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(read_next)
-        while (found := waiting.result()) is not None:
-            waiting = reader.submit(read_next)
-            group, packed = found
-            del found
+    with torch.no_grad():
+        for group, packed in packed_ahead(fetched, pack_group):
             if group[0].error is not None:
                 rows += [_row(network, 0.0) for network in group]
-            elif packed is None and isinstance(encoder, SNE):
+            elif isinstance(packed, _Packed):
+                rows += _together(encoder, group, packed, key, nonfinite)
+            elif isinstance(encoder, SNE):
                 given = {"key": key, "nonfinite": nonfinite, "max_memory": max_memory}
                 for network in group:
                     rows.append(_layer_by_layer(encoder, network, unit.layers, layers, max_chunks, seed, given))
-            elif packed is not None:
-                rows += _together(encoder, group, packed, key, nonfinite)
     return arrow.Table.from_pylist(rows, schema=schema(encoder))
 
 
@@ -315,8 +305,7 @@ def _packed(encoder: SNE | Predictor, networks: Sequence[Network], key: str | No
     options = {} if nonfinite is None else {"nonfinite": nonfinite}
     found: WeightBatch | Exception
     try:
-        with torch.no_grad():  # threads have modes of their own
-            found = encoder.pack([_read(network, key) for network in networks], **options)
+        found = encoder.pack([_read(network, key) for network in networks], **options)
     except Exception as error:
         found = error
     return _Packed(found, time.perf_counter() - start)
