@@ -3,8 +3,8 @@
     python bench/packing.py [--networks 1000] [--out bench/results/packing.json]
 
 Files of three architectures with about 10,000 weights each are packed one by one, as a loop over files does, 20 at once
-and all at once, in turn, after the values were checked to be the same. Then `embed_unit` encodes them, and its wall time
-is held against the sum of the encoder's own calls.
+and all at once, in turn, after the values were checked to be the same. Then `embed_unit` encodes them, and its wall
+time is held against the sum of the encoder's own calls.
 """
 
 from __future__ import annotations
