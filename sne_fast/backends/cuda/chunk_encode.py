@@ -47,7 +47,7 @@ def has_wgmma(device: torch.device) -> bool:
 
 @dataclass
 class ChunkCall:
-    """Arguments that all launches of one call share; ``weights`` are the op's parameters by name, contiguous and aligned."""
+    """Arguments that all launches of one call share; ``weights`` are the parameters by name, contiguous and aligned."""
 
     values: Tensor
     chunk_ptr: Tensor
