@@ -6,10 +6,11 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -179,16 +180,30 @@ def embed_unit(
     if by_layers and not isinstance(encoder, SNE):
         raise ValueError("embed_unit: layers, max_chunks and runs of layers are for encoders, got a Predictor")
     rows: list[dict[str, Any]] = []
-    with torch.no_grad():
-        for group in fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None]):
+    fetched = fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None])
+
+    def read_next() -> tuple[Pack, _Packed | None] | None:
+        group = next(fetched, None)
+        if group is None:
+            return None
+        apart = isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED)
+        return group, None if apart or group[0].error is not None else _packed(encoder, group, key, nonfinite)
+
+    # One thread reads and packs the next networks while these are encoded.
+    with torch.no_grad(), ThreadPoolExecutor(1) as reader:
+        waiting = reader.submit(read_next)
+        while (found := waiting.result()) is not None:
+            waiting = reader.submit(read_next)
+            group, packed = found
+            del found
             if group[0].error is not None:
                 rows += [_row(network, 0.0) for network in group]
-            elif isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED):
+            elif packed is None and isinstance(encoder, SNE):
                 given = {"key": key, "nonfinite": nonfinite, "max_memory": max_memory}
                 for network in group:
                     rows.append(_layer_by_layer(encoder, network, unit.layers, layers, max_chunks, seed, given))
-            else:
-                rows += _together(encoder, group, key, nonfinite)
+            elif packed is not None:
+                rows += _together(encoder, group, packed, key, nonfinite)
     return arrow.Table.from_pylist(rows, schema=schema(encoder))
 
 
@@ -288,21 +303,42 @@ def _layer_by_layer(
     return _row(network, time.perf_counter() - start, **found)
 
 
-def _together(
-    encoder: SNE | Predictor, networks: Sequence[Network], key: str | None, nonfinite: str | None
-) -> list[dict[str, Any]]:
-    """Encode small networks in one call; where that fails, one by one."""
+class _Packed(NamedTuple):
+    """Networks that were read and packed, or why not, and the seconds that it took."""
+
+    batch: WeightBatch | Exception
+    seconds: float
+
+
+def _packed(encoder: SNE | Predictor, networks: Sequence[Network], key: str | None, nonfinite: str | None) -> _Packed:
     start = time.perf_counter()
     options = {} if nonfinite is None else {"nonfinite": nonfinite}
-    encode = encoder if isinstance(encoder, SNE) else encoder.encode
+    found: WeightBatch | Exception
     try:
-        batch: WeightBatch = encoder.pack([_read(network, key) for network in networks], **options)
-        vectors = encode(batch).float().tolist()
+        with torch.no_grad():  # threads have modes of their own
+            found = encoder.pack([_read(network, key) for network in networks], **options)
+    except Exception as error:
+        found = error
+    return _Packed(found, time.perf_counter() - start)
+
+
+def _together(
+    encoder: SNE | Predictor, networks: Sequence[Network], packed: _Packed, key: str | None, nonfinite: str | None
+) -> list[dict[str, Any]]:
+    """Encode small networks, which were packed together, in one call; where either failed, one by one."""
+    start = time.perf_counter()
+    try:
+        if isinstance(packed.batch, Exception):
+            raise packed.batch
+        vectors = (encoder if isinstance(encoder, SNE) else encoder.encode)(packed.batch).float().tolist()
     except Exception as error:
         if len(networks) == 1:
-            return [_row(networks[0], time.perf_counter() - start, error=any_sentence(error))]
-        return [row for network in networks for row in _together(encoder, [network], key, nonfinite)]
-    each = (time.perf_counter() - start) / len(networks)
+            return [_row(networks[0], time.perf_counter() - start + packed.seconds, error=any_sentence(error))]
+        rows = []
+        for network in networks:
+            rows += _together(encoder, [network], _packed(encoder, [network], key, nonfinite), key, nonfinite)
+        return rows
+    each = (time.perf_counter() - start + packed.seconds) / len(networks)
     return [_row(network, each, vector=vector) for network, vector in zip(networks, vectors, strict=True)]
 
 

@@ -20,6 +20,7 @@ from .distributed import World
 from .epochs import run_epochs
 from .fingerprint import CONTINUED, SETTINGS, Fingerprint, of_batch, of_object
 from .networks import PackedNetworks
+from .objective import Encode, Losses, autocast
 from .optimiser import draws_of
 from .progress import Log
 from .settings import FitSettings, History
@@ -133,7 +134,12 @@ def fit_contrastive(
         state = file.open(stack, settings.epochs, encoder.sample_parameter.device)
         if not file.holds_state:
             encoder.set_statistics(batch.to(encoder.sample_parameter.device, encoder.sample_parameter.dtype))
-        trainer = Trainer(model, objective, encoder, _not_split, networks, settings, world)
+
+        def losses(part: WeightBatch, rows: Sequence[int], generator: torch.Generator, encode: Encode, /) -> Losses:
+            with autocast(settings, part.device):
+                return objective(part, rows, generator, encode)
+
+        trainer = Trainer(model, losses, encoder, _not_split, networks, settings, world)
 
         def validate() -> float:
             assert validation is not None
@@ -171,7 +177,8 @@ def contrastive_loss(
         held += size
     for k, rows in enumerate(parts):
         part = batch[rows].to(weight.device, weight.dtype)
-        losses = objective(part, rows, draws_of(settings.seed, -2 - k), model.encoder)
+        with autocast(settings, part.device):
+            losses = objective(part, rows, draws_of(settings.seed, -2 - k), model.encoder)
         total += float(losses.shown.double().sum())
     model.train(was_training)
     return total / max(1, len(batch))

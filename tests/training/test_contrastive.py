@@ -149,6 +149,19 @@ def test_fit_contrastive_resumes_bit_for_bit(tmp_path):
         fit_contrastive(other, batch, Contrastive(other, Views()), settings, clusters=[0])
 
 
+def test_amp_encodes_under_autocast():
+    torch.manual_seed(0)
+    batch = sne_fast.pack(networks(6)).detach()
+    found = []
+    for amp in (None, "bfloat16"):
+        torch.manual_seed(1)
+        model = ContrastiveModel(sne_fast.SNE(hidden_dim=32))
+        objective = Contrastive(model, Views(head=0), weights_at_once=100)
+        history = fit_contrastive(model, batch, objective, FitSettings(epochs=1, batch_weights=10_000, amp=amp))
+        found.append(history.train_loss[0])
+    assert found[0] != found[1] and found[0] == pytest.approx(found[1], rel=0.05)
+
+
 def test_clusters_stand_together():
     batch = sne_fast.pack(networks(40)).detach()
     clusters = [i % 2 for i in range(40)]
