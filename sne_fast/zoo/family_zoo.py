@@ -89,7 +89,7 @@ def make_family_zoo(
 
     Example:
         >>> trees = make_family_zoo("trees", 1, max_steps=5, scale=0.2, architectures=["cnn"])
-        >>> trees.rows[9]["relation"], trees.rows[9]["parent"] == trees.rows[3]["name"]
+        >>> trees.rows[8]["relation"], trees.rows[8]["parent"] == trees.rows[3]["name"]
         ('merge', True)
     """
     chosen = list(ARCHITECTURE_FAMILIES) if architectures is None else list(architectures)
