@@ -66,8 +66,9 @@ def main() -> None:
         found = packing(encoder, files, arguments.rounds) | {"encoding": encoding(encoder, files)}
     result = {"networks": len(files), **found, "machine": {**machine(), "note": arguments.note}}
     print(json.dumps(result, indent=2))
-    if arguments.out:
-        write_json(arguments.out, result)
+    if arguments.out:  # runs of several commits stand in one file
+        runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
+        write_json(arguments.out, {"runs": [*runs, result]})
 
 
 def packing(encoder: sne_fast.SNE, files: list[Path], rounds: int) -> dict[str, Any]:
