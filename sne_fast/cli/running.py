@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..extras import require
-from ..failures import EXPECTED, is_expected, is_out_of_memory, of_one, sentence
+from ..failures import EXPECTED, is_expected, is_out_of_memory, of_one, sentence, utf8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +110,7 @@ def expand(paths: Sequence[str | Path], key: str | None = None) -> list[tuple[st
             raise FileNotFoundError(f"no such file or folder: {given!r}")
     if not files:
         raise ValueError("the zoo holds no networks")
-    return [(str(file).encode("utf-8", "backslashreplace").decode("utf-8"), file) for file in files]
+    return [(utf8(str(file)), file) for file in files]
 
 
 class Encoding(NamedTuple):

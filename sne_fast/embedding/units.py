@@ -20,7 +20,7 @@ from ..data.remote.ahead import fetched_ahead
 from ..data.remote.paths import is_remote
 from ..data.weight_budgets import batches_by_weights
 from ..extras import require
-from ..failures import any_sentence
+from ..failures import any_sentence, utf8
 from ..nn.encoder import SNE
 from ..nn.predictor import Predictor
 from .manifests import etag_of, network_at
@@ -278,7 +278,7 @@ def _layer_by_layer(
         halves = None if encodings.halves is None else encodings.halves.transpose(0, 1).flatten(1)
         optional = ([None] * len(encodings) if t is None else t.float().tolist() for t in (encodings.pooled, halves))
         columns = (
-            encodings.names, encodings.levels.tolist(), encodings.tensors.tolist(), encodings.vectors.float().tolist(),
+            [utf8(name) for name in encodings.names], encodings.levels.tolist(), encodings.tensors.tolist(), encodings.vectors.float().tolist(),
             *optional,
         )  # fmt: skip
         names = ("name", "level", "tensors", "vector", "pooled", "halves")
