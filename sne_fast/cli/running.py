@@ -172,6 +172,7 @@ def run_in_batches(
     from ..data.batch import WeightBatch
     from ..data.batch_summary import summary_of
     from ..data.remote.ahead import fetched_ahead
+    from ..data.remote.failures import interruptible
     from ..reports.terminal import progress
 
     outputs: dict[int, np.ndarray] = {}
@@ -212,7 +213,7 @@ def run_in_batches(
             failures[i] = about(name, sentence(error))
             return None
 
-    with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
+    with torch.no_grad(), interruptible(), progress(console, "Encoding", bar=True) as update:
         held: list[tuple[int, WeightBatch]] = []
         for i in fetched_ahead(
             range(len(networks)), lambda i: [file] if isinstance(file := networks[i][1], str) else []

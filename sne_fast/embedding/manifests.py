@@ -28,7 +28,7 @@ from ..data.readers.folders import (
     sentence_transformer_parts,
 )
 from ..data.readers.shards import counts_itself, index_beside, shards_named, sibling_shards
-from ..data.remote.failures import scrubbed
+from ..data.remote.failures import interruptible, scrubbed
 from ..data.remote.paths import RemotePath, forget, is_remote, place
 from ..extras import require
 from ..failures import any_sentence, utf8
@@ -94,11 +94,12 @@ def manifest(
             tables.append(_read_manifest(Path(source)))
         else:
             others.append(os.fsdecode(source))
-    for row in _rows(others, key, _known(before)):
-        for name, value in row.items():
-            rows[name].append(value)
-        if progress is not None:
-            progress(len(rows["uri"]))
+    with interruptible():
+        for row in _rows(others, key, _known(before)):
+            for name, value in row.items():
+                rows[name].append(value)
+            if progress is not None:
+                progress(len(rows["uri"]))
     made = arrow.table(rows, schema=schema())
     if not tables:
         return made

@@ -17,6 +17,7 @@ from ..data.batch import WeightBatch
 from ..data.checkpoints import read_checkpoint
 from ..data.layer_stream import LayerStream
 from ..data.remote.ahead import fetched_ahead
+from ..data.remote.failures import interruptible
 from ..data.remote.paths import is_remote
 from ..data.weight_budgets import batches_by_weights
 from ..extras import require
@@ -179,7 +180,7 @@ def embed_unit(
     if by_layers and not isinstance(encoder, SNE):
         raise ValueError("embed_unit: layers, max_chunks and runs of layers are for encoders, got a Predictor")
     rows: list[dict[str, Any]] = []
-    with torch.no_grad():
+    with torch.no_grad(), interruptible():
         for group in fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None]):
             if group[0].error is not None:
                 rows += [_row(network, 0.0) for network in group]
@@ -278,7 +279,8 @@ def _layer_by_layer(
         halves = None if encodings.halves is None else encodings.halves.transpose(0, 1).flatten(1)
         optional = ([None] * len(encodings) if t is None else t.float().tolist() for t in (encodings.pooled, halves))
         columns = (
-            [utf8(name) for name in encodings.names], encodings.levels.tolist(), encodings.tensors.tolist(), encodings.vectors.float().tolist(),
+            [utf8(name) for name in encodings.names], encodings.levels.tolist(), encodings.tensors.tolist(),
+            encodings.vectors.float().tolist(),
             *optional,
         )  # fmt: skip
         names = ("name", "level", "tensors", "vector", "pooled", "halves")
