@@ -164,7 +164,7 @@ def train_encoder(zoos: list[Zoo], options: argparse.Namespace, report: Callable
     """Train an encoder on zoos without labels."""
     torch.manual_seed(options.seed)
     encoder = sne_fast.SNE(
-        hidden_dim=options.hidden_dim, statistics="relative", set_attention="isab", num_inducing=16,
+        hidden_dim=options.hidden_dim, statistics="relative", set_attention=options.set_attention, num_inducing=16,
         chunks=not options.no_chunks,
     )  # fmt: skip
     encoder.fill_code_gains(1.0)
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--hidden-dim", type=int, default=64)
     parser.add_argument("--batch-weights", type=int, default=1_000_000)
+    parser.add_argument("--set-attention", choices=("sab", "isab"), default="isab")
     parser.add_argument("--max-chunks", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--relatives", type=float, default=0.0)

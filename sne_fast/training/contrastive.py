@@ -130,9 +130,14 @@ class Contrastive:
                 seed = int(torch.randint(2**31, (), generator=generator))
                 encode = partial(encode_sample, self.model.encoder, max_chunks=self.max_chunks, seed=seed)
             encoded.append(encode_in_pieces(encode, view, self.weights_at_once))
-        z = torch.cat(encoded)
-        a, b = self.model.project(z).split(len(rows))
         index = torch.tensor(list(rows), dtype=torch.int64)
+        # In the parameters' own type also under autocast: a temperature of 0.1 makes the rounding of products large.
+        with torch.autocast(part.device.type, enabled=False):
+            return self._losses(torch.cat(encoded).to(self.model.encoder.sample_parameter.dtype), index)
+
+    def _losses(self, z: Tensor, index: Tensor) -> Losses:
+        """Return the losses of networks by the encodings of their two views, `(2n, h)`, and their places `(n,)`."""
+        a, b = self.model.project(z).split(len(index))
         alike = None
         if self.groups is not None:
             own = self.groups[index]
@@ -231,7 +236,7 @@ def linear_probe(z: Tensor, labels: Tensor, train: Tensor, ridge: float = 1e-2) 
         ridge: weight of the squared map, relative to the number of networks.
 
     Returns:
-        Accuracy for classes, R2 for numbers; NaN where one of the parts is empty.
+        Accuracy for classes, R2 for numbers; NaN where one of the parts is empty, or numbers are all the same.
     """
     known = ~labels.isnan() if labels.dtype.is_floating_point else labels >= 0
     fitted, held = train & known, ~train & known
@@ -245,5 +250,5 @@ def linear_probe(z: Tensor, labels: Tensor, train: Tensor, ridge: float = 1e-2) 
     found = z[held] @ torch.linalg.solve(gram, z[fitted].T @ (wanted[fitted] - mean)) + mean
     if labels.dtype.is_floating_point:
         spread = (wanted[held] - wanted[held].mean()).square().sum()
-        return float(1 - (found - wanted[held]).square().sum() / spread)
+        return float(1 - (found - wanted[held]).square().sum() / spread) if spread > 0 else float("nan")
     return float((found.argmax(1) == labels[held]).double().mean())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -18,10 +19,11 @@ from .contrastive import Contrastive, ContrastiveModel
 from .digests import of_values
 from .distributed import World
 from .epochs import run_epochs
-from .fingerprint import CONTINUED, SETTINGS, Fingerprint, of_batch, of_object
+from .fingerprint import CONTINUED, SETTINGS, Fingerprint, of_batch, of_config, of_object
 from .networks import PackedNetworks
 from .objective import Encode, Losses, autocast
 from .optimiser import draws_of
+from .planning import cut_parts
 from .progress import Log
 from .settings import FitSettings, History
 from .steps import Trainer
@@ -101,8 +103,8 @@ def fit_contrastive(
 
     Raises:
         ValueError: networks that are packed otherwise than the encoder asks for, clusters that are not one per network,
-            a network larger than `batch_weights` in a process group, a loss or gradient that is not finite, or a
-            checkpoint of another training.
+            `settings.invariance`, a network larger than `batch_weights` in a process group, a loss or gradient that is
+            not finite, or a checkpoint of another training.
         BlockingIOError: another training is writing the checkpoint.
         OSError: the checkpoint cannot be written.
 
@@ -114,6 +116,10 @@ def fit_contrastive(
         2
     """
     settings = CONTRASTIVE if settings is None else check_settings(settings)
+    if settings.invariance:
+        raise ValueError(
+            f"fit_contrastive: invariance must be 0, got {settings.invariance:g}; permuted views teach invariance"
+        )
     encoder, world = model.encoder, World()
     batch = batch.detach()
     encoder.check_batch(batch.to(encoder.sample_parameter.device, encoder.sample_parameter.dtype))
@@ -128,59 +134,56 @@ def fit_contrastive(
     path, seconds = check_checkpoint(checkpoint), check_seconds(checkpoint_seconds)
     made: Fingerprint = {}
     if path is not None and world.first:
-        made = _fingerprint(model, networks, objective, settings, made_of, world.size)
+        made = _fingerprint(model, networks, objective, settings, validation, made_of, world.size)
     file = Checkpoint(path, made, None, seconds, world)
     with ExitStack() as stack, torch.enable_grad():
         state = file.open(stack, settings.epochs, encoder.sample_parameter.device)
         if not file.holds_state:
             encoder.set_statistics(batch.to(encoder.sample_parameter.device, encoder.sample_parameter.dtype))
+        mixed = partial(_under_autocast, objective, settings)
+        trainer = Trainer(model, mixed, encoder, _not_split, networks, settings, world)
+        validate = None
+        if validation is not None:
+            validate = partial(contrastive_loss, model, *validation, settings=settings, world=world)
+        return run_epochs(trainer, state, file, validate=validate, log=log, on_epoch=on_epoch, on_batch=on_batch)
 
-        def losses(part: WeightBatch, rows: Sequence[int], generator: torch.Generator, encode: Encode, /) -> Losses:
-            with autocast(settings, part.device):
-                return objective(part, rows, generator, encode)
 
-        trainer = Trainer(model, losses, encoder, _not_split, networks, settings, world)
-
-        def validate() -> float:
-            assert validation is not None
-            return contrastive_loss(model, *validation, settings=settings)
-
-        return run_epochs(
-            trainer, state, file, validate=None if validation is None else validate, log=log, on_epoch=on_epoch,
-            on_batch=on_batch,
-        )  # fmt: skip
+def _under_autocast(
+    objective: Contrastive,
+    settings: FitSettings,
+    part: WeightBatch,
+    rows: Sequence[int],
+    generator: torch.Generator,
+    encode: Encode,
+) -> Losses:
+    with autocast(settings, part.device):
+        return objective(part, rows, generator, encode)
 
 
 @torch.no_grad()
 def contrastive_loss(
-    model: ContrastiveModel, batch: WeightBatch, objective: Contrastive, *, settings: FitSettings
+    model: ContrastiveModel, batch: WeightBatch, objective: Contrastive, *, settings: FitSettings, world: World
 ) -> float:
-    """Return the mean loss of networks on views that depend on `settings.seed` alone.
+    """Return the mean loss of networks on views that depend on `settings.seed` alone, shared out between processes.
 
     Args:
         model: encoder and projection, which are in evaluation mode meanwhile.
         batch: the networks, of which those of a batch of `settings.batch_weights` are compared.
         objective: of these networks.
         settings: of the training.
+        world: the processes, each of which takes some of the batches; all return the same number.
     """
     was_training, weight = model.training, model.encoder.sample_parameter
     model.eval()
     networks, total = PackedNetworks(batch, torch.zeros(len(batch), 1)), 0.0
     order = torch.randperm(len(batch), generator=draws_of(settings.seed, -1)).tolist()
-    held, parts = 0, [[]]  # type: int, list[list[int]]
-    for row in order:
-        size = int(networks.sizes[row])
-        if parts[-1] and held + size > settings.batch_weights:
-            parts.append([])
-            held = 0
-        parts[-1].append(row)
-        held += size
-    for k, rows in enumerate(parts):
-        part = batch[rows].to(weight.device, weight.dtype)
-        with autocast(settings, part.device):
-            losses = objective(part, rows, draws_of(settings.seed, -2 - k), model.encoder)
+    parts = cut_parts(networks.sizes, order, settings.batch_weights)
+    for k in range(world.rank, len(parts), world.size):
+        part = batch[parts[k]].to(weight.device, weight.dtype)
+        losses = _under_autocast(objective, settings, part, parts[k], draws_of(settings.seed, -2 - k), model.encoder)
         total += float(losses.shown.double().sum())
     model.train(was_training)
+    (total,) = world.sum(total, device=weight.device)
     return total / max(1, len(batch))
 
 
@@ -193,6 +196,7 @@ def _fingerprint(
     networks: ClusteredNetworks,
     objective: Contrastive,
     settings: FitSettings,
+    validation: tuple[WeightBatch, Contrastive] | None,
     made_of: Mapping[str, Any] | None,
     processes: int,
 ) -> Fingerprint:
@@ -206,12 +210,15 @@ def _fingerprint(
         "networks": of_batch(networks.batch),
         "clusters": clusters,
         "augmentation": None,
+        "validation networks": None if validation is None else of_batch(validation[0]),
         "objective": objective.described,
+        "validation objective": None if validation is None else validation[1].described,
         "views": of_object(objective.views),
+        "validation views": None if validation is None else of_object(validation[1].views),
         SETTINGS: {
             **{k: v for k, v in dataclasses.asdict(settings).items() if k not in CONTINUED},
             "processes times accumulate": processes * settings.accumulate,
         },
-        "model": {"encoder": model.encoder.config, "parameters": shapes},
+        "model": {"encoder": of_config(model.encoder.config), "parameters": shapes},
         **({} if made_of is None else {"made of": dict(made_of)}),
     }

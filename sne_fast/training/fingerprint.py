@@ -78,17 +78,22 @@ def of_targets(targets: Tensor, predictor: Predictor | None = None) -> Fingerpri
 
 def of_predictor(predictor: Predictor) -> Fingerprint:
     """Return the fingerprint of a predictor: its configuration, modules, and parameters' names, shapes and dtypes."""
-    config = _flat(json.loads(json.dumps(predictor.config, default=repr)))
     parameters = {name: (tuple(t.shape), str(t.dtype)) for name, t in predictor.state_dict().items()}
     frozen = [name for name, p in predictor.named_parameters() if not p.requires_grad]
     modules = [(name, what_decides(module)[0], module.extra_repr()) for name, module in predictor.named_modules()]
     return {
-        **{key: value for key, value in config.items() if key.rpartition(".")[2] not in _VERSIONS},
+        **of_config(predictor.config),
         "class": type(predictor).__qualname__,
         "modules": {"size": f"{len(modules)} modules", "sha256": of_values(modules)},
         "parameters": {"size": f"{len(parameters)} tensors", "sha256": of_values(parameters)},
         "frozen parameters": {"size": f"{len(frozen)} tensors", "sha256": of_values(frozen)},
     }
+
+
+def of_config(config: Mapping[str, Any]) -> Fingerprint:
+    """Return the fingerprint of a configuration: its plain values by their places, without versions."""
+    flat = _flat(json.loads(json.dumps(config, default=repr)))
+    return {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _VERSIONS}
 
 
 def of_object(value: Any) -> Fingerprint:

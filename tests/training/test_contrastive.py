@@ -1,6 +1,7 @@
 """The contrastive objective: its loss by a loop, gradients in pieces, relatives, labels, and that it learns."""
 
 import copy
+import math
 from itertools import groupby
 
 import pytest
@@ -145,21 +146,34 @@ def test_fit_contrastive_resumes_bit_for_bit(tmp_path):
             other, batch, Contrastive(other, Views(), temperature=0.2), settings, clusters=clusters,
             checkpoint=tmp_path / "fit.pt",
         )  # fmt: skip
+    with pytest.raises(ValueError, match="validation networks"):
+        validated = held[:4], Contrastive(other, Views())
+        fit_contrastive(
+            other, batch, Contrastive(other, Views(), weights_at_once=200, max_chunks=4), settings, clusters=clusters,
+            validation=validated, checkpoint=tmp_path / "fit.pt",
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"clusters must be one per network \(20\), got 1"):
         fit_contrastive(other, batch, Contrastive(other, Views()), settings, clusters=[0])
 
 
-def test_amp_encodes_under_autocast():
+def test_encoders_train_under_autocast_and_losses_are_of_full_precision():
     torch.manual_seed(0)
-    batch = sne_fast.pack(networks(6)).detach()
+    start = ContrastiveModel(sne_fast.SNE(hidden_dim=32, statistics="relative"))
+    batch = sne_fast.pack(networks(12)).detach()
     found = []
-    for amp in (None, "bfloat16"):
-        torch.manual_seed(1)
-        model = ContrastiveModel(sne_fast.SNE(hidden_dim=32))
-        objective = Contrastive(model, Views(head=0), weights_at_once=100)
-        history = fit_contrastive(model, batch, objective, FitSettings(epochs=1, batch_weights=10_000, amp=amp))
-        found.append(history.train_loss[0])
-    assert found[0] != found[1] and found[0] == pytest.approx(found[1], rel=0.05)
+    for amp in (None, "bfloat16", "float16"):
+        model, dtypes = copy.deepcopy(start), []
+        model.projection.register_forward_hook(lambda _, inputs, output, seen=dtypes: seen.append(output.dtype))
+        settings = FitSettings(epochs=1, lr=1e-3, batch_weights=400, amp=amp, accumulate=2)
+        objective = Contrastive(model, Views(), weights_at_once=200)
+        history = fit_contrastive(model, batch, objective, settings, validation=(batch, objective))
+        assert set(dtypes) == {torch.float32}
+        found.append((*history.train_loss, *history.validation_loss))
+    assert len(set(found)) == 3
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=0.1)
+    with pytest.raises(ValueError, match=r"invariance must be 0, got 0\.5"):
+        fit_contrastive(start, batch, Contrastive(start, Views()), FitSettings(invariance=0.5))
 
 
 def test_clusters_stand_together():
@@ -180,6 +194,7 @@ def test_linear_probe_reads_what_is_linear():
     number[0], number[-1] = torch.nan, torch.nan
     assert linear_probe(z, number, train) > 0.999
     assert linear_probe(z, torch.randn(200, generator=generator(1)), train) < 0.2
+    assert math.isnan(linear_probe(z, torch.ones(200), train))
     kinds = (z[:, 0] > 0).long()
     assert linear_probe(z, kinds, train) > 0.9
     assert linear_probe(z, torch.full((200,), -1), train) != linear_probe(z, torch.full((200,), -1), train)  # NaN
