@@ -57,9 +57,14 @@ def sentence(error: BaseException, work: str = "") -> str:
 def any_sentence(error: Exception) -> str:
     """Return the message of any error as one sentence, for jobs that record failures and go on."""
     if is_expected(error):
-        return of_one(sentence(error))
+        return utf8(of_one(sentence(error)))
     said = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}{f': {said}' if said else ''}, which is a bug of sne_fast; please report it"
+    return utf8(f"{type(error).__name__}{f': {said}' if said else ''}, which is a bug of sne_fast; please report it")
+
+
+def utf8(text: str) -> str:
+    """Return text with escapes for what UTF-8 cannot hold: bytes of paths that are no characters."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def of_one(reason: str) -> str:

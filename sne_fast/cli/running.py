@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..extras import require
-from ..failures import EXPECTED, is_expected, is_out_of_memory, of_one, sentence
+from ..failures import EXPECTED, is_expected, is_out_of_memory, of_one, sentence, utf8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +110,7 @@ def expand(paths: Sequence[str | Path], key: str | None = None) -> list[tuple[st
             raise FileNotFoundError(f"no such file or folder: {given!r}")
     if not files:
         raise ValueError("the zoo holds no networks")
-    return [(str(file).encode("utf-8", "backslashreplace").decode("utf-8"), file) for file in files]
+    return [(utf8(str(file)), file) for file in files]
 
 
 class Encoding(NamedTuple):
@@ -172,6 +172,7 @@ def run_in_batches(
     from ..data.batch import WeightBatch
     from ..data.batch_summary import summary_of
     from ..data.remote.ahead import fetched_ahead
+    from ..data.remote.failures import interruptible
     from ..reports.terminal import progress
 
     outputs: dict[int, np.ndarray] = {}
@@ -212,7 +213,7 @@ def run_in_batches(
             failures[i] = about(name, sentence(error))
             return None
 
-    with torch.no_grad(), progress(console, "Encoding", bar=True) as update:
+    with torch.no_grad(), interruptible(), progress(console, "Encoding", bar=True) as update:
         held: list[tuple[int, WeightBatch]] = []
         for i in fetched_ahead(
             range(len(networks)), lambda i: [file] if isinstance(file := networks[i][1], str) else []

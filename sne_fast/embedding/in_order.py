@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from ..data.remote.failures import interruptible
+
 __all__ = ["THREADS", "in_order"]
 
 T = TypeVar("T")
@@ -36,11 +38,12 @@ def in_order(
         return work(item) if future is None else future.result()
 
     try:
-        for item in items:
-            waiting.append((item, pool.submit(work, item) if elsewhere(item) else None))
-            while waiting and (len(waiting) >= most or waiting[0][1] is None):
+        with interruptible():
+            for item in items:
+                waiting.append((item, pool.submit(work, item) if elsewhere(item) else None))
+                while waiting and (len(waiting) >= most or waiting[0][1] is None):
+                    yield first()
+            while waiting:
                 yield first()
-        while waiting:
-            yield first()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -28,10 +28,10 @@ from ..data.readers.folders import (
     sentence_transformer_parts,
 )
 from ..data.readers.shards import counts_itself, index_beside, shards_named, sibling_shards
-from ..data.remote.failures import scrubbed
+from ..data.remote.failures import interruptible, scrubbed
 from ..data.remote.paths import RemotePath, forget, is_remote, place
 from ..extras import require
-from ..failures import any_sentence
+from ..failures import any_sentence, utf8
 from ..regular_files import read_text
 from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, ZooNetwork, networks_at
@@ -70,7 +70,8 @@ def manifest(
         progress: function that is called with the number of networks looked at.
 
     Returns:
-        A `pyarrow.Table` with a row per network, also where paths name it twice. `uri` (string) is its path or URL, of
+        A `pyarrow.Table` with a row per network, also where paths name it twice; the row of a manifest that was written
+        before counts first. `uri` (string) is its path or URL, of
         a repository at the commit that its revision meant, and `name` (string) what it is called in results; `etag`
         (string) changes when its files do, by their sizes and times, or what their store says of versions; `weights`
         (int64) and `layer_weights` (list of int64) are those of the network and of each of its layers, of quantised
@@ -80,6 +81,7 @@ def manifest(
     Raises:
         FileNotFoundError: a source on this machine that is not there; a URL at which nothing can be read is a row with
             its error.
+        ValueError: a `.parquet` file that is no manifest; a text file that lists itself.
         ModuleNotFoundError: pyarrow is missing, or a package that a URL needs.
     """
     arrow = _arrow()
@@ -92,13 +94,20 @@ def manifest(
             tables.append(_read_manifest(Path(source)))
         else:
             others.append(os.fsdecode(source))
-    for row in _rows(others, key, _known(before)):
-        for name, value in row.items():
-            rows[name].append(value)
-        if progress is not None:
-            progress(len(rows["uri"]))
+    with interruptible():
+        for row in _rows(others, key, _known(before)):
+            for name, value in row.items():
+                rows[name].append(value)
+            if progress is not None:
+                progress(len(rows["uri"]))
     made = arrow.table(rows, schema=schema())
-    return arrow.concat_tables([*tables, made]) if tables else made
+    if not tables:
+        return made
+    together = arrow.concat_tables([*tables, made])
+    place_of: dict[str, int] = {}
+    for i, uri in enumerate(together["uri"].to_pylist()):
+        place_of.setdefault(uri, i)
+    return together.take(list(place_of.values()))
 
 
 def schema() -> Any:
@@ -203,14 +212,25 @@ def find_networks(sources: Iterable[str | os.PathLike[str]], key: str | None = N
             yield str(path)
 
 
-def listed(sources: Iterable[str]) -> Iterator[str]:
-    """Yield sources, those in the lines of a text file for `@FILE`."""
+def listed(sources: Iterable[str], inside: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield sources, those in the lines of a text file for `@FILE`.
+
+    Args:
+        sources: paths, URLs, and `@FILE`.
+        inside: the text files that `sources` come from, each listed in the one before.
+
+    Raises:
+        ValueError: a text file that lists itself.
+    """
     for source in sources:
-        if source.startswith("@"):
-            lines = read_text(Path(source[1:])).splitlines()
-            yield from listed(line.strip() for line in lines if line.strip())
-        else:
+        if not source.startswith("@"):
             yield source
+            continue
+        file = source[1:]
+        if file in inside:
+            raise ValueError(f"{file}: is a list of paths that lists itself; remove @{file} from {inside[-1]}")
+        lines = read_text(Path(file)).splitlines()
+        yield from listed((line.strip() for line in lines if line.strip()), (*inside, file))
 
 
 def _zoo_at(path: Path) -> list[ZooNetwork] | None:
@@ -308,7 +328,10 @@ def _files_of_parts(path: Path) -> list[Path]:
 
 
 def _row(uri: str, error: str | None = None) -> dict[str, Any]:
-    return {"uri": uri, "name": uri, "etag": "", "weights": None, "layer_weights": None, "error": error}
+    shown = utf8(uri)
+    if shown != uri:  # which neither parquet nor JSON can hold
+        error = f"{shown}: its path holds bytes that are no UTF-8; rename it"
+    return {"uri": shown, "name": shown, "etag": "", "weights": None, "layer_weights": None, "error": error}
 
 
 def _described(row: dict[str, Any], key: str | None, known: Known) -> dict[str, Any]:
@@ -329,13 +352,43 @@ def _described(row: dict[str, Any], key: str | None, known: Known) -> dict[str, 
 
 
 def _read_manifest(file: Path) -> Any:
+    """Return the table of a manifest that was written before.
+
+    Raises:
+        ValueError: another table, or a damaged file; the message names it.
+        OSError: it cannot be read.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(file)
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise ValueError(f"manifest: {file} lacks the column(s) {', '.join(missing)}")
-    return table.select(list(COLUMNS)).cast(schema())
+    try:
+        table = pq.read_table(file)
+        missing = [name for name in COLUMNS if name not in table.column_names]
+        if missing:
+            raise ValueError(f"it lacks the column(s) {', '.join(missing)}")
+        table = table.select(list(COLUMNS)).cast(schema())
+        _check(table)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file}: is damaged or no manifest ({reason}); make it by sne_fast.embedding.manifest"
+        ) from error
+    return table
+
+
+def _check(table: Any) -> None:
+    """Raise ValueError where a table with the columns of a manifest has values that a manifest cannot have."""
+    import pyarrow.compute as pc
+
+    readable = table.filter(table["error"].is_null())
+    of_layers = pc.list_flatten(readable["layer_weights"])
+    present = [table["uri"], table["name"], table["etag"], readable["weights"], readable["layer_weights"], of_layers]
+    if any(column.null_count for column in present):
+        raise ValueError("values are missing")
+    if any((pc.min(column).as_py() or 0) < 0 for column in (readable["weights"], of_layers)):
+        raise ValueError("numbers of weights are negative")
 
 
 def _arrow() -> Any:

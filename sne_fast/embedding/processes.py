@@ -76,7 +76,10 @@ class Processes:
                     break
         else:
             worker = _started(self._job, max(1, torch.get_num_threads() // self.count))
-            worker.pipe.send(unit)
+            self._busy.append((worker, unit))
+            with contextlib.suppress(OSError):  # of one that ended at once, which `finished` says
+                worker.pipe.send(unit)
+            return
         self._busy.append((worker, unit))
 
     def finished(self) -> Iterator[tuple[Unit, Any, int]]:

@@ -17,10 +17,11 @@ from ..data.batch import WeightBatch
 from ..data.checkpoints import read_checkpoint
 from ..data.layer_stream import LayerStream
 from ..data.remote.ahead import fetched_ahead
+from ..data.remote.failures import interruptible
 from ..data.remote.paths import is_remote
 from ..data.weight_budgets import batches_by_weights
 from ..extras import require
-from ..failures import any_sentence
+from ..failures import any_sentence, utf8
 from ..nn.encoder import SNE
 from ..nn.many_networks import PACKED_WEIGHTS, packed_ahead
 from ..nn.predictor import Predictor
@@ -184,7 +185,7 @@ def embed_unit(
         apart = isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED_WEIGHTS)
         return None if apart or group[0].error is not None else _packed(encoder, group, key, nonfinite)
 
-    with torch.no_grad():
+    with torch.no_grad(), interruptible():
         for group, packed in packed_ahead(fetched, pack_group):
             if group[0].error is not None:
                 rows += [_row(network, 0.0) for network in group]
@@ -283,7 +284,8 @@ def _layer_by_layer(
         halves = None if encodings.halves is None else encodings.halves.transpose(0, 1).flatten(1)
         optional = ([None] * len(encodings) if t is None else t.float().tolist() for t in (encodings.pooled, halves))
         columns = (
-            encodings.names, encodings.levels.tolist(), encodings.tensors.tolist(), encodings.vectors.float().tolist(),
+            [utf8(name) for name in encodings.names], encodings.levels.tolist(), encodings.tensors.tolist(),
+            encodings.vectors.float().tolist(),
             *optional,
         )  # fmt: skip
         names = ("name", "level", "tensors", "vector", "pooled", "halves")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.checkpoints import Checkpoint
 from ..data.layer_stream import LayerStream
+from ..data.remote.failures import interruptible
 
 __all__ = ["PACKED_WEIGHTS", "are_several", "groups_of", "packed_ahead"]
 
@@ -91,7 +92,7 @@ def packed_ahead(
         except Exception as error:
             return group, error
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="sne_fast-packing") as threads:
+    with ThreadPoolExecutor(workers, thread_name_prefix="sne_fast-packing") as threads, interruptible():
         waiting: deque[Future[tuple[Group, Packed | Exception] | None]] = deque(
             threads.submit(take) for _ in range(workers)
         )

@@ -140,7 +140,7 @@ def test_errors_that_may_pass_are_tried_again_and_others_are_one_sentence(web: W
     web.close = lambda: None  # type: ignore[method-assign]
 
 
-def test_answers_that_do_not_fit_the_file_are_refused(web: WebServer) -> None:
+def test_answers_that_do_not_fit_the_file_are_refused(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     content = save({"a.weight": torch.zeros(400, 400)})
     assert len(content) > 2**18  # more than a first answer
     url = f"{web.url}/n.safetensors"
@@ -169,6 +169,12 @@ def test_answers_that_do_not_fit_the_file_are_refused(web: WebServer) -> None:
     forget()
     with pytest.raises(CheckpointError, match=f"^{url}: is damaged.* its tensors take 640000 bytes, it holds 639996"):
         load_state_dict(url)
+    web.files["n.safetensors"] = content
+    forget()
+    with monkeypatch.context() as smaller:
+        smaller.setattr("sne_fast.data.remote.paths._LARGEST", 1000)
+        with pytest.raises(CheckpointError, match=f"^{url}: refused, the store says that it holds more than 1,000 b"):
+            load_state_dict(url)
     web.files["page"] = b"<!DOCTYPE html><html></html>"
     with pytest.raises(CheckpointError, match=r"page: is a web page, perhaps the answer"):
         load_state_dict(f"{web.url}/page")
@@ -205,6 +211,7 @@ def test_names_beside_a_file_that_are_forbidden_are_not_there_and_those_that_fai
         ("simplecache::https://host/n.pt", r"chains of stores are not read"),
         ("zip://n.pt::https://host/n.zip", r"chains of stores are not read"),
         ("hf://bert", r"^hf://bert: must be hf://user/name"),
+        ("file://folder/n.pt", r"^file://folder/n.pt: must be a path on this machine from its root, as file:///"),
     ],
 )
 def test_urls_that_are_refused(fresh_stores: None, url: str, said: str) -> None:
@@ -247,6 +254,7 @@ def test_a_revision_is_the_commit_that_it_means(hub: Hub) -> None:
     before = place("hf://user/zoo/n.safetensors").etag()  # type: ignore[attr-defined]
     assert before != place("hf://user/zoo/deep/er/n.pt").etag()  # type: ignore[attr-defined]
     assert is_remote("hf://user/zoo") and not is_remote("file:///x") and not is_remote("hf:/user")
+    assert not is_remote("model::v1.pt") and place("model::v1.pt") == Path("model::v1.pt")
 
 
 @pytest.mark.parametrize(

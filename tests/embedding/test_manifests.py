@@ -100,3 +100,52 @@ def test_several_processes_have_several_units_each(tree: Path, monkeypatch: pyte
     assert [len(part.networks) for part in parts] == [1, 2, 2, 3]  # the last with the one that cannot be read
     assert tuple(pack for part in parts for pack in part.packs) == unit.packs  # what is encoded in one call stays so
     assert tuple(network for part in parts for network in part.networks) == unit.networks
+
+
+def test_a_manifest_and_what_is_in_it_count_once(tree: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = manifest([tree])
+    pq.write_table(table, tmp_path / "manifest.parquet")
+    assert manifest([tmp_path / "manifest.parquet", tree, tmp_path / "manifest.parquet"]).equals(table)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("weights", ["many"], "Failed to parse"), ("layer_weights", ["many"], "Unsupported cast"),
+        ("uri", [None], "values are missing"), ("weights", [None], "values are missing"),
+        ("layer_weights", [[1, None]], "values are missing"), ("layer_weights", [[-1]], "are negative"),
+        ("error", None, "lacks the column"),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_no_manifest_is_refused(
+    tmp_path: Path, column: str, values: list[object] | None, said: str
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    save_file(network(0), tmp_path / "net.safetensors")
+    columns = manifest([tmp_path / "net.safetensors"]).to_pydict()
+    columns |= {} if values is None else {column: values}
+    pq.write_table(pa.table({k: v for k, v in columns.items() if values or k != column}), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=f"bad.parquet: is damaged or no manifest .*{said}.*; make it by"):
+        manifest([tmp_path / "bad.parquet"])
+
+
+def test_a_list_that_lists_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"@{tmp_path}/b.txt\n")
+    (tmp_path / "b.txt").write_text(f"@{tmp_path}/a.txt\n")
+    with pytest.raises(ValueError, match=r"a.txt: is a list of paths that lists itself; remove .* from .*b.txt"):
+        manifest([f"@{tmp_path}/a.txt"])
+
+
+def test_a_name_that_is_no_utf_8_is_a_row_with_an_error(tmp_path: Path) -> None:
+    save_file(network(0), tmp_path / "net.safetensors")
+    try:
+        os.link(tmp_path / "net.safetensors", os.fsencode(tmp_path) + b"/net\xff.safetensors")
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    good, bad = manifest([tmp_path]).to_pylist()
+    assert good["error"] is None
+    assert bad["error"] == f"{tmp_path}/net\\udcff.safetensors: its path holds bytes that are no UTF-8; rename it"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +176,30 @@ def test_a_sharded_checkpoint_of_a_server_without_listings_has_an_etag(web: WebS
     assert row["weights"] == 24 and row["error"] is None
     web.files["model-00002-of-00002.safetensors"] = save({"l2.weight": torch.zeros(3, 4)})
     assert manifest([uri]).to_pylist()[0]["etag"] != row["etag"]
+
+
+def test_ctrl_c_gives_up_what_a_slow_server_is_asked_for(web: WebServer) -> None:
+    web.files |= {f"net{i}.safetensors": save(network(i)) for i in range(3)}
+    urls = [f"{web.url}/{name}" for name in web.files]
+    web.latency = 60.0
+
+    def press() -> None:
+        while not web.requests:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        manifest(urls)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sne_fast-ahead")]
+    web.latency = 0.0
+    assert manifest(urls)["error"].null_count == 3  # what comes after is not given up
+
+
+def test_links_that_lead_back_end(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "page", lambda folder: '<a href="again/">x</a>')
+    (row,) = manifest([f"{web.url}/zoo/"]).to_pylist()
+    assert row["error"].endswith("again/: refused, is more than 32 folders deep; does a link lead back?")
+    monkeypatch.setattr("sne_fast.data.remote.http_store._MOST_PAGES", 5)
+    (row,) = manifest([f"{web.url}/zoo/"]).to_pylist()
+    assert row["error"].endswith("refused, the server has more than 5 folders; do links lead back?")

@@ -48,6 +48,13 @@ def test_a_network_that_fails_is_a_row(tree: Path) -> None:
     assert embed_unit(encoder_of(), unit, nonfinite="zero").column("error").null_count == 6
 
 
+def test_names_of_layers_that_are_no_utf_8_are_escaped(tmp_path: Path) -> None:
+    torch.save({"\ud800.0.weight": torch.ones(2, 2), "\ud800.1.weight": torch.ones(2, 2)}, tmp_path / "net.pt")
+    (unit,) = plan(manifest([tmp_path / "net.pt"]))
+    (row,) = embed_unit(encoder_of(), unit, layers=True).to_pylist()
+    assert row["error"] is None and [layer["name"] for layer in row["layers"]] == ["\\ud800.0", "\\ud800.1"]
+
+
 def test_an_unexpected_error_is_a_row_too(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = units_module.network_at
 

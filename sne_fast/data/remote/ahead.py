@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from .failures import interruptible
 from .paths import RemotePath, is_remote, place
 
 __all__ = ["fetched_ahead"]
@@ -30,18 +31,19 @@ def fetched_ahead(items: Iterable[T], urls: Callable[[T], Iterable[str]]) -> Ite
     in_flight = 0
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sne_fast-ahead")  # starts threads when they are needed
     try:
-        for item in items:
-            futures = [pool.submit(_fetch, url) for url in urls(item) if is_remote(url)]
-            waiting.append((item, futures))
-            in_flight += len(futures)
-            while waiting and (in_flight > _FILES_AHEAD or not waiting[0][1]):
-                item, futures = waiting.popleft()
-                in_flight -= len(futures)
+        with interruptible():
+            for item in items:
+                futures = [pool.submit(_fetch, url) for url in urls(item) if is_remote(url)]
+                waiting.append((item, futures))
+                in_flight += len(futures)
+                while waiting and (in_flight > _FILES_AHEAD or not waiting[0][1]):
+                    item, futures = waiting.popleft()
+                    in_flight -= len(futures)
+                    _wait(futures)
+                    yield item
+            for item, futures in waiting:
                 _wait(futures)
                 yield item
-        for item, futures in waiting:
-            _wait(futures)
-            yield item
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ...regular_files import FileError
 
-__all__ = ["Forbidden", "RangesIgnored", "StoreError", "attempt", "refuse_credentials", "scrubbed"]
+__all__ = [
+    "Forbidden", "Interrupted", "RangesIgnored", "StoreError", "attempt", "interruptible", "refuse_credentials",
+    "scrubbed", "waited",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -25,6 +30,8 @@ _NETWORK = {
 _USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"]*:[^/\s'\"]*@|(https?://)[^/\s'\"]*@", re.IGNORECASE)
 _QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>]*", re.IGNORECASE)
 _SECRET = re.compile(r"sig$|signature|token|secret|passw|pwd|credential|key|auth|^se$|^st$", re.IGNORECASE)
+_LOOK = 0.25  # seconds between looks whether the user has ended the work
+_GIVING_UP = 5.0  # seconds for which threads ask for nothing after that
 _CONFIGURE = "give credentials as the store's own settings, see docs/many-networks.md"
 
 
@@ -38,6 +45,10 @@ class Forbidden(StoreError):
 
 class RangesIgnored(StoreError):
     """A server that sends whole files where parts of them are asked for."""
+
+
+class Interrupted(StoreError):
+    """A request that was given up, since the user ended the work that it was for."""
 
 
 class Truncated(StoreError):
@@ -70,6 +81,50 @@ def refuse_credentials(url: str) -> None:
             )
 
 
+_ended_at = float("-inf")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Give up all requests of this process when Ctrl-C ends the block; others would be waited for, minutes long."""
+    global _ended_at
+    _ended_at = float("-inf")
+    try:
+        yield
+    except KeyboardInterrupt:
+        _ended_at = time.monotonic()
+        raise
+
+
+def waited(future: Future[T], url: str) -> T:
+    """Return what a future gives.
+
+    Raises:
+        Interrupted: the user ended the work.
+        Exception: what the future raises.
+    """
+    while not wait([future], _LOOK).done:
+        try:
+            _go_on(url)
+        except Interrupted:
+            future.cancel()
+            raise
+    return future.result()
+
+
+def _go_on(url: str) -> None:
+    if time.monotonic() - _ended_at < _GIVING_UP:
+        raise Interrupted(f"{url}: was not read, the work was interrupted")
+
+
+def _pause(seconds: float, url: str) -> None:
+    """Sleep; raises Interrupted where the user ends the work."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        _go_on(url)
+        time.sleep(min(left, _LOOK))
+
+
 def attempt(url: str, work: Callable[[], T]) -> T:
     """Return what `work` returns, trying again after errors that may pass, four times in all.
 
@@ -83,22 +138,23 @@ def attempt(url: str, work: Callable[[], T]) -> T:
         StoreError: any other error of the store, as one sentence.
         ModuleNotFoundError: a package is missing.
     """
-    for wait in (*WAITS, None):
+    for pause in (*WAITS, None):
         try:
+            _go_on(url)
             return work()
         except NotADirectoryError as error:
             raise FileNotFoundError(url) from error
         except (FileNotFoundError, ModuleNotFoundError, RangesIgnored):
             raise
         except Exception as error:
-            if wait is None or not may_pass(error):
+            if pause is None or not may_pass(error):
                 if isinstance(error, StoreError):
                     raise
                 if status_of(error) in (401, 403) or isinstance(error, PermissionError):
                     said = f" (status {status_of(error)})" if status_of(error) else ""
                     raise Forbidden(f"{url}: may not be read{said}; check your credentials for this store") from error
                 raise StoreError(f"{url}: {_reason(error)}") from error
-            time.sleep(max(wait, _asked_wait(error)) if wait else 0.0)
+            _pause(max(pause, _asked_wait(error)), url)
     raise AssertionError("the last attempt returns or raises")
 
 

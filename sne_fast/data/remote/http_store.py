@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
@@ -10,7 +11,7 @@ from html.parser import HTMLParser
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
-from .failures import Forbidden, RangesIgnored, StoreError, attempt
+from .failures import Forbidden, RangesIgnored, StoreError, attempt, waited
 from .ranges import RANGES, fetched
 from .remembered import Remembered
 from .stores import FOLDER, HEAD, Entry, Listing, Store, etag_of, need
@@ -23,6 +24,7 @@ _IDLE = 60.0  # seconds without a byte after which a connection counts as broken
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 _MOST_FILES = 100_000
 _MOST_PAGE = 2**26
+_MOST_PAGES = 100_000  # of the folders of a server
 
 
 class Answer(NamedTuple):
@@ -53,12 +55,10 @@ class Ranges:
         Raises:
             FileNotFoundError: there is no such file.
             RangesIgnored: the server would send the file from its beginning.
+            Interrupted: the user ends the work meanwhile.
             Exception: those of aiohttp.
         """
-        from fsspec.asyn import sync
-
-        found: Answer = sync(self.fs.loop, self._get, url, start, count)
-        return found
+        return waited(asyncio.run_coroutine_threadsafe(self._get(url, start, count), self.fs.loop), url)
 
     async def _get(self, url: str, start: int, count: int) -> Answer:
         import aiohttp
@@ -115,6 +115,7 @@ class HttpStore(Store):
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
+        self.pages = 0
         self.ranges = Ranges()
         self.files: Remembered[Entry | Forbidden | None] = Remembered(_MOST_FILES, 60.0)
 
@@ -190,6 +191,9 @@ class HttpStore(Store):
     def find_listing(self, folder: str) -> Listing:
         """Return the files and folders that the page of a folder links to."""
         url = self.url(folder).rstrip("/") + "/"
+        self.pages += 1
+        if self.pages > _MOST_PAGES:
+            raise StoreError(f"{url}: refused, the server has more than {_MOST_PAGES:,} folders; do links lead back?")
         page = self.ranges.get(url, 0, _MOST_PAGE + 1).body
         if len(page) > _MOST_PAGE:
             raise StoreError(f"{url}: the page of this folder is larger than the limit of {_MOST_PAGE} bytes")

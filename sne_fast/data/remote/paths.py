@@ -23,9 +23,11 @@ from .stores import Entry, FsspecStore, Store
 __all__ = ["RemotePath", "forget", "is_remote", "place"]
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
-_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::")
+_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://", re.DOTALL)  # other names with :: are those of files
 _ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*")
 _MOST_FILES = 16  # of a folder that are fetched ahead
+_DEEPEST = 32  # folder inside others; a link to a folder around it has no end
+_LARGEST = 2**50  # bytes of a file; the number of its weights must fit into an int64
 
 _stores: Remembered[Store] = Remembered(256)
 
@@ -57,6 +59,8 @@ def place(path: str | os.PathLike[str]) -> Path:
         return Path(text)
     scheme = found["scheme"].lower()
     if scheme in ("file", "local"):
+        if scheme == "file" and urlsplit(text).netloc not in ("", "localhost"):
+            raise StoreError(f"{text}: must be a path on this machine from its root, as file:///folder/file")
         return Path(unquote(urlsplit(text).path) if scheme == "file" else found["rest"])
     refuse_credentials(text)
     if scheme == "hf":
@@ -164,7 +168,9 @@ class RemotePath(ForeignFile):
         return self._found().etag
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """Yield what is in the folder, in order of the names."""
+        """Yield what is in the folder, in order of the names; raises StoreError for one that is too deep in others."""
+        if self.inside.count("/") > _DEEPEST:
+            raise StoreError(f"{self}: refused, is more than {_DEEPEST} folders deep; does a link lead back?")
         for name, entry in sorted(self.store.listing(self.inside.rstrip("/")).items()):
             inside = (self / name).inside
             yield RemotePath(self.store, f"{inside}/" if entry.is_folder and not self.store.lists else inside)
@@ -227,4 +233,6 @@ class RemotePath(ForeignFile):
             raise FileNotFoundError(f"{self}: there is no such file")
         if entry.size < 0:
             raise StoreError(f"{self}: the store does not say how large the file is")
+        if entry.size > _LARGEST:
+            raise StoreError(f"{self}: refused, the store says that it holds more than {_LARGEST:,} bytes")
         return entry
