@@ -28,10 +28,16 @@ from sne_fast.atomic_files import write_json
 from sne_fast.data.batch import WeightBatch
 from sne_fast.reports.machine import machine
 from sne_fast.symmetry import Symmetry, permute
-from sne_fast.training import batches_by_weights
-from sne_fast.training.contrastive import Contrastive, ContrastiveModel, encode_in_pieces, linear_probe
+from sne_fast.training import (
+    Contrastive,
+    ContrastiveModel,
+    FitSettings,
+    History,
+    fit_contrastive,
+    linear_probe,
+)
+from sne_fast.training.contrastive import encode_in_pieces
 from sne_fast.training.new_heads import with_new_heads
-from sne_fast.training.optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from sne_fast.training.views import Views, with_noise, with_pruning, with_rounding
 from sne_fast.zoo import Zoo
 from sne_fast.zoo.statistics import layer_statistics
@@ -154,21 +160,11 @@ def encoded(encode: Callable[[WeightBatch], Tensor]) -> Callable[[WeightBatch], 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def clustered_order(clusters: list[str], run: int, generator: torch.Generator) -> list[int]:
-    """Return a random order in which up to `run` members of a cluster stand together."""
-    order = torch.randperm(len(clusters), generator=generator).tolist()
-    members: dict[str, list[int]] = {}
-    for i in order:
-        members.setdefault(clusters[i], []).append(i)
-    runs = [own[k : k + run] for own in members.values() for k in range(0, len(own), run)]
-    return [i for k in torch.randperm(len(runs), generator=generator).tolist() for i in runs[k]]
-
-
 def train_encoder(zoos: list[Zoo], options: argparse.Namespace, report: Callable[[str], None]) -> ContrastiveModel:
     """Train an encoder on zoos without labels."""
     torch.manual_seed(options.seed)
     encoder = sne_fast.SNE(
-        hidden_dim=options.hidden_dim, statistics="relative", set_attention="isab", num_inducing=16,
+        hidden_dim=options.hidden_dim, statistics="relative", set_attention=options.set_attention, num_inducing=16,
         chunks=not options.no_chunks,
     )  # fmt: skip
     encoder.fill_code_gains(1.0)
@@ -181,7 +177,7 @@ def train_encoder(zoos: list[Zoo], options: argparse.Namespace, report: Callable
     symmetries = [symmetry for zoo in zoos for symmetry in symmetries_of(zoo)]
     objective = Contrastive(
         model, Views(symmetries), groups=groups, relatives=options.relatives, max_chunks=options.max_chunks,
-        temperature=options.temperature,
+        temperature=options.temperature, weights_at_once=AT_ONCE,
     )  # fmt: skip
     families = [row["family"] for _, row in rows_of_all]
     clusters = [row["architecture"] for _, row in rows_of_all]
@@ -189,29 +185,22 @@ def train_encoder(zoos: list[Zoo], options: argparse.Namespace, report: Callable
     steps = [float(row.get("trained_steps", row["steps"])) for _, row in rows_of_all]
     labels = {"steps": torch.tensor(steps).log1p(), "family": kinds}
     in_train = groups % 4 != 0
-    optimiser = adamw(model, options.lr, 1e-2)
-    sizes, step, start = batch.network_sizes, 0, time.process_time()
-    total = options.epochs * sum(1 for _ in batches_by_weights(sizes, options.batch_weights))
-    for epoch in range(options.epochs):
-        losses: list[Tensor] = []
-        g = torch.Generator().manual_seed(options.seed * 1000 + epoch)
-        order = clustered_order(clusters, options.run, g)
-        for places in batches_by_weights(sizes[order], options.batch_weights, most=options.batch_networks):
-            rows = [order[place] for place in places]
-            set_learning_rate(optimiser, options.lr * warm_cosine(min(step, total), total, 0.1))
-            optimiser.zero_grad()
-            minimised, shown = objective(batch[rows], rows, draws_of(options.seed, step), encoder)
-            (minimised / len(rows)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            losses.append(shown.detach().mean())
-            step += 1
-        line = f"epoch {epoch}: loss {torch.stack(losses).mean():.3f}, {time.process_time() - start:.0f} CPU s"
+    start = time.process_time()
+
+    def on_epoch(epoch: int, history: History) -> None:
+        line = f"epoch {epoch}: loss {history.train_loss[-1]:.3f}, {time.process_time() - start:.0f} CPU s"
         if epoch % 5 == 4 or epoch + 1 == options.epochs:
             z = encoded(encoder)(batch)
             probes = ", ".join(f"{name} {linear_probe(z, y, in_train):.2f}" for name, y in labels.items())
             line += f", linear probes {probes}"
         report(line)
+
+    settings = FitSettings(
+        epochs=options.epochs, lr=options.lr, batch_weights=options.batch_weights, seed=options.seed
+    )  # fmt: skip
+    fit_contrastive(
+        model, batch, objective, settings, clusters=clusters, checkpoint=options.out / "fit.pt", on_epoch=on_epoch
+    )  # fmt: skip
     return model.eval()
 
 
@@ -239,8 +228,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--hidden-dim", type=int, default=64)
     parser.add_argument("--batch-weights", type=int, default=1_000_000)
-    parser.add_argument("--batch-networks", type=int, default=64)
-    parser.add_argument("--run", type=int, default=16)
+    parser.add_argument("--set-attention", choices=("sab", "isab"), default="isab")
     parser.add_argument("--max-chunks", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--relatives", type=float, default=0.0)

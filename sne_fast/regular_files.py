@@ -29,6 +29,7 @@ __all__ = [
     "read_bytes",
     "read_gzip",
     "read_json",
+    "read_small",
     "read_text",
 ]
 
@@ -159,6 +160,40 @@ def read_bytes(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> byte
     if len(content) > max_bytes:
         raise FileError(f"{os.fsdecode(path)}: is larger than the limit of {max_bytes} bytes")
     return content
+
+
+def read_small(path: str, max_bytes: int) -> bytearray | None:
+    """Return the content of a regular file by as few calls of the system as there can be; None for any other.
+
+    Args:
+        path: the file.
+        max_bytes: its greatest size.
+
+    Returns:
+        None too for a file that is larger, empty, missing or changes meanwhile: a reader with messages says what of it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= max_bytes:
+            return None
+        content = bytearray(found.st_size)
+        view, done = memoryview(content), 0
+        while done < len(content):
+            piece = os.readv(descriptor, [view[done:]])
+            if not piece:
+                return None
+            done += piece
+        return content
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def read_gzip(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:

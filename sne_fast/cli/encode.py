@@ -177,7 +177,8 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     """Encode what is not done yet, unit by unit, and say which networks failed."""
     import torch
 
-    from ..embedding import EmbeddingDataset, cut_for, embed_units, manifest, plan
+    from ..embedding import EmbeddingDataset, cut_for, embed_units, plan
+    from ..embedding.manifests import manifest_beside
     from ..nn.encoder import SNE
     from ..reports.terminal import progress, say
 
@@ -197,7 +198,9 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     }  # fmt: skip
     dataset = EmbeddingDataset(out, encoder, **{name: value for name, value in given.items() if value is not None})
     with progress(console, "Reading headers") as update:
-        table = manifest(settings.paths, key=settings.key, progress=lambda n: update(None, f"{n:,} networks"))
+        table = manifest_beside(
+            dataset.path, settings.paths, key=settings.key, progress=lambda n: update(None, f"{n:,} networks")
+        )
 
     def stop_at(failures: dict[str, str]) -> None:
         for uri, error in failures.items() if settings.on_error == "stop" else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import gather_chunks
-from ..ops.transforms import is_transformed
+from ..ops.transforms import follows_nothing, is_transformed
 from .batch import WeightBatch, scale_dtype
 from .batch_checks import CHUNKINGS, ORDERS, SCALES
 from .checkpoints import Checkpoint
@@ -21,6 +22,9 @@ from .cutting import cut_of, has_kernel
 from .layer_overrides import resolve_kinds, resolve_levels
 from .layers import Network, collect
 from .networks import Networks
+from .pointers import chunk_pointers, pointer_of
+from .readers.small_files import SmallFiles
+from .stored_networks import StoredNetwork, pack_stored, stored_network
 from .tensor_scales import tensor_scales
 
 __all__ = ["check_options", "pack", "pack_collected"]
@@ -125,17 +129,54 @@ def pack(
         raise TypeError(
             f"pack: networks must be a sequence of modules, state_dicts or paths, got {type(networks).__name__}"
         )
-    by_names = isinstance(kinds, str) and kinds == "names"
-    found = [collect(i, network, order, kinds_by_names=by_names) for i, network in enumerate(networks)]
-    if not found:
+    networks = list(networks)
+    if not networks:
         raise ValueError("pack: networks must hold at least one network, got an empty sequence")
+    by_names = isinstance(kinds, str) and kinds == "names"
+    cut: dict[str, Any] = {
+        "chunk_size": chunk_size, "chunking": chunking, "scale": scale, "order": order, "nonfinite": nonfinite,
+        "dtype": dtype, "device": device,
+    }  # fmt: skip
+    if layer_level is None and (kinds is None or by_names) and follows_nothing():
+        batch = _pack_by_runs(networks, by_names, cut)
+        if batch is not None:
+            return batch
+    found = [collect(i, network, order, kinds_by_names=by_names) for i, network in enumerate(networks)]
     types = resolve_kinds(found, None if by_names else kinds)
     levels = resolve_levels(found, layer_level)
+    return pack_collected(found, types, levels, **cut)
 
-    return pack_collected(
-        found, types, levels, chunk_size, chunking, scale=scale, order=order, nonfinite=nonfinite, dtype=dtype,
-        device=device,
-    )  # fmt: skip
+
+def _pack_by_runs(networks: list[Any], by_names: bool, cut: dict[str, Any]) -> WeightBatch | None:
+    """Pack runs of networks in memory by their architectures, and others one by one.
+
+    Returns:
+        None where there is no network in memory, values that are not finite, or tensors on several devices.
+    """
+    files = SmallFiles()
+    found: list[StoredNetwork | Network] = [
+        stored_network(network, cut["order"], files) or collect(i, network, cut["order"], kinds_by_names=by_names)
+        for i, network in enumerate(networks)
+    ]
+    others = [tensor for network in found if isinstance(network, Network) for tensor in _tensors_of(network)]
+    if all(isinstance(network, Network) for network in found) or any(t.device.type != "cpu" for t in others):
+        return None
+    batches = []
+    for stored, run in groupby(found, lambda network: isinstance(network, StoredNetwork)):
+        batch: WeightBatch | None
+        if stored:
+            batch = pack_stored([network for network in run if isinstance(network, StoredNetwork)], **cut)
+        else:
+            rest = [network for network in run if isinstance(network, Network)]
+            batch = pack_collected(rest, resolve_kinds(rest, None), resolve_levels(rest, None), **cut)
+        if batch is None:
+            return None
+        batches.append(batch)
+    return WeightBatch.cat(batches)
+
+
+def _tensors_of(network: Network) -> list[Tensor]:
+    return [tensor for layer in network.layers for _, tensor in layer.tensors]
 
 
 def pack_collected(
@@ -171,15 +212,15 @@ def pack_collected(
     plan, rows, lengths = _cuts(shapes, kernels, chunking)
     divisors, tensors = tensor_scales(tensors, where, scale, nonfinite, dtype, scale_dtype(dtype))
     values = gather_chunks(tensors, divisors, plan, dtype)
-    chunk_ptr, tensor_ptr = _chunk_pointers(rows, lengths, chunk_size)
+    chunk_ptr, tensor_ptr = chunk_pointers(rows, lengths, chunk_size)
 
     layers_of = [len(network.layers) for network in found]
     tensors_of = [len(layer.tensors) for network in found for layer in network.layers]
     hosts = {
         "chunk_ptr": torch.from_numpy(chunk_ptr),
         "tensor_ptr": torch.from_numpy(tensor_ptr),
-        "layer_ptr": _pointer(tensors_of),
-        "network_ptr": _pointer(layers_of),
+        "layer_ptr": pointer_of(tensors_of),
+        "network_ptr": pointer_of(layers_of),
     }
     target = values.device if device is None else device
     ends = np.cumsum([sum(len(layer.tensors) for layer in network.layers) for network in found])[:-1].tolist()
@@ -248,29 +289,3 @@ def _cuts(shapes: list[tuple[int, ...]], kernels: list[bool], chunking: str) -> 
     cuts = [cut_of(shape, kernel, chunking) for shape, kernel in zip(shapes, kernels, strict=True)]
     lengths = [cut.matrix[0] * cut.matrix[1] // cut.rows for cut in cuts]
     return torch.tensor([cut.matrix for cut in cuts], device="cpu"), [cut.rows for cut in cuts], lengths
-
-
-def _chunk_pointers(rows: list[int], lengths: list[int], chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return chunk and tensor pointers: each row is cut every `chunk_size`, and its last piece may be shorter."""
-    row, length = np.array(rows, np.int64), np.array(lengths, np.int64)
-    per_row = -(-length // chunk_size)
-    tensor_ptr = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(row * per_row, out=tensor_ptr[1:])
-    firsts = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(row * length, out=firsts[1:])
-    # The pointers of a large network are a sixteenth of its size: written in place, with nothing of size N besides.
-    chunk_ptr = np.empty(tensor_ptr[-1] + 1, np.int64)
-    chunk_ptr[-1] = firsts[-1]
-    ends = tensor_ptr.tolist()
-    for s, (r, n, m, first) in enumerate(zip(rows, lengths, per_row.tolist(), firsts.tolist(), strict=False)):
-        out = chunk_ptr[ends[s] : ends[s + 1]]
-        if r == 1:
-            out[:] = np.arange(first, first + n, chunk_size)
-        else:
-            starts, steps = np.arange(first, first + r * n, n), np.arange(0, n, chunk_size)
-            np.add(starts[:, None], steps, out=out.reshape(r, m))
-    return chunk_ptr, tensor_ptr
-
-
-def _pointer(counts: list[int]) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int64))

@@ -74,14 +74,18 @@ def tensor_scales(
         _check_range(plain, where, rms, dtype if scale == "none" else scale_dtype)
     if scale == "tensor" and is_transformed(tensors):
         return torch.stack([_composed(t) for t in tensors]).to(scale_dtype), tensors
-    divisors = torch.from_numpy(rms).to(scale_dtype)
-    divides = divisors.isfinite() & (divisors > 0)
-    divisors = torch.where(divides, divisors, 1.0).to(device)
-    if scale == "none":
-        divisors = torch.ones_like(divisors)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    divisors, divides = divisors_of(rms, scale, scale_dtype)
+    divisors = divisors.to(device)
+    if scale == "tensor" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         divisors = apply(_Scale, divisors, divides, *tensors)
     return divisors, tensors
+
+
+def divisors_of(rms: np.ndarray, scale: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return what tensors of these root mean squares are divided by, 1 for none, and which are divided; on the CPU."""
+    divisors = torch.from_numpy(rms).to(scale_dtype)
+    divides = divisors.isfinite() & (divisors > 0)
+    return torch.where(divides, divisors, 1.0) if scale == "tensor" else torch.ones_like(divisors), divides
 
 
 def _composed(tensor: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def _composed(tensor: Tensor) -> Tensor:
 def root_mean_square(tensors: list[Tensor]) -> np.ndarray:
     """Return `sqrt(mean x^2)` of each tensor in float64 `(T,)`; NaN or inf only for a tensor that holds one."""
     sizes = np.array([t.numel() for t in tensors], np.float64)
-    squares = _sums_of_squares(tensors)
+    squares = sums_of_squares(tensors)
     with np.errstate(invalid="ignore"):
         rms = np.sqrt(squares / sizes)
     # Squares of float64 values overflow above 1e154 and vanish below 1e-162; smaller dtypes do not reach that.
@@ -102,12 +106,13 @@ def root_mean_square(tensors: list[Tensor]) -> np.ndarray:
         if tensors[t].dtype == torch.float64:
             largest = float(tensors[t].abs().max())
             if 0 < largest < math.inf:
-                scaled = float(_sums_of_squares([tensors[t] / largest])[0])
+                scaled = float(sums_of_squares([tensors[t] / largest])[0])
                 rms[t] = largest * math.sqrt(scaled / sizes[t])
     return rms
 
 
-def _sums_of_squares(tensors: list[Tensor]) -> np.ndarray:
+def sums_of_squares(tensors: list[Tensor]) -> np.ndarray:
+    """Return the sum of squares of each tensor, computed in float64, `(T,)`."""
     if tensors[0].device.type != "cpu":  # the reduction converts as it reads there, and one wait serves all
         norms = torch.stack([torch.linalg.vector_norm(_plain(t), dtype=torch.float64) for t in tensors])
         return norms.square().cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -10,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import replacing
 from ..data.layer_stream import LayerStream
 from ..data.readers import adapter_configs, quantisation_configs
 from ..data.readers.beside import beside, folders_in
@@ -35,7 +37,7 @@ from ..zoo.index import ABOUT, INDEX
 from ..zoo.table import Zoo, ZooNetwork, networks_at
 from .in_order import in_order
 
-__all__ = ["find_networks", "listed", "manifest", "network_at"]
+__all__ = ["find_networks", "listed", "manifest", "manifest_beside", "network_at"]
 
 BESIDE = (*quantisation_configs.FILES, adapter_configs.CONFIG)
 """Files beside a checkpoint that say how its tensors are read."""
@@ -43,11 +45,17 @@ WHOLE = (
     ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf", ".npz", ".npy", ".h5", ".keras", ".msgpack", ".tflite",
 )  # fmt: skip
 """Endings of files that have all their values in them, as those of ONNX may not."""
+KEPT = "_manifest.parquet"
+"""Manifest beside results; readers of parquet datasets leave out names that begin so."""
 COLUMNS = ("uri", "name", "etag", "weights", "layer_weights", "error")
 
 
 def manifest(
-    sources: Iterable[str | os.PathLike[str]], *, key: str | None = None, progress: Callable[[int], None] | None = None
+    sources: Iterable[str | os.PathLike[str]],
+    *,
+    key: str | None = None,
+    before: Any = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Any:
     """Return a table of the networks at some sources, from the headers of their files.
 
@@ -57,6 +65,8 @@ def manifest(
             one in each line; a `.parquet` file is a manifest that was written before. Also URLs of files and folders,
             `hf://user/name@revision` of the Hugging Face Hub or those of stores that fsspec knows (extra `remote`).
         key: the place of the weights in pickled files that have several.
+        before: a manifest that was made before with the same key: the headers of networks that have not changed since,
+            by their `etag`, are not read again.
         progress: function that is called with the number of networks looked at.
 
     Returns:
@@ -82,7 +92,7 @@ def manifest(
             tables.append(_read_manifest(Path(source)))
         else:
             others.append(os.fsdecode(source))
-    for row in _rows(others, key):
+    for row in _rows(others, key, _known(before)):
         for name, value in row.items():
             rows[name].append(value)
         if progress is not None:
@@ -98,7 +108,48 @@ def schema() -> Any:
     return arrow.schema(list(zip(COLUMNS, types, strict=True)))
 
 
-def _rows(sources: Iterable[str], key: str | None) -> Iterator[dict[str, Any]]:
+def manifest_beside(
+    folder: Path,
+    sources: Iterable[str | os.PathLike[str]],
+    *,
+    key: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Any:
+    """Return `manifest` of some sources, and keep it in a folder, so that the next call reads the headers of changes.
+
+    Args:
+        folder: of results by one key.
+        sources: as all that follow, see `manifest`.
+    """
+    _arrow()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = folder / KEPT
+    before = None
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # without it all headers are read
+        before = _read_manifest(file)
+    table = manifest(sources, key=key, before=before, progress=progress)
+    if before is None or not table.equals(before):
+        with replacing(file) as temporary:
+            pq.write_table(table, temporary)
+    return table
+
+
+Known = dict[tuple[str, str], dict[str, Any]]
+"""What the headers of networks say, by uri and etag."""
+
+
+def _known(before: Any) -> Known:
+    rows = [] if before is None else before.to_pylist()
+    return {
+        (row["uri"], row["etag"]): {"weights": row["weights"], "layer_weights": row["layer_weights"]}
+        for row in rows
+        if row["error"] is None
+    }
+
+
+def _rows(sources: Iterable[str], key: str | None, known: Known) -> Iterator[dict[str, Any]]:
     """Yield a row for each network at some sources; those elsewhere are looked at by threads."""
     found = in_order(lambda source: _networks_or_failure(source, key), listed(sources), is_remote)
     seen = set[str]()
@@ -109,7 +160,7 @@ def _rows(sources: Iterable[str], key: str | None) -> Iterator[dict[str, Any]]:
                 seen.add(row["uri"])
                 yield row
 
-    yield from in_order(lambda row: _described(row, key), each_once(), lambda row: is_remote(row["uri"]))
+    yield from in_order(lambda row: _described(row, key, known), each_once(), lambda row: is_remote(row["uri"]))
 
 
 def _networks_or_failure(source: str, key: str | None) -> list[dict[str, Any]]:
@@ -260,13 +311,15 @@ def _row(uri: str, error: str | None = None) -> dict[str, Any]:
     return {"uri": uri, "name": uri, "etag": "", "weights": None, "layer_weights": None, "error": error}
 
 
-def _described(row: dict[str, Any], key: str | None) -> dict[str, Any]:
-    """Fill in what the headers of a network say; return the row."""
+def _described(row: dict[str, Any], key: str | None, known: Known) -> dict[str, Any]:
+    """Fill in what the headers of a network say, or said before if it has not changed; return the row."""
     if row["error"] is not None:
         return row
     uri = row["uri"]
     try:
         row["etag"] = etag_of(uri)
+        if (uri, row["etag"]) in known:
+            return row | known[uri, row["etag"]]
         sizes = [sum(layer) for layer in LayerStream(network_at(uri), key=key).tensor_sizes()]
     except Exception as error:
         row["error"] = any_sentence(error)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from ..data.weight_budgets import batches_by_weights
 from ..extras import require
 from ..failures import any_sentence
 from ..nn.encoder import SNE
+from ..nn.many_networks import PACKED_WEIGHTS, packed_ahead
 from ..nn.predictor import Predictor
 from .manifests import etag_of, network_at
 
@@ -35,8 +36,6 @@ EACH = 16
 """Units for each process, at least: what progress is told by, and what evens out their times."""
 MOST = 4096
 """Networks of a unit."""
-PACKED = 200_000
-"""Weights that are encoded in one call, of networks that are smaller."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def plan(table: Any, budget: int = BUDGET, *, split: bool = True) -> list[Unit]:
                 units.append(Unit(((network,),), held, sum(sizes[run[0] : run[-1] + 1])))
         else:
             together.append(network)
-    return units + list(_units([*_packs(together, min(budget, PACKED)), *failed], budget))
+    return units + list(_units([*_packs(together, min(budget, PACKED_WEIGHTS)), *failed], budget))
 
 
 def cut_for(units: Sequence[Unit], processes: int) -> list[Unit]:
@@ -179,16 +178,22 @@ def embed_unit(
     if by_layers and not isinstance(encoder, SNE):
         raise ValueError("embed_unit: layers, max_chunks and runs of layers are for encoders, got a Predictor")
     rows: list[dict[str, Any]] = []
+    fetched = fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None])
+
+    def pack_group(group: Pack) -> _Packed | None:
+        apart = isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED_WEIGHTS)
+        return None if apart or group[0].error is not None else _packed(encoder, group, key, nonfinite)
+
     with torch.no_grad():
-        for group in fetched_ahead(unit.packs, lambda pack: [network.uri for network in pack if network.error is None]):
+        for group, packed in packed_ahead(fetched, pack_group):
             if group[0].error is not None:
                 rows += [_row(network, 0.0) for network in group]
-            elif isinstance(encoder, SNE) and (by_layers or group[0].weights > PACKED):
+            elif isinstance(packed, _Packed):
+                rows += _together(encoder, group, packed, key, nonfinite)
+            elif isinstance(encoder, SNE):
                 given = {"key": key, "nonfinite": nonfinite, "max_memory": max_memory}
                 for network in group:
                     rows.append(_layer_by_layer(encoder, network, unit.layers, layers, max_chunks, seed, given))
-            else:
-                rows += _together(encoder, group, key, nonfinite)
     return arrow.Table.from_pylist(rows, schema=schema(encoder))
 
 
@@ -288,21 +293,41 @@ def _layer_by_layer(
     return _row(network, time.perf_counter() - start, **found)
 
 
-def _together(
-    encoder: SNE | Predictor, networks: Sequence[Network], key: str | None, nonfinite: str | None
-) -> list[dict[str, Any]]:
-    """Encode small networks in one call; where that fails, one by one."""
+class _Packed(NamedTuple):
+    """Networks that were read and packed, or why not, and the seconds that it took."""
+
+    batch: WeightBatch | Exception
+    seconds: float
+
+
+def _packed(encoder: SNE | Predictor, networks: Sequence[Network], key: str | None, nonfinite: str | None) -> _Packed:
     start = time.perf_counter()
     options = {} if nonfinite is None else {"nonfinite": nonfinite}
-    encode = encoder if isinstance(encoder, SNE) else encoder.encode
+    found: WeightBatch | Exception
     try:
-        batch: WeightBatch = encoder.pack([_read(network, key) for network in networks], **options)
-        vectors = encode(batch).float().tolist()
+        found = encoder.pack([_read(network, key) for network in networks], **options)
+    except Exception as error:
+        found = error
+    return _Packed(found, time.perf_counter() - start)
+
+
+def _together(
+    encoder: SNE | Predictor, networks: Sequence[Network], packed: _Packed, key: str | None, nonfinite: str | None
+) -> list[dict[str, Any]]:
+    """Encode small networks, which were packed together, in one call; where either failed, one by one."""
+    start = time.perf_counter()
+    try:
+        if isinstance(packed.batch, Exception):
+            raise packed.batch
+        vectors = (encoder if isinstance(encoder, SNE) else encoder.encode)(packed.batch).float().tolist()
     except Exception as error:
         if len(networks) == 1:
-            return [_row(networks[0], time.perf_counter() - start, error=any_sentence(error))]
-        return [row for network in networks for row in _together(encoder, [network], key, nonfinite)]
-    each = (time.perf_counter() - start) / len(networks)
+            return [_row(networks[0], time.perf_counter() - start + packed.seconds, error=any_sentence(error))]
+        rows = []
+        for network in networks:
+            rows += _together(encoder, [network], _packed(encoder, [network], key, nonfinite), key, nonfinite)
+        return rows
+    each = (time.perf_counter() - start + packed.seconds) / len(networks)
     return [_row(network, each, vector=vector) for network, vector in zip(networks, vectors, strict=True)]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.batch import WeightBatch
@@ -17,14 +18,18 @@ from ..data.choices import NonFinite
 from ..data.layer_stream import LayerStream
 from ..data.layers_apart import layer_names, layers_apart
 from ..data.networks import Networks
+from ..failures import any_sentence
 from ..free_memory import MemoryNeeded, available_bytes
 from .chunk_samples import sample_chunks
-from .config_checks import integer, shown
+from .config_checks import choice, flag, integer, shown
 from .layer_encodings import LayerEncodings
+from .many_networks import PACKED_WEIGHTS, are_several, groups_of, packed_ahead
 from .memory_needs import attention_seconds, describe, memory_needed
 
 SLOW = 60.0
 """Seconds of quadratic attention from which `encode` warns."""
+_SHOWN = 5
+"""Failures in a warning."""
 
 
 class LayeredEncodingMixin:
@@ -33,7 +38,9 @@ class LayeredEncodingMixin:
     A class that has it offers `encode_batch_layers`, `join_layers`, `check_batch`, `pack` and `pack_options`.
     """
 
+    __call__: Callable[..., Tensor]
     hidden_dim: int
+    out_features: Any
     tensor_statistics: Any
     sample_parameter: Any
     config: Any
@@ -54,64 +61,118 @@ class LayeredEncodingMixin:
         max_chunks: int | None = None,
         seed: int = 0,
         max_memory: float | None = None,
+        batch_weights: int = PACKED_WEIGHTS,
+        workers: int = 1,
+        normalise: bool = False,
+        on_error: Literal["raise", "record"] = "raise",
         progress: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """Encode one network of any size in bounded memory, or several, without gradients.
+        """Encode one network of any size in bounded memory, or many, without gradients.
 
-        A checkpoint is opened by its headers; then a layer is read, packed, encoded and dropped while the next one is
-        read. What is needed at once is known before any work: about 15 bytes per weight of the largest layer with
-        ``set_attention="isab"``. The vector is that of :meth:`forward` up to rounding.
+        A large checkpoint is opened by its headers; then a layer is read, packed, encoded and dropped while the next
+        one is read. What is needed at once is known before any work: about 15 bytes per weight of the largest layer
+        with ``set_attention="isab"``. Small ones of many are packed and encoded together, while threads read the next.
+        Vectors are those of :meth:`forward` up to rounding.
 
         Args:
             source: a path or URL (see :func:`sne_fast.data.checkpoints.load_state_dict`), a module, a state_dict, a
-                checkpoint that was opened or read, or a :class:`sne_fast.data.layer_stream.LayerStream`; or a list or
-                tuple of these.
+                checkpoint that was opened or read, or a :class:`sne_fast.data.layer_stream.LayerStream`; or an iterable
+                of these, such as a list, a generator or a :class:`sne_fast.zoo.Zoo`, which is read as it is encoded.
             key: the place of the weights in a pickled file that has several.
             kinds: as in :func:`sne_fast.pack`.
             nonfinite: as in :func:`sne_fast.pack`.
             max_chunks: as in :meth:`encode_layers`: then z is an estimate, whose error :meth:`spread` tells.
             seed: of the sample.
             max_memory: bytes that may be used; None is what is free.
-            progress: function that is called with the share of the weights done, in [0, 1].
+            batch_weights: of many, the most weights that are packed and encoded together. Larger networks, and those
+                whose size is not known before they are read, are encoded layer by layer.
+            workers: of many, threads that read and pack ahead, each ``batch_weights`` weights.
+            normalise: divide each vector by its Euclidean norm.
+            on_error: of many, "raise" the first error, or "record" networks that fail as rows of NaN and go on.
+            progress: function that is called with the share of the work done, in [0, 1]; of an iterable without a
+                length, at the end.
 
         Returns:
-            z ``(out_features,)``, of a list or tuple of B sources ``(B, out_features)``.
+            z ``(out_features,)``, of an iterable of B networks ``(B, out_features)`` in its order.
 
         Raises:
             MemoryNeeded: more memory is needed than may be used (a MemoryError); the message says what would help.
             ValueError, TypeError: as :func:`sne_fast.pack`; an argument that a :class:`LayerStream` has itself.
+
+        Warns:
+            UserWarning: networks that failed, with the reasons, where ``on_error`` is "record".
 
         Example::
 
             >>> encoder = sne_fast.SNE(hidden_dim=32, set_attention="isab")
             >>> encoder.encode(torch.nn.Linear(4, 3)).shape
             torch.Size([32])
+            >>> encoder.encode((torch.nn.Linear(4, n) for n in range(1, 6)), normalise=True).shape
+            torch.Size([5, 32])
         """
-        several = isinstance(source, (list, tuple))
-        sources = list(source) if several else [source]
-        if not sources:
-            raise ValueError("SNE.encode: source must hold at least one network, got an empty sequence")
+        most = integer("SNE.encode", "batch_weights", batch_weights)
+        workers = integer("SNE.encode", "workers", workers)
+        choice("SNE.encode", "on_error", on_error, ("raise", "record"))
+        flag("SNE.encode", "normalise", normalise)
 
-        def share_done(i: int, share: float) -> None:
-            if progress is not None:
-                progress((i + share) / len(sources))
-
-        rows = []
-        for i, stream in enumerate(sources):
+        def alone(place: int, one: Any, on_share: Callable[[float], None] | None) -> Tensor:
+            stream = one
             if not isinstance(stream, LayerStream):
                 stream = LayerStream(
-                    stream, key=key, order=self.config["order"], kinds=kinds, nonfinite=nonfinite, index=i
+                    one, key=key, order=self.config["order"], kinds=kinds, nonfinite=nonfinite, index=place
                 )
             elif key is not None or kinds is not None or nonfinite not in ("raise", stream.nonfinite):
                 raise ValueError(
                     "SNE.encode: key=, kinds= and nonfinite= are those of the LayerStream; give them to it"
                 )
             self.check_stream(stream, max_chunks=max_chunks, max_memory=max_memory)
-            encodings = self.encode_layers(
-                stream, max_chunks=max_chunks, seed=seed, progress=functools.partial(share_done, i)
-            )
-            rows.append(self.join(encodings)[0])
-        return torch.stack(rows) if several else rows[0]
+            return self.join(self.encode_layers(stream, max_chunks=max_chunks, seed=seed, progress=on_share))[0]
+
+        if not are_several(source):
+            z = alone(0, source, progress)
+            return F.normalize(z, dim=0) if normalise else z
+
+        whole = max_chunks is None and max_memory is None and key is None and (kinds is None or kinds == "names")
+        groups = groups_of(source, most) if whole else ([numbered] for numbered in enumerate(source))
+
+        def pack(group: list[tuple[int, Any]]) -> WeightBatch | None:
+            if len(group) == 1:
+                return None
+            found: WeightBatch = self.pack([one for _, one in group], nonfinite=nonfinite, kinds=kinds)
+            return found
+
+        count = len(source) if isinstance(source, Sized) else None
+        rows: dict[int, Tensor] = {}
+        failures: dict[int, str] = {}
+
+        def share_done(share: float) -> None:
+            if progress is not None and count:
+                progress((len(rows) + len(failures) + share) / count)
+
+        for group, packed in packed_ahead(groups, pack, workers):
+            if isinstance(packed, WeightBatch):
+                rows.update(zip((place for place, _ in group), self(packed), strict=True))
+            else:  # also to learn which network of a group cannot be packed
+                for place, one in group:
+                    try:
+                        rows[place] = alone(place, one, share_done)
+                    except Exception as error:
+                        if on_error == "raise":
+                            raise
+                        failures[place] = any_sentence(error)
+            share_done(0.0)
+        if not rows and not failures:
+            raise ValueError("SNE.encode: source must hold at least one network, got an empty sequence")
+        if progress is not None and not count:
+            progress(1.0)
+        if failures:
+            reasons = "; ".join(list(failures.values())[:_SHOWN])  # each names its network
+            more = f"; and {len(failures) - _SHOWN} more" if len(failures) > _SHOWN else ""
+            total = len(rows) + len(failures)
+            warnings.warn(f"SNE.encode: {len(failures)} of {total} networks failed ({reasons}{more})", stacklevel=3)
+        missing = self.sample_parameter.new_full((self.out_features,), math.nan)
+        z = torch.stack([rows.get(place, missing) for place in range(len(rows) + len(failures))])
+        return F.normalize(z, dim=1) if normalise else z
 
     def check_stream(
         self, stream: LayerStream, *, max_chunks: int | None = None, max_memory: float | None = None

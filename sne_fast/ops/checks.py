@@ -202,9 +202,9 @@ def gather_stored(
     op: str, buffers: Sequence[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype
 ) -> None:
     """Check the inputs of ``gather_stored``, and that every tensor of the table lies inside its buffer."""
-    for b, source in enumerate(buffers):
-        if not isinstance(source, Tensor) or source.device.type != "cpu" or not source.is_contiguous():
-            raise TypeError(f"{op}: buffers[{b}] must be a contiguous tensor on the CPU, got {described(source)}")
+    for b, given in enumerate(buffers):
+        if not isinstance(given, Tensor) or not given.is_cpu or not given.is_contiguous():
+            raise TypeError(f"{op}: buffers[{b}] must be a contiguous tensor on the CPU, got {described(given)}")
     for name, tensor in (("table", table), ("scale", scale)):
         if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
             raise TypeError(f"{op}: {name} must be a tensor on the CPU, got {described(tensor)}")
@@ -221,7 +221,7 @@ def gather_stored(
     known &= (offset >= 0) & (rows >= 0) & (columns >= 0)
     if known.all():
         widths = np.array([stored.itemsize for stored in STORED_DTYPES])[code]
-        held = np.array([b.numel() * b.dtype.itemsize for b in buffers], np.float64)[buffer]
+        held = np.array([one.numel() * one.dtype.itemsize for one in buffers], np.float64)[buffer]
         # Sizes as float64, which do not wrap around.
         known = (offset % widths == 0) & (offset + rows.astype(np.float64) * columns * widths <= held)
     if not known.all():

@@ -57,6 +57,15 @@ def needs_composition(op: str, tensors: Iterable[Tensor]) -> bool:
     return [level.key() for level in levels] != [_FUNC.TransformType.Grad]
 
 
+def follows_nothing() -> bool:
+    """Return whether nothing but autograd watches what a call does: no transform, dispatch mode, dual level, compiler.
+
+    Memory may be read directly then.
+    """
+    modes = torch._C._len_torch_dispatch_stack() > 0
+    return not (torch_func_is_active() or modes or forward_ad._current_level >= 0 or torch.compiler.is_compiling())
+
+
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Compute with plain tensors inside the block, whose results no transform of `torch.func` wraps."""

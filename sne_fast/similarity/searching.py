@@ -13,7 +13,7 @@ _BLOCK_BYTES = 1 << 28
 def nearest(
     gallery: Any, queries: Any = None, k: int = 10, *, metric: Metric = "cosine", standardise: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nearest encodings of a gallery, the nearest first; among equals the one that comes first.
+    """Return the nearest encodings of a gallery, the nearest first, equally near ones in their order.
 
     Args:
         gallery: `(N, h)`, tensors or arrays.

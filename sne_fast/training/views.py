@@ -51,11 +51,11 @@ class Views:
     symmetries: Sequence[Symmetry | None] | None = None
     permute: float = 0.7
     noise: float = 0.6
-    noise_size: float = 0.3
+    noise_size: float = 0.4
     prune: float = 0.3
-    prune_most: float = 0.5
+    prune_most: float = 0.6
     round: float = 0.2
-    head: float = 0.3
+    head: float = 0.6
     resize: float = 0.5
 
     def __post_init__(self) -> None:

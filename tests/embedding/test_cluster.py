@@ -47,7 +47,7 @@ def dask_cluster() -> Iterator[Any]:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of three networks, and a unit for each two of them."""
-    monkeypatch.setattr("sne_fast.embedding.units.PACKED", 3 * 144)
+    monkeypatch.setattr("sne_fast.embedding.units.PACKED_WEIGHTS", 3 * 144)
     monkeypatch.setattr("sne_fast.embedding.units.LEAST", 6 * 144)
 
 

@@ -30,7 +30,7 @@ NETWORKS = 60
 @pytest.fixture
 def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
     """Sixty networks of which five are damaged, each in another way; packs of about four, and a unit for each."""
-    monkeypatch.setattr("sne_fast.embedding.units.PACKED", 700)
+    monkeypatch.setattr("sne_fast.embedding.units.PACKED_WEIGHTS", 700)
     monkeypatch.setattr("sne_fast.embedding.units.LEAST", 700)
     monkeypatch.setattr("sne_fast.embedding.processes.START", "fork")
     folder = tmp_path / "networks"

@@ -92,7 +92,7 @@ def test_units_hold_every_layer_once_and_their_names_depend_on_content_alone(tre
 
 
 def test_several_processes_have_several_units_each(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sne_fast.embedding.units.PACKED", 150)
+    monkeypatch.setattr("sne_fast.embedding.units.PACKED_WEIGHTS", 150)
     (unit,) = plan(manifest([tree]))
     assert cut_for([unit], 4) == [unit] == cut_for([unit], 1)  # which is not worth it
     monkeypatch.setattr("sne_fast.embedding.units.LEAST", 300)

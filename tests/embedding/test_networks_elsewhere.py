@@ -15,6 +15,8 @@ from safetensors.torch import save
 from helpers.command_line import call, fails
 from helpers.many_networks import encoder_of, network
 from helpers.web_servers import COMMIT, Hub, WebServer
+from sne_fast.data.remote.paths import forget, place
+from sne_fast.data.remote.ranges import RANGES
 from sne_fast.embedding import EmbeddingDataset, collect, embed_unit, embed_units, manifest, plan
 
 pytest.importorskip("pyarrow")
@@ -105,7 +107,10 @@ def test_encoding_again_lists_and_reads_nothing(hub: Hub, tmp_path: Path) -> Non
     dataset = EmbeddingDataset(out, encoder)
     first = manifest(["hf://user/zoo"])
     assert len(list(embed_units(dataset, plan(first)))) == 1
-    again = manifest(["hf://user/zoo@main"])
+    hub.requests.clear()
+    RANGES.forget()
+    again = manifest(["hf://user/zoo@main"], before=first)
+    assert [path for path in hub.requests if "/resolve/" in path] == [f"user/zoo/resolve/{COMMIT}/bad/cut.safetensors"]
     assert again.equals(first) and dataset.missing(plan(again)) == []
     del hub.files["README.md"]
     hub.files["several/net0.safetensors"] = save(network(40))
@@ -126,6 +131,17 @@ def test_many_small_files_are_asked_for_at_once(web: WebServer) -> None:
     assert embed_unit(encoder_of(), unit)["error"].null_count == 24 and web.most >= 8
 
 
+def test_the_page_of_a_folder_gives_links_into_it_alone(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = '<a href="../up/">a</a> <A HREF="n.pt?x=1">b</A> <a href="https://other/n.pt">c</a> <a href="/z/sub/">d</a>'
+    web.files |= {"z/n.pt": b"x", "z/sub/m.pt": b"y"}
+    monkeypatch.setattr(web, "page", lambda folder: page)
+    assert [str(entry) for entry in place(f"{web.url}/z/").iterdir()] == [f"{web.url}/z/n.pt", f"{web.url}/z/sub/"]
+    monkeypatch.setattr("sne_fast.data.remote.http_store._MOST_PAGE", 20)
+    forget()
+    with pytest.raises(ValueError, match="the page of this folder is larger than the limit of 20 bytes"):
+        list(place(f"{web.url}/z/").iterdir())
+
+
 def test_encode_takes_urls_for_files_of_results_and_folders(memory: Any, web: WebServer, tmp_path: Path) -> None:
     for name, content in zoo().items():
         memory.pipe(f"/zoo/{name}", content)
@@ -143,7 +159,7 @@ def test_encode_takes_urls_for_files_of_results_and_folders(memory: Any, web: We
     assert "1 of 6 networks failed" in said and collect(folder)["error"].null_count == 5
     again = call("encode", "memory://zoo", "-o", folder)
     assert "0 of them by this call" in " ".join(again.stdout.split())
-    assert "is gone" not in fails("encode", "missing.pt", "-o", folder)
+    assert "missing.pt" in fails("encode", "missing.pt", "-o", folder)
     rebuilt = call("encode", "memory://zoo/one", "--rebuild", "-o", out)
     assert "cannot be rebuilt from elsewhere; download its folder" in " ".join(rebuilt.stderr.split())
 

@@ -11,6 +11,8 @@ from helpers.op_cases import pointer
 from sne_fast.backends.cpu import library
 
 NEEDS_BACKEND = "needs the native library: " + "; ".join(library.reasons())
+ISAS = [] if library.reasons() else [isa for isa in library.supported_isas() if not isa.endswith("_bf16")]
+"""Instruction sets of this machine with kernels of float32 and float64 of their own."""
 
 
 def chunk_encode_case(

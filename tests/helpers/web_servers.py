@@ -88,12 +88,15 @@ class WebServer:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(handler.path).path).lstrip("/")
         if path.endswith("/"):
-            links = "".join(f'<a href="{name}">x</a>' for name in sorted(self._names(path)))
-            handler._answer(200, f"<html>{links}</html>".encode(), Content_Type="text/html")
+            handler._answer(200, self.page(path).encode(), Content_Type="text/html")
         elif path in self.files:
             self.send(handler, self.files[path])
         else:
             handler._answer(404, b"no such file")
+
+    def page(self, folder: str) -> str:
+        links = "".join(f'<a href="{name}">x</a>' for name in sorted(self._names(folder)))
+        return f"<html>{links}</html>"
 
     def _names(self, folder: str) -> set[str]:
         inside = [path.removeprefix(folder) for path in self.files if path.startswith(folder)]

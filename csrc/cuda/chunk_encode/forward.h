@@ -150,26 +150,27 @@ SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool 
   memory_at += num_warps() * WarpMemory<Op, Shape>::kBytes;
   const WeightSource<Op> weights{call.prepared, memory_at, resident, 0};
   load_vectors(vectors, W, call.basis, call.b_o, layer_norm ? call.norm : nullptr, call.b_qkv);
-  if constexpr (kFull) load_tile_vectors(tile_vectors, W, Shape::HEADS, call.logit, call.b_o, call.b_qkv);
+  if constexpr (kFull)
+    load_tile_vectors(tile_vectors, W, Shape::HEADS, call.logit, call.b_o, call.b_qkv,
+                      layer_norm ? call.norm : nullptr);
   if (resident) weights.copy(0, layout.forward_size());
   sync_block();
 
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
   const int64_t per_step = num_warps() / set.warps, plane = call.count * call.cls.slots * W;
-  // Bins from `full` to `full_end` of this launch are full.
-  int64_t full = call.count, full_end = 0;
+  int full = 0, full_end = 0;  // steps whose bins are all full
   if (kFull && call.cls.slots == kFullLength && !call.cls.multi_chunk) {
     const int64_t before = call.table[call.cls.min_length] + call.first_bin;
-    full = call.table[kFullLength] - before;
-    full_end = call.table[kFullLength + 1] - before;
-    if (full_end > call.count) full_end = call.count;
+    const int64_t first = call.table[kFullLength] - before, end = call.table[kFullLength + 1] - before;
+    full = first > 0 ? int((first + per_step - 1) / per_step) : 0;
+    full_end = int((end < call.count ? end : call.count) / per_step);
   }
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
     const int64_t local = step * per_step + warp_id() / set.warps;
     typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * W : nullptr;
     if constexpr (kFull) {
       // The same way for all warps of the block, as those of a warpgroup multiply together.
-      if (step * per_step >= full && (step + 1) * per_step <= full_end) {
+      if (step >= full && step < full_end) {
         const int64_t chunk = call.order[call.table[call.cls.min_length] + call.first_bin + local];
         encode_full_bin<Op, Shape>(call, weights, vectors, tile_vectors, memory, set, layer_norm, chunk, out, to,
                                    plane);

@@ -1,89 +1,13 @@
 // The forward of bins of 32 slots that one chunk of 32 elements fills, for 16-bit operands: what nearly all chunks are.
 //
-// Two warps of 16 rows hold a bin. Nothing is masked; sums over keys and rows are matrix products, with ones where
-// weights are summed; a norm's mean and variance are sums of one pass, as operands lose more than these do.
+// Two warps of 16 rows hold a bin. Nothing is masked; sums over keys, rows and columns are matrix products, with ones
+// where weights are summed. Between products rows are pairs of 16-bit numbers, as operands are, and gains, residuals,
+// relu and codes take a pair at a time; sums of products, logits and the norms' means and variances are floats.
 #pragma once
 
-#include "cuda/chunk_encode/forward_call.h"
-#include "cuda/ptx/vectors.h"
+#include "cuda/chunk_encode/full_tiles.h"
 
 namespace sne {
-
-constexpr int kFullLength = 32;
-
-template <class Op, class Shape>
-constexpr bool kHasFullBins =
-    Op::kPacked && Shape::MT == 1 && Shape::W <= 64;  // weights that can stay in shared memory
-
-// Vectors in shared memory as the registers of tiles: for 8 columns 16 floats, a lane's pair of columns twice, one 16
-// byte load for both rows of a lane. Of each block fc_o's bias, of blocks 1 to 3 the biases of q, 0 (the bias of k is
-// the same for all keys) and v; behind those slope and offset of block 0's logits in powers of 2, (heads, 2).
-struct TileVectors {
-  int h;
-  SNE_HOST_DEVICE int out_bias(int block) const { return 2 * h * block; }
-  SNE_HOST_DEVICE int qkv_bias(int block, int which) const { return 2 * h * (4 + 3 * (block - 1) + which); }
-  SNE_HOST_DEVICE int slopes() const { return 2 * h * 13; }
-  SNE_HOST_DEVICE int size() const { return slopes() + 16; }
-};
-
-// Returns how many floats of vectors a forward kernel keeps in shared memory.
-template <class Op, class Shape>
-SNE_HOST_DEVICE constexpr int forward_vectors() {
-  return 32 * Shape::W + (kHasFullBins<Op, Shape> ? 26 * Shape::W + 16 : 0);
-}
-
-template <class T>
-SNE_DEVICE void load_tile_vectors(float *to, int h, int heads, const T *logit, const T *b_o, const T *b_qkv) {
-  const TileVectors at{h};
-  for (int i = thread_id(); i < at.size(); i += num_threads()) {
-    const int vector = i / (2 * h), place = i % (2 * h), column = place / 16 * 8 + place / 4 % 4 * 2 + place % 2;
-    float v = 0;
-    if (vector < 4)
-      v = to_real(b_o[vector * h + column]);
-    else if (vector < 13 && (vector - 4) % 3 != 1)
-      v = to_real(b_qkv[(vector - 4) * h + column]);
-    else if (vector == 13 && place < 2 * heads)
-      v = to_real(logit[place % 2 * heads + place / 2]) * kLog2e;
-    to[i] = v;
-  }
-}
-
-template <int N>
-SNE_DEVICE void fill_tiles(Tile *c, const float *vectors) {
-  SNE_UNROLL
-  for (int n = 0; n < N; ++n) {
-    const Words words = load_words(vectors + 16 * n + lane_id() % 4 * 4);
-    SNE_UNROLL
-    for (int e = 0; e < 4; ++e) c[n].c[e] = float_of_bits(words.w[e]);
-  }
-}
-
-// The right operand of a product that sums rows of the left one.
-template <class Op>
-SNE_DEVICE Cols8<Op> ones() {
-  const uint32_t pair = pack2<typename Op::Storage>(1.0f, 1.0f);
-  return {{pair, pair}};
-}
-
-// The two warps of a bin exchange pieces of 16 x 16 operands through shared memory.
-template <class Op>
-struct Pieces {
-  unsigned char *own;
-  int to_other;  // bytes to the memory of the other warp
-  SNE_MEMBER void put(int at, const Rows16<Op> &rows) const { store_matrices(own + at, rows.r); }
-  // The right operand of a product over columns: the rows of a piece.
-  SNE_MEMBER Rows16<Op> rows_of_other(int at) const {
-    Rows16<Op> out;
-    load_matrices<4>(out.r, own + to_other + at + lane_id() * 16);
-    return out;
-  }
-  // Right operands of a product over the rows of a piece, of the own warp (0) or the other one: columns 0..7, 8..15.
-  SNE_MEMBER void columns(Cols8<Op> (&out)[2], int which, int at) const {
-    uint32_t r[4];
-    load_matrices_transposed<4>(r, own + which * to_other + at + lane_id() * 16);
-    out[0].r[0] = r[0], out[0].r[1] = r[1], out[1].r[0] = r[2], out[1].r[1] = r[3];
-  }
-};
 
 // Block 0: o from the values of the chunk, of which every lane has one.
 template <class Op, class Shape>
@@ -97,7 +21,7 @@ SNE_DEVICE void scalar_block(Tile (&o)[1][Shape::NT], float value, const float *
   SNE_UNROLL
   for (int mask = 1; mask < 32; mask *= 2)
     low = min_of(low, shuffle_xor(low, mask)), high = max_of(high, shuffle_xor(high, mask));
-  set.sync();
+  sync_pair(set);
   const float *values = memory.values - 16 * set.part;
   float key[4][2];    // keys 8 m + 2 t, and the next one
   Cols8<Op> sums[2];  // columns of values and of ones, by turns
@@ -186,7 +110,7 @@ SNE_DEVICE void attention_of_full(Tile (&o)[1][Shape::NT], const Rows16<Op> (&x)
       put(keys, k_rows);
       put(values, v_rows);
       head_operands<Op, Shape>(q_rows, q);
-      set.sync();
+      sync_pair(set);
       Tile s[4] = {};  // the own warp's keys, then the other one's
       SNE_UNROLL
       for (int k = 0; k < DK; ++k) {
@@ -229,75 +153,125 @@ SNE_DEVICE void attention_of_full(Tile (&o)[1][Shape::NT], const Rows16<Op> (&x)
         for (int e = 0; e < 4; ++e)
           o[0][sub * DT + n].c[e] = multiply_add(attended[n].c[e], inverse[e / 2], q[0][n].c[e]);
       }
-      if constexpr (!kTwoBuffers) set.sync();
+      if constexpr (!kTwoBuffers) sync_pair(set);
     }
     if constexpr (kGroup < Shape::HEADS) turn<kGroup * DT>(o);
   }
 }
 
-// Turns o into (o - mean) / deviation.
-template <int NT>
-SNE_DEVICE void normalize_once(Tile (&o)[NT]) {
+// What turns rows into (x - mean) / deviation: x scale + shift.
+template <class Op, int KT>
+SNE_DEVICE void row_norms(float (&scale)[2], float (&shift)[2], const Rows16<Op> (&x)[1][KT]) {
+  using T = typename Op::Storage;
+  Tile sum{};
+  SNE_UNROLL
+  for (int k = 0; k < KT; ++k) product(sum, x[0][k], ones<Op>());
+  float square[2];
+  if constexpr (std::is_same_v<Op, OpBfloat>) {
+    Tile squares{};
+    SNE_UNROLL
+    for (int k = 0; k < KT; ++k) {
+      Rows16<Op> squared;
+      SNE_UNROLL
+      for (int part = 0; part < 4; ++part) squared.r[part] = multiply_add2<T>(x[0][k].r[part], x[0][k].r[part], 0);
+      product(squares, squared, ones<Op>());
+    }
+    square[0] = squares.c[0], square[1] = squares.c[2];
+  } else {  // squares may be above what a half can hold: the diagonals of x x^T, which are with the lane of column g
+    Tile upper{}, lower{};
+    SNE_UNROLL
+    for (int k = 0; k < KT; ++k) {
+      product(upper, x[0][k], cols8(x[0][k], 0));
+      product(lower, x[0][k], cols8(x[0][k], 1));
+    }
+    const int g = lane_id() / 4, from = 4 * g + g / 2;
+    square[0] = shuffle(g % 2 ? upper.c[1] : upper.c[0], from);
+    square[1] = shuffle(g % 2 ? lower.c[3] : lower.c[2], from);
+  }
   SNE_UNROLL
   for (int r = 0; r < 2; ++r) {
-    float sum = 0, square = 0;
-    SNE_UNROLL
-    for (int j = 0; j < NT; ++j) {
-      SNE_UNROLL
-      for (int e = 2 * r; e < 2 * r + 2; ++e) sum += o[j].c[e], square = multiply_add(o[j].c[e], o[j].c[e], square);
-    }
-    const float mean = sum_over_quad(sum) * (1.0f / (8 * NT));
-    const float variance = multiply_add(-mean, mean, sum_over_quad(square) * (1.0f / (8 * NT)));
-    const float rstd = rsqrt_fast((variance < 0 ? 0.0f : variance) + 1e-5f), shift = -mean * rstd;
-    SNE_UNROLL
-    for (int j = 0; j < NT; ++j) {
-      SNE_UNROLL
-      for (int e = 2 * r; e < 2 * r + 2; ++e) o[j].c[e] = multiply_add(o[j].c[e], rstd, shift);
-    }
+    constexpr float kShare = 1.0f / (16 * KT);
+    const float mean = sum.c[2 * r] * kShare, variance = multiply_add(square[r], kShare, -mean * mean);
+    scale[r] = rsqrt_fast(max_or_nan(variance, 0.0f) + 1e-5f);
+    shift[r] = -mean * scale[r];
   }
 }
 
-// Feed-forward half of a block, as feed_forward in tile.h.
+// Multiplies rows by the gain of a norm and adds its bias.
+template <class Op, int KT>
+SNE_DEVICE void scale_and_shift_pairs(Rows16<Op> (&x)[1][KT], const float *gain_and_bias) {
+  using T = typename Op::Storage;
+  SNE_UNROLL
+  for (int k = 0; k < KT; ++k) {
+    const Words words = load_words(gain_and_bias + 16 * k + lane_id() % 4 * 4);
+    SNE_UNROLL
+    for (int part = 0; part < 4; ++part)
+      x[0][k].r[part] = multiply_add2<T>(x[0][k].r[part], words.w[part / 2 * 2], words.w[part / 2 * 2 + 1]);
+  }
+}
+
+// Feed-forward half of a block, as feed_forward in tile.h: from o to the rows x of the next block.
 template <class Op, class Shape>
-SNE_DEVICE void feed_forward_of_full(Tile (&o)[1][Shape::NT], const WeightSource<Op> &weights, int64_t offset,
-                                     const float *out_bias, const float *norm, bool layer_norm) {
-  constexpr int W = Shape::W, N = W / 8;
-  if (layer_norm) {
-    normalize_once(o[0]);
-    scale_and_shift(o, norm, norm + W);
-  }
-  Rows16<Op> x[1][Shape::KT];
+SNE_DEVICE void feed_forward_of_full(Rows16<Op> (&x)[1][Shape::KT], const Tile (&o)[1][Shape::NT],
+                                     const WeightSource<Op> &weights, int block, const float *tile_vectors,
+                                     bool layer_norm) {
+  using T = typename Op::Storage;
+  constexpr int W = Shape::W;
+  const WeightLayout layout(W, Shape::D);
+  const TileVectors at{W};
   to_operands<Op>(x, o);
-  Tile z[1][N];
-  fill_tiles<N>(z[0], out_bias);
-  multiply<Shape::kWarpgroup>(z, x, weights.piece(offset, W * W));
-  SNE_UNROLL
-  for (int n = 0; n < N; ++n) {
+  if (layer_norm) {
+    float scale[2], shift[2];
+    row_norms<Op>(scale, shift, x);
+    Tile normalized[1][Shape::NT];
     SNE_UNROLL
-    for (int e = 0; e < 4; ++e) o[0][n].c[e] += max_or_nan(z[0][n].c[e], 0.0f);
+    for (int j = 0; j < Shape::NT; ++j) {
+      SNE_UNROLL
+      for (int e = 0; e < 4; ++e) normalized[0][j].c[e] = multiply_add(o[0][j].c[e], scale[e / 2], shift[e / 2]);
+    }
+    to_operands<Op>(x, normalized);
+    scale_and_shift_pairs<Op>(x, tile_vectors + at.norm(block, 0));
+  }
+  Tile z[1][Shape::NT];
+  fill_tiles<Shape::NT>(z[0], tile_vectors + at.out_bias(block));
+  multiply<Shape::kWarpgroup>(z, x, weights.piece(layout.out(block), W * W));
+  SNE_UNROLL
+  for (int k = 0; k < Shape::KT; ++k) {
+    SNE_UNROLL
+    for (int part = 0; part < 4; ++part) {
+      const float *pair = z[0][2 * k + part / 2].c + part % 2 * 2;
+      x[0][k].r[part] = add2<T>(x[0][k].r[part], pack2_relu<T>(pair[0], pair[1]));
+    }
   }
   if (layer_norm) {
-    normalize_once(o[0]);
-    scale_and_shift(o, norm + 2 * W, norm + 3 * W);
+    float scale[2], shift[2];
+    row_norms<Op>(scale, shift, x);
+    SNE_UNROLL
+    for (int k = 0; k < Shape::KT; ++k) {
+      SNE_UNROLL
+      for (int part = 0; part < 4; ++part) {
+        const int r = part % 2;
+        x[0][k].r[part] = multiply_add2<T>(x[0][k].r[part], pack2<T>(scale[r], scale[r]), pack2<T>(shift[r], shift[r]));
+      }
+    }
+    scale_and_shift_pairs<Op>(x, tile_vectors + at.norm(block, 1));
   }
 }
 
-template <class T>
-SNE_DEVICE void add_pair(float &first, float &second, const T *at) {
-  const uint32_t pair = *(const uint32_t *)at;
-  first += to_real(T{uint16_t(pair)}), second += to_real(T{uint16_t(pair >> 16)});
-}
-
-template <class Shape, class T>
-SNE_DEVICE void add_codes_of_full(Tile (&o)[1][Shape::NT], const T *row_code, const T *element_code, int part) {
+template <class Op, class Shape>
+SNE_DEVICE void add_codes_of_full(Rows16<Op> (&x)[1][Shape::KT], const typename Op::Storage *row_code,
+                                  const typename Op::Storage *element_code, int part_of_bin) {
+  using T = typename Op::Storage;
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const T *row = row_code + 2 * t, *element = element_code + (16 * part + g) * Shape::W + 2 * t;
+  const T *row = row_code + 2 * t, *element = element_code + (16 * part_of_bin + g) * Shape::W + 2 * t;
   SNE_UNROLL
-  for (int j = 0; j < Shape::NT; ++j) {
+  for (int k = 0; k < Shape::KT; ++k) {
     SNE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      add_pair(o[0][j].c[2 * r], o[0][j].c[2 * r + 1], row + 8 * j);
-      add_pair(o[0][j].c[2 * r], o[0][j].c[2 * r + 1], element + 8 * r * Shape::W + 8 * j);
+    for (int part = 0; part < 4; ++part) {
+      const int column = 16 * k + 8 * (part / 2);
+      const uint32_t code =
+          add2<T>(*(const uint32_t *)(row + column), *(const uint32_t *)(element + 8 * (part % 2) * Shape::W + column));
+      x[0][k].r[part] = add2<T>(x[0][k].r[part], code);
     }
   }
 }
@@ -321,7 +295,7 @@ SNE_DEVICE void pool_of_full(const Rows16<Op> (&x)[1][Shape::KT], const WeightSo
     for (int mask = 4; mask < 32; mask *= 2) top[e] = max_of(top[e], shuffle_xor(top[e], mask));
     if (g == 0) memory.tops[2 * t + e] = top[e];
   }
-  set.sync();
+  sync_pair(set);
   SNE_UNROLL
   for (int e = 0; e < 2; ++e) {
     const float shift = -kLog2e * max_of(top[e], memory.tops[8 * other + 2 * t + e]);
@@ -333,7 +307,7 @@ SNE_DEVICE void pool_of_full(const Rows16<Op> (&x)[1][Shape::KT], const WeightSo
   uint32_t *weight = (uint32_t *)(pieces.own + kWeights) + 2 * lane;  // of head g and rows 2 t.., 8 + 2 t..
   weight[0] = transpose8(pack2<T>(logit[0], logit[1]));
   weight[1] = transpose8(pack2<T>(logit[2], logit[3]));
-  set.sync();
+  sync_pair(set);
   Tile sum[KT] = {}, total{};  // of this warp's half of the columns
   SNE_UNROLL
   for (int m = 0; m < 2; ++m) {
@@ -364,31 +338,25 @@ SNE_DEVICE void encode_full_bin(const ChunkCall<typename Op::Storage> &call, con
                                 const SetOfWarps &set, bool layer_norm, int64_t chunk, typename Op::Storage *out,
                                 typename Op::Storage *saved, int64_t plane) {
   constexpr int W = Shape::W;
-  const WeightLayout layout(W, Shape::D);
-  const VectorLayout at{W};
-  const TileVectors tiles{W};
   const Pieces<Op> pieces{memory.exchange,
                           set.part ? -WarpMemory<Op, Shape>::kExchange : WarpMemory<Op, Shape>::kExchange};
   Tile o[1][Shape::NT];
-  scalar_block<Op, Shape>(o, to_real(call.values[call.chunk_ptr[chunk] + lane_id()]), vectors,
-                          tile_vectors + tiles.slopes(), memory, set);
-  feed_forward_of_full<Op, Shape>(o, weights, layout.out(0), tile_vectors, vectors + at.norm(0), layer_norm);
   Rows16<Op> x[1][Shape::KT];
+  scalar_block<Op, Shape>(o, to_real(call.values[call.chunk_ptr[chunk] + lane_id()]), vectors,
+                          tile_vectors + TileVectors{W}.slopes(), memory, set);
+  feed_forward_of_full<Op, Shape>(x, o, weights, 0, tile_vectors, layer_norm);
   SNE_LOOP
   for (int block = 1; block < 4; ++block) {
-    if (block == 2) add_codes_of_full<Shape>(o, call.row_code + call.owner[chunk] * W, call.element_code, set.part);
-    to_operands<Op>(x, o);
+    if (block == 2) add_codes_of_full<Op, Shape>(x, call.row_code + call.owner[chunk] * W, call.element_code, set.part);
     if (saved) save_rows<Op, Shape>(saved + (block - 1) * plane, x);
     attention_of_full<Op, Shape>(o, x, weights, block, tile_vectors, pieces, set);
-    feed_forward_of_full<Op, Shape>(o, weights, layout.out(block), tile_vectors + tiles.out_bias(block),
-                                    vectors + at.norm(block), layer_norm);
+    feed_forward_of_full<Op, Shape>(x, o, weights, block, tile_vectors, layer_norm);
   }
-  to_operands<Op>(x, o);
   if (saved)
     save_rows<Op, Shape>(saved + 3 * plane, x);
   else
     pool_of_full<Op, Shape>(x, weights, memory, pieces, set, out + chunk * Shape::HEADS * W);
-  set.sync();
+  sync_pair(set);
 }
 
 }  // namespace sne

@@ -1,7 +1,8 @@
 // Backward of the pooling of chunk_encode, and the sums of its codes' gradients.
 //
-// All products are of vectors: lanes are rows for the softmax, and columns where rows are read and written.
+// All products are of vectors: lanes are rows for the softmax, and pairs of columns where rows are written.
 #include "cuda/chunk_encode/backward.h"
+#include "cuda/ptx/vectors.h"
 
 namespace sne {
 namespace {
@@ -20,12 +21,91 @@ struct PoolSlots {
   static SNE_HOST_DEVICE int64_t bytes(int64_t heads) { return 32 * (int64_t(sizeof(Slot)) + 8 * heads); }
 };
 
-// Returns the dot product of two rows of `width` values.
-template <class T, class V>
-SNE_DEVICE float dot(const T *row, const V *v, int width) {
+// Returns the dot product of two rows of `width` values, a multiple of 32, at multiples of 16 bytes.
+template <class T>
+SNE_DEVICE float dot(const T *row, const T *v, int width) {
   float sum = 0;
-  for (int c = 0; c < width; ++c) sum += to_real(row[c]) * to_real(v[c]);
+  SNE_LOOP
+  for (int c = 0; c < width; c += 2 * kVector<T>) {
+    SNE_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      float a[kVector<T>], b[kVector<T>];
+      unpack<T>(a, load_words(row + c + part * kVector<T>));
+      unpack<T>(b, load_words(v + c + part * kVector<T>));
+      SNE_UNROLL
+      for (int i = 0; i < kVector<T>; ++i) sum = multiply_add(a[i], b[i], sum);
+    }
+  }
   return sum;
+}
+
+template <int count>
+SNE_DEVICE void load_floats(float (&out)[count], const float *at) {
+  if constexpr (count == 4) {
+    const Words words = load_words(at);
+    SNE_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = float_of_bits(words.w[i]);
+  } else {
+    SNE_UNROLL
+    for (int i = 0; i < count; ++i) out[i] = at[i];
+  }
+}
+template <class T>
+SNE_DEVICE void load_pair(float (&out)[2], const T *at) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t pair = *(const uint32_t *)at;
+    out[0] = to_real(T{uint16_t(pair)}), out[1] = to_real(T{uint16_t(pair >> 16)});
+  } else {
+    out[0] = at[0], out[1] = at[1];
+  }
+}
+
+// Writes the gradient of 32 rows and adds that of the queries to query_sums (H, h): from the weights and the gradients
+// of the logits, (32, H) each. A lane has two columns, and takes `group` heads at a time.
+template <int group, class T>
+SNE_DEVICE void spread_grads(const PoolSlots &own, const T *rows, const T *grad, const T *query, int width, int heads,
+                             float *query_sums, float *rows_grad) {
+  SNE_LOOP
+  for (int column = 2 * lane_id(); column < width; column += 64) {
+    SNE_LOOP
+    for (int head = 0; head < heads; head += group) {
+      float by_slope[group][2], by_weight[group][2] = {}, query_sum[group][2] = {};
+      SNE_UNROLL
+      for (int a = 0; a < group; ++a) load_pair(by_slope[a], query + (head + a) * width + column);
+      int64_t held = -1;  // the chunk of by_weight
+      SNE_LOOP
+      for (int i = 0; i < 32; ++i) {
+        const int64_t chunk = own.slots[i].chunk;
+        float sum[2] = {0, 0}, *to = rows_grad + i * width + column;
+        if (head) sum[0] = to[0], sum[1] = to[1];
+        if (chunk >= 0) {
+          if (chunk != held) {
+            SNE_UNROLL
+            for (int a = 0; a < group; ++a) load_pair(by_weight[a], grad + (chunk * heads + head + a) * width + column);
+            held = chunk;
+          }
+          float value[2], weight[group], slope[group];
+          load_pair(value, rows + i * width + column);
+          load_floats(weight, own.weight + i * heads + head);
+          load_floats(slope, own.slope + i * heads + head);
+          SNE_UNROLL
+          for (int a = 0; a < group; ++a) {
+            SNE_UNROLL
+            for (int e = 0; e < 2; ++e) {
+              sum[e] += weight[a] * by_weight[a][e] + slope[a] * by_slope[a][e];
+              query_sum[a][e] += slope[a] * value[e];
+            }
+          }
+        }
+        to[0] = sum[0], to[1] = sum[1];
+      }
+      SNE_UNROLL
+      for (int a = 0; a < group; ++a) {
+        float *to = query_sums + (head + a) * width + column;
+        to[0] += query_sum[a][0], to[1] += query_sum[a][1];
+      }
+    }
+  }
 }
 
 // grad (N, H, h) -> rows_grad; query_part (multiprocessors, H, h).
@@ -47,10 +127,13 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
     const Slot slot = slot_of(chunks, call.order, set.part * 32 + lane);
     own.slots[lane] = slot;
     const int64_t row = local * call.cls.slots + set.part * 32;
-    const T *rows = x + row * width;
+    const T *rows = x + (there ? row : 0) * width;  // lanes without an element read what they do not use
     const bool real = slot.chunk >= 0;
-    for (int a = 0; a < heads; ++a)
-      own.weight[lane * heads + a] = real ? dot(rows + lane * width, call.pool_query + a * width, width) : 0.0f;
+    SNE_LOOP
+    for (int a = 0; a < heads; ++a) {
+      const float product = dot(rows + lane * width, call.pool_query + a * width, width);
+      own.weight[lane * heads + a] = real ? product : 0.0f;
+    }
     set.sync();
     const float *weight = own.weight - set.part * 32 * heads, *slope = own.slope - set.part * 32 * heads;
     // The softmax of the own row needs all logits of its chunk; weights replace logits once all lanes have read them.
@@ -64,9 +147,12 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
     set.sync();
     for (int a = 0; a < heads; ++a) own.weight[lane * heads + a] = own.slope[lane * heads + a];
     set.sync();
-    for (int a = 0; a < heads; ++a)
-      own.slope[lane * heads + a] =
-          real ? dot(rows + lane * width, grad + (slot.chunk * heads + a) * width, width) : 0.0f;
+    const T *pulled = grad + (real ? slot.chunk : 0) * heads * width;
+    SNE_LOOP
+    for (int a = 0; a < heads; ++a) {
+      const float product = dot(rows + lane * width, pulled + a * width, width);
+      own.slope[lane * heads + a] = real ? product : 0.0f;
+    }
     set.sync();
     for (int a = 0; a < heads; ++a) {
       float mean = 0;
@@ -77,20 +163,15 @@ SNE_KERNEL SNE_BOUNDS(256, 2) chunk_pool_backward(ChunkCall<T> call, const T *gr
       own.slope[lane * heads + a] = real ? p * (own.slope[lane * heads + a] - mean) : 0.0f;
     }
     sync_warp();
-    for (int i = 0; i < 32 && there; ++i) {
-      const int64_t chunk = own.slots[i].chunk;
-      for (int c = lane; c < width; c += 32) {
-        float sum = 0;
-        if (chunk >= 0) {
-          const float value = to_real(rows[i * width + c]);
-          for (int a = 0; a < heads; ++a) {
-            const float d = own.slope[i * heads + a];
-            sum += own.weight[i * heads + a] * to_real(grad[(chunk * heads + a) * width + c]) +
-                   d * to_real(call.pool_query[a * width + c]);
-            query_sums[a * width + c] += d * value;
-          }
-        }
-        rows_grad[(row + i) * width + c] = sum;
+    if (there) {
+      float *to = rows_grad + row * width;
+      if (heads < 4) {
+        if (heads == 2)
+          spread_grads<2>(own, rows, grad, call.pool_query, width, heads, query_sums, to);
+        else
+          spread_grads<1>(own, rows, grad, call.pool_query, width, heads, query_sums, to);
+      } else {
+        spread_grads<4>(own, rows, grad, call.pool_query, width, heads, query_sums, to);
       }
     }
     set.sync();
@@ -116,13 +197,29 @@ SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_sums(ChunkCall<T> call, const float *row
   }
 }
 
-// Adds the sums of rows_grad over element e of all chunks to element_part (multiprocessors, codes, h). A thread block
-// walks its bins once for every element.
+// Adds the sums of rows_grad over element e of all chunks to element_part (multiprocessors, codes, h), where a bin
+// holds one chunk: element e is row e, and the gradients of parked rows are zeros. A thread has four columns of a row.
+SNE_KERNEL SNE_BOUNDS(256, 4) chunk_row_element_sums(const float *rows_grad, int64_t count, int slots, int width,
+                                                     int codes, float *element_part) {
+  const int at = (int(block_id(1)) * num_threads() + thread_id()) * 4;
+  if (at >= slots * width || at / width >= codes) return;
+  float sum[4] = {0, 0, 0, 0};
+  SNE_UNROLL_BY(4)
+  for (int64_t bin = block_id(); bin < count; bin += num_blocks()) {
+    const Words row = load_words(rows_grad + bin * slots * width + at);
+    SNE_UNROLL
+    for (int e = 0; e < 4; ++e) sum[e] += float_of_bits(row.w[e]);
+  }
+  float *to = element_part + block_id() * codes * width + at;
+  SNE_UNROLL
+  for (int e = 0; e < 4; ++e) to[e] += sum[e];
+}
+
+// The same where a bin holds several chunks. A thread block walks its bins once for every element.
 template <class T>
 SNE_KERNEL SNE_BOUNDS(256, 4)
     chunk_element_sums(ChunkCall<T> call, const float *rows_grad, int width, int codes, float *element_part) {
-  const int max_length = call.cls.multi_chunk ? kMaxMultiLength : call.cls.slots;
-  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < max_length;
+  for (int element = int(block_id(1)) * num_warps() + warp_id(); element < kMaxMultiLength;
        element += int(num_blocks(1)) * num_warps())
     for (int c = lane_id(); c - lane_id() < width; c += 32) {
       float sum = 0;
@@ -159,8 +256,12 @@ int run_codes(const sne_fast_cuda_chunk_args &a, const ChunkSpace &space, int64_
   const int status = launch(stream, tiles < 8 * a.multiprocessors ? tiles : 8 * a.multiprocessors, 1, 256, 0,
                             chunk_row_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), chunk_grad);
   if (status) return status;
-  return launch(stream, a.count < a.multiprocessors ? a.count : a.multiprocessors, a.multi_chunk ? 2 : a.slots / 8, 256,
-                0, chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden), int(codes), part);
+  const int64_t blocks = a.count < a.multiprocessors ? a.count : a.multiprocessors;
+  if (a.multi_chunk)
+    return launch(stream, blocks, 2, 256, 0, chunk_element_sums<T>, call_of<T>(a), space.rows_grad, int(a.hidden),
+                  int(codes), part);
+  return launch(stream, blocks, (a.slots * a.hidden + 1023) / 1024, 256, 0, chunk_row_element_sums, space.rows_grad,
+                a.count, int(a.slots), int(a.hidden), int(codes), part);
 }
 
 }  // namespace

@@ -120,12 +120,13 @@ SNE_DEVICE void settle_all(Tile (&c)[MT][N]) {
 // Adds a[i] (64 rows of the warpgroup, 16 KT columns) times a piece of the weights of 8 N rows to c[i].
 template <class Op, int MT, int KT, int N>
 SNE_DEVICE void multiply_by_warpgroup(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT], const unsigned char *piece) {
+  const MatrixDescriptor matrix = describe(piece, 128, KT * 256);
   settle_all(c);
   wgmma_begin();
   SNE_UNROLL
   for (int k = 0; k < KT; ++k) {
     SNE_UNROLL
-    for (int i = 0; i < MT; ++i) wgmma<Op, N>(c[i], a[i][k].r, describe(piece + k * 256, 128, KT * 256));
+    for (int i = 0; i < MT; ++i) wgmma<Op, N>(c[i], a[i][k].r, advance(matrix, k * 256));
   }
   wgmma_end();
   settle_all(c);

@@ -153,6 +153,18 @@ template <class T>
 SNE_DEVICE uint32_t pack2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
 }
+template <class T>
+SNE_DEVICE uint32_t pack2_relu(float low, float high) {
+  return pack2<T>(low <= 0 ? 0.0f : low, high <= 0 ? 0.0f : high);
+}
+// a b + c of two numbers at a time, rounded once.
+template <class T>
+SNE_DEVICE uint32_t multiply_add2(uint32_t a, uint32_t b, uint32_t c) {
+  float sum[2];
+  for (int i = 0; i < 2; ++i)
+    sum[i] = float(double(detail::operand<T>(a, i)) * detail::operand<T>(b, i) + detail::operand<T>(c, i));
+  return pack2<T>(sum[0], sum[1]);
+}
 
 #else
 
@@ -161,20 +173,26 @@ SNE_DEVICE void mma_k16(Tile &c, const uint32_t *a, const uint32_t *b);
 template <class Op>
 SNE_DEVICE void mma_k8(Tile &c, const uint32_t *a, const uint32_t *b);
 
-#define SNE_MMA_PACKED(Op, type)                                                                \
-  template <>                                                                                   \
-  __device__ __forceinline__ void mma_k16<Op>(Tile & c, const uint32_t *a, const uint32_t *b) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                         \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                   \
-                 : "+f"(c.c[0]), "+f"(c.c[1]), "+f"(c.c[2]), "+f"(c.c[3])                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
-  }                                                                                             \
-  template <>                                                                                   \
-  __device__ __forceinline__ void mma_k8<Op>(Tile & c, const uint32_t *a, const uint32_t *b) {  \
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." type "." type                          \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"                            \
-                 : "+f"(c.c[0]), "+f"(c.c[1]), "+f"(c.c[2]), "+f"(c.c[3])                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                            \
+// Sums that are zero before need no register as input: inputs and outputs are operands of their own.
+#define SNE_MMA_PACKED(Op, type)                                                                               \
+  template <>                                                                                                  \
+  __device__ __forceinline__ void mma_k16<Op>(Tile & c, const uint32_t *a, const uint32_t *b) {                \
+    Tile d;                                                                                                    \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                        \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                              \
+                 : "=f"(d.c[0]), "=f"(d.c[1]), "=f"(d.c[2]), "=f"(d.c[3])                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c.c[0]), "f"(c.c[1]), \
+                   "f"(c.c[2]), "f"(c.c[3]));                                                                  \
+    c = d;                                                                                                     \
+  }                                                                                                            \
+  template <>                                                                                                  \
+  __device__ __forceinline__ void mma_k8<Op>(Tile & c, const uint32_t *a, const uint32_t *b) {                 \
+    Tile d;                                                                                                    \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." type "." type                                         \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                                          \
+                 : "=f"(d.c[0]), "=f"(d.c[1]), "=f"(d.c[2]), "=f"(d.c[3])                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c.c[0]), "f"(c.c[1]), "f"(c.c[2]), "f"(c.c[3]));       \
+    c = d;                                                                                                     \
   }
 SNE_MMA_PACKED(OpBfloat, "bf16")
 SNE_MMA_PACKED(OpHalf, "f16")
@@ -256,6 +274,32 @@ __device__ __forceinline__ uint32_t pack2<Half>(float low, float high) {
   return out;
 }
 
+template <class T>
+SNE_DEVICE uint32_t pack2_relu(float low, float high);
+template <class T>
+SNE_DEVICE uint32_t multiply_add2(uint32_t a, uint32_t b, uint32_t c);
+#define SNE_PAIRS(T, type)                                                                   \
+  template <>                                                                                \
+  __device__ __forceinline__ uint32_t pack2_relu<T>(float low, float high) {                 \
+    uint32_t out;                                                                            \
+    asm("cvt.rn.relu." type ".f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));           \
+    return out;                                                                              \
+  }                                                                                          \
+  template <>                                                                                \
+  __device__ __forceinline__ uint32_t multiply_add2<T>(uint32_t a, uint32_t b, uint32_t c) { \
+    uint32_t out;                                                                            \
+    asm("fma.rn." type " %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));             \
+    return out;                                                                              \
+  }
+SNE_PAIRS(BFloat, "bf16x2")
+SNE_PAIRS(Half, "f16x2")
+#undef SNE_PAIRS
+
 #endif
+
+template <class T>
+SNE_DEVICE uint32_t add2(uint32_t a, uint32_t b) {
+  return multiply_add2<T>(a, pack2<T>(1.0f, 1.0f), b);
+}
 
 }  // namespace sne

@@ -140,7 +140,11 @@ SNE_DEVICE float exp2_fast(float x) {
   return y;
 }
 SNE_DEVICE float log2_fast(float x) { return __log2f(x); }
-SNE_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }
+SNE_DEVICE float rsqrt_fast(float x) {  // x must not be subnormal
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 SNE_DEVICE float divide_exactly(float a, float b) { return __fdiv_rn(a, b); }
 SNE_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SNE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }

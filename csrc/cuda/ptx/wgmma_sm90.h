@@ -21,6 +21,10 @@ struct MatrixDescriptor {
 SNE_DEVICE MatrixDescriptor describe(const unsigned char *at, int along_k, int along_n) {
   return {at, along_k, along_n};
 }
+// The same matrix `bytes`, a multiple of 16, further on.
+SNE_DEVICE MatrixDescriptor advance(const MatrixDescriptor &matrix, int bytes) {
+  return {matrix.at + bytes, matrix.along_k, matrix.along_n};
+}
 SNE_DEVICE void wgmma_begin() {}
 SNE_DEVICE void wgmma_end() {}
 SNE_DEVICE void settle(float &) {}
@@ -71,6 +75,7 @@ using MatrixDescriptor = uint64_t;
 SNE_DEVICE MatrixDescriptor describe(const unsigned char *at, int along_k, int along_n) {
   return uint64_t((shared_address(at) & 0x3ffff) >> 4) | uint64_t(along_k >> 4) << 16 | uint64_t(along_n >> 4) << 32;
 }
+SNE_DEVICE MatrixDescriptor advance(MatrixDescriptor matrix, int bytes) { return matrix + (bytes >> 4); }
 // Keeps the compiler from moving writes of a register across this point.
 SNE_DEVICE void settle(float &v) { asm volatile("" : "+f"(v)::"memory"); }
 SNE_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -47,7 +47,7 @@ def has_wgmma(device: torch.device) -> bool:
 
 @dataclass
 class ChunkCall:
-    """Arguments that all launches of one call share; ``weights`` are the op's parameters by name, contiguous."""
+    """Arguments that all launches of one call share; ``weights`` are the parameters by name, contiguous and aligned."""
 
     values: Tensor
     chunk_ptr: Tensor
@@ -65,7 +65,7 @@ class ChunkCall:
         parameters: Sequence[Tensor], backward: bool,
     ) -> ChunkCall:  # fmt: skip
         """Plan a call and prepare its weights on the device."""
-        weights = {name: t.contiguous() for name, t in zip(CHUNK_PARAMETERS, parameters, strict=True)}
+        weights = {name: library.aligned(t) for name, t in zip(CHUNK_PARAMETERS, parameters, strict=True)}
         heads, h = weights["pool_query"].shape
         plan = plan_chunks(chunk_ptr, count_lengths(chunk_ptr_host))
         size = library.library().sne_fast_cuda_chunk_weights_size(h, heads)
@@ -194,7 +194,8 @@ def chunk_encode_backward(
     tensor_ptr_host: Tensor, *parameters: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the op ``chunk_encode_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
-    grad, values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (grad, values, chunk_ptr, tensor_ptr))
+    values, chunk_ptr, tensor_ptr = (t.contiguous() for t in (values, chunk_ptr, tensor_ptr))
+    grad = library.aligned(grad)
     chunks, width = chunk_ptr.shape[0] - 1, parameters[-1].shape[1]
     values_grad = torch.empty_like(values)
     if not chunks:

@@ -59,6 +59,8 @@ def _lines_of(file: str, text: str) -> tuple[frozenset[int], frozenset[int]]:
         starts.add(first + 1)
         depth, at = 0, first
         while at < len(lines):
+            if depth == 1 and lines[at].startswith("} else"):
+                break
             depth += sum(lines[at].count(c) for c in "({") - sum(lines[at].count(c) for c in ")}")
             found.add(at + 1)
             if depth <= 0 and lines[at].endswith((";", "}")):
@@ -118,7 +120,7 @@ class Flow:
                  and self.function.instructions[at].name not in joins]  # fmt: skip
         for text, chance in self.branches.items():
             inside = sum(_is_inside(frames, text) for frames in known)
-            if 2 * inside > len(known):
+            if inside and 2 * inside >= len(known):
                 return chance
         return 1.0
 

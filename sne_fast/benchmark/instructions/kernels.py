@@ -37,6 +37,7 @@ class Kernel:
     launches: int = 1  # in a training step
     rows: int = 16  # of a warp
     threads: int = 0  # of a block that shares a multiprocessor with others; 0: a block fills it, see the kernel's name
+    halves: bool = True  # numbers of 16 bits in memory
     saving: bool = False  # writes what the backward needs, instead of the result
 
 
@@ -54,7 +55,7 @@ def training_kernels(config: Config, dtype: str, wgmma: bool) -> list[Kernel]:
         Kernel("forward", forward, _BINS, lambda c, rows: 32 / rows),
         Kernel("forward of the backward", forward, _BINS, lambda c, rows: 32 / rows, saving=True),
         Kernel("pool backward", rf"chunk_pool_backward<sne::{stored}>", _BINS, lambda c, rows: 32 / rows,
-               rows=32, threads=256),
+               rows=32, threads=256, halves=stored != "float"),
         Kernel("block backward", rf"chunk_block_backward<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, ", _BINS,
                lambda c, rows: 2.0, 3),
         Kernel("weight gradients", rf"chunk_weight_grad<sne::{op}, {tile}>",
@@ -63,9 +64,9 @@ def training_kernels(config: Config, dtype: str, wgmma: bool) -> list[Kernel]:
         Kernel("sums of chunks", rf"chunk_row_sums<sne::{stored}>",
                "for (int64_t first = block_id() * num_warps(); first < call.count; ",
                lambda c, rows: 32 / c.chunk_size, threads=256),
-        Kernel("sums of elements", rf"chunk_element_sums<sne::{stored}>",
-               "for (int64_t local = block_id(); local < call.count; local += num_blocks()) {",
-               lambda c, rows: c.hidden, threads=256),
+        Kernel("sums of elements", "chunk_row_element_sums",
+               "for (int64_t bin = block_id(); bin < count; bin += num_blocks()) {",
+               lambda c, rows: c.hidden / 4 / 4, threads=256),
         Kernel("scalar backward", rf"chunk_scalar_backward<sne::{op}, {h}, ", _BINS, lambda c, rows: 2.0),
     ]  # fmt: skip
 
@@ -81,6 +82,9 @@ def branches(kernel: Kernel) -> dict[str, float]:
         "copy(offset, count);": 0,
         "encode_bin<Op, Shape>(": 0,
         "if (saved && local": float(kernel.saving),
+        "if (head) sum[0]": 0,
+        "if (chunk != held) {": 1 / 32,
+        "if (heads < 4) {": 0,
         "if (saved) save_rows": float(kernel.saving),
         "save_rows<Op, Shape>(saved + 3 * plane": float(kernel.saving),
         "pool_of_full<Op, Shape>(": float(not kernel.saving),
@@ -116,9 +120,8 @@ def loops(config: Config, kernel: Kernel) -> dict[str, Loop]:
         "for (int mask = 8; mask; mask /= 2)": Loop(4),
         "for (int j = slot.key_begin; j < slot.key_end; ++j) top = max_of(top, weight[j * heads": Loop(length, 4),
         "for (int j = slot.key_begin; j < slot.key_end; ++j) total +=": Loop(length, 4),
-        "for (int element = int(block_id(1)) * num_warps() + warp_id(); element < max_length;": Loop(1),
         "for (int a = 0; a < heads; ++a) own.weight": Loop(heads, 4),
-        "for (int a = 0; a < heads; ++a) {": Loop(heads, 4 if kernel.title == "pool backward" else 1),
+        "for (int a = 0; a < heads; ++a) {": Loop(heads),
         "for (int a = 0; a < heads; ++a)": Loop(heads),
         "for (int warp = 0; warp < num_warps(); ++warp) total += sums[warp * size + i];": Loop(8, 4),
         # of the forward, in the order of its source
@@ -128,17 +131,17 @@ def loops(config: Config, kernel: Kernel) -> dict[str, Loop]:
         "for (int j = group * chunks.length; j < (group + 1) * chunks.length; ++j) {": Loop(length, 4),
         "for (int item = set.part * 32 + lane; item < 16 * H; item += 32 * set.warps) {": Loop(heads / 2),
         "for (int k = 0; k < Shape::KT; ++k) {": Loop(h / 16),
-        "for (int c = 0; c < width; ++c) sum += to_real(row[c]) * to_real(v[c]);": Loop(h, 16),
+        "for (int c = 0; c < width; c += 2 * kVector<T>) {": Loop(h / 16 if kernel.halves else h / 8),
+        "for (int column = 2 * lane_id(); column < width; column += 64) {": Loop(max(1, h / 64)),
+        "for (int head = 0; head < heads; head += group) {": Loop(max(1, heads / 4)),
+        "for (int i = 0; i < 32; ++i) {": Loop(32),
         "for (int j = slot.key_begin; j < slot.key_end; ++j) mean +=": Loop(length, 16),
-        "for (int i = 0; i < 32 && there; ++i) {": Loop(32),
-        "for (int c = lane; c < width; c += 32) {": Loop(h / 32),
         "for (int c = lane_id(); c < width; c += 32) {": Loop(h / 32),
         "for (int i = 0; i < chunks.length; ++i) sum += rows[int64_t(i) * width + c];": Loop(length, 4),
         "for (int group = 0; group < chunks.count; ++group)": Loop(1),
         "for (int i = thread_id(); i < kRowsAtOnce * kPerRow; i += num_threads()) {": Loop(h / 32),
         "for (int64_t row = block_id() * kRowsAtOnce; row < rows; row += num_blocks() * kRowsAtOnce) {": Loop(2),
         "for (int64_t first = block_id() * num_warps(); first < call.count; ": Loop(2),
-        "for (int64_t local = block_id(); local < call.count; local += num_blocks()) {": Loop(2),
-        "for (int c = lane_id(); c - lane_id() < width; c += 32) {": Loop(h / 32),
+        "for (int64_t bin = block_id(); bin < count; bin += num_blocks()) {": Loop(8, 4),
         "for (int i = 0; i < kRowsAtOnce; ++i) bias += to_real(grads[i * G::kStride + thread_id()]);": Loop(32, 32),
     }  # fmt: skip

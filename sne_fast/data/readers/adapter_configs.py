@@ -11,7 +11,7 @@ from typing import Any
 from ...regular_files import parse_json, read_json
 from .errors import CheckpointError, reading
 
-__all__ = ["ADAPTER_FILE", "adapter_scales", "scales_in_metadata"]
+__all__ = ["ADAPTER_FILE", "adapter_scales", "in_metadata", "scales_in_metadata"]
 
 ADAPTER_FILE = re.compile(r"adapter_model\..*")
 CONFIG = "adapter_config.json"
@@ -40,6 +40,11 @@ def adapter_scales(file: Path, names: Iterable[str]) -> dict[str, tuple[float, i
     with reading(config):
         said = read_json(config, dict, nonfinite=True)
     return _scales(said, names, _PREFIX, config)
+
+
+def in_metadata(metadata: Mapping[str, str]) -> bool:
+    """Return whether the metadata of a file have the configuration of adapters."""
+    return _METADATA in metadata
 
 
 def scales_in_metadata(metadata: Mapping[str, str], names: Iterable[str], file: Path) -> dict[str, tuple[float, int]]:

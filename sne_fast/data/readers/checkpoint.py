@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -41,6 +41,7 @@ ORDER_KEY = "sne_fast.order"
 
 
 Entries = Mapping[str, Tensor | LazyTensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _open_one(file: Path, key: str | None, kind: Format | None = None) -> OpenCh
     order = metadata.get(ORDER_KEY)
     scales = scales_in_metadata(metadata, tensors, file)
     tied = in_order(with_tied_names(tensors, metadata), order, file)
-    return OpenCheckpoint(tied, order is not None, adapter_scales=scales)
+    return OpenCheckpoint(dict(tied), order is not None, adapter_scales=scales)
 
 
 def _of_contents(found: Contents, file: Path) -> OpenCheckpoint:
@@ -266,7 +267,7 @@ def _joined(
     return OpenCheckpoint(in_order(tensors, None, named), False, left_out)
 
 
-def in_order(tensors: Entries, order: Any, file: Path) -> dict[str, Tensor | LazyTensor]:
+def in_order(tensors: Mapping[str, T], order: Any, file: Path) -> dict[str, T]:
     """Return tensors in the order that metadata give, else in natural order of their names."""
     if order is None:
         names = sorted(tensors, key=natural_key)

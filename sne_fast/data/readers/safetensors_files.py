@@ -19,7 +19,7 @@ from .errors import CheckpointError, reading, shown
 from .lazy_tensors import LazyTensor, OpenFile
 from .stored import MAX_DIMENSIONS, read_at
 
-__all__ = ["SafetensorsFile", "open_safetensors", "read_header"]
+__all__ = ["Entry", "SafetensorsFile", "header_length", "open_safetensors", "parse_header", "read_header"]
 
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _METADATA = "__metadata__"
@@ -86,38 +86,56 @@ def read_header(file: Path) -> SafetensorsFile:
 
 
 def _header(opened: IO[bytes], file: Path) -> SafetensorsFile:
-    def damaged(reason: str) -> CheckpointError:
+    def damaged(reason: ValueError) -> CheckpointError:
         return CheckpointError(f"{file}: is damaged or no safetensors file: {reason}; fetch or write it again")
 
     size = opened.seek(0, io.SEEK_END)
     opened.seek(0)
     head = opened.read(8)
+    try:
+        length = header_length(head, size)
+    except ValueError as error:
+        raise damaged(error) from error
+    header = opened.read(length)
+    try:
+        return parse_header(header, size)
+    except ValueError as error:
+        raise damaged(error) from error
+
+
+def header_length(head: bytes, size: int) -> int:
+    """Return the length of the header of a file of `size` bytes by its first eight; raises ValueError where it lies."""
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
-        raise damaged("its header does not fit into it")
-    text = opened.read(length)
+        raise ValueError("its header does not fit into it")
+    return length
+
+
+def parse_header(header: bytes, size: int) -> SafetensorsFile:
+    """Return what the header of a file of `size` bytes says; raises ValueError with what is wrong with it."""
     try:
-        content = parse_json(text.decode("utf-8"), "its header", dict, max_depth=4)
+        content = parse_json(header.decode("utf-8"), "its header", dict, max_depth=4)
     except ValueError as error:
-        raise damaged(str(error).partition("\n")[0][:200]) from error
+        raise ValueError(str(error).partition("\n")[0][:200]) from error
     metadata = content.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise damaged("its metadata are not strings")
+        raise ValueError("its metadata are not strings")
     entries = {}
     for name, said in content.items():
         try:
             entries[name] = _entry(said)
         except ValueError as error:
-            raise damaged(f"its tensor {shown(name)} {error}") from error
+            raise ValueError(f"its tensor {shown(name)} {error}") from error
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     place = 0
     for name, entry in entries.items():
         if entry.begin != place:
-            raise damaged(f"its tensor {shown(name)} does not begin where the one before it ends")
+            raise ValueError(f"its tensor {shown(name)} does not begin where the one before it ends")
         place = entry.end
-    if 8 + length + place != size:
-        raise damaged(f"its tensors take {place} bytes, it holds {size - 8 - length}")
-    return SafetensorsFile(entries, metadata, 8 + length)
+    start = 8 + len(header)
+    if start + place != size:
+        raise ValueError(f"its tensors take {place} bytes, it holds {size - start}")
+    return SafetensorsFile(entries, metadata, start)
 
 
 def _entry(said: Any) -> Entry:

@@ -10,7 +10,17 @@ from ...regular_files import read_json
 from .beside import beside
 from .errors import CheckpointError, Unreachable, reading, shown
 
-__all__ = ["Index", "index_beside", "read_index", "refuse_rank", "shards_named", "sibling_shards"]
+__all__ = [
+    "Index",
+    "counts_itself",
+    "has_usual_index",
+    "index_beside",
+    "is_rank",
+    "read_index",
+    "refuse_rank",
+    "shards_named",
+    "sibling_shards",
+]
 
 _MAX_INDEX = 256 * 2**20
 _MAX_SHARDS = 100_000
@@ -99,6 +109,16 @@ def index_beside(shard: Path) -> Path | None:
 def counts_itself(name: str) -> bool:
     """Return whether a file is one of several by its name, such as `model-00001-of-00002.bin`."""
     return _COUNTED.fullmatch(name) is not None
+
+
+def has_usual_index(folder: Path) -> bool:
+    """Return whether a folder has an index of a usual name."""
+    return any((folder / name).is_file() for name in _USUAL)
+
+
+def is_rank(name: str) -> bool:
+    """Return whether a file or folder is one of model parallelism by its name."""
+    return _RANK.fullmatch(name) is not None
 
 
 def sibling_shards(shard: Path) -> list[Path] | None:

@@ -7,7 +7,7 @@ both are there with the same values, they are one tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ...regular_files import read_json
 from .errors import Unreachable, reading
 from .lazy_tensors import LazyTensor
 
-__all__ = ["with_ties_of_config"]
+__all__ = ["names_embeddings", "with_ties_of_config"]
 
 _INPUT = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings?|embed_in|shared|tok_embeddings|tokens_embed|token_embedding)\.weight$"
@@ -40,8 +40,8 @@ def with_ties_of_config(folder: Path, tensors: Mapping[str, Tensor | LazyTensor]
         CheckpointError: as `LazyTensor.read`.
     """
     found = dict(tensors)
-    named = [name for name in tensors if _INPUT.search(name) or _OUTPUT.search(name)]
-    if len(named) < 2 or not any(map(_INPUT.search, named)) or not _may_tie(folder / "config.json"):
+    named = names_embeddings(tensors)
+    if not named or not _may_tie(folder / "config.json"):
         return found
     first: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
     shapes = [(tuple(found[name].shape), found[name].dtype) for name in named]
@@ -56,6 +56,12 @@ def with_ties_of_config(folder: Path, tensors: Mapping[str, Tensor | LazyTensor]
         elif _INPUT.search(name) or _INPUT.search(same):
             found[name] = found[same]
     return found
+
+
+def names_embeddings(names: Iterable[str]) -> list[str]:
+    """Return those of the names that are of input or output embeddings, none if there are no two or no input's."""
+    named = [name for name in names if _INPUT.search(name) or _OUTPUT.search(name)]
+    return named if len(named) > 1 and any(map(_INPUT.search, named)) else []
 
 
 def _may_tie(file: Path) -> bool:

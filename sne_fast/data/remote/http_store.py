@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from functools import partial
+from html.parser import HTMLParser
 from typing import Any, NamedTuple
+from urllib.parse import urljoin
 
 from .failures import Forbidden, RangesIgnored, StoreError, attempt
 from .ranges import RANGES, fetched
@@ -20,6 +22,7 @@ _BUFFER = 2**21  # bytes that a connection takes in before they are read
 _IDLE = 60.0  # seconds without a byte after which a connection counts as broken
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 _MOST_FILES = 100_000
+_MOST_PAGE = 2**26
 
 
 class Answer(NamedTuple):
@@ -91,6 +94,18 @@ class Ranges:
             while len(body) < count and (piece := await answer.content.read(min(count - len(body), _PIECE))):
                 body += piece
         return Answer(bytes(body), size, version)
+
+
+class _Links(HTMLParser):
+    """Collect the links of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Take the address of a link."""
+        self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
 class HttpStore(Store):
@@ -175,14 +190,17 @@ class HttpStore(Store):
     def find_listing(self, folder: str) -> Listing:
         """Return the files and folders that the page of a folder links to."""
         url = self.url(folder).rstrip("/") + "/"
-        self.ranges.fs.invalidate_cache()
+        page = self.ranges.get(url, 0, _MOST_PAGE + 1).body
+        if len(page) > _MOST_PAGE:
+            raise StoreError(f"{url}: the page of this folder is larger than the limit of {_MOST_PAGE} bytes")
+        links = _Links()
+        links.feed(page.decode("utf-8", "replace"))
         found: Listing = {}
-        for info in self.ranges.fs.ls(url, detail=True):
-            name = str(info["name"]).partition("?")[0].partition("#")[0].removeprefix(url)
-            is_folder = name.endswith("/")
-            name = name.rstrip("/")
-            if name and "/" not in name and ":" not in name:
-                found[name] = FOLDER if is_folder else Entry(0, "")
+        for link in links.found:
+            address = urljoin(url, link).partition("?")[0].partition("#")[0]
+            name = address.removeprefix(url)
+            if name != address and name.rstrip("/") and "/" not in name.rstrip("/"):
+                found[name.rstrip("/")] = FOLDER if name.endswith("/") else Entry(-1, "")
         return found
 
     def find_tree(self, folder: str) -> dict[str, Listing]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sne_fast
-from helpers.cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case
+from helpers.cpu_cases import ISAS, NEEDS_BACKEND, cast, chunk_encode_case
 from helpers.errors import relative_error
 from helpers.op_cases import pointer
 from sne_fast import reference
@@ -14,7 +14,6 @@ from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
 
 pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
-ISAS = [] if library.reasons() else library.supported_isas()
 SIZES = [1e-6, 1e-3, 1.0, 1e2, 1e4, 1e5, 1e6]
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case
+from helpers.cpu_cases import ISAS, NEEDS_BACKEND, cast, chunk_encode_case
 from helpers.op_cases import pointer
 from sne_fast import reference
 from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
 
 pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
-ISAS = [] if library.reasons() else library.supported_isas()
 INFINITY = float("inf")
 BITS = {
     torch.float32: [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, -0x400000, 0x7FC0007F],

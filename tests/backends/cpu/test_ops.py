@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sne_fast
-from helpers.cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case
+from helpers.cpu_cases import ISAS, NEEDS_BACKEND, cast, chunk_encode_case
 from helpers.errors import relative_error
 from helpers.op_cases import GRADED_NAMES, pointer
 from sne_fast import reference
@@ -17,7 +17,6 @@ from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
 
 pytestmark = pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
-ISAS = [] if library.reasons() else library.supported_isas()
 # dtype, largest relative error of results, of gradients.
 PRECISIONS = [(torch.float32, 2e-5, 1e-4), (torch.float64, 1e-11, 1e-11)]
 

@@ -114,7 +114,7 @@ def test_bins_that_one_chunk_fills(width: int, heads: int, wgmma: bool, dtype: t
     found = chunk_encode(*args)
     assert error(found, exact) <= 2 * error(rounded, exact)
     for chunk in range(found.shape[0]):
-        assert error(found[chunk], exact[chunk]) <= 3 * error(rounded, exact), chunk
+        assert error(found[chunk], exact[chunk]) <= 4 * error(rounded, exact), chunk
     library.library().sne_fast_cuda_emulated_schedule(5)
     assert torch.equal(chunk_encode(*args), found), "whatever the order of threads"
     args[0][40] = math.nan
