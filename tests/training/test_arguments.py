@@ -78,7 +78,7 @@ def test_classes_are_integers_of_any_kind() -> None:
         ({"settings": {"epochs": 3}}, "TypeError: fit: settings must be a FitSettings, got dict"),
         (
             {"validation": packed()},
-            r"validation must be a pair \(batch, targets\) or a NetworkStream, got WeightBatch",
+            r"TypeError: .* must be a pair \(batch, targets\) or a NetworkStream, got WeightBatch",
         ),
         ({"validation": (packed(), goals(), 1)}, "TypeError: fit: validation must be a pair .*, got tuple of 3"),
         ({"validation": (networks(), goals())}, "TypeError: fit: validation networks must be a WeightBatch, got list"),
