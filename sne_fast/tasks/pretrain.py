@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,19 @@ _PROBE_EVERY = 5
 
 
 def pretrain(
-    settings: TrainSettings, fit_settings: FitSettings, zoo: Zoo, device: torch.device, console: Console, world: World
+    settings: TrainSettings,
+    fit_settings: FitSettings,
+    zoo: Zoo,
+    device: torch.device,
+    console: Console,
+    world: World,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train an encoder without labels, and write `encoder/`, `recipe.json`, `metrics.json` and the log to a folder.
 
     Of a zoo with the column `root`, as :func:`sne_fast.zoo.make_family_zoo` makes it, networks of one root are no
     negatives of each other, and stay together when networks are held out. With targets, heads on z learn them too.
+    `about` is recorded in `metrics.json` besides.
 
     Returns:
         The content of `metrics.json`: losses, and how well linear maps of z predict columns of held-out networks.
@@ -110,6 +118,7 @@ def pretrain(
             on_epoch=on_epoch,
         )
         metrics: dict[str, Any] = {
+            **about,
             "recipe": recipe.values,
             "networks": {name: len(part) for name, part in parts.items()},
             "weights": batch.num_weights,

@@ -31,6 +31,7 @@ def test_it_writes_an_encoder_and_resumes(zoo, tmp_path):
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert len(metrics["history"]["validation_loss"]) == 2 and metrics["networks"] == {"train": 24, "validation": 12}
+    assert metrics["command"]["objective"] == "contrastive" and metrics["left_out"] == []
     encoder = sne_fast.SNE.from_pretrained(tmp_path / "run" / "encoder")
     assert encoder.config["statistics"] == "relative" and encoder.config["set_attention"] == "isab"
     assert encoder([torch.nn.Linear(4, 3)]).shape == (1, 96)
