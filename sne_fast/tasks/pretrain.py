@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..atomic_files import write_json
 from ..data.batch import WeightBatch
+from ..data.weight_budgets import batches_by_weights
 from ..nn.encoder import SNE
 from ..reports.terminal import for_progress, progress, say
 from ..symmetry import Symmetry, SymmetryError
-from ..training.contrastive import Contrastive, ContrastiveModel, encode_in_pieces, linear_probe
+from ..training.contrastive import Contrastive, ContrastiveModel, linear_probe
 from ..training.contrastive_fit import fit_contrastive
 from ..training.distributed import World
 from ..training.networks import READ_WEIGHTS
@@ -136,8 +137,9 @@ def pretrain(
 def _encoded(encoder: SNE, batch: WeightBatch) -> Tensor:
     weight, was_training = encoder.sample_parameter, encoder.training
     encoder.eval()
+    pieces = batches_by_weights(batch.network_sizes, READ_WEIGHTS)
     with torch.no_grad():
-        z = encode_in_pieces(encoder, batch.to(weight.device, weight.dtype), READ_WEIGHTS).cpu()
+        z = torch.cat([encoder(batch[rows].to(weight.device, weight.dtype)).cpu() for rows in pieces])
     encoder.train(was_training)
     return z
 
