@@ -53,6 +53,8 @@ def read_vectors(folder: Path) -> Vectors:
 
     if not folder.exists():
         raise FileNotFoundError(f"no such folder: {str(folder)!r}")
+    if not is_vectors(folder):
+        raise FileNotFoundError(f"{folder} holds no vectors; write them with sne-fast encode NETWORKS -o FOLDER")
     table = collect(folder)
     kept = table.filter(table["vector"].is_valid())
     if not kept.num_rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ..atomic_files import write_json
 from ..data.batch import WeightBatch
+from ..data.weight_budgets import batches_by_weights
 from ..nn.encoder import SNE
 from ..reports.terminal import for_progress, progress, say
 from ..symmetry import Symmetry, SymmetryError
-from ..training.contrastive import Contrastive, ContrastiveModel, encode_in_pieces, linear_probe
+from ..training.contrastive import Contrastive, ContrastiveModel, linear_probe
 from ..training.contrastive_fit import fit_contrastive
 from ..training.distributed import World
 from ..training.networks import READ_WEIGHTS
@@ -37,12 +39,19 @@ _PROBE_EVERY = 5
 
 
 def pretrain(
-    settings: TrainSettings, fit_settings: FitSettings, zoo: Zoo, device: torch.device, console: Console, world: World
+    settings: TrainSettings,
+    fit_settings: FitSettings,
+    zoo: Zoo,
+    device: torch.device,
+    console: Console,
+    world: World,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train an encoder without labels, and write `encoder/`, `recipe.json`, `metrics.json` and the log to a folder.
 
     Of a zoo with the column `root`, as :func:`sne_fast.zoo.make_family_zoo` makes it, networks of one root are no
     negatives of each other, and stay together when networks are held out. With targets, heads on z learn them too.
+    `about` is recorded in `metrics.json` besides.
 
     Returns:
         The content of `metrics.json`: losses, and how well linear maps of z predict columns of held-out networks.
@@ -110,6 +119,7 @@ def pretrain(
             on_epoch=on_epoch,
         )
         metrics: dict[str, Any] = {
+            **about,
             "recipe": recipe.values,
             "networks": {name: len(part) for name, part in parts.items()},
             "weights": batch.num_weights,
@@ -127,8 +137,9 @@ def pretrain(
 def _encoded(encoder: SNE, batch: WeightBatch) -> Tensor:
     weight, was_training = encoder.sample_parameter, encoder.training
     encoder.eval()
+    pieces = batches_by_weights(batch.network_sizes, READ_WEIGHTS)
     with torch.no_grad():
-        z = encode_in_pieces(encoder, batch.to(weight.device, weight.dtype), READ_WEIGHTS).cpu()
+        z = torch.cat([encoder(batch[rows].to(weight.device, weight.dtype)).cpu() for rows in pieces])
     encoder.train(was_training)
     return z
 

@@ -187,10 +187,25 @@ class TrainSettings:
         _ = self.chosen
         if self.objective == "contrastive" and (self.stack or self.max_memory is not None or self.workers):
             raise ValueError("train: --stack, --max-memory and --workers are for predictors of targets")
+        if self.objective == "contrastive" and (unused := self._unused_without_labels()):
+            raise ValueError(
+                f"train: the contrastive objective has no use for {', '.join(unused)}; leave their defaults"
+            )
         if self.objective != "contrastive" and self.max_chunks is not None:
             raise ValueError("train: --max-chunks is for the contrastive objective")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
+
+    def _unused_without_labels(self) -> list[str]:
+        """Return the names of values that training without labels would leave out."""
+        recipe, plain = self.chosen, CONTRASTIVE
+        names = ("units", "odd", "jitter", "relative", "invariance")
+        found = [name for name in names if getattr(recipe, name) != getattr(plain, name)]
+        if recipe.input_scale not in ("tensor", "none"):
+            found.append("input_scale")
+        return found + [
+            name for name in ("loss", "transform", "head") if getattr(self, name) != getattr(TrainSettings, name)
+        ]
 
     @property
     def chosen(self) -> TrainingRecipe:

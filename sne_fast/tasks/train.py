@@ -81,8 +81,9 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
     with processes() as world, ExitStack() as stack:
         world.share_error(_enter(RunFolder(settings.out), stack) if world.first else None)
         if contrastive:
-            zoo, _ = _open(settings)
-            return pretrain(settings, fit_settings, zoo, _device(settings.device), console, world)
+            zoo, left_out = _open(settings)
+            about = {"command": _record(settings), "left_out": left_out}
+            return pretrain(settings, fit_settings, zoo, _device(settings.device), console, world, about)
         return _train(settings, fit_settings, console, world)
 
 

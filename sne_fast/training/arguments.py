@@ -141,14 +141,16 @@ def check_validation(validation: Any, predictor: Predictor) -> tuple[WeightBatch
     """Return the validation networks and their targets.
 
     Raises:
-        TypeError: it is no pair of a `WeightBatch` and targets.
+        TypeError: it is no pair of a `WeightBatch` and targets, and was no stream.
         ValueError: as `check_batch` and `check_targets`.
     """
     if validation is None:
         return None
     if not isinstance(validation, tuple | list) or len(validation) != 2:
         size = f" of {len(validation)}" if isinstance(validation, tuple | list) else ""
-        raise TypeError(f"fit: validation must be a pair (batch, targets), got {_kind(validation)}{size}")
+        raise TypeError(
+            f"fit: validation must be a pair (batch, targets) or a NetworkStream, got {_kind(validation)}{size}"
+        )
     batch = check_batch(validation[0], predictor, "validation networks")
     return batch, check_targets(validation[1], predictor, len(batch), "validation targets")
 

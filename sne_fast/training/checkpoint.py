@@ -40,12 +40,12 @@ class Checkpoint:
         Raises:
             ValueError: a file that is damaged, no checkpoint, or of another training.
             BlockingIOError: another training is writing it.
-            OSError: it cannot be written.
+            OSError: it cannot be written, or not every process can read it.
         """
         if self.path is None:
             return Progress()
         self.world.share_error(_hold(self.path, stack) if self.world.first else None)
-        if not self.path.exists():
+        if not self.world.of_first(self.path.exists()):
             return Progress()
         state, error = Progress(), None
         if self.world.first:
@@ -55,6 +55,11 @@ class Checkpoint:
                 error = found
         self.world.share_error(error)
         if not self.world.first:
+            if not self.path.exists():
+                raise FileNotFoundError(
+                    f"fit: checkpoint {str(self.path)!r} is there for the first process and not for process "
+                    f"{self.world.rank}; give a path that all machines share"
+                )
             state, self.states = Progress.load(self.path, None, epochs, device)
         return state
 

@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint
 from .distributed import World
 from .epochs import run_epochs
 from .fingerprint import Fingerprint, of_training
-from .networks import PackedNetworks, PreparedNetworks, check_stream, fit_inputs
+from .networks import PackedNetworks, PreparedNetworks, check_stream, fit_inputs, stream_of
 from .objective import Augment, Supervised
 from .prediction import mean_loss
 from .progress import Log
@@ -80,7 +80,7 @@ def fit(
         targets: `(len(batch), out_features)` in their own units, as a tensor, an array or a list; `(len(batch),)` is
             enough for a single output. `(len(batch),)` integers for "cross_entropy". None takes those of the stream.
         settings: learning rate, epochs and so on; those of `FitSettings()` by default.
-        validation: networks and targets, or a stream, whose loss is measured after every epoch.
+        validation: networks and targets, or a stream or loader, whose loss is measured after every epoch.
         augment: changes every training batch before it is encoded; by default as the predictor's preparation says,
             with jitter if it has any.
         checkpoint: a file that is written after every epoch. If it exists, training resumes from it bit for bit.
@@ -159,8 +159,9 @@ def validation_of(validation: Any, predictor: Predictor) -> NetworkStream | None
     Raises:
         TypeError, ValueError: as `fit`.
     """
-    if isinstance(validation, NetworkStream):
-        goals = check_targets(validation.targets, predictor, len(validation.sizes), "validation targets")
-        return PreparedNetworks(validation, goals, predictor)
+    stream = stream_of(validation, "fit: validation")
+    if stream is not None:
+        goals = check_targets(stream.targets, predictor, len(stream.sizes), "validation targets")
+        return PreparedNetworks(stream, goals, predictor)
     found = check_validation(validation, predictor)
     return None if found is None else PackedNetworks(*found)

@@ -67,10 +67,14 @@ class PreparedNetworks:
         Raises:
             TypeError: the stream gives something else than batches.
             ValueError: networks that are packed otherwise than the predictor asks for, or have other numbers of weights
-                than the stream says.
+                than the stream says, or fewer batches than were asked for.
         """
         listed = [list(chosen) for chosen in rows]
-        for chosen, part in zip(listed, self.stream.parts(listed), strict=True):
+        read = iter(self.stream.parts(listed))
+        for k, chosen in enumerate(listed):
+            part = next(read, None)
+            if part is None:
+                raise ValueError(f"fit: the stream must give a batch for each of {len(listed)} parts, got {k}")
             check_packed(part, self.predictor, "fit: batch")
             if not torch.equal(part.network_sizes, self.sizes[chosen]):
                 got, wanted = part.network_sizes.tolist(), self.sizes[chosen].tolist()
@@ -82,18 +86,34 @@ class PreparedNetworks:
             yield self.predictor.prepare(part.detach())
 
 
+def stream_of(networks: Any, what: str) -> NetworkStream | None:
+    """Return a stream, that of a `DataLoader` if it has one; None for anything else.
+
+    Args:
+        networks: any value.
+        what: its name in messages.
+
+    Raises:
+        ValueError: a stream without networks.
+    """
+    inner = getattr(networks, "dataset", None)
+    stream = inner if isinstance(inner, NetworkStream) else networks
+    if not isinstance(stream, NetworkStream):
+        return None
+    if not len(stream.sizes):
+        raise ValueError(f"{what} must have at least one network, got an empty stream")
+    return stream
+
+
 def check_stream(batch: Any, targets: Any) -> NetworkStream | None:
-    """Return the stream that `fit` is to train on, that of a `DataLoader` if it has one; None for a batch.
+    """Return the stream that `fit` is to train on, as `stream_of` does; None for a batch.
 
     Raises:
         TypeError: a batch without targets, or an iterable that is no stream.
         ValueError: a stream without networks.
     """
-    inner = getattr(batch, "dataset", None)
-    stream = inner if isinstance(inner, NetworkStream) else batch
-    if isinstance(stream, NetworkStream):
-        if not len(stream.sizes):
-            raise ValueError("fit: batch must have at least one network, got an empty stream")
+    stream = stream_of(batch, "fit: batch")
+    if stream is not None:
         return stream
     if isinstance(batch, Iterable) and not isinstance(batch, WeightBatch | list | tuple | Mapping | str):
         raise TypeError(

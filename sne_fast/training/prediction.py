@@ -12,7 +12,7 @@ from ..data.weight_budgets import shards_by_weights
 from ..nn.predictor import Predictor
 from .arguments import check_limit, check_packed, check_settings
 from .distributed import World
-from .networks import READ_WEIGHTS, PackedNetworks, PreparedNetworks
+from .networks import READ_WEIGHTS, PackedNetworks, PreparedNetworks, stream_of
 from .objective import autocast, rows_of
 from .planning import cut_parts
 from .settings import FitSettings
@@ -30,8 +30,8 @@ def predict(
     """Predict properties of networks, in batches of bounded size.
 
     Args:
-        batch: the networks, packed by `predictor.pack`, on any device; or a stream of such, of which one batch is in
-            memory at a time.
+        batch: the networks, packed by `predictor.pack`, on any device; or a stream or loader of such, as for `fit`,
+            of which one batch is in memory at a time.
         batch_weights: largest number of weights in a batch.
         settings: those of the training, to encode under autocast if it did; without them networks are encoded in the
             parameters' own type.
@@ -51,8 +51,9 @@ def predict(
     if not isinstance(predictor, Predictor):
         raise TypeError(f"predict: predictor must be a sne_fast.Predictor, got {type(predictor).__name__}")
     networks: NetworkStream
-    if isinstance(batch, NetworkStream):
-        networks = PreparedNetworks(batch, batch.targets, predictor)
+    stream = stream_of(batch, "predict: batch")
+    if stream is not None:
+        networks = PreparedNetworks(stream, stream.targets, predictor)
     else:
         networks = PackedNetworks(check_packed(batch, predictor, "predict: batch"), predictor.target_mean)
     limit = check_limit(batch_weights, "predict: batch_weights")

@@ -138,7 +138,7 @@ class Trainer:
             if place in split:  # all processes compute its loss, and one counts it
                 dealt = deal_layers(part, loads)
                 layers = layers_apart(part).network_sizes.tolist()
-                loads = [load + sum(layers[k] for k in own) for load, own in zip(loads, dealt, strict=True)]
+                loads = [load + sum(layers[k] for k in ks) for load, ks in zip(loads, dealt, strict=True)]
                 encode = partial(self.encode_split, self.world, dealt)
                 counts = place % self.world.size == self.world.rank
             losses = self.objective(part, step[place], generator, encode)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -79,7 +80,7 @@ class ZooDataset(Dataset[Item]):
         names = [targets] if isinstance(targets, str) else list(targets)
         columns = []
         for name in names:
-            values = self.zoo.column(name)
+            values = self.zoo.column(name) if len(self.zoo) else np.zeros(0)
             if values.dtype == object or (values != values).any():
                 raise ValueError(f"ZooDataset: the target {name!r} must be a number for every network")
             columns.append(torch.from_numpy(values))
@@ -150,10 +151,10 @@ class ZooDataset(Dataset[Item]):
         return f"network {row} ({self.zoo[row].name!r})"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return "size" and "sha256", a digest of all names and sizes, and of the weights of some networks.
+        """Return "size", with `buffer`, and "sha256", a digest of names, sizes, shards, options and some weights.
 
-        Those networks are spread evenly over the zoo, the first one and so many that they have about four million
-        weights. So other weights under the same names and sizes may go unnoticed in a large zoo.
+        The weights are those of networks spread evenly over the zoo, the first one and so many that they have about
+        four million weights. So other weights under the same names and sizes may go unnoticed in a large zoo.
         """
         total, count = int(self.sizes.sum()), len(self)
         read = max(1, min(count, _SAMPLED * count // max(total, 1)))
@@ -162,8 +163,8 @@ class ZooDataset(Dataset[Item]):
         read_weights = [list(self.zoo.state_dict(i).values()) for i in sample]
         names = self.zoo.column("name").tolist()
         return {
-            "size": f"{count} networks of {total} weights, read from disk",
-            "sha256": of_values([names, self.sizes, options, read_weights]),
+            "size": f"{count} networks of {total} weights, shuffled in a buffer of {self.buffer}, read from disk",
+            "sha256": of_values([names, self.sizes, self._shard, options, read_weights]),
         }
 
     @staticmethod

@@ -52,7 +52,7 @@ def test_search_in_vectors(networks, tmp_path):
     assert result.exit_code == 1 and "bad.safetensors" in result.stderr
     shown = rows_of(result)
     assert len(shown) == 2 * 6 and [row for row in shown if row[2].endswith("other.safetensors")][1][0] == "1"
-    assert "holds no folder encoder=" in fails("search", networks, networks)
+    assert "holds no vectors; write them with sne-fast encode" in fails("search", networks, networks)
     assert "no such folder" in fails("search", tmp_path / "none", networks)
 
 

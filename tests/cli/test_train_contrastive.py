@@ -31,6 +31,7 @@ def test_it_writes_an_encoder_and_resumes(zoo, tmp_path):
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert len(metrics["history"]["validation_loss"]) == 2 and metrics["networks"] == {"train": 24, "validation": 12}
+    assert metrics["command"]["objective"] == "contrastive" and metrics["left_out"] == []
     encoder = sne_fast.SNE.from_pretrained(tmp_path / "run" / "encoder")
     assert encoder.config["statistics"] == "relative" and encoder.config["set_attention"] == "isab"
     assert encoder([torch.nn.Linear(4, 3)]).shape == (1, 96)
@@ -42,4 +43,6 @@ def test_what_does_not_fit_is_refused(zoo, tmp_path):
     start = ["train", zoo, "-o", tmp_path / "run"]
     refused = fails(*start, "--objective", "contrastive", "--stack")
     assert "--stack, --max-memory and --workers are for predictors" in refused
+    refused = fails(*start, "--objective", "contrastive", "--recipe", "across", "--loss", "bce")
+    assert "the contrastive objective has no use for relative, input_scale, loss; leave" in refused
     assert "--max-chunks is for the contrastive" in fails(*start, "--target", "test_loss", "--max-chunks", 4)

@@ -1,4 +1,4 @@
-"""Trains small predictors on fixed tasks: run by `torchrun` and, alone, for the results to compare with."""
+"""Trains small models on fixed tasks: run by `torchrun` and, alone, for the results to compare with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sne_fast import SNE, Predictor
 from sne_fast.data.batch import WeightBatch
-from sne_fast.training import FitSettings, fit
+from sne_fast.training import Contrastive, ContrastiveModel, FitSettings, Views, fit, fit_contrastive
 from sne_fast.training.distributed import processes
 from sne_fast.training.networks import PackedNetworks
 
-CASES = ("batch", "stream")
+CASES = ("batch", "stream", "contrastive")
 LARGE = 7
 """Position of the network of "stream" that several processes share by layers."""
 SETTINGS = FitSettings(epochs=4, lr=1e-3, batch_weights=500, invariance=0.5)
@@ -58,6 +58,8 @@ def train(case: str, accumulate: int = 1) -> dict[str, Any]:
     """Train some steps, and return the parameters, the losses, and how often which network was read."""
     # The processes start apart: the first one's parameters must win.
     torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+    if case == "contrastive":
+        return contrastive(accumulate)
     statistics = "tensor" if case == "stream" else "none"
     encoder = SNE(hidden_dim=32, num_heads=2, chunk_size=16, statistics=statistics)
     predictor = Predictor(encoder, 1, (16,)).double()
@@ -69,6 +71,16 @@ def train(case: str, accumulate: int = 1) -> dict[str, Any]:
     history = fit(predictor, *given, settings, augment=jitter, validation=(batch[:5], targets[:5]))
     counts = torch.bincount(torch.tensor(stream.read, dtype=torch.int64), minlength=20)
     return {"state": predictor.state_dict(), "losses": [*history.train_loss, *history.validation_loss], "read": counts}
+
+
+def contrastive(accumulate: int) -> dict[str, Any]:
+    """Train an encoder without labels, and return the parameters and the losses."""
+    model = ContrastiveModel(SNE(hidden_dim=32, num_heads=2, chunk_size=16, statistics="relative"), 16).double()
+    batch = model.encoder.pack(networks(), dtype=torch.float64)
+    settings = FitSettings(epochs=2, lr=1e-3, batch_weights=500, accumulate=accumulate)
+    objective = Contrastive(model, Views(prune=0.5), max_chunks=3, weights_at_once=300)
+    history = fit_contrastive(model, batch, objective, settings, validation=(batch, objective))
+    return {"state": model.state_dict(), "losses": [*history.train_loss, *history.validation_loss]}
 
 
 if __name__ == "__main__":

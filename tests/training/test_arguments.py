@@ -76,7 +76,10 @@ def test_classes_are_integers_of_any_kind() -> None:
             r"TypeError: fit: settings must be a FitSettings, got 3; 3 epochs are FitSettings\(ep",
         ),
         ({"settings": {"epochs": 3}}, "TypeError: fit: settings must be a FitSettings, got dict"),
-        ({"validation": packed()}, r"TypeError: fit: validation must be a pair \(batch, targets\), got WeightBatch"),
+        (
+            {"validation": packed()},
+            r"TypeError: .* must be a pair \(batch, targets\) or a NetworkStream, got WeightBatch",
+        ),
         ({"validation": (packed(), goals(), 1)}, "TypeError: fit: validation must be a pair .*, got tuple of 3"),
         ({"validation": (networks(), goals())}, "TypeError: fit: validation networks must be a WeightBatch, got list"),
         ({"validation": (packed(), goals()[:3])}, "ValueError: fit: validation targets must have one row per network"),

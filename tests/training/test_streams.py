@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,13 @@ def test_workers_read_the_same(zoo: Zoo) -> None:
 def test_a_loader_stands_for_its_networks(zoo: Zoo) -> None:
     one, other = make(), make()
     loader = zoo_loader(zoo, "x", encoder=one, budget=10**6)
-    expected = fit(one, ZooDataset(zoo, "x", pack_options(one)), settings=SETTINGS)
-    assert fit(other, loader, settings=SETTINGS).train_loss == expected.train_loss
+    data = ZooDataset(zoo, "x", pack_options(one))
+    expected = fit(one, data, settings=SETTINGS, validation=data)
+    found = fit(other, loader, settings=SETTINGS, validation=loader)
+    assert (found.train_loss, found.validation_loss) == (expected.train_loss, expected.validation_loss)
+    assert torch.equal(predict(other, loader)[0], predict(one, data)[0])
+    with pytest.raises(ValueError, match="fit: validation must have at least one network, got an empty stream"):
+        fit(other, loader, settings=SETTINGS, validation=ZooDataset(zoo[[]], "x", pack_options(one)))
 
 
 def test_a_checkpoint_of_other_networks_is_refused(zoo: Zoo, tmp_path: Path) -> None:
@@ -144,6 +150,9 @@ def test_a_checkpoint_of_other_networks_is_refused(zoo: Zoo, tmp_path: Path) -> 
     fit(predictor, stream(zoo, predictor), settings=SETTINGS, checkpoint=path)
     with pytest.raises(ValueError, match=r"networks differ \(24 networks .* read from disk then, 12 networks"):
         fit(make(), ZooDataset(zoo[:12], goals(12), pack_options(predictor)), settings=SETTINGS, checkpoint=path)
+    with pytest.raises(ValueError, match=r"networks differ \(.* in a buffer of 8, .* then, .* in a buffer of 4, "):
+        fit(make(), ZooDataset(zoo, goals(COUNT), stream(zoo, predictor).options, buffer=4), settings=SETTINGS,
+            checkpoint=path)  # fmt: skip
     changed = Zoo.open(zoo.folder or "")
     read = changed.source.read
     changed.source.read = lambda i: {name: t + (i == 20) for name, t in read(i).items()}  # type: ignore[method-assign]
@@ -162,7 +171,7 @@ class Other:
         self.sizes = wrong.get("sizes", self.sizes)
 
     def parts(self, rows: Any) -> Iterator[Any]:
-        yield from (self.wrong.get("part", part) for part in self.inner.parts(rows))
+        yield from islice((self.wrong.get("part", part) for part in self.inner.parts(rows)), self.wrong.get("most"))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +180,7 @@ class Other:
         ({"part": 3}, "fit: batch must be a WeightBatch, got 3"),
         ({"part": packed(make(chunk_size=8))}, "fit: batch must be packed with chunk_size 16"),
         ({"sizes": torch.full((COUNT,), 36)}, r"fit: network \d+ \('n\d+'\) must have the 36 weights .* got 35"),
+        ({"most": 2}, r"fit: the stream must give a batch for each of \d+ parts, got 2"),
         ({"sizes": torch.zeros(0)}, "fit: batch must have at least one network, got an empty stream"),
     ],
 )
