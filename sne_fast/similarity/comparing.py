@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ class LayerChange:
         status: "same", "changed", "reordered" (the same values in another order), "resized", "removed" or "added".
         weights: number of weights, in a or, of an added layer, in b.
         distance: `|a - b| / sqrt((|a|^2 + |b|^2) / 2)` over its tensors, 1.41 for independent ones; None where shapes
-            differ or one lacks it.
+            differ, one lacks it, or weights that are not finite leave it undefined.
         cosine: of the angle between both, None likewise or where one is zero.
         norm_ratio: `|b| / |a|`, None where one is missing or a is zero.
         zeros: share of zeros in a and in b.
@@ -56,7 +58,8 @@ def compare(a: Any, b: Any, *, key: str | None = None) -> list[LayerChange]:
         [('0', 'same'), ('1', 'resized')]
     """
     streams = [
-        LayerStream(network, key=key if isinstance(network, str) else None, nonfinite="keep") for network in (a, b)
+        LayerStream(network, key=key if isinstance(network, str | PathLike) else None, nonfinite="keep")
+        for network in (a, b)
     ]
     places = [{layer.name: i for i, layer in enumerate(stream.network.layers)} for stream in streams]
     changes = []
@@ -88,15 +91,16 @@ def _change(name: str, one: dict[str, Tensor], other: dict[str, Tensor] | None) 
     if other is None:
         return LayerChange(name, "removed", _size(one), None, None, None, (_zeros(one), None))
     norms = [sum(float(t.square().sum()) for t in tensors.values()) ** 0.5 for tensors in (one, other)]
-    ratio = norms[1] / norms[0] if norms[0] > 0 else None
+    finite = all(math.isfinite(norm) for norm in norms)
+    ratio = norms[1] / norms[0] if finite and norms[0] > 0 else None
     zeros = (_zeros(one), _zeros(other))
     if {own: t.shape for own, t in one.items()} != {own: t.shape for own, t in other.items()}:
         return LayerChange(name, "resized", _size(one), None, None, ratio, zeros)
     product = sum(float((t * other[own]).sum()) for own, t in one.items())
     apart = sum(float((t - other[own]).square().sum()) for own, t in one.items())
     scale = (norms[0] ** 2 + norms[1] ** 2) / 2
-    distance = (apart / scale) ** 0.5 if scale > 0 else 0.0
-    cosine = product / (norms[0] * norms[1]) if norms[0] > 0 and norms[1] > 0 else None
+    distance = None if not finite else (apart / scale) ** 0.5 if scale > 0 else 0.0
+    cosine = product / (norms[0] * norms[1]) if finite and norms[0] > 0 and norms[1] > 0 else None
     if all(torch.equal(t, other[own]) for own, t in one.items()):
         status, distance = "same", 0.0
     elif all(torch.equal(t.flatten().sort().values, other[own].flatten().sort().values) for own, t in one.items()):

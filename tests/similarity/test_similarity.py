@@ -225,3 +225,16 @@ def test_compare_says_what_changed_in_each_layer(tmp_path):
     assert found["changed"].zeros == (0, 8 / 54) and found["changed"].weights == 54
     assert found["resized"].distance is None and found["added"].zeros == (None, 0)
     assert found["removed"].norm_ratio is None
+
+
+def test_compare_takes_the_key_of_a_path_and_leaves_nan_undefined(tmp_path):
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for name, shift in (("a", 0.0), ("b", 1.0)):
+        torch.save({"model": {"a.weight": weight + shift}, "ema": {"a.weight": weight}}, tmp_path / f"{name}.pt")
+    paths = tmp_path / "a.pt", tmp_path / "b.pt"
+    for given in (paths, tuple(map(str, paths))):
+        assert [compare(*given, key=key)[0].status for key in ("ema", "model")] == ["same", "changed"]
+    spoilt = weight.clone()
+    spoilt[0, 0] = torch.nan
+    (change,) = compare({"a.weight": weight}, {"a.weight": spoilt})
+    assert (change.status, change.distance, change.cosine, change.norm_ratio) == ("changed", None, None, None)
