@@ -11,9 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
-from rich.table import Table
 
 from ...backends.cuda import library
+from ...reports.terminal import show_table
 from .counting import CHIPS, CLASSES, INTEGER, Count, as_row, bounds, count_library
 from .flow import CSRC
 from .kernels import Config
@@ -31,14 +31,13 @@ def compile_library(target: Path, architecture: str) -> None:
 def show(counts: list[Count], title: str) -> None:
     """Print a table of counts."""
     kinds = [kind for kind in (*CLASSES, INTEGER) if any(c.classes.get(kind) for c in counts)]
-    table = Table(title=title)
-    for column in ("kernel", "launches", "instructions", *kinds, "registers", "spills", "warps"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
+    columns = ("kernel", "launches", "instructions", *kinds, "registers", "spills", "warps")
+    rows = []
     for c in counts:
         numbers = [c.instructions, *(c.classes.get(kind, 0) for kind in kinds)]
-        table.add_row(c.kernel, str(c.launches), *(f"{n:,.0f}" for n in numbers), str(c.registers), str(c.spills),
-                      str(c.warps_per_multiprocessor))  # fmt: skip
-    Console(width=240 if not sys.stdout.isatty() else None).print(table)
+        ends = (str(c.registers), str(c.spills), str(c.warps_per_multiprocessor))
+        rows.append((c.kernel, str(c.launches), *(f"{n:,.0f}" for n in numbers), *ends))
+    show_table(Console(), columns, rows, title=title)
 
 
 def main(arguments: list[str] | None = None) -> None:
