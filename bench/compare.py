@@ -30,6 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path("sne_fast/backends/cpu/libsne_fast_cpu.so")
+LIBRARY_HERE = ROOT / LIBRARY
 MODES = ("forward", "training")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """How far the vectors of two commits may be apart, relative to their size."""
@@ -125,7 +126,7 @@ def git(*args: str) -> str:
 
 def built_here(commit: str) -> bool:
     """Return whether the library beside this script was built from the sources of a commit."""
-    library = ROOT / LIBRARY
+    library = LIBRARY_HERE
     if not library.exists() or git("status", "--porcelain", "--", "csrc"):
         return False
     if git("rev-parse", f"{commit}:csrc") != git("rev-parse", "HEAD:csrc"):
@@ -140,7 +141,7 @@ def checked_out(commit: str, folder: Path) -> Iterator[Path]:
     git("worktree", "add", "--detach", str(folder), commit)
     try:
         if built_here(commit):
-            shutil.copy(ROOT / LIBRARY, folder / LIBRARY)
+            shutil.copy(LIBRARY_HERE, folder / LIBRARY)
         else:
             print(f"building {commit[:10]} ...", file=sys.stderr)
             build = [sys.executable, str(folder / "csrc" / "cpu_build.py"), str(folder / LIBRARY)]

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, PROCESSORS // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+# A shell's job in the background ignores SIGINT, and so do its children; tests send it.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A failure in a helper shows both sides of what it compared, as in a test's own file.
 pytest.register_assert_rewrite("helpers")
 

@@ -23,7 +23,9 @@ needs_git = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.skipif(bool(library.reasons()), reason=NEEDS_BACKEND)
 def test_a_commit_equals_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    monkeypatch.setattr(compare, "built_here", lambda commit: True)  # no compiler runs: only HEAD's Python is compared
+    # No compiler runs: both sides get the library of the package that is tested, wherever it is installed.
+    monkeypatch.setattr(compare, "built_here", lambda commit: True)
+    monkeypatch.setattr(compare, "LIBRARY_HERE", library.LIBRARY_FILE)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     file = tmp_path / "compared.json"
     options = ["HEAD", "--cases", "single", "--size", "tiny", "--rounds", "2", "--json", str(file)]

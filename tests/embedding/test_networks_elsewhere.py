@@ -181,7 +181,7 @@ def test_a_sharded_checkpoint_of_a_server_without_listings_has_an_etag(web: WebS
 def test_ctrl_c_gives_up_what_a_slow_server_is_asked_for(web: WebServer) -> None:
     web.files |= {f"net{i}.safetensors": save(network(i)) for i in range(3)}
     urls = [f"{web.url}/{name}" for name in web.files]
-    web.latency = 60.0
+    web.latency = 20.0
 
     def press() -> None:
         while not web.requests:
