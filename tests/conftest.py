@@ -168,8 +168,10 @@ def hub(fresh_stores: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def memory(fresh_stores: None) -> Iterator[Any]:
-    """Yield the store of fsspec in memory."""
+    """Yield the store of fsspec in memory, empty; the whole process has one, which docs and other tests fill too."""
     fs = pytest.importorskip("fsspec").filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
     yield fs
     fs.store.clear()
     fs.pseudo_dirs[:] = [""]
