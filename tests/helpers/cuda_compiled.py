@@ -14,10 +14,8 @@ that exist for many widths of heads a representative one each, unless pytest has
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import time
 from collections import Counter
@@ -31,6 +29,7 @@ import native_build
 import pytest
 
 from helpers import artefacts
+from sne_fast.benchmark.instructions.machine_code import demangled, tool
 
 ARCHITECTURES = cuda_build.CUBINS
 SHARED_LIMIT = {"80": 163 << 10, "90a": 227 << 10, "100": 227 << 10}  # of one block, in bytes
@@ -79,14 +78,10 @@ class Object:
 @functools.cache
 def cuobjdump() -> str | None:
     """Return the path of Triton's cuobjdump, which knows all architectures, else of the toolkit's."""
-    spec = importlib.util.find_spec("triton")
-    places = [Path(spec.origin).parent / "backends" / "nvidia" / "bin"] if spec and spec.origin else []
-    nvcc = cuda_build.find_nvcc()
-    places += [Path(nvcc).resolve().parent] if nvcc else []
-    for place in places:
-        if found := shutil.which("cuobjdump", path=str(place)):
-            return found
-    return shutil.which("cuobjdump")
+    try:
+        return tool("cuobjdump")
+    except RuntimeError:
+        return None
 
 
 def kernels(file: str, name: str = "", arch: str | None = None) -> list[Kernel]:
@@ -131,8 +126,8 @@ def compile_file(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> 
     assert nvcc is not None
     strict = ["-Xptxas=-v", "-Werror", "all-warnings", *([] if all_variants else ["-DSNE_REPRESENTATIVE"])]
     command = cuda_build.compiler(nvcc, architectures, source, strict)
-    tool = cuobjdump() or ""
-    parts = [*command, artefacts.version(nvcc), tool and artefacts.version(tool), Path(__file__).read_text()]
+    dump = cuobjdump() or ""
+    parts = [*command, artefacts.version(nvcc), dump and artefacts.version(dump), Path(__file__).read_text()]
     headers = [path for path in artefacts.native_sources("cuda", "include") if path.suffix != ".cu"]
 
     def make(folder: Path) -> None:
@@ -144,7 +139,7 @@ def compile_file(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> 
         assert not re.search(r"\(C75\d\d\)", said), f"{source.name}: {said}"
         seconds = time.monotonic() - begin
         words, found = _machine_code(out), _resources(said)
-        plain = _demangled([name for name, _ in found])
+        plain = demangled([name for name, _ in found])
         made = [
             {"name": plain[name], "arch": arch, **values, "words": words.get((name, arch), {})}
             for (name, arch), values in found.items()
@@ -179,10 +174,10 @@ def _resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
 
 def _machine_code(path: Path) -> dict[tuple[str, str], dict[str, int]]:
     """Return the words of the machine code with their counts, by mangled name and architecture."""
-    tool = cuobjdump()
-    if tool is None:
+    dump = cuobjdump()
+    if dump is None:
         return {}
-    text = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([dump, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
     found = {}
     for part in re.split(r"(?=\bcode for sm_)", text)[1:]:
         arch = re.match(r"code for sm_(\w+)", part)
@@ -191,11 +186,3 @@ def _machine_code(path: Path) -> dict[tuple[str, str], dict[str, int]]:
             head, _, body = function.partition("\n")
             found[head.removeprefix("Function : ").strip(), arch[1]] = Counter(re.findall(r"\b[A-Z]\w+", body))
     return found
-
-
-def _demangled(names: Sequence[str]) -> dict[str, str]:
-    tool = shutil.which("c++filt")
-    if tool is None or not names:
-        return {name: name for name in names}
-    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return dict(zip(names, text.replace("(anonymous namespace)::", "").splitlines(), strict=True))

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -105,7 +106,7 @@ def read_kernels(binary: Path, architecture: str, pattern: str = "") -> list[Fun
             cubins = sorted(Path(folder).glob(f"*.sm_{architecture}.cubin"))
         for cubin in cubins:
             symbols = _kernel_symbols(cubin)
-            names = _demangled(list(symbols.values()))
+            names = demangled(list(symbols.values()))
             wanted = {index for index, name in symbols.items() if re.search(pattern, names[name])}
             if not wanted:
                 continue
@@ -140,7 +141,8 @@ def _resources(text: str) -> dict[str, tuple[int, int, int]]:
     return {name: (int(reg), int(stack), int(shared)) for name, reg, stack, shared in re.findall(pattern, text)}
 
 
-def _demangled(names: list[str]) -> dict[str, str]:
+def demangled(names: Sequence[str]) -> dict[str, str]:
+    """Return the names of functions as C++ writes them, by their mangled names; those themselves without c++filt."""
     program = shutil.which("c++filt")
     if program is None or not names:
         return {name: name for name in names}
