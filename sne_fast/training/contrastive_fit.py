@@ -25,13 +25,12 @@ from .objective import Encode, Losses, autocast
 from .optimiser import draws_of
 from .planning import cut_parts
 from .progress import Log
+from .recipes import CONTRASTIVE
 from .settings import FitSettings, History
 from .steps import Trainer
 
 RUN = 16
 """Networks of one cluster that stand together in the order of an epoch."""
-CONTRASTIVE = FitSettings(epochs=40, lr=1.5e-3, batch_weights=1_000_000)
-"""Settings of a training without labels, unless others are given."""
 
 
 class ClusteredNetworks(PackedNetworks):
@@ -85,8 +84,8 @@ def fit_contrastive(
         model: the encoder, with its projection and heads.
         batch: the training networks, packed by `model.encoder.pack`.
         objective: of these networks.
-        settings: `CONTRASTIVE` by default; `batch_weights` bounds the weights of the networks that are compared with
-            each other, which `objective.weights_at_once` lets exceed memory.
+        settings: those of the recipe `CONTRASTIVE` by default; `batch_weights` bounds the weights of the networks that
+            are compared with each other, which `objective.weights_at_once` lets exceed memory.
         clusters: of each network, such as its architecture; networks of a cluster are put together into batches, which
             makes them harder to tell apart.
         validation: networks that are not trained on, and their objective, of which the loss is measured after every
@@ -115,7 +114,7 @@ def fit_contrastive(
         >>> len(history.train_loss)
         2
     """
-    settings = CONTRASTIVE if settings is None else check_settings(settings)
+    settings = CONTRASTIVE.fit_settings() if settings is None else check_settings(settings)
     if settings.invariance:
         raise ValueError(
             f"fit_contrastive: invariance must be 0, got {settings.invariance:g}; permuted views teach invariance"
