@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,17 @@ from .streams import NetworkStream
 MOST_SKIPPED = 32
 """Steps in a row that may be skipped under float16: its scale, 65536 at first, is halved by each, down to 2**-16."""
 _SHOWN = 5  # networks named in a message
+
+
+class Deal(NamedTuple):
+    """Which process takes which places of a step: whole parts by process, and networks that all share by layers."""
+
+    shares: list[list[int]]
+    split: list[int]
+
+    def places(self, rank: int) -> list[int]:
+        """Return the places of the parts that a process reads."""
+        return [*self.shares[rank], *self.split]
 
 
 class Trainer:
@@ -77,16 +89,19 @@ class Trainer:
         self.module.train()
         steps = self.plan.epoch(state.epoch)
         left = steps[state.taken :]
-        batches = self.networks.parts(step[place] for step in left for place in self._places(step))
+        dealt = [Deal(self.plan.shares(step), self.plan.split_places(step)) for step in left]
+        batches = self.networks.parts(
+            step[place] for step, deal in zip(left, dealt, strict=True) for place in deal.places(self.world.rank)
+        )
         done = sum(self.plan.load(part) for step in steps[: state.taken] for part in step)
-        for step in left:
+        for step, deal in zip(left, dealt, strict=True):
             k = state.taken
             self.lr = self.settings.lr * warm_cosine(state.step, self.plan.steps, self.settings.warmup)
             set_learning_rate(self.optimiser, self.lr)
             where = (
                 f"epoch {state.epoch}; lower lr ({self.settings.lr}), or look at batch {k + 1} of {len(steps)} in it"
             )
-            state.total += self._step(step, batches, state.step, where)
+            state.total += self._step(step, deal, batches, state.step, where)
             state.step += 1
             state.taken += 1
             done += sum(self.plan.load(part) for part in step)
@@ -109,15 +124,12 @@ class Trainer:
         if spoilt is not None:
             raise ValueError(f"fit: {spoilt} is not finite after epoch {epoch}; lower lr ({self.settings.lr})")
 
-    def _places(self, step: Sequence[Part]) -> list[int]:
-        """Return the places of the parts of a step that this process reads."""
-        return [*self.plan.shares(step)[self.world.rank], *self.plan.split_places(step)]
-
-    def _step(self, step: Sequence[Part], batches: Iterator[WeightBatch], number: int, where: str) -> float:
+    def _step(self, step: Sequence[Part], deal: Deal, batches: Iterator[WeightBatch], number: int, where: str) -> float:
         """Take one step, and return the summed loss of its networks.
 
         Args:
             step: its parts.
+            deal: of the parts.
             batches: the networks of the parts that this process reads.
             number: of the step.
             where: the middle of the sentence of an error.
@@ -129,13 +141,12 @@ class Trainer:
         self.optimiser.zero_grad()
         sums = torch.zeros(2, dtype=torch.float64, device=self.weight.device)  # shown and minimised losses
         own: list[tuple[Part, Tensor]] = []
-        shares, split = self.plan.shares(step), self.plan.split_places(step)
-        loads = [sum(self.plan.load(step[place]) for place in share) for share in shares]
-        for place in (*shares[self.world.rank], *split):
+        loads = [sum(self.plan.load(step[place]) for place in share) for share in deal.shares]
+        for place in deal.places(self.world.rank):
             part = next(batches).to(self.weight.device, self.weight.dtype)
             generator = draws_of(self.settings.seed, number * self.plan.parts + place)
             encode, counts = self.encode, True
-            if place in split:  # all processes compute its loss, and one counts it
+            if place in deal.split:  # all processes compute its loss, and one counts it
                 dealt = deal_layers(part, loads)
                 layers = layers_apart(part).network_sizes.tolist()
                 loads = [load + sum(layers[k] for k in ks) for load, ks in zip(loads, dealt, strict=True)]
