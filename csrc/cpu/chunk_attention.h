@@ -263,12 +263,10 @@ void attention_head_backward(const Tile<T> &tile, long h, long d, long head, con
                              flags);
         flags = kAccumulate;
       });
-      if (flags == kStore)  // padding
-        for (long f = 0; f < d; ++f)
-          for (int v = 0; v < NV; ++v) {
-            store(gk + f * P + v * W, zero<T>());
-            store(gv + f * P + v * W, zero<T>());
-          }
+      if (flags == kStore) {  // padding
+        zero_features<T, NV>(gk, d);
+        zero_features<T, NV>(gv, d);
+      }
     };
     if (group.vectors == 2)
       run(Constant<2>{});

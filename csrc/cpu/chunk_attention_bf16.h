@@ -262,12 +262,10 @@ inline void attention_head_backward_bf16(const Tile<float> &tile, long h, long d
         }
         first = false;
       });
-      if (first)  // padding
-        for (long f = 0; f < d; ++f)
-          for (int v = 0; v < NV; ++v) {
-            store(gk + f * P + v * W, zero<float>());
-            store(gv + f * P + v * W, zero<float>());
-          }
+      if (first) {  // padding
+        zero_features<float, NV>(gk, d);
+        zero_features<float, NV>(gv, d);
+      }
     };
     if (group.vectors == 2)
       run(Constant<2>{});

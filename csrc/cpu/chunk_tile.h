@@ -101,6 +101,13 @@ SNE_INLINE void for_each_panel(long lo, long hi, Body body) {
   }
 }
 
+// Zeroes NV vectors of each of so many features of a panel.
+template <class T, int NV>
+SNE_INLINE void zero_features(T *to, long features) {
+  for (long f = 0; f < features; ++f)
+    for (int v = 0; v < NV; ++v) store(to + f * kPanel<T> + v * kLanes<T>, zero<T>());
+}
+
 // rows[s * F + f] = panel buffer (f, s) * w[f] + b[f], for the products that sum over rows. w may be null.
 template <class T>
 void rows_of(const T *buffer, long F, long panels, T *rows, const T *w = nullptr, const T *b = nullptr) {
