@@ -196,7 +196,7 @@ TASKS: dict[str, Task] = {
         _ACCURACY_OF_DATASETS,
         logit=True,
         sizes=(),
-        baselines=("mean", "statistics", "statistics_rich", "deepsets"),
+        baselines=("mean", "statistics", "statistics_rich", "deepsets", "nfn"),
     ),
     "cross-architecture": Task(
         "Accuracy of families of architectures never seen (section 4.2)",
