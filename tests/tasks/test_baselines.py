@@ -191,6 +191,35 @@ def test_neural_functionals_see_the_matrices(chunking):
         torch.testing.assert_close(bias, torch.stack([s[f"{layer}.bias"] for s in states])[:, None])
 
 
+def convolutional(generator: torch.Generator) -> dict[str, Tensor]:
+    """Make a CNN of two convolutions and a linear layer behind a mean over positions."""
+    shapes = {"0": (5, 2, 3, 3), "1": (4, 5, 2, 3), "2": (3, 4)}
+    state = {}
+    for layer, shape in shapes.items():
+        state[f"{layer}.weight"] = torch.randn(shape, generator=generator)
+        state[f"{layer}.bias"] = torch.randn(shape[:1], generator=generator)
+    return state
+
+
+@pytest.mark.parametrize("chunking", ["flat", "neuron", "kernel"])
+def test_neural_functionals_of_convolutions(chunking):
+    need("nfn")
+    generator = torch.Generator().manual_seed(0)
+    states = [convolutional(generator) for _ in range(6)]
+    batch = sne_fast.pack(states, 4, chunking, scale="tensor")
+    model = NeuralFunctional(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(permute(batch, chain_symmetry(states[0]), generator)), model(batch), rtol=0, atol=1e-5
+        )
+        # Positions of a kernel are no units: which is which must matter.
+        turned = [{**s, "1.weight": s["1.weight"].flip(3)} for s in states]
+        assert (model(sne_fast.pack(turned, 4, chunking, scale="tensor")) - model(batch)).abs().max() > 1e-5
+    model.scale.fill_(1.0)
+    for layer, (weight, _) in enumerate(model.features(batch)):
+        torch.testing.assert_close(weight, torch.stack([s[f"{layer}.weight"] for s in states])[:, None])
+
+
 def test_raw_weights_are_those_that_were_packed():
     generator = torch.Generator().manual_seed(0)
     state = network(3.0, generator)
@@ -271,7 +300,7 @@ def refusals():
     task = problem()
     generator = torch.Generator().manual_seed(0)
     plain = {"0.weight": torch.randn(3, 2), "1.weight": torch.randn(1, 3)}
-    convolution = {"0.weight": torch.randn(3, 1, 2, 2), "0.bias": torch.zeros(3)}
+    convolution = {"0.weight": torch.randn(3, 1, 2), "0.bias": torch.zeros(3)}
     one = network(1.0, generator, (2, 1))
 
     def of(*states, copies: int = 6) -> Problem:
@@ -288,7 +317,7 @@ def refusals():
     yield from ((key, mixed(), "networks of different shapes: network 0 .* and network 1 ") for key in ("mlp", "nfn"))
     unknown = replace(task, batch=type(task.batch)(**{**task.batch._fields(), "shapes": ()}))
     yield from ((key, unknown, "without the shapes") for key in ("mlp", "nfn"))
-    yield from (("nfn", of(state), "no chain of Linear layers") for state in (plain, convolution))
+    yield from (("nfn", of(state), "no chain of Linear and Conv2d layers") for state in (plain, convolution))
     yield "nfn", of(one), "without a hidden layer"
 
 

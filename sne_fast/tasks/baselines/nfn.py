@@ -1,4 +1,4 @@
-"""NFN: neural functional networks (Zhou et al. 2023, arXiv 2302.14040), on chains of linear layers."""
+"""NFN: neural functional networks (Zhou et al. 2023, arXiv 2302.14040), on chains of layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from ...nn.predictor import PredictorHead
 from .neural import Neural, raw_weights
 from .problem import Problem, differing_shapes, missing, problems
 
+_WEIGHTS = torch.tensor([0, 8])
+"""Types of the weights of linear layers and convolutions; those of their biases are greater by 1."""
+
 
 class NeuralFunctional(nn.Module):
-    """Three equivariant layers, invariant pooling and an MLP, from a `WeightBatch` of Linear chains to `(B, outputs)`.
+    """Three equivariant layers, invariant pooling and an MLP, from a `WeightBatch` of chains to `(B, outputs)`.
 
-    HNP layers tell inputs and outputs apart, and grow with the square of their number. Networks with many inputs and
-    outputs get NP layers instead, with sinusoids of the positions of inputs and outputs, as in the paper.
+    A chain is of linear layers and two-dimensional convolutions with biases, each with the outputs of the one before as
+    its inputs. HNP layers tell inputs and outputs apart, and grow with the square of their number. Networks with many
+    inputs and outputs get NP layers instead, with sinusoids of the positions of inputs and outputs, as in the paper.
 
     Args:
         known: the training networks, by which inputs are normalised.
@@ -55,14 +59,17 @@ class NeuralFunctional(nn.Module):
         self.head = PredictorHead(channels * layers.HNPPool.get_num_outs(spec), outputs)
 
     def features(self, batch: WeightBatch) -> Any:
-        """Return nfn's `WeightSpaceFeatures`: matrices `(B, 1, out, in)` and biases `(B, 1, out)`."""
+        """Return nfn's `WeightSpaceFeatures`: weights `(B, 1, out, in, ...)` and biases `(B, 1, out)`."""
         from nfn.common import WeightSpaceFeatures
 
         rows = raw_weights(batch).view(len(batch), -1) / self.scale
-        # In every chunking, the chunks of a matrix are its rows in order.
-        tensors = [
-            x.reshape(len(batch), 1, *shape) for x, shape in zip(rows.split(self.sizes, 1), self.shapes, strict=True)
-        ]
+        tensors = []
+        for t, (x, shape) in enumerate(zip(rows.split(self.sizes, 1), self.shapes, strict=True)):
+            # The chunks of a matrix are its rows in order. Those of a convolution's kernels are by position, save in
+            # the chunking "kernel".
+            if batch.kernels[t] and batch.chunking != "kernel":
+                x = x.view(len(batch), -1, *shape[:2]).permute(0, 2, 3, 1)
+            tensors.append(x.reshape(len(batch), 1, *shape))
         return WeightSpaceFeatures(tensors[::2], tensors[1::2])
 
     def forward(self, batch: WeightBatch) -> Tensor:
@@ -91,10 +98,12 @@ class NFN(Neural):
         weights, biases = shapes[::2], shapes[1::2]
         chain = (
             len(weights) == len(biases)
-            and all(len(w) == 2 and b == w[:1] for w, b in zip(weights, biases, strict=True))
+            and all(len(w) in {2, 4} and b == w[:1] for w, b in zip(weights, biases, strict=True))
             and all(after[1] == before[0] for before, after in pairwise(weights))
-            and bool((types[:, ::2] == 0).all() and (types[:, 1::2] == 1).all())
+            and bool(torch.isin(types[:, ::2], _WEIGHTS.to(types.device)).all())
+            and bool((types[:, 1::2] == types[:, ::2] + 1).all())
         )
         if not chain:
-            return [f"networks that are no chain of Linear layers with biases: {batch.network_name(0)} has {shapes}"]
+            name = batch.network_name(0)
+            return [f"networks that are no chain of Linear and Conv2d layers with biases: {name} has {shapes}"]
         return [] if len(weights) > 1 else ["networks without a hidden layer"]
