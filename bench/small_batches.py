@@ -1,8 +1,9 @@
 """Cost of threads in a training step of a small batch: `bench/small_batches.py --help`.
 
 Counts how often the team of threads is woken (calls of `GOMP_parallel` for more than one thread, by a library that is
-loaded before all others), takes the time of one thread, and that of two. Blocks of stages 2 to 4 run as one op each
-(`set_block`), or part by part as under backends without it; both in turn, in one process.
+loaded before all others), takes the time of one thread, and that of two. Blocks of stages 2 to 4 run part by part as
+under backends without `set_block`, as one op each, and as one op each with one thread between ops, as `fit` trains
+small batches; all ways in turn, in one process.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,12 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sne_fast
 from sne_fast.benchmark.networks import randomise_, zoo_cnn
 from sne_fast.ops import functional
+from sne_fast.ops.op_threads import one_thread_between_ops
 from sne_fast.reports.machine import machine
 from sne_fast.training.optimiser import adamw
 
 OUT = Path(__file__).parent / "results" / "small_batches.json"
 NETWORKS = 4  # of 4,970 weights
-WAYS = ("one op", "parts")
+WAYS = {"as trained": (True, True), "one op": (True, False), "parts": (False, False)}
+"""Whether blocks are one op, and whether one thread does the operations between ops, as `fit` does for small parts."""
 COUNTER = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -82,11 +85,13 @@ class Step:
 
 @contextmanager
 def blocks_as(way: str) -> Iterator[None]:
-    """Run blocks as one op, or part by part."""
-    if way == "one op":
-        yield
-        return
-    with mock.patch.object(functional, "fuses_set_block", lambda *args: False):
+    """Run steps in one of the ways."""
+    whole, quiet = WAYS[way]
+    with ExitStack() as stack:
+        if not whole:
+            stack.enter_context(mock.patch.object(functional, "fuses_set_block", lambda *args: False))
+        if quiet:
+            stack.enter_context(one_thread_between_ops())
         yield
 
 
@@ -153,12 +158,13 @@ def times(hidden_dim: int, rounds: int, steps: int) -> dict[str, Any]:
     before = torch.get_num_threads()
     for number in range(rounds + 1):
         for way in WAYS:
+            torch.set_num_threads(1)
             with blocks_as(way):
-                torch.set_num_threads(1)
                 process = timed(step, time.process_time, steps)
-                both = {}
-                for threads in (1, 2):
-                    torch.set_num_threads(threads)
+            both = {}
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                with blocks_as(way):
                     both[threads] = timed(step, time.perf_counter, steps)
             if number:  # the first round warms up
                 one[way].append(process)
@@ -172,25 +178,26 @@ def times(hidden_dim: int, rounds: int, steps: int) -> dict[str, Any]:
 
     return {
         "process ms of one thread": {way: statistics.median(values) for way, values in one.items()},
-        "parts over one op, process time of one thread": ratio(one["parts"], one["one op"]),
+        "parts over as trained, process time of one thread": ratio(one["parts"], one["as trained"]),
+        "wall ms": {way: {str(n): statistics.median(v) for n, v in wall[way].items()} for way in WAYS},
         "one thread over two, wall time": {way: ratio(wall[way][1], wall[way][2]) for way in WAYS},
     }
 
 
 def agree(hidden_dim: int) -> float:
-    """Return the largest difference of gradients between both ways over the size of the gradient.
+    """Return the largest difference of gradients between one op and its parts, over the size of the largest.
 
     Raises:
         SystemExit: where they do not agree.
     """
     found = {}
-    for way in WAYS:
+    for way in ("as trained", "parts"):
         step = Step(hidden_dim)
         with blocks_as(way):
             step()
         found[way] = [p.grad for p in step.model.parameters()]
     largest = max(float(p.norm()) for p in found["parts"])
-    worst = max(float((a - b).norm()) / largest for a, b in zip(found["one op"], found["parts"], strict=True))
+    worst = max(float((a - b).norm()) / largest for a, b in zip(found["as trained"], found["parts"], strict=True))
     if not worst < 1e-4:
         raise SystemExit(f"small_batches: gradients of both ways differ by {worst:.1e}; nothing is measured")
     return worst

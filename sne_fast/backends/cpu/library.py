@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ...ops.op_threads import threads_of_ops
 from ...ops.schema import BLOCK_PARAMETERS, CHUNK_PARAMETERS
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 
@@ -137,11 +138,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def num_threads() -> int:
-    """Return how many threads a call may use: as many as torch uses, one in a forked child.
+    """Return how many threads a call may use, see `threads_of_ops`; one in a forked child.
 
     OpenMP's threads do not survive a fork, and a child that waits for them waits without end.
     """
-    return 1 if _forked else torch.get_num_threads()
+    return 1 if _forked else threads_of_ops()
 
 
 def isa() -> str:
