@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..tasks.settings import option
+from .known import within
 from .options import options_of
 from .running import KEY, check_output, list_failures, stdout
 from .vectors import NETWORKS, networks_of, read_sketches
+
+if TYPE_CHECKING:
+    from ..similarity import Lineage
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,10 @@ class LineageSettings:
 
     paths: tuple[Path, ...] = option(help=NETWORKS, argument=True, metavar="PATH")
     out: Path | None = option(
-        None, help="Also write to .csv, or to .dot for Graphviz.", flags=("--out", "-o")
-    )  # fmt: skip
+        None,
+        help="Also write to .csv, to .dot for Graphviz, or to .html, a page to fold and search.",
+        flags=("--out", "-o"),
+    )
     unrelated: float = option(0.9, help="Relative distance from which networks are unrelated, up to 1.4.")
     key: str | None = option(None, help=KEY, shown="the only one")
 
@@ -37,7 +44,7 @@ def lineage(settings: LineageSettings) -> None:
     from ..similarity import lineage as find
 
     if settings.out is not None:
-        check_output(settings.out, (".csv", ".dot"))
+        check_output(settings.out, (".csv", ".dot", ".html"))
     console = stdout()
     networks = networks_of(settings.paths, settings.key)
     sketches, failures = read_sketches(networks, console, settings.key)
@@ -50,7 +57,17 @@ def lineage(settings: LineageSettings) -> None:
     alone = len(sketches) - sum(map(len, found.families))
     say(console, f"{len(found.families)} families of {len(sketches) - alone} networks, {alone} without relatives")
     if settings.out is not None:
-        write_text(settings.out, found.dot() if settings.out.suffix == ".dot" else found.table())
+        written = {".csv": found.table, ".dot": found.dot, ".html": lambda: _page(found)}
+        write_text(settings.out, written[settings.out.suffix]())
     list_failures(failures)
     if failures:
         raise typer.Exit(1)
+
+
+def _page(found: Lineage) -> str:
+    """Return the page of some trees, whose networks are called by their paths in the folder that all are in."""
+    folder, names = within(found.names)
+    short = dict(zip(found.names, names, strict=True))
+    edges = tuple(replace(edge, parent=short[edge.parent], child=short[edge.child]) for edge in found.edges)
+    title = f"Lineage of {len(names):,} networks" + (f" in {folder}" if folder else "")
+    return replace(found, names=tuple(names), edges=edges).html(title)
