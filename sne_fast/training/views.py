@@ -51,7 +51,7 @@ class Views:
     symmetries: Sequence[Symmetry | None] | None = None
     permute: float = 0.7
     noise: float = 0.6
-    noise_size: float = 0.4
+    noise_size: float = 0.5
     prune: float = 0.3
     prune_most: float = 0.6
     round: float = 0.2
