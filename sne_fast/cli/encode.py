@@ -55,8 +55,8 @@ class EncodeSettings:
         metavar="PATH",
     )
     out: Path = option(
-        help="Output, .npz or .parquet, with columns name and vector, and what made them as sne_fast; or a folder, for many networks: what is done "
-        "stays done, and the same command goes on with the rest.",
+        help="Output, .npz or .parquet, with columns name and vector, and what made them as sne_fast; or a folder, for "
+        "many networks: what is done stays done, and the same command goes on with the rest.",
         flags=("--out", "-o"),
     )
     model: str = option(

@@ -313,8 +313,8 @@ def _find(name: str, filename: str, hub: dict[str, Any]) -> Path:
         return path
     if not _REPO_ID.fullmatch(name) or os.path.exists(name):
         raise FileNotFoundError(
-            f"from_pretrained: {name!r} is neither a folder, nor {' or '.join(shipped_models())}, nor a repository id of "
-            "the Hub"
+            f"from_pretrained: {name!r} is neither a folder nor a repository id of the Hub, nor one of the package's "
+            f"models: {', '.join(shipped_models())}"
         )
     hub_module = _hub(f"from_pretrained: {name!r} is not a folder here, and reading it from the Hub")
     try:

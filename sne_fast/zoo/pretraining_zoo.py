@@ -35,8 +35,8 @@ def make_pretraining_zoo(
     """Make many small networks, half of them trained briefly, the others with weights of random distributions.
 
     Training without labels needs variety rather than good networks. A cluster is 16 networks of one architecture, drawn
-    as :func:`make_family_zoo` draws them. In every second cluster no network is trained: each tensor of each network has
-    a distribution of its own, more or less near to that of the cluster (tails, norms of units, means, a part of low
+    as :func:`make_family_zoo` draws them. In every second cluster no network is trained: each tensor of each network
+    has a distribution of its own, more or less near to that of the cluster (tails, norms of units, means, a part of low
     rank, zeros). In the others, networks are trained on one data set with hyperparameters of their own, from fresh or
     random weights. After an interruption the same call makes what is missing.
 
