@@ -50,7 +50,7 @@ class Views:
 
     symmetries: Sequence[Symmetry | None] | None = None
     permute: float = 0.7
-    noise: float = 0.6
+    noise: float = 0.8
     noise_size: float = 0.5
     prune: float = 0.3
     prune_most: float = 0.6
