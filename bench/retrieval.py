@@ -6,8 +6,9 @@ python bench/retrieval.py ZOO ... --model FOLDER/encoder                # measur
 Zoos are those of `make_family_zoo` and `make_classifier_zoo`. The gallery of a zoo holds its networks that were trained
 from scratch, and with --train those of the training zoos. Queries are changed copies of those of the zoo: with noise,
 pruned, with a new head, permuted, rounded, and the zoo's own fine-tuned children. A query is a hit if the nearest
-network of the gallery is the one it was made of. Features are standardised over the gallery; the distance is 1 - cosine
-for encoders and random projections, and Euclidean for the others.
+network of the gallery is the one it was made of. Features of all methods are whitened by the gallery as
+`sne_fast.similarity.nearest` does; the distance is 1 - cosine for encoders and random projections, and Euclidean for
+the others.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import sne_fast
 from sne_fast.atomic_files import write_json
 from sne_fast.data.batch import WeightBatch
 from sne_fast.reports.machine import machine
+from sne_fast.similarity import nearest
 from sne_fast.symmetry import Symmetry, permute
 from sne_fast.training import (
     Contrastive,
@@ -209,12 +210,9 @@ def train_encoder(zoos: list[Zoo], options: argparse.Namespace, report: Callable
 
 def recall(gallery: Tensor, features: Tensor, originals: list[int], cosine: bool) -> tuple[float, float]:
     """Return the shares of queries whose original is the nearest, and among the five nearest, of the gallery."""
-    mean, spread = gallery.mean(0), gallery.std(0).clamp_min(1e-9)
-    a, b = ((x - mean) / spread for x in (gallery, features))
-    distance = 1 - F.normalize(b, dim=1) @ F.normalize(a, dim=1).T if cosine else torch.cdist(b, a)
-    own = distance[torch.arange(len(b)), torch.tensor(originals)][:, None]
-    nearer = (distance < own).sum(1)
-    return float((nearer == 0).double().mean()), float((nearer < 5).double().mean())
+    _, places = nearest(gallery, features, 5, metric="cosine" if cosine else "euclidean")
+    hits = places == np.array(originals)[:, None]
+    return float(hits[:, 0].mean()), float(hits.any(1).mean())
 
 
 def main() -> None:

@@ -3,13 +3,13 @@
 python bench/sne_small.py -o FOLDER            # the encoder that comes with the package, in FOLDER/encoder
 python bench/sne_small.py -o FOLDER --seed 1   # another one
 
-On one machine, with one version of torch, the same seed gives the same bits; on other processors the last bits differ. The
-encoder is then to be copied to sne_fast/models/sne-small. What is in FOLDER is not made again, and training goes on where
-it stopped.
+On one machine, with one version of torch, the same seed gives the same bits; on other processors the last bits differ.
+The encoder is then to be copied to sne_fast/models/sne-small. What is in FOLDER is not made again, and training goes on
+where it stopped.
 
-The networks: 1,920 of `make_pretraining_zoo` (MLPs, CNNs, vision transformers, small GPTs and SIRENs, half of them trained
-for some steps and half with random weights), and 560 classifiers of 14 architectures trained on shapes and textures. Of the
-data sets digits, MNIST, wine and brackets, and of residual and recurrent networks there are none.
+The networks: 1,920 of `make_pretraining_zoo` (MLPs, CNNs, vision transformers, small GPTs and SIRENs, half of them
+trained for some steps and half with random weights), and 560 classifiers of 14 architectures trained on shapes and
+textures. Of the data sets digits, MNIST, wine and brackets, and of residual and recurrent networks there are none.
 """
 
 from __future__ import annotations
