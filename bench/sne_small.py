@@ -15,27 +15,27 @@ textures. Of the data sets digits, MNIST, wine and brackets, and of residual and
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from retrieval import train_encoder
-
+import sne_fast
+from sne_fast.data.batch import WeightBatch
+from sne_fast.training import Contrastive, ContrastiveModel, FitSettings, History, Views, fit_contrastive, linear_probe
 from sne_fast.zoo import Zoo, make_classifier_zoo, make_pretraining_zoo
 from sne_fast.zoo.index import INDEX
+from sne_fast.zoo.symmetries import symmetries_of
 
 ARCHITECTURES = ("mlp", "cnn", "vit", "gpt", "siren")
 LEFT_OUT = ("digits", "mnist", "wine", "brackets")
 CLASSIFIERS = {"shapes": 1, "textures": 2}
 """Data set -> seed."""
-SETTINGS = {
-    "epochs": 50, "lr": 2e-3, "batch_weights": 200_000, "temperature": 0.07, "hidden_dim": 64, "set_attention": "isab",
-    "no_chunks": True, "max_chunks": None, "relatives": 0.0,
-}  # fmt: skip
+EPOCHS = 50
+PROBE_EVERY = 5
+AT_ONCE = 150_000
+"""Weights that are encoded with a graph at a time."""
 
 
 def zoos(folder: Path) -> list[Zoo]:
@@ -57,11 +57,44 @@ def _opened(folder: Path) -> Zoo | None:
     return Zoo.open(folder) if (folder / INDEX).is_file() else None
 
 
+def train(zoos: list[Zoo], folder: Path, seed: int, report: Callable[[str], None]) -> sne_fast.SNE:
+    """Train an encoder on zoos without labels; the checkpoint is in the folder."""
+    torch.manual_seed(seed)
+    encoder = sne_fast.SNE(hidden_dim=64, statistics="relative", set_attention="isab", num_inducing=16, chunks=False)
+    encoder.fill_code_gains(1.0)
+    model = ContrastiveModel(encoder)
+    batch = WeightBatch.cat([encoder.pack(zoo).detach() for zoo in zoos])
+    encoder.set_statistics(batch)
+    rows = [row for zoo in zoos for row in zoo.rows]
+    views = Views([symmetry for zoo in zoos for symmetry in symmetries_of(zoo)])
+    objective = Contrastive(model, views, temperature=0.07, weights_at_once=AT_ONCE, groups=torch.arange(len(rows)))
+    families = sorted({row["family"] for row in rows})
+    kinds = torch.tensor([families.index(row["family"]) for row in rows])
+    fitted = torch.arange(len(rows)) % 4 != 0
+
+    def on_epoch(epoch: int, history: History) -> None:
+        line = f"epoch {epoch + 1}: loss {history.train_loss[-1]:.3f}"
+        if epoch % PROBE_EVERY == PROBE_EVERY - 1:
+            encoder.eval()
+            with torch.no_grad():
+                z = torch.cat([encoder(batch[i : i + 64]) for i in range(0, len(batch), 64)])
+            encoder.train()
+            line += f", linear probe of the family {linear_probe(z, kinds, fitted):.2f}"
+        report(line)
+
+    settings = FitSettings(epochs=EPOCHS, lr=2e-3, batch_weights=200_000, seed=seed)
+    clusters = [row["architecture"] for row in rows]
+    fit_contrastive(
+        model, batch, objective, settings, clusters=clusters, checkpoint=folder / "fit.pt", on_epoch=on_epoch
+    )
+    return encoder.eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(namespace=argparse.Namespace(**SETTINGS))
+    options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the order of sums depends on their number
     start = time.process_time()
@@ -71,7 +104,7 @@ def main() -> None:
 
     known = zoos(options.out)
     report(f"{sum(map(len, known))} networks of {sum(int(zoo.sizes.sum()) for zoo in known):,} weights")
-    train_encoder(known, options, report).encoder.save_pretrained(options.out / "encoder")
+    train(known, options.out, options.seed, report).save_pretrained(options.out / "encoder")
 
 
 if __name__ == "__main__":
