@@ -199,7 +199,7 @@ def agree(hidden_dim: int) -> float:
         step = Step(hidden_dim)
         with blocks_as(way):
             step()
-        found[way] = [p.grad for p in step.model.parameters()]
+        found[way] = [p.grad for p in step.model.parameters() if p.grad is not None]
     largest = max(float(p.norm()) for p in found["parts"])
     worst = max(float((a - b).norm()) / largest for a, b in zip(found["as trained"], found["parts"], strict=True))
     if not worst < 1e-4:
