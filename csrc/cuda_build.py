@@ -98,10 +98,16 @@ def only_architecture(source: Path) -> str:
     return f"{match[1]}a" if match else ""
 
 
-def code_flags(names: Sequence[str], only: str = "") -> list[str]:
+def has_newer_instructions(source: Path) -> bool:
+    """Return True for files whose inner loops have instructions of sm_90 (stmatrix) that the lowest one lacks."""
+    return source.stem.startswith("full_")
+
+
+def code_flags(names: Sequence[str], only: str = "", apart: bool = False) -> list[str]:
     """Return nvcc's -gencode flags for ``names``, or for ``only`` if that is one of them.
 
-    All cubins come from one pass of the compiler's front end, which is most of the time, for the lowest architecture.
+    All cubins come from one pass of the compiler's front end, which is most of the time, for the lowest architecture;
+    with ``apart`` each comes from one of its own.
     """
     if only in [name.removesuffix("+ptx") for name in names]:
         return [f"-gencode=arch=compute_{only},code=[sm_{only}]"]
@@ -118,7 +124,9 @@ def code_flags(names: Sequence[str], only: str = "") -> list[str]:
         if match[1] or match[4]:
             ptx.append(number)
     lowest = min(cubins, key=_number, default="")
-    passes = {str(_number(lowest)): [f"sm_{number}" for number in cubins]} if cubins else {}
+    passes: dict[str, list[str]] = {}
+    for number in cubins:
+        passes.setdefault(number if apart else str(_number(lowest)), []).append(f"sm_{number}")
     for number in ptx:
         passes.setdefault(number, []).append(f"compute_{number}")
     return [f"-gencode=arch=compute_{number},code=[{','.join(code)}]" for number, code in passes.items()]
@@ -146,7 +154,7 @@ def host_compiler_flags() -> list[str]:
 def compiler(nvcc: str, names: Sequence[str], source: Path, extra: Sequence[str] = ()) -> list[str]:
     """Return nvcc with all flags for ``source``."""
     strict = ["-Werror", "all-warnings"] if os.environ.get("SNE_FAST_WERROR") else []
-    return [nvcc, *FLAGS, *code_flags(names, only_architecture(source)),
+    return [nvcc, *FLAGS, *code_flags(names, only_architecture(source), has_newer_instructions(source)),
             f"-DSNE_CUDA_ARCHS={' '.join(names)}", *extra, *host_compiler_flags(), *strict]  # fmt: skip
 
 

@@ -20,6 +20,16 @@ int with_operands(int precision, Run run) {
   return SNE_FAST_CUDA_BAD_VARIANT;
 }
 
+// run(Op{}) for operands of 16 bits.
+template <class Run>
+int with_half_operands(int precision, Run run) {
+  switch (precision) {
+    case SNE_FAST_PRECISION_HALF: return run(OpHalf{});
+    case SNE_FAST_PRECISION_BFLOAT: return run(OpBfloat{});
+  }
+  return SNE_FAST_CUDA_BAD_VARIANT;
+}
+
 // run(T{}) for their type in memory.
 template <class Run>
 int with_storage(int precision, Run run) {

@@ -5,6 +5,7 @@ Figures are made without pyplot, which keeps global state and may ask for a disp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,46 +141,74 @@ def confusion_matrix(path: Path, true: np.ndarray, predicted: np.ndarray, names:
     save_figure(figure, path)
 
 
+SHOWN_GROUPS = 20
+"""Colours of a plot of one column; where there are more groups, the smallest ones share the last colour."""
+
+
 def embedding_map(
     path: Path,
-    z: np.ndarray,
+    places: np.ndarray,
     target: np.ndarray,
     groups: Sequence[str],
     held_out: Sequence[int],
-    seed: int,
     label: str = "accuracy",
     limits: tuple[float | None, float | None] = (0.0, 1.0),
 ) -> None:
-    """Plot the t-SNE of the encodings of all networks, coloured by target and by group, held-out networks ringed.
+    """Plot a map of the encodings of all networks, coloured by target and by group, held-out networks ringed.
 
     Args:
-        z: encodings `(n, h)`.
+        places: positions `(n, 2)`, as :func:`sne_fast.similarity.layout` returns them.
         target: the colour of each of the n networks in the left panel.
         groups: the group of each network, such as its architecture, for the right panel.
         held_out: positions of the held-out networks.
-        seed: of the t-SNE.
         label: name of the target.
         limits: least and greatest value of the colour scale; None takes that of the targets.
     """
-    from sklearn.manifold import TSNE
-
-    spread = z.std(0)
-    scaled = (z - z.mean(0)) / np.where(spread > 0, spread, 1)
-    perplexity = min(30.0, (len(z) - 1) / 3)
-    places = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(scaled)
     figure = new_figure(12.5, 5.2)
     left, right = figure.subplots(1, 2)
-    shown = left.scatter(*places.T, c=target, cmap="viridis", vmin=limits[0], vmax=limits[1], s=30, linewidth=0)
-    figure.colorbar(shown, ax=left, label=literal(label))
+    _by_number(left, places, target, label, s=30, vmin=limits[0], vmax=limits[1])
     left.set_title(f"coloured by {literal(label)}", fontsize=10)
-    names = np.array(groups)
-    for name, colour in _colours(groups).items():
-        rows = names == name
-        right.scatter(*places[rows].T, color=colour, s=30, linewidth=0, label=literal(name))
+    _by_group(right, places, groups, s=30)
     right.set_title("coloured by architecture", fontsize=10)
-    right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     for axis in (left, right):
         axis.scatter(*places[list(held_out)].T, facecolor="none", edgecolor="black", s=30, linewidth=0.8)
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"t-SNE of the encodings of {len(z)} networks (ringed: held out)", fontsize=11)
+    figure.suptitle(f"t-SNE of the encodings of {len(places)} networks (ringed: held out)", fontsize=11)
     save_figure(figure, path)
+
+
+def column_map(path: Path, places: np.ndarray, values: np.ndarray | Sequence[str], label: str) -> None:
+    """Plot a map of networks, coloured by a column.
+
+    Args:
+        places: positions `(n, 2)`.
+        values: numbers `(n,)`, NaN where one is not known, or names of groups, of which the largest are told apart.
+        label: name of the column.
+    """
+    figure = new_figure(8.0, 6.0)
+    axis = figure.subplots()
+    size = float(np.clip(20_000 / max(1, len(places)), 3, 30))
+    if isinstance(values, np.ndarray):
+        axis.scatter(*places[np.isnan(values)].T, color="0.8", s=size, linewidth=0)
+        known = ~np.isnan(values)
+        _by_number(axis, places[known], values[known], label, s=size)
+    else:
+        counts = Counter(values)
+        shown = dict(counts.most_common(SHOWN_GROUPS if len(counts) <= SHOWN_GROUPS else SHOWN_GROUPS - 1))
+        others = f"{len(counts) - len(shown)} others"
+        _by_group(axis, places, [name if name in shown else others for name in values], s=size)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(f"{len(places):,} networks by {literal(label)}", fontsize=11)
+    save_figure(figure, path)
+
+
+def _by_number(axis: Any, places: np.ndarray, values: np.ndarray, label: str, **options: Any) -> None:
+    shown = axis.scatter(*places.T, c=values, cmap="viridis", linewidth=0, **options)
+    axis.figure.colorbar(shown, ax=axis, label=literal(label))
+
+
+def _by_group(axis: Any, places: np.ndarray, groups: Sequence[str], **options: Any) -> None:
+    names = np.array(groups)
+    for name, colour in _colours(groups).items():
+        axis.scatter(*places[names == name].T, color=colour, linewidth=0, label=literal(name), **options)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)

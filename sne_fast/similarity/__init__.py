@@ -1,8 +1,9 @@
-"""Search among many networks: nearest ones, duplicates, what was made of what, and what changed between two.
+"""Search among many networks: nearest ones, a map, duplicates, what was made of what, and what changed between two.
 
-`nearest` compares encodings, which find networks whatever order their hidden units are in. `sketch` reads a network
-once and keeps a few numbers of every tensor, from which `find_duplicates` and `lineage` know how far the weights of two
-networks are apart. `compare` reads two networks and says what changed in every layer.
+`nearest` compares encodings, which find networks whatever order their hidden units are in, and `layout` places them in
+the plane. `sketch` reads a network once and keeps a few numbers of every tensor, from which `find_duplicates` and
+`lineage` know how far the weights of two networks are apart. `compare` reads two networks and says what changed in
+every layer.
 
 Example:
     >>> from sne_fast import similarity
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .comparing import LayerChange, compare
     from .distances import sketch_distances
     from .duplicates import Duplicates, find_duplicates
+    from .layouts import layout
     from .searching import nearest
     from .sketches import NetworkSketch, sketch
     from .trees import Edge, Lineage, lineage
@@ -30,6 +32,7 @@ else:
             ".comparing": ["LayerChange", "compare"],
             ".distances": ["sketch_distances"],
             ".duplicates": ["Duplicates", "find_duplicates"],
+            ".layouts": ["layout"],
             ".searching": ["nearest"],
             ".sketches": ["NetworkSketch", "sketch"],
             ".trees": ["Edge", "Lineage", "lineage"],
@@ -44,6 +47,7 @@ __all__ = [
     "NetworkSketch",
     "compare",
     "find_duplicates",
+    "layout",
     "lineage",
     "nearest",
     "sketch",

@@ -34,8 +34,8 @@ def nearest(
         >>> places.tolist()
         [[1, 2]]
     """
-    base = _matrix(gallery, "gallery")
-    asked = base if queries is None else _matrix(queries, "queries")
+    base = as_matrix(gallery, "nearest: gallery")
+    asked = base if queries is None else as_matrix(queries, "nearest: queries")
     if metric not in get_args(Metric):
         raise ValueError(f"nearest: metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
     if k < 1 or base.shape[1] != asked.shape[1]:
@@ -43,8 +43,7 @@ def nearest(
             f"nearest: k must be at least 1 and encodings of one width, got {k}, {base.shape} and {asked.shape}"
         )
     if standardise and len(base):
-        mean, spread = base.mean(0, dtype=np.float64), base.std(0, dtype=np.float64)
-        spread = np.where(spread > 1e-6 * np.maximum(np.abs(mean), 1e-6), spread, 1.0)
+        mean, spread = mean_and_spread(base)
         base, asked = (((x - mean) / spread).astype(np.float32) for x in (base, asked))
     if metric == "cosine":
         base, asked = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (base, asked))
@@ -78,12 +77,27 @@ def _smallest(score: np.ndarray, k: int) -> np.ndarray:
     return np.argpartition(score, k - 1, axis=1)[:, :k]
 
 
-def _matrix(values: Any, name: str) -> np.ndarray:
+def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each column, `(h,)` float64; the latter is 1 for a constant column."""
+    mean, spread = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    return mean, np.where(spread > 1e-6 * np.maximum(np.abs(mean), 1e-6), spread, 1.0)
+
+
+def as_matrix(values: Any, name: str) -> np.ndarray:
+    """Return encodings as a float32 matrix.
+
+    Args:
+        values: `(N, h)`, a tensor or an array.
+        name: what they are, for the message, such as "nearest: gallery".
+
+    Raises:
+        ValueError: they are no matrix of numbers, or not finite.
+    """
     found = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
     if found.ndim != 2 or found.dtype.kind not in "fiu":
-        raise ValueError(f"nearest: {name} must be a matrix of numbers, got {found.dtype} {found.shape}")
+        raise ValueError(f"{name} must be a matrix of numbers, got {found.dtype} {found.shape}")
     found = found.astype(np.float32)
     if not np.isfinite(found).all():
         rows = np.flatnonzero(~np.isfinite(found).all(1))
-        raise ValueError(f"nearest: {name} must be finite, row {rows[0]} is not")
+        raise ValueError(f"{name} must be finite, row {rows[0]} is not")
     return found

@@ -24,6 +24,7 @@ from ..reports.machine import machine
 from ..reports.measures import COLUMNS, measure_rows, measures
 from ..reports.plots import embedding_map, scatter
 from ..reports.terminal import progress, say, show_table
+from ..similarity.layouts import layout
 from ..training.loop import fit
 from ..training.prediction import predict
 from ..training.recipe_predictors import make_predictor
@@ -240,8 +241,8 @@ def _report(
         groups = [architectures[i] for i in test]
         shown = {name: held_out[name] for name in (SNE_NAME, STATISTICS_NAME)}
         scatter(folder.plot("scatter"), accuracy[test], shown, groups, results)
-        encodings = z.double().cpu().numpy()
-        embedding_map(folder.plot("embedding"), encodings, accuracy, architectures, test, settings.seed)
+        places = layout(z, settings.seed)
+        embedding_map(folder.plot("embedding"), places, accuracy, architectures, test)
     say(console, "3. Evaluated on held-out networks", "")
     show_table(console, COLUMNS, measure_rows(results), title=f"Accuracy of {len(test)} held-out networks")
     names = [zoo.rows[i]["name"] for i in test]

@@ -11,6 +11,7 @@ import numpy as np
 from ..atomic_files import write_text
 from ..reports.plots import embedding_map, literal, new_figure, predicted_against_true, save_figure
 from ..reports.terminal import say, show_table
+from ..similarity.layouts import layout
 from .baselines import BASELINES
 from .definitions import Experiment, Task
 from .networks import Networks
@@ -144,8 +145,8 @@ def write_report(folder: RunFolder, task: Task, data: Networks, results: Mapping
         first = folder.encodings(Run(experiment, next(iter(task.sne)), seed))
         if first.exists():
             embedding_map(
-                folder.plot("embedding", experiment), read_array(first, "encodings"), data.targets, data.groups,
-                parts["test"], seed, label=task.target, limits=(None, None),
+                folder.plot("embedding", experiment), layout(read_array(first, "encodings"), seed), data.targets,
+                data.groups, parts["test"], label=task.target, limits=(None, None),
             )  # fmt: skip
         if not task.classes:
             _scatter(folder.plot("scatter", experiment), task, data, parts["test"], predictions)

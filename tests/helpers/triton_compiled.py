@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from sne_fast.benchmark.instructions.triton_kernels import compile_kernel as compile_for
 
 # Largest shared memory of one block, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -71,18 +71,10 @@ def compile_kernel(
         divisible: names of arguments known to be multiples of 16, as torch's pointers are; None for all pointers.
         maxnreg: the most registers of a thread; None for as many as the compiler takes.
     """
-    names = fn.arg_names
-    unknown = (set(signature) | set(constexprs)) ^ set(names)
-    assert not unknown, f"{fn.__name__}: arguments left out or unknown: {sorted(unknown)}"
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
-    if divisible is None:
-        divisible = tuple(name for name, kind in types.items() if kind.startswith("*"))
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(fn, types, {(names.index(name),): value for name, value in constexprs.items()}, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if maxnreg is not None:
-        options["maxnreg"] = maxnreg
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = compile_for(
+        fn, signature, constexprs, arch, divisible=divisible, num_warps=num_warps, num_stages=num_stages,
+        maxnreg=maxnreg,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])

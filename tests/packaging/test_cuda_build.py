@@ -108,6 +108,10 @@ def test_architectures_by_name(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
         "-gencode=arch=compute_90,code=[sm_90a]", "-gencode=arch=compute_90a,code=[compute_90a]"
     ]  # fmt: skip
     assert cuda_build.code_flags(names, "90a") == ["-gencode=arch=compute_90a,code=[sm_90a]"]
+    assert cuda_build.code_flags(["80+ptx", "90a"], apart=True) == [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90a,code=[sm_90a]",
+    ]
     assert cuda_build.code_flags(["80"], "90a") == cuda_build.code_flags(["80"]), "a kernel that is not launched"
     for wrong in ("sm_80", "9.0", "compute_80+ptx", "all"):
         with pytest.raises(RuntimeError, match="is not like 80, 90a"):
@@ -134,7 +138,9 @@ def test_every_source_is_compiled_and_linked(toolkit: Toolkit, tmp_path: Path, m
     assert target.read_text() == "built\n" and list(target.parent.iterdir()) == [target]
     *compiled, linked = toolkit.commands()
     assert len(compiled) == len(cuda_build.sources()) > 0
-    assert sum("compute_90a" in command for command in compiled) == 1, "one file is for sm_90 alone"
+    own = [command for command in compiled if "compute_90a" in command]
+    assert sum("compute_80" not in command for command in own) == 1, "one file is for sm_90 alone"
+    assert sum("compute_80" in command for command in own) == 2, "some have a pass for each architecture"
     for command in compiled:
         assert "-std=c++17 -O3 -lineinfo" in command and "-Werror all-warnings" in command
         assert "-ccbin g++-11 " in command and "-DSNE_CUDA_ARCHS=80 90a" in command

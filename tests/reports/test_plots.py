@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sne_fast.reports.measures import measures
-from sne_fast.reports.plots import embedding_map, literal, new_figure, scatter
+from sne_fast.reports.plots import column_map, embedding_map, literal, new_figure, scatter
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
@@ -33,8 +33,12 @@ def test_plots_of_odd_names_and_of_a_constant_target(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_map_of_odd_names(tmp_path):
-    pytest.importorskip("sklearn")
-    z = np.random.default_rng(0).normal(size=(6, 4))
-    embedding_map(tmp_path / "e.png", z, np.arange(6.0), NAMES, [0], 0, label="$x$", limits=(None, None))
-    assert (tmp_path / "e.png").stat().st_size > 1000
+def test_maps_of_odd_names(tmp_path):
+    places = np.random.default_rng(0).normal(size=(6, 2))
+    embedding_map(tmp_path / "e.png", places, np.arange(6.0), NAMES, [0], label="$x$", limits=(None, None))
+    column_map(tmp_path / "groups.png", places, NAMES, "$\\frac{$")
+    column_map(tmp_path / "numbers.png", places, np.array([1.0, np.nan, 2, 3, 4, 5]), "$x$")
+    column_map(tmp_path / "unknown.png", places, np.full(6, np.nan), "x")
+    many = [f"group {i}" for i in range(40)]
+    column_map(tmp_path / "many.png", np.tile(places, (7, 1))[:40], many, "group")
+    assert all(file.stat().st_size > 1000 for file in tmp_path.iterdir())

@@ -104,6 +104,15 @@ SNE_DEVICE void pool(Tile (&o)[Shape::MT][Shape::NT], const Rows16<Op> (&x)[Shap
   }
 }
 
+template <class Op, class Shape>
+SNE_DEVICE void save_for_backward(typename Op::Storage *to, const Rows16<Op> (&x)[Shape::MT][Shape::KT],
+                                  const BinClass &cls) {
+  if constexpr (kHasFullBins<Op, Shape>)
+    save_full<Op, Shape>(to, x, cls.min_length == kFullLength);
+  else
+    save_rows<Op, Shape>(to, x);
+}
+
 // Takes bin `local` of the launch from its values to its pooled rows or, where `saved` is not null, to the inputs of
 // blocks 1 to 3 and of the pool.
 template <class Op, class Shape>
@@ -124,7 +133,7 @@ SNE_DEVICE void encode_bin(const ChunkCall<typename Op::Storage> &call, const We
   for (int block = 1; block < 4; ++block) {
     if (block == 2) add_codes<Op, Shape>(o, memory, call);
     to_operands<Op>(x, o);
-    if (saved && local < call.count) save_rows<Op, Shape>(saved + (block - 1) * plane, x);
+    if (saved && local < call.count) save_for_backward<Op, Shape>(saved + (block - 1) * plane, x, call.cls);
     attention_block<Op, Shape>(o, x, weights, block, vectors + at.qkv_bias(block), memory, set);
     feed_forward<Op, Shape>(o, weights, layout.out(block), vectors + at.out_bias(block), layer_norm);
   }
@@ -132,7 +141,7 @@ SNE_DEVICE void encode_bin(const ChunkCall<typename Op::Storage> &call, const We
   if (!saved)
     pool<Op, Shape>(o, x, weights, memory, set, call, chunks, out);
   else if (local < call.count)
-    save_rows<Op, Shape>(saved + 3 * plane, x);
+    save_for_backward<Op, Shape>(saved + 3 * plane, x, call.cls);
   set.sync();
 }
 
@@ -164,13 +173,16 @@ SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool 
     const int64_t first = call.table[kFullLength] - before, end = call.table[kFullLength + 1] - before;
     full = first > 0 ? int((first + per_step - 1) / per_step) : 0;
     full_end = int((end < call.count ? end : call.count) / per_step);
+    if (call.cls.min_length == kFullLength) full_end = int((call.count + per_step - 1) / per_step);
   }
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
-    const int64_t local = step * per_step + warp_id() / set.warps;
+    int64_t local = step * per_step + warp_id() / set.warps;
+    const bool all_full = kFull && step >= full && step < full_end;
+    if (all_full && local >= call.count) local = call.count - 1;  // once more, by a warp that has no bin
     typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * W : nullptr;
     if constexpr (kFull) {
       // The same way for all warps of the block, as those of a warpgroup multiply together.
-      if (step >= full && step < full_end) {
+      if (all_full) {
         const int64_t chunk = call.order[call.table[call.cls.min_length] + call.first_bin + local];
         encode_full_bin<Op, Shape>(call, weights, vectors, tile_vectors, memory, set, layer_norm, chunk, out, to,
                                    plane);

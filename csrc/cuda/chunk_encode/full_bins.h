@@ -330,6 +330,15 @@ SNE_DEVICE void pool_of_full(const Rows16<Op> (&x)[1][Shape::KT], const WeightSo
   }
 }
 
+// Writes the rows of a warp for the backward: as pieces in launches of full bins alone (full_backward.h).
+template <class Op, class Shape>
+SNE_DEVICE void save_full(typename Op::Storage *to, const Rows16<Op> (&x)[1][Shape::KT], bool pieces) {
+  if (!pieces)
+    save_rows<Op, Shape>(to, x);
+  else
+    store_pieces<Op>(to, x[0]);
+}
+
 // Takes a bin from its values to its pooled rows or, where `saved` is not null, to the inputs of blocks 1 to 3 and of
 // the pool: planes of rows, of which `saved` points to this warp's first one.
 template <class Op, class Shape>
@@ -338,6 +347,7 @@ SNE_DEVICE void encode_full_bin(const ChunkCall<typename Op::Storage> &call, con
                                 const SetOfWarps &set, bool layer_norm, int64_t chunk, typename Op::Storage *out,
                                 typename Op::Storage *saved, int64_t plane) {
   constexpr int W = Shape::W;
+  const bool as_pieces = call.cls.min_length == kFullLength;
   const Pieces<Op> pieces{memory.exchange,
                           set.part ? -WarpMemory<Op, Shape>::kExchange : WarpMemory<Op, Shape>::kExchange};
   Tile o[1][Shape::NT];
@@ -348,12 +358,12 @@ SNE_DEVICE void encode_full_bin(const ChunkCall<typename Op::Storage> &call, con
   SNE_LOOP
   for (int block = 1; block < 4; ++block) {
     if (block == 2) add_codes_of_full<Op, Shape>(x, call.row_code + call.owner[chunk] * W, call.element_code, set.part);
-    if (saved) save_rows<Op, Shape>(saved + (block - 1) * plane, x);
+    if (saved) save_full<Op, Shape>(saved + (block - 1) * plane, x, as_pieces);
     attention_of_full<Op, Shape>(o, x, weights, block, tile_vectors, pieces, set);
     feed_forward_of_full<Op, Shape>(x, o, weights, block, tile_vectors, layer_norm);
   }
   if (saved)
-    save_rows<Op, Shape>(saved + 3 * plane, x);
+    save_full<Op, Shape>(saved + 3 * plane, x, as_pieces);
   else
     pool_of_full<Op, Shape>(x, weights, memory, pieces, set, out + chunk * Shape::HEADS * W);
   sync_pair(set);

@@ -93,4 +93,12 @@ struct Pieces {
   }
 };
 
+// Writes the rows of a warp as pieces of 256 numbers, 8 of each lane one behind the other.
+template <class Op, int K>
+SNE_DEVICE void store_pieces(typename Op::Storage *at, const Rows16<Op> (&rows)[K]) {
+  SNE_UNROLL
+  for (int k = 0; k < K; ++k)
+    store_words(at + 256 * k + 8 * lane_id(), Words{{rows[k].r[0], rows[k].r[1], rows[k].r[2], rows[k].r[3]}});
+}
+
 }  // namespace sne

@@ -33,6 +33,11 @@ inline bool valid(const sne_fast_cuda_chunk_args &a) {
   return slots && a.heads > 0 && a.hidden % a.heads == 0 && a.count >= 0 && a.first_bin >= 0 && a.multiprocessors > 0;
 }
 
+// Returns whether one chunk fills each bin of a launch: no chunk of fewer elements is in its class.
+inline bool all_full(const sne_fast_cuda_chunk_args &a) {
+  return a.slots == kFullLength && a.min_length == kFullLength;
+}
+
 struct LaunchSize {
   int warps;  // 0: does not fit
   bool resident;

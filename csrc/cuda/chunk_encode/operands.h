@@ -28,6 +28,20 @@ int chunk_encode_by_wgmma(const sne_fast_cuda_chunk_args &args, void *out, void 
 template <class Op>
 int chunk_block_backward_by(const sne_fast_cuda_chunk_args &args, const sne_fast_cuda_chunk_space &space, int block,
                             float *norm_part, Stream stream);
+// Backward of launches of bins that one chunk fills, with 16-bit operands. The parts with matrices leave their
+// gradients too.
+template <class Op>  // half or bfloat
+struct FullBackward {
+  static int pool(const sne_fast_cuda_chunk_args &args, const sne_fast_cuda_chunk_space &space, const void *grad,
+                  float *query_part, Stream stream);
+  static int block(const sne_fast_cuda_chunk_args &args, const sne_fast_cuda_chunk_space &space, int block,
+                   const sne_fast_cuda_chunk_block_grads &grads, Stream stream);
+  static int codes(const sne_fast_cuda_chunk_args &args, const sne_fast_cuda_chunk_space &space, int64_t codes,
+                   float *chunk_grad, float *element_part, Stream stream);
+  static int scalar(const sne_fast_cuda_chunk_args &args, const sne_fast_cuda_chunk_space &space,
+                    const sne_fast_cuda_chunk_scalar_grads &grads, Stream stream);
+};
+
 template <class Op>
 int chunk_scalar_backward_by(const sne_fast_cuda_chunk_args &args, const sne_fast_cuda_chunk_space &space,
                              const sne_fast_cuda_chunk_scalar_grads &grads, Stream stream);

@@ -2,6 +2,7 @@
 //
 // All products are of vectors: lanes are rows for the softmax, and pairs of columns where rows are written.
 #include "cuda/chunk_encode/backward.h"
+#include "cuda/chunk_encode/operands.h"
 #include "cuda/ptx/vectors.h"
 
 namespace sne {
@@ -272,6 +273,10 @@ extern "C" int sne_fast_cuda_chunk_pool_backward(int precision, const sne_fast_c
                                                  float *query_part, void *stream) {
   using namespace sne;
   if (!valid(*a)) return SNE_FAST_CUDA_BAD_ARGUMENT;
+  if (all_full(*a))
+    return with_half_operands(precision, [&](auto op) {
+      return FullBackward<decltype(op)>::pool(*a, *space, grad, query_part, (Stream)stream);
+    });
   return with_storage(precision, [&](auto value) {
     return run_pool<decltype(value)>(*a, space_of(*space), grad, query_part, (Stream)stream);
   });
@@ -282,6 +287,10 @@ extern "C" int sne_fast_cuda_chunk_codes_backward(int precision, const sne_fast_
                                                   float *chunk_grad, float *element_part, void *stream) {
   using namespace sne;
   if (!valid(*a)) return SNE_FAST_CUDA_BAD_ARGUMENT;
+  if (all_full(*a))
+    return with_half_operands(precision, [&](auto op) {
+      return FullBackward<decltype(op)>::codes(*a, *space, codes, chunk_grad, element_part, (Stream)stream);
+    });
   return with_storage(precision, [&](auto value) {
     return run_codes<decltype(value)>(*a, space_of(*space), codes, chunk_grad, element_part, (Stream)stream);
   });

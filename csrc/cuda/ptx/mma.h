@@ -297,6 +297,18 @@ SNE_PAIRS(Half, "f16x2")
 
 #endif
 
+// Ones in each half of a pair of numbers of 16 bits that is not 0; none may be negative.
+SNE_DEVICE uint32_t where_not_zero(uint32_t pair) {
+  const uint32_t signs = pair + 0x7fff7fff;
+#if defined(SNE_EMULATED)
+  return (signs >> 31 ? 0xffff0000 : 0) | (signs >> 15 & 1 ? 0xffff : 0);
+#else
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(out) : "r"(signs));  // the signs of both halves in all of their bits
+  return out;
+#endif
+}
+
 template <class T>
 SNE_DEVICE uint32_t add2(uint32_t a, uint32_t b) {
   return multiply_add2<T>(a, pack2<T>(1.0f, 1.0f), b);

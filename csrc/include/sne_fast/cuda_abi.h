@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define SNE_FAST_CUDA_ABI 1
+#define SNE_FAST_CUDA_ABI 2
 #define SNE_FAST_CUDA_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -64,24 +64,37 @@ typedef struct {
 } sne_fast_cuda_chunk_args;
 
 /* Writes out (N, H, h) or, if that is null, saved (4, count * slots, h): the inputs of blocks 1 to 3 and of the pool.
+ *
+ * A launch is full if both slots and min_length are 32: then one chunk of 32 elements fills each bin. Its rows, and in
+ * the backward their gradients, are 16 bits each, in pieces of 16 x 16 (csrc/cuda/chunk_encode/full_backward.h), and
+ * there must be such a kernel for its backward.
+ *
  * With count 0 this and the kernels of the backward only return whether they could run, and follow no pointer. */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *args, void *out,
                                                  void *saved, void *stream);
 
 /* Workspace of the backward for the rows (count * slots) of one launch. Its kernels run in this order: the pool, then
- * for blocks 3, 2, 1 the block and its matrices (the codes after block 2), then block 0 and its matrix. Sums over
- * chunks are added to tables (*_part) with a row for each thread block, of which there are at most `multiprocessors`.
- */
+ * for blocks 3, 2, 1 the block and its matrices (the codes after block 2), then block 0 and its matrix; in full
+ * launches the kernels of blocks take their matrices along. Sums over chunks are added to tables (*_part) with a row
+ * for each thread block, of which there are at most `multiprocessors`. */
 typedef struct {
   void *saved;     /* real (4, rows, h), from sne_fast_cuda_chunk_encode */
-  void *rows_grad; /* float (rows, h), in and out */
-  void *products;  /* real (5, rows, h) */
+  void *rows_grad; /* float (rows, h), in and out; real in full launches */
+  void *products;  /* real (5, rows, h); not in full launches */
 } sne_fast_cuda_chunk_space;
 
-/* norm_part: float (multiprocessors, 4, h). */
+/* Gradients of a block; but for the first of them only full launches write here. */
+typedef struct {
+  void *norm_part;  /* float (multiprocessors, 4, h) */
+  void *w_qkv_part; /* (multiprocessors, 3, h, h) */
+  void *b_qkv_part; /* (multiprocessors, 3, h) */
+  void *w_o_part;   /* (multiprocessors, h, h) */
+  void *b_o_part;   /* (multiprocessors, h) */
+} sne_fast_cuda_chunk_block_grads;
+
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_block_backward(int precision, const sne_fast_cuda_chunk_args *args,
                                                          const sne_fast_cuda_chunk_space *space, int64_t block,
-                                                         float *norm_part, void *stream);
+                                                         const sne_fast_cuda_chunk_block_grads *grads, void *stream);
 
 /* Thread blocks per multiprocessor of the pool's backward, which is bound by memory. */
 #define SNE_FAST_CUDA_POOL_BLOCKS 4
@@ -100,13 +113,16 @@ typedef struct {
   void *logit_part; /* float (multiprocessors, 2, H), like the next two */
   void *basis_part; /* (multiprocessors, 3, h) */
   void *norm_part;  /* (multiprocessors, 4, h) */
+  void *w_o_part;   /* (multiprocessors, h, h); this and the next one only in full launches */
+  void *b_o_part;   /* (multiprocessors, h) */
 } sne_fast_cuda_chunk_scalar_grads;
 
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_scalar_backward(int precision, const sne_fast_cuda_chunk_args *args,
                                                           const sne_fast_cuda_chunk_space *space,
                                                           const sne_fast_cuda_chunk_scalar_grads *grads, void *stream);
 
-/* Gradients of the matrices of the block whose backward has just run; of block 0 of fc_o alone. */
+/* Gradients of the matrices of the block whose backward has just run, of launches that are not full; of block 0 of fc_o
+ * alone. */
 typedef struct {
   int64_t hidden, rows, block, multiprocessors;
   const void *saved, *products;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
 """Parameters whose first axis is the block of the chunk encoder."""
 CLASSES = ALL_CLASSES[:4]
 """Bins of more than 128 slots would need more warps than the registers of a multiprocessor allow."""
+FULL = SlotClass(32, 32, False)
+"""Bins that one chunk of 32 elements fills, which nearly all are: their backward has kernels of its own."""
 SUM_PIECE, POOL_BLOCKS = 256, 4
 """The same numbers as in csrc/cuda/chunk_encode/segment_sum.cu and cuda_abi.h."""
 EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
@@ -135,12 +137,11 @@ class _Slab:
     products: Tensor
 
     @classmethod
-    def empty(cls, call: ChunkCall, rows: int) -> _Slab:
-        shape = (rows, call.width)
+    def empty(cls, call: ChunkCall, rows: int, rows_with_products: int) -> _Slab:
         return cls(
-            call.values.new_empty((4, *shape)),
-            call.values.new_empty(shape, dtype=torch.float32),
-            call.values.new_empty((5, *shape)),
+            call.values.new_empty((4, rows, call.width)),
+            call.values.new_empty((rows, call.width), dtype=torch.float32),
+            call.values.new_empty((5, rows_with_products, call.width)),
         )
 
 
@@ -152,15 +153,19 @@ def _slab_backward(
     rows = args.count * args.slots
     space = library.ChunkSpace(*library.pointers(slab.saved, slab.rows_grad, slab.products))
     ref, space_ref = ctypes.byref(args), ctypes.byref(space)
+    full = args.min_length == FULL.min_length
+
+    def matrix_parts(block: int) -> list[int]:
+        qkv = max(0, block - 1)
+        return library.pointers(parts["w_qkv"][qkv], parts["b_qkv"][qkv], parts["w_o"][block], parts["b_o"][block])
 
     def weight_grad(block: int) -> None:
-        w_o, b_o = (parts[name][block].data_ptr() for name in ("w_o", "b_o"))
-        w_qkv, b_qkv = (parts[name][max(0, block - 1)].data_ptr() for name in ("w_qkv", "b_qkv"))
-        weight_args = library.ChunkWeightGradArgs(
-            call.width, rows, block, parts["w_o"].shape[1], slab.saved.data_ptr(), slab.products.data_ptr(),
-            w_qkv, b_qkv, w_o, b_o,
-        )  # fmt: skip
-        call.run("chunk_weight_grad", ctypes.byref(weight_args))
+        if not full:
+            weight_args = library.ChunkWeightGradArgs(
+                call.width, rows, block, parts["w_o"].shape[1], *library.pointers(slab.saved, slab.products),
+                *matrix_parts(block),
+            )  # fmt: skip
+            call.run("chunk_weight_grad", ctypes.byref(weight_args))
 
     def norm_part(block: int) -> int | None:
         return parts["norm"][block].data_ptr() if parts["norm"].shape[0] else None
@@ -168,14 +173,17 @@ def _slab_backward(
     call.run("chunk_encode", ref, None, slab.saved.data_ptr())
     call.run("chunk_pool_backward", ref, space_ref, grad.data_ptr(), parts["pool_query"].data_ptr())
     for block in (3, 2, 1):
-        call.run("chunk_block_backward", ref, space_ref, block, norm_part(block))
+        block_grads = library.ChunkBlockGrads(norm_part(block), *matrix_parts(block))
+        call.run("chunk_block_backward", ref, space_ref, block, ctypes.byref(block_grads))
         weight_grad(block)
         if block == 2:
             codes = parts["element_code"].shape[1]
             call.run(
                 "chunk_codes_backward", ref, space_ref, codes, chunk_grad.data_ptr(), parts["element_code"].data_ptr()
             )
-    grads = library.ChunkScalarGrads(*library.pointers(values_grad, parts["logit"], parts["basis"]), norm_part(0))
+    grads = library.ChunkScalarGrads(
+        *library.pointers(values_grad, parts["logit"], parts["basis"]), norm_part(0), *matrix_parts(0)[2:]
+    )
     call.run("chunk_scalar_backward", ref, space_ref, ctypes.byref(grads))
     weight_grad(0)
 
@@ -208,10 +216,10 @@ def chunk_encode_backward(
         shape = (shape[0], count, *shape[1:]) if name in BY_BLOCK else (count, *shape)
         parts[name] = values.new_zeros(shape, dtype=torch.float32)
     chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
-    classes = list(call.plan.classes(CLASSES))
+    classes = list(_backward_classes(call))
     max_bins = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]
-    rows = max(min(max_count, bins) * c.slots for (c, bins), max_count in zip(classes, max_bins, strict=True))
-    slab = _Slab.empty(call, rows)
+    rows = {c: min(most, bins) * c.slots for (c, bins), most in zip(classes, max_bins, strict=True)}
+    slab = _Slab.empty(call, max(rows.values()), max((n for c, n in rows.items() if c != FULL), default=0))
     for (slot_class, bins), max_count in zip(classes, max_bins, strict=True):
         for first in range(0, bins, max_count):
             args = call.args(slot_class, bins, first, min(max_count, bins - first))
@@ -222,18 +230,31 @@ def chunk_encode_backward(
 
 
 @functools.cache
-def _fits(kind: int, width: int, heads: int, slots: int, limit: int, wgmma: bool) -> bool:
+def _fits(kind: int, width: int, heads: int, slots: int, min_length: int, limit: int, wgmma: bool) -> bool:
     """Return whether every kernel of forward and backward can be launched: their launchers are asked with no work."""
-    args = library.ChunkArgs(width, heads, 1, slots, 1, 0, 0, 0, 0, 1, limit, wgmma)
-    ref, space, grads = ctypes.byref(args), ctypes.byref(library.ChunkSpace()), ctypes.byref(library.ChunkScalarGrads())
+    args = library.ChunkArgs(width, heads, 1, slots, min_length, 0, 0, 0, 0, 1, limit, wgmma)
+    ref, space = ctypes.byref(args), ctypes.byref(library.ChunkSpace())
+    block, scalar = ctypes.byref(library.ChunkBlockGrads()), ctypes.byref(library.ChunkScalarGrads())
     lib, somewhere = library.library(), 16  # a pointer that is not null and never followed
     return not any((
         lib.sne_fast_cuda_chunk_encode(kind, ref, somewhere, None, None),
         lib.sne_fast_cuda_chunk_encode(kind, ref, None, somewhere, None),
         lib.sne_fast_cuda_chunk_pool_backward(kind, ref, space, somewhere, somewhere, None),
-        lib.sne_fast_cuda_chunk_block_backward(kind, ref, space, 1, somewhere, None),
-        lib.sne_fast_cuda_chunk_scalar_backward(kind, ref, space, grads, None),
+        lib.sne_fast_cuda_chunk_block_backward(kind, ref, space, 1, block, None),
+        lib.sne_fast_cuda_chunk_scalar_backward(kind, ref, space, scalar, None),
     ))  # fmt: skip
+
+
+def _backward_classes(call: ChunkCall) -> Iterator[tuple[SlotClass, int]]:
+    """Yield the classes of the backward with their bins: those that one chunk fills apart where they have kernels."""
+    kind = library.precision(call.values.dtype)
+    apart = _fits(kind, call.width, call.heads, FULL.slots, FULL.min_length, call.shared_limit, call.wgmma)
+    for slot_class, bins in call.plan.classes(CLASSES):
+        full = call.plan.bins(FULL) if apart and slot_class == CLASSES[1] else 0
+        if bins > full:
+            yield slot_class, bins - full
+        if full:
+            yield FULL, full
 
 
 def why_not(op: str, args: Arguments) -> list[str]:
@@ -248,7 +269,7 @@ def why_not(op: str, args: Arguments) -> list[str]:
     if not reasons:
         slots = max(c.slots for c in CLASSES if c.min_length <= max(1, codes))
         limit = shared_limit(values.device)
-        if not _fits(library.precision(values.dtype), h, heads, slots, limit, has_wgmma(values.device)):
+        if not _fits(library.precision(values.dtype), h, heads, slots, 1, limit, has_wgmma(values.device)):
             reasons.append(
                 f"chunks of {codes} at width {h}, {heads} heads, do not fit the {limit >> 10} KB of shared memory here"
             )

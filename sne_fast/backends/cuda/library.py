@@ -19,7 +19,7 @@ from ...ops.precision import product_precision
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 from . import compatibility
 
-ABI = 1
+ABI = 2
 EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
 EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cuda.so")
@@ -34,7 +34,8 @@ ChunkArgs = struct(
     "chunk_ptr order owner table values row_code element_code logit basis b_qkv b_o norm pool_query prepared",
 )
 ChunkSpace = struct("ChunkSpace", "", "saved rows_grad products")
-ChunkScalarGrads = struct("ChunkScalarGrads", "", "values logit_part basis_part norm_part")
+ChunkBlockGrads = struct("ChunkBlockGrads", "", "norm_part w_qkv_part b_qkv_part w_o_part b_o_part")
+ChunkScalarGrads = struct("ChunkScalarGrads", "", "values logit_part basis_part norm_part w_o_part b_o_part")
 ChunkWeightGradArgs = struct(
     "ChunkWeightGradArgs",
     "hidden rows block multiprocessors",

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from ...backends.cuda import library
 from ...reports.terminal import show_table
-from .counting import CHIPS, CLASSES, INTEGER, Count, as_row, bounds, count_library
+from .counting import CHIPS, CLASSES, INTEGER, Chip, Count, as_row, bounds, count_library
 from .flow import CSRC
 from .kernels import Config
+from .triton_kernels import count_triton
 
 
 def compile_library(target: Path, architecture: str) -> None:
@@ -41,10 +42,13 @@ def show(counts: list[Count], title: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Count, print and write."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m sne_fast.benchmark.instructions", description=__doc__)
     parser.add_argument("library", nargs="?", type=Path, default=library.LIBRARY_FILE, help="library or object file")
     parser.add_argument("--compile", action="store_true", help="build the library of this source tree first")
+    parser.add_argument(
+        "--backend", default="cuda", choices=["cuda", "triton"], help="triton compiles its kernels here"
+    )
     parser.add_argument("--architecture", default="90a", help="such as 80, 90a, 100")
     parser.add_argument("--chip", default="h100", choices=sorted(CHIPS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "tf32"])
@@ -55,6 +59,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the counts")
     options = parser.parse_args(arguments)
     config, chip = Config(options.hidden, options.heads, options.chunk_size), CHIPS[options.chip]
+    if options.backend == "triton":
+        number = int(options.architecture.rstrip("a"))
+        counts = count_triton(config, options.dtype, number, chip, options.only)
+    else:
+        counts = count_cuda(options, config, chip)
+    report(counts, options, config, chip)
+
+
+def count_cuda(options: argparse.Namespace, config: Config, chip: Chip) -> list[Count]:
+    """Count the kernels of a library, which is built first with `--compile`."""
     with TemporaryDirectory() as folder:
         binary: Path = options.library
         if options.compile:
@@ -62,7 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
             compile_library(binary, options.architecture)
         if not binary.exists():
             raise RuntimeError(f"{binary} does not exist: build it with SNE_FAST_BUILD=cuda, or pass --compile")
-        counts = count_library(binary, options.architecture, config, options.dtype, chip, options.only)
+        return count_library(binary, options.architecture, config, options.dtype, chip, options.only)
+
+
+def report(counts: list[Count], options: argparse.Namespace, config: Config, chip: Chip) -> None:
+    """Print counts and what they allow a chip, and write them to `--json`, which keeps the other backend's."""
     show(counts, f"warp instructions per 32 weights, sm_{options.architecture}, {options.dtype}, {config}")
     step = [c for c in counts if c.kernel != "forward"]
     limits = {
@@ -78,6 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
                "heads": config.heads, "chunk_size": config.chunk_size, "chip": chip.name,
                "bounds": {name: {k: round(v, 2) for k, v in found.items()} for name, found in limits.items()},
                "kernels": [as_row(c) for c in counts]}  # fmt: skip
+        before = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+        if options.backend == "triton":
+            row = before | {"triton": before.get("triton", {}) | {f"sm_{options.architecture}": row}}
+        elif "triton" in before:
+            row["triton"] = before["triton"]
         options.json.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
 
 

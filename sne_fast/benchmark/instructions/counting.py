@@ -39,6 +39,7 @@ class Chip:
     exponentials: int = 16
     matrix_operations: int = 4096  # of 16-bit operands, dense
     shared_bytes: int = 128
+    shared_memory: int = 228 << 10
     registers: int = 65536
     warps: int = 64
 
@@ -46,7 +47,7 @@ class Chip:
 CHIPS = {
     "h100": Chip("H100 SXM", 132, 1.755),
     "h200": Chip("H200", 132, 1.755),
-    "a100": Chip("A100 SXM", 108, 1.41, matrix_operations=2048),
+    "a100": Chip("A100 SXM", 108, 1.41, matrix_operations=2048, shared_memory=164 << 10),
 }
 
 

@@ -1,6 +1,6 @@
 """How often each instruction of a kernel runs: the flow of control through its machine code.
 
-Trip counts are not in machine code. They come from a table by the loop's line of source (:mod:`.loops`): the branch
+Trip counts are not in machine code. They come from a table by the loop's line of source: the branch
 that ends a loop carries that line. A loop that the table does not have is an error. Any other branch goes on to the
 next instruction, or into the longer one of two ways, unless the table of branches says how often the statement behind
 it runs.
@@ -11,7 +11,7 @@ The code for what an unrolled loop leaves over counts once, so counts are rather
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,10 @@ import numpy as np
 
 from .machine_code import Frame, Function
 
-CSRC = Path(__file__).resolve().parents[3] / "csrc"
+PACKAGE = Path(__file__).resolve().parents[2]
+CSRC = PACKAGE.parent / "csrc"
+_FOLDERS = {"/csrc/": CSRC, "/sne_fast/": PACKAGE}
+"""Folders of the kernels' sources, by what stands before a file's name within them."""
 
 
 @dataclass(frozen=True)
@@ -31,42 +34,63 @@ class Loop:
     unrolled: int = 1
 
 
+def is_source(file: str) -> bool:
+    """Return whether a file is a source of kernels, not one of a library that they call."""
+    return any(part in file for part in _FOLDERS)
+
+
 @cache
 def _lines(file: str) -> list[str]:
     path = Path(file)
-    here = CSRC / file.rpartition("/csrc/")[2]  # these sources, also of a library that was built in another place
-    if "/csrc/" in file and here.exists():
-        path = here
-    elif not path.exists():
+    for part, folder in _FOLDERS.items():  # these sources, also of machine code that was compiled in another place
+        here = folder / file.rpartition(part)[2]
+        if part in file and here.exists():
+            path = here
+    if not path.exists():
         raise RuntimeError(f"{file} is not here: instructions are counted beside the sources of the kernels")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def source_of(frame: Frame) -> str:
     """Return the text of a line of source."""
     file, line = frame
     lines = _lines(file)
-    return lines[line - 1] if line <= len(lines) else ""
+    return lines[line - 1].strip() if line <= len(lines) else ""
 
 
 @cache
 def _lines_of(file: str, text: str) -> tuple[frozenset[int], frozenset[int]]:
     """Return the lines of all statements that begin with ``text``, and the first lines alone."""
-    lines, found, starts = _lines(file), set(), set()
+    lines = _lines(file)
+    found: set[int] = set()
+    starts: set[int] = set()
     for first, line in enumerate(lines):
-        if not line.startswith(text):
-            continue
-        starts.add(first + 1)
-        depth, at = 0, first
-        while at < len(lines):
-            if depth == 1 and lines[at].startswith("} else"):
-                break
-            depth += sum(lines[at].count(c) for c in "({") - sum(lines[at].count(c) for c in ")}")
-            found.add(at + 1)
-            if depth <= 0 and lines[at].endswith((";", "}")):
-                break
-            at += 1
+        if line.strip().startswith(text):
+            starts.add(first + 1)
+            found.update(_indented(lines, first) if file.endswith(".py") else _in_braces(lines, first))
     return frozenset(found), frozenset(starts)
+
+
+def _in_braces(lines: list[str], first: int) -> Iterator[int]:
+    depth = 0
+    for at in range(first, len(lines)):
+        line = lines[at].strip()
+        if depth == 1 and line.startswith("} else"):
+            return
+        depth += sum(line.count(c) for c in "({") - sum(line.count(c) for c in ")}")
+        yield at + 1
+        if depth <= 0 and line.endswith((";", "}")):
+            return
+
+
+def _indented(lines: list[str], first: int) -> Iterator[int]:
+    depth = len(lines[first]) - len(lines[first].lstrip())
+    yield first + 1
+    for at in range(first + 1, len(lines)):
+        line = lines[at].lstrip()
+        if line and len(lines[at]) - len(line) <= depth:
+            return
+        yield at + 1
 
 
 def _is_inside(frames: tuple[Frame, ...], text: str) -> bool:
@@ -105,7 +129,7 @@ class Flow:
         self.share = self._shares()
 
     def _frames(self, at: int) -> tuple[Frame, ...]:
-        return tuple(frame for frame in self.function.instructions[at].frames if "/csrc/" in frame[0])
+        return tuple(frame for frame in self.function.instructions[at].frames if is_source(frame[0]))
 
     def _chance(self, number: int) -> float:
         """Return how often a block runs when the code around it runs once, loops aside."""
@@ -237,7 +261,14 @@ class Flow:
         return np.linalg.solve(matrix, entered)
 
     def per_run_of(self, text: str) -> dict[int, float]:
-        """Return how often each instruction runs while the loop whose source begins with ``text`` runs once."""
+        """Return how often each instruction runs while the loop whose source begins with ``text`` runs once.
+
+        Without a ``text``, while the kernel runs once.
+        """
+        if not text:
+            times = self.runs()
+            return {at: float(times[number]) for number in self._reached(self.share)
+                    for at in range(*self.blocks[number])}  # fmt: skip
         edges = [edge for edge in self.bodies
                  if any(source_of(frame).startswith(text) for frame in self._frames_of(edge))]  # fmt: skip
         if not edges:

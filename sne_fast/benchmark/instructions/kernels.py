@@ -50,10 +50,24 @@ def training_kernels(config: Config, dtype: str, wgmma: bool) -> list[Kernel]:
     """Return the kernels of a training step of ``chunk_encode``; the first one is the forward pass."""
     op, stored, h, d = _OPERANDS[dtype], _STORED[dtype], config.hidden, config.head_width
     tile = 32 if h % 64 else 64
+    fills_bins = dtype in ("bfloat16", "float16") and h <= 64 and d >= 16 and config.chunk_size == 32
     forward = rf"chunk_encode_forward{'_wgmma' if wgmma else ''}<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, "
-    return [
+    both_forwards = [
         Kernel("forward", forward, _BINS, lambda c, rows: 32 / rows),
         Kernel("forward of the backward", forward, _BINS, lambda c, rows: 32 / rows, saving=True),
+    ]
+    if fills_bins:
+        shape = rf"_backward<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, "
+        return [
+            *both_forwards,
+            Kernel("pool backward", f"chunk_full_pool{shape}", _BINS, lambda c, rows: 2.0, threads=256),
+            Kernel("block backward", f"chunk_full_block{shape}", _BINS, lambda c, rows: 2.0, 3, threads=256),
+            Kernel("sums of codes", rf"chunk_full_codes_backward<sne::{stored}, {h}>", _BINS,
+                   lambda c, rows: c.hidden / 16, threads=512),
+            Kernel("scalar backward", f"chunk_full_scalar{shape}", _BINS, lambda c, rows: 2.0, threads=256),
+        ]  # fmt: skip
+    return [
+        *both_forwards,
         Kernel("pool backward", rf"chunk_pool_backward<sne::{stored}>", _BINS, lambda c, rows: 32 / rows,
                rows=32, threads=256, halves=stored != "float"),
         Kernel("block backward", rf"chunk_block_backward<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, ", _BINS,
@@ -81,12 +95,14 @@ def branches(kernel: Kernel) -> dict[str, float]:
         "sync_block();": 0,
         "copy(offset, count);": 0,
         "encode_bin<Op, Shape>(": 0,
+        "if (!pieces)": 0,
+        "store_pieces<Op>(to, x[0]);": float(kernel.saving),
         "if (saved && local": float(kernel.saving),
         "if (head) sum[0]": 0,
         "if (chunk != held) {": 1 / 32,
         "if (heads < 4) {": 0,
-        "if (saved) save_rows": float(kernel.saving),
-        "save_rows<Op, Shape>(saved + 3 * plane": float(kernel.saving),
+        "if (saved) save_full": float(kernel.saving),
+        "save_full<Op, Shape>(saved + 3 * plane": float(kernel.saving),
         "pool_of_full<Op, Shape>(": float(not kernel.saving),
         "if (!saved)": float(not kernel.saving),
         "else if (local < call.count)": float(kernel.saving),
@@ -104,6 +120,12 @@ def loops(config: Config, kernel: Kernel) -> dict[str, Loop]:
         "for (int i = thread_id(); norm &&": Loop(2),
         "for (int at = thread_id() * 16; at < bytes; at += num_threads() * 16)": Loop(26),
         "for (int i = thread_id(); i < size; i += num_threads())": Loop(2),
+        "for (int i = thread_id(); i < vectors * width; i += num_threads()) {": Loop(2),
+        "for (int warp = 0; warp < kFullWarps; ++warp) total += sums[warp * size + i];": Loop(8, 8),
+        "for (int i = thread_id(); i < kSize; i += num_threads()) {": Loop(2),
+        "for (int i = thread_id(); i < 3 * W + 2 * H; i += num_threads()) {": Loop(2),
+        "for (int i = thread_id(); i < 32 * W; i += num_threads()) {": Loop(4),
+        "for (int bin = 0; bin < kBins; ++bin) sum +=": Loop(4, 4),
         # forward
         "for (int block = 1; block < 4; ++block) {": Loop(3),
         "for (int head = 0; head < Shape::HEADS; ++head) {": Loop(heads),

@@ -10,30 +10,16 @@ import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
 from sne_fast.backends.gpu_plans.chunks import SlotClass
-from sne_fast.backends.triton import (
-    chunk_encode_backward_kernels,
-    chunk_encode_kernels,
-    chunk_encode_staged_kernels,
-    staged_rows_kernels,
-)
+from sne_fast.backends.triton import chunk_encode_staged_kernels, staged_rows_kernels
 from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES, class_constants, length_class, padded_heads
 from sne_fast.backends.triton.launches import launch, trial
+from sne_fast.benchmark.instructions.triton_kernels import functions, signature
 
 pytestmark = pytest.mark.build
 
 MULTI, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-INDICES = {"chunk_ptr", "order", "owner", "table", "ptr"}
-SUMS = {"rows_grad", "chunk_grad", "values_grad_sum", "means", "means_grad", "rows", "partial"}
-COUNTS = {"first_bin", "slab_rows", "tiles", "codes", "sets", "chunks"}
-KERNELS = {
-    "chunk_encode": chunk_encode_kernels.chunk_encode_kernel,
-    "chunk_encode_pool_backward": chunk_encode_backward_kernels.pool_backward_kernel,
-    "chunk_encode_weight_grad": chunk_encode_backward_kernels.weight_grad_kernel,
-    "chunk_encode_block_backward": chunk_encode_backward_kernels.block_backward_kernel,
-    "chunk_encode_codes_backward": chunk_encode_backward_kernels.codes_backward_kernel,
-    "chunk_encode_scalar_backward": chunk_encode_backward_kernels.scalar_backward_kernel,
-}
+KERNELS = functions()
 
 
 @dataclass(frozen=True)
@@ -73,17 +59,6 @@ class Variant:
         return compile_kernel(fn, signature(fn, TYPES[self.dtype], constants), constants, self.arch,
                               num_warps=sizes.num_warps, num_stages=sizes.num_stages,
                               maxnreg=sizes.maxnreg)  # fmt: skip
-
-
-def signature(fn, operand: str, constants: dict) -> dict[str, str]:
-    def kind(name: str) -> str:
-        if name in COUNTS:
-            return "i64" if name == "first_bin" else "i32"
-        if name in INDICES:
-            return "*i64"
-        return "*fp32" if name in SUMS or name.endswith("_part") else f"*{operand}"
-
-    return {name: kind(name) for name in fn.arg_names if name not in constants}
 
 
 # Local memory per thread, in bytes, that a kernel may spill: none in the forward kernel at h = 64 for the classes of

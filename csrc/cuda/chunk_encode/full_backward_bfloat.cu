@@ -1,0 +1,4 @@
+// Backward of chunk_encode for bins that one chunk fills, for operands of bfloat16.
+#include "cuda/chunk_encode/full_backward_impl.h"
+
+template struct sne::FullBackward<sne::OpBfloat>;

@@ -1,0 +1,25 @@
+"""Executed instructions per 32 weights of the Triton kernels, in machine code for sm_90."""
+
+from __future__ import annotations
+
+import pytest
+
+from sne_fast.benchmark.instructions import CHIPS, Config, Count
+from sne_fast.benchmark.instructions.triton_kernels import KERNELS, count_kernel
+
+pytestmark = pytest.mark.build
+
+LIMITS = {"forward": 24_800, "pool backward": 1_260, "weight gradients": 530, "scalar backward": 30_500}
+"""Warp instructions per 32 weights at width 64, 4 heads, chunks of 32, bfloat16: what they are, and 2 % on top."""
+
+
+def counted(title: str) -> Count:
+    kernel = next(kernel for kernel in KERNELS if kernel.title == title)
+    return count_kernel(kernel, Config(), "bfloat16", 90, CHIPS["h100"])
+
+
+@pytest.mark.parametrize("title", LIMITS)
+def test_instructions_stay_below_their_limit(title: str) -> None:
+    found = counted(title)
+    print(title, found)
+    assert found.instructions <= LIMITS[title], found
