@@ -23,6 +23,7 @@ from .duplicates import duplicates
 from .encode import encode
 from .info import info
 from .lineage import lineage
+from .map import map
 from .predict import predict
 from .search import search
 from .task import task
@@ -71,7 +72,7 @@ def _options(
     pass
 
 
-for _command in (demo, train, task, encode, predict, search, duplicates, lineage, compare, bench, info):
+for _command in (demo, train, task, encode, predict, search, duplicates, lineage, compare, map, bench, info):
     app.command()(_command)
 
 

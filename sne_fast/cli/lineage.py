@@ -17,8 +17,10 @@ class LineageSettings:
 
     paths: tuple[Path, ...] = option(help=NETWORKS, argument=True, metavar="PATH")
     out: Path | None = option(
-        None, help="Also write to .csv, or to .dot for Graphviz.", flags=("--out", "-o")
-    )  # fmt: skip
+        None,
+        help="Also write to .csv, to .dot for Graphviz, or to .html, a page to fold and search.",
+        flags=("--out", "-o"),
+    )
     unrelated: float = option(0.9, help="Relative distance from which networks are unrelated, up to 1.4.")
     key: str | None = option(None, help=KEY, shown="the only one")
 
@@ -37,7 +39,7 @@ def lineage(settings: LineageSettings) -> None:
     from ..similarity import lineage as find
 
     if settings.out is not None:
-        check_output(settings.out, (".csv", ".dot"))
+        check_output(settings.out, (".csv", ".dot", ".html"))
     console = stdout()
     networks = networks_of(settings.paths, settings.key)
     sketches, failures = read_sketches(networks, console, settings.key)
@@ -50,7 +52,8 @@ def lineage(settings: LineageSettings) -> None:
     alone = len(sketches) - sum(map(len, found.families))
     say(console, f"{len(found.families)} families of {len(sketches) - alone} networks, {alone} without relatives")
     if settings.out is not None:
-        write_text(settings.out, found.dot() if settings.out.suffix == ".dot" else found.table())
+        written = {".csv": found.table, ".dot": found.dot, ".html": found.html}
+        write_text(settings.out, written[settings.out.suffix]())
     list_failures(failures)
     if failures:
         raise typer.Exit(1)

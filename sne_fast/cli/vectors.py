@@ -28,11 +28,13 @@ class Vectors(NamedTuple):
         names: paths of the networks.
         values: `(n, h)` float32.
         failed: number of networks that have no vector.
+        weights: number of weights of each network, None where it is not known.
     """
 
     names: list[str]
     values: np.ndarray
     failed: int
+    weights: list[int | None]
 
 
 def is_vectors(path: Path) -> bool:
@@ -60,7 +62,8 @@ def read_vectors(folder: Path) -> Vectors:
     if not kept.num_rows:
         raise FileNotFoundError(f"{folder}: none of its {table.num_rows} networks has a vector")
     values = np.array(kept["vector"].to_pylist(), np.float32)
-    return Vectors(kept["uri"].to_pylist(), values, table.num_rows - kept.num_rows)
+    failed = table.num_rows - kept.num_rows
+    return Vectors(kept["uri"].to_pylist(), values, failed, kept["weights"].to_pylist())
 
 
 def networks_of(paths: Sequence[Path], key: str | None) -> list[str]:

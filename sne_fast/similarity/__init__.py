@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .distances import sketch_distances
     from .duplicates import Duplicates, find_duplicates
     from .layouts import layout
+    from .pages import map_page
     from .searching import nearest
     from .sketches import NetworkSketch, sketch
     from .trees import Edge, Lineage, lineage
@@ -33,6 +34,7 @@ else:
             ".distances": ["sketch_distances"],
             ".duplicates": ["Duplicates", "find_duplicates"],
             ".layouts": ["layout"],
+            ".pages": ["map_page"],
             ".searching": ["nearest"],
             ".sketches": ["NetworkSketch", "sketch"],
             ".trees": ["Edge", "Lineage", "lineage"],
@@ -49,6 +51,7 @@ __all__ = [
     "find_duplicates",
     "layout",
     "lineage",
+    "map_page",
     "nearest",
     "sketch",
     "sketch_distances",

@@ -27,6 +27,7 @@ import networkx
 import numpy as np
 
 from .distances import joined, sharing, sketch_distances
+from .pages import tree_page
 from .sketches import NetworkSketch
 
 UNRELATED = 0.9
@@ -111,6 +112,14 @@ class Lineage:
             label = _quoted(f"{edge.relation} {edge.distance:.3g}")
             lines.append(f"  n{number[edge.parent]} -> n{number[edge.child]} [label={label}{style}];")
         return "\n".join([*lines, "}", ""])
+
+    def html(self, title: str = "Lineage of networks") -> str:
+        """Return the trees as an HTML page, one file that needs no network.
+
+        Trees can be folded and searched by name. Each step shows its relation, distance and evidence; directions that
+        are guesses are marked. Networks alone are a list of their own. A network of two parents stands below both.
+        """
+        return tree_page(self.names, self.edges, sure=_WEAK, title=title)
 
 
 def _quoted(text: str) -> str:

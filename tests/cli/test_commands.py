@@ -48,7 +48,7 @@ def test_help_and_version_import_nothing_heavy():
         "assert not {'torch', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
     commands = ["", "demo", "train", "task", "encode", "predict", "bench", "info"]
-    commands += ["search", "duplicates", "lineage", "compare"]
+    commands += ["search", "duplicates", "lineage", "compare", "map"]
     done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: sne-fast") == len(commands)

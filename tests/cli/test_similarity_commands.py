@@ -1,4 +1,4 @@
-"""search, duplicates, lineage and compare on files, zoos and folders of vectors."""
+"""search, duplicates, lineage, compare and map on files, zoos and folders of vectors."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ import torch
 
 from helpers.command_line import call, fails
 from sne_fast.data.checkpoints import save_state_dict
+from sne_fast.zoo.shards import ZooWriter
 
 pytest.importorskip("pyarrow")
 
@@ -31,6 +32,12 @@ def networks(tmp_path):
     for name, state in made.items():
         save_state_dict(state, folder / f"{name}.safetensors")
     return folder
+
+
+def data_of(file):
+    """Return what a page knows of its networks."""
+    text = file.read_text(encoding="utf-8")
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
 
 
 def rows_of(result):
@@ -83,6 +90,9 @@ def test_lineage_as_table_and_graph(networks, tmp_path):
     assert (tmp_path / "tree.dot").read_text().count("->") == 1
     assert call("lineage", networks, "-o", tmp_path / "tree.csv").exit_code == 0
     assert len((tmp_path / "tree.csv").read_text().splitlines()) == 5
+    assert call("lineage", networks, "-o", tmp_path / "tree.html").exit_code == 0
+    assert len(data_of(tmp_path / "tree.html")["rows"]) == 2
+    assert "must end in .csv or .dot or .html" in fails("lineage", networks, "-o", tmp_path / "tree.svg")
     assert "unrelated must lie in" in fails("lineage", networks, "--unrelated", 3)
 
 
@@ -96,3 +106,66 @@ def test_compare_shows_the_layers_that_changed(networks):
     result = call("compare", networks / "base.safetensors", networks / "other.safetensors", "--json")
     assert [change["status"] for change in json.loads(result.stdout)] == ["changed", "changed"]
     assert "holds 5 networks; name one" in fails("compare", networks, networks / "base.safetensors")
+
+
+def test_map_of_vectors_with_a_table(networks, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    (networks / "deep").mkdir()
+    hostile = "<img src=x onerror=alert(1)>"
+    (networks / "other.safetensors").rename(networks / "deep" / f"{hostile}.safetensors")
+    (networks / "bad.safetensors").write_bytes(b"nothing")
+    call("encode", networks, "-o", tmp_path / "vectors")
+    (tmp_path / "known.csv").write_text(f"name,accuracy,recipe\nbase,0.5,sgd\ncopy.safetensors,0.25,\n{hostile},,<b>\n")
+    page = tmp_path / "out" / "networks.html"
+    page.parent.mkdir()
+    result = call("map", tmp_path / "vectors", "-o", page, "--table", tmp_path / "known.csv", "--colour", "recipe")
+    assert result.exit_code == 0, result.output
+    assert "1 networks of" in result.stdout and "have no vector" in result.stdout
+    assert "2 networks are not in" in result.stdout
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert hostile not in page.read_text() and f"in {networks}</title>" in page.read_text()
+    data = data_of(page)
+    names = ["base.safetensors", "copy.safetensors", f"deep/{hostile}.safetensors", "permuted.safetensors"]
+    assert data["names"] == [*names, "pruned.safetensors"] and data["colour"] == 1
+    columns = {column["name"]: column for column in data["columns"]}
+    assert list(columns) == ["accuracy", "recipe", "folder", "weights"]
+    assert columns["accuracy"]["values"] == [0.5, 0.25, None, None, None]
+    assert columns["recipe"]["groups"] == ["<b>", "sgd"] and columns["recipe"]["values"] == [1, None, 0, None, None]
+    assert columns["folder"]["groups"] == ["", "deep"] and columns["weights"]["values"] == [404] * 5
+    assert data["near"][0][0] == 1 and len(data["near"][0]) == 4  # the copy
+    first = page.read_bytes()
+    assert call("map", tmp_path / "vectors", "-o", page, "--table", tmp_path / "known.csv").exit_code == 0
+    assert {**data, "colour": 0} == data_of(page) != json.loads(first.split(b'id="data">')[1].split(b"</script>")[0])
+
+    (tmp_path / "strange.csv").write_text("name,accuracy\nnothing,0.5\n")
+    (tmp_path / "twice.csv").write_text("name,accuracy\nbase,0.5\nbase,0.6\n")
+    (tmp_path / "keyless.csv").write_text("network,accuracy\nbase,0.5\n")
+    for table, message in [
+        ("strange", "the column 'name' names none of the networks"),
+        ("twice", "the column 'name' names 'base' twice"),
+        ("keyless", "must have a column that names the networks, one of uri, file, path"),
+        ("none", "there is no such file"),
+    ]:
+        assert message in fails("map", tmp_path / "vectors", "-o", page, "--table", tmp_path / f"{table}.csv")
+    assert "--colour must be a column, one of folder, weights; got 'x'" in fails(
+        "map", tmp_path / "vectors", "-o", page, "--colour", "x"
+    )
+    assert "must end in .html" in fails("map", tmp_path / "vectors", "-o", tmp_path / "map.png")
+    assert "holds no vectors" in fails("map", networks, "-o", page)
+
+
+def test_map_of_a_zoo_has_its_columns(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    with ZooWriter(tmp_path / "zoo") as writer:
+        for k, name in enumerate("abc"):
+            writer.add(name, torch.nn.Linear(5, 1).state_dict(), {"accuracy": k / 10})
+    call("encode", tmp_path / "zoo", "-o", tmp_path / "vectors")
+    result = call("map", tmp_path / "vectors", "-o", tmp_path / "map.html")
+    assert result.exit_code == 0, result.output
+    assert "coloured by accuracy" in result.stdout
+    data = data_of(tmp_path / "map.html")
+    assert data["names"] == ["a", "b", "c"]
+    assert data["columns"][0] == {"name": "accuracy", "kind": "number", "values": [0.0, 0.1, 0.2]}
+    assert [column["name"] for column in data["columns"]] == ["accuracy", "weights"]
