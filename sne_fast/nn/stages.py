@@ -102,10 +102,11 @@ class ChunkEncoder(nn.Module):
         values, chunk_ptr, tensor_ptr, chunk_ptr_host, _ = _chunks_of(batch, run)
         blocks, gain = list(self.blocks), self.code_gain
         chunk_of_row, tensor_of_chunk = owners(chunk_ptr, values.shape[0]), owners(tensor_ptr, chunk_ptr.shape[0] - 1)
-        code = (gain * tensor_code).index_select(0, tensor_of_chunk.index_select(0, chunk_of_row))
+        # Not index_select, whose gradient on a GPU adds in any order.
+        code = gain * tensor_code[tensor_of_chunk.index_select(0, chunk_of_row)]
         if self.element_order:
             place = torch.arange(values.shape[0], device=chunk_ptr.device) - chunk_ptr.index_select(0, chunk_of_row)
-            code = code + (gain * self._element_code(batch, tensor_code)).index_select(0, place)
+            code = code + gain * self._element_code(batch, tensor_code).index_select(0, place)
         x = values[:, None]
         for block in blocks[:2]:
             x = block(x, chunk_ptr, chunk_ptr_host)
@@ -207,38 +208,45 @@ class TensorEncoder(SetEncoder):
             index: ``(N,)``, which of ``positions`` each chunk has; None for 0, 1, ... in each tensor.
             overwrite: whether ``x`` may be overwritten, so that a large tensor needs no second copy.
         """
-        gain = self.code_gain
-        row_code = gain * (level_code + tensor_scale.log().to(gain.dtype)[:, None] * self.magnitude_code)
+        log_scale = tensor_scale.log().to(self.code_gain.dtype)[:, None]
         runs = set_runs(ptr_host, x.device) if self._is_plain() else None
         if runs is None:
-            return self._encode(x, ptr, ptr_host, row_code, positions, index)
+            return self._encode(x, ptr, ptr_host, (level_code, log_scale), positions, index)
         encoded = []
         for run, rows in runs:
             part, own_index = x[rows], None if index is None else index[rows]
             bounds = slice(run.start, run.stop + 1)
             pointers = (ptr[bounds] - rows.start, ptr_host[bounds] - rows.start)
+            codes = (level_code[run], log_scale[run])
             if is_large(part.shape[0], x.device) and self._has_tiles():
                 part = part if overwrite else part.clone()
-                encoded.append(self._encode_by_tiles(part, *pointers, row_code[run], positions, own_index))
+                encoded.append(self._encode_by_tiles(part, *pointers, self._row_code(*codes), positions, own_index))
             else:
-                encoded.append(self._encode(part, *pointers, row_code[run], positions, own_index))
+                encoded.append(self._encode(part, *pointers, codes, positions, own_index))
         return torch.cat(encoded)
 
+    def _row_code(self, level_code: Tensor, log_scale: Tensor) -> Tensor:
+        return self.code_gain * (level_code + log_scale * self.magnitude_code)
+
     def _encode(
-        self, x: Tensor, ptr: Tensor, ptr_host: Tensor, row_code: Tensor, positions: Tensor, index: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, ptr: Tensor, ptr_host: Tensor, codes: tuple[Tensor, Tensor], positions: Tensor,
+        index: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         x = self.attend(x, ptr, ptr_host)
         chunks, gain = x.shape[0], self.code_gain
         tensor_of_chunk = owners(ptr, chunks)
+        # Before parameters enter, as the gradient of index_select on a GPU adds in any order; that of indexing sorts.
+        level_code, log_scale = codes
+        x = x + self._row_code(level_code.index_select(0, tensor_of_chunk), log_scale[tensor_of_chunk])
         if not self.chunk_order:
-            return self.pool(x + row_code.index_select(0, tensor_of_chunk), ptr, ptr_host).squeeze(1)
+            return self.pool(x, ptr, ptr_host).squeeze(1)
         if index is None:
-            table = gain * reversed_position_code(positions, x.shape[1], gain.dtype)
+            table = reversed_position_code(positions, x.shape[1], gain.dtype)
             place = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
-            order_code = table.index_select(0, place)
+            order_code = gain * table.index_select(0, place)
         else:
             order_code = gain * reversed_position_code(positions.index_select(0, index), x.shape[1], gain.dtype)
-        return self.pool(x + row_code.index_select(0, tensor_of_chunk) + order_code, ptr, ptr_host).squeeze(1)
+        return self.pool(x + order_code, ptr, ptr_host).squeeze(1)
 
     def _is_plain(self) -> bool:
         """Return whether blocks and pool may be called several times, as hooks and other modules might notice."""

@@ -38,17 +38,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return names
 
 
-@pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize(
-    "width, heads, dtype",
-    [(64, 4, torch.bfloat16), (64, 2, torch.float16), (64, 1, torch.bfloat16), (32, 2, torch.float16),
-     (32, 1, torch.bfloat16)],
+    "width, heads, dtype, layer_norm",
+    [(64, 4, torch.bfloat16, True), (64, 2, torch.float16, False), (64, 1, torch.bfloat16, True),
+     (32, 2, torch.float16, True), (32, 1, torch.bfloat16, False)],
 )  # fmt: skip
 def test_gradients_lose_at_most_twice_what_torch_loses(
     width: int, heads: int, dtype: torch.dtype, layer_norm: bool, launched: list[tuple[str, int]]
 ) -> None:
     ratios = []
-    for seed in range(5 if layer_norm else 3):
+    for seed in range(3):
         args = case(width, heads, dtype, seed=seed, layer_norm=layer_norm)
         ratios.append(checks.loses_at_most_twice_what_torch_loses(module, args if layer_norm else gentle(args)))
     assert ("chunk_block_backward", FULL.min_length) in launched
