@@ -143,21 +143,32 @@ def main() -> None:
     rows = {network_of(row["path"]): row for row in listed}
     result: dict[str, Any] = {"files": len(rows), "files_by": summary(listed)}
     result["making"] = {"cpu_seconds": time.process_time() - cpu}
+    result["machine"] = {**machine(), "load_average": os.getloadavg()[0], "note": given.note}
     seconds: dict[str, Any] = {}
+    result["seconds"] = seconds
+
+    def save() -> None:
+        if given.out is not None:
+            given.out.write_text(json.dumps(result, indent=2) + "\n")
 
     model = [] if given.model is None else ["--model", given.model]
     printed, seconds["encode"] = run("encode", networks, "-o", vectors, *model)
     assert f"{FAMILY_SIZE * given.families:,} networks are done" in printed, printed
+    save()
 
     asked = [path for path, row in rows.items() if row["relation"] != "base"]
     (given.folder / "queries.txt").write_text("\n".join(asked) + "\n")
     printed, seconds["search"] = run("search", vectors, f"@{given.folder / 'queries.txt'}", "-k", 10, "--json")
     result["search"] = searched(json.loads(printed), rows)
+    save()
 
     _, seconds["duplicates"] = run("duplicates", networks, "-o", given.folder / "copies.csv")
     result["duplicates"] = copies(read_table(given.folder / "copies.csv"), rows)
+    save()
+
     _, seconds["lineage"] = run("lineage", networks, "-o", given.folder / "tree.csv")
     result["lineage"] = edges(read_table(given.folder / "tree.csv"), rows)
+    save()
 
     pairs = {}
     for relation in ("tuned", "head", "copy"):
@@ -165,11 +176,11 @@ def main() -> None:
         if path is not None:
             pairs[relation] = (network_of(rows[path]["parents"][0]), path)
     result["compare"] = changed(pairs)
-    result["seconds"] = seconds
-    result["machine"] = {**machine(), "load_average": os.getloadavg()[0], "note": given.note}
+    save()
+
+    _, seconds["map"] = run("map", vectors, "-o", given.folder / "map.html")
+    save()
     print(json.dumps(result, indent=2))
-    if given.out is not None:
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
