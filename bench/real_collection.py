@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="Folder of files and results, new or unfinished.")
     parser.add_argument("--families", type=int, default=100, help="Number of families, of ten files each.")
     parser.add_argument("--model", help="Folder of a trained encoder instead of the default of encode.")
+    parser.add_argument("--workers", type=int, default=1, help="Processes of encode.")
     parser.add_argument("--note", default="", help="A sentence on the machine, such as that other work ran there.")
     parser.add_argument("--out", type=Path, help="JSON file for the result.")
     given = parser.parse_args()
@@ -141,7 +142,7 @@ def main() -> None:
     networks, vectors, cpu = given.folder / "networks", given.folder / "vectors", time.process_time()
     listed = make_collection(networks, given.families)
     rows = {network_of(row["path"]): row for row in listed}
-    result: dict[str, Any] = {"files": len(rows), "files_by": summary(listed)}
+    result: dict[str, Any] = {"files": len(rows), "files_by": summary(listed), "encode_workers": given.workers}
     result["making"] = {"cpu_seconds": time.process_time() - cpu}
     result["machine"] = {**machine(), "load_average": os.getloadavg()[0], "note": given.note}
     seconds: dict[str, Any] = {}
@@ -152,7 +153,7 @@ def main() -> None:
             given.out.write_text(json.dumps(result, indent=2) + "\n")
 
     model = [] if given.model is None else ["--model", given.model]
-    printed, seconds["encode"] = run("encode", networks, "-o", vectors, *model)
+    printed, seconds["encode"] = run("encode", networks, "-o", vectors, "--workers", given.workers, *model)
     assert f"{FAMILY_SIZE * given.families:,} networks are done" in printed, printed
     save()
 
