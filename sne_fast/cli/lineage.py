@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..tasks.settings import option
+from .known import within
 from .options import options_of
 from .running import KEY, check_output, list_failures, stdout
 from .vectors import NETWORKS, networks_of, read_sketches
+
+if TYPE_CHECKING:
+    from ..similarity import Lineage
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,17 @@ def lineage(settings: LineageSettings) -> None:
     alone = len(sketches) - sum(map(len, found.families))
     say(console, f"{len(found.families)} families of {len(sketches) - alone} networks, {alone} without relatives")
     if settings.out is not None:
-        written = {".csv": found.table, ".dot": found.dot, ".html": found.html}
+        written = {".csv": found.table, ".dot": found.dot, ".html": lambda: _page(found)}
         write_text(settings.out, written[settings.out.suffix]())
     list_failures(failures)
     if failures:
         raise typer.Exit(1)
+
+
+def _page(found: Lineage) -> str:
+    """Return the page of some trees, whose networks are called by their paths in the folder that all are in."""
+    folder, names = within(found.names)
+    short = dict(zip(found.names, names, strict=True))
+    edges = tuple(replace(edge, parent=short[edge.parent], child=short[edge.child]) for edge in found.edges)
+    title = f"Lineage of {len(names):,} networks" + (f" in {folder}" if folder else "")
+    return replace(found, names=tuple(names), edges=edges).html(title)

@@ -163,7 +163,8 @@ def tree_page(names: Sequence[str], edges: Sequence[Edge], *, sure: float, title
         ],
         "rows": rows,
         "alone": alone,
-        "summary": f"{families:,} trees of {len(shown):,} networks, {len(alone):,} without relatives",
+        "summary": f"{families:,} tree{'s' * (families != 1)} of {len(shown):,} networks, {len(alone):,} without "
+        "relatives",
     }  # fmt: skip
     return page("tree", title, data)
 

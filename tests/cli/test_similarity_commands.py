@@ -91,7 +91,8 @@ def test_lineage_as_table_and_graph(networks, tmp_path):
     assert call("lineage", networks, "-o", tmp_path / "tree.csv").exit_code == 0
     assert len((tmp_path / "tree.csv").read_text().splitlines()) == 5
     assert call("lineage", networks, "-o", tmp_path / "tree.html").exit_code == 0
-    assert len(data_of(tmp_path / "tree.html")["rows"]) == 2
+    assert [row["edge"] for row in data_of(tmp_path / "tree.html")["rows"]] == [None, 0]
+    assert f"Lineage of 4 networks in {networks}</title>" in (tmp_path / "tree.html").read_text()
     assert "must end in .csv or .dot or .html" in fails("lineage", networks, "-o", tmp_path / "tree.svg")
     assert "unrelated must lie in" in fails("lineage", networks, "--unrelated", 3)
 

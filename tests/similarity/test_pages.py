@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import pairwise
@@ -156,3 +158,35 @@ def test_circles_and_long_chains_end():
     chain = tree(*((a, b, "train", 0.5) for a, b in pairwise(names)), names=names)
     depths = [depth for depth, _, _ in shown(Page(chain.html()))]
     assert depths == [min(k, 100) for k in range(3000)]
+
+
+def in_browser(text, folder):
+    """Return the page that a browser has made of a page's text by its script."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium")
+    (folder / "page.html").write_text(text, encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command = [browser, *options, "--virtual-time-budget=1000", "--dump-dom", (folder / "page.html").as_uri()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.skip("chromium took too long")
+    return Page(done.stdout)
+
+
+def test_a_browser_shows_a_map_and_runs_nothing_of_its_names(tmp_path):
+    places = np.random.default_rng(0).normal(size=(5, 2))
+    page = in_browser(map_page(places, HOSTILE, {HOSTILE[0]: HOSTILE, "accuracy": np.arange(5)}), tmp_path)
+    tags = [tag for tag, _ in page.tags]
+    assert "img" not in tags and tags.count("script") == 2
+    assert tags.count("option") == 3  # the script has run
+    assert [given["aria-pressed"] for _, given in page.tags if "aria-pressed" in given] == ["false"] * 5
+
+
+def test_a_browser_shows_a_tree(tmp_path):
+    names = ("root", *HOSTILE)
+    page = in_browser(tree(*(("root", name, "train", 0.1) for name in HOSTILE[:3]), names=names).html(), tmp_path)
+    tags = [tag for tag, _ in page.tags]
+    assert "img" not in tags and tags.count("script") == 2
+    assert tags.count("li") == 6 and tags.count("details") == 2

@@ -58,8 +58,12 @@ function draw() {
         if (dimmed[i] !== faint) continue;
         const x = screenX(i), y = screenY(i);
         if (x < -size || y < -size || x > width + size || y > height + size) continue;
-        context.moveTo(x + size, y);
-        context.arc(x, y, size, 0, 2 * Math.PI);
+        if (size < 2) {
+          context.rect(x - size, y - size, 2 * size, 2 * size); // so small, not to be told from a disc; twice as fast
+        } else {
+          context.moveTo(x + size, y);
+          context.arc(x, y, size, 0, 2 * Math.PI);
+        }
       }
       context.fill();
     });
@@ -98,11 +102,10 @@ function colourBy(column) {
 }
 
 function byNumber(column, legend) {
-  let low = Infinity, high = -Infinity;
-  for (const value of column.values) {
-    if (value !== null) { low = Math.min(low, value); high = Math.max(high, value); }
-  }
-  const logarithmic = low > 0 && high / low > 100;
+  const known = column.values.filter((value) => value !== null).sort((a, b) => a - b);
+  const low = known[0], high = known[known.length - 1], median = known[known.length >> 1];
+  // Values most of which would have the colour of the least one.
+  const logarithmic = low > 0 && high / low > 100 && (median - low) / (high - low) < 0.1;
   const place = (value) => (logarithmic ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low)) || 0;
   paints = Array.from({ length: STEPS }, (_, k) => stepColour(k / (STEPS - 1)));
   members = paints.map(() => []);
@@ -113,7 +116,7 @@ function byNumber(column, legend) {
   paints.unshift(GREY); // below the others
   members.unshift(unknown);
   legend.append(element("h2", column.name + (logarithmic ? " (logarithmic)" : "")));
-  if (low <= high) {
+  if (known.length) {
     const bar = element("div", "", "bar"), ends = element("div", "", "ends");
     bar.style.background = `linear-gradient(to right, ${paints.slice(1).join(",")})`;
     ends.append(element("span", shown(low)), element("span", shown(high)));
@@ -192,7 +195,9 @@ function choose(i, move = false) {
   panel.replaceChildren();
   if (i >= 0) {
     if (move) view = { x: xs[i], y: ys[i], scale: Math.max(view.scale, 4 * whole()) };
-    panel.append(element("h2", data.names[i]), columnsOf(i));
+    const known = columnsOf(i);
+    known.tabIndex = 0; // so that the keyboard can scroll it
+    panel.append(element("h2", data.names[i]), known);
     const near = data.near ? data.near[i] : [];
     if (near.length) {
       const list = element("ul", "", "choices");
@@ -214,17 +219,24 @@ function valueOf(column, i) {
   return column.kind === "group" && value !== null ? column.groups[value] : shown(value);
 }
 
-function columnsOf(i) {
+function columnsOf(i, shownColumns = data.columns) {
   const list = element("dl");
-  for (const column of data.columns) list.append(element("dt", column.name), element("dd", valueOf(column, i)));
+  for (const column of shownColumns) list.append(element("dt", column.name), element("dd", valueOf(column, i)));
   return list;
+}
+
+// The column that colours the networks, and the first ones of the others that are known of a network.
+function mainColumns(i) {
+  const first = data.columns[Number(columns.value)];
+  const others = data.columns.filter((column) => column !== first && column.values[i] !== null);
+  return [...(first ? [first] : []), ...others].slice(0, 5);
 }
 
 function hover(i, x, y) {
   if (i !== hovered) {
     hovered = i;
     tip.replaceChildren();
-    if (i >= 0) tip.append(element("strong", data.names[i]), columnsOf(i));
+    if (i >= 0) tip.append(element("strong", data.names[i]), columnsOf(i, mainColumns(i)));
     redraw();
   }
   tip.hidden = i < 0;
