@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from real_networks import FAMILY_SIZE, make_collection, summary
 
+from sne_fast.reports.files import write_csv
 from sne_fast.reports.machine import machine
 
 Rows = dict[str, dict[str, Any]]
@@ -179,7 +180,11 @@ def main() -> None:
     result["compare"] = changed(pairs)
     save()
 
-    _, seconds["map"] = run("map", vectors, "-o", given.folder / "map.html")
+    columns = ["path", "recipe", "relation", "format", "family"]
+    cells = [[path, *(row[column] for column in columns[1:])] for path, row in rows.items()]
+    write_csv(given.folder / "known.csv", columns, cells)
+    known = ("--table", given.folder / "known.csv", "--colour", "recipe")
+    _, seconds["map"] = run("map", vectors, "-o", given.folder / "map.html", *known)
     save()
     print(json.dumps(result, indent=2))
 
