@@ -24,7 +24,8 @@ from native_build import CSRC, INCLUDES, Unit
 
 # One source per op, compiled once per instruction set; the rest is compiled once.
 PER_ISA = ["isa_kernels", "chunk_encode_forward", "chunk_encode_backward", "set_attention_forward",
-           "set_attention_backward", "segment_pool", "tensor_statistics"]  # fmt: skip
+           "set_attention_backward", "segment_pool", "set_block_forward", "set_block_backward",
+           "tensor_statistics"]  # fmt: skip
 ONCE = ["abi", "interrupt", "tile_plan", "gather_chunks"]
 ISA_FLAGS = {
     "portable": [],

@@ -1,5 +1,21 @@
 """The ops as functions, with checks, autocast and gradients; see :mod:`sne_fast.ops.functional`."""
 
-from .ops.functional import chunk_encode, feed_forward, gather_chunks, segment_pool, set_attention, tensor_statistics
+from .ops.functional import (
+    chunk_encode,
+    feed_forward,
+    gather_chunks,
+    segment_pool,
+    set_attention,
+    set_block,
+    tensor_statistics,
+)
 
-__all__ = ["chunk_encode", "feed_forward", "gather_chunks", "segment_pool", "set_attention", "tensor_statistics"]
+__all__ = [
+    "chunk_encode",
+    "feed_forward",
+    "gather_chunks",
+    "segment_pool",
+    "set_attention",
+    "set_block",
+    "tensor_statistics",
+]

@@ -12,6 +12,8 @@ from .ops.reference import (
     segment_pool_backward,
     set_attention,
     set_attention_backward,
+    set_block,
+    set_block_backward,
     tensor_statistics,
 )
 
@@ -27,5 +29,7 @@ __all__ = [
     "segment_pool_backward",
     "set_attention",
     "set_attention_backward",
+    "set_block",
+    "set_block_backward",
     "tensor_statistics",
 ]

@@ -148,6 +148,15 @@ int check(int dtype, const sne_fast_segment_pool_args *a) {
   return sne::pointers_fit(a->num_segments, a->ptr, a->rows) ? SNE_FAST_OK : SNE_FAST_BAD_ARGUMENT;
 }
 
+int check(int dtype, const sne_fast_set_block_args *a) {
+  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
+  auto row_fits = [](int64_t dim) { return dim >= 16 && dim % 16 == 0 && dim <= SNE_FAST_WIDEST_ROW; };
+  if (!width(a->hidden, a->heads) || !row_fits(a->dim_q) || !row_fits(a->dim_k)) return SNE_FAST_BAD_ARGUMENT;
+  if (!sne::pointers_fit(a->num_sets, a->q_ptr, a->rows_q) || !sne::pointers_fit(a->num_sets, a->k_ptr, a->rows_k))
+    return SNE_FAST_BAD_ARGUMENT;
+  return SNE_FAST_OK;
+}
+
 // Whether a row of dims is that of a tensor of `size` values.
 bool dims_fit(const int64_t *d, int64_t size) {
   if (size < 1 || d[0] < 1 || d[1] < 0 || d[2] < 1 || d[3] < 1 || d[4] < 1 || d[5] < 0 || d[5] > 1) return false;
@@ -238,6 +247,21 @@ int sne_fast_cpu_segment_pool_backward(int dtype, const sne_fast_segment_pool_ar
   if (status) return status;
   return call(*args, [&](const auto &a, sne::Interrupt &i) {
     return kernels_of(dtype)->segment_pool_backward(dtype, a, *grads, i);
+  });
+}
+
+int sne_fast_cpu_set_block(int dtype, const sne_fast_set_block_args *args) {
+  const int status = check(dtype, args);
+  if (status) return status;
+  return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels_of(dtype)->set_block(dtype, a, i); });
+}
+
+int sne_fast_cpu_set_block_backward(int dtype, const sne_fast_set_block_args *args,
+                                    const sne_fast_set_block_grads *grads) {
+  const int status = check(dtype, args);
+  if (status) return status;
+  return call(*args, [&](const auto &a, sne::Interrupt &i) {
+    return kernels_of(dtype)->set_block_backward(dtype, a, *grads, i);
   });
 }
 

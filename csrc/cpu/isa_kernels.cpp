@@ -95,6 +95,8 @@ extern const Kernels kernels = {
     nullptr,
     nullptr,
     nullptr,
+    nullptr,
+    nullptr,
     product_rate,
     &avx512::kernels,
 #else
@@ -102,6 +104,8 @@ extern const Kernels kernels = {
     set_attention_backward,
     segment_pool_forward,
     segment_pool_backward,
+    set_block_forward,
+    set_block_backward,
     tensor_statistics,
     product_rate,
     nullptr,

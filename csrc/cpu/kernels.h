@@ -19,6 +19,8 @@ struct Kernels {
   int (*segment_pool)(int dtype, const sne_fast_segment_pool_args &, Interrupt &);
   int (*segment_pool_backward)(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &,
                                Interrupt &);
+  int (*set_block)(int dtype, const sne_fast_set_block_args &, Interrupt &);
+  int (*set_block_backward)(int dtype, const sne_fast_set_block_args &, const sne_fast_set_block_grads &, Interrupt &);
   int (*tensor_statistics)(int dtype, const sne_fast_tensor_statistics_args &, Interrupt &);
   int (*product_rate)(int dtype, long rows, long inner, long columns, long repeats, int threads);
   // The table for float and double where this one is for products of bfloat16, and lacks some of the kernels.
@@ -57,6 +59,8 @@ int set_attention_backward(int dtype, const sne_fast_set_attention_args &, const
 int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &, Interrupt &);
 int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &,
                           Interrupt &);
+int set_block_forward(int dtype, const sne_fast_set_block_args &, Interrupt &);
+int set_block_backward(int dtype, const sne_fast_set_block_args &, const sne_fast_set_block_grads &, Interrupt &);
 int tensor_statistics(int dtype, const sne_fast_tensor_statistics_args &, Interrupt &);
 int product_rate(int dtype, long rows, long inner, long columns, long repeats, int threads);
 }  // namespace sne::SNE_ISA

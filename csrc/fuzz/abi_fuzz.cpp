@@ -4,8 +4,8 @@
 //
 //   python csrc/fuzz/run.py
 //
-// Bytes, in order: op (0 to 4: chunk_encode, set_attention, segment_pool, gather_chunks, tensor_statistics), dtype
-// (even float, odd double; from 128 on even ones are products of bfloat16 where op and processor have them),
+// Bytes, in order: op (0 to 5: chunk_encode, set_attention, segment_pool, gather_chunks, tensor_statistics, set_block),
+// dtype (even float, odd double; from 128 on even ones are products of bfloat16 where op and processor have them),
 // instruction set, width, heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes
 // are 0.
 #include <math.h>
@@ -271,6 +271,65 @@ void set_attention(Bytes &bytes, int dtype, const Shape &shape, bool raw) {
 }
 
 template <class T>
+void set_block(Bytes &bytes, int dtype, const Shape &shape, bool norms, bool raw) {
+  constexpr int64_t dims[] = {16, 32, 48, 64, 8, 0, -16, 1040, int64_t(1) << 60, INT64_MIN};
+  const int64_t dim_q = dims[bytes.below(10)], dim_k = dims[bytes.below(10)];
+  const bool known = shape.known && dim_q > 8 && dim_k > 8 && dim_q <= 64 && dim_k <= 64;
+  const int64_t h = known ? shape.h : 32, n_q = known ? dim_q : 16, n_k = known ? dim_k : 16;
+  const int64_t sets = bytes.below(6), threads = bytes.next();
+  Pointers queries(bytes, sets, 90, raw && bytes.below(2)), keys(bytes, sets, 90, raw);
+  const bool good = known && queries.good && keys.good;
+  const uint32_t seed = bytes.next();
+  Array<T> q = drawn<T>(seed, queries.rows * n_q, 1), k = drawn<T>(seed + 1, keys.rows * n_k, 1),
+           w_q = drawn<T>(seed + 2, h * n_q, .2), b_q = drawn<T>(seed + 3, h, .1),
+           w_k = drawn<T>(seed + 4, h * n_k, .2), b_k = drawn<T>(seed + 5, h, .1),
+           w_v = drawn<T>(seed + 6, h * n_k, .2), b_v = drawn<T>(seed + 7, h, .1), w_o = drawn<T>(seed + 8, h * h, .2),
+           b_o = drawn<T>(seed + 9, h, .1), norm = drawn<T>(seed + 10, norms ? 4 * h : 0, 1),
+           grad = drawn<T>(seed + 11, queries.rows * h, 1);
+  for (int64_t n = bytes.below(4); n > 0; --n) {
+    Array<T> &array = bytes.below(2) ? q : k;
+    const int64_t at = bytes.next() * 256 + bytes.next();
+    if (array.size()) array[at % array.size()] = value_of<T>(bytes.next());
+  }
+  Array<T> out = unwritten<T>(queries.rows * h);
+  const sne_fast_set_block_args args = {
+      sets,       queries.rows,       keys.rows,       dim_q,      dim_k,      shape.h,     shape.heads, norms,
+      threads,    queries.ptr.data(), keys.ptr.data(), q.data(),   k.data(),   w_q.data(),  b_q.data(),  w_k.data(),
+      b_k.data(), w_v.data(),         b_v.data(),      w_o.data(), b_o.data(), norm.data(), out.data()};
+  int status = sne_fast_cpu_set_block(dtype, &args);
+  const bool done = judge(status, good, written(out), "status of set_block");
+  Array<T> *inputs[] = {&q, &k, &w_q, &b_q, &w_k, &b_k, &w_v, &b_v, &w_o, &b_o, &norm};
+  std::vector<Array<T>> grads;
+  for (Array<T> *input : inputs) grads.push_back(unwritten<T>(input->size()));
+  const sne_fast_set_block_grads to = {grad.data(),     grads[0].data(), grads[1].data(), grads[2].data(),
+                                       grads[3].data(), grads[4].data(), grads[5].data(), grads[6].data(),
+                                       grads[7].data(), grads[8].data(), grads[9].data(), grads[10].data()};
+  status = sne_fast_cpu_set_block_backward(dtype, &args, &to);
+  int64_t total = 0, all = 0;
+  for (Array<T> &g : grads) total += written(g), all += g.size();
+  judge(status, good, total, "status of set_block_backward");
+  if (!done) return;
+  require(written(out) == out.size() && total == all, "set_block writes all results");
+  for (int64_t s = 0; s < sets; ++s) {
+    bool all_moderate = true;
+    auto look = [&](Array<T> &array, Pointers &p, int64_t dim) {
+      for (int64_t i = p.ptr[s] * dim; i < p.ptr[s + 1] * dim; ++i) all_moderate = all_moderate && moderate(array[i]);
+    };
+    look(q, queries, n_q), look(k, keys, n_k);
+    for (int64_t r = queries.ptr[s]; r < queries.ptr[s + 1]; ++r) {
+      bool has_nan = false;
+      for (int64_t f = r * n_q; f < (r + 1) * n_q; ++f) has_nan = has_nan || isnan(q[f]);
+      for (int64_t f = r * h; f < (r + 1) * h; ++f) {
+        if (has_nan) require(isnan(out[f]), "set_block keeps NaN");
+        if (all_moderate) require(isfinite(out[f]), "set_block keeps sets apart");
+      }
+      for (int64_t f = r * n_q; f < (r + 1) * n_q; ++f)
+        if (all_moderate) require(isfinite(grads[0][f]), "set_block_backward keeps sets apart");
+    }
+  }
+}
+
+template <class T>
 void segment_pool(Bytes &bytes, int dtype, const Shape &shape, bool raw) {
   const bool known = shape.h >= 16 && shape.h % 16 == 0 && shape.heads >= 1;
   const int64_t h = known ? shape.h : 16, A = known ? shape.heads : 1;
@@ -424,7 +483,8 @@ void call(Bytes &bytes, int64_t op, int dtype) {
     case 1: return set_attention<T>(bytes, dtype, shape, raw);
     case 2: return segment_pool<T>(bytes, dtype, shape, raw);
     case 3: return gather_chunks<T>(bytes, dtype, raw);
-    default: return tensor_statistics<T>(bytes, dtype, raw);
+    case 4: return tensor_statistics<T>(bytes, dtype, raw);
+    default: return set_block<T>(bytes, dtype, shape, norms, raw);
   }
 }
 
@@ -432,7 +492,7 @@ void call(Bytes &bytes, int64_t op, int dtype) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Bytes bytes(data, size);
-  const int64_t op = bytes.below(5), kind = bytes.next();
+  const int64_t op = bytes.below(6), kind = bytes.next();
   const char *isas[] = {"avx512", "avx2", "portable"};
   const char *isa = isas[bytes.below(3)];
   sne_fast_cpu_select_isa(sne_fast_cpu_has_isa(isa) ? isa : "");

@@ -155,6 +155,54 @@ struct SetCase {
   }
 };
 
+struct BlockCase {
+  int64_t h, H, dim_q, dim_k;
+  bool norms;
+  std::vector<int64_t> q_ptr, k_ptr;
+  std::vector<Reals> inputs;  // the rows and the nine parameters, in the order of the ABI
+  Reals grad;
+
+  BlockCase(int64_t h_, int64_t H_, int64_t dim_q_, int64_t dim_k_, bool norms_, const std::vector<int64_t> &nq,
+            const std::vector<int64_t> &nk)
+      : h(h_), H(H_), dim_q(dim_q_), dim_k(dim_k_), norms(norms_), q_ptr(pointers(nq)), k_ptr(pointers(nk)) {
+    const size_t u = size_t(h), q = size_t(dim_q), k = size_t(dim_k);
+    const double of_q = 1 / sqrt(double(q)), of_k = 1 / sqrt(double(k)), of_h = 1 / sqrt(double(h));
+    inputs = {random_reals(size_t(q_ptr.back()) * q, 1, 61),
+              random_reals(size_t(k_ptr.back()) * k, 1, 62),
+              random_reals(u * q, of_q, 63),
+              random_reals(u, .1, 64),
+              random_reals(u * k, of_k, 65),
+              random_reals(u, .1, 66),
+              random_reals(u * k, of_k, 67),
+              random_reals(u, .1, 68),
+              random_reals(u * u, of_h, 69),
+              random_reals(u, .1, 70),
+              norms ? random_reals(4 * u, .3, 71, 1) : Reals()};
+    grad = random_reals(size_t(q_ptr.back()) * u, 1, 72);
+  }
+
+  template <class T>
+  std::vector<Reals> run(int threads) const {
+    std::vector<std::vector<T>> in, grads;
+    for (const Reals &r : inputs) in.push_back(as<T>(r)), grads.emplace_back(r.size());
+    std::vector<T> out(grad.size()), g = as<T>(grad);
+    sne_fast_set_block_args a = {};
+    a.num_sets = int64_t(q_ptr.size()) - 1, a.rows_q = q_ptr.back(), a.rows_k = k_ptr.back();
+    a.dim_q = dim_q, a.dim_k = dim_k, a.hidden = h, a.heads = H, a.layer_norm = norms, a.num_threads = threads;
+    a.q_ptr = q_ptr.data(), a.k_ptr = k_ptr.data(), a.out = out.data();
+    const void **fields[] = {&a.q, &a.k, &a.w_q, &a.b_q, &a.w_k, &a.b_k, &a.w_v, &a.b_v, &a.w_o, &a.b_o, &a.norm};
+    sne_fast_set_block_grads b = {};
+    b.grad = g.data();
+    void **targets[] = {&b.q, &b.k, &b.w_q, &b.b_q, &b.w_k, &b.b_k, &b.w_v, &b.b_v, &b.w_o, &b.b_o, &b.norm};
+    for (size_t i = 0; i < 11; ++i) *fields[i] = in[i].data(), *targets[i] = grads[i].data();
+    expect(sne_fast_cpu_set_block(dtype_of<T>(), &a) == SNE_FAST_OK, "set_block status");
+    expect(sne_fast_cpu_set_block_backward(dtype_of<T>(), &a, &b) == SNE_FAST_OK, "set_block_backward status");
+    std::vector<Reals> results = {back(out)};
+    for (const auto &t : grads) results.push_back(back(t));
+    return results;
+  }
+};
+
 struct PoolCase {
   int64_t h, A;
   std::vector<int64_t> ptr;
@@ -232,16 +280,17 @@ void exercise_bf16(const ChunkCase &c, std::vector<Reals> *first) {
 }
 
 // <grad, f(x + t d) - f(x - t d)> / 2t against <gradient, d> for the values and every parameter.
-void differences(const ChunkCase &c) {
-  const auto results = c.run<double>(2);
+template <class Case>
+void differences(const Case &c) {
+  const auto results = c.template run<double>(2);
   for (size_t i = 0; i < c.inputs.size(); ++i) {
     const Reals d = random_reals(c.inputs[i].size(), 1, 50 + unsigned(i));
     double want = 0, got = 0;
     for (size_t j = 0; j < d.size(); ++j) want += results[i + 1][j] * d[j];
     for (int sign : {1, -1}) {
-      ChunkCase moved = c;
+      Case moved = c;
       for (size_t j = 0; j < d.size(); ++j) moved.inputs[i][j] += sign * 1e-6 * d[j];
-      const Reals out = moved.run<double>(2)[0];
+      const Reals out = moved.template run<double>(2)[0];
       for (size_t j = 0; j < out.size(); ++j) got += sign * out[j] * c.grad[j] / 2e-6;
     }
     expect(fabs(got - want) <= 1e-5 * fabs(want) + 1e-6, "difference quotient of input " + std::to_string(i));
@@ -264,8 +313,15 @@ int main() {
                                           {256, 32, {5}, {70}},
                                           {64, 8, {}, {}}};
   const std::vector<PoolCase> pool_cases = {{64, 4, {1, 2, 0, 70, 5000}}, {32, 1, {9}}, {48, 3, {17}}, {64, 4, {}}};
+  // The first has matrices that are packed and several slices, the others do not.
+  const std::vector<BlockCase> block_cases = {
+      {32, 4, 32, 32, true, {900, 3, 0, 200, 1, 40}, {300, 3, 5, 900, 1, 40}},
+      {64, 4, 16, 32, false, {1, 3, 17, 40, 100, 0, 5}, {2, 3, 17, 0, 150, 4, 65}},
+      {256, 32, 64, 256, true, {5}, {70}},
+      {64, 8, 64, 64, true, {}, {}}};
   const GatherCase gather;
-  std::vector<std::vector<Reals>> first(chunk_cases.size() + set_cases.size() + pool_cases.size() + 1);
+  std::vector<std::vector<Reals>> first(chunk_cases.size() + set_cases.size() + pool_cases.size() + block_cases.size() +
+                                        1);
   std::vector<std::vector<Reals>> first_bf16(chunk_cases.size());
   for (const char *isa : {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"}) {
     if (!sne_fast_cpu_has_isa(isa)) {
@@ -284,9 +340,12 @@ int main() {
     for (const ChunkCase &c : chunk_cases) exercise("chunk_encode", c, 1e-4, &first[i++]);
     for (const SetCase &c : set_cases) exercise("set_attention", c, 1e-4, &first[i++]);
     for (const PoolCase &c : pool_cases) exercise("segment_pool", c, 1e-4, &first[i++]);
+    for (const BlockCase &c : block_cases) exercise("set_block", c, 1e-4, &first[i++]);
     exercise("gather_chunks", gather, 1e-4, &first[i++]);
-    differences({32, 2, {5, 1, 16}, true});
-    differences({32, 2, {5, 1, 16}, false});
+    for (bool norms : {true, false}) {
+      differences(ChunkCase(32, 2, {5, 1, 16}, norms));
+      differences(BlockCase(32, 2, 16, 48, norms, {5, 1, 0, 9}, {3, 0, 2, 70}));
+    }
     expect(sne_fast_cpu_product_rate(SNE_FAST_F32, 100, 64, 192, 2, 2) == SNE_FAST_OK, "product_rate status");
     ChunkCase broken(64, 4, {5, 6}, true);
     broken.chunk_ptr[1] = 100;

@@ -62,6 +62,13 @@ class MAB(nn.Module):
         k_ptr_host: Tensor | None = None,
     ) -> Tensor:
         """Attend from rows ``q (rows_q, dim_q)`` to ``k (rows_k, dim_k)`` inside each set: ``(rows_q, dim_v)``."""
+        runs = list(row_runs(q.shape[0], q.device))
+        if len(runs) == 1 and functional.fuses_set_block(q, k, self.dim_v, self.num_heads) and self._is_plain():
+            fc_q, fc_k, fc_v, fc_o = self.fc_q, self.fc_k, self.fc_v, self.fc_o
+            return functional.set_block(
+                q, k, q_ptr, k_ptr, fc_q.weight, fc_q.bias, fc_k.weight, fc_k.bias, fc_v.weight, fc_v.bias,
+                fc_o.weight, fc_o.bias, self._norm(), self.num_heads, q_ptr_host=q_ptr_host, k_ptr_host=k_ptr_host,
+            )  # fmt: skip
         key, value = self.fc_k(k), self.fc_v(k)
 
         def attend(q: Tensor, ptr: Tensor, host: Tensor | None) -> Tensor:
@@ -71,7 +78,6 @@ class MAB(nn.Module):
             )
             return self.residual(query, attended)
 
-        runs = list(row_runs(q.shape[0], q.device))
         if len(runs) == 1:
             return attend(q, q_ptr, q_ptr_host)
 
@@ -89,11 +95,8 @@ class MAB(nn.Module):
         """
         if not functional.fuses_feed_forward(attended) or not self.has_plain_feed_forward():
             return self.feed_forward(q + attended)
-        norm = self.norm_parameters()
-        if norm is None:
-            norm = self.fc_o.weight.new_empty((0, self.dim_v))
         queries, rows = (t.reshape(-1, self.dim_v) for t in (q.expand_as(attended), attended))
-        return functional.feed_forward(queries, rows, self.fc_o.weight, self.fc_o.bias, norm).view_as(attended)
+        return functional.feed_forward(queries, rows, self.fc_o.weight, self.fc_o.bias, self._norm()).view_as(attended)
 
     def feed_forward(self, o: Tensor) -> Tensor:
         """Apply norms and feed-forward to a residual sum, ``ln1(o' + relu(fc_o(o')))`` with ``o' = ln0(o)``."""
@@ -106,6 +109,14 @@ class MAB(nn.Module):
         """Return whether fused code may read the parameters of fc_o and of both norms instead of calling them."""
         normed = is_norm(self.ln0, self.dim_v) and is_norm(self.ln1, self.dim_v)
         return are_linear(self.fc_o) and (normed or (self.ln0 is None and self.ln1 is None))
+
+    def _is_plain(self) -> bool:
+        """Return whether fused code may read all parameters, and no method is another class's."""
+        return type(self) is MAB and are_linear(self.fc_q, self.fc_k, self.fc_v) and self.has_plain_feed_forward()
+
+    def _norm(self) -> Tensor:
+        norm = self.norm_parameters()
+        return self.fc_o.weight.new_empty((0, self.dim_v)) if norm is None else norm
 
     def norm_parameters(self) -> Tensor | None:
         """Return ln0.weight, ln0.bias, ln1.weight, ln1.bias as ``(4, h)``; None without layer norm."""

@@ -186,6 +186,35 @@ class SegmentPool(torch.autograd.Function):
         return (*grads, None, None)
 
 
+class SetBlock(torch.autograd.Function):
+    """Autograd function of the op ``set_block``."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        """Call the forward op."""
+        out: Tensor = OPS.set_block(*args)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the inputs of the backward op."""
+        ctx.in_torch_func = torch_func_is_active()
+        *tensors, ctx.num_heads = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        """Call the backward op."""
+        num_heads = ctx.num_heads
+
+        def backward(*args: Tensor) -> tuple[Tensor, ...]:
+            grads: tuple[Tensor, ...] = OPS.set_block_backward(*args, num_heads)
+            return grads
+
+        grad_q, grad_k, *grads = _first_derivative(ctx, "set_block", backward, grad, *ctx.saved_tensors)
+        return (grad_q, grad_k, *[None] * 4, *grads, None)
+
+
 class FeedForward(torch.autograd.Function):
     """Autograd function of the op ``feed_forward``."""
 

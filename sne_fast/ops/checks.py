@@ -3,19 +3,18 @@
 The functions named after ops check types, sizes and devices. The public functions of :mod:`sne_fast.ops.functional`
 call them, and so do backends, because direct calls of ``torch.ops.sne_fast`` and compiled graphs skip the Python-level
 checks and wrong sizes would make a kernel write anywhere. What pointers hold is checked by :func:`pointer_content`, in
-a direct call by :func:`direct_call_pointers`; :func:`direct_call` checks all of it.
+a direct call by :func:`sne_fast.ops.direct_checks.direct_call_pointers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .schema import CHUNK_PARAMETERS, STORED_DTYPES, named
+from .schema import STORED_DTYPES
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -169,10 +168,24 @@ def set_attention(
     shape(op, "q", q, "(rows_q, h)", (None, None))
     shape(op, "k", k, f"(rows_k, h) with h = {q.shape[1]}", (None, q.shape[1]))
     shape(op, "v", v, f"that of k, {tuple(k.shape)}", tuple(k.shape))
-    if not isinstance(num_heads, int) or num_heads < 1 or q.shape[1] % num_heads:
-        raise ValueError(f"{op}: num_heads must be an integer that divides the width h = {q.shape[1]}, got {num_heads}")
-    pointer(op, "q_ptr", q_ptr, q_ptr_host, q.device)
-    pointer(op, "k_ptr", k_ptr, k_ptr_host, q.device)
+    sets(op, q.shape[1], q.device, q_ptr, k_ptr, q_ptr_host, k_ptr_host, num_heads)
+
+
+def sets(
+    op: str,
+    h: int,
+    device: torch.device,
+    q_ptr: Tensor,
+    k_ptr: Tensor,
+    q_ptr_host: Tensor,
+    k_ptr_host: Tensor,
+    num_heads: int,
+) -> None:
+    """Check the heads of attention of width h, and the pointers of queries and keys."""
+    if not isinstance(num_heads, int) or num_heads < 1 or h % num_heads:
+        raise ValueError(f"{op}: num_heads must be an integer that divides the width h = {h}, got {num_heads}")
+    pointer(op, "q_ptr", q_ptr, q_ptr_host, device)
+    pointer(op, "k_ptr", k_ptr, k_ptr_host, device)
     if q_ptr.shape != k_ptr.shape:
         raise ValueError(
             f"{op}: k_ptr must have as many sets as q_ptr, got {k_ptr.shape[0] - 1} and {q_ptr.shape[0] - 1}"
@@ -196,6 +209,33 @@ def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor,
     shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
     shape(op, "b_o", b_o, f"(h,) with h = {h}", (h,))
     shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+
+
+def set_block(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    q_ptr: Tensor,
+    k_ptr: Tensor,
+    q_ptr_host: Tensor,
+    k_ptr_host: Tensor,
+    *,
+    num_heads: int,
+    **parameters: Tensor,
+) -> None:
+    """Check the inputs of ``set_block``, with its parameters by name."""
+    floating(op, q=q, k=k, **parameters)
+    shape(op, "q", q, "(rows_q, dim_q)", (None, None))
+    shape(op, "k", k, "(rows_k, dim_k)", (None, None))
+    w_o, norm = parameters["w_o"], parameters["norm"]
+    shape(op, "w_o", w_o, "(h, h)", (None, w_o.shape[0] if w_o.dim() else None))
+    h, norms = w_o.shape[0], 4 if norm.shape[:1] != (0,) else 0
+    for name, width in (("w_q", q.shape[1]), ("w_k", k.shape[1]), ("w_v", k.shape[1])):
+        shape(op, name, parameters[name], f"(h, width of its rows) = {(h, width)}", (h, width))
+    for name in ("b_q", "b_k", "b_v", "b_o"):
+        shape(op, name, parameters[name], f"(h,) with h = {h}", (h,))
+    shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+    sets(op, h, q.device, q_ptr, k_ptr, q_ptr_host, k_ptr_host, num_heads)
 
 
 def gather_stored(
@@ -260,111 +300,3 @@ def statistics_dims(op: str, dims: Tensor, start_host: Tensor) -> None:
             f"{op}: dims[{t}] must be out, in, k, fan-in and fan-out of a tensor of {int(size[t])} values, and 0 or 1, "
             f"got {dims[t].tolist()}"
         )
-
-
-# ------------------------------------------------------------------------------------------------------ direct calls
-
-
-def pointer_and_copy(op: str, name: str, ptr: Tensor, host: Tensor, rows: int) -> None:
-    """Check that ``host`` cuts ``rows`` rows into sets and, where ``ptr`` is on the CPU too, that they are equal.
-
-    Cheap enough for every call. A pointer on a GPU is not read: a copy that differs from it is not noticed.
-    """
-    numbers = host.numpy()
-    if numbers[0] != 0 or numbers[-1] != rows or (numbers[1:] < numbers[:-1]).any():
-        pointer_content(op, f"{name}_host", host, host, rows)
-    if ptr is not host and ptr.device.type == "cpu" and not torch.equal(ptr, host):
-        raise ValueError(f"{op}: {name}_host must be a CPU copy of {name}, got other numbers")
-
-
-def chunk_pointers(
-    op: str,
-    values: Tensor,
-    chunk_ptr: Tensor,
-    tensor_ptr: Tensor,
-    chunk_ptr_host: Tensor,
-    tensor_ptr_host: Tensor,
-    *,
-    element_codes: int,
-) -> None:
-    """Check what the pointers of a call of ``chunk_encode`` hold. No chunk may exceed ``element_codes``."""
-    pointer_and_copy(op, "chunk_ptr", chunk_ptr, chunk_ptr_host, values.shape[0])
-    pointer_and_copy(op, "tensor_ptr", tensor_ptr, tensor_ptr_host, chunk_ptr.shape[0] - 1)
-    numbers = chunk_ptr_host.numpy()
-    if (numbers[1:] - numbers[:-1] > element_codes).any():
-        chunk_lengths(op, chunk_ptr_host, element_codes)
-
-
-def set_pointers(
-    op: str, q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor
-) -> None:
-    """Check what the pointers of a call of ``set_attention`` hold."""
-    pointer_and_copy(op, "q_ptr", q_ptr, q_ptr_host, q.shape[0])
-    pointer_and_copy(op, "k_ptr", k_ptr, k_ptr_host, k.shape[0])
-
-
-def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
-    """Check what the pointers of one call of an op hold.
-
-    Args:
-        op: name of the op or of its backward.
-        args: its arguments, in the order of its schema.
-    """
-    given = named(op, args)
-    if "chunk_ptr" in given:
-        names = ("values", "chunk_ptr", "tensor_ptr", "chunk_ptr_host", "tensor_ptr_host")
-        chunk_pointers(op, *(given[name] for name in names), element_codes=given["element_code"].shape[0])
-    elif "q_ptr" in given:
-        set_pointers(op, *(given[name] for name in ("q", "k", "q_ptr", "k_ptr", "q_ptr_host", "k_ptr_host")))
-    elif "dims" in given:
-        pointer_and_copy(op, "start", given["start"], given["start_host"], given["values"].shape[0])
-        statistics_dims(op, given["dims"], given["start_host"])
-    elif "ptr" in given:
-        pointer_and_copy(op, "ptr", given["ptr"], given["ptr_host"], given["x"].shape[0])
-
-
-def direct_call(op: str, args: Sequence[Any]) -> None:
-    """Check all arguments of one call of an op, for backends whose kernels check none themselves.
-
-    Args:
-        op: name of the op or of its backward.
-        args: its arguments, in the order of its schema.
-
-    Raises:
-        TypeError: for inputs of the wrong type or dtype.
-        ValueError: for inputs of the wrong shape, device or content.
-    """
-    given = named(op, args)
-    forward = op.removesuffix("_backward")
-    results: dict[str, tuple[int, ...]] = {}  # of the backward: what has the shape of a result of the forward
-    if forward == "gather_chunks":
-        if op == forward:
-            gather_chunks(op, given["tensors"], given["scale"], given["plan"])
-        else:
-            gather_chunks_backward(op, *args)
-    elif forward == "chunk_encode":
-        inputs = {name: given[name] for name in CHUNK_PARAMETERS}
-        pointers = [given[name] for name in ("chunk_ptr", "tensor_ptr", "chunk_ptr_host", "tensor_ptr_host")]
-        chunk_encode(op, given["values"], *pointers, **inputs)
-        results = {"grad": (given["chunk_ptr"].shape[0] - 1, *given["pool_query"].shape)}
-    elif forward == "set_attention":
-        names = ("q", "k", "v", "q_ptr", "k_ptr", "q_ptr_host", "k_ptr_host", "num_heads")
-        set_attention(op, *(given[name] for name in names))
-        rows = tuple(given["q"].shape)
-        results = {"grad": rows, "out": rows, "lse": (rows[0], given["num_heads"])}
-    elif forward == "segment_pool":
-        segment_pool(op, given["x"], given["logits"], given["ptr"], given["ptr_host"])
-        pooled = (given["ptr"].shape[0] - 1, given["logits"].shape[1], given["x"].shape[1])
-        results = {"grad": pooled, "out": pooled, "lse": pooled[:2]}
-    elif forward == "feed_forward":
-        feed_forward(op, *(given[name] for name in ("q", "attended", "w_o", "b_o", "norm")))
-        results = {"grad": tuple(given["q"].shape)}
-    elif forward == "tensor_statistics":
-        tensor_statistics(op, *args)
-    elif forward == "gather_stored":
-        gather_stored(op, *args)
-    if op != forward:
-        device = next(t for t in args if isinstance(t, Tensor)).device
-        for name, expected in results.items():
-            saved(op, name, given[name], expected, device)
-    direct_call_pointers(op, args)

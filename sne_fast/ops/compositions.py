@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -101,6 +103,24 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> Te
         places.append(ids)
     like = rows_of.new_zeros((logits.shape[1], x.shape[1]))
     return _placed(parts, places, ptr_host.shape[0] - 1, like).to(x.dtype)
+
+
+def set_block(
+    q: Tensor,
+    k: Tensor,
+    q_ptr: Tensor,
+    k_ptr: Tensor,
+    q_ptr_host: Tensor,
+    k_ptr_host: Tensor,
+    *parameters: Any,
+) -> Tensor:
+    """Compute the op ``set_block``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    *weights, num_heads = parameters
+    computed = accumulate_dtype(q.dtype)
+    rows_q, rows_k, w_q, b_q, w_k, b_k, w_v, b_v, *rest = (t.to(computed) for t in (q, k, *weights))
+    query, key, value = F.linear(rows_q, w_q, b_q), F.linear(rows_k, w_k, b_k), F.linear(rows_k, w_v, b_v)
+    attended = set_attention(query, key, value, q_ptr, k_ptr, q_ptr_host, k_ptr_host, num_heads)
+    return feed_forward(query, attended, *rest).to(q.dtype)
 
 
 def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:

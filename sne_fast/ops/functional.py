@@ -10,51 +10,20 @@ would specialise the graph to them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, compositions, dispatch  # dispatch registers the implementations
 from .autograd import OPS, ChunkEncode, FeedForward, GatherChunks, SegmentPool, SetAttention, apply
+from .calls import autocast, distinct, needs_grad, on_host
+from .functional_set_block import fuses_set_block, set_block
 from .schema import CHUNK_PARAMETERS
 from .supported_widths import WIDTHS
-from .transforms import is_transformed, needs_composition, outside_transforms, torch_func_is_active, unwrapped
+from .transforms import is_transformed, needs_composition, outside_transforms, unwrapped
 
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype where autocast is on, since autocast does not cast the inputs of opaque ops."""
-    if not all(isinstance(t, Tensor) for t in tensors):
-        return tensors  # the checks that follow name the argument
-    device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
-    return tensors
-
-
-def _on_host(ptr: Tensor, host: Tensor | None) -> Tensor:
-    if host is not None:
-        return host
-    if not isinstance(ptr, Tensor):
-        return ptr  # the checks that follow name the argument
-    return ptr if ptr.device.type == "cpu" else ptr.cpu()
-
-
-def _needs_grad(tensors: Sequence[Tensor]) -> bool:
-    # Inside torch.func a tensor may need the gradient of an outer level, which it does not show here.
-    return torch_func_is_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-
-
-def _distinct(*args: Any) -> list[Any]:
-    """Replace repeated tensors by views while tracing: dynamo refuses one tensor twice in an autograd.Function."""
-    if not torch.compiler.is_compiling():
-        return list(args)
-    distinct: list[Any] = []
-    for arg in args:
-        repeated = isinstance(arg, Tensor) and any(arg is other for other in distinct)
-        distinct.append(arg.view_as(arg) if repeated else arg)
-    return distinct
+__all__ = ["chunk_encode", "feed_forward", "fuses_feed_forward", "fuses_set_block", "gather_chunks", "gather_stored",
+           "segment_pool", "set_attention", "set_block", "tensor_statistics"]  # fmt: skip
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,8 +58,8 @@ def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype:
     values: Tensor
     if needs_composition("gather_chunks", (scale, *tensors)):
         values = compositions.gather_chunks(tensors, scale, plan, dtype)
-    elif _needs_grad((scale, *tensors)):
-        values = apply(GatherChunks, *_distinct(scale, plan, dtype, *tensors))
+    elif needs_grad((scale, *tensors)):
+        values = apply(GatherChunks, *distinct(scale, plan, dtype, *tensors))
     else:
         values = OPS.gather_chunks(tensors, scale, plan, dtype)
     return values
@@ -181,10 +150,10 @@ def chunk_encode(
         >>> encoder.chunk_encoder.pooled_rows(batch, row_code).shape  # calls this function
         torch.Size([2, 4, 32])
     """
-    values, *parameters = _autocast(
+    values, *parameters = autocast(
         values, row_code, element_code, logit, basis, w_qkv, b_qkv, w_o, b_o, norm, pool_query
     )
-    chunk_ptr_host, tensor_ptr_host = _on_host(chunk_ptr, chunk_ptr_host), _on_host(tensor_ptr, tensor_ptr_host)
+    chunk_ptr_host, tensor_ptr_host = on_host(chunk_ptr, chunk_ptr_host), on_host(tensor_ptr, tensor_ptr_host)
     pointers = (chunk_ptr, tensor_ptr, chunk_ptr_host, tensor_ptr_host)
     if not torch.compiler.is_compiling():
         op = "chunk_encode"
@@ -196,8 +165,8 @@ def chunk_encode(
     pooled: Tensor
     if needs_composition("chunk_encode", (values, *parameters)):
         pooled = compositions.chunk_encode(*args)
-    elif _needs_grad((values, *parameters)):
-        pooled = apply(ChunkEncode, *_distinct(*args))
+    elif needs_grad((values, *parameters)):
+        pooled = apply(ChunkEncode, *distinct(*args))
     else:
         pooled = OPS.chunk_encode(*args)
     return pooled
@@ -239,8 +208,8 @@ def set_attention(
         >>> sne_fast.functional.set_attention(x, x, x, ptr, ptr, num_heads=2).shape
         torch.Size([5, 8])
     """
-    q, k, v = _autocast(q, k, v)
-    q_ptr_host, k_ptr_host = _on_host(q_ptr, q_ptr_host), _on_host(k_ptr, k_ptr_host)
+    q, k, v = autocast(q, k, v)
+    q_ptr_host, k_ptr_host = on_host(q_ptr, q_ptr_host), on_host(k_ptr, k_ptr_host)
     if not torch.compiler.is_compiling():
         op = "set_attention"
         checks.set_attention(op, q, k, v, q_ptr, k_ptr, q_ptr_host, k_ptr_host, num_heads)
@@ -251,8 +220,8 @@ def set_attention(
     out: Tensor
     if needs_composition("set_attention", (q, k, v)):
         return compositions.set_attention(*args)
-    if _needs_grad((q, k, v)):
-        out, _ = apply(SetAttention, *_distinct(*args))
+    if needs_grad((q, k, v)):
+        out, _ = apply(SetAttention, *distinct(*args))
     else:
         out, _ = OPS.set_attention(*args)
     return out
@@ -281,8 +250,8 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, *, ptr_host: Tensor | N
         >>> sne_fast.functional.segment_pool(torch.ones(3, 4), torch.zeros(3, 2), torch.tensor([0, 1, 3])).shape
         torch.Size([2, 2, 4])
     """
-    x, logits = _autocast(x, logits)
-    ptr_host = _on_host(ptr, ptr_host)
+    x, logits = autocast(x, logits)
+    ptr_host = on_host(ptr, ptr_host)
     if not torch.compiler.is_compiling():
         checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
         checks.pointer_content("segment_pool", "ptr", ptr, ptr_host, x.shape[0])
@@ -290,8 +259,8 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, *, ptr_host: Tensor | N
     out: Tensor
     if needs_composition("segment_pool", (x, logits)):
         return compositions.segment_pool(*args)
-    if _needs_grad((x, logits)):
-        out, _ = apply(SegmentPool, *_distinct(*args))
+    if needs_grad((x, logits)):
+        out, _ = apply(SegmentPool, *distinct(*args))
     else:
         out, _ = OPS.segment_pool(*args)
     return out
@@ -323,13 +292,13 @@ def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Te
         >>> sne_fast.functional.feed_forward(x, x, mab.fc_o.weight, mab.fc_o.bias, mab.norm_parameters()).shape
         torch.Size([5, 8])
     """
-    args = _autocast(q, attended, w_o, b_o, norm)
+    args = autocast(q, attended, w_o, b_o, norm)
     if not torch.compiler.is_compiling():
         checks.feed_forward("feed_forward", *args)
     out: Tensor
     if needs_composition("feed_forward", args):
         return compositions.feed_forward(*args)
-    out = apply(FeedForward, *_distinct(*args)) if _needs_grad(args) else OPS.feed_forward(*args)
+    out = apply(FeedForward, *distinct(*args)) if needs_grad(args) else OPS.feed_forward(*args)
     return out
 
 
@@ -377,7 +346,7 @@ def tensor_statistics(
         >>> sne_fast.functional.tensor_statistics(torch.randn(6), start, torch.ones(1), dims).shape
         torch.Size([1, 23])
     """
-    start_host = _on_host(start, start_host)
+    start_host = on_host(start, start_host)
     if is_transformed((values, scale)):  # which take the result for a constant
         plain, scale = unwrapped((values, scale))
         if plain.dim() != values.dim():

@@ -8,19 +8,21 @@ arguments and results of :mod:`sne_fast.ops.schema`; docs/method.md, Ops, says w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_gather import gather_chunks, gather_chunks_backward, gather_stored
 from .reference_statistics import tensor_statistics
-from .schema import STORED_DTYPES, accumulate_dtype
+from .schema import accumulate_dtype
 
-__all__ = ["chunk_encode", "chunk_encode_backward", "feed_forward", "feed_forward_backward",
-           "gather_chunks", "gather_chunks_backward", "gather_stored", "segment_pool", "segment_pool_backward",
-           "set_attention", "set_attention_backward", "tensor_statistics"]  # fmt: skip
+__all__ = ["chunk_encode", "chunk_encode_backward", "feed_forward", "feed_forward_backward", "gather_chunks",
+           "gather_chunks_backward", "gather_stored", "segment_pool", "segment_pool_backward", "set_attention",
+           "set_attention_backward", "set_block", "set_block_backward", "tensor_statistics"]  # fmt: skip
 
 LAYER_NORM_EPS = 1e-5
 # Elements of a tile's largest intermediate: 2 MB in float32 stays in a core's cache, which makes eager ops 2.7x faster.
@@ -47,54 +49,6 @@ def row_index(ptr: Tensor, ids: Tensor) -> Tensor:
     """Return the rows of the sets ``ids``, which share one length n: ``(len(ids), n)`` int64."""
     start = ptr[ids]
     return start[:, None] + torch.arange(int(ptr[ids[0] + 1] - ptr[ids[0]]), device=ptr.device)
-
-
-# ------------------------------------------------------------------------------------------------------ gather_chunks
-
-
-def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:
-    """Write the transpose ``(K, R)`` of each tensor, a matrix ``(R, K)`` by its row of ``plan``, over its scale."""
-    values = scale.new_empty((sum(t.numel() for t in tensors),), dtype=dtype)
-    at = 0
-    for tensor, (rows, positions), divisor in zip(tensors, plan.tolist(), scale, strict=True):
-        out = values[at : at + tensor.numel()].view(positions, rows)
-        source = tensor.reshape(rows, positions).t()
-        if dtype == accumulate_dtype(dtype):
-            out.copy_(source).div_(divisor)
-        else:
-            out.copy_(source.to(accumulate_dtype(dtype)) / divisor)
-        at += tensor.numel()
-    return values
-
-
-def gather_stored(
-    buffers: Sequence[Tensor], table: Tensor, scale: Tensor, num_values: int, dtype: torch.dtype
-) -> Tensor:
-    """Write tensors that lie in buffers one after another, each as the transpose of its matrix over its scale.
-
-    A row of ``table`` is the place of the buffer, the offset in it in bytes, the place of the dtype in
-    ``STORED_DTYPES``, and the matrix ``(R, K)``.
-    """
-    held = [buffer.reshape(-1).view(torch.uint8) for buffer in buffers]
-    tensors = []
-    for buffer, offset, code, rows, columns in table.tolist():
-        stored = STORED_DTYPES[code]
-        tensors.append(held[buffer][offset : offset + rows * columns * stored.itemsize].view(stored))
-    return gather_chunks(tensors, scale, table[:, 3:], dtype)
-
-
-def gather_chunks_backward(
-    grad: Tensor, values: Tensor, tensors: Sequence[Tensor], scale: Tensor, plan: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Return the gradients of the tensors and of their scale."""
-    grads, grad_scale, at = [], torch.zeros_like(scale), 0
-    for t, (tensor, (rows, positions)) in enumerate(zip(tensors, plan.tolist(), strict=True)):
-        part = slice(at, at + tensor.numel())
-        by_value = grad[part].to(scale.dtype) / scale[t]
-        grads.append(by_value.view(positions, rows).t().reshape(tensor.shape).to(tensor.dtype).contiguous())
-        grad_scale[t] = -torch.dot(by_value, values[part].to(scale.dtype))
-        at += tensor.numel()
-    return grads, grad_scale
 
 
 # ------------------------------------------------------------------------------------------------------- chunk_encode
@@ -382,3 +336,37 @@ def feed_forward_backward(
                 total += part
     grad_w, grad_b, grad_norm = (t.to(q.dtype) for t in totals)
     return grad_sum, grad_w, grad_b, grad_norm
+
+
+# ---------------------------------------------------------------------------------------------------------- set_block
+
+
+def _projected(q: Tensor, k: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    w_q, b_q, w_k, b_k, w_v, b_v = weights
+    return F.linear(q, w_q, b_q), F.linear(k, w_k, b_k), F.linear(k, w_v, b_v)
+
+
+def set_block(q: Tensor, k: Tensor, *args: Any) -> Tensor:
+    """Compute a whole attention block on packed sets: projections, attention inside each set, feed-forward."""
+    q_ptr, k_ptr, q_ptr_host, k_ptr_host, *given, num_heads = args
+    pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
+    rows_q, rows_k, *weights = (t.to(accumulate_dtype(q.dtype)) for t in (q, k, *given))
+    query, key, value = _projected(rows_q, rows_k, weights[:6])
+    attended, _ = set_attention(query, key, value, *pointers, num_heads)
+    return feed_forward(query, attended, *weights[6:]).to(q.dtype)
+
+
+def set_block_backward(grad: Tensor, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of the rows and of the parameters."""
+    q_ptr, k_ptr, q_ptr_host, k_ptr_host, *given, num_heads = args
+    pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
+    out_grad, rows_q, rows_k, *weights = (t.to(accumulate_dtype(q.dtype)) for t in (grad, q, k, *given))
+    query, key, value = _projected(rows_q, rows_k, weights[:6])
+    attended, lse = set_attention(query, key, value, *pointers, num_heads)
+    grad_sum, *rest = feed_forward_backward(out_grad, query, attended, *weights[6:])
+    by_attention = set_attention_backward(grad_sum, query, key, value, attended, lse, *pointers, num_heads)
+    grad_query, grad_key, grad_value = by_attention[0] + grad_sum, *by_attention[1:]
+    grads = [grad_query @ weights[0], grad_key @ weights[2] + grad_value @ weights[4]]
+    for by_row, rows in ((grad_query, rows_q), (grad_key, rows_k), (grad_value, rows_k)):
+        grads += [by_row.mT @ rows, by_row.sum(0)]
+    return tuple(g.to(t.dtype) for g, t in zip((*grads, *rest), (q, k, *given), strict=True))

@@ -21,6 +21,10 @@ _CHUNK = (
     "Tensor w_qkv, Tensor b_qkv, Tensor w_o, Tensor b_o, Tensor norm, Tensor pool_query"
 )
 _FEED_FORWARD = "Tensor q, Tensor attended, Tensor w_o, Tensor b_o, Tensor norm"
+_BLOCK = (
+    "Tensor q, Tensor k, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, Tensor w_q, Tensor b_q, "
+    "Tensor w_k, Tensor b_k, Tensor w_v, Tensor b_v, Tensor w_o, Tensor b_o, Tensor norm, int num_heads"
+)
 
 SCHEMAS: dict[str, str] = {
     "gather_chunks": "(Tensor[] tensors, Tensor scale, Tensor plan, ScalarType dtype) -> Tensor",
@@ -44,6 +48,8 @@ SCHEMAS: dict[str, str] = {
     ),
     "feed_forward": f"({_FEED_FORWARD}) -> Tensor",
     "feed_forward_backward": f"(Tensor grad, {_FEED_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "set_block": f"({_BLOCK}) -> Tensor",
+    "set_block_backward": f"(Tensor grad, {_BLOCK}) -> ({', '.join(['Tensor'] * 11)})",
     "tensor_statistics": "(Tensor values, Tensor start, Tensor scale, Tensor dims, Tensor start_host) -> Tensor",
     "gather_stored": "(Tensor[] buffers, Tensor table, Tensor scale, int num_values, ScalarType dtype) -> Tensor",
 }
@@ -71,9 +77,11 @@ def named(op: str, args: Sequence[Any]) -> dict[str, Any]:
 
 CHUNK_PARAMETERS = argument_names("chunk_encode")[5:]
 """Names of the folded parameters of ``chunk_encode``, which follow values and pointers."""
+BLOCK_PARAMETERS = argument_names("set_block")[6:-1]
+"""Names of the parameters of ``set_block``, which follow rows and pointers."""
 
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
-OPTIONAL_OPS = ("feed_forward",)
+OPTIONAL_OPS = ("feed_forward", "set_block")
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
 CONSTANT_OPS = ("tensor_statistics", "gather_stored")
 """Ops without a gradient, called once per network: the reference computes them where a backend has no kernel."""
@@ -144,6 +152,14 @@ def _feed_forward_backward(grad: Tensor, q: Tensor, *args: Tensor) -> tuple[Tens
     return _fake_like(*args)  # attended, whose gradient is also q's, and the parameters
 
 
+def _set_block(q: Tensor, *args: Any) -> Tensor:
+    return q.new_empty((q.shape[0], args[-4].shape[0]))  # w_o
+
+
+def _set_block_backward(grad: Tensor, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_like(q, k, *args[4:-1])
+
+
 def _tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
     return values.new_empty((scale.shape[0], STATISTICS), dtype=accumulate_dtype(values.dtype))
 
@@ -163,6 +179,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "segment_pool_backward": _segment_pool_backward,
     "feed_forward": _feed_forward,
     "feed_forward_backward": _feed_forward_backward,
+    "set_block": _set_block,
+    "set_block_backward": _set_block_backward,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }

@@ -52,6 +52,9 @@ def variant(op: str, args: tuple[Any, ...]) -> Variant:
         return Variant(forward, given["values"].dtype, width, heads, given["norm"].shape[0] > 0)
     if forward == "set_attention":
         return Variant(forward, given["q"].dtype, given["q"].shape[1], given["num_heads"])
+    if forward == "set_block":
+        width = given["w_o"].shape[0]
+        return Variant(forward, given["q"].dtype, width, given["num_heads"], given["norm"].shape[0] > 0)
     if forward == "tensor_statistics":
         return Variant(forward, given["values"].dtype)
     if forward == "feed_forward":
@@ -134,6 +137,20 @@ def _feed_forward(case: Variant, draw: _Draw) -> Iterator[_Call]:
         yield _Call((draw(queries, h).expand(rows, h), draw(rows, h), *parameters), ())
 
 
+def _set_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h = case.width
+    for queries, keys, dim_q, dim_k in (((1, 17, 0, 140), (1, 17, 3, 140), h, h), ((3, 2, 4), (300, 0, 5), 16, 32)):
+        q_ptr, k_ptr = _pointer(*queries), _pointer(*keys)
+        norm = draw(4 if case.layer_norm else 0, h, size=0.2)
+        norm[::2] += 1
+        linear = [
+            part for dim in (dim_q, dim_k, dim_k, h) for part in (draw(h, dim, size=dim**-0.5), draw(h, size=0.1))
+        ]
+        rows = (draw(sum(queries), dim_q), draw(sum(keys), dim_k))
+        norm = norm.to(case.dtype).double()
+        yield _Call((*rows, q_ptr, k_ptr, q_ptr, k_ptr, *linear, norm, case.heads), (4, 5))
+
+
 def _tensor_statistics(case: Variant, draw: _Draw) -> Iterator[_Call]:
     rows = [
         [12, 7, 9, 63, 12, 1],
@@ -160,6 +177,7 @@ _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "set_attention": _set_attention,
     "segment_pool": _segment_pool,
     "feed_forward": _feed_forward,
+    "set_block": _set_block,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }
@@ -184,7 +202,7 @@ def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[An
     """Return the arguments of the backward op after the gradient."""
     if op == "gather_chunks":
         return (results[0], *args[:3])
-    if op in ("chunk_encode", "feed_forward"):
+    if op in ("chunk_encode", "feed_forward", "set_block"):
         return args
     rows = 3 if op == "set_attention" else 2
     return (*args[:rows], *results, *args[rows:])

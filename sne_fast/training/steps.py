@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..data.layers_apart import layers_apart
+from ..ops.op_threads import one_thread_between_ops
 from .distributed import World
 from .objective import Encode, Objective
 from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
@@ -23,6 +25,8 @@ from .streams import NetworkStream
 
 MOST_SKIPPED = 32
 """Steps in a row that may be skipped under float16: its scale, 65536 at first, is halved by each, down to 2**-16."""
+SMALL_PART = 50_000
+"""Weights of a part on a CPU up to which no operation between ops wakes threads: see bench/small_batches.py."""
 _SHOWN = 5  # networks named in a message
 
 
@@ -101,7 +105,8 @@ class Trainer:
             where = (
                 f"epoch {state.epoch}; lower lr ({self.settings.lr}), or look at batch {k + 1} of {len(steps)} in it"
             )
-            state.total += self._step(step, deal, batches, state.step, where)
+            with self._threads(step):
+                state.total += self._step(step, deal, batches, state.step, where)
             state.step += 1
             state.taken += 1
             done += sum(self.plan.load(part) for part in step)
@@ -113,6 +118,10 @@ class Trainer:
         mean = state.total / len(self.plan.weights)
         state.total, state.taken = 0.0, 0
         return mean
+
+    def _threads(self, step: Sequence[Part]) -> AbstractContextManager[None]:
+        small = self.weight.device.type == "cpu" and max(map(self.plan.load, step)) <= SMALL_PART
+        return one_thread_between_ops() if small else nullcontext()
 
     def check_finite(self, epoch: int) -> None:
         """Check the parameters and the state of the optimiser.

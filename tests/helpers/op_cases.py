@@ -115,3 +115,26 @@ def feed_forward_case(
     norm = normal(4 if layer_norm else 0, width, spread=0.2)
     norm[::2] += 1  # weights of ln0 and ln1 around one
     return q, normal(rows, width), normal(width, width, spread=width**-0.5), normal(width, spread=0.1), norm
+
+
+def block_case(
+    q_lengths: list[int],
+    k_lengths: list[int],
+    dims: tuple[int, int, int] = (8, 6, 8),
+    layer_norm: bool = True,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    """Return q, k, q_ptr, k_ptr and the nine parameters of a block; ``dims`` are those of q, of k, and the width."""
+    g = torch.Generator().manual_seed(seed)
+    dim_q, dim_k, width = dims
+
+    def normal(*shape: int, spread: float = 1.0) -> Tensor:
+        return (spread * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+    rows = normal(sum(q_lengths), dim_q), normal(sum(k_lengths), dim_k)
+    linear = [part for dim in (dim_q, dim_k, dim_k, width)
+              for part in (normal(width, dim, spread=dim**-0.5), normal(width, spread=0.1))]  # fmt: skip
+    norm = normal(4 if layer_norm else 0, width, spread=0.2)
+    norm[::2] += 1  # weights of ln0 and ln1 around one
+    return *rows, pointer(q_lengths), pointer(k_lengths), *linear, norm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sne_fast
-from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pointer, pool_case
+from helpers.op_cases import ChunkCase, attention_case, block_case, feed_forward_case, pointer, pool_case
 from sne_fast import functional as F
 from sne_fast.ops import functional
 from sne_fast.ops.schema import CHUNK_PARAMETERS, SCHEMAS
@@ -45,6 +45,10 @@ def host_args(op: str) -> tuple:
     if op.startswith("feed_forward"):
         args = feed_forward_case(5, 8)
         return args if op == "feed_forward" else (torch.randn_like(args[0]), *args)
+    if op.startswith("set_block"):
+        q, k, q_ptr, k_ptr, *parameters = block_case([2, 3], [4, 1])
+        args = (q, k, q_ptr, k_ptr, q_ptr.clone(), k_ptr.clone(), *parameters, 2)
+        return args if op == "set_block" else (torch.randn(5, 8, dtype=torch.float64), *args)
     if op == "tensor_statistics":
         dims = torch.tensor([[3, 2, 2, 4, 3, 1], [5, 0, 1, 4, 3, 0]])
         start = torch.tensor([0, 12, 17])

@@ -22,7 +22,7 @@ template <class Shape, bool packed>
 constexpr int forward_warps() {
   if (!packed || Shape::W > 64 || Shape::D > 32) return 8;
   if (Shape::W == 64 && !Shape::kWarpgroup) return 8;
-  if (Shape::D == 32) return 12;
+  if (Shape::D == 32) return Shape::W == 64 ? 12 : 8;
   return Shape::W == 64 && Shape::D == 8 ? 8 : 16;
 }
 

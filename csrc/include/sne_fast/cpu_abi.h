@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define SNE_FAST_CPU_ABI 4
+#define SNE_FAST_CPU_ABI 5
 
 #if defined(_WIN32)
 #define SNE_FAST_API __declspec(dllexport)
@@ -87,6 +87,27 @@ typedef struct {
   void *x, *logits;
 } sne_fast_segment_pool_grads;
 
+#define SNE_FAST_WIDEST_ROW 1024
+
+/* set_block: projections of rows of width dim_q and dim_k (multiples of 16, at most SNE_FAST_WIDEST_ROW), the attention
+ * of set_attention, and a feed-forward layer (docs/method.md, Set blocks). The backward does not read `out`. */
+typedef struct {
+  int64_t num_sets, rows_q, rows_k, dim_q, dim_k, hidden, heads, layer_norm, num_threads;
+  const int64_t *q_ptr, *k_ptr;
+  const void *q, *k;                 /* (rows_q, dim_q), (rows_k, dim_k) */
+  const void *w_q, *b_q;             /* (h, dim_q), (h) */
+  const void *w_k, *b_k, *w_v, *b_v; /* (h, dim_k), (h) */
+  const void *w_o, *b_o;             /* (h, h), (h) */
+  const void *norm;                  /* (4, h), not read without layer_norm */
+  void *out;                         /* (rows_q, h) */
+} sne_fast_set_block_args;
+
+/* Gradients of the shapes of the inputs. All are written in full; norm not without layer_norm. */
+typedef struct {
+  const void *grad; /* (rows_q, h) */
+  void *q, *k, *w_q, *b_q, *w_k, *b_k, *w_v, *b_v, *w_o, *b_o, *norm;
+} sne_fast_set_block_grads;
+
 /* gather_chunks: matrix t, of shape (shapes[2t], shapes[2t+1]) row-major of its own dtype, is written transposed,
  * divided by scale[t]. The backward writes the matrices' gradients (`matrices` in their dtypes) and scale_grad from
  * grad. */
@@ -145,6 +166,9 @@ SNE_FAST_API int sne_fast_cpu_set_attention_backward(int dtype, const sne_fast_s
 SNE_FAST_API int sne_fast_cpu_segment_pool(int dtype, const sne_fast_segment_pool_args *args);
 SNE_FAST_API int sne_fast_cpu_segment_pool_backward(int dtype, const sne_fast_segment_pool_args *args,
                                                     const sne_fast_segment_pool_grads *grads);
+SNE_FAST_API int sne_fast_cpu_set_block(int dtype, const sne_fast_set_block_args *args);
+SNE_FAST_API int sne_fast_cpu_set_block_backward(int dtype, const sne_fast_set_block_args *args,
+                                                 const sne_fast_set_block_grads *grads);
 /* dtype is that of `values`: SNE_FAST_F32 or SNE_FAST_F64. */
 SNE_FAST_API int sne_fast_cpu_gather_chunks(int dtype, const sne_fast_gather_chunks_args *args);
 SNE_FAST_API int sne_fast_cpu_gather_chunks_backward(int dtype, const sne_fast_gather_chunks_args *args);

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops import checks
+from ...ops import checks, direct_checks
 from ...ops.backend import Arguments, Backend
 from ...ops.schema import (
+    BLOCK_PARAMETERS,
     CHUNK_PARAMETERS,
     CONSTANT_OPS,
     REQUIRED_OPS,
@@ -21,10 +22,11 @@ from ...ops.schema import (
     accumulate_dtype,
     named,
 )
-from ...ops.supported_widths import pool_width_reasons, width_reasons
+from ...ops.supported_widths import block_width_reasons, pool_width_reasons, width_reasons
 from . import library
 
 LONGEST_CHUNK = 256
+FUSIONS = ("set_block",)
 CODES = np.array([library.DTYPES[dtype] for dtype in STORED_DTYPES], np.int32)
 
 
@@ -50,6 +52,9 @@ def why_not(op: str, args: Arguments) -> list[str]:
         return _dtype_reasons("q", given["q"]) + width_reasons(given["q"].shape[1], given["num_heads"])
     if op.startswith("segment_pool"):
         return _dtype_reasons("x", given["x"]) + pool_width_reasons(given["x"].shape[1])
+    if op.startswith("set_block"):
+        h, heads = given["w_o"].shape[0], given["num_heads"]
+        return _dtype_reasons("q", given["q"]) + block_width_reasons(given["q"].shape[1], given["k"].shape[1], h, heads)
     if op == "tensor_statistics":
         return _dtype_reasons("values", given["values"])
     return []
@@ -79,7 +84,7 @@ def _chunk_encode_args(
     """Return the struct, the dtype computed in, and the tensors that must outlive the call."""
     values, _, _, chunk_ptr, tensor_ptr, *parameters = args
     checks.chunk_encode(op, *args[:5], **dict(zip(CHUNK_PARAMETERS, parameters, strict=True)))
-    checks.chunk_pointers(op, *args[:5], element_codes=parameters[1].shape[0])
+    direct_checks.chunk_pointers(op, *args[:5], element_codes=parameters[1].shape[0])
     heads, h = parameters[-1].shape  # pool_query
     if grad is not None:
         checks.saved(op, "grad", grad, (chunk_ptr.shape[0] - 1, heads, h), values.device)
@@ -131,7 +136,7 @@ def set_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute the op ``set_attention``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.set_attention("set_attention", q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
-    checks.set_pointers("set_attention", q, k, q_ptr, k_ptr, q_host, k_host)
+    direct_checks.set_pointers("set_attention", q, k, q_ptr, k_ptr, q_host, k_host)
     dtype = accumulate_dtype(q.dtype)
     queries, keys, values = (_ready(t, dtype) for t in (q, k, v))
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
@@ -148,7 +153,7 @@ def set_attention_backward(
     """Compute the op ``set_attention_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     op = "set_attention_backward"
     checks.set_attention(op, q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
-    checks.set_pointers(op, q, k, q_ptr, k_ptr, q_host, k_host)
+    direct_checks.set_pointers(op, q, k, q_ptr, k_ptr, q_host, k_host)
     for name, tensor, shape in (("grad", grad, q.shape), ("out", out, q.shape), ("lse", lse, (q.shape[0], num_heads))):
         checks.saved(op, name, tensor, tuple(shape), q.device)
     dtype = accumulate_dtype(q.dtype)
@@ -178,7 +183,7 @@ def _segment_pool_args(x: Tensor, logits: Tensor, ptr: Tensor, out: Tensor, lse:
 def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the op ``segment_pool``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
-    checks.pointer_and_copy("segment_pool", "ptr", ptr, ptr_host, x.shape[0])
+    direct_checks.pointer_and_copy("segment_pool", "ptr", ptr, ptr_host, x.shape[0])
     dtype = accumulate_dtype(x.dtype)
     rows, weights, ptr_host = _ready(x, dtype), _ready(logits, dtype), ptr_host.contiguous()
     segments, heads = ptr_host.shape[0] - 1, logits.shape[1]
@@ -194,7 +199,7 @@ def segment_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the op ``segment_pool_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool_backward", x, logits, ptr, ptr_host)
-    checks.pointer_and_copy("segment_pool_backward", "ptr", ptr, ptr_host, x.shape[0])
+    direct_checks.pointer_and_copy("segment_pool_backward", "ptr", ptr, ptr_host, x.shape[0])
     pooled = (ptr.shape[0] - 1, logits.shape[1], x.shape[1])
     for name, tensor, shape in (("grad", grad, pooled), ("out", out, pooled), ("lse", lse, pooled[:2])):
         checks.saved("segment_pool_backward", name, tensor, shape, x.device)
@@ -210,6 +215,46 @@ def segment_pool_backward(
     pointers = library.SegmentPoolGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
     _run("segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
     return grads[0].to(x.dtype), grads[1].to(logits.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- set_block
+
+
+def _set_block_args(op: str, args: Sequence[Any], grad: Tensor | None = None) -> tuple[Any, torch.dtype, list[Tensor]]:
+    """Return the struct, without ``out``, the dtype computed in, and the tensors that must outlive the call."""
+    q, k, q_ptr, k_ptr, q_host, k_host, *parameters, heads = args
+    checks.set_block(op, *args[:6], num_heads=heads, **dict(zip(BLOCK_PARAMETERS, parameters, strict=True)))
+    direct_checks.set_pointers(op, q, k, q_ptr, k_ptr, q_host, k_host)
+    h = parameters[-3].shape[0]  # w_o
+    if grad is not None:
+        checks.saved(op, "grad", grad, (q.shape[0], h), q.device)
+    dtype = accumulate_dtype(q.dtype)
+    kept = [q_host.contiguous(), k_host.contiguous(), *(_ready(t, dtype) for t in (q, k, *parameters))]
+    struct = library.SetBlockArgs(
+        q_ptr.shape[0] - 1, q.shape[0], k.shape[0], q.shape[1], k.shape[1], h, heads, int(parameters[-1].shape[0] > 0),
+        library.num_threads(), *(t.data_ptr() for t in kept),
+    )  # fmt: skip
+    return struct, dtype, kept
+
+
+def set_block(*args: Any) -> Tensor:
+    """Compute the op ``set_block``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    struct, dtype, _kept = _set_block_args("set_block", args)
+    out = torch.empty(struct.rows_q, struct.hidden, dtype=dtype)
+    struct.out = out.data_ptr()
+    _run("set_block", library.DTYPES[dtype], ctypes.byref(struct))
+    return out.to(args[0].dtype)
+
+
+def set_block_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Compute the op ``set_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    struct, dtype, _kept = _set_block_args("set_block_backward", args, grad)
+    grad = _ready(grad, dtype)
+    inputs = (*args[:2], *args[6:-1])
+    grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
+    pointers = library.SetBlockGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
+    _run("set_block_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ gather_chunks
@@ -279,7 +324,7 @@ def gather_stored(
 
 def tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
     """Compute the op ``tensor_statistics``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
-    checks.direct_call("tensor_statistics", (values, start, scale, dims, start_host))
+    direct_checks.direct_call("tensor_statistics", (values, start, scale, dims, start_host))
     dtype = accumulate_dtype(values.dtype)
     reals, scales = _ready(values, dtype), _ready(scale, torch.float64)
     start_host, dims = start_host.contiguous(), dims.contiguous()
@@ -301,12 +346,13 @@ def describe() -> str:
 BACKEND = Backend(
     name="cpu",
     kernels={
-        **{op: globals()[op] for name in REQUIRED_OPS for op in (name, f"{name}_backward")},
+        **{op: globals()[op] for name in (*REQUIRED_OPS, *FUSIONS) for op in (name, f"{name}_backward")},
         **{op: globals()[op] for op in CONSTANT_OPS},
     },
     devices=("cpu",),
     priority=100,
     unavailable=library.reasons,
     why_not=why_not,
+    fusions=FUSIONS,
     describe=describe,
 )

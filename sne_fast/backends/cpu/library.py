@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ...ops.schema import CHUNK_PARAMETERS
+from ...ops.op_threads import threads_of_ops
+from ...ops.schema import BLOCK_PARAMETERS, CHUNK_PARAMETERS
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 
-ABI = 4
+ABI = 5
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cpu.so")
@@ -39,6 +40,12 @@ SetAttentionArgs = struct(
 SetAttentionGrads = struct("SetAttentionGrads", "", "grad q k v")
 SegmentPoolArgs = struct("SegmentPoolArgs", "num_segments rows hidden heads num_threads", "ptr x logits out lse")
 SegmentPoolGrads = struct("SegmentPoolGrads", "", "grad x logits")
+SetBlockArgs = struct(
+    "SetBlockArgs",
+    "num_sets rows_q rows_k dim_q dim_k hidden heads layer_norm num_threads",
+    f"q_ptr k_ptr q k {' '.join(BLOCK_PARAMETERS)} out",
+)
+SetBlockGrads = struct("SetBlockGrads", "", f"grad q k {' '.join(BLOCK_PARAMETERS)}")
 GatherChunksArgs = struct(
     "GatherChunksArgs",
     "num_matrices num_values num_threads",
@@ -75,6 +82,8 @@ SYMBOLS: Symbols = {
     "sne_fast_cpu_set_attention_backward": (INT, [INT, POINTER, POINTER]),
     "sne_fast_cpu_segment_pool": (INT, [INT, POINTER]),
     "sne_fast_cpu_segment_pool_backward": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cpu_set_block": (INT, [INT, POINTER]),
+    "sne_fast_cpu_set_block_backward": (INT, [INT, POINTER, POINTER]),
     "sne_fast_cpu_gather_chunks": (INT, [INT, POINTER]),
     "sne_fast_cpu_gather_chunks_backward": (INT, [INT, POINTER]),
     "sne_fast_cpu_tensor_statistics": (INT, [INT, POINTER]),
@@ -129,11 +138,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def num_threads() -> int:
-    """Return how many threads a call may use: as many as torch uses, one in a forked child.
+    """Return how many threads a call may use, see `threads_of_ops`; one in a forked child.
 
     OpenMP's threads do not survive a fork, and a child that waits for them waits without end.
     """
-    return 1 if _forked else torch.get_num_threads()
+    return 1 if _forked else threads_of_ops()
 
 
 def isa() -> str:

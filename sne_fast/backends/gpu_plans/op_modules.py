@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...ops import checks
+from ...ops import direct_checks
 from ...ops.backend import Arguments, Kernel
 from ...ops.schema import named
 
@@ -45,7 +45,7 @@ class OpModules:
 
     def run(self, op: str, *args: Any) -> Any:
         """Call the function of an op, once its pointers are known to stay within its rows."""
-        checks.direct_call_pointers(op, args)
+        direct_checks.direct_call_pointers(op, args)
         return getattr(self.module(op), op)(*args)
 
     def kernels(self, ops: Iterable[str]) -> dict[str, Kernel]:

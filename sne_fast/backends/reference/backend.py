@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ...ops import checks, reference
+from ...ops import direct_checks, reference
 from ...ops.backend import Backend
 from ...ops.schema import SCHEMAS
 
 
 def _run(op: str, *args: Any) -> Any:
-    checks.direct_call(op, args)
+    direct_checks.direct_call(op, args)
     return getattr(reference, op)(*args)
 
 

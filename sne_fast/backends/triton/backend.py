@@ -15,7 +15,7 @@ import torch
 
 from ...ops import devices
 from ...ops.backend import Arguments, Backend
-from ...ops.schema import CONSTANT_OPS, SCHEMAS
+from ...ops.schema import REQUIRED_OPS
 from .. import gpu_runs
 from ..gpu_plans.op_modules import OpModules, computed_in
 
@@ -63,7 +63,7 @@ def why_not(op: str, args: Arguments) -> list[str]:
 
 BACKEND = Backend(
     name="triton",
-    kernels=OPS.kernels(op for op in SCHEMAS if op not in CONSTANT_OPS),
+    kernels=OPS.kernels(op for name in (*REQUIRED_OPS, "feed_forward") for op in (name, f"{name}_backward")),
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     priority=200,
     unavailable=unavailable,

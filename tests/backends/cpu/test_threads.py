@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.cpu_cases import NEEDS_BACKEND, cast, chunk_encode_case
-from helpers.op_cases import pointer
+from helpers.op_cases import block_case, pointer
 from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
 from sne_fast.training.threads import torch_threads
@@ -29,6 +29,10 @@ def all_results(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
     q, k, v, grad = (torch.randn(sum(sets), 64, generator=g).to(dtype) for _ in range(4))
     out, lse = cpu.set_attention(q, k, v, ptr, ptr, ptr, ptr, 4)
     results += [out, lse, *cpu.set_attention_backward(grad, q, k, v, out, lse, ptr, ptr, ptr, ptr, 4)]
+
+    q, k, q_ptr, k_ptr, *parameters = block_case(sets, sets[::-1], (64, 32, 64), dtype=dtype, seed=seed)
+    args = (q, k, q_ptr, k_ptr, q_ptr, k_ptr, *parameters, 4)
+    results += [cpu.set_block(*args), *cpu.set_block_backward(torch.randn(len(q), 64, generator=g).to(dtype), *args)]
 
     sets[-1] = 20000
     ptr = pointer(sets)
