@@ -1,51 +1,57 @@
 """Retrieval of the original of a changed network: encoders beside statistics, spectra and random projections.
 
-python bench/retrieval.py ZOO ... --train ZOO --train ZOO -o FOLDER     # trains an encoder, then measures
-python bench/retrieval.py ZOO ... --model FOLDER/encoder                # measures one that is trained
+python bench/retrieval.py ZOO ... --model A --model B --gallery ZOO    # writes bench/results/retrieval.json
+python bench/retrieval.py --page                                       # writes the tables of docs/similarity.md
 
 Zoos are those of `make_family_zoo` and `make_classifier_zoo`. The gallery of a zoo holds its networks that were trained
-from scratch, and with --train those of the training zoos. Queries are changed copies of those of the zoo: with noise,
-pruned, with a new head, permuted, rounded, and the zoo's own fine-tuned children. A query is a hit if the nearest
-network of the gallery is the one it was made of. Features are standardised over the gallery; the distance is 1 - cosine
-for encoders and random projections, and Euclidean for the others.
+from scratch, and those of --gallery, such as the networks that the encoders learnt from. Queries are changed copies of
+those of the zoo: with noise, pruned, with a new head, permuted, rounded, and the zoo's own fine-tuned children. A query
+is a hit if the nearest network of the gallery is the one it was made of. Features of all methods are whitened by the
+gallery as `sne_fast.similarity.nearest` does; the distance is 1 - cosine for encoders and random projections, and
+Euclidean for the others. The k-th model is measured with the k-th seed of queries.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+import json
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import ROOT, insert
 
 import sne_fast
 from sne_fast.atomic_files import write_json
 from sne_fast.data.batch import WeightBatch
 from sne_fast.reports.machine import machine
+from sne_fast.similarity import nearest
 from sne_fast.symmetry import Symmetry, permute
-from sne_fast.training import (
-    Contrastive,
-    ContrastiveModel,
-    FitSettings,
-    History,
-    fit_contrastive,
-    linear_probe,
-)
+from sne_fast.tasks.pretrain import PROBED, labels_of
+from sne_fast.training import linear_probe
 from sne_fast.training.contrastive import encode_in_pieces
 from sne_fast.training.new_heads import with_new_heads
-from sne_fast.training.views import Views, with_noise, with_pruning, with_rounding
+from sne_fast.training.views import with_noise, with_pruning, with_rounding
 from sne_fast.zoo import Zoo
 from sne_fast.zoo.statistics import layer_statistics
 from sne_fast.zoo.symmetries import symmetries_of
 
+Method = tuple[Callable[[WeightBatch], Tensor], bool]
+"""Features of a batch, and whether their distance is that of cosines."""
 Queries = tuple[WeightBatch, list[int]]
 """Changed networks, and for each the place in the gallery of the network it was made of."""
 AT_ONCE = 150_000
+RESULT = ROOT / "bench" / "results" / "retrieval.json"
+PAGE = ROOT / "docs" / "similarity.md"
+MARKERS = "<!-- retrieval:begin -->", "<!-- retrieval:end -->"
 
 
 def queries(zoo: Zoo, packed: WeightBatch, symmetries: list[Symmetry], seed: int) -> dict[str, Queries]:
@@ -157,145 +163,120 @@ def encoded(encode: Callable[[WeightBatch], Tensor]) -> Callable[[WeightBatch], 
     return features
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-def train_encoder(zoos: list[Zoo], options: argparse.Namespace, report: Callable[[str], None]) -> ContrastiveModel:
-    """Train an encoder on zoos without labels."""
-    torch.manual_seed(options.seed)
-    encoder = sne_fast.SNE(
-        hidden_dim=options.hidden_dim, statistics="relative", set_attention=options.set_attention, num_inducing=16,
-        chunks=not options.no_chunks,
-    )  # fmt: skip
-    encoder.fill_code_gains(1.0)
-    model = ContrastiveModel(encoder)
-    batch = WeightBatch.cat([encoder.pack(zoo).detach() for zoo in zoos])
-    encoder.set_statistics(batch)
-    rows_of_all = [(k, row) for k, zoo in enumerate(zoos) for row in zoo.rows]
-    roots = [(k, row.get("root", row["name"])) for k, row in rows_of_all]
-    groups = torch.tensor([roots.index(root) for root in roots])
-    symmetries = [symmetry for zoo in zoos for symmetry in symmetries_of(zoo)]
-    objective = Contrastive(
-        model, Views(symmetries), groups=groups, relatives=options.relatives, max_chunks=options.max_chunks,
-        temperature=options.temperature, weights_at_once=AT_ONCE,
-    )  # fmt: skip
-    families = [row["family"] for _, row in rows_of_all]
-    clusters = [row["architecture"] for _, row in rows_of_all]
-    kinds = torch.tensor([sorted(set(families)).index(family) for family in families])
-    steps = [float(row.get("trained_steps", row["steps"])) for _, row in rows_of_all]
-    labels = {"steps": torch.tensor(steps).log1p(), "family": kinds}
-    in_train = groups % 4 != 0
-    start = time.process_time()
-
-    def on_epoch(epoch: int, history: History) -> None:
-        line = f"epoch {epoch}: loss {history.train_loss[-1]:.3f}, {time.process_time() - start:.0f} CPU s"
-        if epoch % 5 == 4 or epoch + 1 == options.epochs:
-            z = encoded(encoder)(batch)
-            probes = ", ".join(f"{name} {linear_probe(z, y, in_train):.2f}" for name, y in labels.items())
-            line += f", linear probes {probes}"
-        report(line)
-
-    settings = FitSettings(
-        epochs=options.epochs, lr=options.lr, batch_weights=options.batch_weights, seed=options.seed
-    )  # fmt: skip
-    fit_contrastive(
-        model, batch, objective, settings, clusters=clusters, checkpoint=options.out / "fit.pt", on_epoch=on_epoch
-    )  # fmt: skip
-    return model.eval()
-
-
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
 def recall(gallery: Tensor, features: Tensor, originals: list[int], cosine: bool) -> tuple[float, float]:
     """Return the shares of queries whose original is the nearest, and among the five nearest, of the gallery."""
-    mean, spread = gallery.mean(0), gallery.std(0).clamp_min(1e-9)
-    a, b = ((x - mean) / spread for x in (gallery, features))
-    distance = 1 - F.normalize(b, dim=1) @ F.normalize(a, dim=1).T if cosine else torch.cdist(b, a)
-    own = distance[torch.arange(len(b)), torch.tensor(originals)][:, None]
-    nearer = (distance < own).sum(1)
-    return float((nearer == 0).double().mean()), float((nearer < 5).double().mean())
+    _, places = nearest(gallery, features, 5, metric="cosine" if cosine else "euclidean")
+    hits = places == np.array(originals)[:, None]
+    return float(hits[:, 0].mean()), float(hits.any(1).mean())
+
+
+def probes(zoo: Zoo, features: Tensor) -> dict[str, float]:
+    """Return how well a linear map of features predicts columns of a quarter of the roots and what was made of them."""
+    roots = [row.get("root") or row["name"] for row in zoo.rows]
+    held = torch.tensor([zlib.crc32(str(root).encode()) % 4 == 0 for root in roots])
+    found = {}
+    for name in (name for name in PROBED if name in zoo.columns):
+        score = linear_probe(features, labels_of(zoo, name), ~held)
+        if score == score:
+            found[name] = round(score, 4)
+    return found
+
+
+def measure(zoo: Zoo, methods: Mapping[str, Method], encoder: sne_fast.SNE, others: Sequence[WeightBatch],
+            known: frozenset[str], seed: int) -> dict[str, Any]:  # fmt: skip
+    """Return recalls and probes of all methods on one zoo; `known` are families of architectures to count apart."""
+    packed, roots = encoder.pack(zoo).detach(), from_scratch(zoo)
+    found = queries(zoo, packed, symmetries_of(zoo), seed)
+    gallery = WeightBatch.cat([packed[roots], *others])
+    families = [zoo.rows[i]["family"] for i in roots]
+    recalls: dict[str, dict[str, Any]] = {}
+    probed: dict[str, dict[str, float]] = {}
+    for method, (features, cosine) in methods.items():
+        base = features(gallery)
+        recalls[method] = {}
+        for name, (batch, originals) in found.items():
+            at = features(batch)
+            parts = {"all": list(range(len(originals)))}
+            if known:
+                parts["never seen"] = [k for k, o in enumerate(originals) if families[o] not in known]
+            recalls[method][name] = {
+                part: [round(r, 4) for r in recall(base, at[rows], [originals[k] for k in rows], cosine)]
+                for part, rows in parts.items()
+                if rows
+            }
+        probed[method] = probes(zoo, features(packed))
+    counts = {name: len(originals) for name, (_, originals) in found.items()}
+    return {"gallery": len(gallery), "queries": counts, "recall": recalls, "probes": probed}
+
+
+def table(tables: Mapping[str, Sequence[Mapping[str, Any]]], part: str, rank: int) -> list[str]:
+    """Return a table in Markdown for each zoo: means over seeds of recalls at 1 (rank 0) or 5 (rank 1)."""
+    lines = []
+    for zoo, runs in tables.items():
+        names = [name for name, parts in runs[0]["recall"]["SNE"].items() if part in parts]
+        if not names:
+            continue
+        methods = list(runs[0]["recall"])
+        lines += ["", f"| `{zoo}`, {part}, {runs[0]['gallery']} in the gallery | {' | '.join(methods)} |"]
+        lines += ["|---|" + "---:|" * len(methods)]
+        for name in names:
+            means = [np.mean([run["recall"][method][name][part][rank] for run in runs]) for method in methods]
+            lines.append(f"| {name} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    return lines
+
+
+def write_page() -> None:
+    """Write the tables of docs/similarity.md from the committed result."""
+    found = json.loads(RESULT.read_text())
+    lines = [*table(found["zoos"], "all", 0), *table(found["zoos"], "never seen", 0)]
+    for zoo, runs in found["zoos"].items():
+        methods = list(runs[0]["probes"])
+        lines += ["", f"| `{zoo}`, linear probes | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
+        for name in runs[0]["probes"]["SNE"]:
+            means = [np.mean([run["probes"][method].get(name, np.nan) for run in runs]) for method in methods]
+            lines.append(f"| {name} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    insert(PAGE, "\n".join([*lines, "", ""]), *MARKERS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zoo", type=Path, nargs="+")
-    parser.add_argument("--train", type=Path, action="append", default=[])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("-o", "--out", type=Path, default=Path("retrieval"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--hidden-dim", type=int, default=64)
-    parser.add_argument("--batch-weights", type=int, default=1_000_000)
-    parser.add_argument("--set-attention", choices=("sab", "isab"), default="isab")
-    parser.add_argument("--max-chunks", type=int, default=8)
-    parser.add_argument("--temperature", type=float, default=0.1)
-    parser.add_argument("--relatives", type=float, default=0.0)
-    parser.add_argument("--no-chunks", action="store_true")
-    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("zoo", type=Path, nargs="*")
+    parser.add_argument("--model", action="append", default=[], help="of one seed; repeat for others")
+    parser.add_argument("--gallery", type=Path, action="append", default=[], help="zoos whose networks are there too")
+    parser.add_argument("--page", action="store_true", help="only write the tables of docs/similarity.md")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    said: list[str] = []
-
-    def report(line: str) -> None:
-        said.append(line)
-        print(line, flush=True)
-
-    methods: dict[str, tuple[Callable[[WeightBatch], Tensor], bool]] = {}
-    train = [Zoo.open(path) for path in options.train]
-    if options.model is not None:
-        encoder = sne_fast.SNE.from_pretrained(options.model)
-        methods["SNE"] = encoded(encoder), True
-    elif train:
-        model = train_encoder(train, options, report)
-        model.encoder.save_pretrained(options.out / "encoder")
-        encoder = model.encoder
-        methods["SNE"] = encoded(encoder), True
-        methods["SNE, projected"] = encoded(lambda batch: model.project(model.encoder(batch))), True
-    else:
-        parser.error("give --train or --model")
-    if not options.no_baselines:
-        torch.manual_seed(options.seed)
+    if options.page:
+        write_page()
+        return
+    torch.set_num_threads(1)
+    zoos = [Zoo.open(path) for path in options.zoo]
+    shared = [Zoo.open(path) for path in options.gallery]
+    known = frozenset(row["family"] for zoo in shared for row in zoo.rows)
+    tables: dict[str, list[dict[str, Any]]] = {path.name: [] for path in options.zoo}
+    for seed, model in enumerate(options.model or ["sne-small"]):
+        encoder = sne_fast.SNE.from_pretrained(model)
+        others = [encoder.pack(zoo[from_scratch(zoo)]).detach() for zoo in shared]
+        torch.manual_seed(seed)
         untrained = sne_fast.SNE(**encoder.config).eval()
-        seen = train or [Zoo.open(options.zoo[0])]
-        untrained.set_statistics(WeightBatch.cat([encoder.pack(zoo).detach() for zoo in seen]))
-        methods["SNE, untrained"] = encoded(untrained), True
-        methods["statistics, 23"] = statistics, False
-        methods["statistics, plain"] = plain_statistics, False
-        methods["spectra"] = spectra, False
-        methods["random projection"] = random_projection, True
-    known = {row["family"] for zoo in train for row in zoo.rows}
-    others = [encoder.pack(zoo[from_scratch(zoo)]).detach() for zoo in train]
-    tables: dict[str, Any] = {}
-    for path in options.zoo:
-        zoo = Zoo.open(path)
-        packed, roots = encoder.pack(zoo).detach(), from_scratch(zoo)
-        found = queries(zoo, packed, symmetries_of(zoo), options.seed)
-        gallery = WeightBatch.cat([packed[roots], *others])
-        families = [zoo.rows[i]["family"] for i in roots]
-        table: dict[str, dict[str, Any]] = {}
-        for method, (features, cosine) in methods.items():
-            start = time.process_time()
-            base = features(gallery)
-            table[method] = {}
-            for name, (batch, originals) in found.items():
-                at = features(batch)
-                parts = {"all": list(range(len(originals)))}
-                if known:
-                    parts["never seen"] = [k for k, o in enumerate(originals) if families[o] not in known]
-                table[method][name] = {
-                    part: [round(r, 4) for r in recall(base, at[rows], [originals[k] for k in rows], cosine)]
-                    for part, rows in parts.items()
-                    if rows
-                }
-            line = ", ".join(f"{name} {scores['all'][0]:.2f}" for name, scores in table[method].items())
-            report(f"{path.name}, {method} ({time.process_time() - start:.0f} CPU s): {line}")
-        counts = {name: len(originals) for name, (_, originals) in found.items()}
-        tables[path.name] = {"gallery": len(gallery), "queries": counts, "recall": table}
-    shown = {name: value for name, value in vars(options).items() if not isinstance(value, (Path, list))}
-    result = {"options": shown, "zoos": tables, "log": said, "machine": machine()}
-    write_json(options.out / "retrieval.json", result)
+        untrained.set_statistics(WeightBatch.cat(others or [encoder.pack(zoos[0]).detach()]))
+        methods: dict[str, Method] = {
+            "SNE": (encoded(encoder), True),
+            "untrained": (encoded(untrained), True),
+            "23 statistics": (statistics, False),
+            "plain statistics": (plain_statistics, False),
+            "spectra": (spectra, False),
+            "random projection": (random_projection, True),
+        }
+        for path, zoo in zip(options.zoo, zoos, strict=True):
+            tables[path.name].append(measure(zoo, methods, encoder, others, known, seed))
+            for method, rows in tables[path.name][-1]["recall"].items():
+                scores = ", ".join(f"{name} {parts['all'][0]:.2f}" for name, parts in rows.items())
+                print(f"{path.name}, seed {seed}, {method}: {scores}", flush=True)
+    about = {path.name: zoo.about for path, zoo in zip(options.zoo, zoos, strict=True)}
+    write_json(RESULT, {"models": options.model, "about": about, "zoos": tables, "machine": machine()})
 
 
 if __name__ == "__main__":

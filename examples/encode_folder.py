@@ -2,9 +2,9 @@
 
 python examples/encode_folder.py [FOLDER [ENCODER]]
 
-ENCODER is a folder that `save_pretrained` wrote. Without it the encoder is untrained, with random parameters, and
-vectors show no more than rough similarity. Without FOLDER, a few networks are made in a temporary one. The command
-`sne-fast encode` does the same for single files and zoos.
+ENCODER is a folder that `save_pretrained` wrote, by default `sne-small`, which comes with the package and is trained to
+find networks that are alike. Without FOLDER, a few networks are made in a temporary one. The command `sne-fast encode`
+does the same for single files and zoos.
 """
 
 from __future__ import annotations

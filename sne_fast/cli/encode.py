@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from ..atomic_files import replacing
+from ..atomic_files import replacing, to_json
 from ..data.choices import NonFinite
 from ..data.remote.paths import RemotePath, place
 from ..free_memory import parse_bytes
-from ..nn.choices import SetAttention
 from ..tasks.settings import check_choices, option
 from .options import options_of
 from .running import (
@@ -56,20 +55,18 @@ class EncodeSettings:
         metavar="PATH",
     )
     out: Path = option(
-        help="Output, .npz or .parquet, with columns name and vector; or a folder, for many networks: what is done "
-        "stays done, and the same command goes on with the rest.",
+        help="Output, .npz or .parquet, with columns name and vector, and what made them as sne_fast; or a folder, for "
+        "many networks: what is done stays done, and the same command goes on with the rest.",
         flags=("--out", "-o"),
     )
-    model: str | None = option(
-        None, help="Folder (or Hub repository) of a trained encoder or predictor.", shown="untrained"
-    )
-    seed: int = option(0, help="Seed of the untrained encoder's parameters.")
-    set_attention: SetAttention = option(
-        "isab", help="Attention of the untrained encoder; sab is quadratic in the chunks of a tensor."
+    model: str = option(
+        "sne-small",
+        help="Encoder or predictor: a folder, a model that comes with the package, or a repository of the Hub.",
     )
     max_chunks: int | None = option(
         None, help="Encode a sample of so many chunks of each larger tensor, and write its error.", shown="all", min=2
     )
+    seed: int = option(0, help="Seed of the sample of --max-chunks.")
     max_memory: str | None = option(
         None, help="Memory that one network may take, such as 8G or 500M.", shown="what is free"
     )
@@ -124,11 +121,12 @@ def parse_shard(text: str) -> tuple[int, int]:
 def encode(settings: EncodeSettings) -> None:
     """Write one vector per network.
 
-    Without --model the encoder is untrained: its vectors depend on all weights and on --seed. Networks that cannot be
+    Without --model they are those of sne-small, an encoder for finding networks that are alike. Networks that cannot be
     read are named at the end, with exit code 1; the vectors of all others are written.
     """
     import numpy as np
 
+    from ..nn.pretrained import described
     from ..reports.terminal import say
 
     out = settings.out
@@ -137,7 +135,10 @@ def encode(settings: EncodeSettings) -> None:
         return
     check_output(out, SUFFIXES)
     networks = expand(settings.paths, settings.key)
-    encode, pack, alone = _encoder(settings)
+    from ..embedding.dataset import provenance
+
+    model = _model(settings)
+    encode, pack, alone = _functions(model, settings)
     results = run_in_batches(
         encode,
         networks,
@@ -152,17 +153,19 @@ def encode(settings: EncodeSettings) -> None:
     spread: dict[str, Any] = {}
     if settings.max_chunks is not None:
         spread["spread"] = np.array(results.spreads, np.float32)
+    made_by = to_json(provenance(described(model), _given(settings)))
     with replacing(out) as temporary:
         if out.suffix == ".npz":
             with open(temporary, "wb") as stream:
-                np.savez(stream, name=np.array(names), vector=vectors, **spread)
+                np.savez(stream, name=np.array(names), vector=vectors, **spread, sne_fast=np.array(made_by))
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
             flat = pa.array(vectors.ravel())
             column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-            pq.write_table(pa.table({"name": pa.array(names), "vector": column, **spread}), temporary)
+            table = pa.table({"name": pa.array(names), "vector": column, **spread})
+            pq.write_table(table.replace_schema_metadata({"sne_fast": made_by}), temporary)
     say(stdout(), f"{len(names)} vectors of {vectors.shape[1]} numbers written to {out}")
     if any(results.spreads):
         say(
@@ -192,11 +195,7 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
     if whole and (settings.layers or settings.max_chunks is not None):
         raise ValueError("--layers and --max-chunks are for encoders; a predictor takes networks whole")
     limit = None if settings.max_memory is None else parse_bytes(settings.max_memory)
-    given = {
-        "key": settings.key, "nonfinite": settings.nonfinite, "layers": settings.layers or None,
-        "max_chunks": settings.max_chunks, "seed": settings.seed if settings.max_chunks is not None else None,
-    }  # fmt: skip
-    dataset = EmbeddingDataset(out, encoder, **{name: value for name, value in given.items() if value is not None})
+    dataset = EmbeddingDataset(out, encoder, **_given(settings))
     with progress(console, "Reading headers") as update:
         table = manifest_beside(
             dataset.path, settings.paths, key=settings.key, progress=lambda n: update(None, f"{n:,} networks")
@@ -234,6 +233,15 @@ def _encode_to_folder(settings: EncodeSettings) -> None:
         of_all = len(own | failures.keys())
         typer.echo(f"sne-fast: {len(failures)} of {of_all} networks failed; the others are done", err=True)
         raise typer.Exit(1)
+
+
+def _given(settings: EncodeSettings) -> dict[str, Any]:
+    """Return the options that were given and that vectors depend on."""
+    given = {
+        "key": settings.key, "nonfinite": settings.nonfinite, "layers": settings.layers or None,
+        "max_chunks": settings.max_chunks, "seed": settings.seed if settings.max_chunks is not None else None,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _note(work: Work) -> str:
@@ -289,14 +297,13 @@ def _bytes_of(path: Path) -> int:
 Functions = tuple[Callable[["WeightBatch"], "Tensor"], Callable[[Any], "WeightBatch"], Callable[..., Any] | None]
 
 
-def _encoder(settings: EncodeSettings) -> Functions:
+def _functions(model: SNE | Predictor, settings: EncodeSettings) -> Functions:
     """Return the functions that encode a batch, that pack networks for it, and that encode a large network by itself.
 
     Those of a predictor do all that it does to networks, so that vectors are those that its head takes.
     """
     from ..nn.encoder import SNE
 
-    model = _model(settings)
     if isinstance(model, SNE):
         return model, model.pack, _layer_by_layer(model, settings)
     if settings.max_chunks is not None:
@@ -306,21 +313,8 @@ def _encoder(settings: EncodeSettings) -> Functions:
 
 def _model(settings: EncodeSettings) -> SNE | Predictor:
     """Return the encoder or predictor, on its device."""
-    import torch
-
     from ..data.devices import usable_device
-    from ..nn.encoder import SNE
     from ..nn.predictor import load_encoder
 
     device = usable_device("cpu" if settings.scheduler is not None else settings.device)  # workers have their own
-    if settings.model is None:
-        typer.echo(
-            "sne-fast: no --model given: encoding with a freshly initialised, untrained encoder "
-            f"(seed {settings.seed})",
-            err=True,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            encoder = SNE(set_attention=settings.set_attention).to(device).eval()
-        return encoder
     return load_encoder(settings.model, device=device)

@@ -22,7 +22,7 @@ class SearchSettings:
         help="Networks to search for, of those in the folder or any others.", argument=True, metavar="PATH"
     )
     k: int = option(10, help="Number of networks to show for each query.", flags=("-k",), min=1)
-    metric: Literal["cosine", "euclidean"] = option("cosine", help="Distance of standardised vectors.")
+    metric: Literal["cosine", "euclidean"] = option("cosine", help="Distance of whitened vectors.")
     approximate: bool = option(
         False, help="Compare with likely neighbours alone, for millions of vectors and many queries; needs faiss."
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..extras import require
 from ..nn.encoder import SNE
 from ..nn.layer_encodings import LayerEncodings
 from ..nn.predictor import Predictor
-from ..nn.pretrained import CONFIG_NAME, DIGEST, read_config, saved_class
+from ..nn.pretrained import CONFIG_NAME, DIGEST, described, saved_class
 from ..regular_files import read_json
 from ..version import __version__
 from .units import Network, Unit
@@ -27,6 +26,20 @@ __all__ = ["EmbeddingDataset", "collect", "read_results"]
 
 MODEL = "model"
 ABOUT = "embedding.json"
+
+
+def provenance(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what files of vectors say of what made them.
+
+    Args:
+        config: of the model, as `described` returns it.
+        options: that the vectors depend on.
+    """
+    return {
+        "model": saved_class(config), DIGEST: config.get(DIGEST),
+        "options": {name: options[name] for name in sorted(options)},
+        "preparation": config.get("preparation"), "sne_fast_version": __version__,
+    }  # fmt: skip
 
 
 class EmbeddingDataset:
@@ -48,9 +61,7 @@ class EmbeddingDataset:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         self.encoder, self.options = encoder, options
-        with tempfile.TemporaryDirectory() as made:
-            encoder.save_pretrained(made)
-            config = read_config(made)
+        config = described(encoder)
         about = {"config": config, "options": {name: options[name] for name in sorted(options)}}
         self.hash = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.path = root / f"encoder={self.hash}"
@@ -61,10 +72,7 @@ class EmbeddingDataset:
             except OSError:
                 if not (self.path / MODEL / CONFIG_NAME).is_file():  # that another process has made meanwhile
                     raise
-        self._about = {
-            "model": saved_class(config), DIGEST: config.get(DIGEST), "options": about["options"],
-            "preparation": config.get("preparation"), "sne_fast_version": __version__,
-        }  # fmt: skip
+        self._about = provenance(config, options)
         if not (self.path / ABOUT).exists():
             write_json(self.path / ABOUT, self._about)
 

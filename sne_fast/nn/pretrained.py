@@ -32,6 +32,9 @@ DIGEST = "weights_sha256"
 ABOUT = ("architectures", "library_name", "sne_fast_version", DIGEST)
 """Keys of `config.json` that are not constructor arguments."""
 
+SHIPPED = Path(__file__).resolve().parents[1] / "models"
+"""Folder of the models that come with the package, by their names."""
+
 T = TypeVar("T", bound="PretrainedMixin")
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -114,8 +117,8 @@ class PretrainedMixin:
         Shapes are compared with those in the file before any tensor is made or read.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a repository id `user/name` of the Hub, which needs
-                `huggingface_hub`. A folder of that name comes first.
+            pretrained_model_name_or_path: a folder, the name of a model that comes with the package ("sne-small"), or
+                a repository id `user/name` of the Hub, which needs `huggingface_hub`; what is first of these counts.
             device: where the parameters go.
             revision: branch, tag or commit of the repository; as the rest, ignored for a folder.
             cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
@@ -168,12 +171,24 @@ class PretrainedMixin:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 
 
+def shipped_models() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG_NAME}"))
+
+
+def described(model: PretrainedMixin) -> dict[str, Any]:
+    """Return what `config.json` of a saved model says, with the digest of its weights."""
+    with tempfile.TemporaryDirectory() as made:
+        model.save_pretrained(made)
+        return read_config(made)
+
+
 def about(cls: type) -> dict[str, Any]:
     """Return the entries of `config.json` beside the constructor's arguments."""
     return {"architectures": [cls.__name__], "library_name": "sne_fast", "sne_fast_version": __version__}
 
 
-def saved_class(config: dict[str, Any]) -> str | None:
+def saved_class(config: Mapping[str, Any]) -> str | None:
     """Return the name of the class that wrote this `config.json`, None if it does not say."""
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and len(names) == 1 else None
@@ -288,14 +303,19 @@ def _sha256(path: Path) -> str:
 
 
 def _find(name: str, filename: str, hub: dict[str, Any]) -> Path:
-    """Return the file in the folder `name`, else download it from the repository of that name."""
+    """Return the file in the folder `name`, else of the shipped model, else download it from the repository."""
+    if not os.path.exists(name) and name in shipped_models():
+        return SHIPPED / name / filename
     if os.path.isdir(name):
         path = Path(name) / filename
         if not path.is_file():
             raise FileNotFoundError(f"from_pretrained: folder {name!r} holds no {filename}")
         return path
     if not _REPO_ID.fullmatch(name) or os.path.exists(name):
-        raise FileNotFoundError(f"from_pretrained: {name!r} is neither a folder nor a repository id of the Hub")
+        raise FileNotFoundError(
+            f"from_pretrained: {name!r} is neither a folder nor a repository id of the Hub, nor one of the package's "
+            f"models: {', '.join(shipped_models())}"
+        )
     hub_module = _hub(f"from_pretrained: {name!r} is not a folder here, and reading it from the Hub")
     try:
         return Path(hub_module.hf_hub_download(name, filename, **hub))

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from .comparing import LayerChange, compare
     from .distances import sketch_distances
     from .duplicates import Duplicates, find_duplicates
+    from .edges import Edge
     from .layouts import layout
     from .pages import map_page
     from .searching import nearest
     from .sketches import NetworkSketch, sketch
-    from .trees import Edge, Lineage, lineage
+    from .trees import Lineage, lineage
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -33,11 +34,12 @@ else:
             ".comparing": ["LayerChange", "compare"],
             ".distances": ["sketch_distances"],
             ".duplicates": ["Duplicates", "find_duplicates"],
+            ".edges": ["Edge"],
             ".layouts": ["layout"],
             ".pages": ["map_page"],
             ".searching": ["nearest"],
             ".sketches": ["NetworkSketch", "sketch"],
-            ".trees": ["Edge", "Lineage", "lineage"],
+            ".trees": ["Lineage", "lineage"],
         },
     )
 

@@ -19,8 +19,8 @@ def candidates(base: np.ndarray, asked: np.ndarray, k: int, *, themselves: bool)
     """Return the places of the k likely nearest encodings of each query, in any order.
 
     Args:
-        base: `(N, h)` float32.
-        asked: `(Q, h)` float32.
+        base: `(N, h)`, compared in float32.
+        asked: `(Q, h)`.
         k: number of neighbours, at most N.
         themselves: False where the queries are those of `base`, which are then none of their own neighbours.
 
@@ -36,13 +36,14 @@ def candidates(base: np.ndarray, asked: np.ndarray, k: int, *, themselves: bool)
     import faiss
 
     cells = int(_CELLS * math.sqrt(len(base)))
+    base, asked = (np.ascontiguousarray(x, np.float32) for x in (base, asked))
     quantiser = faiss.IndexFlatL2(base.shape[1])
     index = faiss.IndexIVFFlat(quantiser, base.shape[1], cells)
     index.cp.seed = _SEED
-    index.train(np.ascontiguousarray(base))
-    index.add(np.ascontiguousarray(base))
+    index.train(base)
+    index.add(base)
     index.nprobe = max(_PROBED, cells // 50)
-    _, found = index.search(np.ascontiguousarray(asked), k + (not themselves))
+    _, found = index.search(asked, k + (not themselves))
     if themselves:
         return np.asarray(found, np.int64)
     # A query is mostly the first of its own list, but not always: others may be the same.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
-from .searching import as_matrix, mean_and_spread
+from .searching import as_matrix
 
 _COMPONENTS = 50
 """Principal components that t-SNE takes of wider encodings, as van der Maaten and Hinton (2008) do."""
@@ -21,7 +21,7 @@ _START = 1e-4
 def layout(vectors: Any, seed: int = 0, *, perplexity: float = 30.0) -> np.ndarray:
     """Return positions in the plane by t-SNE (van der Maaten and Hinton 2008, JMLR 9).
 
-    Vectors are standardised number by number, as :func:`sne_fast.similarity.nearest` does, and those of more than 50
+    Vectors are standardised number by number, and those of more than 50
     numbers are reduced to their first 50 principal components. The same vectors and seed give the same positions, for
     which it runs in one thread. Distances in the plane say who is near whom, and little about how far others are.
 
@@ -66,3 +66,9 @@ def layout(vectors: Any, seed: int = 0, *, perplexity: float = 30.0) -> np.ndarr
         near = min(perplexity, (len(plane) - 1) / 3)
         found = TSNE(perplexity=near, init=start.astype(np.float32), random_state=seed).fit_transform(scaled)
     return np.asarray(found, np.float32)
+
+
+def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each column, `(h,)` float64; the latter is 1 for a constant column."""
+    mean, spread = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    return mean, np.where(spread > 1e-6 * np.maximum(np.abs(mean), 1e-6), spread, 1.0)

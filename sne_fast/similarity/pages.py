@@ -14,16 +14,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..atomic_files import to_json
 from ..failures import utf8
 from ..zoo.csv_table import one_type
-
-if TYPE_CHECKING:
-    from .trees import Edge
+from .edges import Edge
 
 _DEEPEST = 100
 """Depth from which on the networks of a tree are no longer nested, but follow each other."""

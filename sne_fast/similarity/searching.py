@@ -10,6 +10,8 @@ from .inverted_lists import candidates
 
 Metric = Literal["cosine", "euclidean"]
 _BLOCK_BYTES = 1 << 28
+_ROWS = 1 << 16
+_SHRINKAGE = 0.01
 
 
 def nearest(
@@ -18,7 +20,7 @@ def nearest(
     k: int = 10,
     *,
     metric: Metric = "cosine",
-    standardise: bool = True,
+    whiten: bool = True,
     approximate: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest encodings of a gallery, the nearest first, equally near ones in their order.
@@ -28,8 +30,8 @@ def nearest(
         queries: `(Q, h)`; None searches for the neighbours of every encoding of the gallery, itself left out.
         k: neighbours of each query; fewer where the gallery has not so many.
         metric: "cosine" is 1 minus the cosine of the angle, "euclidean" the Euclidean distance.
-        standardise: subtract the gallery's mean and divide by its standard deviation first, number by number. Without
-            it the parts in which all networks agree make all of them near.
+        whiten: subtract the gallery's mean first, and turn and scale encodings so that the gallery varies alike in all
+            directions. Without it the few directions in which networks differ most hide all others.
         approximate: compare each query only with the part of the gallery that is likely to be near, by inverted lists
             of `faiss`. It misses a few of the neighbours, and pays where there are millions of encodings and many
             queries; galleries of fewer than 10,000 are searched exactly.
@@ -54,9 +56,9 @@ def nearest(
         raise ValueError(
             f"nearest: k must be at least 1 and encodings of one width, got {k}, {base.shape} and {asked.shape}"
         )
-    if standardise and len(base):
-        mean, spread = mean_and_spread(base)
-        base, asked = (((x - mean) / spread).astype(np.float32) for x in (base, asked))
+    if whiten and len(base):
+        mean, matrix = whitening(base)
+        base, asked = ((x - mean) @ matrix for x in (base, asked))
     if metric == "cosine":
         base, asked = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (base, asked))
     alone = queries is not None
@@ -97,10 +99,29 @@ def _smallest(score: np.ndarray, k: int) -> np.ndarray:
     return np.argpartition(score, k - 1, axis=1)[:, :k]
 
 
-def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of each column, `(h,)` float64; the latter is 1 for a constant column."""
-    mean, spread = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
-    return mean, np.where(spread > 1e-6 * np.maximum(np.abs(mean), 1e-6), spread, 1.0)
+def whitening(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of encodings `(h,)`, and the matrix `(h, h)` after which they vary alike in all directions.
+
+    With the eigenvectors V and eigenvalues w of the covariance, it is `V / sqrt(w + 0.01 mean(w))`: directions in which
+    encodings hardly vary are not blown up to noise.
+
+    Args:
+        values: `(N, h)` float32, N at least 1.
+
+    Returns:
+        Both float32; the identity for encodings that are all the same.
+    """
+    mean = values.mean(0, dtype=np.float64)
+    covariance = np.zeros((values.shape[1],) * 2)
+    for start in range(0, len(values), _ROWS):
+        part = values[start : start + _ROWS] - mean
+        covariance += part.T @ part
+    sizes, vectors = np.linalg.eigh(covariance / len(values))
+    sizes = np.maximum(sizes, 0.0)
+    if not sizes.mean() > 1e-12 * max(float(np.square(mean).mean()), 1e-12):
+        return mean.astype(np.float32), np.eye(len(mean), dtype=np.float32)
+    matrix = vectors / np.sqrt(sizes + _SHRINKAGE * sizes.mean())
+    return mean.astype(np.float32), matrix.astype(np.float32)
 
 
 def as_matrix(values: Any, name: str) -> np.ndarray:

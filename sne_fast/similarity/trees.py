@@ -27,6 +27,7 @@ import networkx
 import numpy as np
 
 from .distances import joined, sharing, sketch_distances
+from .edges import Edge
 from .pages import tree_page
 from .sketches import NetworkSketch
 
@@ -38,26 +39,6 @@ _MERGED = 0.05
 _TIE = 0.2  # candidates this much dearer than the cheapest one are as good
 _LEAST = 1e-4  # added to distances, so that evidence decides among equal networks
 _NEIGHBOURS = 12
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A step from a parent to a child.
-
-    Attributes:
-        parent: name of the network that the other was made of.
-        child: name of the other.
-        relation: "copy" (the same compared weights), "prune", "round", "merge" (one of two parents), "head" (tensors of
-            other shapes, and the rest as it was), or "train".
-        distance: relative distance of their weights.
-        evidence: from 0, the direction is a guess, to 1.
-    """
-
-    parent: str
-    child: str
-    relation: str
-    distance: float
-    evidence: float
 
 
 @dataclass(frozen=True)

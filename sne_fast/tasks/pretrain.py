@@ -66,7 +66,7 @@ def pretrain(
         torch.default_generator.manual_seed(settings.seed)
         encoder = SNE(**recipe.encoder)
         encoder.fill_code_gains(recipe.code_gain)
-        labels = {name: _labels(zoo, name) for name in settings.targets}
+        labels = {name: labels_of(zoo, name) for name in settings.targets}
         outputs = {name: 1 if of.dtype.is_floating_point else 1 + max(0, int(of.max())) for name, of in labels.items()}
         model = ContrastiveModel(encoder, labels=outputs).to(device)
     groups, parts = _groups(zoo), _parts(zoo, settings)
@@ -84,7 +84,7 @@ def pretrain(
             model, views, groups=groups[rows], labels=own, max_chunks=settings.max_chunks, weights_at_once=READ_WEIGHTS
         )
 
-    probed = {name: _labels(zoo, name) for name in settings.targets or PROBED if name in zoo.columns}
+    probed = {name: labels_of(zoo, name) for name in settings.targets or PROBED if name in zoo.columns}
     fitted = torch.zeros(len(zoo), dtype=torch.bool)
     fitted[parts["train"]] = True
 
@@ -177,7 +177,7 @@ def _parts(zoo: Zoo, settings: TrainSettings) -> dict[str, list[int]]:
     return {"train": (~found).nonzero()[:, 0].tolist(), "validation": found.nonzero()[:, 0].tolist()}
 
 
-def _labels(zoo: Zoo, name: str) -> Tensor:
+def labels_of(zoo: Zoo, name: str) -> Tensor:
     """Return a column as normalised numbers, NaN where one is not known, or as classes, -1 where one is not known."""
     values = zoo.column(name)
     if values.dtype.kind == "f":

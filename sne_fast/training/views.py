@@ -50,8 +50,8 @@ class Views:
 
     symmetries: Sequence[Symmetry | None] | None = None
     permute: float = 0.7
-    noise: float = 0.6
-    noise_size: float = 0.4
+    noise: float = 0.8
+    noise_size: float = 0.5
     prune: float = 0.3
     prune_most: float = 0.6
     round: float = 0.2

@@ -15,6 +15,7 @@ from .family_zoo import make_family_zoo
 from .inr_folders import load_dwsnets, load_nfn
 from .inrs import make_sine_zoo
 from .mnist_inrs import make_mnist_inr_zoo
+from .pretraining_zoo import make_pretraining_zoo
 from .schuerholt import load_schuerholt
 from .shards import ZooWriter
 from .table import Zoo, ZooNetwork, networks_at
@@ -38,6 +39,7 @@ __all__ = [
     "make_digits_zoo",
     "make_family_zoo",
     "make_mnist_inr_zoo",
+    "make_pretraining_zoo",
     "make_sine_zoo",
     "networks_at",
     "pack_options",

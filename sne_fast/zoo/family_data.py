@@ -264,3 +264,16 @@ def find_task(name: str) -> Task:
 def alike(name: str) -> Sequence[str]:
     """Return the data sets of the same inputs and outputs as this one, itself among them."""
     return next(group for groups in DATASETS.values() for group in groups if name in group)
+
+
+def tasks_of(kinds: Sequence[str], left_out: Sequence[str] = ()) -> list[list[str]]:
+    """Return the names of data sets of some kinds, in groups of the same inputs and outputs, without some.
+
+    Args:
+        kinds: keys of `DATASETS`.
+        left_out: names, or starts of names, of data sets to leave out.
+    """
+    found = [
+        [name for name in group if not name.startswith(tuple(left_out))] for kind in kinds for group in DATASETS[kind]
+    ]
+    return [group for group in found if group]

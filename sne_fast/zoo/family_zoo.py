@@ -92,17 +92,9 @@ def make_family_zoo(
         >>> trees.rows[8]["relation"], trees.rows[8]["parent"] == trees.rows[3]["name"]
         ('merge', True)
     """
-    chosen = list(ARCHITECTURE_FAMILIES) if architectures is None else list(architectures)
-    for name in chosen:
-        if name not in ARCHITECTURE_FAMILIES:
-            raise ValueError(
-                f"make_family_zoo: unknown architecture {name!r}; known are {', '.join(ARCHITECTURE_FAMILIES)}"
-            )
-    if families < 1 or not chosen or max_steps < 1:
-        raise ValueError(
-            f"make_family_zoo: families and max_steps must be at least 1 and architectures not empty, got {families}, "
-            f"{max_steps} and {chosen}"
-        )
+    chosen = check_architectures("make_family_zoo", architectures)
+    if families < 1 or max_steps < 1:
+        raise ValueError(f"make_family_zoo: families and max_steps must be at least 1, got {families} and {max_steps}")
     kinds = [chosen[k % len(chosen)] for k in range(families)]
     groups = [
         Group(f"{k:05d}", k * FAMILY_SIZE, FAMILY_SIZE, FAMILY_SIZE * _COST[kind]) for k, kind in enumerate(kinds)
@@ -125,6 +117,33 @@ def make_family_zoo(
     return make_zoo(folder, groups, work, about, on_progress)
 
 
+def check_architectures(where: str, architectures: Sequence[str] | None) -> list[str]:
+    """Return the names of families of architectures, all of them for None.
+
+    Raises:
+        ValueError: none, or a name that is not among them; the message begins with `where`.
+    """
+    chosen = list(ARCHITECTURE_FAMILIES) if architectures is None else list(architectures)
+    if not chosen:
+        raise ValueError(f"{where}: architectures must not be empty")
+    for name in chosen:
+        if name not in ARCHITECTURE_FAMILIES:
+            raise ValueError(f"{where}: unknown architecture {name!r}; known are {', '.join(ARCHITECTURE_FAMILIES)}")
+    return chosen
+
+
+def recipe_for(kind: str, draws: Draws, max_steps: int, least: float = 1 / 3) -> FamilyRecipe:
+    """Draw the hyperparameters of a training of `least * max_steps` to `max_steps` steps."""
+    adam = kind not in _SGD_FAMILIES or draws.integer(0, 1) == 0
+    low, high = _ADAM_RATES[kind] if adam else _SGD_RATES
+    return FamilyRecipe(
+        steps=max(1, round(draws.log_number(least * max_steps, max_steps))),
+        lr=draws.log_number(low, high),
+        weight_decay=draws.log_number(1e-5, 1e-2),
+        optimiser="adam" if adam else "sgd",
+    )
+
+
 class _Family:
     """One family under way: what was drawn for it, and the networks made so far."""
 
@@ -139,14 +158,7 @@ class _Family:
         if kind == "resnet" and self.task.shape[-1] > 8 and self.draws.integer(0, 1):
             self.task = find_task(self.draws.choice(alike("digits")))  # four times cheaper
         self.architecture = draw_architecture(kind, self.task, self.draws, scale)
-        adam = kind not in _SGD_FAMILIES or self.draws.integer(0, 1) == 0
-        low, high = _ADAM_RATES[kind] if adam else _SGD_RATES
-        self.recipe = FamilyRecipe(
-            steps=max(1, round(self.draws.log_number(max_steps / 3, max_steps))),
-            lr=self.draws.log_number(low, high),
-            weight_decay=self.draws.log_number(1e-5, 1e-2),
-            optimiser="adam" if adam else "sgd",
-        )
+        self.recipe = recipe_for(kind, self.draws, max_steps)
         self.states: list[State] = []
         self.rows: list[tuple[str, dict[str, Any]]] = []
         self._on_share, self._steps = on_share, 0

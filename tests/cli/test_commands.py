@@ -17,6 +17,7 @@ from sne_fast import SNE, Predictor
 from sne_fast.backends import gpu_runs
 from sne_fast.data.checkpoints import save_state_dict
 from sne_fast.nn import Preparation
+from sne_fast.nn.pretrained import described
 from sne_fast.zoo import ZooWriter
 from sne_fast.zoo.architectures import ARCHITECTURES
 
@@ -74,15 +75,17 @@ def test_the_shell_completes_commands_and_choices():
 
 def test_encode_npz(files, tmp_path):
     out = tmp_path / "z.npz"
-    result = call("encode", *files, "-o", out, "--seed", 5)
-    assert result.exit_code == 0, result.output
-    assert "untrained" in result.stderr and "seed 5" in result.stderr
+    result = call("encode", *files, "-o", out)
+    assert result.exit_code == 0 and result.stderr == "", result.output
+    shipped = SNE.from_pretrained("sne-small")
     with np.load(out) as stored:
         assert stored["name"].tolist() == [str(f) for f in files]
         vectors = stored["vector"]
-    torch.manual_seed(5)
+        made_by = json.loads(str(stored["sne_fast"]))
+    assert made_by["model"] == "SNE" and made_by["weights_sha256"] == described(shipped)["weights_sha256"]
+    assert made_by["options"] == {} and made_by["sne_fast_version"] == sne_fast.__version__
     with torch.no_grad():
-        expected = SNE(set_attention="isab")(files)
+        expected = shipped(files)
     np.testing.assert_allclose(vectors, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "net0.safetensors",
@@ -96,6 +99,8 @@ def test_encode_parquet_with_a_model(files, model, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     result = call("encode", *files, "-o", tmp_path / "z.parquet", "--model", model)
     assert result.exit_code == 0 and result.stderr == ""
+    made_by = json.loads(pq.read_schema(tmp_path / "z.parquet").metadata[b"sne_fast"])
+    assert made_by["model"] == "Predictor" and len(made_by["weights_sha256"]) == 64
     table = pq.read_table(tmp_path / "z.parquet").to_pydict()
     assert table["name"] == [str(f) for f in files]
     with torch.no_grad():
@@ -335,7 +340,7 @@ def test_as_a_program(files, tmp_path):
         [*command, files[0], "-o", tmp_path / "z.npz"], capture_output=True, text=True, env=environment
     )
     assert good.returncode == 0, good.stderr
-    assert "1 vectors of 64 numbers written" in good.stdout
+    assert "1 vectors of 192 numbers written" in good.stdout
     bad = subprocess.run(
         [*command, "absent.pt", "-o", "z.npz"], capture_output=True, text=True, env=environment, cwd=tmp_path
     )

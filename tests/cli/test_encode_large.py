@@ -56,19 +56,20 @@ def test_large_files_are_encoded_layer_by_layer(
 
 def test_a_sample_of_chunks_has_its_error_beside_it(large: Path, small: Path, tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
-    result = call("encode", large, small, "-o", tmp_path / "z.parquet", "--max-chunks", 64)
+    model = saved_encoder(tmp_path)
+    result = call("encode", large, small, "-o", tmp_path / "z.parquet", "--max-chunks", 64, "--model", model)
     assert result.exit_code == 0
-    assert "estimates from at most 64 chunks per tensor; relative standard error up to 0.0" in result.stdout
+    assert "estimates from at most 64 chunks per tensor; relative standard error up to 0." in result.stdout
     table = pq.read_table(tmp_path / "z.parquet").to_pydict()
-    assert 0 < table["spread"][0] < 0.1 and table["spread"][1] == 0
-    call("encode", large, small, "-o", tmp_path / "z.npz", "--max-chunks", 64)
+    assert 0 < table["spread"][0] < 0.3 and table["spread"][1] == 0
+    call("encode", large, small, "-o", tmp_path / "z.npz", "--max-chunks", 64, "--model", model)
     np.testing.assert_allclose(stored(tmp_path / "z.npz")["vector"], table["vector"], rtol=0, atol=1e-6)
-    call("encode", large, "-o", tmp_path / "other.npz", "--max-chunks", 64, "--model", saved_encoder(tmp_path))
-    assert stored(tmp_path / "other.npz")["vector"].shape == (1, 32)
+    assert stored(tmp_path / "z.npz")["vector"].shape == (2, 32)
 
 
 def saved_encoder(folder: Path) -> Path:
-    SNE(hidden_dim=32).save_pretrained(folder / "encoder")
+    torch.manual_seed(0)
+    SNE(hidden_dim=32, set_attention="isab").save_pretrained(folder / "encoder")
     return folder / "encoder"
 
 
@@ -76,7 +77,8 @@ def test_a_network_that_needs_more_memory_is_named_and_others_are_encoded(
     large: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "LARGE", 10_000)
-    result = call("encode", large, small, "-o", tmp_path / "z.npz", "--max-memory", "100M")
+    model = saved_encoder(tmp_path)
+    result = call("encode", large, small, "-o", tmp_path / "z.npz", "--max-memory", "10M", "--model", model)
     assert result.exit_code == 1
     said = " ".join(result.stderr.split())
     assert f"{large}: encoding needs 0.1 GiB for layer 'embed_tokens' of 6,144 weights" in said

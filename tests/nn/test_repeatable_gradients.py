@@ -38,6 +38,6 @@ def test_a_step_of_training_has_no_op_that_adds_in_any_order(order: bool, hooked
     networks = [nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 2)) for _ in range(3)]
     loss = nn.functional.cross_entropy(model(sne_fast.pack(networks)), torch.tensor([0, 1, 2]))
     found = nodes(loss)
-    assert {"SetAttentionBackward", "EmbeddingBackward"} <= found
+    assert "EmbeddingBackward" in found and found & {"SetBlockBackward", "SetAttentionBackward"}
     assert hooked or "ChunkEncodeBackward" in found
     assert not found & ANY_ORDER

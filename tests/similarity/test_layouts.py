@@ -20,7 +20,7 @@ def test_networks_of_a_group_are_beside_each_other(width):
     vectors, group = groups(width)
     places = layout(torch.tensor(vectors))
     assert places.shape == (60, 2) and places.dtype == np.float32
-    _, near = nearest(places, k=3, metric="euclidean", standardise=False)
+    _, near = nearest(places, k=3, metric="euclidean", whiten=False)
     assert (group[near] == group[:, None]).mean() > 0.95
     np.testing.assert_array_equal(layout(vectors), places)
     # Each number counts alike, whatever its scale.

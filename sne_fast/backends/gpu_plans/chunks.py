@@ -25,11 +25,20 @@ SLAB_ROWS_TIMES_WIDTH = 1 << 22
 
 @dataclass(frozen=True)
 class SlotClass:
-    """Chunks of ``min_length`` to ``slots`` elements; with ``multi_chunk``, of 1 to 16, several of one length a bin."""
+    """Chunks of ``min_length`` to ``slots`` elements; with ``multi_chunk``, of 1 to 16, several of one length a bin.
+
+    A ``max_length`` above 0 ends the class before its slots are full.
+    """
 
     slots: int
     min_length: int
     multi_chunk: bool
+    max_length: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Return the length of the longest chunks of the class."""
+        return self.max_length or (LONGEST_SHARED if self.multi_chunk else self.slots)
 
 
 CLASSES = (
@@ -60,7 +69,7 @@ class ChunkPlan:
         """Return the number of bins that the chunks of a class fill."""
         if slot_class.multi_chunk:
             return sum(-(-int(self.counts[n]) // (slot_class.slots // n)) for n in range(1, LONGEST_SHARED + 1))
-        return int(self.counts[slot_class.min_length : slot_class.slots + 1].sum())
+        return int(self.counts[slot_class.min_length : slot_class.longest + 1].sum())
 
     def classes(self, among: Sequence[SlotClass] = CLASSES) -> Iterator[tuple[SlotClass, int]]:
         """Yield the slot classes that have chunks, with their number of bins."""

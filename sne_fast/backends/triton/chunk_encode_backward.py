@@ -14,10 +14,10 @@ from .chunk_encode_backward_kernels import (
     block_backward_kernel,
     codes_backward_kernel,
     pool_backward_kernel,
-    scalar_backward_kernel,
     weight_grad_kernel,
 )
 from .chunk_encode_kernels import chunk_encode_kernel
+from .chunk_encode_scalar_kernels import scalar_backward_kernel
 from .chunk_encode_staged import staged_backward
 from .chunk_launches import (
     FUSED_CLASSES,

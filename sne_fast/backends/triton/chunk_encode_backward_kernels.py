@@ -1,4 +1,4 @@
-"""Backward kernels of ``chunk_encode``, one per stage of a slab: pool, full blocks, codes, scalar block.
+"""Backward kernels of ``chunk_encode``, one per stage of a slab but block 0: pool, full blocks, codes.
 
 Each recomputes its stage from what the forward kernel saved for the slab, turns the gradient of its rows into that of
 its input's in place, and sums its parameters' gradients over its own tiles, always in the same order: a program adds
@@ -13,15 +13,14 @@ import triton.language as tl
 from .chunk_encode_kernels import load_queries, pool_weights
 from .chunk_tiles import (
     attends,
-    attention_weights,
+    attention_exponentials,
     bin_lengths,
     finite_rows,
     from_heads,
     kept,
     places,
     row_products,
-    scalar_attention,
-    scalar_weights,
+    row_slots,
     to_heads,
 )
 from .tiles import (
@@ -34,6 +33,7 @@ from .tiles import (
     matrix,
     normed,
     save_rows,
+    unbiased,
     vector,
 )
 
@@ -57,6 +57,7 @@ def pool_backward_kernel(
     LAYER_NORM: tl.constexpr,
     SLOTS: tl.constexpr,
     MIN_LENGTH: tl.constexpr,
+    MAX_LENGTH: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,9 +72,19 @@ def pool_backward_kernel(
     b_query = load_queries(pool_query, BINS, HEADS, PADDED_HEADS, WIDTH)  # [NB, P, h]
     for i_tile in range(i_program, tiles, programs):
         i_bin = first_bin + i_tile * BINS + tl.arange(0, BINS)
-        n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-        i_chunk, i_element, i_group, m_element = places(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-        b_x = load_rows(saved + 3 * slab_rows * WIDTH, i_tile * ROWS, ROWS, WIDTH)  # [M, h]
+        n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK)
+        i_chunk, i_element, i_group, m_element = places(
+            order,
+            n[:, None],
+            begin[:, None],
+            end[:, None],
+            tl.arange(0, SLOTS)[None, :],
+            MIN_LENGTH,
+            SLOTS,
+            MULTI_CHUNK,
+        )  # [NB, S]
+        i_row = i_tile * ROWS + tl.arange(0, ROWS)
+        b_x = load_rows(saved + 3 * slab_rows * WIDTH, i_row, WIDTH)  # [M, h]
         b_x = tl.reshape(b_x, (BINS, SLOTS, WIDTH))
         b_total = tl.zeros((BINS, SLOTS, WIDTH), ACC)
         last = tl.max(end - begin, 0).to(tl.int32) if MULTI_CHUNK else 1
@@ -98,7 +109,7 @@ def pool_backward_kernel(
             b_total = tl.where(m_own[:, :, None], b_x_grad, b_total)
             b_flat = tl.trans(tl.reshape(b_logit_grad, (ROWS, PADDED_HEADS)))  # [P, M]
             b_query_sum += tl.dot(b_flat, tl.reshape(b_rows, (ROWS, WIDTH)), input_precision=PRECISION, out_dtype=ACC)
-        save_rows(rows_grad, i_tile * ROWS, tl.reshape(b_total, (ROWS, WIDTH)), ROWS, WIDTH)
+        save_rows(rows_grad, i_row, tl.reshape(b_total, (ROWS, WIDTH)), WIDTH)
     p_query_part = query_part + i_program * HEADS * WIDTH + i_head[:, None] * WIDTH + i_column[None, :]
     m_head = (i_head < HEADS)[:, None]
     tl.store(p_query_part, tl.load(p_query_part, mask=m_head, other=0) + b_query_sum, mask=m_head)
@@ -114,8 +125,7 @@ def feed_forward_backward(
     norm_part,
     products,
     slab_rows,
-    first_row,
-    ROWS: tl.constexpr,
+    i_row,
     LAYER_NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -130,14 +140,14 @@ def feed_forward_backward(
     if LAYER_NORM:
         b_unit0, b_rstd0 = normed(b_res, WIDTH)
         b_res = b_unit0 * vector(norm, WIDTH, ACC)[None, :] + vector(norm + WIDTH, WIDTH, ACC)[None, :]
-    save_rows(products + 4 * slab_rows * WIDTH, first_row, b_res, ROWS, WIDTH)
+    save_rows(products + 4 * slab_rows * WIDTH, i_row, b_res, WIDTH)
     b_z = linear(b_res.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
     if LAYER_NORM:
         b_unit1, b_rstd1 = normed(add_relu(b_res, b_z), WIDTH)
         b_grad = layer_norm_backward(b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, norm_part + 2 * WIDTH, WIDTH, ACC)
     b_z_grad = tl.where(b_z <= 0, 0.0, b_grad)
     b_z_grad = b_z_grad.to(operand)
-    save_rows(products + 3 * slab_rows * WIDTH, first_row, b_z_grad, ROWS, WIDTH)
+    save_rows(products + 3 * slab_rows * WIDTH, i_row, b_z_grad, WIDTH)
     b_grad += tl.dot(b_z_grad, matrix(w_o, WIDTH), input_precision=PRECISION, out_dtype=ACC)
     if LAYER_NORM:
         b_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, norm_part, WIDTH, ACC)
@@ -166,6 +176,7 @@ def block_backward_kernel(
     LAYER_NORM: tl.constexpr,
     SLOTS: tl.constexpr,
     MIN_LENGTH: tl.constexpr,
+    MAX_LENGTH: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -177,53 +188,64 @@ def block_backward_kernel(
     """
     ROWS: tl.constexpr = BINS * SLOTS
     SQUARE: tl.constexpr = WIDTH * WIDTH
+    UNMASKED: tl.constexpr = MIN_LENGTH == SLOTS
     operand = saved.dtype.element_ty
     i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     norm_part += i_program * 4 * WIDTH
+    i_row_bin, i_slot = row_slots(BINS, SLOTS)
     for i_tile in range(i_program, tiles, programs):
-        i_heads_bin = first_bin + i_tile * BINS + tl.arange(0, BINS * HEADS) // HEADS
-        m_keys = attends(chunk_ptr, order, table, i_heads_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-        b_x = load_rows(saved, i_tile * ROWS, ROWS, WIDTH)  # [M, h]
+        i_row = i_tile * ROWS + i_row_bin * SLOTS + i_slot
+        i_heads_bin = first_bin + i_tile * BINS + tl.arange(0, BINS * HEADS) % BINS
+        m_keys = attends(chunk_ptr, order, table, i_heads_bin, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK)
+        b_x = load_rows(saved, i_row, WIDTH)  # [M, h]
         b_q_rows = linear(b_x, w_qkv, b_qkv, WIDTH, PRECISION, ACC)  # [M, h]
-        b_k_rows = linear(b_x, w_qkv + SQUARE, b_qkv + WIDTH, WIDTH, PRECISION, ACC).to(operand)
+        b_k_rows = unbiased(b_x, w_qkv + SQUARE, WIDTH, PRECISION, ACC).to(operand)
         b_v_rows = linear(b_x, w_qkv + 2 * SQUARE, b_qkv + 2 * WIDTH, WIDTH, PRECISION, ACC).to(operand)
         b_q, b_k = to_heads(b_q_rows.to(operand), BINS, SLOTS, HEADS), to_heads(b_k_rows, BINS, SLOTS, HEADS)
-        b_v = to_heads(b_v_rows, BINS, SLOTS, HEADS)  # [NB * H, S, d]
-        b_p, b_q, b_k, b_v = attention_weights(b_q, b_k, b_v, m_keys, WIDTH, MULTI_CHUNK, PRECISION, ACC)
-        b_p = b_p.to(operand)  # [NB * H, S, S]
+        b_v = to_heads(b_v_rows, BINS, SLOTS, HEADS)  # [H * NB, S, d]
+        b_p, b_inverse, b_q, b_k, b_v = attention_exponentials(
+            b_q, b_k, b_v, m_keys, WIDTH, UNMASKED, MULTI_CHUNK, PRECISION, ACC
+        )
+        b_p = (b_p * b_inverse[:, :, None]).to(operand)  # [H * NB, S, S]
         b_attended = tl.dot(b_p, b_v, input_precision=PRECISION, out_dtype=ACC)
         b_res = b_q_rows + from_heads(b_attended, BINS, SLOTS, HEADS)  # [M, h]
 
-        b_grad = load_rows(rows_grad, i_tile * ROWS, ROWS, WIDTH)  # [M, h]
+        b_grad = load_rows(rows_grad, i_row, WIDTH)  # [M, h]
         b_res_grad = feed_forward_backward(
-            b_grad, b_res, w_o, b_o, norm, norm_part, products, slab_rows, i_tile * ROWS,
-            ROWS, LAYER_NORM, WIDTH, PRECISION, ACC,
+            b_grad, b_res, w_o, b_o, norm, norm_part, products, slab_rows, i_row,
+            LAYER_NORM, WIDTH, PRECISION, ACC,
         )  # fmt: skip
 
-        b_a_grad = to_heads(b_res_grad.to(operand), BINS, SLOTS, HEADS)  # [NB * H, S, d]
-        if MULTI_CHUNK:  # as in attention_weights: rows that are not finite turn their own chunk's weights into NaN
+        b_a_grad = to_heads(b_res_grad.to(operand), BINS, SLOTS, HEADS)  # [H * NB, S, d]
+        if (
+            MULTI_CHUNK
+        ):  # as in attention_exponentials: rows that are not finite turn their own chunk's weights into NaN
             b_flag = finite_rows(b_a_grad, ACC)
             b_a_grad = kept(b_a_grad, b_flag)
             b_p = tl.where(m_keys, b_p.to(ACC) + b_flag[:, :, None], 0.0).to(operand)
         b_v_grad = tl.dot(tl.permute(b_p, (0, 2, 1)), b_a_grad, input_precision=PRECISION, out_dtype=ACC)
-        b_p_grad = row_products(b_a_grad, b_v, PRECISION, ACC)  # [NB * H, S, S]
+        b_p_grad = row_products(b_a_grad, b_v, PRECISION, ACC)  # [H * NB, S, S]
         b_weights = b_p.to(ACC)
-        b_mean = tl.sum(tl.where(m_keys, b_weights * b_p_grad, 0.0), 2)
-        b_logits_grad = b_weights * (b_p_grad - b_mean[:, :, None]) * (1 / WIDTH**0.5)
-        b_logits_grad = tl.where(m_keys, b_logits_grad, 0.0).to(operand)
+        if UNMASKED:
+            b_mean = tl.sum(b_weights * b_p_grad, 2)
+            b_logits_grad = b_weights * (b_p_grad - b_mean[:, :, None])
+        else:
+            b_mean = tl.sum(tl.where(m_keys, b_weights * b_p_grad, 0.0), 2)
+            b_logits_grad = tl.where(m_keys, b_weights * (b_p_grad - b_mean[:, :, None]), 0.0)
+        b_logits_grad = (b_logits_grad * (1 / WIDTH**0.5)).to(operand)
         b_q_grad = tl.dot(b_logits_grad, b_k, input_precision=PRECISION, out_dtype=ACC)
         b_k_grad = tl.dot(tl.permute(b_logits_grad, (0, 2, 1)), b_q, input_precision=PRECISION, out_dtype=ACC)
 
         b_dq = (b_res_grad + from_heads(b_q_grad, BINS, SLOTS, HEADS)).to(operand)  # [M, h]
-        save_rows(products, i_tile * ROWS, b_dq, ROWS, WIDTH)
+        save_rows(products, i_row, b_dq, WIDTH)
         b_x_grad = tl.dot(b_dq, matrix(w_qkv, WIDTH), input_precision=PRECISION, out_dtype=ACC)
         b_dk = from_heads(b_k_grad.to(operand), BINS, SLOTS, HEADS)  # [M, h]
-        save_rows(products + slab_rows * WIDTH, i_tile * ROWS, b_dk, ROWS, WIDTH)
+        save_rows(products + slab_rows * WIDTH, i_row, b_dk, WIDTH)
         b_x_grad += tl.dot(b_dk, matrix(w_qkv + SQUARE, WIDTH), input_precision=PRECISION, out_dtype=ACC)
         b_dv = from_heads(b_v_grad.to(operand), BINS, SLOTS, HEADS)  # [M, h]
-        save_rows(products + 2 * slab_rows * WIDTH, i_tile * ROWS, b_dv, ROWS, WIDTH)
+        save_rows(products + 2 * slab_rows * WIDTH, i_row, b_dv, WIDTH)
         b_x_grad += tl.dot(b_dv, matrix(w_qkv + 2 * SQUARE, WIDTH), input_precision=PRECISION, out_dtype=ACC)
-        save_rows(rows_grad, i_tile * ROWS, b_x_grad, ROWS, WIDTH)
+        save_rows(rows_grad, i_row, b_x_grad, WIDTH)
 
 
 @triton.jit(do_not_specialize=["slab_rows", "tiles"])
@@ -259,8 +281,9 @@ def weight_grad_kernel(
     p_grads = products + i_part * slab_rows * WIDTH
     b_w_sum, b_b_sum = tl.zeros((WIDTH, WIDTH), ACC), tl.zeros((WIDTH,), ACC)
     for i_tile in range(i_program, tiles, programs):
-        b_grad = load_rows(p_grads, i_tile * ROWS, ROWS, WIDTH)  # [ROWS, h]
-        b_x = load_rows(p_inputs, i_tile * ROWS, ROWS, WIDTH)  # [ROWS, h]
+        i_row = i_tile * ROWS + tl.arange(0, ROWS)
+        b_grad = load_rows(p_grads, i_row, WIDTH)  # [ROWS, h]
+        b_x = load_rows(p_inputs, i_row, WIDTH)  # [ROWS, h]
         b_b_sum += tl.sum(b_grad.to(ACC), 0)
         b_w_sum += tl.dot(tl.trans(b_grad), b_x, input_precision=PRECISION, out_dtype=ACC)
     add_matrix_to(p_w_part, b_w_sum, WIDTH, WIDTH)
@@ -281,6 +304,7 @@ def codes_backward_kernel(
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     MIN_LENGTH: tl.constexpr,
+    MAX_LENGTH: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     ACC: tl.constexpr,
@@ -295,8 +319,17 @@ def codes_backward_kernel(
     b_element_sum = tl.zeros((ELEMENTS, WIDTH), ACC)
     for i_tile in range(i_program, tiles, programs):
         i_bin = first_bin + i_tile * BINS + tl.arange(0, BINS)
-        n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-        i_chunk, i_element, i_group, m_element = places(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
+        n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK)
+        i_chunk, i_element, i_group, m_element = places(
+            order,
+            n[:, None],
+            begin[:, None],
+            end[:, None],
+            tl.arange(0, SLOTS)[None, :],
+            MIN_LENGTH,
+            SLOTS,
+            MULTI_CHUNK,
+        )  # [NB, S]
         i_row = i_tile * BINS * SLOTS + tl.arange(0, BINS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
         i_value = i_row[:, :, None] * WIDTH + i_column[None, None, :]
         b_grad = tl.load(rows_grad + i_value, mask=m_element[:, :, None], other=0)  # [NB, S, h]
@@ -315,75 +348,3 @@ def codes_backward_kernel(
     p_element_part = element_part + i_program * codes * WIDTH + i_index[:, None] * WIDTH + i_column[None, :]
     m_index = (i_index < codes)[:, None]
     tl.store(p_element_part, tl.load(p_element_part, mask=m_index, other=0) + b_element_sum, mask=m_index)
-
-
-@triton.jit(do_not_specialize=["first_bin", "slab_rows", "tiles"])
-def scalar_backward_kernel(
-    values,
-    chunk_ptr,
-    order,
-    table,
-    logit,
-    basis,
-    w_o,
-    b_o,
-    norm,
-    rows_grad,
-    values_grad,
-    products,
-    logit_part,
-    basis_part,
-    norm_part,
-    first_bin,
-    slab_rows,
-    tiles,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    LAYER_NORM: tl.constexpr,
-    SLOTS: tl.constexpr,
-    MIN_LENGTH: tl.constexpr,
-    MULTI_CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Go back through block 0: turn the gradient of its rows into that of the values themselves."""
-    ROWS: tl.constexpr = BINS * SLOTS
-    i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    norm_part += i_program * 4 * WIDTH
-    basis_part += i_program * 3 * WIDTH
-    i_heads = tl.arange(0, HEADS)
-    b_slope_sum, b_offset_sum = tl.zeros((HEADS,), ACC), tl.zeros((HEADS,), ACC)
-    i_head_of = tl.arange(0, WIDTH) // (WIDTH // HEADS)
-    for i_tile in range(i_program, tiles, programs):
-        i_bin = first_bin + i_tile * BINS + tl.arange(0, BINS)
-        i_chunk, i_element, i_group, m_element = places(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-        m_keys = attends(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-        i_value = tl.load(chunk_ptr + i_chunk) + i_element
-        b_x = tl.load(values + i_value, mask=m_element, other=0).to(ACC)  # [NB, S]
-        b_res, b_mean = scalar_attention(b_x, m_keys, logit, basis, HEADS, WIDTH, ROWS, ACC)  # [M, h]
-        b_grad = load_rows(rows_grad, i_tile * ROWS, ROWS, WIDTH)  # [M, h]
-        b_grad = feed_forward_backward(
-            b_grad, b_res, w_o, b_o, norm, norm_part, products, slab_rows, i_tile * ROWS,
-            ROWS, LAYER_NORM, WIDTH, PRECISION, ACC,
-        )  # fmt: skip
-        add_to(basis_part, tl.sum(b_grad * tl.reshape(b_x, (ROWS,))[:, None], 0), WIDTH)
-        add_to(basis_part + WIDTH, tl.sum(b_grad * b_mean, 0), WIDTH)
-        add_to(basis_part + 2 * WIDTH, tl.sum(b_grad, 0), WIDTH)
-        b_x_grad = tl.reshape(tl.sum(b_grad * vector(basis, WIDTH, ACC)[None, :], 1), (BINS, SLOTS))  # [NB, S]
-        b_grad = b_grad * vector(basis + WIDTH, WIDTH, ACC)[None, :]
-        for i_head in range(HEADS):
-            slope, offset = tl.load(logit + i_head).to(ACC), tl.load(logit + HEADS + i_head).to(ACC)
-            b_p, b_slopes, b_m = scalar_weights(b_x, m_keys, slope, offset)
-            b_m_grad = tl.reshape(tl.sum(tl.where((i_head_of == i_head)[None, :], b_grad, 0.0), 1), (BINS, SLOTS))
-            b_weighted = b_p * b_m_grad[:, :, None]  # [NB, S, S]
-            b_logits_grad = b_weighted * (b_x[:, None, :] - b_m[:, :, None])
-            b_x_grad += tl.sum(tl.where(m_keys, b_weighted + b_logits_grad * b_slopes[:, :, None], 0.0), 1)
-            b_slopes_grad = tl.sum(tl.where(m_keys, b_logits_grad * b_x[:, None, :], 0.0), 2)  # [NB, S]
-            b_x_grad += b_slopes_grad * slope
-            m_head = i_heads == i_head
-            b_slope_sum += tl.where(m_head, tl.sum(tl.sum(b_slopes_grad * b_x, 1), 0), 0.0)
-            b_offset_sum += tl.where(m_head, tl.sum(tl.sum(b_slopes_grad, 1), 0), 0.0)
-        tl.store(values_grad + i_value, b_x_grad.to(values_grad.dtype.element_ty), mask=m_element)
-    add_to(logit_part + i_program * 2 * HEADS, b_slope_sum, HEADS)
-    add_to(logit_part + i_program * 2 * HEADS + HEADS, b_offset_sum, HEADS)

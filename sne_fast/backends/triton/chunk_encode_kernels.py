@@ -8,15 +8,17 @@ import triton.language as tl
 from .chunk_tiles import (
     LOG2E,
     attends,
-    attention_weights,
+    attention_exponentials,
     bin_lengths,
+    by_bin,
     feed_forward,
     from_heads,
     places,
-    scalar_attention,
+    row_slots,
     to_heads,
 )
-from .tiles import linear, save_rows
+from .scalar_tiles import load_basis, scalar_factors, scalar_rows, tile_values
+from .tiles import linear, save_rows, unbiased
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def pool_weights(
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # where there is no chunk: weights 0, not NaN
     b_p = tl.exp2((b_logits - b_max[:, None, :]) * LOG2E)
     b_sum = tl.sum(b_p, 1)
-    return b_p / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None, :]
+    return b_p * (1 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None, :]
 
 
 @triton.jit
@@ -82,6 +84,7 @@ def chunk_encode_kernel(
     LAYER_NORM: tl.constexpr,
     SLOTS: tl.constexpr,
     MIN_LENGTH: tl.constexpr,
+    MAX_LENGTH: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     SAVE: tl.constexpr,
@@ -94,53 +97,76 @@ def chunk_encode_kernel(
     ``saved (4, slab_rows, h)``.
     """
     ROWS: tl.constexpr = BINS * SLOTS
+    UNMASKED: tl.constexpr = MIN_LENGTH == SLOTS
     operand = values.dtype.element_ty
     i_tile = tl.program_id(0).to(tl.int64)
-    i_bin = first_bin + i_tile * BINS + tl.arange(0, BINS)
-    i_chunk, i_element, i_group, m_element = places(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-    m_keys = attends(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-    b_x = tl.load(values + tl.load(chunk_ptr + i_chunk) + i_element, mask=m_element, other=0).to(ACC)  # [NB, S]
-    b_res, b_mean = scalar_attention(b_x, m_keys, logit, basis, HEADS, WIDTH, ROWS, ACC)
+    i_first = first_bin + i_tile * BINS
+    b_x, b_keys, m_keys, i_value, i_chunk, i_element, m_element, m_first = tile_values(
+        values, chunk_ptr, order, table, i_first, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK, BINS, ACC
+    )
+    b_factors = scalar_factors(b_x, b_keys, m_keys, logit, HEADS, UNMASKED, ACC)
+    b_res = scalar_rows(b_factors, load_basis(basis, HEADS, WIDTH, b_factors.shape[1]), ACC)
     b_x = feed_forward(b_res, w_o, b_o, norm, LAYER_NORM, WIDTH, PRECISION, ACC).to(operand)  # [M, h]
 
+    i_row_bin, i_slot = row_slots(BINS, SLOTS)
+    i_saved = i_tile * ROWS + i_row_bin * SLOTS + i_slot
     i_column = tl.arange(0, WIDTH)
-    i_heads_bin = first_bin + i_tile * BINS + tl.arange(0, BINS * HEADS) // HEADS
-    m_keys = attends(chunk_ptr, order, table, i_heads_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
+    i_heads_bin = i_first + tl.arange(0, BINS * HEADS) % BINS
+    m_keys = attends(chunk_ptr, order, table, i_heads_bin, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK)
     for full in range(3):
         if full == 1:
-            i_code_row = tl.reshape(tl.load(owner + i_chunk, mask=m_element, other=0), (ROWS,))
-            i_code_element = tl.reshape(i_element, (ROWS,))
-            m_code = tl.reshape(m_element, (ROWS,))[:, None]
-            p_row_code = row_code + i_code_row[:, None] * WIDTH + i_column[None, :]
-            b_code = tl.load(p_row_code, mask=m_code, other=0).to(ACC)  # [M, h]
-            p_element_code = element_code + (i_code_element[:, None] * WIDTH + i_column[None, :])
-            b_code += tl.load(p_element_code, mask=m_code, other=0).to(ACC)  # [M, h]
+            p_row_code = row_code + tl.load(owner + i_chunk)[:, None] * WIDTH + i_column[None, :]
+            p_element_code = element_code + i_element[:, None] * WIDTH + i_column[None, :]
+            if UNMASKED:
+                b_code = tl.load(p_row_code).to(ACC) + tl.load(p_element_code).to(ACC)  # [M, h]
+            else:
+                b_code = tl.load(p_row_code, mask=m_element[:, None], other=0).to(ACC)  # [M, h]
+                b_code += tl.load(p_element_code, mask=m_element[:, None], other=0).to(ACC)  # [M, h]
             b_x = (b_x.to(ACC) + b_code).to(operand)
         if SAVE:
-            save_rows(saved + full * slab_rows * WIDTH, i_tile * ROWS, b_x, ROWS, WIDTH)
+            save_rows(saved + full * slab_rows * WIDTH, i_saved, b_x, WIDTH)
         w, b = w_qkv + full * 3 * WIDTH * WIDTH, b_qkv + full * 3 * WIDTH
         b_q = linear(b_x, w, b, WIDTH, PRECISION, ACC)  # [M, h]
-        b_k = linear(b_x, w + WIDTH * WIDTH, b + WIDTH, WIDTH, PRECISION, ACC).to(operand)
+        b_k = unbiased(b_x, w + WIDTH * WIDTH, WIDTH, PRECISION, ACC).to(operand)
         b_v = linear(b_x, w + 2 * WIDTH * WIDTH, b + 2 * WIDTH, WIDTH, PRECISION, ACC).to(operand)
-        b_k, b_v = to_heads(b_k, BINS, SLOTS, HEADS), to_heads(b_v, BINS, SLOTS, HEADS)  # [NB * H, S, d]
-        b_p, b_q_heads, b_k, b_v = attention_weights(
-            to_heads(b_q.to(operand), BINS, SLOTS, HEADS), b_k, b_v, m_keys, WIDTH, MULTI_CHUNK, PRECISION, ACC
+        b_k, b_v = to_heads(b_k, BINS, SLOTS, HEADS), to_heads(b_v, BINS, SLOTS, HEADS)  # [H * NB, S, d]
+        b_e, b_inverse, b_q_heads, b_k, b_v = attention_exponentials(
+            to_heads(b_q.to(operand), BINS, SLOTS, HEADS),
+            b_k,
+            b_v,
+            m_keys,
+            WIDTH,
+            UNMASKED,
+            MULTI_CHUNK,
+            PRECISION,
+            ACC,
         )
-        b_attended = tl.dot(b_p.to(operand), b_v, input_precision=PRECISION, out_dtype=ACC)  # [NB * H, S, d]
-        b_res = b_q + from_heads(b_attended, BINS, SLOTS, HEADS)
+        b_attended = tl.dot(b_e.to(operand), b_v, input_precision=PRECISION, out_dtype=ACC)  # [H * NB, S, d]
+        b_res = b_q + from_heads(b_attended * b_inverse[:, :, None], BINS, SLOTS, HEADS)
         w, b, n = w_o + (full + 1) * WIDTH * WIDTH, b_o + (full + 1) * WIDTH, norm + (full + 1) * 4 * WIDTH
         b_x = feed_forward(b_res, w, b, n, LAYER_NORM, WIDTH, PRECISION, ACC).to(operand)  # [M, h]
 
     if SAVE:
-        save_rows(saved + 3 * slab_rows * WIDTH, i_tile * ROWS, b_x, ROWS, WIDTH)
+        save_rows(saved + 3 * slab_rows * WIDTH, i_saved, b_x, WIDTH)
     else:
-        b_x = tl.reshape(b_x, (BINS, SLOTS, WIDTH))
+        b_x = by_bin(b_x, BINS, SLOTS)
         b_query = load_queries(pool_query, BINS, HEADS, PADDED_HEADS, WIDTH)
-        n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
+        i_bin = i_first + tl.arange(0, BINS)
+        n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK)
+        i_place, i_place_element, i_group, m_place = places(
+            order,
+            n[:, None],
+            begin[:, None],
+            end[:, None],
+            tl.arange(0, SLOTS)[None, :],
+            MIN_LENGTH,
+            SLOTS,
+            MULTI_CHUNK,
+        )
         i_head = tl.arange(0, PADDED_HEADS)
         last = tl.max(end - begin, 0).to(tl.int32) if MULTI_CHUNK else 1
         for place in range(0, last):
-            m_own = m_element & (i_group == place)
+            m_own = m_place & (i_group == place)
             if MULTI_CHUNK:
                 b_rows = tl.where(m_own[:, :, None], b_x, 0.0).to(operand)
             else:

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from ...ops.precision import product_precision
 from ...ops.schema import CHUNK_PARAMETERS
-from ..gpu_plans.chunks import CLASSES, SlotClass
+from ..gpu_plans.chunks import CLASSES, LONGEST_SHARED, SlotClass
 from .chunk_encode_staged import Staged
 from .launches import Launch, architecture, launch, programs_of, sum_dtype
 
-FUSED_CLASSES, FUSED_WIDTHS = CLASSES[:3], (32, 64)
-"""Slot classes and widths of the fused kernels; longer chunks and wider tiles are staged."""
+FULL = SlotClass(32, 32, False)
+"""Chunks that fill their bin, as nearly all do at the usual chunk size: nothing of them is masked."""
+FUSED_CLASSES = (CLASSES[0], SlotClass(32, LONGEST_SHARED + 1, False, 31), FULL, CLASSES[2])
+"""Slot classes of the fused kernels; longer chunks are staged."""
+FUSED_WIDTHS = (32, 64)
+"""Widths of the fused kernels; wider tiles are staged."""
 
 
 def fits_a_tile(width: int, counts: np.ndarray, dtype: torch.dtype | None = None) -> bool:
@@ -39,7 +43,8 @@ def constants(pool_query: Tensor, norm: Tensor) -> dict[str, Any]:
 
 def class_constants(slot_class: SlotClass) -> dict[str, Any]:
     """Return the constexpr arguments of a slot class."""
-    return {"SLOTS": slot_class.slots, "MIN_LENGTH": slot_class.min_length, "MULTI_CHUNK": slot_class.multi_chunk}
+    return {"SLOTS": slot_class.slots, "MIN_LENGTH": slot_class.min_length, "MAX_LENGTH": slot_class.longest,
+            "MULTI_CHUNK": slot_class.multi_chunk}  # fmt: skip
 
 
 def padded_heads(heads: int) -> int:
@@ -50,10 +55,11 @@ def padded_heads(heads: int) -> int:
 def length_class(slot_class: SlotClass, precision: str = "") -> str:
     """Return the name of a slot class in launch tables: its slots, such as "32", "multi32" or "ieee64".
 
-    "multi" stands before the slots where several chunks share a bin, "ieee" before that where products of float32 keep
-    full precision and so do without matrix units.
+    "multi" stands before the slots where several chunks share a bin, "full" where one fills it, "ieee" before that
+    where products of float32 keep full precision and so do without matrix units.
     """
-    return f"{'ieee' if precision == 'ieee' else ''}{'multi' if slot_class.multi_chunk else ''}{slot_class.slots}"
+    kind = "multi" if slot_class.multi_chunk else "full" if slot_class == FULL else ""
+    return f"{'ieee' if precision == 'ieee' else ''}{kind}{slot_class.slots}"
 
 
 def sizes_for(op: str, pool_query: Tensor, slot_class: SlotClass) -> Launch:

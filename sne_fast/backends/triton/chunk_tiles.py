@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..gpu_plans.chunks import LONGEST_SHARED, SHARED_STARTS
-from .tiles import add_relu, layer_norm, linear, vector
+from .tiles import add_relu, layer_norm, linear
 
 _LONGEST_SHARED = tl.constexpr(LONGEST_SHARED)
 _SHARED_STARTS = tl.constexpr(SHARED_STARTS)
@@ -27,10 +27,11 @@ def bin_lengths(
     table,
     i_bin,
     MIN_LENGTH: tl.constexpr,
+    MAX_LENGTH: tl.constexpr,
     SLOTS: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
 ):
-    """Return length, first place and end of places (in the order of lengths) of the chunks in each bin: [B] int64."""
+    """Return length, first place and end of places (in the order of lengths) of the chunks in each bin: [B]."""
     if MULTI_CHUNK:
         b_starts = tl.load(table + _SHARED_STARTS + tl.arange(0, _LONGEST_SHARED))  # [16]
         # Lengths without bins start where the next length does.
@@ -39,36 +40,72 @@ def bin_lengths(
         end = tl.minimum(begin + SLOTS // n, tl.load(table + n + 1))
     else:
         begin = tl.load(table + MIN_LENGTH) + i_bin
-        end = tl.minimum(begin + 1, tl.load(table + SLOTS + 1))
-        i_chunk = tl.load(order + begin, mask=begin < end, other=0)  # [B]
-        n = tl.load(chunk_ptr + i_chunk + 1) - tl.load(chunk_ptr + i_chunk)
-    return n, begin, end
+        end = tl.minimum(begin + 1, tl.load(table + MAX_LENGTH + 1))
+        if MIN_LENGTH == SLOTS:
+            n = tl.full(begin.shape, SLOTS, tl.int64)
+        else:
+            i_chunk = tl.load(order + begin, mask=begin < end, other=0)  # [B]
+            n = tl.load(chunk_ptr + i_chunk + 1) - tl.load(chunk_ptr + i_chunk)
+    return n.to(tl.int32), begin, end
 
 
 @triton.jit
 def places(
-    chunk_ptr,
     order,
-    table,
-    i_bin,
+    n,
+    begin,
+    end,
+    i_slot,
     MIN_LENGTH: tl.constexpr,
     SLOTS: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
 ):
-    """Return chunk, element, number of the chunk within the bin, and whether there is an element: all [B, S]."""
-    n, begin, end = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-    n = n.to(tl.int32)[:, None]
-    i_slot = tl.arange(0, SLOTS)[None, :] + tl.zeros_like(n)
+    """Return chunk, element, number of the chunk within the bin, and whether there is an element, of slots of bins.
+
+    All in the shape of ``n + i_slot``. Bins of full chunks (MIN_LENGTH is SLOTS) behind the last one repeat it: there
+    is an element in each of their slots, and what they give is not stored.
+    """
+    i_slot = i_slot + tl.zeros_like(n)
     if MULTI_CHUNK:
         i_group = i_slot // n
         i_element = i_slot - i_group * n
-        m_element = begin[:, None] + i_group < end[:, None]
+        m_element = begin + i_group < end
+        i_chunk = tl.load(order + begin + i_group, mask=m_element, other=0)
     else:
         i_group = tl.zeros_like(i_slot)
         i_element = i_slot
-        m_element = (i_slot < n) & (begin < end)[:, None]
-    i_chunk = tl.load(order + begin[:, None] + i_group, mask=m_element, other=0)  # [B, S]
+        if MIN_LENGTH == SLOTS:
+            m_element = i_slot >= 0
+            i_chunk = tl.load(order + tl.minimum(begin, end - 1) + i_group)
+        else:
+            m_element = (i_slot < n) & (begin < end)
+            i_chunk = tl.load(order + begin + i_group, mask=m_element, other=0)
     return i_chunk, i_element, i_group, m_element
+
+
+@triton.jit
+def row_slots(
+    BINS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Return bin and slot of each row of a tile, [M].
+
+    The first 16 slots of every bin come first, then the next 16: so the fragments that a warp has of a product of
+    4 x 32 rows are those of one bin, and nothing is exchanged between the projections and the attention of a bin.
+    """
+    i_row = tl.arange(0, BINS * SLOTS)
+    return i_row // 16 % BINS, i_row // (16 * BINS) * 16 + i_row % 16
+
+
+@triton.jit
+def by_bin(
+    b_t,
+    BINS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Rearrange the rows of a tile, [M, h] -> [NB, S, h]."""
+    b_t = tl.permute(tl.reshape(b_t, (SLOTS // 16, BINS, 16, b_t.shape[1])), (1, 0, 2, 3))
+    return tl.reshape(b_t, (BINS, SLOTS, b_t.shape[3]))
 
 
 @triton.jit
@@ -78,12 +115,13 @@ def attends(
     table,
     i_bin,
     MIN_LENGTH: tl.constexpr,
+    MAX_LENGTH: tl.constexpr,
     SLOTS: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
 ):
     """Return whether slot i may attend to slot j, [B, S, S] (MULTI_CHUNK) or [B, 1, S]. Every row has a key."""
-    n, _, _ = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, SLOTS, MULTI_CHUNK)
-    n = n.to(tl.int32)[:, None]
+    n, _, _ = bin_lengths(chunk_ptr, order, table, i_bin, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK)
+    n = n[:, None]
     i_slot = tl.arange(0, SLOTS)[None, :] + tl.zeros_like(n)
     if MULTI_CHUNK:
         i_group = i_slot // n
@@ -110,56 +148,16 @@ def feed_forward(
 
 
 @triton.jit
-def scalar_weights(
-    b_x,
-    m_keys,
-    slope,
-    offset,
-):
-    """Return one head of block 0: softmax_j((slope x_i + offset) x_j) [B, S, S], its slopes and means [B, S]."""
-    b_slopes = slope * b_x + offset
-    b_logits = tl.where(m_keys, b_slopes[:, :, None] * b_x[:, None, :], float("-inf"))  # [B, S, S]
-    b_p = tl.exp2((b_logits - tl.max(b_logits, 2)[:, :, None]) * LOG2E)
-    b_p = b_p / tl.sum(b_p, 2)[:, :, None]
-    b_mean = tl.sum(tl.where(m_keys, b_p * b_x[:, None, :], 0.0), 2)
-    return b_p, b_slopes, b_mean
-
-
-@triton.jit
-def scalar_attention(
-    b_x,
-    m_keys,
-    logit,
-    basis,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Return block 0 up to its residual, x [B, S] -> o [M, h], and the attended mean of each column's head [M, h]."""
-    i_head_of = tl.arange(0, WIDTH) // (WIDTH // HEADS)
-    b_mean = tl.zeros((ROWS, WIDTH), ACC)
-    for i_head in range(HEADS):
-        slope, offset = tl.load(logit + i_head).to(ACC), tl.load(logit + HEADS + i_head).to(ACC)
-        _, _, b_m = scalar_weights(b_x, m_keys, slope, offset)
-        b_mean = tl.where((i_head_of == i_head)[None, :], tl.reshape(b_m, (ROWS,))[:, None], b_mean)
-    b_by_x, b_by_mean = vector(basis, WIDTH, ACC), vector(basis + WIDTH, WIDTH, ACC)
-    b_constant = vector(basis + 2 * WIDTH, WIDTH, ACC)
-    b_o = tl.reshape(b_x, (ROWS,))[:, None] * b_by_x[None, :] + b_mean * b_by_mean[None, :] + b_constant[None, :]
-    return b_o, b_mean
-
-
-@triton.jit
 def to_heads(
     b_t,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Rearrange [M, h] -> [NB * H, S, d]."""
+    """Rearrange [M, h] -> [H * NB, S, d]."""
     DIM: tl.constexpr = b_t.shape[1] // HEADS
-    b_t = tl.permute(tl.reshape(b_t, (BINS, SLOTS, HEADS, DIM)), (0, 2, 1, 3))
-    return tl.reshape(b_t, (BINS * HEADS, SLOTS, DIM))
+    b_t = tl.permute(tl.reshape(b_t, (SLOTS // 16, BINS, 16, HEADS, DIM)), (3, 1, 0, 2, 4))
+    return tl.reshape(b_t, (HEADS * BINS, SLOTS, DIM))
 
 
 @triton.jit
@@ -169,9 +167,9 @@ def from_heads(
     SLOTS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Rearrange [NB * H, S, d] -> [M, h]."""
+    """Rearrange [H * NB, S, d] -> [M, h]."""
     DIM: tl.constexpr = b_t.shape[2]
-    b_t = tl.permute(tl.reshape(b_t, (BINS, HEADS, SLOTS, DIM)), (0, 2, 1, 3))
+    b_t = tl.permute(tl.reshape(b_t, (HEADS, BINS, SLOTS // 16, 16, DIM)), (2, 1, 3, 0, 4))
     return tl.reshape(b_t, (BINS * SLOTS, HEADS * DIM))
 
 
@@ -215,17 +213,22 @@ def kept(
 
 
 @triton.jit
-def attention_weights(
+def attention_exponentials(
     b_q,
     b_k,
     b_v,
     m_keys,
     WIDTH: tl.constexpr,
+    UNMASKED: tl.constexpr,
     MULTI_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return softmax(q k^T / sqrt(h)) [B, S, S] per batch entry, and q, k, v, made finite with MULTI_CHUNK."""
+    """Return exponentials [B, S, S] whose rows, over their sums, are softmax(q k^T / sqrt(h)), and 1 / sum [B, S].
+
+    And q, k, v, made finite with MULTI_CHUNK.
+    """
+    SCALE: tl.constexpr = LOG2E / WIDTH**0.5
     if MULTI_CHUNK:
         # p v and its relatives in the backward add zero times another chunk's row, so that row must be finite.
         b_flag = finite_rows(b_q, ACC) + finite_rows(b_k, ACC) + finite_rows(b_v, ACC)
@@ -233,6 +236,11 @@ def attention_weights(
     b_logits = row_products(b_q, b_k, PRECISION, ACC)  # [B, S, S]
     if MULTI_CHUNK:
         b_logits += b_flag[:, None, :] + b_flag[:, :, None]
-    b_logits = tl.where(m_keys, b_logits, float("-inf"))
-    b_p = tl.exp2((b_logits - tl.max(b_logits, 2)[:, :, None]) * (LOG2E / WIDTH**0.5))
-    return b_p / tl.sum(b_p, 2)[:, :, None], b_q, b_k, b_v
+    if not UNMASKED:
+        b_logits = tl.where(m_keys, b_logits, float("-inf"))
+    b_top = tl.max(b_logits, 2)
+    if b_q.dtype.primitive_bitwidth == 16:  # one multiply-add; it loses what the products of such operands lose
+        b_e = tl.exp2(b_logits * SCALE - (b_top * SCALE)[:, :, None])
+    else:
+        b_e = tl.exp2((b_logits - b_top[:, :, None]) * SCALE)
+    return b_e, 1 / tl.sum(b_e, 2), b_q, b_k, b_v

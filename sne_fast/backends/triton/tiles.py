@@ -41,25 +41,21 @@ def vector(
 @triton.jit
 def load_rows(
     rows,
-    first_row,
-    ROWS: tl.constexpr,
+    i_row,
     WIDTH: tl.constexpr,
 ):
-    """Load the workspace rows from ``first_row`` on: [M, h]."""
-    i_row = first_row + tl.arange(0, ROWS)
+    """Load rows of a workspace: [M, h]."""
     return tl.load(rows + i_row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
 
 
 @triton.jit
 def save_rows(
     rows,
-    first_row,
+    i_row,
     b_rows,
-    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Store ``b_rows`` [M, h] to the workspace rows from ``first_row`` on."""
-    i_row = first_row + tl.arange(0, ROWS)
+    """Store ``b_rows`` [M, h] to rows of a workspace."""
     p_rows = rows + i_row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(p_rows, b_rows.to(rows.dtype.element_ty))
 
@@ -100,8 +96,19 @@ def linear(
     ACC: tl.constexpr,
 ):
     """Return x w^T + b: [M, h] -> [M, h]."""
-    b_product = tl.dot(b_x, transposed(w, WIDTH), input_precision=PRECISION, out_dtype=ACC)
-    return b_product + vector(b, WIDTH, ACC)[None, :]
+    return unbiased(b_x, w, WIDTH, PRECISION, ACC) + vector(b, WIDTH, ACC)[None, :]
+
+
+@triton.jit
+def unbiased(
+    b_x,
+    w,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return x w^T: [M, h] -> [M, h]."""
+    return tl.dot(b_x, transposed(w, WIDTH), input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
@@ -165,4 +172,4 @@ def add_relu(
     b_z,
 ):
     """Return o + relu(z), where a NaN of z stays one."""
-    return b_o + tl.where(b_z <= 0, 0.0, b_z)
+    return b_o + tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)

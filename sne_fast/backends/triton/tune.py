@@ -136,7 +136,7 @@ def chunk_rules(h: int, heads: int, dtype: torch.dtype, arch: int) -> Iterator[C
     """Yield a rule per slot class and kernel that calls of this width use: other warps and stages, the same blocks."""
     precision = product_precision(dtype) if dtype == torch.float32 else ""
     for slot_class in FUSED_CLASSES:
-        length = LONGEST_SHARED // 2 if slot_class.multi_chunk else slot_class.slots
+        length = LONGEST_SHARED // 2 if slot_class.multi_chunk else slot_class.longest
         counts, name = count_lengths(_pointer([length])), length_class(slot_class, precision)
         for path in sorted(TABLES.glob("chunk_encode*.json")):
             forward = path.stem == "chunk_encode"

@@ -51,6 +51,7 @@ def functions() -> dict[str, Any]:
     """Return the chunk kernels by their tables of launches."""
     from ...backends.triton import chunk_encode_backward_kernels as backward
     from ...backends.triton import chunk_encode_kernels as forward
+    from ...backends.triton import chunk_encode_scalar_kernels as scalar
 
     return {
         "chunk_encode": forward.chunk_encode_kernel,
@@ -58,7 +59,7 @@ def functions() -> dict[str, Any]:
         "chunk_encode_weight_grad": backward.weight_grad_kernel,
         "chunk_encode_block_backward": backward.block_backward_kernel,
         "chunk_encode_codes_backward": backward.codes_backward_kernel,
-        "chunk_encode_scalar_backward": backward.scalar_backward_kernel,
+        "chunk_encode_scalar_backward": scalar.scalar_backward_kernel,
     }
 
 
@@ -138,13 +139,12 @@ def count_kernel(kernel: TritonKernel, config: Config, dtype: str, architecture:
     import torch
     import triton.language as tl
 
-    from ...backends.gpu_plans.chunks import CLASSES
-    from ...backends.triton.chunk_launches import class_constants, length_class, padded_heads
+    from ...backends.triton.chunk_launches import FUSED_CLASSES, class_constants, length_class, padded_heads
     from ...backends.triton.launches import launch
 
     operand = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype, torch.float32)
     precision = "tf32" if dtype == "tf32" else "ieee"
-    slots = next(c for c in CLASSES if not c.multi_chunk and c.slots >= config.chunk_size)
+    slots = next(c for c in FUSED_CLASSES if c.min_length <= config.chunk_size <= c.longest)
     fn = functions()[kernel.table]
     length = length_class(slots, precision if operand == torch.float32 else "")
     sizes = launch(kernel.table, h=config.hidden, heads=config.heads, length=length, dtype=operand, arch=architecture)

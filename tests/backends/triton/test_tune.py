@@ -70,7 +70,7 @@ def test_chunk_kernels_are_tuned_on_chunks_that_use_the_rule(dtype: torch.dtype,
         for rule in of_class:
             counts = count_lengths(torch.tensor([0, rule.length]))
             plan = ChunkPlan(torch.empty(0), torch.empty(0), counts)
-            assert [found for found, _ in plan.classes()] == [slot_class]
+            assert [found for found, _ in plan.classes(FUSED_CLASSES)] == [slot_class]
             query = {**rule.when, "dtype": dtype, "arch": 90}
             usual = launches.launch(rule.table, **query)
             assert all(candidate["blocks"] == usual.blocks for candidate in rule.candidates)

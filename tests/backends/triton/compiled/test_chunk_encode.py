@@ -17,7 +17,7 @@ from sne_fast.benchmark.instructions.triton_kernels import functions, signature
 
 pytestmark = pytest.mark.build
 
-MULTI, FULL, LONG = FUSED_CLASSES
+MULTI, MASKED, FULL, LONG = FUSED_CLASSES
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = functions()
 
@@ -63,7 +63,7 @@ class Variant:
 
 # Local memory per thread, in bytes, that a kernel may spill: none in the forward kernel at h = 64 for the classes of
 # full chunks; the backward keeps four products' factors at once, and what it spills stays in the first-level cache.
-FORWARD_SPILL = {MULTI: 128, FULL: 0, LONG: 256}
+FORWARD_SPILL = {MULTI: 128, MASKED: 0, FULL: 0, LONG: 256}
 BACKWARD_SPILL = 1024
 
 

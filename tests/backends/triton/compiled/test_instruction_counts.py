@@ -9,7 +9,13 @@ from sne_fast.benchmark.instructions.triton_kernels import KERNELS, count_kernel
 
 pytestmark = pytest.mark.build
 
-LIMITS = {"forward": 24_800, "pool backward": 1_260, "weight gradients": 530, "scalar backward": 30_500}
+LIMITS = {
+    "forward": 13_400,
+    "pool backward": 1_090,
+    "block backward": 8_550,
+    "weight gradients": 530,
+    "scalar backward": 9_600,
+}
 """Warp instructions per 32 weights at width 64, 4 heads, chunks of 32, bfloat16: what they are, and 2 % on top."""
 
 
@@ -23,3 +29,4 @@ def test_instructions_stay_below_their_limit(title: str) -> None:
     found = counted(title)
     print(title, found)
     assert found.instructions <= LIMITS[title], found
+    assert title != "forward" or not found.spills, found
