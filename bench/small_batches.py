@@ -150,7 +150,7 @@ def timed(step: Step, clock: Callable[[], float], steps: int) -> float:
     return (clock() - start) / steps * 1e3
 
 
-def times(hidden_dim: int, rounds: int, steps: int) -> dict[str, Any]:
+def times(hidden_dim: int, rounds: int, steps: int, walls: bool) -> dict[str, Any]:
     """Return the process time of one thread by way, and the time that one and two threads take, paired by round."""
     step = Step(hidden_dim)
     one: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -162,7 +162,7 @@ def times(hidden_dim: int, rounds: int, steps: int) -> dict[str, Any]:
             with blocks_as(way):
                 process = timed(step, time.process_time, steps)
             both = {}
-            for threads in (1, 2):
+            for threads in (1, 2) if walls else ():
                 torch.set_num_threads(threads)
                 with blocks_as(way):
                     both[threads] = timed(step, time.perf_counter, steps)
@@ -176,9 +176,13 @@ def times(hidden_dim: int, rounds: int, steps: int) -> dict[str, Any]:
         ratios = sorted(x / y for x, y in zip(a, b, strict=True))
         return {"median": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
 
-    return {
+    found: dict[str, Any] = {
         "process ms of one thread": {way: statistics.median(values) for way, values in one.items()},
         "parts over as trained, process time of one thread": ratio(one["parts"], one["as trained"]),
+    }
+    if not walls:
+        return found
+    return found | {
         "wall ms": {way: {str(n): statistics.median(v) for n, v in wall[way].items()} for way in WAYS},
         "one thread over two, wall time": {way: ratio(wall[way][1], wall[way][2]) for way in WAYS},
     }
@@ -195,7 +199,7 @@ def agree(hidden_dim: int) -> float:
         step = Step(hidden_dim)
         with blocks_as(way):
             step()
-        found[way] = [p.grad for p in step.model.parameters()]
+        found[way] = [p.grad for p in step.model.parameters() if p.grad is not None]
     largest = max(float(p.norm()) for p in found["parts"])
     worst = max(float((a - b).norm()) / largest for a, b in zip(found["as trained"], found["parts"], strict=True))
     if not worst < 1e-4:
@@ -210,6 +214,7 @@ def main() -> None:
     parser.add_argument("--hidden-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=4, help="steps of each measurement")
+    parser.add_argument("--busy", action="store_true", help="leave out times of two threads, as other programs run")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.count:
@@ -218,11 +223,16 @@ def main() -> None:
     about = {
         "batch": f"{NETWORKS} CNNs of 4,970 weights, hidden_dim {options.hidden_dim}",
         "meetings": "calls of GOMP_parallel for more than one thread in one training step",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
+        "load of the machine before": os.getloadavg()[0],
         "rounds": options.rounds,
         "steps of a round": options.steps,
         "largest difference of gradients": agree(options.hidden_dim),
     }
-    found = {"meetings": counted(options.hidden_dim), **times(options.hidden_dim, options.rounds, options.steps)}
+    found = {
+        "meetings": counted(options.hidden_dim),
+        **times(options.hidden_dim, options.rounds, options.steps, not options.busy),
+    }
     print(json.dumps(found, indent=1))
     options.out.write_text(json.dumps({"about": about, **found, "machine": machine()}, indent=1) + "\n")
 
