@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where pip knows a module by another name
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}  # where pip knows a module by another name
 
 
 def install_command(extra: str) -> str:

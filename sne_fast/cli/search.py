@@ -23,6 +23,9 @@ class SearchSettings:
     )
     k: int = option(10, help="Number of networks to show for each query.", flags=("-k",), min=1)
     metric: Literal["cosine", "euclidean"] = option("cosine", help="Distance of whitened vectors.")
+    approximate: bool = option(
+        False, help="Compare with likely neighbours alone, for millions of vectors and many queries; needs faiss."
+    )
     json: bool = option(False, help="Print JSON instead of a table.")
     device: str = option("cpu", help="Device to encode queries on, such as cpu or cuda.")
     key: str | None = option(None, help=KEY, shown="the only one")
@@ -68,7 +71,9 @@ def search(settings: SearchSettings) -> None:
     if not names:
         raise ValueError(failures[0])
     queries = np.array([rows[name] for name in names], np.float32)
-    distances, found = nearest(vectors.values, queries, settings.k + 1, metric=settings.metric)
+    distances, found = nearest(
+        vectors.values, queries, settings.k + 1, metric=settings.metric, approximate=settings.approximate
+    )
     answers: dict[str, list[dict[str, Any]]] = {}
     for name, apart, at in zip(names, distances.tolist(), found.tolist(), strict=True):
         own = place.get(os.path.abspath(name))

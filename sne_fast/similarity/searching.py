@@ -1,10 +1,12 @@
-"""Exact search among encodings: one matrix product for each block of queries."""
+"""Search among encodings: one matrix product for each block of queries, or lists of candidates by `faiss`."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
 import numpy as np
+
+from .inverted_lists import candidates
 
 Metric = Literal["cosine", "euclidean"]
 _BLOCK_BYTES = 1 << 28
@@ -13,7 +15,13 @@ _SHRINKAGE = 0.01
 
 
 def nearest(
-    gallery: Any, queries: Any = None, k: int = 10, *, metric: Metric = "cosine", whiten: bool = True
+    gallery: Any,
+    queries: Any = None,
+    k: int = 10,
+    *,
+    metric: Metric = "cosine",
+    whiten: bool = True,
+    approximate: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest encodings of a gallery, the nearest first, equally near ones in their order.
 
@@ -24,12 +32,16 @@ def nearest(
         metric: "cosine" is 1 minus the cosine of the angle, "euclidean" the Euclidean distance.
         whiten: subtract the gallery's mean first, and turn and scale encodings so that the gallery varies alike in all
             directions. Without it the few directions in which networks differ most hide all others.
+        approximate: compare each query only with the part of the gallery that is likely to be near, by inverted lists
+            of `faiss`. It misses a few of the neighbours, and pays where there are millions of encodings and many
+            queries; galleries of fewer than 10,000 are searched exactly.
 
     Returns:
         Distances and places in the gallery, `(Q, k)` float32 and int64.
 
     Raises:
         ValueError: encodings that are no matrices of the same width, not finite, or an unknown metric, or k below 1.
+        ModuleNotFoundError: `approximate` without `faiss`.
 
     Example:
         >>> distances, places = nearest(torch.eye(3), torch.tensor([[0.0, 0.9, 0.1]]), k=2)
@@ -49,26 +61,34 @@ def nearest(
         base, asked = ((x - mean) @ matrix for x in (base, asked))
     if metric == "cosine":
         base, asked = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (base, asked))
-    others = len(base) - (queries is None)
-    k = min(k, max(0, others))
-    distances = np.zeros((len(asked), k), np.float32)
-    places = np.zeros((len(asked), k), np.int64)
-    if not k:
-        return distances, places
+    alone = queries is not None
+    k = min(k, max(0, len(base) - (not alone)))
+    listed = np.full((len(asked), k), -1, np.int64)
+    if approximate and k:
+        listed = candidates(base, asked, k, themselves=alone)
+    left = np.flatnonzero((listed < 0).any(1))
     squares = (base.astype(np.float64) ** 2).sum(1)
     block = max(1, _BLOCK_BYTES // (8 * max(1, len(base))))
-    for start in range(0, len(asked), block):
-        part = asked[start : start + block]
+    for start in range(0, len(left), block):
+        rows = left[start : start + block]
         # With |x|^2 the same for a query, the order is that of |y|^2 / 2 - <x, y>.
-        score = squares / 2 - part @ base.T
-        if queries is None:
-            score[np.arange(len(part)), start + np.arange(len(part))] = np.inf
-        found = _smallest(score, k)
-        exact = base[found].astype(np.float64) - part[:, None]  # without what the product loses
-        near = (exact**2).sum(2)
+        score = squares / 2 - asked[rows] @ base.T
+        if not alone:
+            score[np.arange(len(rows)), rows] = np.inf
+        listed[rows] = _smallest(score, k)
+    return _ranked(base, asked, listed, metric)
+
+
+def _ranked(base: np.ndarray, asked: np.ndarray, listed: np.ndarray, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distances of listed places, `(Q, k)`, without what a product loses, and the places in their order."""
+    distances, places = np.zeros(listed.shape, np.float32), np.zeros(listed.shape, np.int64)
+    block = max(1, _BLOCK_BYTES // (8 * max(1, listed.shape[1] * base.shape[1])))
+    for start in range(0, len(asked), block):
+        found = listed[start : start + block]
+        near = ((base[found].astype(np.float64) - asked[start : start + block, None]) ** 2).sum(2)
         order = np.lexsort((found, near), axis=1)
-        found, near = np.take_along_axis(found, order, 1), np.take_along_axis(near, order, 1)
-        places[start : start + block] = found
+        places[start : start + block] = np.take_along_axis(found, order, 1)
+        near = np.take_along_axis(near, order, 1)
         distances[start : start + block] = near / 2 if metric == "cosine" else np.sqrt(near)
     return distances, places
 

@@ -6,6 +6,7 @@ from ..lazy import attach
 
 if TYPE_CHECKING:
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
+    from .child_views import ChildViews, children_of
     from .contrastive import Contrastive, ContrastiveModel, linear_probe
     from .contrastive_fit import fit_contrastive
     from .estimators import SNEClassifier, SNERegressor
@@ -28,6 +29,7 @@ else:
                 "shards_by_weights",
                 "stratified_split",
             ],
+            ".child_views": ["ChildViews", "children_of"],
             ".contrastive": ["Contrastive", "ContrastiveModel", "linear_probe"],
             ".contrastive_fit": ["fit_contrastive"],
             ".estimators": ["SNEClassifier", "SNERegressor"],
@@ -46,6 +48,7 @@ else:
 __all__ = [
     "RECIPES",
     "Augment",
+    "ChildViews",
     "Contrastive",
     "ContrastiveModel",
     "CsvLog",
@@ -59,6 +62,7 @@ __all__ = [
     "Views",
     "augmentation_of",
     "batches_by_weights",
+    "children_of",
     "find_recipe",
     "fit",
     "fit_contrastive",

@@ -106,7 +106,7 @@ def permuted(
         return batch
     own = [symmetry for symmetry in (symmetries[b] for b in rows) if symmetry is not None]
     found = permute_by_tables(batch[rows], own, draw(own, len(own), generator))
-    return _replaced(batch, rows, found)
+    return replaced(batch, rows, found)
 
 
 def with_noise(batch: WeightBatch, sizes: Tensor, generator: torch.Generator) -> WeightBatch:
@@ -170,7 +170,7 @@ def _with_values(batch: WeightBatch, values: Tensor) -> WeightBatch:
     )
 
 
-def _replaced(batch: WeightBatch, rows: Sequence[int], found: WeightBatch) -> WeightBatch:
+def replaced(batch: WeightBatch, rows: Sequence[int], found: WeightBatch) -> WeightBatch:
     """Return the batch with the networks `rows` replaced by those of `found`."""
     others = [b for b in range(len(batch)) if b not in set(rows)]
     if not others:
