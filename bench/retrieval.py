@@ -1,14 +1,15 @@
 """Retrieval of the original of a changed network: encoders beside statistics, spectra and random projections.
 
-python bench/retrieval.py ZOO ... --model A --model B --gallery ZOO    # writes bench/results/retrieval.json
-python bench/retrieval.py --page                                       # writes the tables of docs/similarity.md
+python bench/retrieval.py ZOO ... --model A --model B --learnt ZOO   # writes bench/results/retrieval.json
+python bench/retrieval.py ... --mixed                                # writes bench/results/retrieval_mixed.json
+python bench/retrieval.py --page                                     # writes the tables of docs/similarity.md
 
 Zoos are those of `make_family_zoo` and `make_classifier_zoo`. The gallery of a zoo holds its networks that were trained
-from scratch, and those of --gallery, such as the networks that the encoders learnt from. Queries are changed copies of
-those of the zoo: with noise, pruned, with a new head, permuted, rounded, and the zoo's own fine-tuned children. A query
-is a hit if the nearest network of the gallery is the one it was made of. Features of all methods are whitened by the
-gallery as `sne_fast.similarity.nearest` does; the distance is 1 - cosine for encoders and random projections, and
-Euclidean for the others. The k-th model is measured with the k-th seed of queries.
+from scratch, with --mixed also those that the encoders learnt from. Queries are changed copies of those of the zoo:
+with noise, pruned, with a new head, permuted, rounded, and the zoo's own fine-tuned children. A query is a hit if the
+nearest network of the gallery is the one it was made of. Features of all methods are whitened by the gallery as
+`sne_fast.similarity.nearest` does; the distance is 1 - cosine for encoders and random projections, and Euclidean for
+the others. The k-th model is measured with the k-th seed of queries.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ Queries = tuple[WeightBatch, list[int]]
 """Changed networks, and for each the place in the gallery of the network it was made of."""
 AT_ONCE = 150_000
 RESULT = ROOT / "bench" / "results" / "retrieval.json"
+MIXED = RESULT.with_name("retrieval_mixed.json")
 PAGE = ROOT / "docs" / "similarity.md"
 MARKERS = "<!-- retrieval:begin -->", "<!-- retrieval:end -->"
 
@@ -245,7 +247,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path, nargs="*")
     parser.add_argument("--model", action="append", default=[], help="of one seed; repeat for others")
-    parser.add_argument("--gallery", type=Path, action="append", default=[], help="zoos whose networks are there too")
+    parser.add_argument("--learnt", type=Path, action="append", default=[], help="a zoo that the encoders learnt from")
+    parser.add_argument("--mixed", action="store_true", help="put the networks of --learnt into the galleries too")
     parser.add_argument("--page", action="store_true", help="only write the tables of docs/similarity.md")
     options = parser.parse_args()
     if options.page:
@@ -253,15 +256,15 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     zoos = [Zoo.open(path) for path in options.zoo]
-    shared = [Zoo.open(path) for path in options.gallery]
+    shared = [Zoo.open(path) for path in options.learnt]
     known = frozenset(row["family"] for zoo in shared for row in zoo.rows)
     tables: dict[str, list[dict[str, Any]]] = {path.name: [] for path in options.zoo}
     for seed, model in enumerate(options.model or ["sne-small"]):
         encoder = sne_fast.SNE.from_pretrained(model)
-        others = [encoder.pack(zoo[from_scratch(zoo)]).detach() for zoo in shared]
+        learnt = [encoder.pack(zoo[from_scratch(zoo)]).detach() for zoo in shared]
         torch.manual_seed(seed)
         untrained = sne_fast.SNE(**encoder.config).eval()
-        untrained.set_statistics(WeightBatch.cat(others or [encoder.pack(zoos[0]).detach()]))
+        untrained.set_statistics(WeightBatch.cat(learnt or [encoder.pack(zoos[0]).detach()]))
         methods: dict[str, Method] = {
             "SNE": (encoded(encoder), True),
             "untrained": (encoded(untrained), True),
@@ -271,12 +274,15 @@ def main() -> None:
             "random projection": (random_projection, True),
         }
         for path, zoo in zip(options.zoo, zoos, strict=True):
-            tables[path.name].append(measure(zoo, methods, encoder, others, known, seed))
+            tables[path.name].append(measure(zoo, methods, encoder, learnt if options.mixed else [], known, seed))
             for method, rows in tables[path.name][-1]["recall"].items():
                 scores = ", ".join(f"{name} {parts['all'][0]:.2f}" for name, parts in rows.items())
                 print(f"{path.name}, seed {seed}, {method}: {scores}", flush=True)
     about = {path.name: zoo.about for path, zoo in zip(options.zoo, zoos, strict=True)}
-    write_json(RESULT, {"models": options.model, "about": about, "zoos": tables, "machine": machine()})
+    write_json(
+        MIXED if options.mixed else RESULT,
+        {"models": options.model, "about": about, "zoos": tables, "machine": machine()},
+    )
 
 
 if __name__ == "__main__":
