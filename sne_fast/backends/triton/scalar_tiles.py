@@ -1,4 +1,6 @@
-"""Functions of block 0 of the chunk kernels, whose rows come from scalars by few factors: docs/method.md.
+"""Functions of block 0 of the chunk kernels, whose rows come from scalars by few factors.
+
+See "The first block sees scalars" in docs/method.md.
 
 With slopes s_i = a x_i + c of a head, element i attends by softmax_j(s_i x_j), and its row is a sum of rows of
 ``basis``, with the attended mean of each head, the value, and 1 as factors. Weights are tiles [S, M] of keys by rows: a
