@@ -42,7 +42,7 @@ from sne_fast.atomic_files import to_json, write_text  # noqa: E402
 from sne_fast.backends.cuda import library as cuda_library  # noqa: E402
 from sne_fast.benchmark import GPU_CASES, gpu_limits, gpu_ops  # noqa: E402
 from sne_fast.ops.found_backends import FUSIONS  # noqa: E402
-from sne_fast.ops.schema import DIFFERENTIABLE_OPS, OPTIONAL_OPS, REQUIRED_OPS  # noqa: E402
+from sne_fast.ops.schema import OPTIONAL_OPS, REQUIRED_OPS  # noqa: E402
 from sne_fast.reports.machine import gpu, nvidia_smi, revision, versions  # noqa: E402
 
 Json = dict[str, Any]
@@ -323,8 +323,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seconds", type=float, default=530, help="what all parts may take together")
     parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=f"of {' '.join(PARTS)}")
-    parser.add_argument("--ops", nargs="*", choices=DIFFERENTIABLE_OPS, default=DIFFERENTIABLE_OPS, metavar="OP",
-                        help=f"ops to measure, of {' '.join(DIFFERENTIABLE_OPS)}")  # fmt: skip
+    parser.add_argument("--ops", nargs="*", choices=gpu_ops.MEASURED_OPS, default=gpu_ops.MEASURED_OPS, metavar="OP",
+                        help=f"ops to measure, of {' '.join(gpu_ops.MEASURED_OPS)}")  # fmt: skip
     parser.add_argument("--no-rivals", dest="rivals", action="store_false",
                         help="leave out PyTorch's own forms of the ops, which take minutes to compile")  # fmt: skip
     parser.add_argument("--trial", nargs=2, action="append", default=[], metavar=("TABLE", "RULE"),

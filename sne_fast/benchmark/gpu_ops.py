@@ -20,6 +20,7 @@ from ..nn.blocks import MAB
 from ..ops import functional
 from ..ops.dispatch import use_backend
 from ..ops.precision import product_precision
+from ..ops.schema import DIFFERENTIABLE_OPS
 from .cases import CASES
 from .checks import LOSS_RATIO, CheckFailed, relative_error
 from .gpu_limits import median_seconds
@@ -27,6 +28,8 @@ from .limits import FORWARDS_PER_STEP, chunk_operations
 from .networks import BottleneckResNet
 
 Row = dict[str, Any]
+MEASURED_OPS = tuple(op for op in DIFFERENTIABLE_OPS if op != "set_block")
+"""Ops that a GPU backend has kernels for, each with a function of its name here."""
 WIDTH = 64
 HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # float32 products may be tf32
 

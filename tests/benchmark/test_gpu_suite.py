@@ -18,7 +18,6 @@ from helpers.paths import ROOT
 from sne_fast.backends.cuda import winners
 from sne_fast.benchmark import Check, CheckFailed, Contender, contender, gpu_limits, gpu_ops, run_check
 from sne_fast.benchmark.gpu_ops import shape_of
-from sne_fast.ops.schema import DIFFERENTIABLE_OPS
 
 
 def run_suite(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
@@ -39,7 +38,7 @@ def test_every_part_but_the_tests_runs_on_a_cpu(tmp_path: Path) -> None:
     environment = found["parts"]["environment"]
     assert environment["torch"] == torch.__version__ and "chunk_encode" in environment["backends"]
     ops = found["parts"]["ops"]
-    assert {row["op"] for row in ops} == set(DIFFERENTIABLE_OPS)
+    assert {row["op"] for row in ops} == set(gpu_ops.MEASURED_OPS)
     assert all(row["forward_seconds"] > 0 and row["error"] < 2e-2 and row["backend"] == "auto" for row in ops)
     cases = {(row["case"], row["dtype"]): row for row in found["parts"]["cases"]}
     assert set(cases) == {(c, d) for c in ("zoo", "resnet50") for d in ("bfloat16", "float32")}
@@ -111,7 +110,7 @@ def test_a_ceiling_that_cannot_be_measured_costs_no_other_and_no_op(
         yield {"limits": [arg for arg in args if arg is None or isinstance(arg, float)]}
 
     monkeypatch.setattr(gpu_limits, "copy_bandwidth", fails)
-    for name in DIFFERENTIABLE_OPS:
+    for name in gpu_ops.MEASURED_OPS:
         monkeypatch.setattr(gpu_ops, name, measures)
     suite = make_suite(tmp_path / "gpu.json", "--no-rivals")
     suite.part("ceilings", suite.ceilings)
@@ -206,7 +205,7 @@ def test_what_rivals_the_ops_is_measured_last(tmp_path: Path, monkeypatch: pytes
     def measures(*args: Any) -> Iterator[dict[str, Any]]:
         yield {"rivals": args[-1] is True}
 
-    for name in DIFFERENTIABLE_OPS:
+    for name in gpu_ops.MEASURED_OPS:
         monkeypatch.setattr(gpu_ops, name, measures)
     for backends, count in (([], 2 * (1 + 3)), (["--backend", "cpu", "reference"], 2 * 3)):  # these do not fuse
         suite = make_suite(tmp_path / "gpu.json", *backends)
