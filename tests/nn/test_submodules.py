@@ -215,6 +215,7 @@ def test_modules_behind_the_fused_feed_forward_may_be_replaced(
     calls: list[int] = []
     fused = functional.feed_forward
     monkeypatch.setattr(functional, "fuses_feed_forward", lambda rows: True)  # as on a GPU
+    monkeypatch.setattr(functional, "fuses_set_block", lambda *args: False)
     monkeypatch.setattr(functional, "feed_forward", lambda *args: calls.append(1) or fused(*args))
     torch.testing.assert_close(encoder(batch), before)
     assert len(calls) == 10  # every block that the chunk stage does not fuse whole
