@@ -11,7 +11,7 @@ from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pool_
 from sne_fast import functional
 from sne_fast.backends.triton.backend import BACKEND
 from sne_fast.ops import selftest, selftest_cases
-from sne_fast.ops.schema import DIFFERENTIABLE_OPS
+from sne_fast.ops.schema import OPTIONAL_OPS, REQUIRED_OPS
 
 pytestmark = pytest.mark.build
 
@@ -112,7 +112,7 @@ def test_why_not() -> None:
         functional.segment_pool(x, logits, ptr)
 
 
-@pytest.mark.parametrize("op", DIFFERENTIABLE_OPS)
+@pytest.mark.parametrize("op", [*REQUIRED_OPS, *(op for op in OPTIONAL_OPS if op in BACKEND.kernels)])
 def test_the_backend_passes_its_self_test(op: str) -> None:
     case = selftest_cases.Variant(op, SINGLE, 32, 4, layer_norm=True)
     assert selftest.check(BACKEND, case, torch.device("cpu")) == []
