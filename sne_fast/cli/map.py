@@ -79,7 +79,8 @@ def map(settings: MapSettings) -> None:
     column_map(picture, places, _drawn(columns[colour]), colour)
     say(console, f"{count:,} networks are on {settings.out} and {picture}, coloured by {colour}")
     if vectors.failed:
-        say(console, f"{vectors.failed} networks of {settings.vectors} have no vector and are not on it")
+        without = f"{vectors.failed} networks of {settings.vectors} have no vector of finite numbers"
+        say(console, f"{without} and are not on it")
     if known.missing:
         say(console, f"{known.missing} networks are not in {settings.table}")
 

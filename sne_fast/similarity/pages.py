@@ -94,7 +94,7 @@ def map_page(
         True
     """
     places, near = np.asarray(positions, np.float64), None if neighbours is None else np.asarray(neighbours)
-    known = {name: list(values) for name, values in (columns or {}).items()}
+    known = {name: _listed(values) for name, values in (columns or {}).items()}
     if places.shape != (len(names), 2) or not np.isfinite(places).all():
         raise ValueError(f"map_page: positions must be finite, ({len(names)}, 2) for as many names, got {places.shape}")
     for name, values in known.items():
@@ -102,6 +102,8 @@ def map_page(
             raise ValueError(f"map_page: the column {name!r} must have {len(names)} values, has {len(values)}")
     if near is not None and (near.ndim != 2 or len(near) != len(names)):
         raise ValueError(f"map_page: neighbours must be ({len(names)}, k), got {near.shape}")
+    if near is not None and near.size and not (near.dtype.kind in "iu" and 0 <= near.min() <= near.max() < len(names)):
+        raise ValueError(f"map_page: neighbours must be places of the {len(names)} networks")
     if colour is not None and colour not in known:
         raise ValueError(f"map_page: colour must be a column, one of {', '.join(known)}; got {colour!r}")
     data = {
@@ -113,6 +115,11 @@ def map_page(
         "near": None if near is None else near.tolist(),
     }
     return page("map", title, data)
+
+
+def _listed(values: Any) -> list[Any]:
+    """Return the values of a sequence, an array or a tensor."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _rounded(values: np.ndarray) -> list[float]:

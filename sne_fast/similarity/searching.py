@@ -109,7 +109,7 @@ def whitening(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values: `(N, h)` float32, N at least 1.
 
     Returns:
-        Both float32; the identity for encodings that are all the same.
+        Both float32; zeros and the identity for encodings that are all the same, such as one alone.
     """
     mean = values.mean(0, dtype=np.float64)
     covariance = np.zeros((values.shape[1],) * 2)
@@ -119,7 +119,7 @@ def whitening(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sizes, vectors = np.linalg.eigh(covariance / len(values))
     sizes = np.maximum(sizes, 0.0)
     if not sizes.mean() > 1e-12 * max(float(np.square(mean).mean()), 1e-12):
-        return mean.astype(np.float32), np.eye(len(mean), dtype=np.float32)
+        return np.zeros(len(mean), np.float32), np.eye(len(mean), dtype=np.float32)
     matrix = vectors / np.sqrt(sizes + _SHRINKAGE * sizes.mean())
     return mean.astype(np.float32), matrix.astype(np.float32)
 

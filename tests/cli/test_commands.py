@@ -95,6 +95,16 @@ def test_encode_npz(files, tmp_path):
     ]
 
 
+def test_encode_without_a_model_takes_the_one_of_the_package(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time the folder is there
+        assert call("encode", *files, "-o", "sne-small").exit_code == 0
+    SNE(hidden_dim=32).save_pretrained("sne-small")
+    assert call("encode", *files, "-o", "z.npz").exit_code == 0
+    with np.load("z.npz") as stored:
+        assert stored["vector"].shape == (3, 192)
+
+
 def test_encode_parquet_with_a_model(files, model, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     result = call("encode", *files, "-o", tmp_path / "z.parquet", "--model", model)

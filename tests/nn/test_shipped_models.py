@@ -46,9 +46,14 @@ def test_shipped_models_are_small_and_say_where_they_come_from(encoder):
 def test_it_loads_without_the_hub_and_a_folder_of_its_name_comes_first(monkeypatch, tmp_path, encoder):
     monkeypatch.setattr("sne_fast.nn.pretrained._hub", lambda why: pytest.fail(why))
     monkeypatch.chdir(tmp_path)
-    assert SNE.from_pretrained("sne-small").config == encoder.config
+    for _ in range(2):  # the second time beside a folder of its name that holds no model
+        assert SNE.from_pretrained("sne-small").config == encoder.config
+        (tmp_path / "sne-small").mkdir(exist_ok=True)
     SNE(hidden_dim=32).save_pretrained("sne-small")
     assert SNE.from_pretrained("sne-small").config["hidden_dim"] == 32
+    (tmp_path / "sne-small" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"folder 'sne-small' holds no config\.json"):
+        SNE.from_pretrained("sne-small")
     with pytest.raises(FileNotFoundError, match="nor one of the package's models: sne-small"):
         SNE.from_pretrained(os.path.join("no", "such", "folder"))
 

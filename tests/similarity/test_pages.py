@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from sne_fast.similarity import Edge, Lineage, map_page
 
@@ -79,7 +80,7 @@ def test_a_map_holds_positions_names_and_columns():
     columns = {
         "kind": ["b", "a", None, "a", "c"],
         "accuracy": [0.5, None, float("nan"), np.float32(0.25), 1],
-        "weights": np.arange(5),
+        "weights": torch.arange(5),
         "trained": [True, False, None, True, True],
         "mixed": [1, "x", None, (2, 3), 4],
         "unknown": [None] * 5,
@@ -118,6 +119,10 @@ def test_errors_of_maps():
         map_page(places, names, {"x": [1, 2]}, colour="y")
     with pytest.raises(ValueError, match=r"neighbours must be \(2, k\), got \(1, 2\)"):
         map_page(places, names, neighbours=[[0, 1]])
+    for wrong in ([[2], [0]], [[-1], [0]], [[0.0], [1.0]]):
+        with pytest.raises(ValueError, match="neighbours must be places of the 2 networks"):
+            map_page(places, names, neighbours=wrong)
+    assert Page(map_page(places, names, neighbours=[[], []])).data["near"] == [[], []]
 
 
 def tree(*edges, names):

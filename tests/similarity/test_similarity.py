@@ -70,6 +70,9 @@ def test_nearest_of_few_and_equal_ones():
     assert nearest(same, k=10)[1].tolist() == [[1, 2], [0, 2], [0, 1]]
     assert nearest(same, same[:1], k=2)[1].tolist() == [[0, 1]]
     assert nearest(same[:1])[1].shape == (1, 0)
+    for gallery in (same[:1], same):  # which say nothing of what networks share
+        distances, _ = nearest(gallery, np.array([[2.0, 2, 2, 2], [1, 1, 1, -1], [-1, -1, -1, -1]]), k=1)
+        np.testing.assert_allclose(distances[:, 0], [0, 0.5, 2], atol=1e-6)
     with pytest.raises(ValueError, match="k must be at least 1 and encodings of one width"):
         nearest(same, same[:, :2])
     with pytest.raises(ValueError, match="metric must be one of cosine, euclidean, got 'dot'"):
