@@ -89,6 +89,7 @@ def test_defaults_of_the_commands_are_those_of_what_they_call() -> None:
     assert [given.cases, given.rounds, given.backend, given.threads] == [
         of_bench[name] for name in ("cases", "rounds", "backend", "threads")
     ]
-    assert EncodeSettings((Path("net"),), Path("out.npz")).model is None
+    encode = EncodeSettings((Path("net"),), Path("out.npz"))
+    assert encode.model is None
     assert sne_fast.SNE.from_pretrained(DEFAULT).config["set_attention"] == "isab"  # files may be of any size
     assert PredictSettings((Path("net"),), "model").device == encode.device == "cpu"
