@@ -134,7 +134,8 @@ def test_map_of_vectors_with_a_table(networks, tmp_path):
     (networks / "other.safetensors").rename(networks / "deep" / f"{hostile}.safetensors")
     (networks / "bad.safetensors").write_bytes(b"nothing")
     call("encode", networks, "-o", tmp_path / "vectors")
-    (tmp_path / "known.csv").write_text(f"name,accuracy,recipe\nbase,0.5,sgd\ncopy.safetensors,0.25,\n{hostile},,<b>\n")
+    lines = ["name,accuracy,recipe", "base,0.5,sgd", "copy.safetensors,0.25,", f"{hostile},,<b>", ",1,", ",1,"]
+    (tmp_path / "known.csv").write_text("\n".join([*lines, ""]))
     page = tmp_path / "out" / "networks.html"
     page.parent.mkdir()
     result = call("map", tmp_path / "vectors", "-o", page, "--table", tmp_path / "known.csv", "--colour", "recipe")
