@@ -242,6 +242,7 @@ def _given(settings: EncodeSettings) -> dict[str, Any]:
     given = {
         "key": settings.key, "nonfinite": settings.nonfinite, "layers": settings.layers or None,
         "max_chunks": settings.max_chunks, "seed": settings.seed if settings.max_chunks is not None else None,
+        "rebuild": settings.rebuild or None,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value is not None}
 

@@ -25,6 +25,7 @@ from .edges import Edge
 
 _DEEPEST = 100
 """Depth from which on the networks of a tree are no longer nested, but follow each other."""
+_LARGEST_EXACT = 2**53
 _ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
 
 
@@ -127,10 +128,15 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 
 def plain_column(values: Sequence[Any]) -> list[Any]:
-    """Return values of one type, numbers or text; truth values are text, and None stands for what is not known."""
+    """Return values of one type, numbers or text, None for what is not known.
+
+    Truth values are text, and so are integers that the numbers of JavaScript would round.
+    """
     plain = [value.item() if isinstance(value, np.generic) else value for value in values]
     plain = [value if isinstance(value, bool | int | float | str | None) else str(value) for value in plain]
     found = one_type(plain)
+    if any(isinstance(value, int) and abs(value) > _LARGEST_EXACT for value in found):
+        return [None if value is None else str(value) for value in found]
     return [str(value).lower() if isinstance(value, bool) else value for value in found]
 
 

@@ -84,6 +84,7 @@ def test_a_map_holds_positions_names_and_columns():
         "trained": [True, False, None, True, True],
         "mixed": [1, "x", None, (2, 3), 4],
         "unknown": [None] * 5,
+        "seed": [2**60 + 1, 7, None, 7, 0],
     }
     near = [[1, 2]] * 5
     text = map_page(places, HOSTILE, columns, title="<b>&", colour="weights", neighbours=near)
@@ -103,6 +104,8 @@ def test_a_map_holds_positions_names_and_columns():
     assert found["trained"] == {"kind": "group", "groups": ["true", "false"], "values": [0, 1, None, 0, 0]}
     assert found["mixed"] == {"kind": "group", "groups": ["(2, 3)", "1", "4", "x"], "values": [1, 3, None, 0, 2]}
     assert found["unknown"] == {"kind": "number", "values": [None] * 5}
+    seeds = {"kind": "group", "groups": ["7", "0", str(2**60 + 1)], "values": [2, 0, None, 0, 1]}
+    assert found["seed"] == seeds
     plain = Page(map_page(np.zeros((0, 2)), [])).data
     assert plain["colour"] == -1 and plain["near"] is None and plain["columns"] == []
 
