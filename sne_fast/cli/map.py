@@ -36,7 +36,7 @@ class MapSettings:
     colour: str | None = option(
         None, help="Column that colours the picture, and the page at first.", shown="the first one"
     )
-    seed: int = option(0, help="Seed of the map.", min=0)
+    seed: int = option(0, help="Seed of the map.", min=0, max=2**32 - 1)
     perplexity: float = option(30.0, help="About the number of neighbours that each network is held near to.")
 
 

@@ -121,7 +121,7 @@ class PretrainedMixin:
                 ("sne-small"), or a repository id `user/name` of the Hub, which needs `huggingface_hub`; what is first
                 of these counts.
             device: where the parameters go.
-            revision: branch, tag or commit of the repository; as the rest, ignored for a folder.
+            revision: branch, tag or commit of the repository; as the rest, ignored for others.
             cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
 
         Raises:
