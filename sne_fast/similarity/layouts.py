@@ -21,9 +21,9 @@ _START = 1e-4
 def layout(vectors: Any, seed: int = 0, *, perplexity: float = 30.0) -> np.ndarray:
     """Return positions in the plane by t-SNE (van der Maaten and Hinton 2008, JMLR 9).
 
-    Vectors are standardised number by number, and those of more than 50
-    numbers are reduced to their first 50 principal components. The same vectors and seed give the same positions, for
-    which it runs in one thread. Distances in the plane say who is near whom, and little about how far others are.
+    Vectors are standardised number by number, and those of more than 50 numbers are reduced to their first 50 principal
+    components. The same vectors and seed give the same positions, for which it runs in one thread. Distances in the
+    plane say who is near whom, and little about how far others are.
 
     Args:
         vectors: `(N, h)`, tensors or arrays.
