@@ -134,7 +134,8 @@ def test_batches_change_nothing(files, tmp_path, monkeypatch):
     monkeypatch.setattr("sne_fast.cli.running.BATCH_WEIGHTS", 1)
     call("encode", *files, "-o", tmp_path / "b.npz")
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
-        np.testing.assert_allclose(a["vector"], b["vector"], rtol=1e-4, atol=1e-5)
+        # Views of one network differ by about 1 in vectors of sne-small, which are up to 100 large.
+        np.testing.assert_allclose(a["vector"], b["vector"], rtol=1e-4, atol=1e-3)
 
 
 def test_a_zoo_folder_stands_for_its_networks(tmp_path, model):
