@@ -70,11 +70,15 @@ def compile_kernel(
         arch: 80, 90, 100, 120.
         divisible: names of arguments known to be multiples of 16, as torch's pointers are; None for all pointers.
         maxnreg: the most registers of a thread; None for as many as the compiler takes.
+
+    Raises:
+        AssertionError: the kernel adds to memory atomically, in an order that differs from run to run.
     """
     kernel = compile_for(
         fn, signature, constexprs, arch, divisible=divisible, num_warps=num_warps, num_stages=num_stages,
         maxnreg=maxnreg,
     )  # fmt: skip
+    assert "tt.atomic" not in kernel.asm["ttir"], fn.__name__
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
