@@ -66,7 +66,12 @@ def add_to(
     b_vector,
     N: tl.constexpr,
 ):
-    """Add a vector [N] to this program's own partial sum, which only this program reads and writes."""
+    """Add a vector [N] to this program's own partial sum, which only this program reads and writes.
+
+    Threads load other elements than they store, so that one may read what another has stored for the tile before:
+    hence the barrier.
+    """
+    tl.debug_barrier()
     p_partial = partial + tl.arange(0, N)
     tl.store(p_partial, tl.load(p_partial) + b_vector)
 
@@ -153,16 +158,13 @@ def layer_norm_backward(
     b_unit,
     b_rstd,
     norm,
-    norm_part,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return the gradient through a layer norm of unit rows ``b_unit`` [M, h]; add that of gain and bias to its sum."""
-    p_gain = norm_part + tl.arange(0, WIDTH)
-    b_gain_sum, b_bias_sum = tl.load(p_gain), tl.load(p_gain + WIDTH)  # early, to arrive while the rows are summed
-    tl.store(p_gain, b_gain_sum + tl.sum(b_grad * b_unit, 0))
-    tl.store(p_gain + WIDTH, b_bias_sum + tl.sum(b_grad, 0))
-    return normed_backward(b_grad * vector(norm, WIDTH, ACC)[None, :], b_unit, b_rstd, WIDTH)
+    """Return the gradients through a layer norm of unit rows ``b_unit`` [M, h], and of its gain and bias [h]."""
+    b_gain_grad, b_bias_grad = tl.sum(b_grad * b_unit, 0), tl.sum(b_grad, 0)
+    b_grad = normed_backward(b_grad * vector(norm, WIDTH, ACC)[None, :], b_unit, b_rstd, WIDTH)
+    return b_grad, b_gain_grad, b_bias_grad
 
 
 @triton.jit

@@ -12,9 +12,9 @@ pytestmark = pytest.mark.build
 LIMITS = {
     "forward": 13_400,
     "pool backward": 1_090,
-    "block backward": 8_770,
+    "block backward": 8_780,
     "weight gradients": 537,
-    "scalar backward": 9_770,
+    "scalar backward": 9_780,
 }
 """Warp instructions per 32 weights at width 64, 4 heads, chunks of 32, bfloat16: what they are, and 2 % on top."""
 
@@ -30,4 +30,4 @@ def test_instructions_stay_below_their_limit(title: str) -> None:
     print(title, found)
     assert found.instructions <= LIMITS[title], found
     assert found.float_atomics == 0, found
-    assert title != "forward" or not found.spills, found
+    assert title == "block backward" or not found.spills, found
