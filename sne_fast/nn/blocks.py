@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import functional
+from ..ops.calls import autocast
+from ..ops.pointer_facts import empty_sets
 from .bounded_memory import joined, row_runs
 from .plain_modules import are_linear, is_norm, is_plain
 from .stage_weights import BlockWeights, FeedForwardWeights, PoolWeights, fold_stages
@@ -323,8 +325,9 @@ class PMA(nn.Module):
                 return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).reshape(-1, *self.S.shape[1:])
             (folded,) = fold_stages([((), self)])
             weights = folded.pool
+        (x,) = autocast(x)  # once for both uses
         pooled = functional.segment_pool(x, F.linear(x, weights.logits), ptr, ptr_host=ptr_host)
-        return self.project(pooled, weights, empty=ptr.diff() == 0)
+        return self.project(pooled, weights, empty_sets(ptr, ptr_host))
 
     def project(self, pooled: Tensor, weights: PoolWeights, empty: Tensor | None = None) -> Tensor:
         """Project rows pooled per seed and head, ``(S, k H, h)``, to the block's output ``(S, k, h)``.

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
-from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, SCALES
+from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, POINTERS, SCALES
 from ..data.choices import Chunking, Order, Scale
 from ..data.layers_apart import layers_apart
 from ..data.networks import Networks
 from ..data.packing import pack
 from ..data.tensor_statistics import tensor_statistics
+from ..ops.pointer_facts import declare_lasting, derived, lengths, owners
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention, Statistics
 from .chunk_samples import ChunkSample
@@ -27,11 +28,13 @@ from .plain_modules import is_plain
 from .position_codes import position_code
 from .pretrained import PretrainedMixin
 from .stage_weights import StageWeights, fold_stages
-from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder, owners
+from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder
 from .statistics_channel import StatisticsChannel
 
 MAX_CHUNK_SIZE = 2**16
 """Attention inside a chunk is quadratic in its size, and every forward pass makes a code for each place in a chunk."""
+LASTING = (*POINTERS, *(f"{pointer}_host" for pointer in POINTERS), "layer_level", "chunk_positions")
+"""Tensors of a batch from which tables are derived."""
 STAGES: dict[str, type[nn.Module]] = {
     "chunk_encoder": ChunkEncoder, "tensor_encoder": TensorEncoder, "layer_encoder": SetEncoder,
     "network_encoder": NetworkEncoder,
@@ -273,8 +276,8 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
         ``weights`` are those of :meth:`folded_weights`, where they serve several calls.
         """
         weights = {} if weights is None else weights  # the stages fold their own
-        dtype = self.sample_parameter.dtype
-        level_code = position_code(batch.layer_level, self.hidden_dim, dtype)  # [L, h]
+        declare_lasting(*(getattr(batch, field) for field in LASTING))
+        level_code = self._level_code(batch.layer_level)  # [L, h]
         layer_of_tensor = owners(batch.layer_ptr, batch.tensor_type.shape[0])
         tensor_level_code = level_code.index_select(0, layer_of_tensor)  # [T, h]
         type_code = self.type_embedding(batch.tensor_type)  # [T, h]
@@ -287,7 +290,7 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
         if self.chunk_encoder is None or self.tensor_encoder is None:
             assert told is not None
             layers = self._encode_tensors(told, batch, weights)
-            return LayerEncodings(layers, batch.layer_level, batch.layer_ptr.diff(), pooled)
+            return LayerEncodings(layers, batch.layer_level, lengths(batch.layer_ptr), pooled)
         chunked = batch if sample is None else sample.batch
         given = _given(weights, "chunk_encoder")
         chunks = self.chunk_encoder(chunked, type_code + tensor_level_code, *given)  # [N, h]
@@ -307,7 +310,7 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
             parts = [encode(chunks[h.rows], h.tensor_ptr, h.tensor_ptr_host, h.position) for h in sample.halves]
             halves = torch.stack(parts)
         vectors = encode(chunks, chunked.tensor_ptr, chunked.tensor_ptr_host, index)
-        return LayerEncodings(vectors, batch.layer_level, batch.layer_ptr.diff(), pooled, halves)
+        return LayerEncodings(vectors, batch.layer_level, lengths(batch.layer_ptr), pooled, halves)
 
     def _encode_tensors(self, tensors: Tensor, batch: WeightBatch, weights: dict[str, StageWeights]) -> Tensor:
         given = _given(weights, "layer_encoder")
@@ -326,13 +329,16 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
         ``weights`` are those of :meth:`folded_weights`, where they serve several calls.
         """
         given = _given({} if weights is None else weights, "network_encoder")
-        dtype = self.sample_parameter.dtype
-        level_code = position_code(encodings.levels, self.hidden_dim, dtype)  # [L, h]
+        level_code = self._level_code(encodings.levels)  # [L, h]
         z = self.network_encoder(encodings.vectors, network_ptr, network_ptr_host, level_code, *given)  # [B, h]
         if self.tensor_statistics is not None and encodings.pooled is not None:
             pooled = self.tensor_statistics.join(encodings.pooled, encodings.tensors, network_ptr, network_ptr_host)
             z = torch.cat([z, pooled], 1)
-        return z.to(dtype)
+        return z.to(level_code.dtype)
+
+    def _level_code(self, levels: Tensor) -> Tensor:
+        width, dtype = self.hidden_dim, self.sample_parameter.dtype
+        return derived(levels, ("P", width, dtype), lambda: position_code(levels, width, dtype))
 
     def check_batch(self, batch: WeightBatch) -> None:
         """Raise ValueError for a batch that was not packed as this encoder expects."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch import Tensor
 from ..ops import functional
 from ..ops.calls import autocast, is_cast, needs_grad
 
-if TYPE_CHECKING:
-    from .blocks import MAB, PMA
+# Those of sne_fast.nn.blocks, which imports this module.
+MAB = Any
+PMA = Any
 
 
 class FeedForwardWeights(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..ops import functional
+from ..ops.pointer_facts import derived, owners, places
 from .blocks import ISAB, MAB, PMA, SAB, has_plain_attention
 from .bounded_memory import is_large, joined, row_runs, set_runs
 from .plain_modules import is_plain
@@ -17,11 +18,6 @@ from .position_codes import reversed_position_code
 from .stage_weights import StageWeights, fold_stages
 
 INITIAL_CODE_GAIN = 0.1
-
-
-def owners(ptr: Tensor, rows: int) -> Tensor:
-    """Return the set of each of the ``rows`` that ``ptr (S+1,)`` cuts into sets: ``(rows,)`` int64."""
-    return torch.repeat_interleave(torch.arange(ptr.shape[0] - 1, device=ptr.device), ptr.diff(), output_size=rows)
 
 
 def _chunks_of(batch: WeightBatch, run: slice | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -112,7 +108,7 @@ class ChunkEncoder(nn.Module):
         # Not index_select, whose gradient on a GPU adds in any order.
         code = gain * tensor_code[tensor_of_chunk.index_select(0, chunk_of_row)]
         if self.element_order:
-            place = torch.arange(values.shape[0], device=chunk_ptr.device) - chunk_ptr.index_select(0, chunk_of_row)
+            place = places(chunk_ptr, values.shape[0])
             code = code + gain * self._element_code(batch, tensor_code).index_select(0, place)
         x = values[:, None]
         for block in blocks[:2]:
@@ -123,8 +119,12 @@ class ChunkEncoder(nn.Module):
         return self.pool(x, chunk_ptr, chunk_ptr_host).squeeze(1)
 
     def _element_code(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
-        element = torch.arange(batch.chunk_size, device=self.code_gain.device)
-        return reversed_position_code(element, tensor_code.shape[1], self.code_gain.dtype)
+        size, width, dtype = batch.chunk_size, tensor_code.shape[1], self.code_gain.dtype
+
+        def make() -> Tensor:
+            return reversed_position_code(torch.arange(size, device=self.code_gain.device), width, dtype)
+
+        return derived(batch.chunk_ptr, ("codes of elements", size, width, dtype), make)
 
     def blocks_and_pool(self) -> tuple[list[MAB], PMA]:
         """Return the attention blocks and the pool, for :func:`sne_fast.nn.stage_weights.fold_stages`."""
@@ -272,20 +272,18 @@ class TensorEncoder(SetEncoder):
         index: Tensor | None, weights: StageWeights | None,
     ) -> Tensor:  # fmt: skip
         x = self.attend(x, ptr, ptr_host, weights)
-        chunks, gain = x.shape[0], self.code_gain
+        (chunks, width), dtype = x.shape, self.code_gain.dtype
         tensor_of_chunk = owners(ptr, chunks)
         # Before parameters enter, as the gradient of index_select on a GPU adds in any order; that of indexing sorts.
         level_code, log_scale = codes
-        x = x + self._row_code(level_code.index_select(0, tensor_of_chunk), log_scale[tensor_of_chunk])
-        if not self.chunk_order:
-            return self.pooled(x, ptr, ptr_host, weights)
-        if index is None:
-            table = reversed_position_code(positions, x.shape[1], gain.dtype)
-            place = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
-            order_code = gain * table.index_select(0, place)
-        else:
-            order_code = gain * reversed_position_code(positions.index_select(0, index), x.shape[1], gain.dtype)
-        return self.pooled(x + order_code, ptr, ptr_host, weights)
+        code = level_code.index_select(0, tensor_of_chunk)
+        if self.chunk_order and index is None:
+            table = derived(positions, ("R", width, dtype), lambda: reversed_position_code(positions, width, dtype))
+            code = code + table.index_select(0, places(ptr, chunks))
+        elif self.chunk_order and index is not None:
+            code = code + reversed_position_code(positions.index_select(0, index), width, dtype)
+        x = x + self._row_code(code, log_scale[tensor_of_chunk])
+        return self.pooled(x, ptr, ptr_host, weights)
 
     def _has_tiles(self) -> bool:
         """Return whether a large tensor may go through in tiles: nothing but plain induced blocks."""
