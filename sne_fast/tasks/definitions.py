@@ -50,6 +50,8 @@ class Task:
         logit: the target lies in [0, 1] and is modelled as its logit.
         classes: the target is a class.
         sizes: shares of the training networks in the curve of error against training-set size.
+        same_steps: SNE takes as many steps on each share as on all training networks, so with more epochs;
+            by default it takes as many epochs.
         baselines: rows after those of SNE, keys of `baselines.BASELINES`.
     """
 
@@ -62,7 +64,12 @@ class Task:
     logit: bool = False
     classes: bool = False
     sizes: tuple[float, ...] = (0.125, 0.25, 0.5)
+    same_steps: bool = False
     baselines: tuple[str, ...] = ("mean", "statistics", "statistics_rich", "deepsets", "mlp", "nfn", "probes")
+
+    def epochs(self, epochs: int, share: float) -> int:
+        """Return the epochs of SNE on a share of the training networks, where it takes `epochs` on all of them."""
+        return round(epochs / share) if self.same_steps else epochs
 
 
 def _sines(folder: Path, networks: int, progress: Progress) -> list[Zoo]:
@@ -152,6 +159,8 @@ TASKS: dict[str, Task] = {
             "SNE, no order codes": _INR.replace(statistics="none", order=False),
             "SNE, units in random order": _INR.replace(statistics="none", units="permuted", odd=False, jitter=0.0),
         },
+        sizes=(0.25, 0.5),
+        same_steps=True,
     ),
     "accuracy": Task(
         "Accuracy of convolutional networks of one architecture (Unterthiner et al. 2020)",

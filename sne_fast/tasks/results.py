@@ -63,8 +63,10 @@ def _experiment(
             del runs[row]
             continue
         titles[row] = runs[row][1.0][0]["method"]
-        for of_share in runs[row].values():
-            check_runs(of_share, data, folder, runs[row][1.0][0].get("settings"))
+        whole = runs[row][1.0][0].get("settings")
+        for share, of_share in runs[row].items():
+            settings = whole and {**whole, "epochs": task.epochs(whole["epochs"], share)}
+            check_runs(of_share, data, folder, settings)
             for run in of_share:
                 if not {"method", "seconds"} <= set(run) or not ("test" in run or "why_not" in run):
                     damaged = f"the result of {row!r} with seed {run['seed']} in {folder}"

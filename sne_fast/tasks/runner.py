@@ -134,7 +134,7 @@ class _Job:
         Raises:
             ValueError: the files are of other settings.
         """
-        settings = self.sne.get(run.method)
+        settings = self._settings(run)
         parts = self._parts(run)
         asked = self._made_of(run, settings, parts)
         there = self.folder.read_result(run, asked)
@@ -192,6 +192,11 @@ class _Job:
                 settings = self.sne.get(row)
                 runs = self.folder.results_of(experiment, row)
                 check_runs(runs, self.data, self.folder, _plain(settings) if settings else None)
+
+    def _settings(self, run: Run) -> TrainingRecipe | None:
+        """Return the settings of SNE for a run; None for a baseline."""
+        settings = self.sne.get(run.method)
+        return settings and settings.replace(epochs=self.task.epochs(settings.epochs, run.share))
 
     def _made_of(self, run: Run, settings: TrainingRecipe | None, parts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Return the part of a run's result that says what it is made of."""

@@ -96,7 +96,7 @@ def test_the_mean_of_sne_and_trees_and_differences_are_those_of_the_predictions(
             errors.setdefault(row, []).append(float(((predicted - true) ** 2).mean()))
     stacked = found["methods"][STACKED]
     assert stacked["mse"]["mean"] == pytest.approx(np.mean(errors[STACKED])) and stacked["runs"] == 2
-    assert [point["networks"] for point in found["by_training_size"][STACKED]] == [4, 8, 16, 32]
+    assert [point["networks"] for point in found["by_training_size"][STACKED]] == [8, 16, 32]
     assert found["reference"] == BASELINES["statistics"].name
     for row, title in (("SNE", "SNE"), (STACKED, STACKED), ("statistics_rich", BASELINES["statistics_rich"].name)):
         difference = found["methods"][title]["differences"]["mse"]
@@ -168,7 +168,7 @@ def test_the_saved_predictor_gives_the_saved_predictions(done):
 @pytest.mark.slow
 def test_curves_of_training_set_size_grow(done):
     curves = done[1]["experiments"]["sines"]["by_training_size"]
-    assert [point["networks"] for point in curves["SNE"]] == [4, 8, 16, 32]
+    assert [point["networks"] for point in curves["SNE"]] == [8, 16, 32]
     assert all(point["runs"] == 2 and point["mse"]["std"] > 0 for point in curves["SNE"])
     assert "SNE, no order codes" not in curves  # ablations have no curve
 
@@ -345,9 +345,15 @@ def test_a_task_of_classes_reports_accuracies(tmp_path, monkeypatch):
         return [found or make_classifier_zoo(folder / "z", networks, architectures=names, max_steps=5)]
 
     experiment, settings = Experiment("kinds"), {"SNE": TrainingRecipe(epochs=1, batch_weights=9_000)}
-    task = definitions.Task("Kinds", "family", zoos, 40, (experiment,), settings, classes=True, sizes=(0.5,))
+    task = definitions.Task(
+        "Kinds", "family", zoos, 40, (experiment,), settings, classes=True, sizes=(0.5,), same_steps=True
+    )
     monkeypatch.setitem(TASKS, "kinds", task)
     results = run_task("kinds", tmp_path, Console(quiet=True), seeds=(0, 1), methods=["SNE", "mean", "statistics"])
+    epochs = {
+        path.stem: json.loads(path.read_text())["settings"]["epochs"] for path in tmp_path.glob("runs/*/sne-*.json")
+    }
+    assert epochs == {"sne-seed0": 1, "sne-seed1": 1, "sne-seed0-share500": 2, "sne-seed1-share500": 2}
     methods = results["experiments"]["kinds"]["methods"]
     assert methods[BASELINES["mean"].name]["accuracy"]["mean"] == 0.5
     assert methods[BASELINES["mean"].name]["cross_entropy"]["mean"] == pytest.approx(np.log(2), abs=1e-3)
