@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .pointer_facts import derived
 from .schema import STORED_DTYPES
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,7 +73,11 @@ def pointer(op: str, name: str, ptr: Tensor, host: Tensor, device: torch.device)
 
 def pointer_content(op: str, name: str, ptr: Tensor, host: Tensor, rows: int) -> None:
     """Check that ``ptr``, by its copy ``host`` on the CPU, cuts ``rows`` rows into sets."""
-    if int(host[0]) != 0 or int(host[-1]) != rows or bool((host[1:] < host[:-1]).any()):
+
+    def fits() -> bool:
+        return int(host[0]) == 0 and int(host[-1]) == rows and not bool((host[1:] < host[:-1]).any())
+
+    if not derived(host, ("cuts", rows), fits):
         raise ValueError(
             f"{op}: {name} must start at 0, never decrease and end at the number of rows, {rows}; got "
             f"{described(ptr)} from {host[:1].tolist()} to {host[-1:].tolist()}"
@@ -146,11 +151,11 @@ def chunk_encode(
 def chunk_lengths(op: str, chunk_ptr_host: Tensor, longest: int) -> None:
     """Check that every chunk has 1 to ``longest`` values, the number of element codes."""
     if chunk_ptr_host.shape[0] > 1:
-        lengths = chunk_ptr_host.diff()
-        if int(lengths.min()) < 1 or int(lengths.max()) > longest:
+        least, most = derived(chunk_ptr_host, "extreme lengths", lambda: chunk_ptr_host.diff().aminmax())
+        if int(least) < 1 or int(most) > longest:
             raise ValueError(
                 f"{op}: chunk_ptr must hold chunks of 1 to c = {longest} values (the rows of element_code), got "
-                f"lengths from {int(lengths.min())} to {int(lengths.max())}"
+                f"lengths from {int(least)} to {int(most)}"
             )
 
 
