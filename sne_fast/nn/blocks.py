@@ -13,6 +13,9 @@ from ..ops import functional
 from .bounded_memory import joined, row_runs
 from .plain_modules import are_linear, is_norm, is_plain
 
+UNFOLDED = 2**20
+"""Rows times the square of the width up to which pooling is one op: about where the fold is as fast on a CPU."""
+
 
 class MAB(nn.Module):
     """Multihead attention block of the Set Transformer (Lee et al. 2019) on packed sets.
@@ -63,7 +66,7 @@ class MAB(nn.Module):
     ) -> Tensor:
         """Attend from rows ``q (rows_q, dim_q)`` to ``k (rows_k, dim_k)`` inside each set: ``(rows_q, dim_v)``."""
         runs = list(row_runs(q.shape[0], q.device))
-        if len(runs) == 1 and functional.fuses_set_block(q, k, self.dim_v, self.num_heads) and self._is_plain():
+        if len(runs) == 1 and functional.fuses_set_block(q, k, self.dim_v, self.num_heads) and self.is_plain():
             fc_q, fc_k, fc_v, fc_o = self.fc_q, self.fc_k, self.fc_v, self.fc_o
             return functional.set_block(
                 q, k, q_ptr, k_ptr, fc_q.weight, fc_q.bias, fc_k.weight, fc_k.bias, fc_v.weight, fc_v.bias,
@@ -110,7 +113,7 @@ class MAB(nn.Module):
         normed = is_norm(self.ln0, self.dim_v) and is_norm(self.ln1, self.dim_v)
         return are_linear(self.fc_o) and (normed or (self.ln0 is None and self.ln1 is None))
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Return whether fused code may read all parameters, and no method is another class's."""
         return type(self) is MAB and are_linear(self.fc_q, self.fc_k, self.fc_v) and self.has_plain_feed_forward()
 
@@ -236,8 +239,9 @@ class PMA(nn.Module):
     """Pooling by multihead attention, ``MAB(S, X)`` with k learned seeds S (Lee et al. 2019, eq. 11).
 
     Rows are pooled before they are projected (docs/method.md, "Algebra of the fast code"): the logits are
-    ``X (fc_k^T q)``, one vector per seed and head, and ``fc_v`` acts on the pooled rows only. Where ``mab`` or one of
-    its linear layers has hooks or has been replaced, it is called instead.
+    ``X (fc_k^T q)``, one vector per seed and head, and ``fc_v`` acts on the pooled rows only. Few rows, of which the
+    many small operations of the fold would take the time, go through ``mab`` where a backend has it as one op; and
+    where ``mab`` or one of its linear layers has hooks or has been replaced, it is called too.
 
     Args:
         dim: width of rows and block.
@@ -263,11 +267,18 @@ class PMA(nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
         """Pool rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64; returns ``(S, num_seeds, dim)``."""
-        if not has_plain_attention(self.mab):
+        if not has_plain_attention(self.mab) or self._is_one_op(x):
             query, seed_ptr, seed_host = _for_every_set(self.S, ptr)
             return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).reshape(-1, *self.S.shape[1:])
         pooled = functional.segment_pool(x, F.linear(x, self.folded_query()), ptr, ptr_host=ptr_host)
         return self.project(pooled, (ptr.diff() > 0).to(pooled.dtype))
+
+    def _is_one_op(self, x: Tensor) -> bool:
+        """Return whether rows should go through the block as one op: so few that the fold costs more than it saves."""
+        mab = self.mab
+        if torch.compiler.is_compiling() or x.shape[0] * mab.dim_v**2 > UNFOLDED:  # no guard on the number of rows
+            return False
+        return functional.fuses_set_block(x, x, mab.dim_v, mab.num_heads) and mab.is_plain()
 
     def folded_query(self) -> Tensor:
         """Return ``(fc_k^T q)_a / sqrt(h)`` per seed and head, ``(k H, h)``."""
