@@ -46,12 +46,12 @@ def floating(op: str, **tensors: Tensor) -> None:
 
 def shape(op: str, name: str, tensor: Tensor, contract: str, expected: tuple[int | None, ...]) -> None:
     """Check that ``tensor.shape`` is ``expected``, where None allows any size; ``contract`` says it in the message."""
-    sizes = tensor.shape
-    if sizes == expected:
+    if tensor.shape == expected:
         return
-    if len(sizes) != len(expected) or any(
-        want is not None and have != want for have, want in zip(sizes, expected, strict=True)
-    ):
+    fits = tensor.dim() == len(expected) and all(
+        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
         raise ValueError(f"{op}: {name} must have shape {contract}, got {described(tensor)}")
 
 
@@ -77,7 +77,7 @@ def cuts_rows(host: Tensor, rows: int) -> bool:
     """Return whether a pointer, ``(S+1,)`` on the CPU, starts at 0, never decreases and ends at ``rows``."""
     if follows_nothing():  # numpy, whose calls cost a tenth of torch's
         numbers = host.detach().numpy()
-        return numbers[0] == 0 and numbers[-1] == rows and bool((numbers[1:] >= numbers[:-1]).all())
+        return bool(numbers[0] == 0 and numbers[-1] == rows and (numbers[1:] >= numbers[:-1]).all())
     return int(host[0]) == 0 and int(host[-1]) == rows and not bool((host[1:] < host[:-1]).any())
 
 

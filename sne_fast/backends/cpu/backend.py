@@ -61,9 +61,8 @@ def why_not(op: str, args: Arguments) -> list[str]:
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asked first: `to` costs ten times as much where it has nothing to do, and a small batch is mostly such costs.
-    ready = tensor.dtype is dtype and tensor.is_contiguous()
-    return tensor if ready else tensor.to(dtype).contiguous()
+    # Calls of torch cost more than what they look up, and small steps make hundreds of them.
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def _like(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
