@@ -242,7 +242,7 @@ def set_block(*args: Any) -> Tensor:
     struct, dtype, _kept = _set_block_args("set_block", args)
     out = torch.empty(struct.rows_q, struct.hidden, dtype=dtype)
     struct.out = out.data_ptr()
-    _run("set_block", library.DTYPES[dtype], ctypes.byref(struct))
+    _run("set_block", _products(args[0].dtype), ctypes.byref(struct))
     return out.to(args[0].dtype)
 
 
@@ -253,7 +253,7 @@ def set_block_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs = (*args[:2], *args[6:-1])
     grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
     pointers = library.SetBlockGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("set_block_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    _run("set_block_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
     return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
 
