@@ -3,6 +3,7 @@
 python bench/peers.py ZOO -o RUNS --quality    # trains every method for every seed, save what is in RUNS already
 python bench/peers.py ZOO -o RUNS --speed      # times one pass of training and of encoding, in turn
 python bench/peers.py ZOO -o RUNS --report     # writes bench/results/peers.json
+python bench/peers.py ZOO -o RUNS --page       # writes the table of docs/benchmarks.md from it
 
 ZOO is a zoo of `make_classifier_zoo` with one architecture, such as `zoos/digits` of `sne-fast task accuracy`. All
 methods learn from the same training networks, choose their epoch by the same validation networks, and are tested on the
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import ROOT, insert
 
 from sne_fast import pack
 from sne_fast.atomic_files import write_json
@@ -47,7 +54,9 @@ from sne_fast.training.settings import AmpDtype
 from sne_fast.zoo import Zoo
 from sne_fast.zoo.splits import SHARES
 
-RESULT = Path(__file__).parent / "results" / "peers.json"
+RESULT = ROOT / "bench" / "results" / "peers.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+MARKERS = "<!-- peers:begin -->", "<!-- peers:end -->"
 REFERENCE = "layer statistics, boosted trees"
 TARGET = "test_accuracy"
 
@@ -123,6 +132,8 @@ class Row:
 _CHUNKS = RECIPES["best"].replace(chunks=True, input_scale="zoo")
 SNE: dict[str, Row] = {
     "SNE, statistics": Row(RECIPES["best"]),
+    # Of networks without chunks a step is mostly the cost of its operations, whatever they work on.
+    "SNE, statistics, large batches": Row(RECIPES["best"].replace(batch_weights=80_000, lr=2e-3)),
     "SNE, chunks and statistics, h = 32": Row(_CHUNKS),
     "SNE, chunks and statistics, h = 32, bfloat16": Row(_CHUNKS, "bfloat16"),
     "SNE, chunks and statistics, h = 64": Row(_CHUNKS.replace(hidden_dim=64)),
@@ -186,7 +197,7 @@ def quality(data: Data, folder: Path, seeds: Sequence[int], methods: Sequence[st
     for seed in seeds:
         test = data.parts(seed)["test"]
         for method in methods:
-            path = folder / f"{METHODS.index(method)}-seed{seed}.json"
+            path = folder / f"{re.sub('[^a-z0-9]+', '-', method.lower())}-seed{seed}.json"
             if path.exists():
                 continue
             start = time.perf_counter()
@@ -310,6 +321,31 @@ def report(data: Data, folder: Path) -> dict[str, Any]:
     }
 
 
+def write_page() -> None:
+    """Write the table of docs/benchmarks.md from the result."""
+    found = json.loads(RESULT.read_text())
+    lines = [
+        "",
+        "| | training, networks/s | encoding, networks/s | tau | tau minus that of trees | R2 |",
+        "|---|" + "---:|" * 5,
+    ]
+    for method, row in found["methods"].items():
+        rates = next((row[key] for key in sorted(row) if key.endswith(" threads")), {})
+        cells = [f"{rates[key]:,.0f}" if key in rates else "-" for key in ("training", "encoding")]
+        if not row["tau"]:
+            continue
+        difference = row.get(f"tau minus that of {REFERENCE}")
+        lines.append(
+            f"| {method} | {' | '.join(cells)} | {spread(row['tau'])} | {spread(difference)} | {spread(row['r2'])} |"
+        )
+    insert(PAGE, "\n".join([*lines, "", ""]), *MARKERS)
+
+
+def spread(mean_and_error: Sequence[float] | None) -> str:
+    """Return a mean and what it may be off by as they stand in the table."""
+    return " ± ".join(f"{number:.3f}" for number in mean_and_error or ()) or "-"
+
+
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,6 +354,7 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--page", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -331,6 +368,8 @@ def main() -> None:
         speed(data, options.out, options.threads, options.rounds, options.methods)
     if options.report:
         write_json(RESULT, report(data, options.out))
+    if options.page:
+        write_page()
 
 
 if __name__ == "__main__":

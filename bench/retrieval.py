@@ -9,12 +9,14 @@ from scratch, with --mixed also those that the encoders learnt from. Queries are
 with noise, pruned, with a new head, permuted, rounded, and the zoo's own fine-tuned children. A query is a hit if the
 nearest network of the gallery is the one it was made of. Features of all methods are whitened by the gallery as
 `sne_fast.similarity.nearest` does; the distance is 1 - cosine for encoders and random projections, and Euclidean for
-the others. The k-th model is measured with the k-th seed of queries.
+the others. Beside each encoder stands one of the same seed that was not trained, as it is, and calibrated with the
+networks of --learnt. The k-th model is measured with the k-th seed of queries.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import zlib
@@ -37,7 +39,7 @@ from sne_fast.reports.machine import machine
 from sne_fast.similarity import nearest
 from sne_fast.symmetry import Symmetry, permute
 from sne_fast.tasks.pretrain import PROBED, labels_of
-from sne_fast.training import linear_probe
+from sne_fast.training import Views, calibrate, linear_probe
 from sne_fast.training.contrastive import encode_in_pieces
 from sne_fast.training.new_heads import with_new_heads
 from sne_fast.training.views import with_noise, with_pruning, with_rounding
@@ -265,9 +267,13 @@ def main() -> None:
         torch.manual_seed(seed)
         untrained = sne_fast.SNE(**encoder.config).eval()
         untrained.set_statistics(WeightBatch.cat(learnt or [encoder.pack(zoos[0]).detach()]))
-        methods: dict[str, Method] = {
-            "SNE": (encoded(encoder), True),
-            "untrained": (encoded(untrained), True),
+        methods: dict[str, Method] = {"SNE": (encoded(encoder), True), "untrained": (encoded(untrained), True)}
+        if learnt:
+            calibrated = copy.deepcopy(untrained)
+            views = Views([symmetry for zoo in shared for symmetry in symmetries_of(zoo[from_scratch(zoo)])])
+            calibrate(calibrated, WeightBatch.cat(learnt), views, seed=seed)
+            methods["untrained, calibrated"] = encoded(calibrated), True
+        methods |= {
             "23 statistics": (statistics, False),
             "plain statistics": (plain_statistics, False),
             "spectra": (spectra, False),

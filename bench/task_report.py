@@ -48,7 +48,39 @@ def section(folder: Path) -> str:
             shown = list(wanted)[:-1]
             lines += ["", f"| experiment | method | {' | '.join(shown)} | seeds |", "|---" * (len(shown) + 3) + "|"]
             lines += rows
-    return "\n".join([*lines, "", ""])
+    return "\n".join([*lines, *_curves(folder), "", ""])
+
+
+def _curves(folder: Path) -> list[str]:
+    """Return a table for each learning curve: a column for every number of training networks."""
+    lines: list[str] = []
+    for results in read(folder):
+        for experiment in results["experiments"].values():
+            curves = experiment["by_training_size"]
+            wanted = columns(experiment)
+            name = "MSE" if wanted is COLUMNS else next(iter(wanted))
+            key = wanted[name]
+            sizes = sorted({point["networks"] for curve in curves.values() for point in curve})
+            if not sizes:
+                continue
+            title = f"`{results['task']}`, {experiment['name']}: {name} from so many networks"
+            lines += [
+                "",
+                f"| {title} | {' | '.join(f'{size:,.0f}' for size in sizes)} |",
+                "|---" * (len(sizes) + 1) + "|",
+            ]
+            for method, curve in curves.items():
+                of_size = {point["networks"]: point for point in curve if key in point}
+                cells = [_spread(of_size[size][key]) if size in of_size else "-" for size in sizes]
+                lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _spread(found: Mapping[str, float | None]) -> str:
+    """Return a mean with its standard deviation over seeds, if there are several."""
+    if found["mean"] is None:
+        return "-"
+    return f"{found['mean']:.3g}" + ("" if found["std"] is None else f" ± {found['std']:.2g}")
 
 
 def _rows(folder: Path, wanted: Mapping[str, str]) -> list[str]:

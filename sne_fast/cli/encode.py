@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 OnError = Literal["record", "stop"]
 SUFFIXES = (".npz", ".parquet")
+DEFAULT = "sne-small"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class EncodeSettings:
         "many networks: what is done stays done, and the same command goes on with the rest.",
         flags=("--out", "-o"),
     )
-    model: str = option(
-        "sne-small",
+    model: str | None = option(
+        None,
         help="Encoder or predictor: a folder, a model that comes with the package, or a repository of the Hub.",
+        shown=f"{DEFAULT} of the package",
     )
     max_chunks: int | None = option(
         None, help="Encode a sample of so many chunks of each larger tensor, and write its error.", shown="all", min=2
@@ -240,6 +242,7 @@ def _given(settings: EncodeSettings) -> dict[str, Any]:
     given = {
         "key": settings.key, "nonfinite": settings.nonfinite, "layers": settings.layers or None,
         "max_chunks": settings.max_chunks, "seed": settings.seed if settings.max_chunks is not None else None,
+        "rebuild": settings.rebuild or None,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value is not None}
 
@@ -315,6 +318,8 @@ def _model(settings: EncodeSettings) -> SNE | Predictor:
     """Return the encoder or predictor, on its device."""
     from ..data.devices import usable_device
     from ..nn.predictor import load_encoder
+    from ..nn.pretrained import SHIPPED
 
     device = usable_device("cpu" if settings.scheduler is not None else settings.device)  # workers have their own
-    return load_encoder(settings.model, device=device)
+    # By its folder in the package, as one of that name may lie here, such as the output of this command.
+    return load_encoder(SHIPPED / DEFAULT if settings.model is None else settings.model, device=device)

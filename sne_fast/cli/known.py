@@ -49,7 +49,7 @@ def known_in_table(file: Path, names: Sequence[str]) -> Known:
         )
     row_of: dict[str, int] = {}
     for row, cell in enumerate(table[key]):
-        if cell is None:
+        if not cell:
             continue
         if cell in row_of:
             raise ValueError(f"{file}: the column {key!r} names {cell!r} twice")

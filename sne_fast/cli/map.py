@@ -36,7 +36,7 @@ class MapSettings:
     colour: str | None = option(
         None, help="Column that colours the picture, and the page at first.", shown="the first one"
     )
-    seed: int = option(0, help="Seed of the map.", min=0)
+    seed: int = option(0, help="Seed of the map.", min=0, max=2**32 - 1)
     perplexity: float = option(30.0, help="About the number of neighbours that each network is held near to.")
 
 
@@ -79,7 +79,8 @@ def map(settings: MapSettings) -> None:
     column_map(picture, places, _drawn(columns[colour]), colour)
     say(console, f"{count:,} networks are on {settings.out} and {picture}, coloured by {colour}")
     if vectors.failed:
-        say(console, f"{vectors.failed} networks of {settings.vectors} have no vector and are not on it")
+        without = f"{vectors.failed} networks of {settings.vectors} have no vector of finite numbers"
+        say(console, f"{without} and are not on it")
     if known.missing:
         say(console, f"{known.missing} networks are not in {settings.table}")
 

@@ -65,8 +65,11 @@ def search(settings: SearchSettings) -> None:
         encoder = load_encoder(folder / "model", device=usable_device(settings.device)).eval()
         for unit in plan(asked.filter(new), split=False):
             for row in embed_unit(encoder, unit, **{"key": settings.key, **dataset_options(folder)}).to_pylist():
-                rows[row["uri"]] = row["vector"]
-                failures += [about(row["uri"], row["error"])] if row["error"] is not None else []
+                error = row["error"]
+                if error is None and not np.isfinite(row["vector"]).all():
+                    error = "its vector is not finite"
+                rows[row["uri"]] = None if error is not None else row["vector"]
+                failures += [about(row["uri"], error)] if error is not None else []
     names = [name for name, vector in rows.items() if vector is not None]
     if not names:
         raise ValueError(failures[0])
@@ -86,7 +89,8 @@ def search(settings: SearchSettings) -> None:
             lines = [[str(k), f"{one['distance']:.4f}", one["name"]] for k, one in enumerate(answer, 1)]
             show_table(console, ["", "distance", "network"], lines, title=f"nearest to {name}")
         if vectors.failed:
-            say(console, f"{vectors.failed} networks of {settings.vectors} have no vector and were not searched")
+            without = f"{vectors.failed} networks of {settings.vectors} have no vector of finite numbers"
+            say(console, f"{without} and were not searched")
     list_failures(failures)
     if failures:
         raise typer.Exit(1)

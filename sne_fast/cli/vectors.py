@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..failures import is_expected, sentence
 from .running import about
@@ -27,7 +27,7 @@ class Vectors(NamedTuple):
     Args:
         names: paths of the networks.
         values: `(n, h)` float32.
-        failed: number of networks that have no vector.
+        failed: number of networks that have no vector, or one that is not finite.
         weights: number of weights of each network, None where it is not known.
     """
 
@@ -43,7 +43,7 @@ def is_vectors(path: Path) -> bool:
 
 
 def read_vectors(folder: Path) -> Vectors:
-    """Read the vectors of a folder.
+    """Read the vectors of a folder that are finite.
 
     Raises:
         FileNotFoundError: it holds none.
@@ -51,19 +51,25 @@ def read_vectors(folder: Path) -> Vectors:
     """
     import numpy as np
 
+    table = _read_table(folder)
+    kept = table.filter(table["vector"].is_valid())
+    values = np.array(kept["vector"].to_pylist(), np.float32)
+    finite = np.flatnonzero(np.isfinite(values).all(-1)) if kept.num_rows else np.zeros(0, np.int64)
+    if not len(finite):
+        raise FileNotFoundError(f"{folder}: none of its {table.num_rows} networks has a vector of finite numbers")
+    kept, failed = kept.take(finite), table.num_rows - len(finite)
+    return Vectors(kept["uri"].to_pylist(), values[finite], failed, kept["weights"].to_pylist())
+
+
+def _read_table(folder: Path) -> Any:
+    """Read a folder of vectors as a table of `pyarrow`, with a row for every network."""
     from ..embedding import collect
 
     if not folder.exists():
         raise FileNotFoundError(f"no such folder: {str(folder)!r}")
     if not is_vectors(folder):
         raise FileNotFoundError(f"{folder} holds no vectors; write them with sne-fast encode NETWORKS -o FOLDER")
-    table = collect(folder)
-    kept = table.filter(table["vector"].is_valid())
-    if not kept.num_rows:
-        raise FileNotFoundError(f"{folder}: none of its {table.num_rows} networks has a vector")
-    values = np.array(kept["vector"].to_pylist(), np.float32)
-    failed = table.num_rows - kept.num_rows
-    return Vectors(kept["uri"].to_pylist(), values, failed, kept["weights"].to_pylist())
+    return collect(folder)
 
 
 def networks_of(paths: Sequence[Path], key: str | None) -> list[str]:
@@ -77,7 +83,7 @@ def networks_of(paths: Sequence[Path], key: str | None) -> list[str]:
 
     found: list[str] = []
     for path in paths:
-        found += read_vectors(path).names if is_vectors(path) else find_networks([path], key)
+        found += _read_table(path)["uri"].to_pylist() if is_vectors(path) else find_networks([path], key)
     if not found:
         raise ValueError(f"there are no networks at {', '.join(map(str, paths))}")
     return list(dict.fromkeys(found))

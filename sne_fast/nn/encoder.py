@@ -17,6 +17,7 @@ from ..data.layers_apart import layers_apart
 from ..data.networks import Networks
 from ..data.packing import pack
 from ..data.tensor_statistics import tensor_statistics
+from ..ops import functional
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention, Statistics
 from .chunk_samples import ChunkSample
@@ -241,11 +242,7 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
 
     def encode_batch_layers(self, batch: WeightBatch, sample: ChunkSample | None = None) -> LayerEncodings:
         """Apply stages 1 to 3 to all layers of a checked batch at once, or to a sample of its chunks."""
-        dtype = self.sample_parameter.dtype
-        level_code = position_code(batch.layer_level, self.hidden_dim, dtype)  # [L, h]
-        layer_of_tensor = owners(batch.layer_ptr, batch.tensor_type.shape[0])
-        tensor_level_code = level_code.index_select(0, layer_of_tensor)  # [T, h]
-        type_code = self.type_embedding(batch.tensor_type)  # [T, h]
+        type_code, tensor_level_code = self._tensor_codes(batch)
         told: Tensor | None = None
         pooled: Tensor | None = None
         halves: Tensor | None = None
@@ -273,6 +270,28 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
             halves = torch.stack(parts)
         vectors = encode(chunks, chunked.tensor_ptr, chunked.tensor_ptr_host, index)
         return LayerEncodings(vectors, batch.layer_level, batch.layer_ptr.diff(), pooled, halves)
+
+    def _tensor_codes(self, batch: WeightBatch) -> tuple[Tensor, Tensor]:
+        """Return `E[type]` and `P(level)` of all tensors, `(T, h)` each."""
+        level_code = position_code(batch.layer_level, self.hidden_dim, self.sample_parameter.dtype)  # [L, h]
+        layer_of_tensor = owners(batch.layer_ptr, batch.tensor_type.shape[0])
+        return self.type_embedding(batch.tensor_type), level_code.index_select(0, layer_of_tensor)
+
+    def statistics_units(self, batch: WeightBatch) -> Tensor:
+        """Return the means over each network's tensors of the hidden units of the statistics channel, `(B, 4h)`.
+
+        The last 2h values of z are a linear map of them, `tensor_statistics.to_pool`.
+
+        Raises:
+            ValueError: an encoder without statistics, or a batch that was not packed for it.
+        """
+        if self.tensor_statistics is None:
+            raise ValueError("SNE: statistics_units needs statistics='relative' or 'tensor'")
+        self.check_batch(batch)
+        units = self.tensor_statistics.units(batch, *self._tensor_codes(batch))
+        alike = units.new_zeros((units.shape[0], 1))  # logits: a mean
+        ptr, ptr_host = batch.layer_ptr[batch.network_ptr], batch.layer_ptr_host[batch.network_ptr_host]
+        return functional.segment_pool(units, alike, ptr, ptr_host=ptr_host).squeeze(1)
 
     def _encode_tensors(self, tensors: Tensor, batch: WeightBatch) -> Tensor:
         layers: Tensor = self.layer_encoder(tensors, batch.layer_ptr, batch.layer_ptr_host)  # [L, h]

@@ -117,10 +117,11 @@ class PretrainedMixin:
         Shapes are compared with those in the file before any tensor is made or read.
 
         Args:
-            pretrained_model_name_or_path: a folder, the name of a model that comes with the package ("sne-small"), or
-                a repository id `user/name` of the Hub, which needs `huggingface_hub`; what is first of these counts.
+            pretrained_model_name_or_path: a folder that holds a model, the name of a model that comes with the package
+                ("sne-small"), or a repository id `user/name` of the Hub, which needs `huggingface_hub`; what is first
+                of these counts.
             device: where the parameters go.
-            revision: branch, tag or commit of the repository; as the rest, ignored for a folder.
+            revision: branch, tag or commit of the repository; as the rest, ignored for others.
             cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
 
         Raises:
@@ -304,7 +305,8 @@ def _sha256(path: Path) -> str:
 
 def _find(name: str, filename: str, hub: dict[str, Any]) -> Path:
     """Return the file in the folder `name`, else of the shipped model, else download it from the repository."""
-    if not os.path.exists(name) and name in shipped_models():
+    files = (os.path.join(name, file) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    if name in shipped_models() and not any(map(os.path.exists, files)):
         return SHIPPED / name / filename
     if os.path.isdir(name):
         path = Path(name) / filename

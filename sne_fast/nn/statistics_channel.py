@@ -94,6 +94,12 @@ class StatisticsChannel(nn.Module):
             self.std.copy_((squares / counts - mean.square()).clamp_min(0).sqrt().clamp_min(LEAST_STD))
         return first
 
+    def units(self, batch: WeightBatch, type_code: Tensor, level_code: Tensor) -> Tensor:
+        """Return the hidden units of all tensors, `(T, 4h)`; the arguments are those of `forward`."""
+        found = self.columns_of(batch).to(level_code)
+        standard = ((found - self.mean) / self.std).clamp(-LARGEST, LARGEST)
+        return F.relu(self.hidden(torch.cat([standard, type_code, level_code], 1)))
+
     def forward(self, batch: WeightBatch, type_code: Tensor, level_code: Tensor) -> tuple[Tensor, Tensor]:
         """Encode the statistics of all tensors.
 
@@ -106,9 +112,7 @@ class StatisticsChannel(nn.Module):
             What joins the vectors of tensors `(T, h)`, and the mean over each layer's tensors `(L, 2h)` of what stands
             beside z.
         """
-        found = self.columns_of(batch).to(level_code)
-        standard = ((found - self.mean) / self.std).clamp(-LARGEST, LARGEST)
-        a = F.relu(self.hidden(torch.cat([standard, type_code, level_code], 1)))  # [T, 4h]
+        a = self.units(batch, type_code, level_code)
         alike = a.new_zeros((a.shape[0], 1))  # logits: a mean
         of_layers = functional.segment_pool(self.to_pool(a), alike, batch.layer_ptr, ptr_host=batch.layer_ptr_host)
         return self.to_tensor(a), of_layers.squeeze(1)

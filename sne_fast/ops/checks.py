@@ -43,6 +43,8 @@ def floating(op: str, **tensors: Tensor) -> None:
 
 def shape(op: str, name: str, tensor: Tensor, contract: str, expected: tuple[int | None, ...]) -> None:
     """Check that ``tensor.shape`` is ``expected``, where None allows any size; ``contract`` says it in the message."""
+    if tensor.shape == expected:
+        return
     fits = tensor.dim() == len(expected) and all(
         want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
     )

@@ -27,8 +27,9 @@ def threads_of_ops() -> int:
 def one_thread_between_ops() -> Iterator[None]:
     """Run ordinary operations of torch on one thread inside the ``with`` block, and ops on as many as before.
 
-    Where tensors are small, to wake threads for every operation costs more than they save. Blocks may be nested. Only
-    the calling thread is affected, except that products by MKL run on one thread in the whole process.
+    Where tensors are small, to wake threads for every operation costs more than they save. Blocks may be nested. Python
+    threads that have used torch before keep their number, except that products by MKL run on one thread in the whole
+    process; a Python thread that uses torch for the first time during a block of another one is left with one thread.
     """
     if _before.threads is not None:
         yield

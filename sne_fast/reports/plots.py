@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..atomic_files import replacing
+from ..failures import utf8
 from .measures import number_or_dash
 
 
@@ -34,7 +35,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def literal(text: str) -> str:
     """Return a name as matplotlib's labels show it as it is, not as mathematics, and with an entry in the legend."""
-    escaped = text.replace("$", r"\$")
+    escaped = utf8(text).replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 
 

@@ -40,6 +40,7 @@ def candidates(base: np.ndarray, asked: np.ndarray, k: int, *, themselves: bool)
     quantiser = faiss.IndexFlatL2(base.shape[1])
     index = faiss.IndexIVFFlat(quantiser, base.shape[1], cells)
     index.cp.seed = _SEED
+    index.cp.min_points_per_centroid = 1  # fewer than it advises are no reason to write to stderr
     index.train(base)
     index.add(base)
     index.nprobe = max(_PROBED, cells // 50)

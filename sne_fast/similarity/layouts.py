@@ -21,9 +21,9 @@ _START = 1e-4
 def layout(vectors: Any, seed: int = 0, *, perplexity: float = 30.0) -> np.ndarray:
     """Return positions in the plane by t-SNE (van der Maaten and Hinton 2008, JMLR 9).
 
-    Vectors are standardised number by number, and those of more than 50
-    numbers are reduced to their first 50 principal components. The same vectors and seed give the same positions, for
-    which it runs in one thread. Distances in the plane say who is near whom, and little about how far others are.
+    Vectors are standardised number by number, and those of more than 50 numbers are reduced to their first 50 principal
+    components. The same vectors and seed give the same positions, for which it runs in one thread. Distances in the
+    plane say who is near whom, and little about how far others are.
 
     Args:
         vectors: `(N, h)`, tensors or arrays.
@@ -34,7 +34,7 @@ def layout(vectors: Any, seed: int = 0, *, perplexity: float = 30.0) -> np.ndarr
         Positions `(N, 2)` float32. Fewer than four networks are placed by their principal components.
 
     Raises:
-        ValueError: no matrix of finite numbers, or a perplexity that is not above 0.
+        ValueError: no matrix of finite numbers, a perplexity that is not above 0, or a seed outside of [0, 2**32).
         ModuleNotFoundError: scikit-learn is missing.
 
     Example:
@@ -44,6 +44,8 @@ def layout(vectors: Any, seed: int = 0, *, perplexity: float = 30.0) -> np.ndarr
     values = as_matrix(vectors, "layout: vectors")
     if not perplexity > 0:
         raise ValueError(f"layout: perplexity must be above 0, got {perplexity!r}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"layout: seed must lie in [0, 2**32), got {seed!r}")
     if not (values != values[:1]).any():  # none, one, or copies of one
         return np.zeros((len(values), 2), np.float32)
     require("sklearn", extra="sklearn", why="a map of networks")

@@ -25,6 +25,7 @@ from .edges import Edge
 
 _DEEPEST = 100
 """Depth from which on the networks of a tree are no longer nested, but follow each other."""
+_LARGEST_EXACT = 2**53
 _ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
 
 
@@ -94,7 +95,7 @@ def map_page(
         True
     """
     places, near = np.asarray(positions, np.float64), None if neighbours is None else np.asarray(neighbours)
-    known = {name: list(values) for name, values in (columns or {}).items()}
+    known = {name: _listed(values) for name, values in (columns or {}).items()}
     if places.shape != (len(names), 2) or not np.isfinite(places).all():
         raise ValueError(f"map_page: positions must be finite, ({len(names)}, 2) for as many names, got {places.shape}")
     for name, values in known.items():
@@ -102,6 +103,8 @@ def map_page(
             raise ValueError(f"map_page: the column {name!r} must have {len(names)} values, has {len(values)}")
     if near is not None and (near.ndim != 2 or len(near) != len(names)):
         raise ValueError(f"map_page: neighbours must be ({len(names)}, k), got {near.shape}")
+    if near is not None and near.size and not (near.dtype.kind in "iu" and 0 <= near.min() <= near.max() < len(names)):
+        raise ValueError(f"map_page: neighbours must be places of the {len(names)} networks")
     if colour is not None and colour not in known:
         raise ValueError(f"map_page: colour must be a column, one of {', '.join(known)}; got {colour!r}")
     data = {
@@ -115,15 +118,25 @@ def map_page(
     return page("map", title, data)
 
 
+def _listed(values: Any) -> list[Any]:
+    """Return the values of a sequence, an array or a tensor."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
 def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
 def plain_column(values: Sequence[Any]) -> list[Any]:
-    """Return values of one type, numbers or text; truth values are text, and None stands for what is not known."""
+    """Return values of one type, numbers or text, None for what is not known.
+
+    Truth values are text, and so are integers that the numbers of JavaScript would round.
+    """
     plain = [value.item() if isinstance(value, np.generic) else value for value in values]
     plain = [value if isinstance(value, bool | int | float | str | None) else str(value) for value in plain]
     found = one_type(plain)
+    if any(isinstance(value, int) and abs(value) > _LARGEST_EXACT for value in found):
+        return [None if value is None else str(value) for value in found]
     return [str(value).lower() if isinstance(value, bool) else value for value in found]
 
 

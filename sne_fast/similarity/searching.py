@@ -69,13 +69,14 @@ def nearest(
     left = np.flatnonzero((listed < 0).any(1))
     squares = (base.astype(np.float64) ** 2).sum(1)
     block = max(1, _BLOCK_BYTES // (8 * max(1, len(base))))
+    lost = np.finfo(np.float32).eps * base.shape[1] * float(squares.max(initial=0.0)) ** 0.5
     for start in range(0, len(left), block):
         rows = left[start : start + block]
         # With |x|^2 the same for a query, the order is that of |y|^2 / 2 - <x, y>.
         score = squares / 2 - asked[rows] @ base.T
         if not alone:
             score[np.arange(len(rows)), rows] = np.inf
-        listed[rows] = _smallest(score, k)
+        listed[rows] = _listed(base, asked[rows], score, k, lost)
     return _ranked(base, asked, listed, metric)
 
 
@@ -93,10 +94,28 @@ def _ranked(base: np.ndarray, asked: np.ndarray, listed: np.ndarray, metric: Met
     return distances, places
 
 
-def _smallest(score: np.ndarray, k: int) -> np.ndarray:
+def _listed(base: np.ndarray, asked: np.ndarray, score: np.ndarray, k: int, lost: float) -> np.ndarray:
+    """Return the places of the k nearest ones of each query, in any order.
+
+    Args:
+        base: `(N, h)`.
+        asked: `(Q, h)`, queries.
+        score: `(Q, N)`, the less the nearer, as a product of float32 has rounded it.
+        k: number of places.
+        lost: twice what the product may lose for a query of length 1.
+    """
     if k >= score.shape[1]:
         return np.broadcast_to(np.arange(score.shape[1]), score.shape)
-    return np.argpartition(score, k - 1, axis=1)[:, :k]
+    most = np.partition(score, k - 1, axis=1)[:, k - 1] + lost * np.linalg.norm(asked, axis=1)
+    chosen = score <= most[:, None]
+    counts = chosen.sum(1)
+    listed = np.empty((len(asked), k), np.int64)
+    listed[counts == k] = np.nonzero(chosen[counts == k])[1].reshape(-1, k)
+    for row in np.flatnonzero(counts != k):  # more may be among the k nearest, or the product has overflown
+        places = np.flatnonzero(chosen[row] if counts[row] > k else score[row] != np.inf)
+        near = ((base[places].astype(np.float64) - asked[row]) ** 2).sum(1)
+        listed[row] = places[np.argsort(near, kind="stable")[:k]]
+    return listed
 
 
 def whitening(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +128,7 @@ def whitening(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values: `(N, h)` float32, N at least 1.
 
     Returns:
-        Both float32; the identity for encodings that are all the same.
+        Both float32; zeros and the identity for encodings that are all the same, such as one alone.
     """
     mean = values.mean(0, dtype=np.float64)
     covariance = np.zeros((values.shape[1],) * 2)
@@ -119,7 +138,7 @@ def whitening(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sizes, vectors = np.linalg.eigh(covariance / len(values))
     sizes = np.maximum(sizes, 0.0)
     if not sizes.mean() > 1e-12 * max(float(np.square(mean).mean()), 1e-12):
-        return mean.astype(np.float32), np.eye(len(mean), dtype=np.float32)
+        return np.zeros(len(mean), np.float32), np.eye(len(mean), dtype=np.float32)
     matrix = vectors / np.sqrt(sizes + _SHRINKAGE * sizes.mean())
     return mean.astype(np.float32), matrix.astype(np.float32)
 

@@ -6,6 +6,7 @@ from ..lazy import attach
 
 if TYPE_CHECKING:
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
+    from .calibration import calibrate
     from .child_views import ChildViews, children_of
     from .contrastive import Contrastive, ContrastiveModel, linear_probe
     from .contrastive_fit import fit_contrastive
@@ -29,6 +30,7 @@ else:
                 "shards_by_weights",
                 "stratified_split",
             ],
+            ".calibration": ["calibrate"],
             ".child_views": ["ChildViews", "children_of"],
             ".contrastive": ["Contrastive", "ContrastiveModel", "linear_probe"],
             ".contrastive_fit": ["fit_contrastive"],
@@ -62,6 +64,7 @@ __all__ = [
     "Views",
     "augmentation_of",
     "batches_by_weights",
+    "calibrate",
     "children_of",
     "find_recipe",
     "fit",

@@ -75,12 +75,18 @@ def children_of(rows: Sequence[Mapping[str, Any]], relations: Sequence[str] = ("
         rows: with `name`, `parent` and `relation`; a parent that is not among them has no children.
         relations: of the children that count.
 
+    Raises:
+        ValueError: two networks of one name, as those of two zoos may be.
+
     Example:
         >>> first = {"name": "a", "parent": None, "relation": None}
         >>> children_of([first, {"name": "b", "parent": "a", "relation": "fine-tune"}])
         [[1], []]
     """
-    place = {row["name"]: k for k, row in enumerate(rows)}
+    place: dict[str, int] = {}
+    for k, row in enumerate(rows):
+        if place.setdefault(row["name"], k) != k:
+            raise ValueError(f"children_of: two networks are called {row['name']!r}; give the rows of one zoo")
     found: list[list[int]] = [[] for _ in rows]
     for k, row in enumerate(rows):
         if row["relation"] in relations and row["parent"] in place:

@@ -39,7 +39,7 @@ class Views:
         resize: share of those whose last layer gets another number of outputs, up to twice as many.
 
     Raises:
-        ValueError: a share outside of [0, 1], or a size below 0.
+        ValueError: a share outside of [0, 1], or a size that is below 0 or not finite.
 
     Example:
         >>> views = Views(permute=0, noise=1, prune=0, round=0, head=0)
@@ -61,7 +61,10 @@ class Views:
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if not 0 <= value <= (float("inf") if field.name == "noise_size" else 1):
+            if field.name == "noise_size":
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"Views: noise_size must be finite and at least 0, got {value!r:.80}")
+            elif not 0 <= value <= 1:
                 raise ValueError(f"Views: {field.name} must be a share in [0, 1], got {value!r:.80}")
 
     def __call__(self, part: WeightBatch, rows: Sequence[int], generator: torch.Generator) -> WeightBatch:

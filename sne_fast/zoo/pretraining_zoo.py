@@ -11,7 +11,7 @@ import torch
 
 from .family_architectures import ARCHITECTURE_FAMILIES, Draws, draw_architecture
 from .family_children import FamilyRecipe, State, initial, score, train
-from .family_data import Task, find_task, tasks_of
+from .family_data import DATASETS, Task, find_task, tasks_of
 from .family_zoo import HYPERPARAMETERS, TARGETS, check_architectures, recipe_for
 from .making import Group, Made, make_zoo
 from .random_weights import draw_distributions, draw_weights, near
@@ -55,8 +55,8 @@ def make_pretraining_zoo(
         "brief"), the hyperparameters, `trained_steps`, `test_accuracy` (None for regression) and `test_loss`.
 
     Raises:
-        ValueError: no clusters, an unknown architecture or one without a data set, or an unfinished zoo of other
-            arguments.
+        ValueError: no clusters, an unknown architecture or one without a data set, a name in `left_out` that no data
+            set has, or an unfinished zoo of other arguments.
         FileExistsError: `folder` holds a zoo already.
         ModuleNotFoundError: pyarrow, scikit-learn or mlxtend is missing.
 
@@ -70,6 +70,10 @@ def make_pretraining_zoo(
         raise ValueError(
             f"make_pretraining_zoo: clusters and max_steps must be at least 1, got {clusters} and {max_steps}"
         )
+    names = [name for groups in DATASETS.values() for group in groups for name in group]
+    for start in left_out:
+        if not any(name.startswith(start) for name in names):
+            raise ValueError(f"make_pretraining_zoo: left_out: no data set has a name that starts with {start!r:.80}")
     tasks = {kind: tasks_of(ARCHITECTURE_FAMILIES[kind], left_out) for kind in chosen}
     for kind in (kind for kind, found in tasks.items() if not found):
         raise ValueError(f"make_pretraining_zoo: left_out leaves no data set for {kind}")

@@ -84,6 +84,9 @@ def test_encode_npz(files, tmp_path):
         made_by = json.loads(str(stored["sne_fast"]))
     assert made_by["model"] == "SNE" and made_by["weights_sha256"] == described(shipped)["weights_sha256"]
     assert made_by["options"] == {} and made_by["sne_fast_version"] == sne_fast.__version__
+    assert call("encode", files[0], "-o", out, "--rebuild", "--nonfinite", "zero", "--seed", 3).exit_code == 0
+    with np.load(out) as stored:
+        assert json.loads(str(stored["sne_fast"]))["options"] == {"nonfinite": "zero", "rebuild": True}
     with torch.no_grad():
         expected = shipped(files)
     np.testing.assert_allclose(vectors, expected.numpy(), rtol=1e-4, atol=1e-5)
@@ -93,6 +96,16 @@ def test_encode_npz(files, tmp_path):
         "net2.safetensors",
         "z.npz",
     ]
+
+
+def test_encode_without_a_model_takes_the_one_of_the_package(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time the folder is there
+        assert call("encode", *files, "-o", "sne-small").exit_code == 0
+    SNE(hidden_dim=32).save_pretrained("sne-small")
+    assert call("encode", *files, "-o", "z.npz").exit_code == 0
+    with np.load("z.npz") as stored:
+        assert stored["vector"].shape == (3, 192)
 
 
 def test_encode_parquet_with_a_model(files, model, tmp_path):

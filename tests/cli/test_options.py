@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import sne_fast
 from sne_fast.benchmark.short import run_short
 from sne_fast.cli.bench import BenchSettings
-from sne_fast.cli.encode import EncodeSettings
+from sne_fast.cli.encode import DEFAULT, EncodeSettings
 from sne_fast.cli.options import options_of
 from sne_fast.cli.predict import PredictSettings
 from sne_fast.tasks.settings import option
@@ -90,5 +90,6 @@ def test_defaults_of_the_commands_are_those_of_what_they_call() -> None:
         of_bench[name] for name in ("cases", "rounds", "backend", "threads")
     ]
     encode = EncodeSettings((Path("net"),), Path("out.npz"))
-    assert sne_fast.SNE.from_pretrained(encode.model).config["set_attention"] == "isab"  # files may be of any size
+    assert encode.model is None
+    assert sne_fast.SNE.from_pretrained(DEFAULT).config["set_attention"] == "isab"  # files may be of any size
     assert PredictSettings((Path("net"),), "model").device == encode.device == "cpu"

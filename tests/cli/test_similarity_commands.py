@@ -63,6 +63,23 @@ def test_search_in_vectors(networks, tmp_path):
     assert "no such folder" in fails("search", tmp_path / "none", networks)
 
 
+def test_networks_whose_vectors_are_not_finite(networks, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    state = torch.nn.Linear(5, 4).state_dict()
+    state["weight"][0, 0] = float("nan")
+    save_state_dict(state, networks / "spoilt.safetensors")
+    assert call("encode", networks, "-o", tmp_path / "vectors", "--nonfinite", "keep").exit_code == 0
+    result = call("search", tmp_path / "vectors", networks / "base.safetensors", networks / "spoilt.safetensors")
+    assert result.exit_code == 1 and "spoilt.safetensors" in result.stderr and "is not finite" in result.stderr
+    assert len(rows_of(result)) == 5  # a header and the four others
+    result = call("map", tmp_path / "vectors", "-o", tmp_path / "map.html")
+    assert result.exit_code == 0 and len(data_of(tmp_path / "map.html")["names"]) == 5
+    assert "1 networks of" in result.stdout and "have no vector of finite numbers" in result.stdout
+    result = call("duplicates", tmp_path / "vectors")
+    assert result.exit_code == 0 and "2 of 6 networks are copies" in result.stdout
+
+
 def test_duplicates_of_files_and_vectors(networks, tmp_path):
     call("encode", networks, "-o", tmp_path / "vectors")
     for source in (networks, tmp_path / "vectors"):
@@ -117,7 +134,8 @@ def test_map_of_vectors_with_a_table(networks, tmp_path):
     (networks / "other.safetensors").rename(networks / "deep" / f"{hostile}.safetensors")
     (networks / "bad.safetensors").write_bytes(b"nothing")
     call("encode", networks, "-o", tmp_path / "vectors")
-    (tmp_path / "known.csv").write_text(f"name,accuracy,recipe\nbase,0.5,sgd\ncopy.safetensors,0.25,\n{hostile},,<b>\n")
+    lines = ["name,accuracy,recipe", "base,0.5,sgd", "copy.safetensors,0.25,", f"{hostile},,<b>", ",1,", ",1,"]
+    (tmp_path / "known.csv").write_text("\n".join([*lines, ""]))
     page = tmp_path / "out" / "networks.html"
     page.parent.mkdir()
     result = call("map", tmp_path / "vectors", "-o", page, "--table", tmp_path / "known.csv", "--colour", "recipe")

@@ -46,9 +46,14 @@ def test_shipped_models_are_small_and_say_where_they_come_from(encoder):
 def test_it_loads_without_the_hub_and_a_folder_of_its_name_comes_first(monkeypatch, tmp_path, encoder):
     monkeypatch.setattr("sne_fast.nn.pretrained._hub", lambda why: pytest.fail(why))
     monkeypatch.chdir(tmp_path)
-    assert SNE.from_pretrained("sne-small").config == encoder.config
+    for _ in range(2):  # the second time beside a folder of its name that holds no model
+        assert SNE.from_pretrained("sne-small").config == encoder.config
+        (tmp_path / "sne-small").mkdir(exist_ok=True)
     SNE(hidden_dim=32).save_pretrained("sne-small")
     assert SNE.from_pretrained("sne-small").config["hidden_dim"] == 32
+    (tmp_path / "sne-small" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"folder 'sne-small' holds no config\.json"):
+        SNE.from_pretrained("sne-small")
     with pytest.raises(FileNotFoundError, match="nor one of the package's models: sne-small"):
         SNE.from_pretrained(os.path.join("no", "such", "folder"))
 
@@ -68,12 +73,12 @@ def test_permuted_copies_with_a_new_head_are_found(encoder):
         batch = permute(encoder.pack(changed).detach(), symmetry, torch.Generator().manual_seed(0))
         _, places = nearest(z, encoder(batch), k=1)
     found = (places[:, 0] == np.arange(40)).mean()
-    assert found >= 0.7  # of 40; by chance 0.025
+    assert found >= 0.85  # of 40; by chance 0.025
 
 
 def test_vectors_do_not_change_between_versions(encoder):
     with torch.no_grad():
         z = encoder(networks(2, seed=7))
     assert z.shape == (2, encoder.out_features)
-    pinned = torch.tensor([-0.4891, -0.9689])
-    torch.testing.assert_close(z[:, 0], pinned, rtol=1e-3, atol=1e-3)
+    pinned = torch.tensor([[2.2732, -98.4992], [2.1547, -94.2881]])  # of both parts of z
+    torch.testing.assert_close(z[:, [0, 64]], pinned, rtol=1e-3, atol=1e-3)

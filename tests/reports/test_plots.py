@@ -39,6 +39,7 @@ def test_maps_of_odd_names(tmp_path):
     column_map(tmp_path / "groups.png", places, NAMES, "$\\frac{$")
     column_map(tmp_path / "numbers.png", places, np.array([1.0, np.nan, 2, 3, 4, 5]), "$x$")
     column_map(tmp_path / "unknown.png", places, np.full(6, np.nan), "x")
+    column_map(tmp_path / "bytes.png", places, ["no\udc80text", *NAMES[1:]], "no\udc80text")
     many = [f"group {i}" for i in range(40)]
     column_map(tmp_path / "many.png", np.tile(places, (7, 1))[:40], many, "group")
     assert all(file.stat().st_size > 1000 for file in tmp_path.iterdir())

@@ -15,7 +15,7 @@ def gallery(monkeypatch):
     return (centres.repeat(12, 0) + 0.2 * rng.normal(size=(2400, 12))).astype(np.float32)
 
 
-def test_most_neighbours_are_found_with_their_distances(gallery):
+def test_most_neighbours_are_found_with_their_distances(gallery, capfd):
     pytest.importorskip("faiss")
     for queries in (None, gallery[::40] + 0.1):
         exact, wanted = nearest(gallery, queries, 5)
@@ -27,6 +27,7 @@ def test_most_neighbours_are_found_with_their_distances(gallery):
             assert not (places == np.arange(len(gallery))[:, None]).any()
         again = nearest(gallery, queries, 5, approximate=True)[1]
         np.testing.assert_array_equal(places, again)
+    assert capfd.readouterr().err == ""
 
 
 def test_copies_and_lists_that_are_too_short(gallery):

@@ -45,3 +45,6 @@ def test_errors():
         layout([0.0, 1.0])
     with pytest.raises(ValueError, match="perplexity must be above 0, got -1"):
         layout(np.eye(4), perplexity=-1)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"layout: seed must lie in \[0, 2\*\*32\), got {seed}"):
+            layout(np.eye(4), seed=seed)

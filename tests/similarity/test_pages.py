@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from sne_fast.similarity import Edge, Lineage, map_page
 
@@ -79,10 +80,11 @@ def test_a_map_holds_positions_names_and_columns():
     columns = {
         "kind": ["b", "a", None, "a", "c"],
         "accuracy": [0.5, None, float("nan"), np.float32(0.25), 1],
-        "weights": np.arange(5),
+        "weights": torch.arange(5),
         "trained": [True, False, None, True, True],
         "mixed": [1, "x", None, (2, 3), 4],
         "unknown": [None] * 5,
+        "seed": [2**60 + 1, 7, None, 7, 0],
     }
     near = [[1, 2]] * 5
     text = map_page(places, HOSTILE, columns, title="<b>&", colour="weights", neighbours=near)
@@ -102,6 +104,8 @@ def test_a_map_holds_positions_names_and_columns():
     assert found["trained"] == {"kind": "group", "groups": ["true", "false"], "values": [0, 1, None, 0, 0]}
     assert found["mixed"] == {"kind": "group", "groups": ["(2, 3)", "1", "4", "x"], "values": [1, 3, None, 0, 2]}
     assert found["unknown"] == {"kind": "number", "values": [None] * 5}
+    seeds = {"kind": "group", "groups": ["7", "0", str(2**60 + 1)], "values": [2, 0, None, 0, 1]}
+    assert found["seed"] == seeds
     plain = Page(map_page(np.zeros((0, 2)), [])).data
     assert plain["colour"] == -1 and plain["near"] is None and plain["columns"] == []
 
@@ -118,6 +122,10 @@ def test_errors_of_maps():
         map_page(places, names, {"x": [1, 2]}, colour="y")
     with pytest.raises(ValueError, match=r"neighbours must be \(2, k\), got \(1, 2\)"):
         map_page(places, names, neighbours=[[0, 1]])
+    for wrong in ([[2], [0]], [[-1], [0]], [[0.0], [1.0]]):
+        with pytest.raises(ValueError, match="neighbours must be places of the 2 networks"):
+            map_page(places, names, neighbours=wrong)
+    assert Page(map_page(places, names, neighbours=[[], []])).data["near"] == [[], []]
 
 
 def tree(*edges, names):

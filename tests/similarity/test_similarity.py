@@ -65,11 +65,31 @@ def test_nearest_is_the_brute_force_search(metric, whiten, monkeypatch):
         np.testing.assert_allclose(distances, np.sort(wanted, 1)[:, :7], atol=1e-5)
 
 
+@pytest.mark.parametrize("whiten", [True, False])
+def test_nearest_tells_near_copies_apart(whiten):
+    """Their distances are less than what a product of float32 loses."""
+    rng = np.random.default_rng(0)
+    others, query, direction = rng.normal(size=(500, 64)), rng.normal(size=64), rng.normal(size=64)
+    apart = 1e-5 * (1 + rng.permutation(40))
+    gallery = np.concatenate([others, query + apart[:, None] * direction / np.linalg.norm(direction)])
+    _, places = nearest(gallery, query[None], 3, metric="euclidean", whiten=whiten)
+    assert places[0].tolist() == (500 + np.argsort(apart)[:3]).tolist()
+
+
 def test_nearest_of_few_and_equal_ones():
     same = np.ones((3, 4), np.float32)
     assert nearest(same, k=10)[1].tolist() == [[1, 2], [0, 2], [0, 1]]
     assert nearest(same, same[:1], k=2)[1].tolist() == [[0, 1]]
     assert nearest(same[:1])[1].shape == (1, 0)
+    copies = np.concatenate([np.random.default_rng(0).normal(size=(50, 4))] * 4)
+    assert nearest(copies, copies[:2], 3, whiten=False)[1].tolist() == [[0, 50, 100], [1, 51, 101]]
+    assert nearest(copies, k=2, whiten=False)[1][:2].tolist() == [[50, 100], [51, 101]]
+    huge = np.array([[1e20, 1], [-1e20, 1], [2e20, 1]], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert nearest(huge, huge[:2], 2, metric="euclidean", whiten=False)[1].tolist() == [[0, 2], [1, 0]]
+    for gallery in (same[:1], same):  # which say nothing of what networks share
+        distances, _ = nearest(gallery, np.array([[2.0, 2, 2, 2], [1, 1, 1, -1], [-1, -1, -1, -1]]), k=1)
+        np.testing.assert_allclose(distances[:, 0], [0, 0.5, 2], atol=1e-6)
     with pytest.raises(ValueError, match="k must be at least 1 and encodings of one width"):
         nearest(same, same[:, :2])
     with pytest.raises(ValueError, match="metric must be one of cosine, euclidean, got 'dot'"):

@@ -69,6 +69,8 @@ def test_children_of_a_zoo_and_errors(networks):
     ]  # fmt: skip
     assert children_of(rows) == [[1], [], [], []]
     assert children_of(rows, ("fine-tune", "prune")) == [[1, 2], [], [], []]
+    with pytest.raises(ValueError, match="two networks are called 'a'; give the rows of one zoo"):
+        children_of([*rows, *rows])
     batch = sne_fast.pack(networks).detach()
     with pytest.raises(ValueError, match="children must be lists for 5 networks, got 1"):
         ChildViews(Views(), batch, [[]])

@@ -127,3 +127,6 @@ def test_views_are_seeded_and_each_can_be_switched_off(networks):
     assert len(every) == 2
     with pytest.raises(ValueError, match=r"noise must be a share in \[0, 1\], got 2"):
         Views(noise=2)
+    for size in (-1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"noise_size must be finite and at least 0, got {size}"):
+            Views(noise_size=size)

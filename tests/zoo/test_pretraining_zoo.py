@@ -62,6 +62,8 @@ def test_distributions_near_others_give_weights_near_theirs():
         ({"clusters": 0}, "clusters and max_steps must be at least 1"),
         ({"architectures": []}, "architectures must not be empty"),
         ({"architectures": ["lstm"]}, "unknown architecture 'lstm'; known are"),
+        ({"left_out": ["digits", "wines"]}, "left_out: no data set has a name that starts with 'wines'"),
+        ({"left_out": "digits"}, "left_out: no data set has a name that starts with 'i'"),
         ({"left_out": ["digit", "shapes", "glyphs", "textures", "mnist"]}, "left_out leaves no data set for cnn"),
     ],
 )

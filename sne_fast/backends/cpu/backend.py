@@ -61,7 +61,8 @@ def why_not(op: str, args: Arguments) -> list[str]:
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous()
+    # Calls of torch cost more than what they look up, and small steps make hundreds of them.
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def _products(dtype: torch.dtype) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -104,6 +104,24 @@ def float_atomics(function: Function) -> int:
                for i in function.instructions)  # fmt: skip
 
 
+def totals(function: Function, runs: Mapping[int, float], units: float) -> tuple[dict[str, float], float, float]:
+    """Return the executed instructions by class, their matrix operations and bytes of shared memory.
+
+    Args:
+        function: the kernel.
+        runs: how often each instruction runs.
+        units: number of runs to count.
+    """
+    classes: dict[str, float] = defaultdict(float)
+    operations = shared = 0.0
+    for at, times in runs.items():
+        instruction = function.instructions[at]
+        classes[class_of(instruction)] += times * units
+        operations += times * units * matrix_operations(instruction)
+        shared += times * units * shared_bytes(instruction)
+    return dict(classes), operations, shared
+
+
 def count(function: Function, kernel: Kernel, config: Config, chip: Chip) -> Count:
     """Count one kernel for chunks of ``config``.
 
@@ -113,21 +131,14 @@ def count(function: Function, kernel: Kernel, config: Config, chip: Chip) -> Cou
     pieces = re.search(r"ChunkShape<[^>]*?, \d+, \d+, (\d+), ", function.name)
     kernel = replace(kernel, rows=16 * int(pieces[1])) if pieces else kernel
     runs = Flow(function, loops(config, kernel), branches(kernel)).per_run_of(kernel.per_unit)
-    units = kernel.units(config, kernel.rows)
-    classes: Counter[str] = Counter()
-    operations = shared = 0.0
-    for at, times in runs.items():
-        instruction = function.instructions[at]
-        classes[class_of(instruction)] += times * units  # type: ignore[assignment]
-        operations += times * units * matrix_operations(instruction)
-        shared += times * units * shared_bytes(instruction)
+    classes, operations, shared = totals(function, runs, kernel.units(config, kernel.rows))
     if kernel.threads:
         blocks = chip.registers // (-(-function.registers // 8) * 8 * kernel.threads)
         warps = kernel.threads // 32 * min(blocks, chip.warps * 32 // kernel.threads)
     else:
         threads = re.search(r", (\d+)>\(", function.name)
         warps = int(threads[1]) // 32 if threads else 0
-    return Count(kernel.title, kernel.launches, sum(classes.values()), dict(classes), operations, shared,
+    return Count(kernel.title, kernel.launches, sum(classes.values()), classes, operations, shared,
                  function.registers, function.stack_bytes, function.spills, function.shared_bytes, warps,
                  float_atomics(function))  # fmt: skip
 

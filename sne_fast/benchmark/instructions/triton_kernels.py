@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...extras import require
-from .counting import Chip, Count, class_of, float_atomics, matrix_operations, shared_bytes
+from .counting import Chip, Count, float_atomics, totals
 from .flow import Flow, Loop
 from .kernels import Config
 from .machine_code import read_kernels
@@ -162,21 +161,14 @@ def count_kernel(kernel: TritonKernel, config: Config, dtype: str, architecture:
         (function,) = read_kernels(path, str(architecture))
     runs = Flow(function, loops(config), BRANCHES).per_run_of(kernel.per_unit)
     rows = sizes.blocks["ROWS"] if "ROWS" in sizes.blocks else sizes.blocks["BINS"] * slots.slots
-    units = sizes.num_warps * 32 / rows
-    classes: Counter[str] = Counter()
-    operations = shared = 0.0
-    for at, times in runs.items():
-        instruction = function.instructions[at]
-        classes[class_of(instruction)] += times * units  # type: ignore[assignment]
-        operations += times * units * matrix_operations(instruction)
-        shared += times * units * shared_bytes(instruction)
+    classes, operations, shared = totals(function, runs, sizes.num_warps * 32 / rows)
     taken = max(function.shared_bytes, made.metadata.shared)
     blocks = min(
         chip.registers // (-(-function.registers // 8) * 8 * 32 * sizes.num_warps),
         chip.shared_memory // (taken + _RESERVED),
         chip.warps // sizes.num_warps,
     )
-    return Count(kernel.title, kernel.launches, sum(classes.values()), dict(classes), operations, shared,
+    return Count(kernel.title, kernel.launches, sum(classes.values()), classes, operations, shared,
                  function.registers, function.stack_bytes, function.spills, taken, sizes.num_warps * blocks,
                  float_atomics(function))  # fmt: skip
 

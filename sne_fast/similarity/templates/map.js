@@ -136,7 +136,9 @@ function byGroup(column, legend) {
   legend.append(element("h2", column.name));
   const names = [...groups.slice(0, own)];
   const entries = names.map((name, k) => [name, k + 1]);
-  if (rest.length) entries.push([groups.length > own ? `${(groups.length - own).toLocaleString("en")} others` : "not known", 0]);
+  const left = groups.length > own ? [`${(groups.length - own).toLocaleString("en")} others`] : [];
+  if (column.values.includes(null)) left.push("not known");
+  if (rest.length) entries.push([left.join(", "), 0]);
   for (const [name, k] of entries) {
     const entry = button("", () => {
       const on = !pressed.has(k);
