@@ -246,7 +246,7 @@ def set_block(*args: Any) -> Tensor:
     struct, dtype, _kept = _set_block_args("set_block", args)
     out = torch.empty(struct.rows_q, struct.hidden, dtype=dtype)
     struct.out = out.data_ptr()
-    _run("set_block", library.DTYPES[dtype], ctypes.byref(struct))
+    _run("set_block", _products(args[0].dtype), ctypes.byref(struct))
     return out.to(args[0].dtype)
 
 
@@ -256,7 +256,7 @@ def set_block_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grad = _ready(grad, dtype)
     grads = [torch.empty_like(t) for t in kept[2:]]
     pointers = library.SetBlockGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("set_block_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
+    _run("set_block_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
     return _like(grads, (*args[:2], *args[6:-1]))
 
 
