@@ -240,4 +240,4 @@ class FeedForward(torch.autograd.Function):
 
 # torch binds the arguments of every call to the signature of `forward`, and would read it anew each time.
 for _function in (_FirstDerivative, GatherChunks, ChunkEncode, SetAttention, SegmentPool, SetBlock, FeedForward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
