@@ -5,8 +5,9 @@ python bench/bfloat16.py --rounds 2 --show
 
 On a processor that multiplies bfloat16. Every round runs the op `chunk_encode` on a case in float32, then the same in
 bfloat16: the forward alone, and forward and backward; then a forward pass and a training step of the whole encoder, in
-float32 and under autocast. Before it, results are compared with the reference in float64. Times are CPU time of the
-process with one thread. `z_error` is the distance of the encoder's vectors under autocast from those in float32,
+float32 and under autocast. The six calls of `set_block` in a pass over networks of 4,970 weights follow, as passes over
+the op alone. Before it, results are compared with the reference in float64. Times are CPU time of the process with one
+thread. `z_error` is the distance of the encoder's vectors under autocast from those in float32,
 relative to their size; `z_error_centred` is relative to their spread over the networks of the case.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,43 +30,54 @@ from sne_fast.backends.cpu import backend as cpu
 from sne_fast.backends.cpu import library
 from sne_fast.benchmark import CASES
 from sne_fast.benchmark.cases import Case
-from sne_fast.ops import functional, reference
+from sne_fast.benchmark.networks import randomise_, zoo_cnn
+from sne_fast.ops import functional, functional_set_block, reference
 from sne_fast.reports.machine import machine, processor
 
 RESULT = Path(__file__).parent / "results" / "cpu_bfloat16.json"
 NAMES = ("zoo", "mixed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+WIDTHS = (32, 64)
+BATCHES = (4, 64)
+"""Networks in the batches of `set_block`: 20,000 weights, and those of the case zoo."""
 
 
-def arguments(case: Case, size: str) -> tuple[Tensor, ...]:
-    """Return the arguments of the op `chunk_encode` in a forward pass of a case."""
-    encoder, found = case.encoder(), []
+def calls(encoder: sne_fast.SNE, batch: sne_fast.WeightBatch, op: str) -> list[tuple[Any, ...]]:
+    """Return the arguments of the calls of an op in a forward pass."""
+    found = []
     ops = functional.OPS
 
     class Recording:
         def __getattr__(self, name: str) -> Any:
-            op = getattr(ops, name)
-            if name != "chunk_encode":
-                return op
+            function = getattr(ops, name)
+            if name != op:
+                return function
 
-            def call(*args: Tensor) -> Any:
+            def call(*args: Any) -> Any:
                 found.append(args)
-                return op(*args)
+                return function(*args)
 
             return call
 
-    functional.OPS = Recording()
-    try:
-        with torch.no_grad():
-            encoder(case.batch(encoder, size))
-    finally:
-        functional.OPS = ops
-    return found[0]
+    recording = Recording()
+    with (
+        mock.patch.object(functional, "OPS", recording),
+        mock.patch.object(functional_set_block, "OPS", recording),
+        torch.no_grad(),
+    ):
+        encoder(batch)
+    return found
 
 
-def cast(args: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
+def arguments(case: Case, size: str) -> tuple[Tensor, ...]:
+    """Return the arguments of the op `chunk_encode` in a forward pass of a case."""
+    encoder = case.encoder()
+    return calls(encoder, case.batch(encoder, size), "chunk_encode")[0]
+
+
+def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -141,11 +154,38 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_blocks(width: int, networks: int, rounds: int) -> dict[str, Any]:
+    """Check the calls of `set_block` for a batch, then time them."""
+    encoder = randomise_(sne_fast.SNE(hidden_dim=width), seed=1)
+    batch = encoder.pack([randomise_(zoo_cnn(), seed=seed) for seed in range(networks)]).detach()
+    found = calls(encoder, batch, "set_block")
+    args = {name: [cast(call, dtype) for call in found] for name, dtype in DTYPES.items()}
+    grads = {name: [torch.randn_like(cpu.set_block(*call)) for call in args[name]] for name in DTYPES}
+    errors = {}
+    for name in DTYPES:
+        exact = [reference.set_block(*cast(call, torch.float64)) for call in args[name]]
+        errors[name] = max(error(cpu.set_block(*call), want) for call, want in zip(args[name], exact, strict=True))
+        if not errors[name] <= TOLERANCE[name]:
+            raise SystemExit(f"set_block in {name} is off by {errors[name]:g}; not timed")
+
+    def train(name: str) -> None:
+        for call, grad in zip(args[name], grads[name], strict=True):
+            cpu.set_block(*call)
+            cpu.set_block_backward(grad, *call)
+
+    return {
+        "weights": batch.num_weights,
+        "errors": errors,
+        "forward": paired({d: lambda d=d: [cpu.set_block(*call) for call in args[d]] for d in DTYPES}, rounds),
+        "training": paired({d: lambda d=d: train(d) for d in DTYPES}, rounds),
+    }
+
+
 def main() -> None:
     """Measure all cases and write the result, or show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--cases", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--show", action="store_true", help="print the result instead of writing it")
     options = parser.parse_args()
     if not library.multiplies_bf16():
@@ -156,6 +196,11 @@ def main() -> None:
         "device": processor(),
         "instruction_set": library.isa(),
         "cases": {name: measure(name, options.rounds) for name in options.cases},
+        "set_block": {
+            f"h = {width}, {networks} networks": measure_blocks(width, networks, 3 * options.rounds)
+            for width in WIDTHS
+            for networks in BATCHES
+        },
     }
     if options.show:
         print(to_json(found))

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import ROOT, insert
 
-from sne_fast import pack
+from sne_fast import pack, tensor_statistics
 from sne_fast.atomic_files import write_json
 from sne_fast.data.batch import WeightBatch
 from sne_fast.data.choices import Scale
@@ -235,7 +235,7 @@ def passes(method: str, data: Data) -> tuple[Callable[[], object], Callable[[], 
         predictor, settings = predictor_of(row, 0), row.recipe.fit_settings(0, row.amp)
         batch = data.packed(row.recipe.scale)
         alone = {**parts, "validation": []}
-        trained(row, data, alone, 0, epochs=1)  # keeps the statistics in the batch
+        tensor_statistics(batch)  # once per network and kept in the batch, as in a training of many epochs
         return (
             lambda: trained(row, data, alone, 0, epochs=1),
             lambda: predict(predictor, fresh(batch), settings=settings),

@@ -38,7 +38,8 @@ BF16_FLAGS = {
     "avx512_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
     "amx_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-BF16_SOURCES = ["isa_kernels", "chunk_encode_forward", "chunk_encode_backward"]
+BF16_SOURCES = ["isa_kernels", "chunk_encode_forward", "chunk_encode_backward", "set_block_forward",
+                "set_block_backward"]  # fmt: skip
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", *INCLUDES]  # fmt: skip
 

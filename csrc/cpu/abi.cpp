@@ -149,12 +149,20 @@ int check(int dtype, const sne_fast_segment_pool_args *a) {
 }
 
 int check(int dtype, const sne_fast_set_block_args *a) {
-  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
+  if (!kernels_of(dtype)) return SNE_FAST_BAD_DTYPE;
   auto row_fits = [](int64_t dim) { return dim >= 16 && dim % 16 == 0 && dim <= SNE_FAST_WIDEST_ROW; };
   if (!width(a->hidden, a->heads) || !row_fits(a->dim_q) || !row_fits(a->dim_k)) return SNE_FAST_BAD_ARGUMENT;
   if (!sne::pointers_fit(a->num_sets, a->q_ptr, a->rows_q) || !sne::pointers_fit(a->num_sets, a->k_ptr, a->rows_k))
     return SNE_FAST_BAD_ARGUMENT;
   return SNE_FAST_OK;
+}
+
+// Returns the dtype that set_block computes in: products of bfloat16 need rows of whole vectors of pairs, and for few
+// rows rounding and packing take longer than they save.
+int products_of(int dtype, const sne_fast_set_block_args &a) {
+  constexpr int64_t kFewestRows = 256;
+  const bool pays = a.dim_q % 32 == 0 && a.dim_k % 32 == 0 && a.rows_q + a.rows_k >= kFewestRows;
+  return dtype == SNE_FAST_BF16 && !pays ? int(SNE_FAST_F32) : dtype;
 }
 
 // Whether a row of dims is that of a tensor of `size` values.
@@ -253,6 +261,7 @@ int sne_fast_cpu_segment_pool_backward(int dtype, const sne_fast_segment_pool_ar
 int sne_fast_cpu_set_block(int dtype, const sne_fast_set_block_args *args) {
   const int status = check(dtype, args);
   if (status) return status;
+  dtype = products_of(dtype, *args);
   return call(*args, [&](const auto &a, sne::Interrupt &i) { return kernels_of(dtype)->set_block(dtype, a, i); });
 }
 
@@ -260,6 +269,7 @@ int sne_fast_cpu_set_block_backward(int dtype, const sne_fast_set_block_args *ar
                                     const sne_fast_set_block_grads *grads) {
   const int status = check(dtype, args);
   if (status) return status;
+  dtype = products_of(dtype, *args);
   return call(*args, [&](const auto &a, sne::Interrupt &i) {
     return kernels_of(dtype)->set_block_backward(dtype, a, *grads, i);
   });

@@ -41,16 +41,6 @@ SNE_INLINE void for_each_pair(long lo, long hi, Body body) {
   if (j < hi) body(j, Constant<1>{}, Constant<0>{});
 }
 
-// Returns 2^x for x <= 0 with a relative error of 1e-4, a twentieth of what rounding to bfloat16 leaves; else as vexp2.
-SNE_INLINE Vec<float> vexp2_to_round(Vec<float> x) {
-  const Vec<float> n = nearest_integer(x), f = x - n;
-  Vec<float> p = splat(5.500869e-2f);
-  p = p * f + 2.4221063e-1f;
-  p = p * f + 6.9328292e-1f;
-  p = p * f + 1.0f;
-  return scale_by_integer(p, n, x);
-}
-
 // Zeroes what rows lo..hi-1 leave of whole vectors of rows of e, in NV vectors of columns: the backward reads those.
 template <int NV>
 SNE_INLINE void zero_around(long lo, long hi, Pair *e, long lde) {

@@ -22,15 +22,15 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
     free(k_items);
     return SNE_FAST_NO_MEMORY;
   }
-  const AttentionPointers<T> at = {
-      (const T *)a.q, (const T *)a.k, (const T *)a.v, (const T *)a.out, (const T *)a.lse, (const T *)g.grad,
-      (T *)g.q,       (T *)g.k,       (T *)g.v,       shared,           shared + sums,    shared + 2 * sums};
+  const AttentionPointers<RealRows<T>> at = {(const T *)a.q,   (const T *)a.k,   (const T *)a.v, (const T *)g.grad,
+                                             (const T *)a.out, (const T *)a.lse, (T *)g.q,       (T *)g.k,
+                                             (T *)g.v,         shared,           shared + sums,  shared + 2 * sums};
   int failed = 0;
   const int threads = int(max_of(1, min_of(a.num_threads, queries > keys ? queries : keys)));
   const int q_grab = items_per_grab(queries, threads), k_grab = items_per_grab(keys, threads);
 #pragma omp parallel num_threads(threads)
   {
-    AttentionBackWork<T> w;
+    AttentionBackWork<RealRows<T>> w;
     Scratch size;
     w.take(size, h, H);
     char *base = buffer.reserve(size.size());

@@ -19,7 +19,7 @@ int forward(const sne_fast_set_attention_args &a, Interrupt &interrupt) {
   const int threads = int(max_of(1, min_of(a.num_threads, count))), grab = items_per_grab(count, threads);
 #pragma omp parallel num_threads(threads)
   {
-    AttentionWork<T> work;
+    AttentionWork<RealRows<T>> work;
     Scratch size;
     work.take(size, a.hidden, a.heads);
     char *base = buffer.reserve(size.size());

@@ -9,29 +9,38 @@
 // rounding: then all three are computed from the keys in passes of their own.
 #pragma once
 
-#include "cpu/set_rows.h"
+#include "cpu/row_operands.h"
 #include "sne_fast/cpu_abi.h"
 
 namespace sne::SNE_ISA {
 
 constexpr long kOthers = 64;  // rows of a tile of the other side
 
-template <class T>
+template <class Rows>
 struct AttentionPointers {
-  const T *q, *k, *v, *out, *lse, *grad;
+  using T = typename Rows::Real;
+  const typename Rows::Entry *q, *k, *v, *grad;
+  const T *out, *lse;
   T *gq, *gk, *gv;
   T *top, *log_sum, *dot;  // (rows_q, H): largest logit, log2 of the sum, mean of the gradients of weights
 };
 
-template <class T>
+template <class Rows>
 struct AttentionBackWork {
-  T *one, *two, *g_one, *g_two;  // (h, P) rows on lanes and their gradients
-  T *s, *p;                      // (kOthers, P)
-  T *top, *log_sum, *dot;        // (H, P)
+  using T = typename Rows::Real;
+  typename Rows::Entry *one, *two;              // (h, P) rows on lanes
+  typename Rows::Entry *space_one, *space_two;  // (kOthers, h) rows of the other side, for sums
+  T *g_one, *g_two;                             // (h, P) gradients of rows
+  T *s, *p;                                     // (kOthers, P)
+  T *top, *log_sum, *dot;                       // (H, P)
   void take(Scratch &scratch, long h, long H) {
+    using Entry = typename Rows::Entry;
     constexpr long P = kPanel<T>;
-    one = scratch.take<T>(h * P);
-    two = scratch.take<T>(h * P);
+    const long width = h / Rows::kNumbers, space = Rows::kNumbers == 1 ? 0 : width * kOthers;
+    one = scratch.take<Entry>(width * P);
+    two = scratch.take<Entry>(width * P);
+    space_one = scratch.take<Entry>(space);
+    space_two = scratch.take<Entry>(space);
     g_one = scratch.take<T>(h * P);
     g_two = scratch.take<T>(h * P);
     s = scratch.take<T>(kOthers * P);
@@ -45,27 +54,27 @@ struct AttentionBackWork {
 constexpr double kSmall = 16;  // log-sum-exps that float holds to 1e-6
 
 // Writes top, log_sum and dot of the rows of an item.
-template <class T, int NV>
-void query_sums(const sne_fast_set_attention_args &a, const AttentionPointers<T> &at, const RowItem &item,
-                AttentionBackWork<T> &w) {
+template <class Rows, int NV>
+void query_sums(const sne_fast_set_attention_args &a, const AttentionPointers<Rows> &at, const RowItem &item,
+                AttentionBackWork<Rows> &w) {
+  using T = typename Rows::Real;
   constexpr int W = kLanes<T>;
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
+  const long width = h / Rows::kNumbers, entries = d / Rows::kNumbers;
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
   bool small = true;
   for (int64_t r = item.begin; r < item.end; ++r)
     for (long head = 0; head < H; ++head) {
-      T sum = 0;
-      for (long f = head * d; f < (head + 1) * d; ++f) sum += at.grad[r * h + f] * at.out[r * h + f];
-      at.dot[r * H + head] = sum;
+      at.dot[r * H + head] = Rows::dot(at.grad + r * width + head * entries, at.out + r * h + head * d, entries);
       at.top[r * H + head] = 0;
       at.log_sum[r * H + head] = at.lse[r * H + head] * kLog2e<T>;
       small = small && __builtin_fabs(double(at.lse[r * H + head])) <= kSmall;  // false for NaN too
     }
   if (small) return;
   const T scale = kLog2e<T> * (T(1) / T(__builtin_sqrt(double(h))));
-  to_lanes(at.q + item.begin * h, h, count, h, w.one, L);
-  to_lanes(at.grad + item.begin * h, h, count, h, w.two, L);
+  Rows::onto_lanes(at.q + item.begin * width, width, count, w.one, L);
+  Rows::onto_lanes(at.grad + item.begin * width, width, count, w.two, L);
   for (long head = 0; head < H; ++head) {
     Vec<T> top[NV], sum[NV];
     for (int i = 0; i < NV; ++i) {
@@ -74,12 +83,12 @@ void query_sums(const sne_fast_set_attention_args &a, const AttentionPointers<T>
     }
     for (int64_t k0 = first; k0 < last; k0 += kOthers) {
       const long n = min_of(kOthers, last - k0);
-      product<T, NV, 0, 1>(n, at.k + k0 * h + head * d, h, 0, w.one + head * d * L, L, d, w.s, L);
+      Rows::template scores<NV>(at.k + k0 * width + head * entries, width, n, entries, w.one + head * entries * L, w.s);
       for (int i = 0; i < NV; ++i) {
         const Vec<T> before = top[i];
         for (long j = 0; j < n; ++j) top[i] = vmax(top[i], load(w.s + j * L + i * W));
-        sum[i] *= vexp2((before - top[i]) * scale);
-        for (long j = 0; j < n; ++j) sum[i] += vexp2((load(w.s + j * L + i * W) - top[i]) * scale);
+        sum[i] *= Rows::exponential((before - top[i]) * scale);
+        for (long j = 0; j < n; ++j) sum[i] += Rows::exponential((load(w.s + j * L + i * W) - top[i]) * scale);
       }
     }
     Vec<T> dot[NV];
@@ -88,12 +97,13 @@ void query_sums(const sne_fast_set_attention_args &a, const AttentionPointers<T>
       dot[i] = zero<T>();
     }
     for (int64_t k0 = first; k0 < last; k0 += kOthers) {
-      const long n = min_of(kOthers, last - k0), from = k0 * h + head * d;
-      product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
-      product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
+      const long n = min_of(kOthers, last - k0), from = k0 * width + head * entries;
+      Rows::template scores<NV>(at.k + from, width, n, entries, w.one + head * entries * L, w.s);
+      Rows::template scores<NV>(at.v + from, width, n, entries, w.two + head * entries * L, w.p);
       for (int i = 0; i < NV; ++i)
         for (long j = 0; j < n; ++j)
-          dot[i] += vexp2((load(w.s + j * L + i * W) - top[i]) * scale - sum[i]) * load(w.p + j * L + i * W);
+          dot[i] +=
+              Rows::exponential((load(w.s + j * L + i * W) - top[i]) * scale - sum[i]) * load(w.p + j * L + i * W);
     }
     for (int i = 0; i < NV; ++i)
       for (long l = 0; l < W && i * W + l < count; ++l) {
@@ -105,17 +115,19 @@ void query_sums(const sne_fast_set_attention_args &a, const AttentionPointers<T>
   }
 }
 
-template <class T, int NV>
-void query_gradient(const sne_fast_set_attention_args &a, const AttentionPointers<T> &at, const RowItem &item,
-                    AttentionBackWork<T> &w) {
+template <class Rows, int NV>
+void query_gradient(const sne_fast_set_attention_args &a, const AttentionPointers<Rows> &at, const RowItem &item,
+                    AttentionBackWork<Rows> &w) {
+  using T = typename Rows::Real;
   constexpr int W = kLanes<T>;
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
+  const long width = h / Rows::kNumbers, entries = d / Rows::kNumbers;
   const T scale = T(1) / T(__builtin_sqrt(double(h))), log2_scale = kLog2e<T> * scale;
   const bool few = a.k_ptr[item.set + 1] - a.k_ptr[item.set] <= kOthers;
-  if (!few) query_sums<T, NV>(a, at, item, w);
-  to_lanes(at.q + item.begin * h, h, count, h, w.one, L);
-  to_lanes(at.grad + item.begin * h, h, count, h, w.two, L);
+  if (!few) query_sums<Rows, NV>(a, at, item, w);
+  Rows::onto_lanes(at.q + item.begin * width, width, count, w.one, L);
+  Rows::onto_lanes(at.grad + item.begin * width, width, count, w.two, L);
   for (long r = 0; r < L && !few; ++r)
     for (long head = 0; head < H; ++head) {
       w.top[head * L + r] = r < count ? at.top[(item.begin + r) * H + head] : T(0);
@@ -124,11 +136,13 @@ void query_gradient(const sne_fast_set_attention_args &a, const AttentionPointer
     }
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
   if (first == last) memset(w.g_one, 0, size_t(h * L) * sizeof(T));
-  for (int64_t k0 = first; k0 < last; k0 += kOthers)  // heads in the inner loop: rows are read whole
-    for (long head = 0; head < H; ++head) {
-      const long n = min_of(kOthers, last - k0), from = k0 * h + head * d;
-      product<T, NV, 0, 1>(n, at.k + from, h, 0, w.one + head * d * L, L, d, w.s, L);
-      product<T, NV, 0, 1>(n, at.v + from, h, 0, w.two + head * d * L, L, d, w.p, L);
+  for (int64_t k0 = first; k0 < last; k0 += kOthers) {
+    const long n = min_of(kOthers, last - k0);
+    const auto *keys = Rows::for_sums(at.k + k0 * width, h, n, w.space_one);
+    for (long head = 0; head < H; ++head) {  // the inner loop: rows are read whole
+      const long from = k0 * width + head * entries;
+      Rows::template scores<NV>(at.k + from, width, n, entries, w.one + head * entries * L, w.s);
+      Rows::template scores<NV>(at.v + from, width, n, entries, w.two + head * entries * L, w.p);
       for (int i = 0; i < NV; ++i) {
         Vec<T> top = load(w.top + head * L + i * W), log_sum = load(w.log_sum + head * L + i * W);
         Vec<T> dot = load(w.dot + head * L + i * W);
@@ -137,7 +151,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const AttentionPointer
           top = splat(kLowest<T>);
           for (long j = 0; j < n; ++j) top = vmax(top, load(w.s + j * L + i * W));
           for (long j = 0; j < n; ++j) {
-            const Vec<T> e = vexp2((load(w.s + j * L + i * W) - top) * log2_scale);
+            const Vec<T> e = Rows::exponential((load(w.s + j * L + i * W) - top) * log2_scale);
             sum += e;
             store(w.s + j * L + i * W, e);
           }
@@ -153,14 +167,14 @@ void query_gradient(const sne_fast_set_attention_args &a, const AttentionPointer
           store(w.dot + head * L + i * W, dot);
         } else {
           for (long j = 0; j < n; ++j)
-            store(w.s + j * L + i * W, vexp2((load(w.s + j * L + i * W) - top) * log2_scale - log_sum));
+            store(w.s + j * L + i * W, Rows::exponential((load(w.s + j * L + i * W) - top) * log2_scale - log_sum));
         }
         for (long j = 0; j < n; ++j)
           store(w.s + j * L + i * W, load(w.s + j * L + i * W) * (load(w.p + j * L + i * W) - dot) * scale);
       }
-      product<T, NV, 1, 0>(d, at.k + from, 0, h, w.s, L, n, w.g_one + head * d * L, L, nullptr,
-                           k0 == first ? kStore : kAccumulate);
+      Rows::template sum<NV>(keys + head * d, h, n, d, w.s, w.g_one + head * d * L, k0 == first ? kStore : kAccumulate);
     }
+  }
   for (long r = 0; r < count && few; ++r)
     for (long head = 0; head < H; ++head) {
       const long row = (item.begin + r) * H + head;
@@ -171,68 +185,74 @@ void query_gradient(const sne_fast_set_attention_args &a, const AttentionPointer
   from_lanes(w.g_one, L, count, h, at.gq + item.begin * h, h);
 }
 
-template <class T, int NV>
-void key_gradient(const sne_fast_set_attention_args &a, const AttentionPointers<T> &at, const RowItem &item,
-                  AttentionBackWork<T> &w) {
+template <class Rows, int NV>
+void key_gradient(const sne_fast_set_attention_args &a, const AttentionPointers<Rows> &at, const RowItem &item,
+                  AttentionBackWork<Rows> &w) {
+  using T = typename Rows::Real;
   constexpr int W = kLanes<T>;
   constexpr int L = NV * W;
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
+  const long width = h / Rows::kNumbers, entries = d / Rows::kNumbers;
   const T scale = T(1) / T(__builtin_sqrt(double(h))), log2_scale = kLog2e<T> * scale;
-  to_lanes(at.k + item.begin * h, h, count, h, w.one, L);
-  to_lanes(at.v + item.begin * h, h, count, h, w.two, L);
+  Rows::onto_lanes(at.k + item.begin * width, width, count, w.one, L);
+  Rows::onto_lanes(at.v + item.begin * width, width, count, w.two, L);
   const int64_t first = a.q_ptr[item.set], last = a.q_ptr[item.set + 1];
   if (first == last) {
     memset(w.g_one, 0, size_t(h * L) * sizeof(T));
     memset(w.g_two, 0, size_t(h * L) * sizeof(T));
   }
-  for (int64_t q0 = first; q0 < last; q0 += kOthers)
+  for (int64_t q0 = first; q0 < last; q0 += kOthers) {
+    const long n = min_of(kOthers, last - q0);
+    const auto *queries = Rows::for_sums(at.q + q0 * width, h, n, w.space_one);
+    const auto *grads = Rows::for_sums(at.grad + q0 * width, h, n, w.space_two);
     for (long head = 0; head < H; ++head) {
-      const long n = min_of(kOthers, last - q0), from = q0 * h + head * d;
+      const long from = q0 * width + head * entries;
       const unsigned flags = q0 == first ? kStore : kAccumulate;
-      product<T, NV, 0, 1>(n, at.q + from, h, 0, w.one + head * d * L, L, d, w.s, L);
-      product<T, NV, 0, 1>(n, at.grad + from, h, 0, w.two + head * d * L, L, d, w.p, L);
+      Rows::template scores<NV>(at.q + from, width, n, entries, w.one + head * entries * L, w.s);
+      Rows::template scores<NV>(at.grad + from, width, n, entries, w.two + head * entries * L, w.p);
       for (long j = 0; j < n; ++j) {
         const long row = (q0 + j) * H + head;
         const T top = at.top[row], log_sum = at.log_sum[row], dot = at.dot[row];
         for (int i = 0; i < NV; ++i) {
-          const Vec<T> e = vexp2((load(w.s + j * L + i * W) - top) * log2_scale - log_sum);
+          const Vec<T> e = Rows::exponential((load(w.s + j * L + i * W) - top) * log2_scale - log_sum);
           store(w.s + j * L + i * W, e);
           store(w.p + j * L + i * W, e * (load(w.p + j * L + i * W) - dot) * scale);
         }
       }
-      product<T, NV, 1, 0>(d, at.q + from, 0, h, w.p, L, n, w.g_one + head * d * L, L, nullptr, flags);
-      product<T, NV, 1, 0>(d, at.grad + from, 0, h, w.s, L, n, w.g_two + head * d * L, L, nullptr, flags);
+      Rows::template sum<NV>(queries + head * d, h, n, d, w.p, w.g_one + head * d * L, flags);
+      Rows::template sum<NV>(grads + head * d, h, n, d, w.s, w.g_two + head * d * L, flags);
     }
+  }
   from_lanes(w.g_one, L, count, h, at.gk + item.begin * h, h);
   from_lanes(w.g_two, L, count, h, at.gv + item.begin * h, h);
 }
 
 // Writes the gradient of the queries of an item, which are at most those of a panel.
-template <class T>
-void query_gradient_rows(const sne_fast_set_attention_args &a, const AttentionPointers<T> &at, const RowItem &item,
-                         AttentionBackWork<T> &w) {
-  constexpr int W = kLanes<T>;
+template <class Rows>
+void query_gradient_rows(const sne_fast_set_attention_args &a, const AttentionPointers<Rows> &at, const RowItem &item,
+                         AttentionBackWork<Rows> &w) {
+  constexpr int W = kLanes<typename Rows::Real>;
   const long rows = item.end - item.begin;
   if (rows <= W)
-    query_gradient<T, 1>(a, at, item, w);
+    query_gradient<Rows, 1>(a, at, item, w);
   else if (rows <= 2 * W)
-    query_gradient<T, 2>(a, at, item, w);
+    query_gradient<Rows, 2>(a, at, item, w);
   else
-    query_gradient<T, SNE_VECTORS_PER_PANEL>(a, at, item, w);
+    query_gradient<Rows, SNE_VECTORS_PER_PANEL>(a, at, item, w);
 }
 
 // Writes those of the keys and values of an item, after those of all queries.
-template <class T>
-void key_gradient_rows(const sne_fast_set_attention_args &a, const AttentionPointers<T> &at, const RowItem &item,
-                       AttentionBackWork<T> &w) {
-  constexpr int W = kLanes<T>;
+template <class Rows>
+void key_gradient_rows(const sne_fast_set_attention_args &a, const AttentionPointers<Rows> &at, const RowItem &item,
+                       AttentionBackWork<Rows> &w) {
+  constexpr int W = kLanes<typename Rows::Real>;
   const long rows = item.end - item.begin;
   if (rows <= W)
-    key_gradient<T, 1>(a, at, item, w);
+    key_gradient<Rows, 1>(a, at, item, w);
   else if (rows <= 2 * W)
-    key_gradient<T, 2>(a, at, item, w);
+    key_gradient<Rows, 2>(a, at, item, w);
   else
-    key_gradient<T, SNE_VECTORS_PER_PANEL>(a, at, item, w);
+    key_gradient<Rows, SNE_VECTORS_PER_PANEL>(a, at, item, w);
 }
 
 }  // namespace sne::SNE_ISA

@@ -32,11 +32,14 @@ struct BlockSums {
   }
 };
 
-template <class T>
+template <class Rows>
 struct BackBlockWork {
-  BlockWork<T> forward;
-  AttentionBackWork<T> attention;
-  T *hat[2], *rstd[2], *relu, *g, *g_relu, *rows;  // (h, P), (P), (h, P) three times, (P, h)
+  using T = typename Rows::Real;
+  using Entry = typename Rows::Entry;
+  BlockWork<Rows> forward;
+  AttentionBackWork<Rows> attention;
+  T *hat[2], *rstd[2], *relu, *g, *g_relu;  // (h, P), (P), (h, P) three times
+  Entry *features, *slots, *pairs;          // (h, P) a gradient in two layouts, (P, widest row) rows in pairs
   void take(Scratch &scratch, long widest, long h, long H) {
     constexpr long P = kPanel<T>;
     forward.take(scratch, widest, h, H);
@@ -48,94 +51,114 @@ struct BackBlockWork {
     relu = scratch.take<T>(h * P);
     g = scratch.take<T>(h * P);
     g_relu = scratch.take<T>(h * P);
-    rows = scratch.take<T>(h * P);
+    const bool rounds = Rows::kNumbers > 1;
+    features = scratch.take<Entry>(rounds ? h * P / 2 : 0);
+    slots = scratch.take<Entry>(rounds ? h * P / 2 : 0);
+    pairs = scratch.take<Entry>(rounds ? widest * P / 2 : 0);
   }
 };
 
 // What all threads of a call share besides the block.
-template <class T>
+template <class Rows>
 struct Gradients {
+  using T = typename Rows::Real;
+  using Entry = typename Rows::Entry;
   const sne_fast_set_block_grads &to;
   T *sum, *query, *key, *value;  // (rows, h): of queries plus attended rows, of the results of the projections
-  AttentionPointers<T> attention;
+  Entry *sum_rows;               // the first as an operand
+  AttentionPointers<Rows> attention;
   RowItem *k_items = nullptr;
   long num_k_items = 0;
   explicit Gradients(const sne_fast_set_block_grads &grads) : to(grads) {}
   ~Gradients() { free(k_items); }
   Gradients(const Gradients &) = delete;
   Gradients &operator=(const Gradients &) = delete;
-  void take(Scratch &scratch, const SetBlock<T> &b) {
+  void take(Scratch &scratch, const SetBlock<Rows> &b) {
     sum = scratch.take<T>(b.a.rows_q * b.h);
+    if constexpr (Rows::kNumbers == 1)
+      sum_rows = sum;
+    else
+      sum_rows = scratch.take<Entry>(b.a.rows_q * b.h / 2);
     query = scratch.take<T>(b.a.rows_q * b.h);
     key = scratch.take<T>(b.a.rows_k * b.h);
     value = scratch.take<T>(b.a.rows_k * b.h);
     T *top = scratch.take<T>(b.a.rows_q * b.H), *log_sum = scratch.take<T>(b.a.rows_q * b.H);
     T *dot = scratch.take<T>(b.a.rows_q * b.H);
-    attention = {b.query, b.key, b.value, b.attended, b.lse, sum, query, key, value, top, log_sum, dot};
+    attention = {b.query_rows, b.key_rows, b.value_rows, sum_rows, b.attended, b.lse,
+                 query,        key,        value,        top,      log_sum,    dot};
   }
 };
 
 // dw (h, in) += sum over rows of g (h, P) x rows (count, in), and lanes of db likewise. Lanes without a row hold zeros.
-template <class T>
-void add_parameters(long h, const T *g, const T *rows, long in, long count, T *dw, T *db_lanes) {
+// Returns g as an operand of products over features.
+template <class Rows, class T = typename Rows::Real>
+const typename Rows::Entry *add_parameters(long h, const T *g, const T *rows, long in, long count,
+                                           BackBlockWork<Rows> &w, T *dw, T *db_lanes) {
   constexpr int W = kLanes<T>, NV = SNE_VECTORS_PER_PANEL, P = int(kPanel<T>);
-  product_wide<T, P, 1>(h, g, 0, 0, rows, in, count, dw, in, in, nullptr, kAccumulate);
   for (long f = 0; f < h; ++f) {
     Vec<T> sum = load(db_lanes + f * W);
     for (int v = 0; v < NV; ++v) sum += load(g + f * P + v * W);
     store(db_lanes + f * W, sum);
   }
+  if constexpr (Rows::kNumbers == 1) {
+    product_wide<T, P, 1>(h, g, 0, 0, rows, in, count, dw, in, in, nullptr, kAccumulate);
+    return g;
+  } else {
+    pair_rows(rows, count, in, w.pairs);
+    round_panel(h, g, w.features, w.slots);
+    add_slot_products(h, in, w.slots, w.pairs, dw);
+    return w.features;
+  }
 }
 
 // Walks panel i back from the gradient of the output to that of the sum of queries and attended rows.
-template <class T>
-void feed_backward(const SetBlock<T> &block, const Gradients<T> &grads, long i, BackBlockWork<T> &w,
+template <class Rows, class T = typename Rows::Real>
+void feed_backward(const SetBlock<Rows> &block, const Gradients<Rows> &grads, long i, BackBlockWork<Rows> &w,
                    const BlockSums<T> &sums) {
   constexpr long P = kPanel<T>;
   constexpr int W = kLanes<T>;
   const long h = block.h, first = i * P, count = min_of(P, block.a.rows_q - first);
   T *o = w.forward.o, *g = w.g;
-  block.feed(i, o, w.forward.t, w.relu, w.hat[0], w.rstd[0]);
+  block.feed(i, o, w.relu, w.forward, w.hat[0], w.rstd[0]);
   to_lanes((const T *)grads.to.grad + first * h, h, count, h, g, P);
   if (block.norms) {
     norm_panel<T>(h, o, w.relu, block.norm_of(2), block.norm_of(3), w.forward.t, w.hat[1], w.rstd[1]);
     norm_panel_backward<T>(h, g, w.hat[1], w.rstd[1], block.norm_of(2), sums.lanes[4], sums.lanes[5]);
   }
   for (long f = 0; f < h * P; f += W) store(w.g_relu + f, keep<T>(~(load(w.relu + f) <= T(0)), load(g + f)));
-  from_lanes(o, P, count, h, w.rows, h);
-  add_parameters(h, w.g_relu, w.rows, h, count, sums.w[1], sums.lanes[1]);
-  block.o.apply_back(w.g_relu, g, kAccumulate);
+  from_lanes(o, P, count, h, w.forward.rows, h);
+  const auto *back = add_parameters<Rows>(h, w.g_relu, w.forward.rows, h, count, w, sums.w[1], sums.lanes[1]);
+  block.o.apply_back(back, g, kAccumulate);
   if (block.norms) norm_panel_backward<T>(h, g, w.hat[0], w.rstd[0], block.norm_of(0), sums.lanes[2], sums.lanes[3]);
   from_lanes(g, P, count, h, grads.sum + first * h, h);
+  if constexpr (Rows::kNumbers > 1) round_rows(grads.sum + first * h, count * h, grads.sum_rows + first * h / 2);
 }
 
 // Writes the gradient of the query rows of panel i, from those of the queries by themselves and by attention.
-template <class T>
-void query_backward(const SetBlock<T> &block, const Gradients<T> &grads, long i, BackBlockWork<T> &w,
+template <class Rows, class T = typename Rows::Real>
+void query_backward(const SetBlock<Rows> &block, const Gradients<Rows> &grads, long i, BackBlockWork<Rows> &w,
                     const BlockSums<T> &sums) {
   constexpr long P = kPanel<T>;
   const long h = block.h, dim = block.a.dim_q, first = i * P, count = min_of(P, block.a.rows_q - first);
-  to_lanes(grads.query + first * h, h, count, h, w.g, P);
-  to_lanes(grads.sum + first * h, h, count, h, w.g_relu, P);
-  for (long f = 0; f < h * P; f += kLanes<T>) store(w.g + f, load(w.g + f) + load(w.g_relu + f));
-  add_parameters(h, w.g, (const T *)block.a.q + first * dim, dim, count, sums.w[0], sums.lanes[0]);
-  block.q.apply_back(w.g, w.forward.in);
+  block.rows_to_lanes(grads.query + first * h, grads.sum + first * h, count, w.forward, w.g);
+  const T *rows = (const T *)block.a.q + first * dim;
+  const auto *back = add_parameters<Rows>(h, w.g, rows, dim, count, w, sums.w[0], sums.lanes[0]);
+  block.q.apply_back(back, w.forward.in);
   from_lanes(w.forward.in, P, count, dim, (T *)grads.to.q + first * dim, dim);
 }
 
 // Writes the gradient of the key rows of panel i, from those of keys and values.
-template <class T>
-void key_backward(const SetBlock<T> &block, const Gradients<T> &grads, long i, BackBlockWork<T> &w,
+template <class Rows, class T = typename Rows::Real>
+void key_backward(const SetBlock<Rows> &block, const Gradients<Rows> &grads, long i, BackBlockWork<Rows> &w,
                   const BlockSums<T> &sums) {
   constexpr long P = kPanel<T>;
   const long h = block.h, dim = block.a.dim_k, first = i * P, count = min_of(P, block.a.rows_k - first);
   const T *rows = (const T *)block.a.k + first * dim;
   to_lanes(grads.key + first * h, h, count, h, w.g, P);
-  add_parameters(h, w.g, rows, dim, count, sums.w[0], sums.lanes[0]);
-  block.k.apply_back(w.g, w.forward.in);
+  block.k.apply_back(add_parameters<Rows>(h, w.g, rows, dim, count, w, sums.w[0], sums.lanes[0]), w.forward.in);
   to_lanes(grads.value + first * h, h, count, h, w.g, P);
-  add_parameters(h, w.g, rows, dim, count, sums.w[1], sums.lanes[1]);
-  block.v.apply_back(w.g, w.forward.in, kAccumulate);
+  block.v.apply_back(add_parameters<Rows>(h, w.g, rows, dim, count, w, sums.w[1], sums.lanes[1]), w.forward.in,
+                     kAccumulate);
   from_lanes(w.forward.in, P, count, dim, (T *)grads.to.k + first * dim, dim);
 }
 
@@ -154,10 +177,11 @@ void write_lanes(const T *lanes, long n, void *to) {
   for (long i = 0; i < n; ++i) ((T *)to)[i] = horizontal_sum<T>(load(lanes + i * kLanes<T>));
 }
 
-template <class T>
+template <class Rows>
 int backward(const sne_fast_set_block_args &args, const sne_fast_set_block_grads &to, Interrupt &interrupt) {
-  SetBlock<T> block(args);
-  Gradients<T> grads(to);
+  using T = typename Rows::Real;
+  SetBlock<Rows> block(args);
+  Gradients<Rows> grads(to);
   const long h = block.h, q_slices = slices_of(block.q_panels), k_slices = slices_of(block.k_panels);
   const int q_vectors = block.norms ? 6 : 2;
   BlockSums<T> q_sums, k_sums;
@@ -181,7 +205,8 @@ int backward(const sne_fast_set_block_args &args, const sne_fast_set_block_grads
   const int q_grab = items_per_grab(block.num_items, threads), k_grab = items_per_grab(grads.num_k_items, threads);
 #pragma omp parallel num_threads(threads)
   {
-    BackBlockWork<T> w;
+    const TileRegisters registers;
+    BackBlockWork<Rows> w;
     Scratch own_size;
     w.take(own_size, block.widest, h, block.H);
     char *base = buffer.reserve(own_size.size());
@@ -256,7 +281,12 @@ int backward(const sne_fast_set_block_args &args, const sne_fast_set_block_grads
 
 int set_block_backward(int dtype, const sne_fast_set_block_args &a, const sne_fast_set_block_grads &g,
                        Interrupt &interrupt) {
-  return dtype == SNE_FAST_F64 ? backward<double>(a, g, interrupt) : backward<float>(a, g, interrupt);
+#if defined(SNE_BF16)
+  return dtype == SNE_FAST_BF16 ? backward<PairRows>(a, g, interrupt) : SNE_FAST_BAD_DTYPE;
+#else
+  return dtype == SNE_FAST_F64 ? backward<RealRows<double> >(a, g, interrupt)
+                               : backward<RealRows<float> >(a, g, interrupt);
+#endif
 }
 
 }  // namespace sne::SNE_ISA

@@ -10,11 +10,12 @@ namespace {
 
 thread_local ThreadBuffer shared_buffer, buffer;
 
-template <class T>
-void finish(const SetBlock<T> &block, long i, BlockWork<T> &w) {
+template <class Rows>
+void finish(const SetBlock<Rows> &block, long i, BlockWork<Rows> &w) {
+  using T = typename Rows::Real;
   constexpr long P = kPanel<T>;
   const long h = block.h, first = i * P, count = min_of(P, block.a.rows_q - first);
-  block.feed(i, w.o, w.t, w.in, nullptr, nullptr);
+  block.feed(i, w.o, w.in, w, nullptr, nullptr);
   if (block.norms) {
     norm_panel<T>(h, w.o, w.in, block.norm_of(2), block.norm_of(3), w.t, nullptr, nullptr);
   } else {
@@ -23,9 +24,9 @@ void finish(const SetBlock<T> &block, long i, BlockWork<T> &w) {
   from_lanes(w.t, P, count, h, (T *)block.a.out + first * h, h);
 }
 
-template <class T>
+template <class Rows>
 int forward(const sne_fast_set_block_args &args, Interrupt &interrupt) {
-  SetBlock<T> block(args);
+  SetBlock<Rows> block(args);
   Scratch size;
   block.take(size, false);
   char *shared = shared_buffer.reserve(size.size());
@@ -37,7 +38,8 @@ int forward(const sne_fast_set_block_args &args, Interrupt &interrupt) {
   const int threads = block.threads(), grab = items_per_grab(block.num_items, threads);
 #pragma omp parallel num_threads(threads)
   {
-    BlockWork<T> w;
+    const TileRegisters registers;
+    BlockWork<Rows> w;
     Scratch own_size;
     w.take(own_size, block.widest, block.h, block.H);
     char *base = buffer.reserve(own_size.size());
@@ -65,7 +67,11 @@ int forward(const sne_fast_set_block_args &args, Interrupt &interrupt) {
 }  // namespace
 
 int set_block_forward(int dtype, const sne_fast_set_block_args &a, Interrupt &interrupt) {
-  return dtype == SNE_FAST_F64 ? forward<double>(a, interrupt) : forward<float>(a, interrupt);
+#if defined(SNE_BF16)
+  return dtype == SNE_FAST_BF16 ? forward<PairRows>(a, interrupt) : SNE_FAST_BAD_DTYPE;
+#else
+  return dtype == SNE_FAST_F64 ? forward<RealRows<double> >(a, interrupt) : forward<RealRows<float> >(a, interrupt);
+#endif
 }
 
 }  // namespace sne::SNE_ISA

@@ -369,7 +369,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   const char *bf16 = kind < 192 ? "avx512_bf16" : "amx_bf16";
   if (kind % 2)
     call<double>(bytes, op, SNE_FAST_F64);
-  else if (kind >= 128 && op == 0 && sne_fast_cpu_select_isa(bf16) == SNE_FAST_OK)
+  else if (kind >= 128 && (op == 0 || op == 5) && sne_fast_cpu_select_isa(bf16) == SNE_FAST_OK)
     call<float>(bytes, op, SNE_FAST_BF16);
   else
     call<float>(bytes, op, SNE_FAST_F32);

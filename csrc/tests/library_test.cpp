@@ -183,7 +183,7 @@ struct BlockCase {
   }
 
   template <class T>
-  std::vector<Reals> run(int threads) const {
+  std::vector<Reals> run(int threads, int dtype = dtype_of<T>()) const {
     std::vector<std::vector<T>> in, grads;
     for (const Reals &r : inputs) in.push_back(as<T>(r)), grads.emplace_back(r.size());
     std::vector<T> out(grad.size()), g = as<T>(grad);
@@ -196,8 +196,8 @@ struct BlockCase {
     b.grad = g.data();
     void **targets[] = {&b.q, &b.k, &b.w_q, &b.b_q, &b.w_k, &b.b_k, &b.w_v, &b.b_v, &b.w_o, &b.b_o, &b.norm};
     for (size_t i = 0; i < 11; ++i) *fields[i] = in[i].data(), *targets[i] = grads[i].data();
-    expect(sne_fast_cpu_set_block(dtype_of<T>(), &a) == SNE_FAST_OK, "set_block status");
-    expect(sne_fast_cpu_set_block_backward(dtype_of<T>(), &a, &b) == SNE_FAST_OK, "set_block_backward status");
+    expect(sne_fast_cpu_set_block(dtype, &a) == SNE_FAST_OK, "set_block status");
+    expect(sne_fast_cpu_set_block_backward(dtype, &a, &b) == SNE_FAST_OK, "set_block_backward status");
     std::vector<Reals> results = {back(out)};
     for (const auto &t : grads) results.push_back(back(t));
     // The gradient of b_k is zero but for rounding: beside one, its error is no relative one.
@@ -272,9 +272,11 @@ void exercise(const std::string &name, const Case &c, double tolerance, std::vec
 
 // Products of bfloat16: the same bits for any number of threads, near float64 in what rounding moves little, and for
 // tiles of AMX what vdpbf16ps gives up to the order of sums.
-void exercise_bf16(const ChunkCase &c, std::vector<Reals> *first) {
-  const std::string what = std::string("chunk_encode in bfloat16 ") + sne_fast_cpu_isa();
-  const auto truth = c.run<double>(1), got = c.run<float>(1, SNE_FAST_BF16), threads = c.run<float>(4, SNE_FAST_BF16);
+template <class Case>
+void exercise_bf16(const std::string &name, const Case &c, std::vector<Reals> *first) {
+  const std::string what = name + " in bfloat16 " + sne_fast_cpu_isa();
+  const auto truth = c.template run<double>(1), got = c.template run<float>(1, SNE_FAST_BF16),
+             threads = c.template run<float>(4, SNE_FAST_BF16);
   expect(got == threads, what + ": other bits with four threads");
   expect(!(error(got[0], truth[0]) > 5e-2), what + ": far from float64");
   for (size_t i = 0; i < got.size() && !first->empty(); ++i)
@@ -325,7 +327,7 @@ int main() {
   const GatherCase gather;
   std::vector<std::vector<Reals>> first(chunk_cases.size() + set_cases.size() + pool_cases.size() + block_cases.size() +
                                         1);
-  std::vector<std::vector<Reals>> first_bf16(chunk_cases.size());
+  std::vector<std::vector<Reals>> first_bf16(chunk_cases.size() + block_cases.size());
   for (const char *isa : {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"}) {
     if (!sne_fast_cpu_has_isa(isa)) {
       printf("%s: not on this machine\n", isa);
@@ -333,7 +335,12 @@ int main() {
     }
     expect(sne_fast_cpu_select_isa(isa) == SNE_FAST_OK && !strcmp(sne_fast_cpu_isa(), isa), isa);
     if (strstr(isa, "bf16")) {
-      for (size_t i = 0; i < chunk_cases.size(); ++i) exercise_bf16(chunk_cases[i], &first_bf16[i]);
+      size_t i = 0;
+      for (const ChunkCase &c : chunk_cases) exercise_bf16("chunk_encode", c, &first_bf16[i++]);
+      for (BlockCase c : block_cases) {
+        c.beside = 1;
+        exercise_bf16("set_block", c, &first_bf16[i++]);
+      }
       expect(sne_fast_cpu_product_rate(SNE_FAST_BF16, 100, 64, 192, 2, 2) == SNE_FAST_OK, "product_rate in bfloat16");
       printf("%s: done\n", isa);
       continue;  // for float and double it has the kernels of avx512

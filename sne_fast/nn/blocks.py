@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import functional
+from ..ops.calls import autocast
+from ..ops.pointer_facts import empty_sets
 from .bounded_memory import joined, row_runs
 from .plain_modules import are_linear, is_norm, is_plain
+from .stage_weights import BlockWeights, FeedForwardWeights, PoolWeights, fold_stages
 
 
 class MAB(nn.Module):
@@ -60,15 +63,30 @@ class MAB(nn.Module):
         k_ptr: Tensor,
         q_ptr_host: Tensor | None = None,
         k_ptr_host: Tensor | None = None,
+        weights: BlockWeights | None = None,
     ) -> Tensor:
-        """Attend from rows ``q (rows_q, dim_q)`` to ``k (rows_k, dim_k)`` inside each set: ``(rows_q, dim_v)``."""
+        """Attend from rows ``q (rows_q, dim_q)`` to ``k (rows_k, dim_k)`` inside each set: ``(rows_q, dim_v)``.
+
+        ``weights`` are the parameters where the caller has joined those of many blocks, all plain.
+        """
         runs = list(row_runs(q.shape[0], q.device))
-        if len(runs) == 1 and functional.fuses_set_block(q, k, self.dim_v, self.num_heads) and self._is_plain():
-            fc_q, fc_k, fc_v, fc_o = self.fc_q, self.fc_k, self.fc_v, self.fc_o
-            return functional.set_block(
-                q, k, q_ptr, k_ptr, fc_q.weight, fc_q.bias, fc_k.weight, fc_k.bias, fc_v.weight, fc_v.bias,
-                fc_o.weight, fc_o.bias, self._norm(), self.num_heads, q_ptr_host=q_ptr_host, k_ptr_host=k_ptr_host,
-            )  # fmt: skip
+        if len(runs) == 1 and functional.fuses_set_block(q, k, self.dim_v, self.num_heads):
+            if weights is None and self.is_plain():
+                linears = (self.fc_q, self.fc_k, self.fc_v)
+                w_qkv, b_qkv = tuple(fc.weight for fc in linears), tuple(fc.bias for fc in linears)
+                weights = BlockWeights(w_qkv, b_qkv, self._feed_forward_weights())
+            if weights is not None:
+                (w_q, w_k, w_v), (b_q, b_k, b_v), (w_o, b_o, norm) = weights
+                return functional.set_block(
+                    q, k, q_ptr, k_ptr, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, norm, self.num_heads,
+                    q_ptr_host=q_ptr_host, k_ptr_host=k_ptr_host,
+                )  # fmt: skip
+        if len(runs) == 1 and weights is not None and isinstance(weights.w_qkv, Tensor):
+            query, key, value = _projected(q, k, weights)
+            attended = functional.set_attention(
+                query, key, value, q_ptr, k_ptr, self.num_heads, q_ptr_host=q_ptr_host, k_ptr_host=k_ptr_host
+            )
+            return self.residual(query, attended, weights.feed_forward)
         key, value = self.fc_k(k), self.fc_v(k)
 
         def attend(q: Tensor, ptr: Tensor, host: Tensor | None) -> Tensor:
@@ -87,16 +105,19 @@ class MAB(nn.Module):
 
         return joined(attend_run, runs)
 
-    def residual(self, q: Tensor, attended: Tensor) -> Tensor:
+    def residual(self, q: Tensor, attended: Tensor, weights: FeedForwardWeights | None = None) -> Tensor:
         """Return the block's output ``(..., h)`` from queries and attention outputs, fused where a backend can.
 
         ``q`` may also be ``(1, ..., h)``, the same for all sets. Fused and under autocast the output has the autocast
-        dtype, as that of all ops, where ordinary layer norm on a GPU would give float32.
+        dtype, as that of all ops, where ordinary layer norm on a GPU would give float32. ``weights`` are the parameters
+        where the caller has joined those of many blocks for the fused op.
         """
-        if not functional.fuses_feed_forward(attended) or not self.has_plain_feed_forward():
-            return self.feed_forward(q + attended)
+        if weights is None:
+            if not functional.fuses_feed_forward(attended) or not self.has_plain_feed_forward():
+                return self.feed_forward(q + attended)
+            weights = self._feed_forward_weights()
         queries, rows = (t.reshape(-1, self.dim_v) for t in (q.expand_as(attended), attended))
-        return functional.feed_forward(queries, rows, self.fc_o.weight, self.fc_o.bias, self._norm()).view_as(attended)
+        return functional.feed_forward(queries, rows, *weights).view_as(attended)
 
     def feed_forward(self, o: Tensor) -> Tensor:
         """Apply norms and feed-forward to a residual sum, ``ln1(o' + relu(fc_o(o')))`` with ``o' = ln0(o)``."""
@@ -110,19 +131,34 @@ class MAB(nn.Module):
         normed = is_norm(self.ln0, self.dim_v) and is_norm(self.ln1, self.dim_v)
         return are_linear(self.fc_o) and (normed or (self.ln0 is None and self.ln1 is None))
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Return whether fused code may read all parameters, and no method is another class's."""
         return type(self) is MAB and are_linear(self.fc_q, self.fc_k, self.fc_v) and self.has_plain_feed_forward()
 
-    def _norm(self) -> Tensor:
+    def _feed_forward_weights(self) -> FeedForwardWeights:
         norm = self.norm_parameters()
-        return self.fc_o.weight.new_empty((0, self.dim_v)) if norm is None else norm
+        norm = self.fc_o.weight.new_empty((0, self.dim_v)) if norm is None else norm
+        return FeedForwardWeights(self.fc_o.weight, self.fc_o.bias, norm)
+
+    def norms(self) -> list[Tensor]:
+        """Return ln0.weight, ln0.bias, ln1.weight, ln1.bias; nothing without layer norm."""
+        if self.ln0 is None or self.ln1 is None:
+            return []
+        return [self.ln0.weight, self.ln0.bias, self.ln1.weight, self.ln1.bias]
 
     def norm_parameters(self) -> Tensor | None:
         """Return ln0.weight, ln0.bias, ln1.weight, ln1.bias as ``(4, h)``; None without layer norm."""
-        if self.ln0 is None or self.ln1 is None:
-            return None
-        return torch.stack([self.ln0.weight, self.ln0.bias, self.ln1.weight, self.ln1.bias])
+        norms = self.norms()
+        return torch.stack(norms) if norms else None
+
+
+def _projected(q: Tensor, k: Tensor, weights: BlockWeights) -> tuple[Tensor, ...]:
+    """Return queries, keys and values by one batched product, of two where queries are of other rows than keys."""
+    w, b = weights.w_qkv, weights.b_qkv
+    assert isinstance(w, Tensor) and isinstance(b, Tensor)
+    if q is k:
+        return torch.baddbmm(b[:, None], q.expand(3, -1, -1), w.mT).unbind()
+    return (F.linear(q, w[0], b[0]), *torch.baddbmm(b[1:, None], k.expand(2, -1, -1), w[1:].mT).unbind())
 
 
 def has_plain_attention(mab: nn.Module) -> bool:
@@ -151,9 +187,14 @@ class SAB(nn.Module):
         super().__init__()
         self.mab = MAB(dim_in, dim_in, dim_out, num_heads, layer_norm)
 
-    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
-        """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``."""
-        return self.mab(x, x, ptr, ptr, ptr_host, ptr_host)
+    def forward(
+        self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None, weights: BlockWeights | None = None
+    ) -> Tensor:
+        """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``.
+
+        ``weights`` as in :class:`MAB`.
+        """
+        return self.mab(x, x, ptr, ptr, ptr_host, ptr_host, weights)
 
 
 def _for_every_set(points: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,11 +234,21 @@ class ISAB(nn.Module):
         self.mab0 = MAB(dim_out, dim_in, dim_out, num_heads, layer_norm)
         self.mab1 = MAB(dim_in, dim_out, dim_out, num_heads, layer_norm)
 
-    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
-        """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``."""
+    def forward(
+        self,
+        x: Tensor,
+        ptr: Tensor,
+        ptr_host: Tensor | None = None,
+        weights: tuple[BlockWeights, BlockWeights] | None = None,
+    ) -> Tensor:
+        """Encode rows ``x (rows, dim_in)`` in sets ``ptr (S+1,)`` int64; returns ``(rows, dim_out)``.
+
+        ``weights`` as in :class:`MAB`, of both blocks.
+        """
+        first, second = (None, None) if weights is None else weights
         query, induced_ptr, induced_host = _for_every_set(self.I, ptr)
-        induced = self.mab0(query, x, induced_ptr, ptr, induced_host, ptr_host)
-        return self.mab1(x, induced, ptr, induced_ptr, ptr_host, induced_host)
+        induced = self.mab0(query, x, induced_ptr, ptr, induced_host, ptr_host, first)
+        return self.mab1(x, induced, ptr, induced_ptr, ptr_host, induced_host, second)
 
     def has_tiles(self) -> bool:
         """Return whether :meth:`apply_in_place` computes what the blocks would compute if they were called."""
@@ -261,32 +312,30 @@ class PMA(nn.Module):
         nn.init.xavier_uniform_(self.S)
         self.mab = MAB(dim, dim, dim, num_heads, layer_norm)
 
-    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None) -> Tensor:
-        """Pool rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64; returns ``(S, num_seeds, dim)``."""
-        if not has_plain_attention(self.mab):
-            query, seed_ptr, seed_host = _for_every_set(self.S, ptr)
-            return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).reshape(-1, *self.S.shape[1:])
-        pooled = functional.segment_pool(x, F.linear(x, self.folded_query()), ptr, ptr_host=ptr_host)
-        return self.project(pooled, (ptr.diff() > 0).to(pooled.dtype))
+    def forward(
+        self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None = None, weights: PoolWeights | None = None
+    ) -> Tensor:
+        """Pool rows ``x (rows, dim)`` in sets ``ptr (S+1,)`` int64; returns ``(S, num_seeds, dim)``.
 
-    def folded_query(self) -> Tensor:
-        """Return ``(fc_k^T q)_a / sqrt(h)`` per seed and head, ``(k H, h)``."""
-        with torch.autocast(self.S.device.type, enabled=False):
-            mab = self.mab
-            query = mab.fc_q(self.S[0]).unflatten(-1, (mab.num_heads, -1))  # [k, H, d]
-            # The bias is constant in the softmax: it enters times 0, because DDP wants a gradient for every parameter.
-            key = (mab.fc_k.weight + 0 * mab.fc_k.bias[:, None]).unflatten(0, (mab.num_heads, -1))  # [H, d, h]
-            return torch.einsum("kad,adh->kah", query, key).flatten(0, 1) / math.sqrt(mab.dim_v)
+        ``weights`` are the parameters where the caller has joined those of many blocks, all plain.
+        """
+        if weights is None:
+            if not has_plain_attention(self.mab):
+                query, seed_ptr, seed_host = _for_every_set(self.S, ptr)
+                return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).reshape(-1, *self.S.shape[1:])
+            (folded,) = fold_stages([((), self)])
+            weights = folded.pool
+        (x,) = autocast(x)  # once for both uses
+        pooled = functional.segment_pool(x, F.linear(x, weights.logits), ptr, ptr_host=ptr_host)
+        return self.project(pooled, weights, empty_sets(ptr, ptr_host))
 
-    def project(self, pooled: Tensor, nonempty: Tensor | None = None) -> Tensor:
+    def project(self, pooled: Tensor, weights: PoolWeights, empty: Tensor | None = None) -> Tensor:
         """Project rows pooled per seed and head, ``(S, k H, h)``, to the block's output ``(S, k, h)``.
 
-        ``nonempty (S,)``, 1 or 0, keeps the bias of ``fc_v`` out of sets that attend to nothing; None means that all
-        sets have rows.
+        ``empty (S,)`` tells which sets have no rows and attend to nothing; None means that there are none.
         """
-        mab = self.mab
-        rows = pooled.unflatten(1, (-1, mab.num_heads))  # [S, k, H, h]
-        value = mab.fc_v.weight.unflatten(0, (mab.num_heads, -1))  # [H, d, h]
-        bias = mab.fc_v.bias if nonempty is None else mab.fc_v.bias * nonempty[:, None, None]
-        attended = torch.einsum("skah,adh->skad", rows, value).flatten(2) + bias
-        return mab.residual(mab.fc_q(self.S), attended)
+        rows = pooled.unflatten(1, (-1, self.mab.num_heads))  # [S, k, H, h]
+        attended = torch.einsum("skah,adh->skad", rows, weights.w_v).flatten(2)
+        if empty is not None:  # the query holds the bias of fc_v
+            attended = attended - (weights.b_v * empty[:, None, None]).to(attended.dtype)
+        return self.mab.residual(weights.query, attended, weights.feed_forward)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
-from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, SCALES
+from ..data.batch_checks import CHUNKINGS, NUM_TENSOR_TYPES, ORDERS, PACKED_BY, POINTERS, SCALES
 from ..data.choices import Chunking, Order, Scale
 from ..data.layers_apart import layers_apart
 from ..data.networks import Networks
 from ..data.packing import pack
 from ..data.tensor_statistics import tensor_statistics
 from ..ops import functional
+from ..ops.pointer_facts import declare_lasting, derived, lengths, owners
 from .bounded_memory import fits_at_once, network_runs
 from .choices import SetAttention, Statistics
 from .chunk_samples import ChunkSample
@@ -27,13 +28,25 @@ from .layered_encoding import LayeredEncodingMixin
 from .plain_modules import is_plain
 from .position_codes import position_code
 from .pretrained import PretrainedMixin
-from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder, owners
+from .stage_weights import StageWeights, fold_stages
+from .stages import ChunkEncoder, NetworkEncoder, SetEncoder, TensorEncoder
 from .statistics_channel import StatisticsChannel
 
 MAX_CHUNK_SIZE = 2**16
 """Attention inside a chunk is quadratic in its size, and every forward pass makes a code for each place in a chunk."""
+LASTING = (*POINTERS, *(f"{pointer}_host" for pointer in POINTERS), "layer_level", "chunk_positions")
+"""Tensors of a batch from which tables are derived."""
+STAGES: dict[str, type[nn.Module]] = {
+    "chunk_encoder": ChunkEncoder, "tensor_encoder": TensorEncoder, "layer_encoder": SetEncoder,
+    "network_encoder": NetworkEncoder,
+}  # fmt: skip
 SET_ATTENTIONS = get_args(SetAttention)
 STATISTICS = get_args(Statistics)
+
+
+def _given(weights: dict[str, StageWeights], stage: str) -> tuple[StageWeights, ...]:
+    """Return the last argument of a stage, which one without weights, maybe a module of the user's, does not get."""
+    return (weights[stage],) if stage in weights else ()
 
 
 class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
@@ -233,15 +246,37 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
         """
         batch = networks if isinstance(networks, WeightBatch) else self.pack(networks)
         self.check_batch(batch)
+        weights = self.folded_weights()
         if fits_at_once(batch.num_weights, batch.device):
-            return self.join_layers(self.encode_batch_layers(batch), batch.network_ptr, batch.network_ptr_host)
-        apart = layers_apart(batch)
-        runs = network_runs(apart.network_starts, batch.device)
-        encoded = LayerEncodings.cat([self.encode_batch_layers(apart[run]) for run in runs])
-        return self.join_layers(encoded, batch.network_ptr, batch.network_ptr_host)
+            encoded = self.encode_batch_layers(batch, weights=weights)
+        else:
+            apart = layers_apart(batch)
+            runs = network_runs(apart.network_starts, batch.device)
+            encoded = LayerEncodings.cat([self.encode_batch_layers(apart[run], weights=weights) for run in runs])
+        return self.join_layers(encoded, batch.network_ptr, batch.network_ptr_host, weights)
 
-    def encode_batch_layers(self, batch: WeightBatch, sample: ChunkSample | None = None) -> LayerEncodings:
-        """Apply stages 1 to 3 to all layers of a checked batch at once, or to a sample of its chunks."""
+    def folded_weights(self) -> dict[str, StageWeights]:
+        """Fold and join the parameters of all stages, for one or more passes with the same parameters.
+
+        Stages with modules that have been replaced or have hooks are not among the results.
+        """
+        plain = {}
+        for name, kind in STAGES.items():
+            stage = getattr(self, name)
+            if is_plain(stage, kind) and stage.is_plain():
+                plain[name] = stage.blocks_and_pool()
+        if not plain:
+            return {}
+        return dict(zip(plain, fold_stages(list(plain.values()), "chunk_encoder" in plain), strict=True))
+
+    def encode_batch_layers(
+        self, batch: WeightBatch, sample: ChunkSample | None = None, weights: dict[str, StageWeights] | None = None
+    ) -> LayerEncodings:
+        """Apply stages 1 to 3 to all layers of a checked batch at once, or to a sample of its chunks.
+
+        ``weights`` are those of :meth:`folded_weights`, where they serve several calls.
+        """
+        weights = {} if weights is None else weights  # the stages fold their own
         type_code, tensor_level_code = self._tensor_codes(batch)
         told: Tensor | None = None
         pooled: Tensor | None = None
@@ -251,29 +286,33 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
 
         if self.chunk_encoder is None or self.tensor_encoder is None:
             assert told is not None
-            return LayerEncodings(self._encode_tensors(told, batch), batch.layer_level, batch.layer_ptr.diff(), pooled)
+            layers = self._encode_tensors(told, batch, weights)
+            return LayerEncodings(layers, batch.layer_level, lengths(batch.layer_ptr), pooled)
         chunked = batch if sample is None else sample.batch
-        chunks = self.chunk_encoder(chunked, type_code + tensor_level_code)  # [N, h]
+        given = _given(weights, "chunk_encoder")
+        chunks = self.chunk_encoder(chunked, type_code + tensor_level_code, *given)  # [N, h]
         positions, index = batch.chunk_positions, None if sample is None else sample.position
         # What nothing else refers to may be overwritten.
         own = is_plain(self.chunk_encoder, ChunkEncoder) and is_plain(self.tensor_encoder, TensorEncoder)
 
         def encode(x: Tensor, ptr: Tensor, ptr_host: Tensor, index: Tensor | None) -> Tensor:
             assert self.tensor_encoder is not None
+            given = _given(weights, "tensor_encoder")
             tensors = self.tensor_encoder(
-                x, ptr, ptr_host, batch.tensor_scale, tensor_level_code, positions, index, overwrite=own
+                x, ptr, ptr_host, batch.tensor_scale, tensor_level_code, positions, index, *given, overwrite=own
             )  # [T, h]
-            return self._encode_tensors(tensors if told is None else tensors + told, batch)
+            return self._encode_tensors(tensors if told is None else tensors + told, batch, weights)
 
         if sample is not None and sample.halves:
             parts = [encode(chunks[h.rows], h.tensor_ptr, h.tensor_ptr_host, h.position) for h in sample.halves]
             halves = torch.stack(parts)
         vectors = encode(chunks, chunked.tensor_ptr, chunked.tensor_ptr_host, index)
-        return LayerEncodings(vectors, batch.layer_level, batch.layer_ptr.diff(), pooled, halves)
+        return LayerEncodings(vectors, batch.layer_level, lengths(batch.layer_ptr), pooled, halves)
 
     def _tensor_codes(self, batch: WeightBatch) -> tuple[Tensor, Tensor]:
         """Return `E[type]` and `P(level)` of all tensors, `(T, h)` each."""
-        level_code = position_code(batch.layer_level, self.hidden_dim, self.sample_parameter.dtype)  # [L, h]
+        declare_lasting(*(getattr(batch, field) for field in LASTING))
+        level_code = self._level_code(batch.layer_level)  # [L, h]
         layer_of_tensor = owners(batch.layer_ptr, batch.tensor_type.shape[0])
         return self.type_embedding(batch.tensor_type), level_code.index_select(0, layer_of_tensor)
 
@@ -293,19 +332,33 @@ class SNE(LayeredEncodingMixin, PretrainedMixin, nn.Module):
         ptr, ptr_host = batch.layer_ptr[batch.network_ptr], batch.layer_ptr_host[batch.network_ptr_host]
         return functional.segment_pool(units, alike, ptr, ptr_host=ptr_host).squeeze(1)
 
-    def _encode_tensors(self, tensors: Tensor, batch: WeightBatch) -> Tensor:
-        layers: Tensor = self.layer_encoder(tensors, batch.layer_ptr, batch.layer_ptr_host)  # [L, h]
+    def _encode_tensors(self, tensors: Tensor, batch: WeightBatch, weights: dict[str, StageWeights]) -> Tensor:
+        given = _given(weights, "layer_encoder")
+        layers: Tensor = self.layer_encoder(tensors, batch.layer_ptr, batch.layer_ptr_host, *given)  # [L, h]
         return layers
 
-    def join_layers(self, encodings: LayerEncodings, network_ptr: Tensor, network_ptr_host: Tensor) -> Tensor:
-        """Apply stage 4 to checked encodings, with the pointers of networks also on the CPU."""
-        dtype = self.sample_parameter.dtype
-        level_code = position_code(encodings.levels, self.hidden_dim, dtype)  # [L, h]
-        z = self.network_encoder(encodings.vectors, network_ptr, network_ptr_host, level_code)  # [B, h]
+    def join_layers(
+        self,
+        encodings: LayerEncodings,
+        network_ptr: Tensor,
+        network_ptr_host: Tensor,
+        weights: dict[str, StageWeights] | None = None,
+    ) -> Tensor:
+        """Apply stage 4 to checked encodings, with the pointers of networks also on the CPU.
+
+        ``weights`` are those of :meth:`folded_weights`, where they serve several calls.
+        """
+        given = _given({} if weights is None else weights, "network_encoder")
+        level_code = self._level_code(encodings.levels)  # [L, h]
+        z = self.network_encoder(encodings.vectors, network_ptr, network_ptr_host, level_code, *given)  # [B, h]
         if self.tensor_statistics is not None and encodings.pooled is not None:
             pooled = self.tensor_statistics.join(encodings.pooled, encodings.tensors, network_ptr, network_ptr_host)
             z = torch.cat([z, pooled], 1)
-        return z.to(dtype)
+        return z.to(level_code.dtype)
+
+    def _level_code(self, levels: Tensor) -> Tensor:
+        width, dtype = self.hidden_dim, self.sample_parameter.dtype
+        return derived(levels, ("P", width, dtype), lambda: position_code(levels, width, dtype))
 
     def check_batch(self, batch: WeightBatch) -> None:
         """Raise ValueError for a batch that was not packed as this encoder expects."""

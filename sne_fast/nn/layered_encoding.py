@@ -35,7 +35,8 @@ _SHOWN = 5
 class LayeredEncodingMixin:
     """What an encoder offers besides calling it: layers apart, and networks that do not fit into memory.
 
-    A class that has it offers `encode_batch_layers`, `join_layers`, `check_batch`, `pack` and `pack_options`.
+    A class that has it offers `folded_weights`, `encode_batch_layers`, `join_layers`, `check_batch`, `pack` and
+    `pack_options`.
     """
 
     __call__: Callable[..., Tensor]
@@ -48,6 +49,7 @@ class LayeredEncodingMixin:
     pack_options: Any
     check_batch: Any
     encode_batch_layers: Any
+    folded_weights: Any
     join_layers: Any
 
     @torch.no_grad()
@@ -242,12 +244,13 @@ class LayeredEncodingMixin:
         seed = integer("SNE", "seed", seed, low=0)
         parts: list[LayerEncodings] = []
         names: tuple[str, ...] = ()
+        weights = self.folded_weights()
         for layer, share in self._layers_of(networks):
             self.check_batch(layer)
             if self.tensor_statistics is not None:
                 self.tensor_statistics.columns_of(layer)  # before a sample, which keeps them
             sample = None if max_chunks is None else sample_chunks(layer, max_chunks, seed)
-            parts.append(self.encode_batch_layers(layer, sample))
+            parts.append(self.encode_batch_layers(layer, sample, weights))
             names += layer_names(layer)
             if progress is not None:
                 progress(share)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import cast
 
@@ -11,17 +10,14 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..ops import functional
-from .blocks import ISAB, PMA, SAB, has_plain_attention
+from ..ops.pointer_facts import derived, owners, places
+from .blocks import ISAB, MAB, PMA, SAB, has_plain_attention
 from .bounded_memory import is_large, joined, row_runs, set_runs
 from .plain_modules import is_plain
 from .position_codes import reversed_position_code
+from .stage_weights import StageWeights, fold_stages
 
 INITIAL_CODE_GAIN = 0.1
-
-
-def owners(ptr: Tensor, rows: int) -> Tensor:
-    """Return the set of each of the ``rows`` that ``ptr (S+1,)`` cuts into sets: ``(rows,)`` int64."""
-    return torch.repeat_interleave(torch.arange(ptr.shape[0] - 1, device=ptr.device), ptr.diff(), output_size=rows)
 
 
 def _chunks_of(batch: WeightBatch, run: slice | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -53,12 +49,17 @@ class ChunkEncoder(nn.Module):
         self.pool = PMA(hidden_dim, num_heads, 1, layer_norm)
         self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
 
-    def forward(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
-        """Encode all chunks to ``(N, h)``; ``tensor_code (T, h)`` is ``E[type] + P(level)``, before the gain."""
-        if self.is_plain():
+    def forward(self, batch: WeightBatch, tensor_code: Tensor, weights: StageWeights | None = None) -> Tensor:
+        """Encode all chunks to ``(N, h)``; ``tensor_code (T, h)`` is ``E[type] + P(level)``, before the gain.
+
+        ``weights`` are the parameters where the caller has joined those of several stages, all plain.
+        """
+        if weights is not None or self.is_plain():
+            folded = self.folded_weights() if weights is None else weights
 
             def encode(run: slice | None) -> Tensor:
-                return self.pool.project(self.pooled_rows(batch, tensor_code, run)).squeeze(1)
+                pooled = self.pooled_rows(batch, tensor_code, run, folded)
+                return self.pool.project(pooled, folded.pool).squeeze(1)
         else:
 
             def encode(run: slice | None) -> Tensor:
@@ -81,7 +82,9 @@ class ChunkEncoder(nn.Module):
         alike = {(mab.num_heads, mab.ln0 is not None) for mab in mabs}
         return len(alike) == 1 and mabs[0].num_heads == pool.mab.num_heads
 
-    def pooled_rows(self, batch: WeightBatch, tensor_code: Tensor, run: slice | None = None) -> Tensor:
+    def pooled_rows(
+        self, batch: WeightBatch, tensor_code: Tensor, run: slice | None = None, weights: StageWeights | None = None
+    ) -> Tensor:
         """Return the rows of all chunks, or of a run, pooled per head: ``(N, H, h)``, before the pool's ``fc_v``."""
         values, chunk_ptr, tensor_ptr, chunk_ptr_host, tensor_ptr_host = _chunks_of(batch, run)
         gain = self.code_gain
@@ -92,7 +95,7 @@ class ChunkEncoder(nn.Module):
             tensor_ptr,
             gain * tensor_code,
             gain * element_code if self.element_order else torch.zeros_like(element_code),
-            **self.folded_parameters(),
+            **(self.folded_weights() if weights is None else weights).chunk_encode,
             chunk_ptr_host=chunk_ptr_host,
             tensor_ptr_host=tensor_ptr_host,
         )
@@ -105,7 +108,7 @@ class ChunkEncoder(nn.Module):
         # Not index_select, whose gradient on a GPU adds in any order.
         code = gain * tensor_code[tensor_of_chunk.index_select(0, chunk_of_row)]
         if self.element_order:
-            place = torch.arange(values.shape[0], device=chunk_ptr.device) - chunk_ptr.index_select(0, chunk_of_row)
+            place = places(chunk_ptr, values.shape[0])
             code = code + gain * self._element_code(batch, tensor_code).index_select(0, place)
         x = values[:, None]
         for block in blocks[:2]:
@@ -116,33 +119,24 @@ class ChunkEncoder(nn.Module):
         return self.pool(x, chunk_ptr, chunk_ptr_host).squeeze(1)
 
     def _element_code(self, batch: WeightBatch, tensor_code: Tensor) -> Tensor:
-        element = torch.arange(batch.chunk_size, device=self.code_gain.device)
-        return reversed_position_code(element, tensor_code.shape[1], self.code_gain.dtype)
+        size, width, dtype = batch.chunk_size, tensor_code.shape[1], self.code_gain.dtype
 
-    def folded_parameters(self) -> dict[str, Tensor]:
-        """Fold the named parameters into the arguments of :func:`sne_fast.functional.chunk_encode`.
+        def make() -> Tensor:
+            return reversed_position_code(torch.arange(size, device=self.code_gain.device), width, dtype)
+
+        return derived(batch.chunk_ptr, ("codes of elements", size, width, dtype), make)
+
+    def blocks_and_pool(self) -> tuple[list[MAB], PMA]:
+        """Return the attention blocks and the pool, for :func:`sne_fast.nn.stage_weights.fold_stages`."""
+        return [cast(SAB, block).mab for block in self.blocks], self.pool
+
+    def folded_weights(self) -> StageWeights:
+        """Fold the named parameters into the arguments of :func:`sne_fast.functional.chunk_encode`, and of the pool.
 
         The algebra is in docs/method.md, "Algebra of the fast code".
         """
-        mabs = [cast(SAB, block).mab for block in self.blocks]
-        first, *rest = mabs
-        heads = first.num_heads
-        with torch.autocast(self.code_gain.device.type, enabled=False):
-            w_q, w_k, w_v = (fc.weight[:, 0] for fc in (first.fc_q, first.fc_k, first.fc_v))
-            # fc_k.bias is constant in the softmax: it enters times 0, because DDP wants a gradient for every parameter.
-            slope = torch.stack([w_q * w_k, first.fc_q.bias * w_k + 0 * first.fc_k.bias])
-            # No walrus in the comprehension: Dynamo cannot trace the cell that Python 3.11 makes of it.
-            norms = [norm for norm in [mab.norm_parameters() for mab in mabs] if norm is not None]
-            return {
-                "logit": slope.unflatten(1, (heads, -1)).sum(-1) / math.sqrt(first.dim_v),
-                "basis": torch.stack([w_q, w_v, first.fc_q.bias + first.fc_v.bias]),
-                "w_qkv": torch.stack([torch.cat([m.fc_q.weight, m.fc_k.weight, m.fc_v.weight]) for m in rest]),
-                "b_qkv": torch.stack([torch.cat([m.fc_q.bias, m.fc_k.bias, m.fc_v.bias]) for m in rest]),
-                "w_o": torch.stack([m.fc_o.weight for m in mabs]),
-                "b_o": torch.stack([m.fc_o.bias for m in mabs]),
-                "norm": torch.stack(norms) if norms else w_q.new_empty((0, 4, first.dim_v)),
-                "pool_query": self.pool.folded_query(),
-            }
+        (folded,) = fold_stages([self.blocks_and_pool()], with_chunks=True)
+        return folded
 
 
 class SetEncoder(nn.Module):
@@ -160,15 +154,57 @@ class SetEncoder(nn.Module):
         )
         self.pool = PMA(hidden_dim, num_heads, 1, layer_norm)
 
-    def attend(self, x: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
+    def attend(self, x: Tensor, ptr: Tensor, ptr_host: Tensor, weights: StageWeights | None = None) -> Tensor:
         """Apply the two blocks to ``x (rows, h)``; the shape stays."""
-        for block in self.blocks:
-            x = block(x, ptr, ptr_host)
+        given = () if weights is None else weights.blocks
+        for i, block in enumerate(self.blocks):
+            if not given:
+                x = block(x, ptr, ptr_host)
+            elif isinstance(block, SAB):
+                x = block(x, ptr, ptr_host, given[i])
+            else:
+                x = block(x, ptr, ptr_host, given[2 * i : 2 * i + 2])
         return x
 
-    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor) -> Tensor:
-        """Encode rows ``x (rows, h)`` in sets ``ptr (S+1,)`` to one vector per set, ``(S, h)``."""
-        return self.pool(self.attend(x, ptr, ptr_host), ptr, ptr_host).squeeze(1)
+    def forward(self, x: Tensor, ptr: Tensor, ptr_host: Tensor, weights: StageWeights | None = None) -> Tensor:
+        """Encode rows ``x (rows, h)`` in sets ``ptr (S+1,)`` to one vector per set, ``(S, h)``.
+
+        ``weights`` are the parameters where the caller has joined those of several stages, all plain.
+        """
+        weights = self.folded_weights() if weights is None else weights
+        return self.pooled(self.attend(x, ptr, ptr_host, weights), ptr, ptr_host, weights)
+
+    def pooled(self, x: Tensor, ptr: Tensor, ptr_host: Tensor, weights: StageWeights | None) -> Tensor:
+        """Pool the rows ``x (rows, h)`` of each set, ``(S, h)``."""
+        given = () if weights is None else (weights.pool,)
+        found: Tensor = self.pool(x, ptr, ptr_host, *given)
+        return found.squeeze(1)
+
+    def blocks_and_pool(self) -> tuple[list[MAB], PMA]:
+        """Return the attention blocks and the pool, for :func:`sne_fast.nn.stage_weights.fold_stages`."""
+        mabs = []
+        for block in self.blocks:
+            mabs += [block.mab] if isinstance(block, SAB) else [cast(ISAB, block).mab0, cast(ISAB, block).mab1]
+        return mabs, self.pool
+
+    def is_plain(self) -> bool:
+        """Return whether ops on the joined parameters compute what calls of blocks and pool would compute."""
+        if not self._has_plain_blocks():
+            return False
+        mabs, pool = self.blocks_and_pool()
+        if not all(is_plain(mab, MAB) and mab.is_plain() for mab in (*mabs, pool.mab)):
+            return False
+        square = pool.mab.fc_v.weight.shape
+        return all(fc.weight.shape == square for mab in mabs for fc in (mab.fc_q, mab.fc_k, mab.fc_v))
+
+    def _has_plain_blocks(self) -> bool:
+        """Return whether blocks and pool may be called several times, as hooks and other modules might notice."""
+        blocks = all(is_plain(block, SAB) or is_plain(block, ISAB) for block in self.blocks)
+        return blocks and is_plain(self.pool, PMA)
+
+    def folded_weights(self) -> StageWeights | None:
+        """Return the parameters as :meth:`forward` takes them; None where modules have to be called."""
+        return fold_stages([self.blocks_and_pool()])[0] if self.is_plain() else None
 
 
 class TensorEncoder(SetEncoder):
@@ -191,6 +227,7 @@ class TensorEncoder(SetEncoder):
         level_code: Tensor,
         positions: Tensor,
         index: Tensor | None = None,
+        weights: StageWeights | None = None,
         *,
         overwrite: bool = False,
     ) -> Tensor:
@@ -206,12 +243,14 @@ class TensorEncoder(SetEncoder):
             level_code: ``(T, h)``, ``P(level)`` of each tensor.
             positions: ``(P,)`` positions of chunks in their tensors.
             index: ``(N,)``, which of ``positions`` each chunk has; None for 0, 1, ... in each tensor.
+            weights: the parameters where the caller has joined those of several stages, all plain.
             overwrite: whether ``x`` may be overwritten, so that a large tensor needs no second copy.
         """
         log_scale = tensor_scale.log().to(self.code_gain.dtype)[:, None]
-        runs = set_runs(ptr_host, x.device) if self._is_plain() else None
+        runs = set_runs(ptr_host, x.device) if self._has_plain_blocks() else None
+        weights = self.folded_weights() if weights is None else weights
         if runs is None:
-            return self._encode(x, ptr, ptr_host, (level_code, log_scale), positions, index)
+            return self._encode(x, ptr, ptr_host, (level_code, log_scale), positions, index, weights)
         encoded = []
         for run, rows in runs:
             part, own_index = x[rows], None if index is None else index[rows]
@@ -222,7 +261,7 @@ class TensorEncoder(SetEncoder):
                 part = part if overwrite else part.clone()
                 encoded.append(self._encode_by_tiles(part, *pointers, self._row_code(*codes), positions, own_index))
             else:
-                encoded.append(self._encode(part, *pointers, codes, positions, own_index))
+                encoded.append(self._encode(part, *pointers, codes, positions, own_index, weights))
         return torch.cat(encoded)
 
     def _row_code(self, level_code: Tensor, log_scale: Tensor) -> Tensor:
@@ -230,28 +269,21 @@ class TensorEncoder(SetEncoder):
 
     def _encode(
         self, x: Tensor, ptr: Tensor, ptr_host: Tensor, codes: tuple[Tensor, Tensor], positions: Tensor,
-        index: Tensor | None,
+        index: Tensor | None, weights: StageWeights | None,
     ) -> Tensor:  # fmt: skip
-        x = self.attend(x, ptr, ptr_host)
-        chunks, gain = x.shape[0], self.code_gain
+        x = self.attend(x, ptr, ptr_host, weights)
+        (chunks, width), dtype = x.shape, self.code_gain.dtype
         tensor_of_chunk = owners(ptr, chunks)
         # Before parameters enter, as the gradient of index_select on a GPU adds in any order; that of indexing sorts.
         level_code, log_scale = codes
-        x = x + self._row_code(level_code.index_select(0, tensor_of_chunk), log_scale[tensor_of_chunk])
-        if not self.chunk_order:
-            return self.pool(x, ptr, ptr_host).squeeze(1)
-        if index is None:
-            table = reversed_position_code(positions, x.shape[1], gain.dtype)
-            place = torch.arange(chunks, device=ptr.device) - ptr.index_select(0, tensor_of_chunk)
-            order_code = gain * table.index_select(0, place)
-        else:
-            order_code = gain * reversed_position_code(positions.index_select(0, index), x.shape[1], gain.dtype)
-        return self.pool(x + order_code, ptr, ptr_host).squeeze(1)
-
-    def _is_plain(self) -> bool:
-        """Return whether blocks and pool may be called several times, as hooks and other modules might notice."""
-        blocks = all(is_plain(block, SAB) or is_plain(block, ISAB) for block in self.blocks)
-        return blocks and is_plain(self.pool, PMA)
+        code = level_code.index_select(0, tensor_of_chunk)
+        if self.chunk_order and index is None:
+            table = derived(positions, ("R", width, dtype), lambda: reversed_position_code(positions, width, dtype))
+            code = code + table.index_select(0, places(ptr, chunks))
+        elif self.chunk_order and index is not None:
+            code = code + reversed_position_code(positions.index_select(0, index), width, dtype)
+        x = x + self._row_code(code, log_scale[tensor_of_chunk])
+        return self.pooled(x, ptr, ptr_host, weights)
 
     def _has_tiles(self) -> bool:
         """Return whether a large tensor may go through in tiles: nothing but plain induced blocks."""
@@ -280,10 +312,10 @@ class NetworkEncoder(SetEncoder):
         self.code_gain = nn.Parameter(torch.tensor(INITIAL_CODE_GAIN))
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, ptr: Tensor, ptr_host: Tensor, level_code: Tensor
+        self, x: Tensor, ptr: Tensor, ptr_host: Tensor, level_code: Tensor, weights: StageWeights | None = None
     ) -> Tensor:
         """Encode layer vectors ``x (L, h)`` in networks ``ptr (B+1,)`` to ``(B, h)``.
 
-        ``level_code (L, h)`` is ``P(level)`` of each layer.
+        ``level_code (L, h)`` is ``P(level)`` of each layer; ``weights`` as in :class:`SetEncoder`.
         """
-        return super().forward(x + self.code_gain * level_code, ptr, ptr_host)
+        return super().forward(x + self.code_gain * level_code, ptr, ptr_host, weights)

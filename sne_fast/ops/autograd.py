@@ -5,6 +5,7 @@ Forward and context are apart (`setup_context`), so that one level of `torch.fun
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -235,3 +236,8 @@ class FeedForward(torch.autograd.Function):
         """Call the backward op."""
         grad_sum, *grads = _first_derivative(ctx, "feed_forward", OPS.feed_forward_backward, grad, *ctx.saved_tensors)
         return (grad_sum, grad_sum, *grads)
+
+
+# torch binds the arguments of every call to the signature of `forward`, and would read it anew each time.
+for _function in (_FirstDerivative, GatherChunks, ChunkEncode, SetAttention, SegmentPool, SetBlock, FeedForward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]

@@ -14,6 +14,11 @@ Kernel = Callable[..., Any]
 """Function with the arguments and results of an op's schema."""
 
 
+def never_preferred(op: str, args: Arguments) -> bool:
+    """Return False: ``auto`` asks the backend by its priority alone."""
+    return False
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the ops, declared as ``BACKEND`` in ``sne_fast/backends/NAME/backend.py``.
@@ -49,7 +54,7 @@ class Backend:
     auto_devices: tuple[str, ...] | None = None
     self_test: bool = False
     sources: tuple[Path, ...] = ()
-    preferred: Callable[[str, Arguments], bool] = lambda op, args: False
+    preferred: Callable[[str, Arguments], bool] = never_preferred
     fusions: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     describe: Callable[[], str] = str

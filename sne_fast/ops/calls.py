@@ -22,6 +22,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
+def is_cast(tensor: Tensor) -> bool:
+    """Return whether :func:`autocast` casts a tensor."""
+    device_type = tensor.device.type
+    wanted = torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64
+    return wanted and tensor.dtype != torch.get_autocast_dtype(device_type)
+
+
 def on_host(ptr: Tensor, host: Tensor | None) -> Tensor:
     """Return the copy of a pointer on the CPU."""
     if host is not None:

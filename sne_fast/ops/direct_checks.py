@@ -49,7 +49,8 @@ def set_pointers(
 ) -> None:
     """Check what the pointers of a call of ``set_attention`` hold."""
     pointer_and_copy(op, "q_ptr", q_ptr, q_ptr_host, q.shape[0])
-    pointer_and_copy(op, "k_ptr", k_ptr, k_ptr_host, k.shape[0])
+    if k_ptr is not q_ptr or k_ptr_host is not q_ptr_host or k.shape[0] != q.shape[0]:
+        pointer_and_copy(op, "k_ptr", k_ptr, k_ptr_host, k.shape[0])
 
 
 def direct_call_pointers(op: str, args: Sequence[Any]) -> None:

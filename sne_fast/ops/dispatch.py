@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from . import selftest
-from .backend import Arguments, Backend, Kernel
+from .backend import Arguments, Backend, Kernel, never_preferred
 from .schema import CONSTANT_OPS, FORWARD_OPS, LIBRARY, OPTIONAL_OPS, SCHEMAS
 from .transforms import carries_tangent
 
@@ -190,7 +190,8 @@ def _in_turn(op: str, device: torch.device, args: Arguments) -> list[Backend]:
     backends, _ = _found()
 
     def place(backend: Backend) -> tuple[bool, int]:
-        return not (backend.serves_auto_on(device.type) and backend.preferred(op, args)), -backend.priority
+        asks = backend.preferred is not never_preferred and backend.serves_auto_on(device.type)
+        return not (asks and backend.preferred(op, args)), -backend.priority
 
     return sorted(backends.values(), key=place)
 
@@ -210,14 +211,13 @@ def _choose(op: str, args: Arguments) -> Kernel:
         if reasons:
             raise BackendError(f"{op}: backend {name!r} cannot run it: " + "; ".join(reasons))
         return backends[name].kernels[op]
-    refusals = []
-    for backend in _in_turn(op, device, args):
-        reasons = _auto_reasons(backend, op, device, args)
-        if not reasons:
+    in_turn = _in_turn(op, device, args)
+    for backend in in_turn:
+        if backend.computes_on(device.type) and not _auto_reasons(backend, op, device, args):
             if backend.name == REFERENCE and forward not in ("gather_chunks", *CONSTANT_OPS):  # which are quick enough
                 _warn_of_the_reference(device)
             return backend.kernels[op]
-        refusals.append(f"{backend.name}: {'; '.join(reasons)}")
+    refusals = [f"{backend.name}: {'; '.join(_auto_reasons(backend, op, device, args))}" for backend in in_turn]
     raise BackendError(f"{op}: no backend can run it: " + " | ".join(refusals))
 
 

@@ -189,8 +189,9 @@ def encode_sample(encoder: SNE, batch: WeightBatch, max_chunks: int, seed: int) 
     """
     encoder.check_batch(batch)
     sample = None if encoder.chunk_encoder is None else sample_chunks(batch, max_chunks, seed)
-    layers = encoder.encode_batch_layers(batch, None if sample is None else sample._replace(halves=()))
-    return encoder.join_layers(layers, batch.network_ptr, batch.network_ptr_host)
+    weights = encoder.folded_weights()
+    layers = encoder.encode_batch_layers(batch, None if sample is None else sample._replace(halves=()), weights)
+    return encoder.join_layers(layers, batch.network_ptr, batch.network_ptr_host, weights)
 
 
 def encode_in_pieces(encode: Encode, batch: WeightBatch, weights_at_once: int | None) -> Tensor:

@@ -73,6 +73,17 @@ def test_an_unrolled_loop_runs_less_often(function: Function) -> None:
     assert {function.instructions[at].opcode: times for at, times in runs.items()}["FADD"] == pytest.approx(2)
 
 
+def test_a_loop_may_end_with_the_kernel(tmp_path: Path) -> None:
+    file = tmp_path / "csrc" / "kernel.cu"
+    file.parent.mkdir()
+    file.write_text(SOURCE)
+    rows = [(1, "MOV R1, RZ"), (0, ".L_x_1"), (2, "MOV R2, RZ"), (2, "@P0 EXIT"), (9, "FADD R3, R3, R2"),
+            (2, "BRA `(.L_x_1)")]  # fmt: skip
+    (function,) = parse(listing(file, rows))
+    runs = Flow(function, LOOPS, {}).per_run_of("")
+    assert {function.instructions[at].opcode: times for at, times in runs.items()}["MOV"] == pytest.approx(5)
+
+
 def test_a_loop_that_is_not_in_the_table_is_an_error(function: Function) -> None:
     with pytest.raises(
         RuntimeError, match=r"kernel: the table of loops has no trip count for kernel.cu:3 `for \(int i"

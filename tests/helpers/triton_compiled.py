@@ -21,6 +21,32 @@ ARCHITECTURES = (80, 90, 100)
 ALL_ARCHITECTURES = (80, 86, 90, 100, 120)
 
 
+def unordered_sums(ttir: str) -> list[str]:
+    """Return loads of a kernel's partial sums in a loop without a barrier behind the last store to any.
+
+    Threads need not load the elements that they have stored, and loads may be put ahead of stores where no barrier is.
+    """
+    sums = set(re.findall(r"(%\w+): !tt\.ptr<[^>]*>[^,]*?loc\(\"\w+_part\"", ttir))
+    loops, ordered, found = [], False, []
+    for line in ttir.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if "scf.for" in line:
+            loops.append(depth)
+            ordered = False
+        elif loops and line.lstrip().startswith("}") and depth == loops[-1]:
+            loops.pop()
+        elif "barrier" in line:
+            ordered = True
+        result, _, rest = line.partition(" = ")
+        operands = sums & set(re.findall(r"%\w+", rest or line))
+        if operands and "tt.load" not in line:
+            sums |= set(re.findall(r"%\w+", result)) if rest else set()
+            ordered &= "tt.store" not in line
+        elif operands and loops and not ordered:
+            found.append(line.strip())
+    return found
+
+
 @dataclass(frozen=True)
 class Compiled:
     """``local_bytes``: spills, local arrays per thread; ``shared_bytes``: per block, with what is sized at launch."""
@@ -70,11 +96,17 @@ def compile_kernel(
         arch: 80, 90, 100, 120.
         divisible: names of arguments known to be multiples of 16, as torch's pointers are; None for all pointers.
         maxnreg: the most registers of a thread; None for as many as the compiler takes.
+
+    Raises:
+        AssertionError: the kernel adds to memory atomically, in an order that differs from run to run, or to its own
+            partial sums without a barrier.
     """
     kernel = compile_for(
         fn, signature, constexprs, arch, divisible=divisible, num_warps=num_warps, num_stages=num_stages,
         maxnreg=maxnreg,
     )  # fmt: skip
+    assert "tt.atomic" not in kernel.asm["ttir"], fn.__name__
+    assert unordered_sums(kernel.asm["ttir"]) == [], fn.__name__
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])

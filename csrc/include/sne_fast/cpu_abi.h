@@ -3,16 +3,16 @@
  * sne_fast/backends/cpu/library.py mirrors these structs with ctypes, field by field. Whoever changes one changes the
  * other and raises SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major, of float or
  * double as `dtype` says. SNE_FAST_BF16 means arrays of float, and operands of the large products rounded to bfloat16
- * with float sums: chunk_encode and product_rate take it where the instruction set is avx512_bf16 or amx_bf16. Every
- * call is reentrant, and its results do not depend on `num_threads`. Sizes and pointers are checked before anything is
- * read through them: what does not fit is SNE_FAST_BAD_ARGUMENT, and nothing is written. The caller answers for the
- * arrays having the sizes that it states. */
+ * with float sums: chunk_encode, set_block and product_rate take it where the instruction set is avx512_bf16 or
+ * amx_bf16. Every call is reentrant, and its results do not depend on `num_threads`. Sizes and pointers are checked
+ * before anything is read through them: what does not fit is SNE_FAST_BAD_ARGUMENT, and nothing is written. The caller
+ * answers for the arrays having the sizes that it states. */
 #ifndef SNE_FAST_CPU_ABI_H
 #define SNE_FAST_CPU_ABI_H
 
 #include <stdint.h>
 
-#define SNE_FAST_CPU_ABI 5
+#define SNE_FAST_CPU_ABI 6
 
 #if defined(_WIN32)
 #define SNE_FAST_API __declspec(dllexport)
@@ -90,7 +90,8 @@ typedef struct {
 #define SNE_FAST_WIDEST_ROW 1024
 
 /* set_block: projections of rows of width dim_q and dim_k (multiples of 16, at most SNE_FAST_WIDEST_ROW), the attention
- * of set_attention, and a feed-forward layer (docs/method.md, Set blocks). The backward does not read `out`. */
+ * of set_attention, and a feed-forward layer (docs/method.md, Set blocks). The backward does not read `out`. With
+ * SNE_FAST_BF16 products are of float where dim_q or dim_k is no multiple of 32, or rows are fewer than 256 in all. */
 typedef struct {
   int64_t num_sets, rows_q, rows_k, dim_q, dim_k, hidden, heads, layer_norm, num_threads;
   const int64_t *q_ptr, *k_ptr;

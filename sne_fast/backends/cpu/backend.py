@@ -65,6 +65,11 @@ def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
+def _like(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the results, each in the dtype of its input."""
+    return tuple(r if r.dtype is t.dtype else r.to(t.dtype) for r, t in zip(results, inputs, strict=True))
+
+
 def _products(dtype: torch.dtype) -> int:
     """Return the library's dtype for a call on tensors of ``dtype``: bfloat16 where the processor multiplies it."""
     if dtype == torch.bfloat16 and library.multiplies_bf16():
@@ -112,12 +117,10 @@ def chunk_encode_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
     """Compute the op ``chunk_encode_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     struct, dtype, kept = _chunk_encode_args("chunk_encode_backward", args, grad)
     grad = _ready(grad, dtype)
-    inputs = (args[0], *args[5:])
-    grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
+    grads = [torch.empty_like(t) for t in kept[:-2]]
     pointers = library.ChunkEncodeGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
     _run("chunk_encode_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
-    del kept
-    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    return _like(grads, (args[0], *args[5:]))
 
 
 # ------------------------------------------------------------------------------------------------------ set_attention
@@ -168,7 +171,7 @@ def set_attention_backward(
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
     pointers = library.SetAttentionGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
     _run(op, library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
-    return tuple(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
+    return _like(grads, (q, k, v))
 
 
 # ------------------------------------------------------------------------------------------------------- segment_pool
@@ -197,7 +200,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
 
 def segment_pool_backward(
     grad: Tensor, x: Tensor, logits: Tensor, out: Tensor, lse: Tensor, ptr: Tensor, ptr_host: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Compute the op ``segment_pool_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool_backward", x, logits, ptr, ptr_host)
     direct_checks.pointer_and_copy("segment_pool_backward", "ptr", ptr, ptr_host, x.shape[0])
@@ -215,7 +218,7 @@ def segment_pool_backward(
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
     pointers = library.SegmentPoolGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
     _run("segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
-    return grads[0].to(x.dtype), grads[1].to(logits.dtype)
+    return _like(grads, (x, logits))
 
 
 # ---------------------------------------------------------------------------------------------------------- set_block
@@ -230,7 +233,7 @@ def _set_block_args(op: str, args: Sequence[Any], grad: Tensor | None = None) ->
     if grad is not None:
         checks.saved(op, "grad", grad, (q.shape[0], h), q.device)
     dtype = accumulate_dtype(q.dtype)
-    kept = [q_host.contiguous(), k_host.contiguous(), *(_ready(t, dtype) for t in (q, k, *parameters))]
+    kept = [q_host.contiguous(), k_host.contiguous(), *[_ready(t, dtype) for t in (q, k, *parameters)]]
     struct = library.SetBlockArgs(
         q_ptr.shape[0] - 1, q.shape[0], k.shape[0], q.shape[1], k.shape[1], h, heads, int(parameters[-1].shape[0] > 0),
         library.num_threads(), *(t.data_ptr() for t in kept),
@@ -243,19 +246,18 @@ def set_block(*args: Any) -> Tensor:
     struct, dtype, _kept = _set_block_args("set_block", args)
     out = torch.empty(struct.rows_q, struct.hidden, dtype=dtype)
     struct.out = out.data_ptr()
-    _run("set_block", library.DTYPES[dtype], ctypes.byref(struct))
+    _run("set_block", _products(args[0].dtype), ctypes.byref(struct))
     return out.to(args[0].dtype)
 
 
 def set_block_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Compute the op ``set_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
-    struct, dtype, _kept = _set_block_args("set_block_backward", args, grad)
+    struct, dtype, kept = _set_block_args("set_block_backward", args, grad)
     grad = _ready(grad, dtype)
-    inputs = (*args[:2], *args[6:-1])
-    grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
+    grads = [torch.empty_like(t) for t in kept[2:]]
     pointers = library.SetBlockGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
-    _run("set_block_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
-    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    _run("set_block_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
+    return _like(grads, (*args[:2], *args[6:-1]))
 
 
 # ------------------------------------------------------------------------------------------------------ gather_chunks

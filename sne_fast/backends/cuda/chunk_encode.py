@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...ops import devices
 from ...ops.backend import Arguments
+from ...ops.pointer_facts import owners
 from ...ops.schema import CHUNK_PARAMETERS, named
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.chunks import CLASSES as ALL_CLASSES
-from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
+from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, plan_chunks
 from . import library
 
 BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops.pointer_facts import derived
+
 LONGEST_CHUNK = 256
 LONGEST_SHARED = 16
 SHARED_STARTS = LONGEST_CHUNK + 2
@@ -81,11 +83,20 @@ class ChunkPlan:
 
 def count_lengths(chunk_ptr_host: Tensor) -> np.ndarray:
     """Return the number of chunks of each length, 0 to 256, from the host's pointers ``(N+1,)``."""
-    return np.bincount(np.diff(chunk_ptr_host.numpy()), minlength=LONGEST_CHUNK + 1)
+
+    def count() -> np.ndarray:
+        return np.bincount(np.diff(chunk_ptr_host.numpy()), minlength=LONGEST_CHUNK + 1)
+
+    return derived(chunk_ptr_host, "counts of lengths", count)
 
 
 def plan_chunks(chunk_ptr: Tensor, counts: np.ndarray) -> ChunkPlan:
     """Order the chunks by length; ``counts`` is the result of :func:`count_lengths`."""
+    order, table = derived(chunk_ptr, "order by length", lambda: _order_and_table(chunk_ptr))
+    return ChunkPlan(order, table, counts)
+
+
+def _order_and_table(chunk_ptr: Tensor) -> tuple[Tensor, Tensor]:
     # Lengths of 1 to 256 fit a byte, which the device sorts in one pass.
     lengths, order = torch.sort((chunk_ptr.diff() - 1).to(torch.uint8), stable=True)
     steps = torch.arange(LONGEST_CHUNK + 1, device=chunk_ptr.device)
@@ -95,10 +106,4 @@ def plan_chunks(chunk_ptr: Tensor, counts: np.ndarray) -> ChunkPlan:
     per_bin = CLASSES[0].slots // short
     filled = (first[2 : LONGEST_SHARED + 2] - first[1 : LONGEST_SHARED + 1] + per_bin - 1) // per_bin
     starts = filled.cumsum(0) - filled
-    return ChunkPlan(order, torch.cat([first, total, starts]), counts)
-
-
-def owners(tensor_ptr: Tensor, chunks: int) -> Tensor:
-    """Return the tensor of each chunk, ``(chunks,)``."""
-    ids = torch.arange(tensor_ptr.shape[0] - 1, device=tensor_ptr.device)
-    return torch.repeat_interleave(ids, tensor_ptr.diff(), output_size=chunks)
+    return order, torch.cat([first, total, starts])

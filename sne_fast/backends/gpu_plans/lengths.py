@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from ...ops.pointer_facts import derived
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -19,6 +21,10 @@ class Lengths:
     @classmethod
     def of(cls, ptr_host: Tensor) -> Lengths:
         """Measure the sets of one pointer."""
+        return derived(ptr_host, "lengths of sets", lambda: cls._of(ptr_host))
+
+    @classmethod
+    def _of(cls, ptr_host: Tensor) -> Lengths:
         lengths = np.diff(ptr_host.numpy())
         rows = int(lengths.sum())
         if not rows:

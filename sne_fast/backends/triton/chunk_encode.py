@@ -7,9 +7,10 @@ import triton
 from torch import Tensor
 
 from ...ops.backend import Arguments
+from ...ops.pointer_facts import owners
 from ...ops.schema import named
 from ...ops.supported_widths import width_reasons
-from ..gpu_plans.chunks import LONGEST_CHUNK, count_lengths, owners, plan_chunks
+from ..gpu_plans.chunks import LONGEST_CHUNK, count_lengths, plan_chunks
 from .chunk_encode_backward import chunk_encode_backward
 from .chunk_encode_kernels import chunk_encode_kernel
 from .chunk_encode_staged import staged_forward

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...ops.pointer_facts import owners
 from ...ops.schema import CHUNK_PARAMETERS, accumulate_dtype
-from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, owners, plan_chunks
+from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, plan_chunks
 from .chunk_encode_backward_kernels import (
     block_backward_kernel,
     codes_backward_kernel,
@@ -142,12 +144,14 @@ def _fused(
     width, classes = weights[-1].shape[1], list(plan.classes(FUSED_CLASSES))
     max_bins = max(-(-bins // BIN_MULTIPLE) for _, bins in classes) * BIN_MULTIPLE
     programs = min(programs_of(values.device), max_bins)
-    parts = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, weight in zip(CHUNK_PARAMETERS[1:], weights[1:], strict=True):
         shape = tuple(weight.shape)
         count = programs if name in MATRICES else PROGRAMS_PER_SUM * programs
-        shape = (shape[0], count, *shape[1:]) if name in BY_BLOCK else (count, *shape)
-        parts[name] = chunk_grad.new_zeros(shape)
+        shapes[name] = (shape[0], count, *shape[1:]) if name in BY_BLOCK else (count, *shape)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    zeros = chunk_grad.new_zeros(sum(sizes)).split(sizes)
+    parts = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), zeros, strict=True)}
     call = _Call(grad, values, chunk_ptr, owner, plan, weights, programs, parts, values_grad, chunk_grad)
     for slot_class, bins in classes:
         # Slabs consist of whole rounds of tiles, so that all programs end together.

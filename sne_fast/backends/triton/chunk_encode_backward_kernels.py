@@ -117,7 +117,7 @@ def pool_backward_kernel(
 
 @triton.jit
 def feed_forward_backward(
-    b_grad,
+    rows_grad,
     b_res,
     w_o,
     b_o,
@@ -131,10 +131,10 @@ def feed_forward_backward(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Compute ``feed_forward`` again and turn the gradient of its result [M, h] into that of its input ``b_res``.
+    """Compute ``feed_forward`` again and return the gradient of its input ``b_res`` [M, h].
 
-    Leaves the factors of fc_o's gradient in planes 3 and 4 of ``products``, for ``weight_grad_kernel``, and adds up the
-    gradients of the norms.
+    That of its result is read from ``rows_grad`` late, as registers are short before. Leaves the factors of fc_o's
+    gradient in planes 3 and 4 of ``products``, for ``weight_grad_kernel``, and adds up the gradients of the norms.
     """
     operand = w_o.dtype.element_ty
     if LAYER_NORM:
@@ -144,13 +144,19 @@ def feed_forward_backward(
     b_z = linear(b_res.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
     if LAYER_NORM:
         b_unit1, b_rstd1 = normed(add_relu(b_res, b_z), WIDTH)
-        b_grad = layer_norm_backward(b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, norm_part + 2 * WIDTH, WIDTH, ACC)
+    b_grad = load_rows(rows_grad, i_row, WIDTH)  # [M, h]
+    if LAYER_NORM:
+        b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, WIDTH, ACC)
+        add_to(norm_part + 2 * WIDTH, b_gain_grad, WIDTH)
+        add_to(norm_part + 3 * WIDTH, b_bias_grad, WIDTH)
     b_z_grad = tl.where(b_z <= 0, 0.0, b_grad)
     b_z_grad = b_z_grad.to(operand)
     save_rows(products + 3 * slab_rows * WIDTH, i_row, b_z_grad, WIDTH)
     b_grad += tl.dot(b_z_grad, matrix(w_o, WIDTH), input_precision=PRECISION, out_dtype=ACC)
     if LAYER_NORM:
-        b_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, norm_part, WIDTH, ACC)
+        b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, WIDTH, ACC)
+        add_to(norm_part, b_gain_grad, WIDTH)
+        add_to(norm_part + WIDTH, b_bias_grad, WIDTH)
     return b_grad
 
 
@@ -193,7 +199,7 @@ def block_backward_kernel(
     i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     norm_part += i_program * 4 * WIDTH
     i_row_bin, i_slot = row_slots(BINS, SLOTS)
-    for i_tile in range(i_program, tiles, programs):
+    for i_tile in tl.range(i_program, tiles, programs, disable_licm=True):  # addresses ahead of it would be spilled
         i_row = i_tile * ROWS + i_row_bin * SLOTS + i_slot
         i_heads_bin = first_bin + i_tile * BINS + tl.arange(0, BINS * HEADS) % BINS
         m_keys = attends(chunk_ptr, order, table, i_heads_bin, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK)
@@ -210,9 +216,8 @@ def block_backward_kernel(
         b_attended = tl.dot(b_p, b_v, input_precision=PRECISION, out_dtype=ACC)
         b_res = b_q_rows + from_heads(b_attended, BINS, SLOTS, HEADS)  # [M, h]
 
-        b_grad = load_rows(rows_grad, i_row, WIDTH)  # [M, h]
         b_res_grad = feed_forward_backward(
-            b_grad, b_res, w_o, b_o, norm, norm_part, products, slab_rows, i_row,
+            rows_grad, b_res, w_o, b_o, norm, norm_part, products, slab_rows, i_row,
             LAYER_NORM, WIDTH, PRECISION, ACC,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from .chunk_encode_backward_kernels import feed_forward_backward
 from .chunk_tiles import LOG2E, row_slots
 from .scalar_tiles import by_slot, halves, load_basis, scalar_factors, scalar_rows, scalar_softmax, tile_values
-from .tiles import add_to, load_rows
+from .tiles import add_to
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def scalar_backward_kernel(
     b_basis_sum = tl.zeros((COLUMNS, WIDTH), ACC)
     b_basis = load_basis(basis, HEADS, WIDTH, COLUMNS)
     i_row_bin, i_slot = row_slots(BINS, SLOTS)
-    for i_tile in range(i_program, tiles, programs):
+    for i_tile in tl.range(i_program, tiles, programs, disable_licm=True):  # addresses ahead of it would be spilled
         i_row = i_tile * ROWS + i_row_bin * SLOTS + i_slot
         b_x, b_keys, m_keys, i_value, i_chunk, i_element, m_element, m_own = tile_values(
             values, chunk_ptr, order, table, first_bin + i_tile * BINS, MIN_LENGTH, MAX_LENGTH, SLOTS, MULTI_CHUNK,
@@ -77,9 +77,8 @@ def scalar_backward_kernel(
         )  # fmt: skip
         b_factors = scalar_factors(b_x, b_keys, m_keys, logit, HEADS, UNMASKED, ACC)  # [M, C]
         b_res = scalar_rows(b_factors, b_basis, ACC)  # [M, h]
-        b_grad = load_rows(rows_grad, i_row, WIDTH)  # [M, h]
         b_grad = feed_forward_backward(
-            b_grad, b_res, w_o, b_o, norm, norm_part, products, slab_rows, i_row,
+            rows_grad, b_res, w_o, b_o, norm, norm_part, products, slab_rows, i_row,
             LAYER_NORM, WIDTH, PRECISION, ACC,
         )  # fmt: skip
         b_grad = b_grad.to(operand)

@@ -116,8 +116,8 @@ def feed_forward_backward(
             b_part, norm_part = call.parts["b_o"][0], call.parts["norm"][0]
         else:
             programs = plan.programs(attended)
-            w_part = attended.new_empty((programs, h, h), dtype=acc)
-            b_part, norm_part = (attended.new_zeros((programs, *s), dtype=acc) for s in ((h,), (4, h)))
+            shapes = ((h, h), (h,), (4, h))
+            w_part, b_part, norm_part = (attended.new_empty((programs, *s), dtype=acc) for s in shapes)
             kernels.backward_kernel[(programs,)](
                 grad, q, attended, *parameters, sum_grad, w_part, b_part, norm_part, rows, plan.tiles(rows),
                 **plan.constants, **plan.sizes.options,

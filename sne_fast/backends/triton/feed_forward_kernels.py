@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import add_relu, add_to, layer_norm, layer_norm_backward, matrix, normed, transposed, vector
+from .tiles import add_relu, layer_norm, layer_norm_backward, matrix, normed, transposed, vector
 
 
 @triton.jit
@@ -114,10 +114,9 @@ def backward_kernel(
     operand = w_o.dtype.element_ty
     i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     i_column = tl.arange(0, WIDTH)
-    b_part += i_program * WIDTH
-    norm_part += i_program * 4 * WIDTH
     b_w = matrix(w_o, WIDTH)  # [h, h]
-    b_w_sum = tl.zeros((WIDTH, WIDTH), ACC)
+    b_w_sum, b_b_sum = tl.zeros((WIDTH, WIDTH), ACC), tl.zeros((WIDTH,), ACC)
+    b_gain0_sum, b_bias0_sum, b_gain1_sum, b_bias1_sum = b_b_sum, b_b_sum, b_b_sum, b_b_sum
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_row = i_tile * ROWS + tl.arange(0, ROWS)
         m_row = i_row < rows
@@ -131,14 +130,26 @@ def backward_kernel(
         b_grad = tl.load(grad + i_value, mask=m_row[:, None], other=0).to(ACC)  # [M, h]
         if LAYER_NORM:
             b_unit1, b_rstd1 = normed(add_relu(b_o_in, b_z), WIDTH)
-            b_grad = layer_norm_backward(b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, norm_part + 2 * WIDTH, WIDTH, ACC)
+            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(
+                b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, WIDTH, ACC
+            )
+            b_gain1_sum += b_gain_grad
+            b_bias1_sum += b_bias_grad
         b_z_grad = tl.where(b_z <= 0, 0.0, b_grad)
-        add_to(b_part, tl.sum(b_z_grad, 0), WIDTH)
+        b_b_sum += tl.sum(b_z_grad, 0)
         b_z_grad = b_z_grad.to(operand)
         b_w_sum = tl.dot(tl.trans(b_z_grad), b_seen, b_w_sum, input_precision=PRECISION, out_dtype=ACC)
         b_grad = tl.dot(b_z_grad, b_w, b_grad, input_precision=PRECISION, out_dtype=ACC)
         if LAYER_NORM:
-            b_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, norm_part, WIDTH, ACC)
+            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, WIDTH, ACC)
+            b_gain0_sum += b_gain_grad
+            b_bias0_sum += b_bias_grad
         tl.store(sum_grad + i_value, b_grad.to(sum_grad.dtype.element_ty), mask=m_row[:, None])
     p_w_part = w_part + i_program * WIDTH * WIDTH + i_column[:, None] * WIDTH + i_column[None, :]
     tl.store(p_w_part, b_w_sum)
+    tl.store(b_part + i_program * WIDTH + i_column, b_b_sum)
+    p_norm_part = norm_part + i_program * 4 * WIDTH + i_column
+    tl.store(p_norm_part, b_gain0_sum)
+    tl.store(p_norm_part + WIDTH, b_bias0_sum)
+    tl.store(p_norm_part + 2 * WIDTH, b_gain1_sum)
+    tl.store(p_norm_part + 3 * WIDTH, b_bias1_sum)

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...ops.pointer_facts import derived
 from .launches import next_power_of_2, on_device, triton_dtype
 from .pieces_kernels import sum_pieces_kernel, sum_rows_kernel
 
@@ -52,5 +53,6 @@ def sum_over_sets(rows: Tensor, ptr: Tensor) -> Tensor:
         rows, ptr, partial, sets, BLOCK=SUM_BLOCK, STEP=SUM_STEP, WIDTH=width,
         ACC=triton_dtype(rows.dtype), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    sum_pieces(partial, out, ptr, torch.arange(sets + 1, device=rows.device), SUM_BLOCK)
+    places = derived(ptr, "places of sums", lambda: torch.arange(sets + 1, device=rows.device))
+    sum_pieces(partial, out, ptr, places, SUM_BLOCK)
     return out

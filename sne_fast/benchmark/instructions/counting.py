@@ -47,6 +47,7 @@ class Chip:
 CHIPS = {
     "h100": Chip("H100 SXM", 132, 1.755),
     "h200": Chip("H200", 132, 1.755),
+    "b200": Chip("B200", 148, 1.85, matrix_operations=8192),
     "a100": Chip("A100 SXM", 108, 1.41, matrix_operations=2048, shared_memory=164 << 10),
 }
 

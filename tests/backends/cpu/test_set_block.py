@@ -72,7 +72,7 @@ def test_numbers_of_rows(isa, lengths: tuple[list[int], list[int]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_types_lose_at_most_twice_what_pytorch_does(dtype: torch.dtype) -> None:
+def test_half_types_by_float_products_lose_at_most_twice_what_pytorch_does(isa, dtype: torch.dtype) -> None:
     case = tuple(t.to(dtype) if t.is_floating_point() else t for t in block_case(*RAGGED, (32, 32, 32)))
     args, grad = arguments(case, 4, dtype), gradient(128, 32).to(dtype)
     want = results(reference, arguments(case, 4), grad.double())

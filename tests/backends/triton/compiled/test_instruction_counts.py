@@ -1,4 +1,4 @@
-"""Executed instructions per 32 weights of the Triton kernels, in machine code for sm_90."""
+"""Executed instructions per 32 weights of the Triton kernels, in machine code for sm_90, and no atomic sums."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.build
 LIMITS = {
     "forward": 13_400,
     "pool backward": 1_090,
-    "block backward": 8_550,
-    "weight gradients": 530,
-    "scalar backward": 9_600,
+    "block backward": 8_780,
+    "weight gradients": 537,
+    "scalar backward": 9_780,
 }
 """Warp instructions per 32 weights at width 64, 4 heads, chunks of 32, bfloat16: what they are, and 2 % on top."""
 
@@ -29,4 +29,5 @@ def test_instructions_stay_below_their_limit(title: str) -> None:
     found = counted(title)
     print(title, found)
     assert found.instructions <= LIMITS[title], found
-    assert title != "forward" or not found.spills, found
+    assert found.float_atomics == 0, found
+    assert title == "block backward" or not found.spills, found
