@@ -15,6 +15,10 @@ _RIDGE = 1e-3
 """Added to the variances within networks, relative to their mean: few views tell little of the smallest ones."""
 
 
+_LARGEST_SCALE = 10.0
+"""Of the values that end in a norm: where training left them all but constant, more would show their rounding."""
+
+
 @torch.no_grad()
 def calibrate(encoder: SNE, batch: WeightBatch, views: Augment, *, count: int = 6, seed: int = 0) -> None:
     """Turn and scale the vectors of an encoder so that views of one network vary alike in all directions.
@@ -25,8 +29,8 @@ def calibrate(encoder: SNE, batch: WeightBatch, views: Augment, *, count: int = 
     With u the mean over a network's tensors of the hidden units of the statistics channel (4h), and W and B the
     covariances of u within and between the training networks, `to_pool` becomes the 2h discriminants of Fisher 1936:
     the directions of largest B relative to W, scaled to a variance of at most 1 within networks. The other h values of
-    z, which end in a norm, are scaled by one number, to at most that variance in any direction. The mean of z over all
-    views becomes 0.
+    z, which end in a norm, are scaled by one number, at most 10, to at most that variance in any direction. The mean of
+    z over all views becomes 0.
 
     Args:
         encoder: with statistics and layer norms, trained or not.
@@ -60,7 +64,7 @@ def calibrate(encoder: SNE, batch: WeightBatch, views: Augment, *, count: int = 
     channel.to_pool.weight.copy_(directions.T)
     channel.to_pool.bias.copy_(-mean[h:] @ directions)
     largest = float(torch.linalg.eigvalsh(within[:h, :h])[-1])
-    scale = largest**-0.5 if largest > 0 else 1.0
+    scale = max(largest, _LARGEST_SCALE**-2) ** -0.5
     norm.weight.mul_(scale)
     norm.bias.copy_(scale * (norm.bias - mean[:h].to(norm.bias)))
 
