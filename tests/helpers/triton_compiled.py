@@ -37,12 +37,14 @@ def unordered_sums(ttir: str) -> list[str]:
             loops.pop()
         elif "barrier" in line:
             ordered = True
-        result, _, rest = line.partition(" = ")
-        operands = sums & set(re.findall(r"%\w+", rest or line))
-        if operands and "tt.load" not in line:
-            sums |= set(re.findall(r"%\w+", result)) if rest else set()
+        made = re.match(r"\s*(%\w+) = (.*)", line)
+        operands = sums & set(re.findall(r"%\w+", made[2] if made else line))
+        if not operands or "tt.func" in line:
+            continue
+        if "tt.load" not in line:
+            sums |= {made[1]} if made else set()
             ordered &= "tt.store" not in line
-        elif operands and loops and not ordered:
+        elif loops and not ordered:
             found.append(line.strip())
     return found
 
