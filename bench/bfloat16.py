@@ -158,7 +158,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def measure_blocks(width: int, networks: int, rounds: int) -> dict[str, Any]:
     """Check the calls of `set_block` for a batch, then time them."""
-    encoder = randomise_(sne_fast.SNE(hidden_dim=width), seed=1)
+    encoder = randomise_(sne_fast.SNE(hidden_dim=width), seed=1).requires_grad_(False)
     batch = encoder.pack([randomise_(zoo_cnn(), seed=seed) for seed in range(networks)]).detach()
     found = calls(encoder, batch, "set_block")
     args = {name: [cast(call, dtype) for call in found] for name, dtype in DTYPES.items()}
