@@ -1,6 +1,7 @@
 """Speed of bfloat16 products on the CPU beside float32, and what they change in the vectors of an encoder.
 
-python bench/bfloat16.py             # writes bench/results/cpu_bfloat16.json
+python bench/bfloat16.py             # writes bench/results/cpu_bfloat16.json and cpu_bfloat16_set_block.json
+python bench/bfloat16.py --cases     # the second alone
 python bench/bfloat16.py --rounds 2 --show
 
 On a processor that multiplies bfloat16. Every round runs the op `chunk_encode` on a case in float32, then the same in
@@ -35,6 +36,7 @@ from sne_fast.ops import functional, functional_set_block, reference
 from sne_fast.reports.machine import machine, processor
 
 RESULT = Path(__file__).parent / "results" / "cpu_bfloat16.json"
+BLOCKS = Path(__file__).parent / "results" / "cpu_bfloat16_set_block.json"
 NAMES = ("zoo", "mixed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -156,7 +158,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def measure_blocks(width: int, networks: int, rounds: int) -> dict[str, Any]:
     """Check the calls of `set_block` for a batch, then time them."""
-    encoder = randomise_(sne_fast.SNE(hidden_dim=width), seed=1)
+    encoder = randomise_(sne_fast.SNE(hidden_dim=width), seed=1).requires_grad_(False)
     batch = encoder.pack([randomise_(zoo_cnn(), seed=seed) for seed in range(networks)]).detach()
     found = calls(encoder, batch, "set_block")
     args = {name: [cast(call, dtype) for call in found] for name, dtype in DTYPES.items()}
@@ -191,21 +193,21 @@ def main() -> None:
     if not library.multiplies_bf16():
         raise SystemExit(f"bfloat16: the instruction set {library.isa()} has no products of bfloat16")
     torch.set_num_threads(1)
-    found = {
-        "machine": machine(),
-        "device": processor(),
-        "instruction_set": library.isa(),
-        "cases": {name: measure(name, options.rounds) for name in options.cases},
-        "set_block": {
+    about = {"machine": machine(), "device": processor(), "instruction_set": library.isa()}
+    results: dict[Path, dict[str, Any]] = {
+        BLOCKS: {
             f"h = {width}, {networks} networks": measure_blocks(width, networks, 3 * options.rounds)
             for width in WIDTHS
             for networks in BATCHES
-        },
+        }
     }
-    if options.show:
-        print(to_json(found))
-    else:
-        write_json(RESULT, found)
+    if options.cases:
+        results[RESULT] = {name: measure(name, options.rounds) for name in options.cases}
+    for path, cases in results.items():
+        if options.show:
+            print(to_json({**about, "cases": cases}))
+        else:
+            write_json(path, {**about, "cases": cases})
 
 
 if __name__ == "__main__":
