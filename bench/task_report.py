@@ -23,6 +23,7 @@ RESULTS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
 DEMO_MARKERS = "<!-- demo:begin -->", "<!-- demo:end -->"
 DEMO_MEASURES = {"tau": "Kendall's tau", "r2": "R2", "mae": "MAE", "rmse": "RMSE"}
 SEEDS = 3
+MEAN = "mean of the training networks"
 # Columns of the README's table. The baselines of every method, ablations included, are in docs/experiments.md.
 SUMMARY = {
     "SNE": "SNE",
@@ -70,6 +71,8 @@ def _curves(folder: Path) -> list[str]:
                 "|---" * (len(sizes) + 1) + "|",
             ]
             for method, curve in curves.items():
+                if method == MEAN:
+                    continue
                 of_size = {point["networks"]: point for point in curve if key in point}
                 cells = [_spread(of_size[size][key]) if size in of_size else "-" for size in sizes]
                 lines.append(f"| {method} | {' | '.join(cells)} |")
@@ -102,6 +105,8 @@ def summary(folder: Path) -> str:
     lines = [f"| Kendall's tau | {' | '.join(SUMMARY.values())} |", f"|---|{'---:|' * len(SUMMARY)}"]
     for results in read(folder):
         for experiment in results["experiments"].values():
+            if columns(experiment) is CLASS_COLUMNS:
+                continue
             shown = []
             for name in SUMMARY:
                 method = experiment["methods"].get(name, {})
