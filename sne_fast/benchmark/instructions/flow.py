@@ -202,14 +202,15 @@ class Flow:
         if others:
             shares[last] = {first: back, others[0]: 1 - back}
             return
-        for number in sorted(body):  # a loop that tests at its beginning, or that a kernel ends in
-            if self.function.instructions[self.blocks[number][1] - 1].name == "EXIT" and self.after[number]:
-                shares[number] = {self.after[number][0][0]: back}
-                return
+        for number in sorted(body):  # a loop that tests at its beginning
             leaving = [to for to, _ in self.after[number] if to not in body]
             staying = [to for to, _ in self.after[number] if to in body]
             if leaving and staying and self.chance[leaving[0]]:
                 shares[number] = {staying[0]: back, leaving[0]: 1 - back}
+                return
+        for number in sorted(body):  # a loop that a kernel ends in
+            if self.function.instructions[self.blocks[number][1] - 1].name == "EXIT" and self.after[number]:
+                shares[number] = {self.after[number][0][0]: back}
                 return
         raise RuntimeError(f"{self.function.name}: a loop without an end")
 
