@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sne_fast.tasks.report import ACCURACY_COLUMNS, CLASS_COLUMNS, COLUMNS, columns, table
+from sne_fast.tasks.baselines import BASELINES
+from sne_fast.tasks.report import ACCURACY_COLUMNS, CLASS_COLUMNS, COLUMNS, cells, columns, table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,7 +24,6 @@ RESULTS_MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
 DEMO_MARKERS = "<!-- demo:begin -->", "<!-- demo:end -->"
 DEMO_MEASURES = {"tau": "Kendall's tau", "r2": "R2", "mae": "MAE", "rmse": "RMSE"}
 SEEDS = 3
-MEAN = "mean of the training networks"
 # Columns of the README's table. The baselines of every method, ablations included, are in docs/experiments.md.
 SUMMARY = {
     "SNE": "SNE",
@@ -60,7 +60,6 @@ def _curves(folder: Path) -> list[str]:
             curves = experiment["by_training_size"]
             wanted = columns(experiment)
             name = "MSE" if wanted is COLUMNS else next(iter(wanted))
-            key = wanted[name]
             sizes = sorted({point["networks"] for curve in curves.values() for point in curve})
             if not sizes:
                 continue
@@ -71,19 +70,11 @@ def _curves(folder: Path) -> list[str]:
                 "|---" * (len(sizes) + 1) + "|",
             ]
             for method, curve in curves.items():
-                if method == MEAN:
+                if method == BASELINES["mean"].name:
                     continue
-                of_size = {point["networks"]: point for point in curve if key in point}
-                cells = [_spread(of_size[size][key]) if size in of_size else "-" for size in sizes]
-                lines.append(f"| {method} | {' | '.join(cells)} |")
+                of_size = {point["networks"]: cells(point, {name: wanted[name]})[0] for point in curve}
+                lines.append(f"| {method} | {' | '.join(of_size.get(size, '-') for size in sizes)} |")
     return lines
-
-
-def _spread(found: Mapping[str, float | None]) -> str:
-    """Return a mean with its standard deviation over seeds, if there are several."""
-    if found["mean"] is None:
-        return "-"
-    return f"{found['mean']:.3g}" + ("" if found["std"] is None else f" ± {found['std']:.2g}")
 
 
 def _rows(folder: Path, wanted: Mapping[str, str]) -> list[str]:

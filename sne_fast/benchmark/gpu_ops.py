@@ -19,6 +19,7 @@ from ..data.batch import WeightBatch
 from ..nn.blocks import MAB
 from ..ops import functional
 from ..ops.dispatch import use_backend
+from ..ops.pointer_facts import owners
 from ..ops.precision import product_precision
 from ..ops.schema import DIFFERENTIABLE_OPS
 from .cases import CASES
@@ -136,7 +137,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, ptr: Tensor, longest: int, heads: i
 def _flex(ptr: Tensor, rows: int, heads: int) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    owner = torch.repeat_interleave(torch.arange(ptr.shape[0] - 1, device=ptr.device), ptr.diff())
+    owner = owners(ptr, rows)
 
     def same_set(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return owner[query] == owner[key]

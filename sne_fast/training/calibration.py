@@ -13,8 +13,6 @@ from .objective import Augment
 
 _RIDGE = 1e-3
 """Added to the variances within networks, relative to their mean: few views tell little of the smallest ones."""
-
-
 _LARGEST_SCALE = 10.0
 """Of the values that end in a norm: where training left them all but constant, more would show their rounding."""
 
