@@ -16,6 +16,7 @@ from ..data.weight_budgets import batches_by_weights
 from ..nn.encoder import SNE
 from ..reports.terminal import for_progress, progress, say
 from ..symmetry import Symmetry, SymmetryError
+from ..training.calibration import calibrate
 from ..training.contrastive import Contrastive, ContrastiveModel, linear_probe
 from ..training.contrastive_fit import fit_contrastive
 from ..training.distributed import World
@@ -50,8 +51,9 @@ def pretrain(
     """Train an encoder without labels, and write `encoder/`, `recipe.json`, `metrics.json` and the log to a folder.
 
     Of a zoo with the column `root`, as :func:`sne_fast.zoo.make_family_zoo` makes it, networks of one root are no
-    negatives of each other, and stay together when networks are held out. With targets, heads on z learn them too.
-    `about` is recorded in `metrics.json` besides.
+    negatives of each other, and stay together when networks are held out. With targets, heads on z learn them too;
+    without, an encoder with statistics is calibrated in the end, for search. `about` is recorded in
+    `metrics.json` besides.
 
     Returns:
         The content of `metrics.json`: losses, and how well linear maps of z predict columns of held-out networks.
@@ -77,11 +79,18 @@ def pretrain(
     if unknown and world.first:
         say(for_progress(console), f"Without permuted views, as symmetries are not known: {unknown}")
 
+    def views_of(rows: list[int]) -> Views:
+        return Views(None if symmetries is None else [symmetries[i] for i in rows])
+
     def objective(rows: list[int]) -> Contrastive:
-        views = Views(None if symmetries is None else [symmetries[i] for i in rows])
         own = {name: of[rows] for name, of in labels.items()}
         return Contrastive(
-            model, views, groups=groups[rows], labels=own, max_chunks=settings.max_chunks, weights_at_once=READ_WEIGHTS
+            model,
+            views_of(rows),
+            groups=groups[rows],
+            labels=own,
+            max_chunks=settings.max_chunks,
+            weights_at_once=READ_WEIGHTS,
         )
 
     probed = {name: labels_of(zoo, name) for name in settings.targets or PROBED if name in zoo.columns}
@@ -118,9 +127,13 @@ def pretrain(
             log=log,
             on_epoch=on_epoch,
         )
+        calibrated = not settings.targets and recipe.statistics != "none"
+        if calibrated:
+            calibrate(encoder, batch[rows], views_of(rows), seed=settings.seed)
         metrics: dict[str, Any] = {
             **about,
             "recipe": recipe.values,
+            "calibrated": calibrated,
             "networks": {name: len(part) for name, part in parts.items()},
             "weights": batch.num_weights,
             "processes": world.size,

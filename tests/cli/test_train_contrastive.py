@@ -7,7 +7,7 @@ import torch
 
 import sne_fast
 from helpers.command_line import call, fails
-from sne_fast.zoo import make_family_zoo
+from sne_fast.zoo import Zoo, make_family_zoo
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
@@ -37,6 +37,21 @@ def test_it_writes_an_encoder_and_resumes(zoo, tmp_path):
     assert encoder([torch.nn.Linear(4, 3)]).shape == (1, 96)
     result = call(*command, "--seed", 1)
     assert result.exit_code == 2 and "seed" in result.stderr
+
+
+def test_without_targets_the_encoder_is_calibrated(zoo, tmp_path):
+    options = ["--objective", "contrastive", "--no-chunks", "--hidden-dim", 32, "--batch-weights", 6000]
+    for name, more in (("calibrated", []), ("plain", ["--target", "family"])):
+        result = call("train", zoo, "-o", tmp_path / name, *options, "--epochs", 1, *more)
+        assert result.exit_code == 0, result.output
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["calibrated"] == (not more)
+    off = {}
+    for name in ("calibrated", "plain"):
+        z = sne_fast.SNE.from_pretrained(tmp_path / name / "encoder").encode(Zoo.open(zoo))[:, 32:].double()
+        off[name] = float(z.mean(0).norm() / z.std(0).norm())
+    # Their mean over views of two thirds of these networks is zero.
+    assert off["calibrated"] < 0.5 < off["plain"], off
 
 
 def test_what_does_not_fit_is_refused(zoo, tmp_path):
