@@ -149,6 +149,7 @@ class TrainSettings:
     )
     jitter: float | None = of_recipe("Canonical units: noise on the keys in training.")
     invariance: float | None = of_recipe("Weight of the logit-invariance loss; not for given units.")
+    ranking: float | None = of_recipe("Weight of the ranking loss: which of two networks has the larger target.")
     relative: bool | None = of_recipe(
         "Replace types and levels by ones that architectures share.", flags=("--relative/--no-relative",)
     )
@@ -199,7 +200,7 @@ class TrainSettings:
     def _unused_without_labels(self) -> list[str]:
         """Return the names of values that training without labels would leave out."""
         recipe, plain = self.chosen, CONTRASTIVE
-        names = ("units", "odd", "jitter", "relative", "invariance")
+        names = ("units", "odd", "jitter", "relative", "invariance", "ranking")
         found = [name for name in names if getattr(recipe, name) != getattr(plain, name)]
         if recipe.input_scale not in ("tensor", "none"):
             found.append("input_scale")

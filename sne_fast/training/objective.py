@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.batch import WeightBatch
 from ..nn.predictor import Predictor
+from .ranking import ranking_loss
 from .settings import FitSettings
 
 Encode = Callable[[WeightBatch], Tensor]
@@ -59,7 +60,7 @@ class Augment(Protocol):
 
 
 class Supervised:
-    """The loss of a predictor's targets, with the logit-invariance loss where the settings give it a weight.
+    """The loss of a predictor's targets, with the ranking and logit-invariance losses that the settings give a weight.
 
     Args:
         predictor: the predictor.
@@ -79,8 +80,11 @@ class Supervised:
         changed = part if self.augment is None else self.augment(part, rows, generator)
         with autocast(settings, weight.device):
             outputs = predictor.head(encode(changed)).to(weight.dtype)
-        losses = predictor.losses(outputs, rows_of(self.goals, rows))
+        goals = rows_of(self.goals, rows)
+        losses = predictor.losses(outputs, goals)
         minimised = losses.sum()
+        if settings.ranking and predictor.loss == "mse":
+            minimised = minimised + settings.ranking * len(rows) * ranking_loss(outputs, goals)
         if settings.invariance:
             with autocast(settings, weight.device):
                 unchanged = predictor.head(encode(part))

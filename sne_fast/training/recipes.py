@@ -48,7 +48,7 @@ def scale_of_predictor(input_scale: InputScale) -> FittedScale | Literal[False]:
     return False if input_scale == "tensor" or input_scale == "none" else input_scale
 
 
-OLDER_VALUES = {"accumulate": 1}
+OLDER_VALUES = {"accumulate": 1, "ranking": 0.0}
 """Values that recipes mean which were saved before these fields existed."""
 
 
@@ -107,6 +107,7 @@ class TrainingRecipe:
     patience: int | None = None
     keep_best: bool = True
     invariance: float = 0.0
+    ranking: float = 0.0
     threads: int | None = 1
 
     def __post_init__(self) -> None:
