@@ -147,6 +147,7 @@ class SetAttention(torch.autograd.Function):
         *tensors, num_heads = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # of lse there is none
         ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:])
         ctx.num_heads = num_heads
 
@@ -178,6 +179,7 @@ class SegmentPool(torch.autograd.Function):
         x, logits, *pointers = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # of lse there is none
         ctx.save_for_backward(x, logits, out, lse, *pointers)
 
     @staticmethod
