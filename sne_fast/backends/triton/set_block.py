@@ -1,4 +1,4 @@
-"""``set_block`` in Triton: short sets of rows that attend to each other by kernels of whole blocks, the others in parts.
+"""``set_block`` in Triton: short sets of rows that attend to each other by kernels of whole blocks, others in parts.
 
 Whole blocks take one launch forward and three backward. In parts, projections are torch's products, and attention and
 feed-forward are the ops of these names. The backward computes the forward again, as nothing but the rows is saved.
@@ -82,7 +82,7 @@ def set_block(
         return q.new_empty((0, w_o.shape[0]))
     with on_device(q):
         if not takes_whole(q, k, q_ptr_host, k_ptr_host, w_o):
-            query, key, value, attended, _ = _attended(q, k, q_ptr, k_ptr, q_ptr_host, k_ptr_host, weights, heads)
+            query, *_, attended, _ = _attended(q, k, q_ptr, k_ptr, q_ptr_host, k_ptr_host, weights, heads)
             return feed_forward(query, attended, *weights[6:])
         x, ptr, *weights = (t.contiguous() for t in (q, q_ptr, *weights))
         out, plan = torch.empty_like(x), Plan.make("forward", x, heads, norm.shape[0] > 0)
