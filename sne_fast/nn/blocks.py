@@ -325,7 +325,12 @@ class PMA(nn.Module):
                 return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).reshape(-1, *self.S.shape[1:])
             (folded,) = fold_stages([((), self)])
             weights = folded.pool
-        (x,) = autocast(x)  # once for both uses
+        (x,) = autocast(x)  # once for all uses
+        one_seed = weights.feed_forward is not None and self.S.shape[1] == 1
+        if one_seed and functional.fuses_pool_block(x, self.mab.num_heads):
+            assert weights.feed_forward is not None
+            query, parameters = weights.query.flatten(), (weights.w_v, weights.b_v, *weights.feed_forward)
+            return functional.pool_block(x, ptr, weights.logits, query, *parameters, ptr_host=ptr_host)[:, None]
         pooled = functional.segment_pool(x, F.linear(x, weights.logits), ptr, ptr_host=ptr_host)
         return self.project(pooled, weights, empty_sets(ptr, ptr_host))
 

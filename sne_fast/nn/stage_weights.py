@@ -52,7 +52,7 @@ class PoolWeights(NamedTuple):
         query: ``fc_q(S)`` and the bias of fc_v, which the attention of a set with rows adds to it: ``(1, k, h)``. It is
             not cast where modules are called, which sum it with the attention in its own dtype.
         w_v: fc_v, ``(H, d, h)``.
-        b_v: its bias, ``(h,)``, which is not cast.
+        b_v: its bias, ``(h,)``, which is not cast where modules are called.
         feed_forward: its other half; None where its modules are called.
     """
 
@@ -144,7 +144,8 @@ def _pool(pool: PMA, logits: Tensor, query: Tensor, b_v: Tensor) -> PoolWeights:
     fused = mab.has_plain_feed_forward() and functional.fuses_feed_forward(mab.fc_o.weight)
     return PoolWeights(
         _group(tuple(logits.shape), logits), _group((1, *query.shape), query) if fused else query[None],
-        _group((heads, h // heads, h), mab.fc_v.weight), b_v, _feed_forward(mab) if fused else None,
+        _group((heads, h // heads, h), mab.fc_v.weight), _group((h,), b_v) if fused else b_v,
+        _feed_forward(mab) if fused else None,
     )  # fmt: skip
 
 

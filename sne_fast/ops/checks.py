@@ -227,6 +227,26 @@ def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor,
     shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
 
 
+def pool_block(
+    op: str, x: Tensor, ptr: Tensor, ptr_host: Tensor, logits: Tensor, query: Tensor, w_v: Tensor, b_v: Tensor,
+    w_o: Tensor, b_o: Tensor, norm: Tensor,
+) -> None:  # fmt: skip
+    """Check the inputs of ``pool_block``."""
+    floating(op, x=x, logits=logits, query=query, w_v=w_v, b_v=b_v, w_o=w_o, b_o=b_o, norm=norm)
+    shape(op, "x", x, "(rows, h)", (None, None))
+    h, norms = x.shape[1], 4 if norm.shape[:1] != (0,) else 0
+    shape(op, "logits", logits, f"(H, h) with h = {h}", (None, h))
+    heads = logits.shape[0]
+    if not heads or h % heads:
+        raise ValueError(f"{op}: logits must have a row for each of H heads, a divisor of h = {h}, got {heads}")
+    shape(op, "w_v", w_v, f"(H, h/H, h) = {(heads, h // heads, h)}", (heads, h // heads, h))
+    for name, tensor in (("query", query), ("b_v", b_v), ("b_o", b_o)):
+        shape(op, name, tensor, f"(h,) with h = {h}", (h,))
+    shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
+    shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+    pointer(op, "ptr", ptr, ptr_host, x.device)
+
+
 def set_block(
     op: str,
     q: Tensor,

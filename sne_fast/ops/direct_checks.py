@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .schema import BLOCK_PARAMETERS, CHUNK_PARAMETERS, named
+from .schema import BLOCK_PARAMETERS, CHUNK_PARAMETERS, POOL_PARAMETERS, named
 
 _SETS = ("q_ptr", "k_ptr", "q_ptr_host", "k_ptr_host")
 
@@ -109,6 +109,9 @@ def direct_call(op: str, args: Sequence[Any]) -> None:
         checks.segment_pool(op, given["x"], given["logits"], given["ptr"], given["ptr_host"])
         pooled = (given["ptr"].shape[0] - 1, given["logits"].shape[1], given["x"].shape[1])
         results = {"grad": pooled, "out": pooled, "lse": pooled[:2]}
+    elif forward == "pool_block":
+        checks.pool_block(op, *(given[name] for name in ("x", "ptr", "ptr_host", *POOL_PARAMETERS)))
+        results = {"grad": (given["ptr"].shape[0] - 1, given["x"].shape[1])}
     elif forward == "feed_forward":
         checks.feed_forward(op, *(given[name] for name in ("q", "attended", "w_o", "b_o", "norm")))
         results = {"grad": tuple(given["q"].shape)}

@@ -64,7 +64,9 @@ def set_block(
         >>> sne_fast.functional.set_block(x, x, ptr, ptr, *parameters, mab.norm_parameters(), num_heads=4).shape
         torch.Size([5, 64])
     """
-    q, k, *parameters = autocast(q, k, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, norm)
+    same = k is q
+    q, *parameters = autocast(q, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, norm)
+    k = q if same else autocast(k)[0]
     q_ptr_host, k_ptr_host = on_host(q_ptr, q_ptr_host), on_host(k_ptr, k_ptr_host)
     pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
     if not torch.compiler.is_compiling():

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference_gather import gather_chunks, gather_chunks_backward, gather_stored
+from .reference_pool import PoolParts, pool_block_backward_in_parts, pool_block_in_parts
 from .reference_statistics import tensor_statistics
 from .schema import accumulate_dtype
 
 __all__ = ["chunk_encode", "chunk_encode_backward", "feed_forward", "feed_forward_backward", "gather_chunks",
-           "gather_chunks_backward", "gather_stored", "segment_pool", "segment_pool_backward", "set_attention",
-           "set_attention_backward", "set_block", "set_block_backward", "tensor_statistics"]  # fmt: skip
+           "gather_chunks_backward", "gather_stored", "pool_block", "pool_block_backward", "segment_pool",
+           "segment_pool_backward", "set_attention", "set_attention_backward", "set_block", "set_block_backward",
+           "tensor_statistics"]  # fmt: skip
 
 LAYER_NORM_EPS = 1e-5
 # Elements of a tile's largest intermediate: 2 MB in float32 stays in a core's cache, which makes eager ops 2.7x faster.
@@ -370,3 +372,23 @@ def set_block_backward(grad: Tensor, q: Tensor, k: Tensor, *args: Any) -> tuple[
     for by_row, rows in ((grad_query, rows_q), (grad_key, rows_k), (grad_value, rows_k)):
         grads += [by_row.mT @ rows, by_row.sum(0)]
     return tuple(g.to(t.dtype) for g, t in zip((*grads, *rest), (q, k, *given), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- pool_block
+
+_POOL_PARTS = PoolParts(segment_pool, segment_pool_backward, feed_forward, feed_forward_backward)
+
+
+def pool_block(x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor) -> Tensor:
+    """Compute a pooling block of one seed on packed sets: pooling per head, projection, feed-forward."""
+    rows, *weights = (t.to(accumulate_dtype(x.dtype)) for t in (x, *parameters))
+    return pool_block_in_parts(_POOL_PARTS, rows, ptr, ptr_host, *weights).to(x.dtype)
+
+
+def pool_block_backward(
+    grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the rows and of the parameters."""
+    out_grad, rows, *weights = (t.to(accumulate_dtype(x.dtype)) for t in (grad, x, *parameters))
+    grads = pool_block_backward_in_parts(_POOL_PARTS, out_grad, rows, ptr, ptr_host, *weights)
+    return tuple(g.to(x.dtype) for g in grads)

@@ -25,6 +25,10 @@ _BLOCK = (
     "Tensor q, Tensor k, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, Tensor w_q, Tensor b_q, "
     "Tensor w_k, Tensor b_k, Tensor w_v, Tensor b_v, Tensor w_o, Tensor b_o, Tensor norm, int num_heads"
 )
+_POOL = (
+    "Tensor x, Tensor ptr, Tensor ptr_host, Tensor logits, Tensor query, Tensor w_v, Tensor b_v, Tensor w_o, "
+    "Tensor b_o, Tensor norm"
+)
 
 SCHEMAS: dict[str, str] = {
     "gather_chunks": "(Tensor[] tensors, Tensor scale, Tensor plan, ScalarType dtype) -> Tensor",
@@ -50,6 +54,8 @@ SCHEMAS: dict[str, str] = {
     "feed_forward_backward": f"(Tensor grad, {_FEED_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     "set_block": f"({_BLOCK}) -> Tensor",
     "set_block_backward": f"(Tensor grad, {_BLOCK}) -> ({', '.join(['Tensor'] * 11)})",
+    "pool_block": f"({_POOL}) -> Tensor",
+    "pool_block_backward": f"(Tensor grad, {_POOL}) -> ({', '.join(['Tensor'] * 8)})",
     "tensor_statistics": "(Tensor values, Tensor start, Tensor scale, Tensor dims, Tensor start_host) -> Tensor",
     "gather_stored": "(Tensor[] buffers, Tensor table, Tensor scale, int num_values, ScalarType dtype) -> Tensor",
 }
@@ -79,9 +85,11 @@ CHUNK_PARAMETERS = argument_names("chunk_encode")[5:]
 """Names of the folded parameters of ``chunk_encode``, which follow values and pointers."""
 BLOCK_PARAMETERS = argument_names("set_block")[6:-1]
 """Names of the parameters of ``set_block``, which follow rows and pointers."""
+POOL_PARAMETERS = argument_names("pool_block")[3:]
+"""Names of the parameters of ``pool_block``, which follow rows and pointer."""
 
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
-OPTIONAL_OPS = ("feed_forward", "set_block")
+OPTIONAL_OPS = ("feed_forward", "set_block", "pool_block")
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
 CONSTANT_OPS = ("tensor_statistics", "gather_stored")
 """Ops without a gradient, called once per network: the reference computes them where a backend has no kernel."""
@@ -160,6 +168,14 @@ def _set_block_backward(grad: Tensor, q: Tensor, k: Tensor, *args: Any) -> tuple
     return _fake_like(q, k, *args[4:-1])
 
 
+def _pool_block(x: Tensor, ptr: Tensor, *args: Tensor) -> Tensor:
+    return x.new_empty((ptr.shape[0] - 1, x.shape[1]))
+
+
+def _pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(x, *args)
+
+
 def _tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
     return values.new_empty((scale.shape[0], STATISTICS), dtype=accumulate_dtype(values.dtype))
 
@@ -181,6 +197,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "feed_forward_backward": _feed_forward_backward,
     "set_block": _set_block,
     "set_block_backward": _set_block_backward,
+    "pool_block": _pool_block,
+    "pool_block_backward": _pool_block_backward,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import sne_fast
-from helpers.op_cases import ChunkCase, attention_case, block_case, feed_forward_case, pointer, pool_case
+from helpers.op_cases import (
+    ChunkCase,
+    attention_case,
+    block_case,
+    feed_forward_case,
+    pointer,
+    pool_block_case,
+    pool_case,
+)
 from sne_fast import functional as F
 from sne_fast.ops import functional
 from sne_fast.ops.schema import CHUNK_PARAMETERS, SCHEMAS
@@ -49,6 +57,10 @@ def host_args(op: str) -> tuple:
         q, k, q_ptr, k_ptr, *parameters = block_case([2, 3], [4, 1])
         args = (q, k, q_ptr, k_ptr, q_ptr.clone(), k_ptr.clone(), *parameters, 2)
         return args if op == "set_block" else (torch.randn(5, 8, dtype=torch.float64), *args)
+    if op.startswith("pool_block"):
+        x, ptr, *parameters = pool_block_case([2, 0, 3], 8, 2)
+        args = (x, ptr, ptr.clone(), *parameters)
+        return args if op == "pool_block" else (torch.randn(3, 8, dtype=torch.float64), *args)
     if op == "tensor_statistics":
         dims = torch.tensor([[3, 2, 2, 4, 3, 1], [5, 0, 1, 4, 3, 0]])
         start = torch.tensor([0, 12, 17])
