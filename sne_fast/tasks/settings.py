@@ -173,6 +173,8 @@ class TrainSettings:
     weight_decay: float | None = of_recipe("Weight decay of matrices.")
     patience: int | None = of_recipe("Epochs without improvement after which training ends.")
     amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
+    buckets: bool = option(False, help="Pad the batches, so that their sizes repeat.")
+    capture: bool = option(False, help="Replay steps of sizes that repeat as CUDA graphs; pads as --buckets does.")
     max_memory: str | None = option(
         None,
         help="Memory that the networks may take, such as 8G or 500M; a zoo that needs more is read in every epoch.",
@@ -186,8 +188,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_choices(self, "train")
         _ = self.chosen
-        if self.objective == "contrastive" and (self.stack or self.max_memory is not None or self.workers):
-            raise ValueError("train: --stack, --max-memory and --workers are for predictors of targets")
+        for_targets = (self.stack, self.max_memory is not None, self.workers, self.buckets, self.capture)
+        if self.objective == "contrastive" and any(for_targets):
+            names = "--stack, --max-memory, --workers, --buckets and --capture"
+            raise ValueError(f"train: {names} are for predictors of targets")
         if self.objective == "contrastive" and (unused := self._unused_without_labels()):
             raise ValueError(
                 f"train: the contrastive objective has no use for {', '.join(unused)}; leave their defaults"

@@ -142,10 +142,13 @@ class TrainingRecipe:
         own = {name: getattr(self, name) for name in names}
         return {**own, "scale": self.scale, "element_order": self.order, "chunk_order": self.order}
 
-    def fit_settings(self, seed: int = 0, amp: AmpDtype | None = None) -> FitSettings:
-        """Return the settings of :func:`sne_fast.training.fit`."""
-        names = {field.name for field in dataclasses.fields(FitSettings)} - {"seed", "amp"}
-        return FitSettings(**{name: getattr(self, name) for name in names}, seed=seed, amp=amp)
+    def fit_settings(
+        self, seed: int = 0, amp: AmpDtype | None = None, buckets: bool = False, capture: bool = False
+    ) -> FitSettings:
+        """Return the settings of :func:`sne_fast.training.fit`; those that are given are no part of a recipe."""
+        given = {"seed": seed, "amp": amp, "buckets": buckets, "capture": capture}
+        names = {field.name for field in dataclasses.fields(FitSettings)} - set(given)
+        return FitSettings(**{name: getattr(self, name) for name in names}, **given)  # type: ignore[arg-type]
 
     def replace(self, **changes: Any) -> TrainingRecipe:
         """Return the recipe with some values changed."""

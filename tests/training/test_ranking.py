@@ -8,7 +8,7 @@ from torch import nn
 
 import sne_fast
 from sne_fast.training import FitSettings, fit
-from sne_fast.training.ranking import ranking_loss
+from sne_fast.training.ranking import ranking_losses
 
 
 def by_loops(outputs, goals):
@@ -31,14 +31,18 @@ def test_it_is_the_mean_over_pairs(networks, targets):
     outputs = torch.randn(networks, targets, generator=generator, dtype=torch.float64, requires_grad=True)
     goals = torch.randn(networks, targets, generator=generator, dtype=torch.float64)
     goals[1] = goals[0]  # a tie, which costs nothing
-    assert ranking_loss(outputs, goals).item() == pytest.approx(by_loops(outputs, goals), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda o: ranking_loss(o, goals), outputs)
+    losses = ranking_losses(outputs, goals)
+    assert losses.mean().item() == pytest.approx(by_loops(outputs, goals), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda o: ranking_losses(o, goals), outputs)
+    padded = [torch.cat([of, torch.full((3, targets), 9.0)]) for of in (outputs, goals)]
+    found = ranking_losses(*padded, real=torch.arange(networks + 3) < networks)
+    torch.testing.assert_close(found, torch.cat([losses, losses.new_zeros(3)]))
 
 
 def test_one_network_has_no_pairs_and_far_outputs_stay_finite():
     outputs = torch.tensor([[1e6], [-1e6]], requires_grad=True)
-    assert ranking_loss(outputs[:1], torch.zeros(1, 1)) == 0
-    loss = ranking_loss(outputs, torch.tensor([[-1.0], [1.0]]))
+    assert ranking_losses(outputs[:1], torch.zeros(1, 1)).tolist() == [0]
+    loss = ranking_losses(outputs, torch.tensor([[-1.0], [1.0]])).mean()
     loss.backward()
     assert loss.item() == pytest.approx(8e6) and outputs.grad.isfinite().all()
 

@@ -114,7 +114,8 @@ def test_files_that_are_no_recipe_are_told(tmp_path: Path) -> None:
 
 
 def test_a_recipe_names_all_settings_of_the_loop() -> None:
-    names = {field.name for field in dataclasses.fields(FitSettings)} - {"seed", "amp"}
+    names = {field.name for field in dataclasses.fields(FitSettings)} - {"seed", "amp", "buckets", "capture"}
     assert names <= set(RECIPES["best"].values)
-    settings = RECIPES["best"].fit_settings(5, "bfloat16")
+    settings = RECIPES["best"].fit_settings(5, "bfloat16", buckets=True)
     assert (settings.seed, settings.amp, settings.epochs) == (5, "bfloat16", RECIPES["best"].epochs)
+    assert settings.buckets and not settings.capture

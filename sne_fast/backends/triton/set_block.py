@@ -55,7 +55,7 @@ class Plan:
 
     def tiles(self, rows: int) -> int:
         """Return the number of tiles of so many rows."""
-        return triton.cdiv(rows, self.sizes["ROWS"])
+        return -(-rows // self.sizes["ROWS"])
 
     @property
     def options(self) -> dict[str, Any]:
