@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 import sne_fast
-from sne_fast import WeightBatch
+from helpers.launch_bounds import check_loose_bounds
 from sne_fast.backends.gpu_plans.chunks import CLASSES
 from sne_fast.backends.triton.backend import BACKEND
 from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES
-from sne_fast.data.buckets import bucket_of, buffers_like, pad_to_bucket
-from sne_fast.ops.launch_bounds import LENGTH_GROUPS, declare_bounds
+from sne_fast.data.buckets import buffers_like
+from sne_fast.ops.launch_bounds import LENGTH_GROUPS
 from sne_fast.training import FitSettings
 from sne_fast.training.capture import CapturedSteps
 from sne_fast.training.objective import Supervised
@@ -133,29 +133,5 @@ def test_two_batches_of_a_bucket_launch_the_same(options: dict[str, Any], monkey
     assert found[0] == found[1] != found[2], "as a graph records it, with nothing derived before"
 
 
-def loose(batch: WeightBatch) -> WeightBatch:
-    """Return a padded batch whose bounds are much too large."""
-    for host, bounds in zip(batch.pointers_host.values(), bucket_of(batch).bounds, strict=True):
-        counts = tuple(n + 8 if n else 0 for n in bounds.counts)
-        declare_bounds(host, dataclasses.replace(bounds, longest=2048, typical=64, counts=counts))
-    return batch
-
-
 def test_bounds_do_not_change_results() -> None:
-    torch.manual_seed(0)
-    model = sne_fast.SNE(hidden_dim=32, num_heads=1, chunk_size=32)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        batch = model.pack([nn.Linear(8, 5)])
-    found = []
-    for backend, one in (("reference", batch), ("triton", loose(pad_to_bucket(batch)))):
-        with sne_fast.use_backend(backend):
-            z = model(one)[: len(batch)]
-            found.append(
-                (z.detach(), torch.autograd.grad(z.square().sum(), list(model.parameters()), allow_unused=True))
-            )
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
-    for got, want in zip(found[1][1], found[0][1], strict=True):
-        if want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()) + 1e-5)
+    check_loose_bounds("triton")
