@@ -130,9 +130,9 @@ class TrainSettings:
     )
     recipe: str = option(
         "best",
-        help="best, for properties of the training such as accuracy; across, for architectures never seen; inr, for "
-        "implicit representations with sines or other odd activations; paper; or a recipe.json. The contrastive "
-        "objective has one of its own in place of best.",
+        help="best, for properties of the training such as accuracy; across, the same on architectures never seen, and "
+        "datasets on data sets never seen; inr, for implicit representations with sines or other odd activations; "
+        "paper; or a recipe.json. The contrastive objective has one of its own in place of best.",
     )
     loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
     transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
