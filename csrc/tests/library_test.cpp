@@ -283,7 +283,9 @@ void exercise_bf16(const std::string &name, const Case &c, std::vector<Reals> *f
   expect(!(error(got[0], truth[0]) > 5e-2), what + ": far from float64");
   for (size_t i = 0; i < got.size() && !first->empty(); ++i) {
     const double lost = error(got[i], truth[i]), allowed = error((*first)[i], truth[i]);
-    expect(!(lost > 1.5 * allowed + 1e-6), what + ": farther from float64 than avx512_bf16 " + std::to_string(i));
+    const double factor = got[i].size() < 64 ? 4 : 1.5;  // errors of a few numbers may happen to be small
+    expect(!(lost > factor * allowed + 1e-6), what + ": farther from float64 than avx512_bf16 " + std::to_string(i) +
+                                                  " " + std::to_string(lost) + " " + std::to_string(allowed));
   }
   if (first->empty()) *first = got;
 }
