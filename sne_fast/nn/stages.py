@@ -274,8 +274,15 @@ class TensorEncoder(SetEncoder):
         x = self.attend(x, ptr, ptr_host, weights)
         (chunks, width), dtype = x.shape, self.code_gain.dtype
         tensor_of_chunk = owners(ptr, chunks)
-        # Before parameters enter, as the gradient of index_select on a GPU adds in any order; that of indexing sorts.
         level_code, log_scale = codes
+        if index is None and functional.fuses_add_codes(x, level_code, log_scale):
+            table = level_code[:0]
+            if self.chunk_order:
+                table = derived(positions, ("R", width, dtype), lambda: reversed_position_code(positions, width, dtype))
+            rows = (ptr, ptr_host, level_code, table, log_scale.flatten())
+            x = functional.add_codes(x, *rows, self.magnitude_code, self.code_gain)
+            return self.pooled(x, ptr, ptr_host, weights)
+        # Before parameters enter, as the gradient of index_select on a GPU adds in any order; that of indexing sorts.
         code = level_code.index_select(0, tensor_of_chunk)
         if self.chunk_order and index is None:
             table = derived(positions, ("R", width, dtype), lambda: reversed_position_code(positions, width, dtype))
@@ -318,4 +325,14 @@ class NetworkEncoder(SetEncoder):
 
         ``level_code (L, h)`` is ``P(level)`` of each layer; ``weights`` as in :class:`SetEncoder`.
         """
+        if functional.fuses_add_codes(x, level_code):
+            none = (
+                ptr[:0],
+                ptr_host[:0],
+                level_code,
+                level_code[:0],
+                level_code[:0, 0],
+                level_code.new_empty(x.shape[1]),
+            )
+            return super().forward(functional.add_codes(x, *none, self.code_gain), ptr, ptr_host, weights)
         return super().forward(x + self.code_gain * level_code, ptr, ptr_host, weights)

@@ -240,6 +240,28 @@ class PoolBlock(torch.autograd.Function):
         return (grad_x, None, None, *grads)
 
 
+class AddCodes(torch.autograd.Function):
+    """Autograd function of the op ``add_codes``."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> Tensor:
+        """Call the forward op."""
+        out: Tensor = OPS.add_codes(*args)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Save the inputs of the backward op."""
+        ctx.in_torch_func = torch_func_is_active()
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        """Call the backward op."""
+        grads = _first_derivative(ctx, "add_codes", OPS.add_codes_backward, grad, *ctx.saved_tensors)
+        return (grad, *[None] * 5, *grads)
+
+
 class FeedForward(torch.autograd.Function):
     """Autograd function of the op ``feed_forward``."""
 
@@ -271,6 +293,7 @@ for _function in (
     SegmentPool,
     SetBlock,
     PoolBlock,
+    AddCodes,
     FeedForward,
 ):
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

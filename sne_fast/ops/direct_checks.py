@@ -69,6 +69,8 @@ def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
     elif "dims" in given:
         pointer_and_copy(op, "start", given["start"], given["start_host"], given["values"].shape[0])
         checks.statistics_dims(op, given["dims"], given["start_host"])
+    elif "level" in given:
+        checks.code_rows(op, given["ptr"], given["ptr_host"], args[0].shape[0], given["table"])
     elif "ptr" in given:
         pointer_and_copy(op, "ptr", given["ptr"], given["ptr_host"], given["x"].shape[0])
 
@@ -112,6 +114,8 @@ def direct_call(op: str, args: Sequence[Any]) -> None:
     elif forward == "pool_block":
         checks.pool_block(op, *(given[name] for name in ("x", "ptr", "ptr_host", *POOL_PARAMETERS)))
         results = {"grad": (given["ptr"].shape[0] - 1, given["x"].shape[1])}
+    elif forward == "add_codes":
+        checks.add_codes(op, *args)
     elif forward == "feed_forward":
         checks.feed_forward(op, *(given[name] for name in ("q", "attended", "w_o", "b_o", "norm")))
         results = {"grad": tuple(given["q"].shape)}

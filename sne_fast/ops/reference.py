@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_codes import add_codes, add_codes_backward
 from .reference_gather import gather_chunks, gather_chunks_backward, gather_stored
 from .reference_pool import PoolParts, pool_block_backward_in_parts, pool_block_in_parts
 from .reference_statistics import tensor_statistics
 from .schema import accumulate_dtype
 
-__all__ = ["chunk_encode", "chunk_encode_backward", "feed_forward", "feed_forward_backward", "gather_chunks",
-           "gather_chunks_backward", "gather_stored", "pool_block", "pool_block_backward", "segment_pool",
-           "segment_pool_backward", "set_attention", "set_attention_backward", "set_block", "set_block_backward",
-           "tensor_statistics"]  # fmt: skip
+__all__ = ["add_codes", "add_codes_backward", "chunk_encode", "chunk_encode_backward", "feed_forward",
+           "feed_forward_backward", "gather_chunks", "gather_chunks_backward", "gather_stored", "pool_block",
+           "pool_block_backward", "segment_pool", "segment_pool_backward", "set_attention", "set_attention_backward",
+           "set_block", "set_block_backward", "tensor_statistics"]  # fmt: skip
 
 LAYER_NORM_EPS = 1e-5
 # Elements of a tile's largest intermediate: 2 MB in float32 stays in a core's cache, which makes eager ops 2.7x faster.

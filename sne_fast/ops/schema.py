@@ -29,6 +29,7 @@ _POOL = (
     "Tensor x, Tensor ptr, Tensor ptr_host, Tensor logits, Tensor query, Tensor w_v, Tensor b_v, Tensor w_o, "
     "Tensor b_o, Tensor norm"
 )
+_CODES = "Tensor ptr, Tensor ptr_host, Tensor level, Tensor table, Tensor scale, Tensor magnitude, Tensor gain"
 
 SCHEMAS: dict[str, str] = {
     "gather_chunks": "(Tensor[] tensors, Tensor scale, Tensor plan, ScalarType dtype) -> Tensor",
@@ -56,6 +57,8 @@ SCHEMAS: dict[str, str] = {
     "set_block_backward": f"(Tensor grad, {_BLOCK}) -> ({', '.join(['Tensor'] * 11)})",
     "pool_block": f"({_POOL}) -> Tensor",
     "pool_block_backward": f"(Tensor grad, {_POOL}) -> ({', '.join(['Tensor'] * 8)})",
+    "add_codes": f"(Tensor x, {_CODES}) -> Tensor",
+    "add_codes_backward": f"(Tensor grad, {_CODES}) -> (Tensor, Tensor)",
     "tensor_statistics": "(Tensor values, Tensor start, Tensor scale, Tensor dims, Tensor start_host) -> Tensor",
     "gather_stored": "(Tensor[] buffers, Tensor table, Tensor scale, int num_values, ScalarType dtype) -> Tensor",
 }
@@ -89,7 +92,7 @@ POOL_PARAMETERS = argument_names("pool_block")[3:]
 """Names of the parameters of ``pool_block``, which follow rows and pointer."""
 
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
-OPTIONAL_OPS = ("feed_forward", "set_block", "pool_block")
+OPTIONAL_OPS = ("feed_forward", "set_block", "pool_block", "add_codes")
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
 CONSTANT_OPS = ("tensor_statistics", "gather_stored")
 """Ops without a gradient, called once per network: the reference computes them where a backend has no kernel."""
@@ -176,6 +179,14 @@ def _pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor,
     return _fake_like(x, *args)
 
 
+def _add_codes(x: Tensor, *args: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _add_codes_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(*args[-2:])  # magnitude and gain: the gradient of x is that of the result
+
+
 def _tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
     return values.new_empty((scale.shape[0], STATISTICS), dtype=accumulate_dtype(values.dtype))
 
@@ -199,6 +210,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "set_block_backward": _set_block_backward,
     "pool_block": _pool_block,
     "pool_block_backward": _pool_block_backward,
+    "add_codes": _add_codes,
+    "add_codes_backward": _add_codes_backward,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }

@@ -58,6 +58,8 @@ def variant(op: str, args: tuple[Any, ...]) -> Variant:
     if forward == "pool_block":
         heads, width = given["logits"].shape
         return Variant(forward, given["x"].dtype, width, heads, given["norm"].shape[0] > 0)
+    if forward == "add_codes":
+        return Variant(forward, args[0].dtype, given["level"].shape[1])
     if forward == "tensor_statistics":
         return Variant(forward, given["values"].dtype)
     if forward == "feed_forward":
@@ -168,6 +170,13 @@ def _pool_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
         yield _Call((draw(sum(lengths), h), ptr, ptr, *parameters), (2,))
 
 
+def _add_codes(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h, lengths = case.width, (3, 0, 1, 40)
+    ptr, level, table, scale = _pointer(*lengths), draw(len(lengths), h), draw(40, h), draw(len(lengths))
+    yield _Call((draw(sum(lengths), h), ptr, ptr, level, table, scale, draw(h), draw()), (2,))
+    yield _Call((draw(len(lengths), h), ptr[:0], ptr[:0], level, table[:0], scale[:0], draw(h), draw()), (2,))
+
+
 def _tensor_statistics(case: Variant, draw: _Draw) -> Iterator[_Call]:
     rows = [
         [12, 7, 9, 63, 12, 1],
@@ -196,6 +205,7 @@ _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "feed_forward": _feed_forward,
     "set_block": _set_block,
     "pool_block": _pool_block,
+    "add_codes": _add_codes,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }
@@ -222,6 +232,8 @@ def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[An
         return (results[0], *args[:3])
     if op in ("chunk_encode", "feed_forward", "set_block", "pool_block"):
         return args
+    if op == "add_codes":
+        return args[1:]
     rows = 3 if op == "set_attention" else 2
     return (*args[:rows], *results, *args[rows:])
 
