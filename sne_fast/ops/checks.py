@@ -233,8 +233,9 @@ def pool_block(
 ) -> None:  # fmt: skip
     """Check the inputs of ``pool_block``."""
     floating(op, x=x, logits=logits, query=query, w_v=w_v, b_v=b_v, w_o=w_o, b_o=b_o, norm=norm)
-    shape(op, "x", x, "(rows, h)", (None, None))
-    h, norms = x.shape[1], 4 if norm.shape[:1] != (0,) else 0
+    if x.dim() != 3:
+        shape(op, "x", x, "(rows, h), or (S, H, h) of pooled rows", (None, None))
+    h, norms = x.shape[-1], 4 if norm.shape[:1] != (0,) else 0
     shape(op, "logits", logits, f"(H, h) with h = {h}", (None, h))
     heads = logits.shape[0]
     if not heads or h % heads:
@@ -244,7 +245,11 @@ def pool_block(
         shape(op, name, tensor, f"(h,) with h = {h}", (h,))
     shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
     shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
-    pointer(op, "ptr", ptr, ptr_host, x.device)
+    if x.dim() == 3:
+        shape(op, "x", x, f"(S, H, h) with H = {heads}", (None, heads, h))
+        shape(op, "ptr", ptr, "(0,), as x is pooled already", (0,))
+    else:
+        pointer(op, "ptr", ptr, ptr_host, x.device)
 
 
 def add_codes(

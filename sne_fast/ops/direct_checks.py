@@ -71,7 +71,7 @@ def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
         checks.statistics_dims(op, given["dims"], given["start_host"])
     elif "level" in given:
         checks.code_rows(op, given["ptr"], given["ptr_host"], args[0].shape[0], given["table"])
-    elif "ptr" in given:
+    elif "ptr" in given and given["x"].dim() == 2:
         pointer_and_copy(op, "ptr", given["ptr"], given["ptr_host"], given["x"].shape[0])
 
 
@@ -113,7 +113,8 @@ def direct_call(op: str, args: Sequence[Any]) -> None:
         results = {"grad": pooled, "out": pooled, "lse": pooled[:2]}
     elif forward == "pool_block":
         checks.pool_block(op, *(given[name] for name in ("x", "ptr", "ptr_host", *POOL_PARAMETERS)))
-        results = {"grad": (given["ptr"].shape[0] - 1, given["x"].shape[1])}
+        x, ptr = given["x"], given["ptr"]
+        results = {"grad": (x.shape[0] if x.dim() == 3 else ptr.shape[0] - 1, x.shape[-1])}
     elif forward == "add_codes":
         checks.add_codes(op, *args)
     elif forward == "feed_forward":

@@ -22,7 +22,7 @@ def add_codes(
     magnitude: Tensor,
     gain: Tensor,
 ) -> Tensor:
-    """Add to each row of packed sets the codes of its set and of its place: ``x + gain (level + table + scale u)``.
+    """Add to each row of packed sets the codes of its set and its place: ``x + gain (level + table + log(scale) u)``.
 
     See docs/method.md, Codes are never stored per weight. Only ``x``, ``magnitude`` and ``gain`` have gradients.
 
@@ -33,7 +33,7 @@ def add_codes(
         level: ``(S, h)``, a code for each set; this and what follows share a dtype, which may be another than that of
             x, and a device.
         table: ``(P, h)``, a code for each place in a set, P at least the longest set; ``(0, h)`` for none.
-        scale: ``(S,)``, what ``magnitude`` is multiplied by for each set; ``(0,)`` for nothing.
+        scale: ``(S,)``, by whose logarithm ``magnitude`` is multiplied for each set; ``(0,)`` for nothing.
         magnitude: ``(h,)``, u.
         gain: ``()``.
 
@@ -46,8 +46,8 @@ def add_codes(
 
     Example::
 
-        >>> ptr, zeros = torch.tensor([0, 2, 5]), torch.zeros(2)
-        >>> codes = (torch.randn(2, 32), torch.randn(3, 32), zeros, torch.randn(32), torch.tensor(0.1))
+        >>> ptr, ones = torch.tensor([0, 2, 5]), torch.ones(2)
+        >>> codes = (torch.randn(2, 32), torch.randn(3, 32), ones, torch.randn(32), torch.tensor(0.1))
         >>> sne_fast.ops.functional.add_codes(torch.randn(5, 32), ptr, ptr, *codes).shape
         torch.Size([5, 32])
     """

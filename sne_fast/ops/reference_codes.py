@@ -11,14 +11,14 @@ from .pointer_facts import owners, places
 def _codes(
     rows: int, ptr: Tensor, level: Tensor, table: Tensor, scale: Tensor, magnitude: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the codes of rows before the gain, and the scales of their sets ``(rows, 1)``, if there are any."""
+    """Return the codes of rows before the gain, and logarithms of the scales of their sets ``(rows, 1)``, if any."""
     by_set = ptr.shape[0] > 0
     code = level[owners(ptr, rows)] if by_set else level
     if table.shape[0]:
         code = code + (table[places(ptr, rows)] if by_set else table[:1])
     if not scale.shape[0]:
         return code, None
-    of_row = (scale[owners(ptr, rows)] if by_set else scale)[:, None]
+    of_row = (scale[owners(ptr, rows)] if by_set else scale).log()[:, None]
     return code + of_row * magnitude, of_row
 
 

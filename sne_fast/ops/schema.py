@@ -172,7 +172,7 @@ def _set_block_backward(grad: Tensor, q: Tensor, k: Tensor, *args: Any) -> tuple
 
 
 def _pool_block(x: Tensor, ptr: Tensor, *args: Tensor) -> Tensor:
-    return x.new_empty((ptr.shape[0] - 1, x.shape[1]))
+    return x.new_empty((x.shape[0] if x.dim() == 3 else ptr.shape[0] - 1, x.shape[-1]))
 
 
 def _pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, *args: Tensor) -> tuple[Tensor, ...]:

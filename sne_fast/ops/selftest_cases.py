@@ -172,7 +172,12 @@ def _pool_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
 
 def _add_codes(case: Variant, draw: _Draw) -> Iterator[_Call]:
     h, lengths = case.width, (3, 0, 1, 40)
-    ptr, level, table, scale = _pointer(*lengths), draw(len(lengths), h), draw(40, h), draw(len(lengths))
+    ptr, level, table, scale = (
+        _pointer(*lengths),
+        draw(len(lengths), h),
+        draw(40, h),
+        draw(len(lengths), size=0.1, offset=1),
+    )
     yield _Call((draw(sum(lengths), h), ptr, ptr, level, table, scale, draw(h), draw()), (2,))
     yield _Call((draw(len(lengths), h), ptr[:0], ptr[:0], level, table[:0], scale[:0], draw(h), draw()), (2,))
 

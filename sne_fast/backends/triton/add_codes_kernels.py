@@ -24,7 +24,7 @@ def codes_of(
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return the codes of rows before the gain [M, h], and the scales of their sets [M], 0 without."""
+    """Return the codes of rows before the gain [M, h], and logarithms of the scales of their sets [M], 0 without."""
     i_column = tl.arange(0, WIDTH)
     i_level = tl.load(owner + i_row, mask=m_row, other=0) if BY_SET else i_row
     b_code = tl.load(level + i_level[:, None] * WIDTH + i_column[None, :], mask=m_row[:, None], other=0).to(ACC)
@@ -33,7 +33,7 @@ def codes_of(
         b_code += tl.load(table + i_place[:, None] * WIDTH + i_column[None, :], mask=m_row[:, None], other=0).to(ACC)
     b_scale = tl.zeros(i_row.shape, ACC)
     if WITH_SCALE:
-        b_scale = tl.load(scale + i_level, mask=m_row, other=0).to(ACC)  # [M]
+        b_scale = tl.log(tl.load(scale + i_level, mask=m_row, other=1).to(ACC))  # [M]
         b_code += b_scale[:, None] * vector(magnitude, WIDTH, ACC)[None, :]
     return b_code, b_scale
 

@@ -25,6 +25,7 @@ def case(kind: str, h: int = 32, dtype: torch.dtype = SINGLE) -> tuple[Tensor, .
     ptr = pointer(LENGTHS) if kind != "rows" else torch.zeros(0, dtype=torch.int64)
     shapes = [(rows, h), (4, h), (places if kind == "places" else 0, h), (4 if kind == "places" else 0,), (h,), ()]
     x, *codes = (torch.randn(shape, generator=g, dtype=DOUBLE).to(dtype) for shape in shapes)
+    codes[2] = codes[2].exp()  # scales
     return x, ptr, ptr, *codes
 
 
