@@ -203,6 +203,7 @@ class SetBlock(torch.autograd.Function):
         """Save the inputs of the backward op."""
         ctx.in_torch_func = torch_func_is_active()
         *tensors, ctx.num_heads = inputs
+        ctx.itself = inputs[1] is None
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -215,7 +216,7 @@ class SetBlock(torch.autograd.Function):
             return grads
 
         grad_q, grad_k, *grads = _first_derivative(ctx, "set_block", backward, grad, *ctx.saved_tensors)
-        return (grad_q, grad_k, *[None] * 4, *grads, None)
+        return (grad_q, None if ctx.itself else grad_k, *[None] * 4, *grads, None)
 
 
 class PoolBlock(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 Each op is opaque to the compiler and has a forward and, but for ``CONSTANT_OPS``, a backward. ``*_host`` arguments are
 CPU int64 copies of the pointers beside them, so that a backend can plan its launches without waiting for the device.
+In ``set_block`` a k of None stands for q, and the gradient of q is that of both.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CHUNK = (
 )
 _FEED_FORWARD = "Tensor q, Tensor attended, Tensor w_o, Tensor b_o, Tensor norm"
 _BLOCK = (
-    "Tensor q, Tensor k, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, Tensor w_q, Tensor b_q, "
+    "Tensor q, Tensor? k, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, Tensor w_q, Tensor b_q, "
     "Tensor w_k, Tensor b_k, Tensor w_v, Tensor b_v, Tensor w_o, Tensor b_o, Tensor norm, int num_heads"
 )
 _POOL = (
@@ -167,8 +168,14 @@ def _set_block(q: Tensor, *args: Any) -> Tensor:
     return q.new_empty((q.shape[0], args[-4].shape[0]))  # w_o
 
 
-def _set_block_backward(grad: Tensor, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _fake_like(q, k, *args[4:-1])
+def no_keys(q: Tensor) -> Tensor:
+    """Return the gradient of k where ``set_block`` got None for rows q that attend to each other: ``(0,)``."""
+    return q.new_empty((0,))
+
+
+def _set_block_backward(grad: Tensor, q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    grad_q, *grads = _fake_like(q, *args[4:-1])
+    return (grad_q, no_keys(q) if k is None else _fake_like(k)[0], *grads)
 
 
 def _pool_block(x: Tensor, ptr: Tensor, *args: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _set_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
         norm = norm.to(case.dtype).double()
         yield _Call((*rows, q_ptr, k_ptr, q_ptr, k_ptr, *linear, norm, case.heads), (4, 5))
         if dim_q == h:  # rows that attend to each other
-            yield _Call((rows[0], rows[0], q_ptr, q_ptr, q_ptr, q_ptr, *linear, norm, case.heads), (4, 5))
+            yield _Call((rows[0], None, q_ptr, q_ptr, q_ptr, q_ptr, *linear, norm, case.heads), (4, 5))
 
 
 def _pool_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
@@ -244,9 +244,9 @@ def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[An
 
 
 def _placed(call: _Call, case: Variant, device: torch.device) -> tuple[Any, ...]:
-    """Return the arguments on the device, where one that comes twice stays one tensor."""
-    found = {id(value): _on(value, case.dtype, device) for value in call.args}
-    return tuple(value if place in call.host else found[id(value)] for place, value in enumerate(call.args))
+    return tuple(
+        value if place in call.host else _on(value, case.dtype, device) for place, value in enumerate(call.args)
+    )
 
 
 def example(case: Variant, device: torch.device) -> tuple[Any, ...]:
