@@ -27,15 +27,16 @@ def pool_block(
 ) -> Tensor:
     """Pool each set by a whole block of the Set Transformer with one seed, fused: eq. 11 of Lee et al. 2019.
 
-    ``ln1(o + relu(fc_o(o)))`` with ``o = ln0(query + attended)`` and ``attended_a = w_v_a sum_i p_ia x_i``, the weights
-    ``p`` a softmax of ``<logits_a, x_i>`` over a set; see docs/method.md, One seed pools before it projects.
+    ``ln1(o + relu(fc_o(o)))`` with ``o = ln0(query + attended)`` and ``attended_a = w_v_a sum_i p_ia x_i + b_v_a``, the
+    weights ``p`` a softmax of ``<logits_a, x_i>`` over a set; see docs/method.md, One seed pools before it projects.
 
     Args:
         x: ``(rows, h)`` float16, bfloat16, float32 or float64; all floating arguments share its dtype and device.
-        ptr: ``(S+1,)`` int64, the rows of set s are ``ptr[s]:ptr[s+1]``.
+            Or ``(S, H, h)``, the sums ``sum_i p_ia x_i`` of rows that are pooled already.
+        ptr: ``(S+1,)`` int64, the rows of set s are ``ptr[s]:ptr[s+1]``; ``(0,)`` where x is pooled already.
         logits: ``(H, h)``, ``(fc_k^T q)_a / sqrt(h)`` of the seed's query q and each head.
-        query: ``(h,)``, q and the bias of fc_v, which the attention of a set with rows adds to it.
-        w_v, b_v: ``(H, h/H, h)``, ``(h,)``, fc_v; ``b_v`` is taken off the query of an empty set.
+        query: ``(h,)``, q.
+        w_v, b_v: ``(H, h/H, h)``, ``(h,)``, fc_v; an empty set attends to nothing, not even to ``b_v``.
         w_o, b_o: ``(h, h)``, ``(h,)``, fc_o.
         norm: ``(4, h)``, rows ln0.weight, ln0.bias, ln1.weight, ln1.bias; ``(0, h)`` for no layer norm.
         ptr_host: CPU copy of ``ptr``.
@@ -59,7 +60,8 @@ def pool_block(
     ptr_host = on_host(ptr, ptr_host)
     if not torch.compiler.is_compiling():
         checks.pool_block("pool_block", x, ptr, ptr_host, *parameters)
-        checks.pointer_content("pool_block", "ptr", ptr, ptr_host, x.shape[0])
+        if x.dim() == 2:
+            checks.pointer_content("pool_block", "ptr", ptr, ptr_host, x.shape[0])
     args = (x, ptr, ptr_host, *parameters)
     out: Tensor
     if needs_composition("pool_block", (x, *parameters)):
@@ -69,10 +71,10 @@ def pool_block(
 
 
 def fuses_pool_block(x: Tensor, num_heads: int) -> bool:
-    """Return whether a pooling block of one seed on rows like ``x (rows, h)`` should go through :func:`pool_block`.
+    """Return whether a pooling block of one seed on rows like ``x (..., h)`` should go through :func:`pool_block`.
 
     As for :func:`sne_fast.ops.functional.fuses_set_block`.
     """
     if not dispatch.fuses("pool_block", x.device) or needs_composition("pool_block", (x,)):
         return False
-    return not width_reasons(x.shape[1], num_heads)
+    return not width_reasons(x.shape[-1], num_heads)

@@ -21,13 +21,15 @@ class PoolParts(NamedTuple):
 def _attended(
     parts: PoolParts, x: Tensor, ptr: Tensor, ptr_host: Tensor, parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Return logits, pooled rows, their lse, queries, attended rows ``(S, h)``, and 1 for empty sets ``(S, 1)``."""
+    """Return logits, pooled rows, their lse, queries, attended rows ``(S, h)``, and 1 for sets with rows ``(S, 1)``."""
     logits, query, w_v, b_v, *_ = parameters
-    by_row = x @ logits.t()  # [rows, H]
-    pooled, lse = parts.segment_pool(x, by_row, ptr, ptr_host)
+    if x.dim() == 3:  # pooled already
+        by_row, pooled, lse, full = x, x, x, x.new_ones((x.shape[0], 1))
+    else:
+        by_row, full = x @ logits.t(), (ptr.diff() > 0)[:, None].to(x.dtype)  # [rows, H], [S, 1]
+        pooled, lse = parts.segment_pool(x, by_row, ptr, ptr_host)
     attended = torch.bmm(pooled.transpose(0, 1), w_v.mT).transpose(0, 1).flatten(1)
-    empty = (ptr.diff() == 0)[:, None].to(x.dtype)
-    return by_row, pooled, lse, query - empty * b_v, attended, empty
+    return by_row, pooled, lse, query + full * b_v, attended, full
 
 
 def pool_block_in_parts(parts: PoolParts, x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor) -> Tensor:
@@ -42,11 +44,13 @@ def pool_block_backward_in_parts(
 ) -> tuple[Tensor, ...]:
     """Compute the op ``pool_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     logits, _, w_v, *_ = parameters
-    by_row, pooled, lse, query, attended, empty = _attended(parts, x, ptr, ptr_host, parameters)
+    by_row, pooled, lse, query, attended, full = _attended(parts, x, ptr, ptr_host, parameters)
     sum_grad, *by_feed_forward = parts.feed_forward_backward(grad, query, attended, *parameters[4:])
     by_head = sum_grad.unflatten(1, (logits.shape[0], -1)).transpose(0, 1)  # [H, S, d]
     pooled_grad = torch.bmm(by_head, w_v).transpose(0, 1).contiguous()  # [S, H, h]
     w_grad = torch.bmm(by_head.mT, pooled.transpose(0, 1)).contiguous()  # [H, d, h]
+    others = (sum_grad.sum(0), w_grad, (full * sum_grad).sum(0), *by_feed_forward)
+    if x.dim() == 3:
+        return (pooled_grad, torch.zeros_like(logits, memory_format=torch.contiguous_format), *others)
     x_grad, row_grad = parts.segment_pool_backward(pooled_grad, x, by_row, pooled, lse, ptr, ptr_host)
-    b_grad = -(empty * sum_grad).sum(0)
-    return (x_grad + row_grad @ logits, row_grad.t() @ x, sum_grad.sum(0), w_grad, b_grad, *by_feed_forward)
+    return (x_grad + row_grad @ logits, row_grad.t() @ x, *others)

@@ -58,6 +58,8 @@ def variant(op: str, args: tuple[Any, ...]) -> Variant:
     if forward == "pool_block":
         heads, width = given["logits"].shape
         return Variant(forward, given["x"].dtype, width, heads, given["norm"].shape[0] > 0)
+    if forward == "add_codes":
+        return Variant(forward, args[0].dtype, given["level"].shape[1])
     if forward == "tensor_statistics":
         return Variant(forward, given["values"].dtype)
     if forward == "feed_forward":
@@ -153,7 +155,7 @@ def _set_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
         norm = norm.to(case.dtype).double()
         yield _Call((*rows, q_ptr, k_ptr, q_ptr, k_ptr, *linear, norm, case.heads), (4, 5))
         if dim_q == h:  # rows that attend to each other
-            yield _Call((rows[0], rows[0], q_ptr, q_ptr, q_ptr, q_ptr, *linear, norm, case.heads), (4, 5))
+            yield _Call((rows[0], None, q_ptr, q_ptr, q_ptr, q_ptr, *linear, norm, case.heads), (4, 5))
 
 
 def _pool_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
@@ -166,6 +168,18 @@ def _pool_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
             draw(h, size=0.1), draw(h, h, size=h**-0.5), draw(h, size=0.1), norm.to(case.dtype).double(),
         )  # fmt: skip
         yield _Call((draw(sum(lengths), h), ptr, ptr, *parameters), (2,))
+
+
+def _add_codes(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h, lengths = case.width, (3, 0, 1, 40)
+    ptr, level, table, scale = (
+        _pointer(*lengths),
+        draw(len(lengths), h),
+        draw(40, h),
+        draw(len(lengths), size=0.1, offset=1),
+    )
+    yield _Call((draw(sum(lengths), h), ptr, ptr, level, table, scale, draw(h), draw()), (2,))
+    yield _Call((draw(len(lengths), h), ptr[:0], ptr[:0], level, table[:0], scale[:0], draw(h), draw()), (2,))
 
 
 def _tensor_statistics(case: Variant, draw: _Draw) -> Iterator[_Call]:
@@ -196,6 +210,7 @@ _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "feed_forward": _feed_forward,
     "set_block": _set_block,
     "pool_block": _pool_block,
+    "add_codes": _add_codes,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }
@@ -222,14 +237,16 @@ def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[An
         return (results[0], *args[:3])
     if op in ("chunk_encode", "feed_forward", "set_block", "pool_block"):
         return args
+    if op == "add_codes":
+        return args[1:]
     rows = 3 if op == "set_attention" else 2
     return (*args[:rows], *results, *args[rows:])
 
 
 def _placed(call: _Call, case: Variant, device: torch.device) -> tuple[Any, ...]:
-    """Return the arguments on the device, where one that comes twice stays one tensor."""
-    found = {id(value): _on(value, case.dtype, device) for value in call.args}
-    return tuple(value if place in call.host else found[id(value)] for place, value in enumerate(call.args))
+    return tuple(
+        value if place in call.host else _on(value, case.dtype, device) for place, value in enumerate(call.args)
+    )
 
 
 def example(case: Variant, device: torch.device) -> tuple[Any, ...]:

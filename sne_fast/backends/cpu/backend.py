@@ -21,6 +21,7 @@ from ...ops.schema import (
     STORED_DTYPES,
     accumulate_dtype,
     named,
+    no_keys,
 )
 from ...ops.supported_widths import block_width_reasons, pool_width_reasons, width_reasons
 from . import library
@@ -54,7 +55,8 @@ def why_not(op: str, args: Arguments) -> list[str]:
         return _dtype_reasons("x", given["x"]) + pool_width_reasons(given["x"].shape[1])
     if op.startswith("set_block"):
         h, heads = given["w_o"].shape[0], given["num_heads"]
-        return _dtype_reasons("q", given["q"]) + block_width_reasons(given["q"].shape[1], given["k"].shape[1], h, heads)
+        dims = [given[name].shape[1] for name in ("w_q", "w_k")]
+        return _dtype_reasons("q", given["q"]) + block_width_reasons(*dims, h, heads)
     if op == "tensor_statistics":
         return _dtype_reasons("values", given["values"])
     return []
@@ -236,7 +238,8 @@ def segment_pool_backward(
 def _set_block_args(op: str, args: Sequence[Any], grad: Tensor | None = None) -> tuple[Any, torch.dtype, list[Tensor]]:
     """Return the struct, without ``out``, the dtype computed in, and the tensors that must outlive the call."""
     q, k, q_ptr, k_ptr, q_host, k_host, *parameters, heads = args
-    checks.set_block(op, *args[:6], num_heads=heads, **dict(zip(BLOCK_PARAMETERS, parameters, strict=True)))
+    k = q if k is None else k
+    checks.set_block(op, q, k, *args[2:6], num_heads=heads, **dict(zip(BLOCK_PARAMETERS, parameters, strict=True)))
     direct_checks.set_pointers(op, q, k, q_ptr, k_ptr, q_host, k_host)
     h = parameters[-3].shape[0]  # w_o
     if grad is not None:
@@ -266,7 +269,12 @@ def set_block_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grads = [torch.empty_like(t) for t in kept[2:]]
     pointers = library.SetBlockGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
     _run("set_block_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
-    return _like(grads, (*args[:2], *args[6:-1]))
+    q, k = args[:2]
+    if k is None:
+        grads[0] += grads.pop(1)
+        grad_q, *others = _like(grads, (q, *args[6:-1]))
+        return (grad_q, no_keys(q), *others)
+    return _like(grads, (q, k, *args[6:-1]))
 
 
 # ------------------------------------------------------------------------------------------------------ gather_chunks

@@ -47,14 +47,15 @@ class Plan:
         cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, lengths: Lengths, arch: int | None = None
     ) -> Plan:
         """Look up the sizes of ``kernel`` for rows like ``x``; ``arch`` None asks for its device."""
-        precision, h = product_precision(x.dtype), x.shape[1]
+        precision, h = product_precision(x.dtype), x.shape[-1]
         sizes = launch(
             "pool_block", kernel=kernel, h=h, heads=heads, length=precision_class(x.dtype, precision), dtype=x.dtype,
             arch=architecture(x.device) if arch is None else arch,
         )  # fmt: skip
         constants = {
-            "HEADS": heads, "LAYER_NORM": layer_norm, "SETS": MANY_SETS if lengths.typical <= FEW_ROWS else FEW_SETS,
-            "INNER": sizes["INNER"], "WIDTH": h, "PRECISION": precision, "ACC": sum_dtype(x.dtype),
+            "HEADS": heads, "LAYER_NORM": layer_norm, "POOLED": x.dim() == 3,
+            "SETS": MANY_SETS if lengths.typical <= FEW_ROWS else FEW_SETS, "INNER": sizes["INNER"], "WIDTH": h,
+            "PRECISION": precision, "ACC": sum_dtype(x.dtype),
         }  # fmt: skip
         return cls(sizes, constants)
 
@@ -69,31 +70,39 @@ class Plan:
         return {**self.constants, **self.sizes.options}
 
 
+POOLED = Lengths(0, 0, 0)
+
+
+def lengths_of(x: Tensor, ptr_host: Tensor) -> Lengths:
+    """Return the lengths of the sets; of rows that are pooled already those of sets without rows."""
+    return POOLED if x.dim() == 3 else Lengths.of(ptr_host)
+
+
 def takes_whole(x: Tensor, lengths: Lengths) -> bool:
     """Return whether the kernels of whole blocks take a call."""
-    return x.shape[1] in WHOLE_WIDTHS and lengths.longest <= LONGEST
+    return x.shape[-1] in WHOLE_WIDTHS and lengths.longest <= LONGEST
 
 
 def pool_block(x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor) -> Tensor:
     """Compute the op ``pool_block``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
-    sets, lengths = ptr.shape[0] - 1, Lengths.of(ptr_host)
+    sets, lengths = x.shape[0] if x.dim() == 3 else ptr.shape[0] - 1, lengths_of(x, ptr_host)
     if not sets:
-        return x.new_empty((0, x.shape[1]))
+        return x.new_empty((0, x.shape[-1]))
     with on_device(x):
         if not takes_whole(x, lengths):
             return pool_block_in_parts(PARTS, x, ptr, ptr_host, *parameters)
         x, ptr, *weights = (t.contiguous() for t in (x, ptr, *parameters))
-        out = x.new_empty((sets, x.shape[1]))
+        out = x.new_empty((sets, x.shape[-1]))
         plan = Plan.make("forward", x, weights[0].shape[0], weights[-1].shape[0] > 0, lengths)
         kernels.forward_kernel[(plan.tiles(sets),)](
-            x, ptr, owners(ptr, x.shape[0]), *weights, out, sets, **plan.options
+            x, ptr, ptr if x.dim() == 3 else owners(ptr, x.shape[0]), *weights, out, sets, **plan.options
         )  # fmt: skip
     return out
 
 
 def pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
     """Compute the op ``pool_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
-    sets, lengths = ptr.shape[0] - 1, Lengths.of(ptr_host)
+    sets, lengths = x.shape[0] if x.dim() == 3 else ptr.shape[0] - 1, lengths_of(x, ptr_host)
     if not sets:
         return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, *parameters))
     with on_device(x):
@@ -106,8 +115,9 @@ def pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, 
         programs = min(tiles, plan.sizes["PROGRAMS"] * programs_of(x.device))
         layout = ((name, Part(tuple(t.shape), programs)) for name, t in zip(POOL_PARAMETERS, weights, strict=True))
         sums = PartialSums.make(layout, x, zeros=False)
+        owner = ptr if x.dim() == 3 else owners(ptr, x.shape[0])
         kernels.backward_kernel[(programs,)](
-            grad, x, ptr, owners(ptr, x.shape[0]), *weights, x_grad, *sums.parts.values(), sets, tiles, **plan.options
+            grad, x, ptr, owner, *weights, x_grad, *sums.parts.values(), sets, tiles, **plan.options
         )
         return (x_grad, *sums.summed(x.dtype).values())
 
@@ -115,4 +125,4 @@ def pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, 
 def why_not(op: str, args: Arguments) -> list[str]:
     """Return why these kernels cannot run a call; empty if they can."""
     given = named(op, args)
-    return width_reasons(given["x"].shape[1], given["logits"].shape[0])
+    return width_reasons(given["x"].shape[-1], given["logits"].shape[0])

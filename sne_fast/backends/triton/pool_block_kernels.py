@@ -1,5 +1,7 @@
 """Kernels of ``pool_block``: pooling, projection of the pooled rows and feed-forward of some sets in one program.
 
+With POOLED, x holds the pooled rows ``(S, H, h)`` themselves, and there are no pointers.
+
 A program owns SETS sets, the first of 16 lanes, and walks through all of their rows, INNER at a time; ``owner`` tells
 the set of each row, and no row has a weight in the pool of another set. A NaN of one set must not reach another: rows
 that are not finite enter products as zeros, and turn the weights of their own set into NaN.
@@ -23,11 +25,14 @@ def own_sets(
     i_tile,
     sets,
     SETS: tl.constexpr,
+    POOLED: tl.constexpr,
 ):
     """Return the sets of a tile [M], which lanes have one, which of these sets are empty, and where their rows lie."""
     i_lane = tl.arange(0, LANES)
     i_set = i_tile * SETS + i_lane
     m_set = (i_lane < SETS) & (i_set < sets)
+    if POOLED:
+        return i_set, m_set, i_lane < 0, i_tile, i_tile
     b_begin = tl.load(ptr + i_set, mask=m_set, other=0)
     b_end = tl.load(ptr + i_set + 1, mask=m_set, other=1)
     begin = tl.load(ptr + i_tile * SETS)
@@ -44,6 +49,19 @@ def seeds(
     """Load the pool's vector of each head for every lane: [H, M, h]."""
     i_value = tl.arange(0, HEADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     return tl.broadcast_to(tl.load(logits + i_value)[:, None, :], (HEADS, LANES, WIDTH))
+
+
+@triton.jit
+def of_heads(
+    x,
+    i_set,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return where pooled rows ``(S, H, h)`` lie: [H, M, h]."""
+    i_head = tl.arange(0, HEADS)
+    i_value = (i_set[None, :] * HEADS + i_head[:, None]) * WIDTH
+    return x + i_value[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
 
 
 @triton.jit
@@ -139,8 +157,8 @@ def residual_of(
 ):
     """Return the residual sum of the block [M, h], of pooled rows [H, M, h]. A set without rows has no bias of fc_v."""
     b_attended = from_heads(tl.dot(b_pooled, b_w, input_precision=PRECISION, out_dtype=ACC))
-    b_bias = tl.where(b_empty[:, None], vector(b_v, WIDTH, ACC)[None, :], 0.0)
-    return vector(query, WIDTH, ACC)[None, :] - b_bias + b_attended
+    b_bias = tl.where(b_empty[:, None], 0.0, vector(b_v, WIDTH, ACC)[None, :])
+    return vector(query, WIDTH, ACC)[None, :] + b_bias + b_attended
 
 
 @triton.jit(do_not_specialize=["sets"])
@@ -159,6 +177,7 @@ def forward_kernel(
     sets,
     HEADS: tl.constexpr,
     LAYER_NORM: tl.constexpr,
+    POOLED: tl.constexpr,
     SETS: tl.constexpr,
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -167,10 +186,13 @@ def forward_kernel(
 ):
     """Compute ``out (S, h)`` of the sets of one tile."""
     operand = x.dtype.element_ty
-    i_set, m_set, b_empty, begin, end = own_sets(ptr, tl.program_id(0).to(tl.int64), sets, SETS)
-    b_pooled, b_top, b_inverse = pooled_rows(
-        seeds(logits, HEADS, WIDTH), i_set, x, owner, begin, end, INNER, HEADS, WIDTH, PRECISION, ACC
-    )
+    i_set, m_set, b_empty, begin, end = own_sets(ptr, tl.program_id(0).to(tl.int64), sets, SETS, POOLED)
+    if POOLED:
+        b_pooled = tl.load(of_heads(x, i_set, HEADS, WIDTH), mask=m_set[None, :, None], other=0)  # [H, M, h]
+    else:
+        b_pooled, b_top, b_inverse = pooled_rows(
+            seeds(logits, HEADS, WIDTH), i_set, x, owner, begin, end, INNER, HEADS, WIDTH, PRECISION, ACC
+        )
     b_w = tl.load(by_heads(w_v, HEADS, WIDTH))  # [H, h, d]
     b_in = residual_of(b_pooled.to(operand), b_w, query, b_v, b_empty, WIDTH, PRECISION, ACC)  # [M, h]
     b_in = layer_norm(b_in, norm, LAYER_NORM, WIDTH, ACC)
@@ -217,6 +239,7 @@ def backward_kernel(
     tiles,
     HEADS: tl.constexpr,
     LAYER_NORM: tl.constexpr,
+    POOLED: tl.constexpr,
     SETS: tl.constexpr,
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -240,12 +263,15 @@ def backward_kernel(
     b_o_part += i_program * WIDTH
     for i_tile in tl.range(i_program, tiles, programs, disable_licm=True):
         done = i_tile - i_program
-        i_set, m_set, b_empty, begin, end = own_sets(ptr, i_tile, sets, SETS)
+        i_set, m_set, b_empty, begin, end = own_sets(ptr, i_tile, sets, SETS, POOLED)
         b_seed = seeds(logits, HEADS, WIDTH)
-        b_pooled, b_top, b_inverse = pooled_rows(
-            b_seed, i_set, x, owner, begin, end, INNER, HEADS, WIDTH, PRECISION, ACC
-        )
-        b_pooled = b_pooled.to(operand)
+        if POOLED:
+            b_pooled = tl.load(of_heads(x, i_set, HEADS, WIDTH), mask=m_set[None, :, None], other=0)  # [H, M, h]
+        else:
+            b_rows_pooled, b_top, b_inverse = pooled_rows(
+                b_seed, i_set, x, owner, begin, end, INNER, HEADS, WIDTH, PRECISION, ACC
+            )
+            b_pooled = b_rows_pooled.to(operand)
         b_w = tl.load(by_heads(w_v, HEADS, WIDTH))  # [H, h, d]
         b_in = residual_of(b_pooled, b_w, query, b_v, b_empty, WIDTH, PRECISION, ACC)  # [M, h]
         if LAYER_NORM:
@@ -271,7 +297,7 @@ def backward_kernel(
             add_vector(norm_part, b_gain_grad, done, WIDTH)
             add_vector(norm_part + WIDTH, b_bias_grad, done, WIDTH)
         add_vector(query_part, tl.sum(b_grad, 0), done, WIDTH)
-        add_vector(b_v_part, -tl.sum(tl.where(b_empty[:, None], b_grad, 0.0), 0), done, WIDTH)
+        add_vector(b_v_part, tl.sum(tl.where(b_empty[:, None], 0.0, b_grad), 0), done, WIDTH)
 
         b_heads_grad = to_heads(b_grad.to(operand), HEADS)  # [H, M, d]
         b_w_grad = tl.dot(
@@ -279,32 +305,35 @@ def backward_kernel(
         )  # [H, h, d]
         add_values(by_heads(w_v_part, HEADS, WIDTH), b_w_grad, done)
         b_pooled_grad = row_products(b_heads_grad, b_w, PRECISION, ACC).to(operand)  # [H, M, h]
-        b_grad_flag = finite_rows(b_pooled_grad, ACC)  # [H, M]
-        b_pooled_grad = kept(b_pooled_grad, b_grad_flag)
-
-        # The mean by the very products that it is subtracted from: the difference nearly cancels.
-        b_mean = tl.zeros((HEADS, LANES), ACC)
-        for first in range(begin, end, INNER):
-            i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
-            b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
-            m_own = (i_set[:, None] == b_inner_set[None, :])[None, :, :]
-            b_p = own_weights(b_seed, b_rows, b_flag, m_own, b_top, b_inverse, PRECISION, ACC)
-            b_mean += tl.sum(b_p * row_products(b_pooled_grad, b_rows, PRECISION, ACC), 2)
         b_seed_grad = tl.zeros((HEADS, LANES, WIDTH), ACC)
-        for first in range(begin, end, INNER):
-            i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
-            b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
-            m_own = (i_set[:, None] == b_inner_set[None, :])[None, :, :]
-            b_p = own_weights(b_seed, b_rows, b_flag, m_own, b_top, b_inverse, PRECISION, ACC)
-            b_p = tl.where(m_own, b_p + b_grad_flag[:, :, None], 0.0)  # [H, M, N]
-            b_p_grad = row_products(b_pooled_grad, b_rows, PRECISION, ACC)
-            b_logits_grad = tl.where(m_own, b_p * (b_p_grad - b_mean[:, :, None]), 0.0).to(operand)
-            b_seed_grad += tl.dot(b_logits_grad, b_rows, input_precision=PRECISION, out_dtype=ACC)
-            b_turned = tl.permute(b_p.to(operand), (0, 2, 1))  # [H, N, M]
-            b_x_grad = tl.dot(b_turned, b_pooled_grad, input_precision=PRECISION, out_dtype=ACC)
-            b_turned = tl.permute(b_logits_grad, (0, 2, 1))
-            b_x_grad += tl.dot(b_turned, b_seed, input_precision=PRECISION, out_dtype=ACC)  # [H, N, h]
-            i_value = i_inner[:, None] * WIDTH + i_row[None, :]
-            tl.store(x_grad + i_value, tl.sum(b_x_grad, 0).to(operand), mask=m_inner[:, None])
+        if POOLED:
+            tl.store(of_heads(x_grad, i_set, HEADS, WIDTH), b_pooled_grad, mask=m_set[None, :, None])
+        else:
+            b_grad_flag = finite_rows(b_pooled_grad, ACC)  # [H, M]
+            b_pooled_grad = kept(b_pooled_grad, b_grad_flag)
+
+            # The mean by the very products that it is subtracted from: the difference nearly cancels.
+            b_mean = tl.zeros((HEADS, LANES), ACC)
+            for first in range(begin, end, INNER):
+                i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+                b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
+                m_own = (i_set[:, None] == b_inner_set[None, :])[None, :, :]
+                b_p = own_weights(b_seed, b_rows, b_flag, m_own, b_top, b_inverse, PRECISION, ACC)
+                b_mean += tl.sum(b_p * row_products(b_pooled_grad, b_rows, PRECISION, ACC), 2)
+            for first in range(begin, end, INNER):
+                i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+                b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
+                m_own = (i_set[:, None] == b_inner_set[None, :])[None, :, :]
+                b_p = own_weights(b_seed, b_rows, b_flag, m_own, b_top, b_inverse, PRECISION, ACC)
+                b_p = tl.where(m_own, b_p + b_grad_flag[:, :, None], 0.0)  # [H, M, N]
+                b_p_grad = row_products(b_pooled_grad, b_rows, PRECISION, ACC)
+                b_logits_grad = tl.where(m_own, b_p * (b_p_grad - b_mean[:, :, None]), 0.0).to(operand)
+                b_seed_grad += tl.dot(b_logits_grad, b_rows, input_precision=PRECISION, out_dtype=ACC)
+                b_turned = tl.permute(b_p.to(operand), (0, 2, 1))  # [H, N, M]
+                b_x_grad = tl.dot(b_turned, b_pooled_grad, input_precision=PRECISION, out_dtype=ACC)
+                b_turned = tl.permute(b_logits_grad, (0, 2, 1))
+                b_x_grad += tl.dot(b_turned, b_seed, input_precision=PRECISION, out_dtype=ACC)  # [H, N, h]
+                i_value = i_inner[:, None] * WIDTH + i_row[None, :]
+                tl.store(x_grad + i_value, tl.sum(b_x_grad, 0).to(operand), mask=m_inner[:, None])
         p_logits = logits_part + i_head[:, None] * WIDTH + i_row[None, :]
         add_values(p_logits, tl.sum(b_seed_grad, 1), done)

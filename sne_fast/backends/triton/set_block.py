@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ops.backend import Arguments
 from ...ops.pointer_facts import owners
 from ...ops.precision import product_precision
-from ...ops.schema import BLOCK_PARAMETERS, accumulate_dtype, named
+from ...ops.schema import BLOCK_PARAMETERS, accumulate_dtype, named, no_keys
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
 from . import set_block_kernels as kernels
@@ -62,26 +62,24 @@ class Plan:
         return {**self.constants, **self.sizes.options}
 
 
-def takes_whole(q: Tensor, k: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor, w_o: Tensor) -> bool:
+def takes_whole(q: Tensor, k: Tensor | None, q_ptr_host: Tensor, w_o: Tensor) -> bool:
     """Return whether the kernels of whole blocks take a call: rows of the block's width that attend to each other."""
     h = w_o.shape[0]
-    if h not in WHOLE_WIDTHS or q.shape[1] != h or q.shape != k.shape or q.stride() != k.stride():
-        return False
-    same = q.data_ptr() == k.data_ptr() and q_ptr_host.data_ptr() == k_ptr_host.data_ptr()
-    return same and q_ptr_host.shape == k_ptr_host.shape and Lengths.of(q_ptr_host).longest <= LONGEST
+    fits = k is None and h in WHOLE_WIDTHS and q.shape[1] == h
+    return fits and Lengths.of(q_ptr_host).longest <= LONGEST
 
 
 def set_block(
-    q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor, *parameters: Any
+    q: Tensor, k: Tensor | None, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor, *parameters: Any
 ) -> Tensor:
     """Compute the op ``set_block``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     *weights, heads = parameters
-    rows, w_o, norm = q.shape[0], weights[6], weights[8]
+    rows, w_o, norm, pointers = q.shape[0], weights[6], weights[8], (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
     if not rows:
         return q.new_empty((0, w_o.shape[0]))
     with on_device(q):
-        if not takes_whole(q, k, q_ptr_host, k_ptr_host, w_o):
-            query, *_, attended, _ = _attended(q, k, q_ptr, k_ptr, q_ptr_host, k_ptr_host, weights, heads)
+        if not takes_whole(q, k, q_ptr_host, w_o):
+            query, *_, attended, _ = _attended(q, q if k is None else k, *pointers, weights, heads)
             return feed_forward(query, attended, *weights[6:])
         x, ptr, *weights = (t.contiguous() for t in (q, q_ptr, *weights))
         out, plan = torch.empty_like(x), Plan.make("forward", x, heads, norm.shape[0] > 0)
@@ -90,17 +88,20 @@ def set_block(
 
 
 def set_block_backward(
-    grad: Tensor, q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor | None, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor,
     *parameters: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the op ``set_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     *weights, heads = parameters
     if not q.shape[0]:
-        return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, *weights))
+        given = (q, no_keys(q) if k is None else k, *weights)
+        return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in given)
     with on_device(q):
-        if takes_whole(q, k, q_ptr_host, k_ptr_host, weights[6]):
+        if takes_whole(q, k, q_ptr_host, weights[6]):
             return _whole_backward(*(t.contiguous() for t in (grad, q, q_ptr, *weights)), heads=heads)
-        return _parts_backward(grad, q, k, q_ptr, k_ptr, q_ptr_host, k_ptr_host, weights, heads)
+        pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
+        grad_q, grad_k, *grads = _parts_backward(grad, q, q if k is None else k, *pointers, weights, heads)
+        return (grad_q + grad_k, no_keys(q), *grads) if k is None else (grad_q, grad_k, *grads)
 
 
 def _whole_backward(grad: Tensor, x: Tensor, ptr: Tensor, *weights: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -112,17 +113,17 @@ def _whole_backward(grad: Tensor, x: Tensor, ptr: Tensor, *weights: Tensor, head
     layout = ((name, Part(tuple(t.shape), programs)) for name, t in zip(BLOCK_PARAMETERS, weights, strict=True))
     sums = PartialSums.make(layout, x, zeros=False)
     by_projection, by_feed_forward = list(sums.parts.values())[:6], list(sums.parts.values())[6:]
-    sum_grad, query_grad, grad_q, grad_k = (torch.empty_like(x) for _ in range(4))
+    sum_grad, query_grad, x_grad = (torch.empty_like(x) for _ in range(3))
     stats = x.new_empty((3, rows, heads), dtype=accumulate_dtype(x.dtype))
     kernels.query_backward_kernel[(programs,)](
         grad, x, ptr, owner, *weights, sum_grad, query_grad, stats, *by_feed_forward, rows, tiles, **plan.options
     )
     plan = Plan.make("key_backward", x, heads, norm.shape[0] > 0)
     kernels.key_backward_kernel[(programs,)](
-        x, ptr, owner, w_q, b_q, w_k, w_v, sum_grad, query_grad, stats, grad_q, grad_k, *by_projection,
+        x, ptr, owner, w_q, b_q, w_k, w_v, sum_grad, query_grad, stats, x_grad, *by_projection,
         rows, plan.tiles(rows), **plan.options,
     )  # fmt: skip
-    return (grad_q, grad_k, *sums.summed(x.dtype).values())
+    return (x_grad, no_keys(x), *sums.summed(x.dtype).values())
 
 
 # ----------------------------------------------------------------------------------------------------------- in parts

@@ -359,8 +359,7 @@ def key_backward_kernel(
     sum_grad,
     query_grad,
     stats,
-    grad_q,
-    grad_k,
+    x_grad,
     w_q_part,
     b_q_part,
     w_k_part,
@@ -376,7 +375,7 @@ def key_backward_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Compute the gradients of the rows of this program's tiles, as queries and as keys, and of all projections.
+    """Compute the gradient of the rows of this program's tiles, and of all projections.
 
     Sums over the rows go to the partial sums of weights ``(programs, h, h)`` and biases ``(programs, h)``.
     """
@@ -412,15 +411,14 @@ def key_backward_kernel(
         i_value = i_row[:, None] * WIDTH + i_column[None, :]
         b_dq = rows_at(query_grad, i_row, m_row, WIDTH)  # [N, h]
         b_x_grad = tl.dot(b_dq, matrix(w_q, WIDTH), input_precision=PRECISION, out_dtype=ACC)
-        tl.store(grad_q + i_value, b_x_grad.to(operand), mask=m_row[:, None])
         add_product(w_q_part + i_matrix, b_dq, b_x, done, WIDTH, PRECISION, ACC)
         add_vector(b_q_part + i_vector, tl.sum(b_dq.to(ACC), 0), done, WIDTH)
         b_dk = from_heads(b_k_grad).to(operand)
-        b_x_grad = tl.dot(b_dk, matrix(w_k, WIDTH), input_precision=PRECISION, out_dtype=ACC)
+        b_x_grad += tl.dot(b_dk, matrix(w_k, WIDTH), input_precision=PRECISION, out_dtype=ACC)
         add_product(w_k_part + i_matrix, b_dk, b_x, done, WIDTH, PRECISION, ACC)
         b_dv = from_heads(b_v_grad).to(operand)
         b_x_grad += tl.dot(b_dv, matrix(w_v, WIDTH), input_precision=PRECISION, out_dtype=ACC)
-        tl.store(grad_k + i_value, b_x_grad.to(operand), mask=m_row[:, None])
+        tl.store(x_grad + i_value, b_x_grad.to(operand), mask=m_row[:, None])
         add_product(w_v_part + i_matrix, b_dv, b_x, done, WIDTH, PRECISION, ACC)
         add_vector(b_v_part + i_vector, tl.sum(b_dv.to(ACC), 0), done, WIDTH)
     tl.store(b_k_part + i_vector + i_column, tl.zeros((WIDTH,), ACC))  # constant in the softmax
