@@ -5,12 +5,12 @@ Forward and context are apart (`setup_context`), so that one level of `torch.fun
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from .transforms import torch_func_is_active
 
@@ -21,7 +21,10 @@ Gradients = tuple[Tensor | None, ...]
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call one of the functions below."""
-    return function.apply(*args)
+    if torch.compiler.is_compiling() or torch_func_is_active():
+        return function.apply(*args)
+    # What `apply` does here, but for binding the arguments to the signature of `forward`, which takes longer than most.
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def _no_double_backward(op: str) -> RuntimeError:
@@ -236,8 +239,3 @@ class FeedForward(torch.autograd.Function):
         """Call the backward op."""
         grad_sum, *grads = _first_derivative(ctx, "feed_forward", OPS.feed_forward_backward, grad, *ctx.saved_tensors)
         return (grad_sum, grad_sum, *grads)
-
-
-# torch binds the arguments of every call to the signature of `forward`, and would read it anew each time.
-for _function in (_FirstDerivative, GatherChunks, ChunkEncode, SetAttention, SegmentPool, SetBlock, FeedForward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
