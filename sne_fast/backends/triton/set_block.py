@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ops.backend import Arguments
@@ -55,7 +54,7 @@ class Plan:
 
     def tiles(self, rows: int) -> int:
         """Return the number of tiles of so many rows."""
-        return triton.cdiv(rows, self.sizes["ROWS"])
+        return -(-rows // self.sizes["ROWS"])
 
     @property
     def options(self) -> dict[str, Any]:
