@@ -248,7 +248,7 @@ def write_page() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path, nargs="*")
-    parser.add_argument("--model", action="append", default=[], help="of one seed; repeat for others")
+    parser.add_argument("--model", action="append", default=[], help="of one seed, by default sne-small; repeat")
     parser.add_argument("--learnt", type=Path, action="append", default=[], help="a zoo that the encoders learnt from")
     parser.add_argument("--mixed", action="store_true", help="put the networks of --learnt into the galleries too")
     parser.add_argument("--page", action="store_true", help="only write the tables of docs/similarity.md")
@@ -261,7 +261,8 @@ def main() -> None:
     shared = [Zoo.open(path) for path in options.learnt]
     known = frozenset(row["family"] for zoo in shared for row in zoo.rows)
     tables: dict[str, list[dict[str, Any]]] = {path.name: [] for path in options.zoo}
-    for seed, model in enumerate(options.model or ["sne-small"]):
+    models = options.model or ["sne-small"]
+    for seed, model in enumerate(models):
         encoder = sne_fast.SNE.from_pretrained(model)
         learnt = [encoder.pack(zoo[from_scratch(zoo)]).detach() for zoo in shared]
         torch.manual_seed(seed)
@@ -287,7 +288,7 @@ def main() -> None:
     about = {path.name: zoo.about for path, zoo in zip(options.zoo, zoos, strict=True)}
     write_json(
         MIXED if options.mixed else RESULT,
-        {"models": options.model, "about": about, "zoos": tables, "machine": machine()},
+        {"models": models, "about": about, "zoos": tables, "machine": machine()},
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sne_fast.tasks.baselines import BASELINES
+from sne_fast.tasks.definitions import TASKS
 from sne_fast.tasks.report import ACCURACY_COLUMNS, CLASS_COLUMNS, COLUMNS, cells, columns, table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,6 +53,13 @@ def section(folder: Path) -> str:
     return "\n".join([*lines, *_curves(folder), "", ""])
 
 
+def _name(results: Mapping[str, Any], experiment: Mapping[str, Any]) -> str:
+    """Return the name of an experiment, with the number of networks of all zoos where it is not the task's own."""
+    name: str = experiment["name"]
+    count = results["networks"]
+    return name if count == TASKS[results["task"]].networks else f"{name}, {count:,} networks"
+
+
 def _curves(folder: Path) -> list[str]:
     """Return a table for each learning curve: a column for every number of training networks."""
     lines: list[str] = []
@@ -63,7 +71,7 @@ def _curves(folder: Path) -> list[str]:
             sizes = sorted({point["networks"] for curve in curves.values() for point in curve})
             if not sizes:
                 continue
-            title = f"`{results['task']}`, {experiment['name']}: {name} from so many networks"
+            title = f"`{results['task']}`, {_name(results, experiment)}: {name} from so many networks"
             lines += [
                 "",
                 f"| {title} | {' | '.join(f'{size:,.0f}' for size in sizes)} |",
@@ -84,7 +92,7 @@ def _rows(folder: Path, wanted: Mapping[str, str]) -> list[str]:
         for experiment in results["experiments"].values():
             if columns(experiment) is not wanted:
                 continue
-            title = f"`{results['task']}`, {experiment['name']}"
+            title = f"`{results['task']}`, {_name(results, experiment)}"
             for name, *numbers, _, runs in table(experiment):
                 if "why_not" not in experiment["methods"].get(name, {}):
                     lines.append(f"| {title} | {name} | {' | '.join(numbers)} | {runs} |")
@@ -103,7 +111,7 @@ def summary(folder: Path) -> str:
                 method = experiment["methods"].get(name, {})
                 fewer = f" ({method['runs']} of 3 seeds)" if method.get("runs", SEEDS) < SEEDS else ""
                 shown.append(f"{method['tau']['mean']:.3f}{fewer}" if "tau" in method else "-")
-            lines.append(f"| `{results['task']}`: {experiment['name']} | {' | '.join(shown)} |")
+            lines.append(f"| `{results['task']}`: {_name(results, experiment)} | {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
 
 

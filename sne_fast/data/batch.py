@@ -8,17 +8,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import batch_protocols
-from .batch_checks import CHUNKINGS, PACKED_BY, PER_NETWORK, POINTERS, TENSORS, check_contents, check_fields
+from .batch_checks import CHUNKINGS, POINTERS, TENSORS, check_contents, check_fields
+from .batch_parts import joined, sliced, taken
 from .choices import Chunking, Order, Scale
 from .cutting import which_have_kernels
 from .names import Names, Skipped, network_name, tensor_name
 from .network_index import NetworkIndex, chosen_networks
-from .pointers import join_pointers, ragged_gather
 
 __all__ = ["CHUNKINGS", "WeightBatch"]
 
@@ -105,7 +104,7 @@ class WeightBatch:
         entries = tuple(tuple((str(name), str(why)) for name, why in network) for network in self.skipped)
         object.__setattr__(self, "skipped", entries)
         object.__setattr__(self, "prepared", tuple(str(step) for step in self.prepared))
-        fields = self._fields()
+        fields = self.fields()
         check_fields(fields)
         object.__setattr__(self, "chunk_size", operator.index(self.chunk_size))
         for field in POINTERS:
@@ -152,7 +151,7 @@ class WeightBatch:
         """
         known = None if {"values", "tensor_scale"} & set(changes) else self.statistics
         changes = {"statistics": known, **changes}
-        return WeightBatch.trusted(self.pointers_host, kernels=self.kernels, **{**self._fields(), **changes})
+        return WeightBatch.trusted(self.pointers_host, kernels=self.kernels, **{**self.fields(), **changes})
 
     def keep_statistics(self, statistics: Tensor) -> None:
         """Keep the statistics of the tensors, which :func:`sne_fast.tensor_statistics` has computed."""
@@ -271,7 +270,7 @@ class WeightBatch:
             raise ValueError(f"WeightBatch.to: dtype must be floating, got {dtype}")
         target = self.device if device is None else torch.device(device)
         scale = self.tensor_scale.dtype if dtype == self.dtype else scale_dtype(dtype)
-        fields = self._fields()
+        fields = self.fields()
         hosts = self.pointers_host
         if target.type == "cpu":
             fields.update(hosts)
@@ -305,19 +304,20 @@ class WeightBatch:
         """
         if not torch.accelerator.is_available():
             return self
-        fields = self._fields()
+        fields = self.fields()
         for field in TENSORS:
             fields[field] = fields[field].pin_memory()
         statistics = None if self.statistics is None else self.statistics.pin_memory()
         return WeightBatch.trusted(kernels=self.kernels, statistics=statistics, **fields)
 
-    def _fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
+        """Return the arguments of `WeightBatch`, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def __getstate__(self) -> dict[str, Any]:
         # Slices are views: without the copy a worker process would send the storage of the whole batch along.
         statistics = None if self.statistics is None else self.statistics.clone()
-        state = {**self._fields(), "kernels": self.kernels.clone(), "statistics": statistics}
+        state = {**self.fields(), "kernels": self.kernels.clone(), "statistics": statistics}
         for field in TENSORS:
             tensor = state[field]
             if not (tensor.requires_grad and tensor.is_leaf):  # a graph cannot leave the process
@@ -355,64 +355,8 @@ class WeightBatch:
             TypeError: anything else.
         """
         chosen = chosen_networks(index, len(self))
-        found = self._slice(chosen.start, chosen.stop) if isinstance(chosen, slice) else self._take(chosen)
+        found = sliced(self, chosen.start, chosen.stop) if isinstance(chosen, slice) else taken(self, chosen)
         return self.with_fields() if found is self and not isinstance(index, slice) else found
-
-    def _slice(self, first: int, last: int) -> WeightBatch:
-        if first == 0 and last == len(self):
-            return self
-        bounds = {}
-        start, stop = first, last
-        for field in reversed(POINTERS):
-            bounds[field] = (start, stop)
-            host = getattr(self, f"{field}_host")
-            start, stop = int(host[start]), int(host[stop])
-        fields = self._fields()
-        hosts = {}
-        for field, (a, b) in bounds.items():
-            pointer, host = fields[field], getattr(self, f"{field}_host")
-            offset = int(host[a])
-            hosts[field] = host[a : b + 1] - offset
-            fields[field] = hosts[field] if pointer is host else pointer[a : b + 1] - offset
-        a, b = bounds["tensor_ptr"]
-        fields.update(tensor_type=self.tensor_type[a:b], tensor_scale=self.tensor_scale[a:b])
-        a, b = bounds["layer_ptr"]
-        fields.update(layer_level=self.layer_level[a:b], values=self.values[start:stop])
-        fields.update({field: fields[field][first:last] for field in PER_NETWORK})
-        tensors = slice(*bounds["tensor_ptr"])
-        statistics = None if self.statistics is None else self.statistics[tensors]
-        return WeightBatch.trusted(hosts, kernels=self.kernels[tensors], statistics=statistics, **fields)
-
-    def _take(self, networks: np.ndarray) -> WeightBatch:
-        """Gather networks: pointers by one ragged gather per level on the host, values by copies of whole networks."""
-        fields = self._fields()
-        hosts = {}
-        chosen = networks
-        rows = {}
-        starts, stops = networks, networks + 1  # after the loop: the run of values of each chosen network
-        for field in reversed(POINTERS):
-            host = getattr(self, f"{field}_host").numpy()
-            starts, stops = host[starts], host[stops]
-            rows[field] = chosen
-            pointer, chosen = ragged_gather(host, chosen, with_rows=field != "chunk_ptr")
-            hosts[field] = torch.from_numpy(pointer)
-        if len(networks):  # neighbouring runs are copied as one
-            joint = starts[1:] == stops[:-1]
-            starts, stops = starts[np.append(True, ~joint)], stops[np.append(~joint, True)]
-        pieces = [self.values[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
-        fields["values"] = torch.cat(pieces) if pieces else self.values[:0]
-        fields.update({field: host.to(self.device) for field, host in hosts.items()})
-        tensors = torch.from_numpy(rows["tensor_ptr"]).to(self.device)
-        layers = torch.from_numpy(rows["layer_ptr"]).to(self.device)
-        fields.update(tensor_type=self.tensor_type[tensors], tensor_scale=self.tensor_scale[tensors])
-        fields["layer_level"] = self.layer_level[layers]
-        for field in PER_NETWORK:
-            entries = fields[field]
-            fields[field] = tuple(entries[b] for b in networks.tolist()) if entries else ()
-        kernels = self.kernels[torch.from_numpy(rows["tensor_ptr"])]
-        statistics = None if self.statistics is None else self.statistics[tensors]
-        own = hosts if self.device.type != "cpu" else None
-        return WeightBatch.trusted(own, kernels=kernels, statistics=statistics, **fields)
 
     @classmethod
     def cat(cls, batches: Sequence[WeightBatch]) -> WeightBatch:
@@ -428,35 +372,7 @@ class WeightBatch:
         for i, batch in enumerate(batches):
             if not isinstance(batch, WeightBatch):
                 raise TypeError(f"WeightBatch.cat: item {i} must be a WeightBatch, got {type(batch).__name__}")
-            for field in (*PACKED_BY, "prepared", "dtype", "device"):
-                one, other = getattr(batches[0], field), getattr(batch, field)
-                if one != other:
-                    raise ValueError(
-                        f"WeightBatch.cat: {field} must agree, batch 0 has {one} and batch {i} has {other}; "
-                        f"pack alike, or convert with .to()"
-                    )
-        if len(batches) == 1:
-            return batches[0]
-        first = batches[0]
-        scale = max((b.tensor_scale.dtype for b in batches), key=lambda d: d.itemsize)
-        fields: dict[str, Any] = {
-            "values": torch.cat([b.values for b in batches]),
-            "tensor_type": torch.cat([b.tensor_type for b in batches]),
-            "layer_level": torch.cat([b.layer_level for b in batches]),
-            "tensor_scale": torch.cat([b.tensor_scale.to(scale) for b in batches]),
-            **{field: getattr(first, field) for field in (*PACKED_BY, "prepared")},
-        }
-        hosts = {field: join_pointers([getattr(b, f"{field}_host") for b in batches]) for field in POINTERS}
-        fields.update({field: host.to(first.device) for field, host in hosts.items()})
-        for field in PER_NETWORK:
-            known = all(getattr(b, field) or not len(b) for b in batches)
-            fields[field] = tuple(entry for b in batches for entry in getattr(b, field)) if known else ()
-        kernels = torch.cat([b.kernels for b in batches])
-        whole = [b for b in batches if b.num_tensors]
-        counted = [b.statistics for b in whole if b.statistics is not None]
-        statistics = torch.cat(counted) if whole and len(counted) == len(whole) else None
-        own = hosts if first.device.type != "cpu" else None
-        return cls.trusted(own, kernels=kernels, statistics=statistics, **fields)
+        return joined(batches)
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:

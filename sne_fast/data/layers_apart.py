@@ -22,7 +22,7 @@ def layers_apart(batch: WeightBatch) -> WeightBatch:
         known of a layer.
     """
     host = torch.arange(batch.num_layers + 1, device="cpu")
-    fields = batch._fields()
+    fields = batch.fields()
     fields["network_ptr"] = host if batch.device.type == "cpu" else host.to(batch.device)
     names, shapes = [], []
     for b, (first, last) in enumerate(pairwise(batch.network_ptr_host.tolist())):

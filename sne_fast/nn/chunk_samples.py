@@ -75,7 +75,7 @@ def sample_chunks(batch: WeightBatch, max_chunks: int, seed: int) -> ChunkSample
     offset = np.repeat(np.array(firsts[:-1], np.int64), [len(chosen) for chosen in position])
     joined = np.concatenate(position)
     chunk_ptr, values = ragged_gather(batch.chunk_ptr_host.numpy(), joined + offset, with_rows=True)
-    fields = batch._fields()
+    fields = batch.fields()
     hosts = {
         **batch.pointers_host,
         "chunk_ptr": torch.from_numpy(chunk_ptr),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,12 @@ from .input_scales import SCALED
 LARGEST = 6.0
 """Bound of statistics in standard deviations of those of the training networks."""
 LEAST_STD = 1e-3
+
+
+def _runs(columns: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the runs of neighbouring columns, first and end of each."""
+    ends = [k + 1 for k, column in enumerate(columns) if columns[k + 1 : k + 2] != (column + 1,)]
+    return [(columns[a], columns[b - 1] + 1) for a, b in pairwise([0, *ends])]
 
 
 class StatisticsChannel(nn.Module):
@@ -67,7 +74,8 @@ class StatisticsChannel(nn.Module):
         found: Tensor = tensor_statistics(batch) if batch.statistics is None else batch.statistics
         if self.statistics == "tensor":
             return found
-        return found[:, list(COLUMNS[self.statistics])]
+        # By slices, since a list as index would be copied to the device and waited for.
+        return torch.cat([found[:, first:end] for first, end in _runs(COLUMNS[self.statistics])], 1)
 
     @torch.no_grad()
     def sums(self, batch: WeightBatch) -> Tensor:

@@ -124,17 +124,22 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
     return zoo
 
 
-_INR, _BEST, _ACROSS = (RECIPES[name] for name in ("inr", "best", "across"))
+_INR, _BEST, _ACROSS, _DATASETS = (RECIPES[name] for name in ("inr", "best", "across", "datasets"))
 # The rows of tasks whose label is an accuracy: the recipe, with chunks as well, and chunks alone.
 _ACCURACY = {
     "SNE": _BEST,
     "SNE, chunks and statistics": _BEST.replace(chunks=True, input_scale="zoo"),
     "SNE, chunks alone": _BEST.replace(chunks=True, input_scale="zoo", statistics="none"),
 }
-# On other data sets no epoch is chosen by networks of the data set that trained, and architectures are the same.
-_ACCURACY_OF_DATASETS = {row: recipe.replace(epochs=20, keep_best=False) for row, recipe in _ACCURACY.items()}
+_ACCURACY_OF_DATASETS = {
+    "SNE": _DATASETS,
+    "SNE, no ranking loss": _DATASETS.replace(ranking=0.0),
+    "SNE, chunks and statistics": _DATASETS.replace(chunks=True, input_scale="zoo"),
+    "SNE, chunks alone": _DATASETS.replace(chunks=True, input_scale="zoo", statistics="none"),
+}
 _ACCURACY_ACROSS = {
     "SNE": _ACROSS,
+    "SNE, no ranking loss": _ACROSS.replace(ranking=0.0),
     "SNE, chunks and statistics": _ACROSS.replace(chunks=True),
     "SNE, chunks alone": _ACROSS.replace(chunks=True, statistics="none"),
 }

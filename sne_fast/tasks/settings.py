@@ -130,9 +130,9 @@ class TrainSettings:
     )
     recipe: str = option(
         "best",
-        help="best, for properties of the training such as accuracy; across, for architectures never seen; inr, for "
-        "implicit representations with sines or other odd activations; paper; or a recipe.json. The contrastive "
-        "objective has one of its own in place of best.",
+        help="best, for properties of the training such as accuracy; across, the same on architectures never seen, and "
+        "datasets on data sets never seen; inr, for implicit representations with sines or other odd activations; "
+        "paper; or a recipe.json. The contrastive objective has one of its own in place of best.",
     )
     loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
     transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
@@ -149,6 +149,7 @@ class TrainSettings:
     )
     jitter: float | None = of_recipe("Canonical units: noise on the keys in training.")
     invariance: float | None = of_recipe("Weight of the logit-invariance loss; not for given units.")
+    ranking: float | None = of_recipe("Weight of the ranking loss: which of two networks has the larger target.")
     relative: bool | None = of_recipe(
         "Replace types and levels by ones that architectures share.", flags=("--relative/--no-relative",)
     )
@@ -172,6 +173,8 @@ class TrainSettings:
     weight_decay: float | None = of_recipe("Weight decay of matrices.")
     patience: int | None = of_recipe("Epochs without improvement after which training ends.")
     amp: AmpDtype | None = option(None, help="Train under autocast in this dtype.")
+    buckets: bool = option(False, help="Pad the batches, so that their sizes repeat.")
+    capture: bool = option(False, help="Replay steps of sizes that repeat as CUDA graphs; pads as --buckets does.")
     max_memory: str | None = option(
         None,
         help="Memory that the networks may take, such as 8G or 500M; a zoo that needs more is read in every epoch.",
@@ -185,8 +188,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_choices(self, "train")
         _ = self.chosen
-        if self.objective == "contrastive" and (self.stack or self.max_memory is not None or self.workers):
-            raise ValueError("train: --stack, --max-memory and --workers are for predictors of targets")
+        for_targets = (self.stack, self.max_memory is not None, self.workers, self.buckets, self.capture)
+        if self.objective == "contrastive" and any(for_targets):
+            names = "--stack, --max-memory, --workers, --buckets and --capture"
+            raise ValueError(f"train: {names} are for predictors of targets")
         if self.objective == "contrastive" and (unused := self._unused_without_labels()):
             raise ValueError(
                 f"train: the contrastive objective has no use for {', '.join(unused)}; leave their defaults"
@@ -199,7 +204,7 @@ class TrainSettings:
     def _unused_without_labels(self) -> list[str]:
         """Return the names of values that training without labels would leave out."""
         recipe, plain = self.chosen, CONTRASTIVE
-        names = ("units", "odd", "jitter", "relative", "invariance")
+        names = ("units", "odd", "jitter", "relative", "invariance", "ranking")
         found = [name for name in names if getattr(recipe, name) != getattr(plain, name)]
         if recipe.input_scale not in ("tensor", "none"):
             found.append("input_scale")

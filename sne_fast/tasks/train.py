@@ -70,7 +70,9 @@ def train(settings: TrainSettings, console: Console) -> dict[str, Any]:
         BlockingIOError: another process trains into the folder.
         OSError: the folder cannot be written.
     """
-    fit_settings = settings.chosen.fit_settings(settings.seed, settings.amp)
+    fit_settings = settings.chosen.fit_settings(
+        settings.seed, settings.amp, settings.buckets or settings.capture, settings.capture
+    )
     contrastive = settings.objective == "contrastive"
     if settings.loss != "cross_entropy" and not contrastive:
         require("scipy", extra="demo", why="train")

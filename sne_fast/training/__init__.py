@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
+    from ..data.buckets import pad_to_bucket
     from ..data.weight_budgets import batches_by_weights, network_sizes, shards_by_weights, stratified_split
     from .calibration import calibrate
     from .child_views import ChildViews, children_of
@@ -24,6 +25,7 @@ else:
     __getattr__, __dir__ = attach(
         __name__,
         {
+            "..data.buckets": ["pad_to_bucket"],
             "..data.weight_budgets": [
                 "batches_by_weights",
                 "network_sizes",
@@ -72,6 +74,7 @@ __all__ = [
     "linear_probe",
     "make_predictor",
     "network_sizes",
+    "pad_to_bucket",
     "predict",
     "preparation_of",
     "shards_by_weights",

@@ -101,6 +101,7 @@ class Checkpoint:
         """
         if self.path is None or not self.world.first or time.monotonic() - self._written < self.seconds:
             return
+        trainer.settle(state)
         trainer.check_finite(state.epoch)
         self.save(state, trainer)
 

@@ -22,7 +22,7 @@ from .streams import NetworkStream
 
 Fingerprint = dict[str, Any]
 SETTINGS = "settings"
-CONTINUED = ("epochs", "accumulate")
+CONTINUED = ("epochs", "accumulate", "buckets", "capture")
 """Settings that may change when a training goes on, but not the product of `accumulate` and the processes."""
 _MESSAGES = ("names", "skipped")  # fields of a batch that no number depends on
 _VERSIONS = ("library_name", "sne_fast_version")  # entries of a configuration that do not decide what is computed

@@ -24,6 +24,7 @@ from .arguments import (
     check_targets,
     check_validation,
 )
+from .capture import check_capture
 from .checkpoint import Checkpoint
 from .distributed import World
 from .epochs import run_epochs
@@ -117,6 +118,7 @@ def fit(
     check_calls(settings, augment, log, on_epoch=on_epoch, on_batch=on_batch)
     path, seconds = check_checkpoint(checkpoint), check_seconds(checkpoint_seconds)
     world = World()
+    graphs = check_capture(predictor, world.size) if settings.capture else None
     made: Fingerprint = {}
     if path is not None and world.first:
         made = of_training(predictor, networks, settings, watched, augment, made_of, processes=world.size)
@@ -132,7 +134,7 @@ def fit(
             raise ValueError(f"fit: targets must fit {goals.dtype}, got up to {largest:g}")
         objective = Supervised(predictor, goals, settings, augment)
         split = partial(encode_split, predictor)
-        trainer = Trainer(predictor, objective, predictor.encode, split, networks, settings, world)
+        trainer = Trainer(predictor, objective, predictor.encode, split, networks, settings, world, graphs)
         if world.first:
             trainer.plan.check_balance()
         validate = None if watched is None else partial(mean_loss, predictor, watched, settings, world)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..data.batch import WeightBatch
 from ..data.layers_apart import layers_apart
 from ..ops.op_threads import one_thread_between_ops
+from .capture import CapturedSteps, Graphs
 from .distributed import World
-from .objective import Encode, Objective
+from .objective import Encode, Losses, Objective, PaddedObjective
 from .optimiser import adamw, draws_of, set_learning_rate, warm_cosine
 from .planning import Part, Plan
 from .progress import Progress, not_finite
@@ -41,6 +42,14 @@ class Deal(NamedTuple):
         return [*self.shares[rank], *self.split]
 
 
+class _Unread(NamedTuple):
+    """A step that was taken and whose numbers were not read: what reads them, its networks, and words for an error."""
+
+    read: Callable[[], list[float]]
+    rows: list[int]
+    where: str
+
+
 class Trainer:
     """What a training keeps from step to step: the plan, the optimiser and the scale of its losses.
 
@@ -53,6 +62,7 @@ class Trainer:
         networks: the training networks, prepared for the objective.
         settings: of the training.
         world: the processes that share each step.
+        graphs: records and replays the steps, where `settings.capture` asks for it.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class Trainer:
         networks: NetworkStream,
         settings: FitSettings,
         world: World,
+        graphs: Graphs | None = None,
     ) -> None:
         self.module, self.objective = module, objective
         self.encode, self.encode_split = encode, encode_split
@@ -76,6 +87,15 @@ class Trainer:
         self.scaler.scale(self.weight.new_zeros(()))  # makes the scale also where a process has no part of a step
         self.lr = settings.lr
         self.skipped = 0
+        self.captured: CapturedSteps | None = None
+        if graphs is not None:
+            self.captured = CapturedSteps(module, self._padded, self.optimiser, self.scaler, settings, graphs)
+        self._unread: _Unread | None = None
+
+    @property
+    def _padded(self) -> PaddedObjective:
+        assert isinstance(self.objective, PaddedObjective)
+        return self.objective
 
     def epoch(
         self, state: Progress, on_batch: Callable[[int], None] | None = None, on_step: Callable[[], None] | None = None
@@ -101,12 +121,14 @@ class Trainer:
         for step, deal in zip(left, dealt, strict=True):
             k = state.taken
             self.lr = self.settings.lr * warm_cosine(state.step, self.plan.steps, self.settings.warmup)
-            set_learning_rate(self.optimiser, self.lr)
             where = (
                 f"epoch {state.epoch}; lower lr ({self.settings.lr}), or look at batch {k + 1} of {len(steps)} in it"
             )
             with self._threads(step):
-                state.total += self._step(step, deal, batches, state.step, where)
+                if self.captured is None:
+                    state.total += self._step(step, deal, batches, state.step, where)
+                else:
+                    self._captured_step(self.captured, state, step, deal, batches, where)
             state.step += 1
             state.taken += 1
             done += sum(self.plan.load(part) for part in step)
@@ -114,6 +136,7 @@ class Trainer:
                 on_batch(done)
             if on_step is not None and state.taken < len(steps):
                 on_step()
+        self.settle(state)
         self.check_finite(state.epoch)
         mean = state.total / len(self.plan.weights)
         state.total, state.taken = 0.0, 0
@@ -147,6 +170,7 @@ class Trainer:
             ValueError: a loss or a gradient that is not finite; the step is not taken.
         """
         rows = self.plan.networks_of(step)
+        set_learning_rate(self.optimiser, self.lr)
         self.optimiser.zero_grad()
         sums = torch.zeros(2, dtype=torch.float64, device=self.weight.device)  # shown and minimised losses
         own: list[tuple[Part, Tensor]] = []
@@ -161,9 +185,9 @@ class Trainer:
                 loads = [load + sum(layers[k] for k in ks) for load, ks in zip(loads, dealt, strict=True)]
                 encode = partial(self.encode_split, self.world, dealt)
                 counts = place % self.world.size == self.world.rank
-            losses = self.objective(part, step[place], generator, encode)
+            losses = self._losses(part, step[place], generator, encode if place in deal.split else None)
             self.scaler.scale(losses.minimised * counts / len(rows)).backward()
-            shown = losses.shown.detach()
+            shown = losses.shown.detach()[: len(step[place])]
             sums = sums + counts * torch.stack([shown.sum(), losses.minimised.detach()])
             own.append((step[place], shown))
         sums = self.world.sum_gradients(self.parameters.values(), sums)
@@ -174,13 +198,63 @@ class Trainer:
         summed, whole, length = torch.stack([*sums.double(), norm.double()]).tolist()
         if not math.isfinite(whole):
             pairs = ((row, ok) for part, shown in own for row, ok in zip(part, shown.isfinite().tolist(), strict=True))
-            named = self._named([row for row, finite in pairs if not finite] or rows)
-            raise ValueError(f"fit: the loss became {whole} in {where}, {named}; no step was taken")
-        self._check_gradients(length, gradients, f"{where}, {self._named(rows)}")
+            rows = [row for row, finite in pairs if not finite] or rows
+        self._check_numbers(whole, length, gradients, f"{where}, {self._named(rows)}")
         nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip, norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         return summed
+
+    def _losses(
+        self, part: WeightBatch, rows: Sequence[int], generator: torch.Generator, encode: Encode | None
+    ) -> Losses:  # fmt: skip
+        """Return the losses of a part, of padded inputs if it is not shared and settings say so."""
+        if encode is None and self.settings.buckets:
+            return self._padded.losses_of(self._padded.inputs(part, rows, generator))
+        return self.objective(part, rows, generator, self.encode if encode is None else encode)
+
+    def _captured_step(
+        self,
+        captured: CapturedSteps,
+        state: Progress,
+        step: Sequence[Part],
+        deal: Deal,
+        batches: Iterator[WeightBatch],
+        where: str,
+    ) -> None:
+        """Take one step, and check the one before, for which the device has most likely not to be waited for.
+
+        Raises:
+            ValueError: a loss or a gradient of the step before that is not finite; neither step is taken.
+        """
+        rows = self.plan.networks_of(step)
+        captured.begin(len(rows), self.lr)
+        for place in deal.places(self.world.rank):
+            part = next(batches).to(self.weight.device, self.weight.dtype)
+            generator = draws_of(self.settings.seed, state.step * self.plan.parts + place)
+            captured.part(self._padded.inputs(part, step[place], generator))
+        read = captured.update()
+        self.settle(state)
+        self._unread = _Unread(read, rows, where)
+
+    def settle(self, state: Progress) -> None:
+        """Read what the last step has computed, if it was captured, and add its loss to the state.
+
+        Raises:
+            ValueError: a loss or a gradient that is not finite; the step is not taken.
+        """
+        if self._unread is None:
+            return
+        read, rows, where = self._unread
+        self._unread = None
+        summed, whole, length = read()
+        self._check_numbers(whole, length, {}, f"{where}, {self._named(rows)}")
+        state.total += summed
+
+    def _check_numbers(self, loss: float, norm: float, gradients: Mapping[str, Tensor], where: str) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(f"fit: the loss became {loss} in {where}; no step was taken")
+        self._check_gradients(norm, gradients, where)
 
     def _check_gradients(self, norm: float, gradients: Mapping[str, Tensor], where: str) -> None:
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1

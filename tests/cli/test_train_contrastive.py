@@ -57,7 +57,7 @@ def test_without_targets_the_encoder_is_calibrated(zoo, tmp_path):
 def test_what_does_not_fit_is_refused(zoo, tmp_path):
     start = ["train", zoo, "-o", tmp_path / "run"]
     refused = fails(*start, "--objective", "contrastive", "--stack")
-    assert "--stack, --max-memory and --workers are for predictors" in refused
+    assert "--workers, --buckets and --capture are for predictors" in refused
     refused = fails(*start, "--objective", "contrastive", "--recipe", "across", "--loss", "bce")
-    assert "the contrastive objective has no use for relative, input_scale, loss; leave" in refused
+    assert "the contrastive objective has no use for relative, ranking, input_scale, loss; leave" in refused
     assert "--max-chunks is for the contrastive" in fails(*start, "--target", "test_loss", "--max-chunks", 4)

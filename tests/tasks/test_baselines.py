@@ -315,7 +315,7 @@ def refusals():
     numbers = replace(task, classes=("a", "b"))
     yield from ((key, numbers, "targets that are no positions among 2 classes") for key in BASELINES)
     yield from ((key, mixed(), "networks of different shapes: network 0 .* and network 1 ") for key in ("mlp", "nfn"))
-    unknown = replace(task, batch=type(task.batch)(**{**task.batch._fields(), "shapes": ()}))
+    unknown = replace(task, batch=type(task.batch)(**{**task.batch.fields(), "shapes": ()}))
     yield from ((key, unknown, "without the shapes") for key in ("mlp", "nfn"))
     yield from (("nfn", of(state), "no chain of Linear and Conv2d layers") for state in (plain, convolution))
     yield "nfn", of(one), "without a hidden layer"

@@ -109,12 +109,15 @@ def test_files_that_are_no_recipe_are_told(tmp_path: Path) -> None:
         (tmp_path / "r.json").write_text(content)
         with pytest.raises(ValueError, match=r"r\.json"):
             find_recipe(tmp_path / "r.json")
-    with pytest.raises(ValueError, match="recipe: must be one of best, across, inr, paper, or a JSON file, got 'good'"):
+    with pytest.raises(
+        ValueError, match="recipe: must be one of best, across, datasets, inr, paper, or a JSON file, got 'good'"
+    ):
         find_recipe("good")
 
 
 def test_a_recipe_names_all_settings_of_the_loop() -> None:
-    names = {field.name for field in dataclasses.fields(FitSettings)} - {"seed", "amp"}
+    names = {field.name for field in dataclasses.fields(FitSettings)} - {"seed", "amp", "buckets", "capture"}
     assert names <= set(RECIPES["best"].values)
-    settings = RECIPES["best"].fit_settings(5, "bfloat16")
+    settings = RECIPES["best"].fit_settings(5, "bfloat16", buckets=True)
     assert (settings.seed, settings.amp, settings.epochs) == (5, "bfloat16", RECIPES["best"].epochs)
+    assert settings.buckets and not settings.capture

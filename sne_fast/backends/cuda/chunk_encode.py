@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ops import devices
 from ...ops.backend import Arguments
+from ...ops.launch_bounds import bounds_of
 from ...ops.pointer_facts import owners
 from ...ops.schema import CHUNK_PARAMETERS, named
 from ...ops.supported_widths import width_reasons
@@ -50,7 +51,10 @@ def has_wgmma(device: torch.device) -> bool:
 
 @dataclass
 class ChunkCall:
-    """Arguments that all launches of one call share; ``weights`` are the parameters by name, contiguous and aligned."""
+    """Arguments that all launches of one call share; ``weights`` are the parameters by name, contiguous and aligned.
+
+    ``counted`` tells that the plan's counts are those of the chunks, and no bounds.
+    """
 
     values: Tensor
     chunk_ptr: Tensor
@@ -61,6 +65,7 @@ class ChunkCall:
     multiprocessors: int
     shared_limit: int
     wgmma: bool
+    counted: bool
 
     @classmethod
     def make(
@@ -81,6 +86,7 @@ class ChunkCall:
         return cls(
             values, chunk_ptr, owners(tensor_ptr, chunk_ptr.shape[0] - 1), plan, weights, prepared,
             library.multiprocessors(device), shared_limit(device), has_wgmma(device),
+            bounds_of(chunk_ptr_host) is None,
         )  # fmt: skip
 
     @property
@@ -249,7 +255,9 @@ def _fits(kind: int, width: int, heads: int, slots: int, min_length: int, limit:
 def _backward_classes(call: ChunkCall) -> Iterator[tuple[SlotClass, int]]:
     """Yield the classes of the backward with their bins: those that one chunk fills apart where they have kernels."""
     kind = library.precision(call.values.dtype)
-    apart = _fits(kind, call.width, call.heads, FULL.slots, FULL.min_length, call.shared_limit, call.wgmma)
+    # Their kernels, and those of the shorter chunks beside them, rely on exact counts.
+    fits = _fits(kind, call.width, call.heads, FULL.slots, FULL.min_length, call.shared_limit, call.wgmma)
+    apart = fits and call.counted
     for slot_class, bins in call.plan.classes(CLASSES):
         full = call.plan.bins(FULL) if apart and slot_class == CLASSES[1] else 0
         if bins > full:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops import launch_bounds
+from ...ops.launch_bounds import SHARED_SLOTS, bins_of, bounds_of
 from ...ops.pointer_facts import derived
 
 LONGEST_CHUNK = 256
-LONGEST_SHARED = 16
+LONGEST_SHARED = launch_bounds.LONGEST_SHARED
 SHARED_STARTS = LONGEST_CHUNK + 2
 TABLE_ENTRIES = SHARED_STARTS + LONGEST_SHARED
 SLAB_ROWS_TIMES_WIDTH = 1 << 23
@@ -44,7 +46,7 @@ class SlotClass:
 
 
 CLASSES = (
-    SlotClass(32, 1, True),
+    SlotClass(SHARED_SLOTS, 1, True),
     SlotClass(32, LONGEST_SHARED + 1, False),
     SlotClass(64, 33, False),
     SlotClass(128, 65, False),
@@ -60,7 +62,7 @@ class ChunkPlan:
         order: ``(N,)``, chunks by length, stable.
         table: ``(274,)``, where each length begins in that order (entries 0 to 257) and, from ``SHARED_STARTS`` on, at
             which bin each length up to 16 begins.
-        counts: number of chunks of each length.
+        counts: number of chunks of each length, or bounds that fill at least as many bins.
     """
 
     order: Tensor
@@ -69,9 +71,7 @@ class ChunkPlan:
 
     def bins(self, slot_class: SlotClass) -> int:
         """Return the number of bins that the chunks of a class fill."""
-        if slot_class.multi_chunk:
-            return sum(-(-int(self.counts[n]) // (slot_class.slots // n)) for n in range(1, LONGEST_SHARED + 1))
-        return int(self.counts[slot_class.min_length : slot_class.longest + 1].sum())
+        return bins_of(self.counts, slot_class.min_length, slot_class.longest)
 
     def classes(self, among: Sequence[SlotClass] = CLASSES) -> Iterator[tuple[SlotClass, int]]:
         """Yield the slot classes that have chunks, with their number of bins."""
@@ -82,7 +82,13 @@ class ChunkPlan:
 
 
 def count_lengths(chunk_ptr_host: Tensor) -> np.ndarray:
-    """Return the number of chunks of each length, 0 to 256, from the host's pointers ``(N+1,)``."""
+    """Return the number of chunks of each length, 0 to 256, from the host's pointers ``(N+1,)``.
+
+    Where bounds of them are declared, those are returned.
+    """
+    bounds = bounds_of(chunk_ptr_host)
+    if bounds is not None:
+        return np.array(bounds.counts)
 
     def count() -> np.ndarray:
         return np.bincount(np.diff(chunk_ptr_host.numpy()), minlength=LONGEST_CHUNK + 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from ...ops.backend import Arguments
 from ...ops.schema import accumulate_dtype, named
 from ...ops.supported_widths import pool_width_reasons
+from ..gpu_plans.lengths import Lengths
 from . import segment_pool_kernels as kernels
 from .launches import Launch, architecture, launch, next_power_of_2, on_device, sum_dtype
 from .pieces import piece_count, sum_pieces
@@ -33,11 +33,11 @@ class Plan:
 
     @classmethod
     def make(
-        cls, kernel: str, x: Tensor, queries: int, lengths: np.ndarray, arch: int | None = None, rows: int | None = None
+        cls, kernel: str, x: Tensor, queries: int, lengths: Lengths, arch: int | None = None, rows: int | None = None
     ) -> Plan:
         """Choose sizes for segments of ``lengths``; a program holds about ELEMENTS sums in its registers."""
         rows, h = x.shape if rows is None else (rows, x.shape[1])
-        sets, longest = len(lengths), int(lengths.max(initial=0))
+        sets, longest = lengths.sets, lengths.longest
         sizes = launch(
             "segment_pool", kernel=kernel, h=h, heads=queries, dtype=x.dtype,
             arch=architecture(x.device) if arch is None else arch,
@@ -71,7 +71,7 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
     lse = torch.empty((sets, queries), dtype=acc, device=x.device)
     if not out.numel():
         return out, lse
-    plan = Plan.make("forward", x, queries, np.diff(ptr_host.numpy()))
+    plan = Plan.make("forward", x, queries, Lengths.of(ptr_host))
     part, part_lse = out, lse
     if plan.pieces:
         part = torch.empty((plan.pieces, queries, h), dtype=acc, device=x.device)
@@ -101,7 +101,7 @@ def segment_pool_backward(
     grad_logits = torch.empty_like(logits)
     if not x.numel() or not queries or not sets:
         return torch.zeros_like(x), grad_logits
-    plan = Plan.make("backward", x, queries, np.diff(ptr_host.numpy()))
+    plan = Plan.make("backward", x, queries, Lengths.of(ptr_host))
     constants, a_block = plan.constants, plan.constants["A_BLOCK"]
     passes = range(0, queries, a_block)
     grad_x = torch.empty_like(x, dtype=x.dtype if len(passes) == 1 else acc)

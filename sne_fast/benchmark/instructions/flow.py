@@ -112,7 +112,7 @@ class Flow:
         for number, (_, end) in enumerate(self.blocks):
             last = function.instructions[end - 1]
             following = [(number + 1, "next")] if number + 1 < len(self.blocks) else []
-            if last.name == "BRA":
+            if function.jumps(end - 1):
                 target = function.target(end - 1)
                 if target is None:
                     raise RuntimeError(f"{function.name}: a branch to nowhere: {last}")
@@ -134,11 +134,15 @@ class Flow:
     def _chance(self, number: int) -> float:
         """Return how often a block runs when the code around it runs once, loops aside."""
         first, end = self.blocks[number]
-        calls = [i for i in self.function.instructions[first:end] if i.name == "CALL"]
-        if not all("$__" in call.operands for call in calls):
+        function = self.function
+        calls = [at for at in range(first, end) if function.instructions[at].name == "CALL" and not function.jumps(at)]
+        if not all("$__" in function.instructions[at].operands for at in calls):
             raise RuntimeError(f"{self.function.name} calls a function that is not inlined")
         if calls:
             return 0.0  # a division whose operands are not ordinary
+        waits = any(one.name == "NANOSLEEP" or "TRYWAIT" in one.opcode for one in function.instructions[first:end])
+        if waits and number in (to for to, _ in self.after[number]):
+            return 0.0  # asks once more, where tensor memory or a barrier was not ready
         joins = ("BSYNC", "BAR", "NOP")  # belong to what follows
         known = [frames for at in range(first, end) if (frames := self._frames(at))
                  and self.function.instructions[at].name not in joins]  # fmt: skip
@@ -172,14 +176,17 @@ class Flow:
         for edge in self._back_edges():
             self.bodies[edge] = self._body(*edge)
             groups[self._frames(self.blocks[edge[0]][1] - 1)].append(edge)
-        reached = self._reached(shares)
+        reached = self._reached([self._ways(number, share) for number, share in enumerate(shares)])
         for frames, edges in groups.items():
             idle = [edge for edge in edges if edge[0] not in reached or not self.chance[edge[0]]]
             for edge in idle:
-                self._set_runs(shares, edge, 1.0)
+                if edge[0] in reached or len(self.after[edge[0]]) > 1:
+                    self._set_runs(shares, edge, 1.0)
             edges = [edge for edge in edges if edge not in idle]
             if not edges:
                 continue
+            if any(0 in self.bodies[edge] and edge[1] for edge in edges):
+                raise RuntimeError(f"{self.function.name}: a loop has two entries, of which runs cannot be told")
             loop = self._find(frames)
             longest = max(edges, key=lambda edge: len(self.instructions_of(self.bodies[edge])))
             for edge in edges:
@@ -187,11 +194,40 @@ class Flow:
                 self._set_runs(shares, edge, max(1.0, runs))
         return shares
 
-    def _find(self, frames: tuple[Frame, ...]) -> Loop:
+    def _ways(self, number: int, share: dict[int, float]) -> dict[int, float]:
+        """Return the share of a block's branch, or both of its ways where it ends a loop."""
+        after = [to for to, _ in self.after[number]]
+        return {to: self.chance[to] for to in after} if any(self._leads_back(number, to) for to in after) else share
+
+    def _leads_back(self, number: int, to: int) -> bool:
+        """Return whether a way on from a block goes back, at once or by a block that does nothing else."""
+        return to <= number or (len(self.after[to]) == 1 and self.after[to][0][0] <= number and self._is_branch(to))
+
+    def _is_branch(self, number: int) -> bool:
+        first, end = self.blocks[number]
+        return end == first + 1
+
+    def _text_of(self, frames: tuple[Frame, ...]) -> str | None:
+        """Return the loop of the table that a branch ends, by its line, or that of the statement around it in Python.
+
+        For sm_100 the branch carries the line of what stands before it.
+        """
         for frame in frames:
-            for text, loop in self.loops.items():
+            for text in self.loops:
                 if source_of(frame).startswith(text):
-                    return loop
+                    return text
+        for file, line in frames:
+            around = [(max(at for at in starts if at < line), text)
+                      for text in self.loops if file.endswith(".py")
+                      for inside, starts in [_lines_of(file, text)] if line in inside]  # fmt: skip
+            if around:
+                return max(around)[1]
+        return None
+
+    def _find(self, frames: tuple[Frame, ...]) -> Loop:
+        text = self._text_of(frames)
+        if text is not None:
+            return self.loops[text]
         where = " from ".join(f"{Path(file).name}:{line} `{source_of((file, line))}`" for file, line in frames)
         raise RuntimeError(f"{self.function.name}: the table of loops has no trip count for {where or 'a loop'}")
 
@@ -273,8 +309,7 @@ class Flow:
             times = self.runs()
             return {at: float(times[number]) for number in self._reached(self.share)
                     for at in range(*self.blocks[number])}  # fmt: skip
-        edges = [edge for edge in self.bodies
-                 if any(source_of(frame).startswith(text) for frame in self._frames_of(edge))]  # fmt: skip
+        edges = [edge for edge in self.bodies if self._text_of(self._frames_of(edge)) == text]
         if not edges:
             raise RuntimeError(f"{self.function.name}: the loop `{text}` is not in its machine code")
         runs = self.runs()

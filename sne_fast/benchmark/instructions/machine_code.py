@@ -51,6 +51,14 @@ class Function:
         match = re.search(r"`\(([^)]+)\)", self.instructions[at].operands)
         return self.labels.get(match[1]) if match else None
 
+    def jumps(self, at: int) -> bool:
+        """Return whether an instruction goes on elsewhere for good: a branch, or a call of a label, for sm_80.
+
+        By such a call of a label of its own, a kernel leaves a loop and does not come back.
+        """
+        instruction = self.instructions[at]
+        return instruction.name == "BRA" or (instruction.name == "CALL" and "`(.L_" in instruction.operands)
+
     @cached_property
     def blocks(self) -> list[tuple[int, int]]:
         """First instruction and the one behind the last, of each basic block."""

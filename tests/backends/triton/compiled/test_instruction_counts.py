@@ -1,4 +1,4 @@
-"""Executed instructions per 32 weights of the Triton kernels, in machine code for sm_90, and no atomic sums."""
+"""Executed instructions per 32 weights of the Triton kernels, for sm_90 and sm_80, and no atomic sums."""
 
 from __future__ import annotations
 
@@ -19,9 +19,21 @@ LIMITS = {
 """Warp instructions per 32 weights at width 64, 4 heads, chunks of 32, bfloat16: what they are, and 2 % on top."""
 
 
-def counted(title: str) -> Count:
+LIMITS_OF_SM80 = {"pool backward": 1_110, "weight gradients": 605}
+
+
+def counted(title: str, architecture: int = 90) -> Count:
     kernel = next(kernel for kernel in KERNELS if kernel.title == title)
-    return count_kernel(kernel, Config(), "bfloat16", 90, CHIPS["h100"])
+    return count_kernel(kernel, Config(), "bfloat16", architecture, CHIPS["h100"])
+
+
+@pytest.mark.parametrize("title", LIMITS_OF_SM80)
+def test_instructions_for_sm80_stay_below_their_limit(title: str) -> None:
+    """Their loops end by a call of a label."""
+    found = counted(title, 80)
+    print(title, found)
+    assert found.instructions <= LIMITS_OF_SM80[title], found
+    assert found.float_atomics == 0 and not found.spills, found
 
 
 @pytest.mark.parametrize("title", LIMITS)

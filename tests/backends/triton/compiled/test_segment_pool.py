@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 import triton.language as tl
 
 from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
+from sne_fast.backends.gpu_plans.lengths import Lengths
 from sne_fast.backends.triton import gather_chunks_kernels, pieces_kernels, segment_pool_kernels
 from sne_fast.backends.triton.launches import launch
 from sne_fast.backends.triton.segment_pool import Plan
@@ -22,8 +22,8 @@ POINTERS = {"ptr": "*i64", "sets": "i32"}
 
 
 def pool(kernel: str, dtype: torch.dtype, h: int, queries: int, lengths: str, arch: int) -> Compiled:
-    x, sizes = torch.empty(1, h, dtype=dtype, device="meta"), np.array(LENGTHS[lengths])
-    plan = Plan.make(kernel, x, queries, sizes, arch=arch, rows=int(sizes.sum()))
+    x, sizes = torch.empty(1, h, dtype=dtype, device="meta"), LENGTHS[lengths]
+    plan = Plan.make(kernel, x, queries, Lengths(len(sizes), sizes[0], sizes[0]), arch=arch, rows=sum(sizes))
     kind, constants = TYPES[dtype], dict(plan.constants)
     if kernel == "forward":
         fn, sums = segment_pool_kernels.forward_kernel, ["lse", "part", "part_lse"]
