@@ -132,13 +132,17 @@ def _queries(
     for (_, (_, seeds, h), heads, _), places in alike.items():
         count, chosen = len(places), [pools[place] for place in places]
         mabs = [pool.mab for pool in chosen]
-        # The bias of fc_k is constant in the softmax, and here for the gradient of 0 that DDP wants.
-        s, w_q, w_k, b_q, _, slopes = _joined((
+        # The bias of fc_k is constant in the softmax, and here for the gradient of 0 that DDP wants. One alone would be
+        # joined with nothing, so it goes with that of fc_q, which costs another copy.
+        of_queries, of_keys = ([fc.bias for fc in fcs] for fcs in zip(*((m.fc_q, m.fc_k) for m in mabs), strict=True))
+        biases: Any = (_group((count, 1, h), *of_queries), _group((count, 1, h), *of_keys))
+        if count == 1:
+            biases = _group((2, 1, 1, h), *of_queries, *of_keys)
+        s, w_q, w_k, (b_q, _), slopes = _joined((
             _group((count, seeds, h), *(pool.S for pool in chosen)),
             _group((count, h, h), *(mab.fc_q.weight for mab in mabs)),
             _group((count * heads, h // heads, h), *(mab.fc_k.weight for mab in mabs)),
-            _group((count, 1, h), *(mab.fc_q.bias for mab in mabs)),
-            _group((count, h), *(mab.fc_k.bias for mab in mabs)),
+            biases,
             slopes,
         ))  # fmt: skip
         query = torch.baddbmm(b_q, s, w_q.mT)  # [P, k, h]
