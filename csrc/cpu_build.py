@@ -38,8 +38,12 @@ BF16_FLAGS = {
     "avx512_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
     "amx_bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-BF16_SOURCES = ["isa_kernels", "chunk_encode_forward", "chunk_encode_backward", "set_block_forward",
-                "set_block_backward"]  # fmt: skip
+AMX_SOURCES = ["isa_kernels", "chunk_encode_forward", "chunk_encode_backward", "set_block_forward",
+               "set_block_backward"]  # fmt: skip
+BF16_SOURCES = {
+    "avx512_bf16": [*AMX_SOURCES, "set_attention_forward", "set_attention_backward", "segment_pool"],
+    "amx_bf16": AMX_SOURCES,
+}
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", *INCLUDES]  # fmt: skip
 
@@ -81,7 +85,7 @@ def units(extra: Sequence[str] = ()) -> list[Unit]:
     per_isa = [
         Unit(folder / f"{name}.cpp", f"{name}_{isa}.o", [*command, f"-DSNE_ISA_{isa}", *flags[isa]])
         for isa in isas
-        for name in (BF16_SOURCES if isa in BF16_FLAGS else PER_ISA)
+        for name in BF16_SOURCES.get(isa, PER_ISA)
     ]
     once = [Unit(folder / f"{name}.cpp", f"{name}.o", command) for name in ONCE]
     # The longest compilations first, so that they do not run alone at the end.

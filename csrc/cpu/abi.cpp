@@ -135,7 +135,7 @@ int with_plan(int dtype, const sne_fast_chunk_encode_args *args, Body body) {
 }
 
 int check(int dtype, const sne_fast_set_attention_args *a) {
-  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
+  if (!kernels_of(dtype)) return SNE_FAST_BAD_DTYPE;
   if (!width(a->hidden, a->heads)) return SNE_FAST_BAD_ARGUMENT;
   if (!sne::pointers_fit(a->num_sets, a->q_ptr, a->rows_q) || !sne::pointers_fit(a->num_sets, a->k_ptr, a->rows_k))
     return SNE_FAST_BAD_ARGUMENT;
@@ -143,8 +143,9 @@ int check(int dtype, const sne_fast_set_attention_args *a) {
 }
 
 int check(int dtype, const sne_fast_segment_pool_args *a) {
-  if (!real(dtype)) return SNE_FAST_BAD_DTYPE;
-  if (a->hidden < 16 || a->hidden % 16 || a->heads < 1) return SNE_FAST_BAD_ARGUMENT;
+  if (!kernels_of(dtype)) return SNE_FAST_BAD_DTYPE;
+  const int64_t unit = dtype == SNE_FAST_BF16 ? 32 : 16;
+  if (a->hidden < unit || a->hidden % unit || a->heads < 1) return SNE_FAST_BAD_ARGUMENT;
   return sne::pointers_fit(a->num_segments, a->ptr, a->rows) ? SNE_FAST_OK : SNE_FAST_BAD_ARGUMENT;
 }
 

@@ -89,23 +89,24 @@ extern const Kernels kernels = {
     {kPanel<float>, kPanel<double>},
     chunk_encode_forward,
     chunk_encode_backward,
-#if defined(SNE_BF16)
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    set_block_forward,
-    set_block_backward,
-    nullptr,
-    product_rate,
-    &avx512::kernels,
+#if defined(SNE_AMX)  // no products of whole panels, for which tiles are
+    avx512_bf16::set_attention_forward,
+    avx512_bf16::set_attention_backward,
+    avx512_bf16::segment_pool_forward,
+    avx512_bf16::segment_pool_backward,
 #else
     set_attention_forward,
     set_attention_backward,
     segment_pool_forward,
     segment_pool_backward,
+#endif
     set_block_forward,
     set_block_backward,
+#if defined(SNE_BF16)
+    nullptr,
+    product_rate,
+    &avx512::kernels,
+#else
     tensor_statistics,
     product_rate,
     nullptr,

@@ -23,7 +23,7 @@ struct Kernels {
   int (*set_block_backward)(int dtype, const sne_fast_set_block_args &, const sne_fast_set_block_grads &, Interrupt &);
   int (*tensor_statistics)(int dtype, const sne_fast_tensor_statistics_args &, Interrupt &);
   int (*product_rate)(int dtype, long rows, long inner, long columns, long repeats, int threads);
-  // The table for float and double where this one is for products of bfloat16, and lacks some of the kernels.
+  // The table for float and double where this one is for products of bfloat16, and lacks tensor_statistics.
   const Kernels *real;
 };
 
@@ -38,7 +38,13 @@ extern const Kernels kernels;
 }
 namespace avx512_bf16 {
 extern const Kernels kernels;
-}
+int set_attention_forward(int dtype, const sne_fast_set_attention_args &, Interrupt &);
+int set_attention_backward(int dtype, const sne_fast_set_attention_args &, const sne_fast_set_attention_grads &,
+                           Interrupt &);
+int segment_pool_forward(int dtype, const sne_fast_segment_pool_args &, Interrupt &);
+int segment_pool_backward(int dtype, const sne_fast_segment_pool_args &, const sne_fast_segment_pool_grads &,
+                          Interrupt &);
+}  // namespace avx512_bf16
 namespace amx_bf16 {
 extern const Kernels kernels;
 }

@@ -12,7 +12,13 @@ template <class T>
 struct RealRows {
   using Real = T;
   using Entry = T;
+  using Result = T;
   static constexpr long kNumbers = 1;  // of an entry
+
+  // Writes rows from..from + count - 1 of h numbers from lanes (h, L), which may be lost.
+  static SNE_INLINE void write(T *lanes, long L, long from, long count, long h, T *rows) {
+    from_lanes(lanes, L, count, h, rows + from * h, h);
+  }
 
   static SNE_INLINE void onto_lanes(const T *rows, long width, long count, T *lanes, long L) {
     to_lanes(rows, width, count, width, lanes, L);
@@ -44,7 +50,12 @@ struct RealRows {
 struct PairRows {
   using Real = float;
   using Entry = Pair;
+  using Result = float;
   static constexpr long kNumbers = 2;
+
+  static SNE_INLINE void write(float *lanes, long L, long from, long count, long h, float *rows) {
+    RealRows<float>::write(lanes, L, from, count, h, rows);
+  }
 
   static SNE_INLINE void onto_lanes(const Pair *rows, long width, long count, Pair *lanes, long L) {
     to_lanes((const float *)rows, width, count, width, (float *)lanes, L);
@@ -119,6 +130,19 @@ struct PairRows {
     }
     store_pairs(to, (Pairs)_mm512_permutex2var_epi16((__m512i)a, (__m512i)first, (__m512i)b));
     store_pairs(to + 16, (Pairs)_mm512_permutex2var_epi16((__m512i)a, (__m512i)second, (__m512i)b));
+  }
+};
+
+// As PairRows, with results rounded to pairs.
+struct RoundedRows : PairRows {
+  using Result = Pair;
+
+  static SNE_INLINE void write(float *lanes, long L, long from, long count, long h, Pair *rows) {
+    Pair *const words = (Pair *)lanes;  // word row f / 2 lies in front of rows f and f + 1
+    for (long f = 0; f < h; f += 2)
+      for (long l = 0; l < L; l += kLanes<float>)
+        store_pairs(words + f / 2 * L + l, round_to_words(load(lanes + f * L + l), load(lanes + (f + 1) * L + l)));
+    from_lanes((const float *)words, L, count, h / 2, (float *)(rows + from * (h / 2)), h / 2);
   }
 };
 

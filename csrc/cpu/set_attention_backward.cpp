@@ -9,8 +9,11 @@ namespace {
 
 thread_local ThreadBuffer buffer, shared_buffer;
 
-template <class T>
+template <class Rows>
 int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_grads &g, Interrupt &interrupt) {
+  using T = typename Rows::Real;
+  using Entry = typename Rows::Entry;
+  using Result = typename Rows::Result;
   constexpr long P = kPanel<T>;
   const long h = a.hidden, H = a.heads, sums = a.rows_q * H;
   long queries = 0, keys = 0;
@@ -22,15 +25,17 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
     free(k_items);
     return SNE_FAST_NO_MEMORY;
   }
-  const AttentionPointers<RealRows<T>> at = {(const T *)a.q,   (const T *)a.k,   (const T *)a.v, (const T *)g.grad,
-                                             (const T *)a.out, (const T *)a.lse, (T *)g.q,       (T *)g.k,
-                                             (T *)g.v,         shared,           shared + sums,  shared + 2 * sums};
+  AttentionPointers<Rows> at = {
+      (const Entry *)a.q, (const Entry *)a.k, (const Entry *)a.v, (const Entry *)g.grad, nullptr,
+      (const T *)a.lse,   (Result *)g.q,      (Result *)g.k,      (Result *)g.v,         shared,
+      shared + sums,      shared + 2 * sums};
+  if constexpr (Rows::kNumbers == 1) at.out = (const T *)a.out;  // a rounded one would spoil <grad, out>
   int failed = 0;
   const int threads = int(max_of(1, min_of(a.num_threads, queries > keys ? queries : keys)));
   const int q_grab = items_per_grab(queries, threads), k_grab = items_per_grab(keys, threads);
 #pragma omp parallel num_threads(threads)
   {
-    AttentionBackWork<RealRows<T>> w;
+    AttentionBackWork<Rows> w;
     Scratch size;
     w.take(size, h, H);
     char *base = buffer.reserve(size.size());
@@ -62,7 +67,12 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
 
 int set_attention_backward(int dtype, const sne_fast_set_attention_args &a, const sne_fast_set_attention_grads &g,
                            Interrupt &interrupt) {
-  return dtype == SNE_FAST_F64 ? backward<double>(a, g, interrupt) : backward<float>(a, g, interrupt);
+#if defined(SNE_BF16)
+  return dtype == SNE_FAST_BF16 ? backward<RoundedRows>(a, g, interrupt) : SNE_FAST_BAD_DTYPE;
+#else
+  return dtype == SNE_FAST_F64 ? backward<RealRows<double> >(a, g, interrupt)
+                               : backward<RealRows<float> >(a, g, interrupt);
+#endif
 }
 
 }  // namespace sne::SNE_ISA

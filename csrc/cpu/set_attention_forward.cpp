@@ -9,9 +9,9 @@ namespace {
 
 thread_local ThreadBuffer buffer;
 
-template <class T>
+template <class Rows>
 int forward(const sne_fast_set_attention_args &a, Interrupt &interrupt) {
-  constexpr long P = kPanel<T>;
+  constexpr long P = kPanel<typename Rows::Real>;
   long count = 0;
   RowItem *items = cut_rows(a.num_sets, a.q_ptr, P, &count);
   if (!items) return SNE_FAST_NO_MEMORY;
@@ -19,7 +19,7 @@ int forward(const sne_fast_set_attention_args &a, Interrupt &interrupt) {
   const int threads = int(max_of(1, min_of(a.num_threads, count))), grab = items_per_grab(count, threads);
 #pragma omp parallel num_threads(threads)
   {
-    AttentionWork<RealRows<T>> work;
+    AttentionWork<Rows> work;
     Scratch size;
     work.take(size, a.hidden, a.heads);
     char *base = buffer.reserve(size.size());
@@ -43,7 +43,11 @@ int forward(const sne_fast_set_attention_args &a, Interrupt &interrupt) {
 }  // namespace
 
 int set_attention_forward(int dtype, const sne_fast_set_attention_args &a, Interrupt &interrupt) {
-  return dtype == SNE_FAST_F64 ? forward<double>(a, interrupt) : forward<float>(a, interrupt);
+#if defined(SNE_BF16)
+  return dtype == SNE_FAST_BF16 ? forward<RoundedRows>(a, interrupt) : SNE_FAST_BAD_DTYPE;
+#else
+  return dtype == SNE_FAST_F64 ? forward<RealRows<double> >(a, interrupt) : forward<RealRows<float> >(a, interrupt);
+#endif
 }
 
 }  // namespace sne::SNE_ISA

@@ -92,7 +92,7 @@ void attend(const sne_fast_set_attention_args &a, const RowItem &item, const Att
         lse[(item.begin + l) * H + head] = logarithm(work.sum[head * L + l]) + work.top[head * L + l] * scale;
     }
   }
-  from_lanes(work.o, L, count, h, (T *)a.out + item.begin * h, h);
+  Rows::write(work.o, L, item.begin, count, h, (typename Rows::Result *)a.out);
 }
 
 // Attends with the rows of an item, which are at most those of a panel.

@@ -6,7 +6,7 @@
 // multiply them. So for sets of few keys, whose logits are all there at once, top, sum and mean come from the very
 // numbers that they are applied to. For others the saved log-sum-exp serves as log2 sum = lse log2 e with top = 0, and
 // <grad, out> as the mean, as long as the log-sum-exp is small. A large one has lost the logarithm of the sum to
-// rounding: then all three are computed from the keys in passes of their own.
+// rounding: then, and where there is no exact `out`, all three are computed from the keys in a pass of their own.
 #pragma once
 
 #include "cpu/row_operands.h"
@@ -20,8 +20,8 @@ template <class Rows>
 struct AttentionPointers {
   using T = typename Rows::Real;
   const typename Rows::Entry *q, *k, *v, *grad;
-  const T *out, *lse;
-  T *gq, *gk, *gv;
+  const T *out, *lse;  // null where top, log_sum and dot are to come from the keys
+  typename Rows::Result *gq, *gk, *gv;
   T *top, *log_sum, *dot;  // (rows_q, H): largest logit, log2 of the sum, mean of the gradients of weights
 };
 
@@ -63,8 +63,8 @@ void query_sums(const sne_fast_set_attention_args &a, const AttentionPointers<Ro
   const long h = a.hidden, H = a.heads, d = h / H, count = item.end - item.begin;
   const long width = h / Rows::kNumbers, entries = d / Rows::kNumbers;
   const int64_t first = a.k_ptr[item.set], last = a.k_ptr[item.set + 1];
-  bool small = true;
-  for (int64_t r = item.begin; r < item.end; ++r)
+  bool small = at.out != nullptr;
+  for (int64_t r = item.begin; r < item.end && small; ++r)
     for (long head = 0; head < H; ++head) {
       at.dot[r * H + head] = Rows::dot(at.grad + r * width + head * entries, at.out + r * h + head * d, entries);
       at.top[r * H + head] = 0;
@@ -76,41 +76,35 @@ void query_sums(const sne_fast_set_attention_args &a, const AttentionPointers<Ro
   Rows::onto_lanes(at.q + item.begin * width, width, count, w.one, L);
   Rows::onto_lanes(at.grad + item.begin * width, width, count, w.two, L);
   for (long head = 0; head < H; ++head) {
-    Vec<T> top[NV], sum[NV];
+    Vec<T> top[NV], sum[NV], dot[NV];
     for (int i = 0; i < NV; ++i) {
       top[i] = splat(kLowest<T>);
-      sum[i] = zero<T>();
-    }
-    for (int64_t k0 = first; k0 < last; k0 += kOthers) {
-      const long n = min_of(kOthers, last - k0);
-      Rows::template scores<NV>(at.k + k0 * width + head * entries, width, n, entries, w.one + head * entries * L, w.s);
-      for (int i = 0; i < NV; ++i) {
-        const Vec<T> before = top[i];
-        for (long j = 0; j < n; ++j) top[i] = vmax(top[i], load(w.s + j * L + i * W));
-        sum[i] *= Rows::exponential((before - top[i]) * scale);
-        for (long j = 0; j < n; ++j) sum[i] += Rows::exponential((load(w.s + j * L + i * W) - top[i]) * scale);
-      }
-    }
-    Vec<T> dot[NV];
-    for (int i = 0; i < NV; ++i) {
-      for (int l = 0; l < W; ++l) sum[i][l] = T(log2(double(sum[i][l])));
-      dot[i] = zero<T>();
+      sum[i] = dot[i] = zero<T>();
     }
     for (int64_t k0 = first; k0 < last; k0 += kOthers) {
       const long n = min_of(kOthers, last - k0), from = k0 * width + head * entries;
       Rows::template scores<NV>(at.k + from, width, n, entries, w.one + head * entries * L, w.s);
       Rows::template scores<NV>(at.v + from, width, n, entries, w.two + head * entries * L, w.p);
-      for (int i = 0; i < NV; ++i)
-        for (long j = 0; j < n; ++j)
-          dot[i] +=
-              Rows::exponential((load(w.s + j * L + i * W) - top[i]) * scale - sum[i]) * load(w.p + j * L + i * W);
+      for (int i = 0; i < NV; ++i) {
+        const Vec<T> before = top[i];
+        for (long j = 0; j < n; ++j) top[i] = vmax(top[i], load(w.s + j * L + i * W));
+        const Vec<T> shrink = vexp2((before - top[i]) * scale);
+        Vec<T> added = zero<T>(), added_dot = zero<T>();
+        for (long j = 0; j < n; ++j) {
+          const Vec<T> e = Rows::exponential((load(w.s + j * L + i * W) - top[i]) * scale);
+          added += e;
+          added_dot += e * load(w.p + j * L + i * W);
+        }
+        sum[i] = sum[i] * shrink + added;
+        dot[i] = dot[i] * shrink + added_dot;
+      }
     }
     for (int i = 0; i < NV; ++i)
       for (long l = 0; l < W && i * W + l < count; ++l) {
         const long row = (item.begin + i * W + l) * H + head;
         at.top[row] = top[i][l];
-        at.log_sum[row] = sum[i][l];
-        at.dot[row] = dot[i][l];
+        at.log_sum[row] = T(log2(double(sum[i][l])));
+        at.dot[row] = dot[i][l] / sum[i][l];
       }
   }
 }
@@ -182,7 +176,7 @@ void query_gradient(const sne_fast_set_attention_args &a, const AttentionPointer
       at.log_sum[row] = T(log2(double(w.log_sum[head * L + r])));
       at.dot[row] = w.dot[head * L + r];
     }
-  from_lanes(w.g_one, L, count, h, at.gq + item.begin * h, h);
+  Rows::write(w.g_one, L, item.begin, count, h, at.gq);
 }
 
 template <class Rows, int NV>
@@ -223,8 +217,8 @@ void key_gradient(const sne_fast_set_attention_args &a, const AttentionPointers<
       Rows::template sum<NV>(grads + head * d, h, n, d, w.s, w.g_two + head * d * L, flags);
     }
   }
-  from_lanes(w.g_one, L, count, h, at.gk + item.begin * h, h);
-  from_lanes(w.g_two, L, count, h, at.gv + item.begin * h, h);
+  Rows::write(w.g_one, L, item.begin, count, h, at.gk);
+  Rows::write(w.g_two, L, item.begin, count, h, at.gv);
 }
 
 // Writes the gradient of the queries of an item, which are at most those of a panel.

@@ -5,7 +5,7 @@
 //   python csrc/fuzz/run.py
 //
 // Bytes, in order: op (0 to 5: chunk_encode, set_attention, segment_pool, gather_chunks, tensor_statistics, set_block),
-// dtype (even float, odd double; from 128 on even ones are products of bfloat16 where op and processor have them),
+// dtype (even float, odd double; from 128 on even ones are bfloat16 where op and processor have its products),
 // instruction set, width, heads, flags (1: layer norm, 2: raw pointers), then what each op reads below. Missing bytes
 // are 0.
 #include <math.h>
@@ -16,6 +16,7 @@
 
 #include "fuzz/inputs.h"
 #include "sne_fast/cpu_abi.h"
+#include "tests/bfloat16.h"
 
 using namespace fuzz;
 
@@ -107,7 +108,8 @@ void set_attention(Bytes &bytes, int dtype, const Shape &shape, bool raw) {
     const int64_t at = bytes.next() * 256 + bytes.next();
     if (array.size()) array[at % array.size()] = value_of<T>(bytes.next());
   }
-  Array<T> out = unwritten<T>(queries.rows * h), lse = unwritten<T>(queries.rows * H);
+  Array<T> out = unwritten<T>(queries.rows * h);
+  auto lse = unwritten<typename SumOf<T>::type>(queries.rows * H);
   const sne_fast_set_attention_args args = {sets,     queries.rows,       keys.rows,       shape.h,  shape.heads,
                                             threads,  queries.ptr.data(), keys.ptr.data(), q.data(), k.data(),
                                             v.data(), out.data(),         lse.data()};
@@ -201,15 +203,17 @@ void set_block(Bytes &bytes, int dtype, const Shape &shape, bool norms, bool raw
 
 template <class T>
 void segment_pool(Bytes &bytes, int dtype, const Shape &shape, bool raw) {
-  const bool known = shape.h >= 16 && shape.h % 16 == 0 && shape.heads >= 1;
-  const int64_t h = known ? shape.h : 16, A = known ? shape.heads : 1;
+  const int64_t unit = dtype == SNE_FAST_BF16 ? 32 : 16;
+  const bool known = shape.h >= unit && shape.h % unit == 0 && shape.heads >= 1;
+  const int64_t h = known ? shape.h : unit, A = known ? shape.heads : 1;
   const int64_t segments = bytes.below(6), threads = bytes.next();
   Pointers pieces(bytes, segments, 200, raw);
   const bool good = known && pieces.good;
   const uint32_t seed = bytes.next();
   Array<T> x = drawn<T>(seed, pieces.rows * h, 1), logits = values<T>(bytes, pieces.rows * A),
            grad = drawn<T>(seed + 1, segments * A * h, 1);
-  Array<T> out = unwritten<T>(segments * A * h), lse = unwritten<T>(segments * A);
+  Array<T> out = unwritten<T>(segments * A * h);
+  auto lse = unwritten<typename SumOf<T>::type>(segments * A);
   const sne_fast_segment_pool_args args = {segments,          pieces.rows, shape.h,       shape.heads, threads,
                                            pieces.ptr.data(), x.data(),    logits.data(), out.data(),  lse.data()};
   int status = sne_fast_cpu_segment_pool(dtype, &args);
@@ -367,10 +371,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   const char *isa = isas[bytes.below(3)];
   sne_fast_cpu_select_isa(sne_fast_cpu_has_isa(isa) ? isa : "");
   const char *bf16 = kind < 192 ? "avx512_bf16" : "amx_bf16";
-  if (kind % 2)
+  if (kind % 2) {
     call<double>(bytes, op, SNE_FAST_F64);
-  else if (kind >= 128 && (op == 0 || op == 5) && sne_fast_cpu_select_isa(bf16) == SNE_FAST_OK)
+    return 0;
+  }
+  const bool multiplies = kind >= 128 && sne_fast_cpu_select_isa(bf16) == SNE_FAST_OK;
+  if (multiplies && (op == 0 || op == 5))
     call<float>(bytes, op, SNE_FAST_BF16);
+  else if (multiplies && (op == 1 || op == 2))
+    call<Bfloat16>(bytes, op, SNE_FAST_BF16);
   else
     call<float>(bytes, op, SNE_FAST_F32);
   return 0;

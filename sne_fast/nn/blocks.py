@@ -325,17 +325,34 @@ class PMA(nn.Module):
                 return self.mab(query, x, seed_ptr, ptr, seed_host, ptr_host).reshape(-1, *self.S.shape[1:])
             (folded,) = fold_stages([((), self)])
             weights = folded.pool
-        (x,) = autocast(x)  # once for both uses
+        (x,) = autocast(x)  # once for all uses
+        if self._fuses(x, weights):
+            return self._pool_block(x, ptr, ptr_host, weights)
         pooled = functional.segment_pool(x, F.linear(x, weights.logits), ptr, ptr_host=ptr_host)
         return self.project(pooled, weights, empty_sets(ptr, ptr_host))
+
+    def _fuses(self, x: Tensor, weights: PoolWeights) -> bool:
+        """Return whether a fused op computes the whole block, of rows or of rows that are pooled already."""
+        one_seed = weights.feed_forward is not None and self.S.shape[1] == 1
+        return one_seed and functional.fuses_pool_block(x, self.mab.num_heads)
+
+    def _pool_block(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None, weights: PoolWeights) -> Tensor:
+        assert weights.feed_forward is not None
+        logits = weights.logits if x.dim() == 2 else weights.logits.detach()
+        parameters = (weights.query.flatten(), weights.w_v, weights.b_v, *weights.feed_forward)
+        return functional.pool_block(x, ptr, logits, *parameters, ptr_host=ptr_host)[:, None]
 
     def project(self, pooled: Tensor, weights: PoolWeights, empty: Tensor | None = None) -> Tensor:
         """Project rows pooled per seed and head, ``(S, k H, h)``, to the block's output ``(S, k, h)``.
 
         ``empty (S,)`` tells which sets have no rows and attend to nothing; None means that there are none.
         """
+        if empty is None and self._fuses(pooled, weights):
+            none, none_host = (torch.empty(0, dtype=torch.int64, device=where) for where in (pooled.device, "cpu"))
+            return self._pool_block(pooled, none, none_host, weights)
         rows = pooled.unflatten(1, (-1, self.mab.num_heads))  # [S, k, H, h]
         attended = torch.einsum("skah,adh->skad", rows, weights.w_v).flatten(2)
-        if empty is not None:  # the query holds the bias of fc_v
+        query = weights.query + weights.b_v
+        if empty is not None:
             attended = attended - (weights.b_v * empty[:, None, None]).to(attended.dtype)
-        return self.mab.residual(weights.query, attended, weights.feed_forward)
+        return self.mab.residual(query, attended, weights.feed_forward)

@@ -49,10 +49,10 @@ class PoolWeights(NamedTuple):
 
     Attributes:
         logits: ``(fc_k^T q)_a / sqrt(h)`` per seed and head, ``(k H, h)``.
-        query: ``fc_q(S)`` and the bias of fc_v, which the attention of a set with rows adds to it: ``(1, k, h)``. It is
-            not cast where modules are called, which sum it with the attention in its own dtype.
+        query: ``fc_q(S)``, ``(1, k, h)``. It is not cast where modules are called, which sum it with the attention in
+            its own dtype.
         w_v: fc_v, ``(H, d, h)``.
-        b_v: its bias, ``(h,)``, which is not cast.
+        b_v: its bias, ``(h,)``, which is not cast where modules are called.
         feed_forward: its other half; None where its modules are called.
     """
 
@@ -98,44 +98,56 @@ def fold_stages(stages: Sequence[tuple[Sequence[MAB], PMA]], with_chunks: bool =
         with_chunks: whether the first one is stage 1: four blocks, of which the first one is of scalars.
     """
     with torch.autocast(stages[0][1].S.device.type, enabled=False):
-        queries = _queries([pool for _, pool in stages])
+        scalars = stages[0][0][0] if with_chunks else None
+        queries, slopes = _queries([pool for _, pool in stages], scalars)
         wanted = []
         for place, ((mabs, pool), query) in enumerate(zip(stages, queries, strict=True)):
             if with_chunks and not place:
                 unused = _group((2, pool.mab.dim_v), mabs[0].fc_k.bias, pool.mab.fc_k.bias)
-                wanted.append(StageWeights(_pool(pool, *query), (), _chunk_encode(mabs, query[0]), unused))
+                own = _pool(pool, *query)._replace(logits=query[0])  # which only the other use casts
+                wanted.append(StageWeights(own, (), _chunk_encode(mabs, query[0], slopes), unused))
             else:
                 wanted.append(StageWeights(_pool(pool, *query), _blocks(mabs), {}, None))
     found: list[StageWeights] = _joined(wanted, cast=True)
     return found
 
 
-def _queries(pools: Sequence[PMA]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return `logits`, `query` and `b_v` of each pool as in `PoolWeights`, those of equal sizes computed together."""
+def _queries(
+    pools: Sequence[PMA], scalars: MAB | None
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
+    """Return `logits`, `query` and `b_v` of each pool as in `PoolWeights`, those of equal sizes computed together.
+
+    And of a block of scalars weight and bias of fc_q ``(2, h)``, and the weight of fc_k ``(h,)``.
+    """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for place, pool in enumerate(pools):
         mab = pool.mab
         learnt = needs_grad((pool.S, mab.fc_q.weight, mab.fc_q.bias, mab.fc_k.weight))
         alike.setdefault((learnt, pool.S.shape, mab.num_heads, pool.S.device), []).append(place)
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    slopes: Any = ()
+    if scalars is not None:
+        width = scalars.dim_v
+        slopes = (_group((2, width), scalars.fc_q.weight, scalars.fc_q.bias), _group((width,), scalars.fc_k.weight))
     for (_, (_, seeds, h), heads, _), places in alike.items():
         count, chosen = len(places), [pools[place] for place in places]
         mabs = [pool.mab for pool in chosen]
         # The bias of fc_k is constant in the softmax.
         biases = [fc.bias for fcs in zip(*((m.fc_q, m.fc_v, m.fc_k) for m in mabs), strict=True) for fc in fcs]
-        s, w_q, w_k, b = _joined((
+        s, w_q, w_k, b, slopes = _joined((
             _group((count, seeds, h), *(pool.S for pool in chosen)),
             _group((count, h, h), *(mab.fc_q.weight for mab in mabs)),
             _group((count * heads, h // heads, h), *(mab.fc_k.weight for mab in mabs)),
             _group((3, count, 1, h), *biases),
+            slopes,
         ))  # fmt: skip
         b_q, b_v, _ = b.unbind()
         query = torch.baddbmm(b_q, s, w_q.mT)  # [P, k, h]
         of_heads = query.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)  # [P H, k, d]
         logits = (of_heads @ w_k / math.sqrt(h)).unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)  # [P, k H, h]
-        folded = zip(logits.unbind(), (query + b_v).unbind(), b_v.flatten(1).unbind(), strict=True)
+        folded = zip(logits.unbind(), query.unbind(), b_v.flatten(1).unbind(), strict=True)
         found.update(zip(places, folded, strict=True))
-    return [found[place] for place in range(len(pools))]
+    return [found[place] for place in range(len(pools))], slopes or None
 
 
 def _pool(pool: PMA, logits: Tensor, query: Tensor, b_v: Tensor) -> PoolWeights:
@@ -144,7 +156,8 @@ def _pool(pool: PMA, logits: Tensor, query: Tensor, b_v: Tensor) -> PoolWeights:
     fused = mab.has_plain_feed_forward() and functional.fuses_feed_forward(mab.fc_o.weight)
     return PoolWeights(
         _group(tuple(logits.shape), logits), _group((1, *query.shape), query) if fused else query[None],
-        _group((heads, h // heads, h), mab.fc_v.weight), b_v, _feed_forward(mab) if fused else None,
+        _group((heads, h // heads, h), mab.fc_v.weight), _group((h,), b_v) if fused else b_v,
+        _feed_forward(mab) if fused else None,
     )  # fmt: skip
 
 
@@ -174,15 +187,16 @@ def _blocks(mabs: Sequence[MAB]) -> tuple[BlockWeights, ...]:
     return tuple(found)
 
 
-def _chunk_encode(mabs: Sequence[MAB], pool_query: Tensor) -> dict[str, Any]:
+def _chunk_encode(mabs: Sequence[MAB], pool_query: Tensor, slopes: Any) -> dict[str, Any]:
     first, *rest = mabs
     h, heads = first.dim_v, first.num_heads
-    w_q, w_k, w_v = (fc.weight.flatten() for fc in (first.fc_q, first.fc_k, first.fc_v))
-    slope = torch.cat([w_q, first.fc_q.bias]).view(2, heads, -1) * w_k.view(heads, -1)
+    w_q, w_v = first.fc_q.weight, first.fc_v.weight
+    by_head, w_k = slopes[0].view(2, heads, -1).transpose(0, 1), slopes[1].view(heads, -1, 1)
+    logit = (by_head @ w_k / math.sqrt(h)).squeeze(2).t()  # [2, H]
     projections = [fc for mab in rest for fc in (mab.fc_q, mab.fc_k, mab.fc_v)]
     norms = [norm for mab in mabs for norm in mab.norms()]
     return {
-        "logit": _group((2, heads), slope.sum(-1) / math.sqrt(h)),
+        "logit": _group((2, heads), logit),
         "basis": _group((3, h), w_q, w_v, first.fc_q.bias + first.fc_v.bias),
         "w_qkv": _group((3, 3 * h, h), *(fc.weight for fc in projections)),
         "b_qkv": _group((3, 3 * h), *(fc.bias for fc in projections)),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.batch import WeightBatch
 from ..ops import functional
+from ..ops.calls import autocast
 from ..ops.pointer_facts import derived, owners, places
 from .blocks import ISAB, MAB, PMA, SAB, has_plain_attention
 from .bounded_memory import is_large, joined, row_runs, set_runs
@@ -87,14 +88,18 @@ class ChunkEncoder(nn.Module):
     ) -> Tensor:
         """Return the rows of all chunks, or of a run, pooled per head: ``(N, H, h)``, before the pool's ``fc_v``."""
         values, chunk_ptr, tensor_ptr, chunk_ptr_host, tensor_ptr_host = _chunks_of(batch, run)
-        gain = self.code_gain
         element_code = self._element_code(batch, tensor_code)
+        # One product and one cast of all codes.
+        (codes,) = autocast(self.code_gain * torch.cat([tensor_code, element_code]))
+        row_code, element_code = codes.split([tensor_code.shape[0], element_code.shape[0]])
+        if not self.element_order:
+            element_code = torch.zeros_like(element_code)
         return functional.chunk_encode(
             values,
             chunk_ptr,
             tensor_ptr,
-            gain * tensor_code,
-            gain * element_code if self.element_order else torch.zeros_like(element_code),
+            row_code,
+            element_code,
             **(self.folded_weights() if weights is None else weights).chunk_encode,
             chunk_ptr_host=chunk_ptr_host,
             tensor_ptr_host=tensor_ptr_host,
@@ -246,17 +251,16 @@ class TensorEncoder(SetEncoder):
             weights: the parameters where the caller has joined those of several stages, all plain.
             overwrite: whether ``x`` may be overwritten, so that a large tensor needs no second copy.
         """
-        log_scale = tensor_scale.log().to(self.code_gain.dtype)[:, None]
         runs = set_runs(ptr_host, x.device) if self._has_plain_blocks() else None
         weights = self.folded_weights() if weights is None else weights
         if runs is None:
-            return self._encode(x, ptr, ptr_host, (level_code, log_scale), positions, index, weights)
+            return self._encode(x, ptr, ptr_host, (level_code, tensor_scale), positions, index, weights)
         encoded = []
         for run, rows in runs:
             part, own_index = x[rows], None if index is None else index[rows]
             bounds = slice(run.start, run.stop + 1)
             pointers = (ptr[bounds] - rows.start, ptr_host[bounds] - rows.start)
-            codes = (level_code[run], log_scale[run])
+            codes = (level_code[run], tensor_scale[run])
             if is_large(part.shape[0], x.device) and self._has_tiles():
                 part = part if overwrite else part.clone()
                 encoded.append(self._encode_by_tiles(part, *pointers, self._row_code(*codes), positions, own_index))
@@ -264,8 +268,8 @@ class TensorEncoder(SetEncoder):
                 encoded.append(self._encode(part, *pointers, codes, positions, own_index, weights))
         return torch.cat(encoded)
 
-    def _row_code(self, level_code: Tensor, log_scale: Tensor) -> Tensor:
-        return self.code_gain * (level_code + log_scale * self.magnitude_code)
+    def _row_code(self, level_code: Tensor, scale: Tensor) -> Tensor:
+        return self.code_gain * (level_code + scale.log().to(self.code_gain.dtype)[:, None] * self.magnitude_code)
 
     def _encode(
         self, x: Tensor, ptr: Tensor, ptr_host: Tensor, codes: tuple[Tensor, Tensor], positions: Tensor,
@@ -274,15 +278,22 @@ class TensorEncoder(SetEncoder):
         x = self.attend(x, ptr, ptr_host, weights)
         (chunks, width), dtype = x.shape, self.code_gain.dtype
         tensor_of_chunk = owners(ptr, chunks)
+        level_code, scale = codes
+        if index is None and functional.fuses_add_codes(x, level_code, scale):
+            table = level_code[:0]
+            if self.chunk_order:
+                table = derived(positions, ("R", width, dtype), lambda: reversed_position_code(positions, width, dtype))
+            rows = (ptr, ptr_host, level_code, table, scale.to(dtype))
+            x = functional.add_codes(x, *rows, self.magnitude_code, self.code_gain)
+            return self.pooled(x, ptr, ptr_host, weights)
         # Before parameters enter, as the gradient of index_select on a GPU adds in any order; that of indexing sorts.
-        level_code, log_scale = codes
         code = level_code.index_select(0, tensor_of_chunk)
         if self.chunk_order and index is None:
             table = derived(positions, ("R", width, dtype), lambda: reversed_position_code(positions, width, dtype))
             code = code + table.index_select(0, places(ptr, chunks))
         elif self.chunk_order and index is not None:
             code = code + reversed_position_code(positions.index_select(0, index), width, dtype)
-        x = x + self._row_code(code, log_scale[tensor_of_chunk])
+        x = x + self._row_code(code, scale[tensor_of_chunk])
         return self.pooled(x, ptr, ptr_host, weights)
 
     def _has_tiles(self) -> bool:
@@ -318,4 +329,14 @@ class NetworkEncoder(SetEncoder):
 
         ``level_code (L, h)`` is ``P(level)`` of each layer; ``weights`` as in :class:`SetEncoder`.
         """
+        if functional.fuses_add_codes(x, level_code):
+            none = (
+                ptr[:0],
+                ptr_host[:0],
+                level_code,
+                level_code[:0],
+                level_code[:0, 0],
+                level_code.new_empty(x.shape[1]),
+            )
+            return super().forward(functional.add_codes(x, *none, self.code_gain), ptr, ptr_host, weights)
         return super().forward(x + self.code_gain * level_code, ptr, ptr_host, weights)

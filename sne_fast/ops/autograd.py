@@ -147,6 +147,7 @@ class SetAttention(torch.autograd.Function):
         *tensors, num_heads = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # of lse there is none
         ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:])
         ctx.num_heads = num_heads
 
@@ -178,6 +179,7 @@ class SegmentPool(torch.autograd.Function):
         x, logits, *pointers = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # of lse there is none
         ctx.save_for_backward(x, logits, out, lse, *pointers)
 
     @staticmethod
@@ -201,6 +203,7 @@ class SetBlock(torch.autograd.Function):
         """Save the inputs of the backward op."""
         ctx.in_torch_func = torch_func_is_active()
         *tensors, ctx.num_heads = inputs
+        ctx.itself = inputs[1] is None
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -213,7 +216,51 @@ class SetBlock(torch.autograd.Function):
             return grads
 
         grad_q, grad_k, *grads = _first_derivative(ctx, "set_block", backward, grad, *ctx.saved_tensors)
-        return (grad_q, grad_k, *[None] * 4, *grads, None)
+        return (grad_q, None if ctx.itself else grad_k, *[None] * 4, *grads, None)
+
+
+class PoolBlock(torch.autograd.Function):
+    """Autograd function of the op ``pool_block``."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> Tensor:
+        """Call the forward op."""
+        out: Tensor = OPS.pool_block(*args)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Save the inputs of the backward op."""
+        ctx.in_torch_func = torch_func_is_active()
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        """Call the backward op."""
+        grad_x, *grads = _first_derivative(ctx, "pool_block", OPS.pool_block_backward, grad, *ctx.saved_tensors)
+        return (grad_x, None, None, *grads)
+
+
+class AddCodes(torch.autograd.Function):
+    """Autograd function of the op ``add_codes``."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> Tensor:
+        """Call the forward op."""
+        out: Tensor = OPS.add_codes(*args)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Save the inputs of the backward op."""
+        ctx.in_torch_func = torch_func_is_active()
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        """Call the backward op."""
+        grads = _first_derivative(ctx, "add_codes", OPS.add_codes_backward, grad, *ctx.saved_tensors)
+        return (grad, *[None] * 5, *grads)
 
 
 class FeedForward(torch.autograd.Function):
@@ -239,5 +286,15 @@ class FeedForward(torch.autograd.Function):
 
 
 # torch binds the arguments of every call to the signature of `forward`, and would read it anew each time.
-for _function in (_FirstDerivative, GatherChunks, ChunkEncode, SetAttention, SegmentPool, SetBlock, FeedForward):
+for _function in (
+    _FirstDerivative,
+    GatherChunks,
+    ChunkEncode,
+    SetAttention,
+    SegmentPool,
+    SetBlock,
+    PoolBlock,
+    AddCodes,
+    FeedForward,
+):
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

@@ -227,6 +227,61 @@ def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor,
     shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
 
 
+def pool_block(
+    op: str, x: Tensor, ptr: Tensor, ptr_host: Tensor, logits: Tensor, query: Tensor, w_v: Tensor, b_v: Tensor,
+    w_o: Tensor, b_o: Tensor, norm: Tensor,
+) -> None:  # fmt: skip
+    """Check the inputs of ``pool_block``."""
+    floating(op, x=x, logits=logits, query=query, w_v=w_v, b_v=b_v, w_o=w_o, b_o=b_o, norm=norm)
+    if x.dim() != 3:
+        shape(op, "x", x, "(rows, h), or (S, H, h) of pooled rows", (None, None))
+    h, norms = x.shape[-1], 4 if norm.shape[:1] != (0,) else 0
+    shape(op, "logits", logits, f"(H, h) with h = {h}", (None, h))
+    heads = logits.shape[0]
+    if not heads or h % heads:
+        raise ValueError(f"{op}: logits must have a row for each of H heads, a divisor of h = {h}, got {heads}")
+    shape(op, "w_v", w_v, f"(H, h/H, h) = {(heads, h // heads, h)}", (heads, h // heads, h))
+    for name, tensor in (("query", query), ("b_v", b_v), ("b_o", b_o)):
+        shape(op, name, tensor, f"(h,) with h = {h}", (h,))
+    shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
+    shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+    if x.dim() == 3:
+        shape(op, "x", x, f"(S, H, h) with H = {heads}", (None, heads, h))
+        shape(op, "ptr", ptr, "(0,), as x is pooled already", (0,))
+    else:
+        pointer(op, "ptr", ptr, ptr_host, x.device)
+
+
+def add_codes(
+    op: str, x: Tensor, ptr: Tensor, ptr_host: Tensor, level: Tensor, table: Tensor, scale: Tensor, magnitude: Tensor,
+    gain: Tensor,
+) -> None:  # fmt: skip
+    """Check the inputs of ``add_codes``, or with the gradient as ``x`` those of its backward."""
+    floating(op, x=x)
+    floating(op, level=level, table=table, scale=scale, magnitude=magnitude, gain=gain)
+    if x.device != level.device:
+        raise ValueError(f"{op}: level must be on {x.device} beside x, got {described(level)}; use .to({x.device})")
+    shape(op, "x", x, "(rows, h)", (None, None))
+    h, sets = x.shape[1], ptr.shape[0] - 1 if ptr.shape[0] else x.shape[0]
+    shape(op, "level", level, f"(S, h) = {(sets, h)}", (sets, h))
+    shape(op, "table", table, f"(P, h) with h = {h}", (None, h))
+    shape(op, "scale", scale, f"(S,) = {(sets,)}, or (0,) for none", (sets if scale.shape[:1] != (0,) else 0,))
+    shape(op, "magnitude", magnitude, f"(h,) with h = {h}", (h,))
+    shape(op, "gain", gain, "()", ())
+    if ptr.shape[0]:
+        pointer(op, "ptr", ptr, ptr_host, x.device)
+
+
+def code_rows(op: str, ptr: Tensor, ptr_host: Tensor, rows: int, table: Tensor) -> None:
+    """Check what the pointer of ``add_codes`` holds, and that the table of places has a row for each."""
+    longest = min(rows, 1)
+    if ptr.shape[0]:
+        pointer_content(op, "ptr", ptr, ptr_host, rows)
+        longest = derived(ptr_host, "longest set", lambda: int(ptr_host.diff().max()) if ptr_host.shape[0] > 1 else 0)
+    if 0 < table.shape[0] < longest:
+        raise ValueError(f"{op}: table must have a row for each place of a set, {longest}, got {described(table)}")
+
+
 def set_block(
     op: str,
     q: Tensor,

@@ -123,6 +123,15 @@ def set_block(
     return feed_forward(query, attended, *rest).to(q.dtype)
 
 
+def pool_block(x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor) -> Tensor:
+    """Compute the op ``pool_block``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    rows, logits, query, w_v, b_v, *rest = (t.to(accumulate_dtype(x.dtype)) for t in (x, *parameters))
+    pooled = rows if x.dim() == 3 else segment_pool(rows, rows @ logits.t(), ptr, ptr_host)  # [S, H, h]
+    attended = torch.einsum("sah,adh->sad", pooled, w_v).flatten(1)
+    full = rows.new_ones((x.shape[0], 1)) if x.dim() == 3 else (ptr_host.diff() > 0)[:, None].to(x.device)
+    return feed_forward(query + b_v * full, attended, *rest).to(x.dtype)
+
+
 def feed_forward(q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> Tensor:
     """Compute the op ``feed_forward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     computed = accumulate_dtype(q.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .schema import BLOCK_PARAMETERS, CHUNK_PARAMETERS, named
+from .schema import BLOCK_PARAMETERS, CHUNK_PARAMETERS, POOL_PARAMETERS, named
 
 _SETS = ("q_ptr", "k_ptr", "q_ptr_host", "k_ptr_host")
 
@@ -65,11 +65,14 @@ def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
         names = ("values", "chunk_ptr", "tensor_ptr", "chunk_ptr_host", "tensor_ptr_host")
         chunk_pointers(op, *(given[name] for name in names), element_codes=given["element_code"].shape[0])
     elif "q_ptr" in given:
-        set_pointers(op, *(given[name] for name in ("q", "k", *_SETS)))
+        rows = (given["q"], given["q"] if given["k"] is None else given["k"])
+        set_pointers(op, *rows, *(given[name] for name in _SETS))
     elif "dims" in given:
         pointer_and_copy(op, "start", given["start"], given["start_host"], given["values"].shape[0])
         checks.statistics_dims(op, given["dims"], given["start_host"])
-    elif "ptr" in given:
+    elif "level" in given:
+        checks.code_rows(op, given["ptr"], given["ptr_host"], args[0].shape[0], given["table"])
+    elif "ptr" in given and given["x"].dim() == 2:
         pointer_and_copy(op, "ptr", given["ptr"], given["ptr_host"], given["x"].shape[0])
 
 
@@ -103,12 +106,19 @@ def direct_call(op: str, args: Sequence[Any]) -> None:
         results = {"grad": rows, "out": rows, "lse": (rows[0], given["num_heads"])}
     elif forward == "set_block":
         inputs = {name: given[name] for name in (*BLOCK_PARAMETERS, "num_heads")}
-        checks.set_block(op, *(given[name] for name in ("q", "k", *_SETS)), **inputs)
+        rows = (given["q"], given["q"] if given["k"] is None else given["k"])
+        checks.set_block(op, *rows, *(given[name] for name in _SETS), **inputs)
         results = {"grad": (given["q"].shape[0], given["w_o"].shape[0])}
     elif forward == "segment_pool":
         checks.segment_pool(op, given["x"], given["logits"], given["ptr"], given["ptr_host"])
         pooled = (given["ptr"].shape[0] - 1, given["logits"].shape[1], given["x"].shape[1])
         results = {"grad": pooled, "out": pooled, "lse": pooled[:2]}
+    elif forward == "pool_block":
+        checks.pool_block(op, *(given[name] for name in ("x", "ptr", "ptr_host", *POOL_PARAMETERS)))
+        x, ptr = given["x"], given["ptr"]
+        results = {"grad": (x.shape[0] if x.dim() == 3 else ptr.shape[0] - 1, x.shape[-1])}
+    elif forward == "add_codes":
+        checks.add_codes(op, *args)
     elif forward == "feed_forward":
         checks.feed_forward(op, *(given[name] for name in ("q", "attended", "w_o", "b_o", "norm")))
         results = {"grad": tuple(given["q"].shape)}

@@ -17,13 +17,16 @@ from torch import Tensor
 from . import checks, compositions, dispatch  # dispatch registers the implementations
 from .autograd import OPS, ChunkEncode, FeedForward, GatherChunks, SegmentPool, SetAttention, apply
 from .calls import autocast, distinct, needs_grad, on_host
+from .functional_add_codes import add_codes, fuses_add_codes
+from .functional_pool_block import fuses_pool_block, pool_block
 from .functional_set_block import fuses_set_block, set_block
 from .schema import CHUNK_PARAMETERS
 from .supported_widths import WIDTHS
 from .transforms import is_transformed, needs_composition, outside_transforms, unwrapped
 
-__all__ = ["chunk_encode", "feed_forward", "fuses_feed_forward", "fuses_set_block", "gather_chunks", "gather_stored",
-           "segment_pool", "set_attention", "set_block", "tensor_statistics"]  # fmt: skip
+__all__ = ["add_codes", "chunk_encode", "feed_forward", "fuses_add_codes", "fuses_feed_forward", "fuses_pool_block",
+           "fuses_set_block", "gather_chunks", "gather_stored", "pool_block", "segment_pool", "set_attention",
+           "set_block", "tensor_statistics"]  # fmt: skip
 
 
 def gather_chunks(tensors: Sequence[Tensor], scale: Tensor, plan: Tensor, dtype: torch.dtype) -> Tensor:

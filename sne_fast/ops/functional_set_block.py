@@ -64,8 +64,12 @@ def set_block(
         >>> sne_fast.functional.set_block(x, x, ptr, ptr, *parameters, mab.norm_parameters(), num_heads=4).shape
         torch.Size([5, 64])
     """
-    q, k, *parameters = autocast(q, k, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, norm)
-    q_ptr_host, k_ptr_host = on_host(q_ptr, q_ptr_host), on_host(k_ptr, k_ptr_host)
+    same = k is q
+    q, *parameters = autocast(q, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, norm)
+    k = q if same else autocast(k)[0]
+    same_sets = k_ptr is q_ptr and k_ptr_host is q_ptr_host
+    q_ptr_host = on_host(q_ptr, q_ptr_host)
+    k_ptr_host = q_ptr_host if same_sets else on_host(k_ptr, k_ptr_host)
     pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
     if not torch.compiler.is_compiling():
         op = "set_block"
@@ -77,7 +81,7 @@ def set_block(
     out: Tensor
     if needs_composition("set_block", (q, k, *parameters)):
         return compositions.set_block(q, k, *pointers, *parameters, num_heads)
-    args = (q, k, *pointers, *parameters, num_heads)
+    args = (q, None if same and same_sets else k, *pointers, *parameters, num_heads)
     out = apply(SetBlock, *distinct(*args)) if needs_grad((q, k, *parameters)) else OPS.set_block(*args)
     return out
 

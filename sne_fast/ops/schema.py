@@ -2,6 +2,7 @@
 
 Each op is opaque to the compiler and has a forward and, but for ``CONSTANT_OPS``, a backward. ``*_host`` arguments are
 CPU int64 copies of the pointers beside them, so that a backend can plan its launches without waiting for the device.
+In ``set_block`` a k of None stands for q, and the gradient of q is that of both.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ _CHUNK = (
 )
 _FEED_FORWARD = "Tensor q, Tensor attended, Tensor w_o, Tensor b_o, Tensor norm"
 _BLOCK = (
-    "Tensor q, Tensor k, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, Tensor w_q, Tensor b_q, "
+    "Tensor q, Tensor? k, Tensor q_ptr, Tensor k_ptr, Tensor q_ptr_host, Tensor k_ptr_host, Tensor w_q, Tensor b_q, "
     "Tensor w_k, Tensor b_k, Tensor w_v, Tensor b_v, Tensor w_o, Tensor b_o, Tensor norm, int num_heads"
 )
+_POOL = (
+    "Tensor x, Tensor ptr, Tensor ptr_host, Tensor logits, Tensor query, Tensor w_v, Tensor b_v, Tensor w_o, "
+    "Tensor b_o, Tensor norm"
+)
+_CODES = "Tensor ptr, Tensor ptr_host, Tensor level, Tensor table, Tensor scale, Tensor magnitude, Tensor gain"
 
 SCHEMAS: dict[str, str] = {
     "gather_chunks": "(Tensor[] tensors, Tensor scale, Tensor plan, ScalarType dtype) -> Tensor",
@@ -50,6 +56,10 @@ SCHEMAS: dict[str, str] = {
     "feed_forward_backward": f"(Tensor grad, {_FEED_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     "set_block": f"({_BLOCK}) -> Tensor",
     "set_block_backward": f"(Tensor grad, {_BLOCK}) -> ({', '.join(['Tensor'] * 11)})",
+    "pool_block": f"({_POOL}) -> Tensor",
+    "pool_block_backward": f"(Tensor grad, {_POOL}) -> ({', '.join(['Tensor'] * 8)})",
+    "add_codes": f"(Tensor x, {_CODES}) -> Tensor",
+    "add_codes_backward": f"(Tensor grad, {_CODES}) -> (Tensor, Tensor)",
     "tensor_statistics": "(Tensor values, Tensor start, Tensor scale, Tensor dims, Tensor start_host) -> Tensor",
     "gather_stored": "(Tensor[] buffers, Tensor table, Tensor scale, int num_values, ScalarType dtype) -> Tensor",
 }
@@ -79,9 +89,11 @@ CHUNK_PARAMETERS = argument_names("chunk_encode")[5:]
 """Names of the folded parameters of ``chunk_encode``, which follow values and pointers."""
 BLOCK_PARAMETERS = argument_names("set_block")[6:-1]
 """Names of the parameters of ``set_block``, which follow rows and pointers."""
+POOL_PARAMETERS = argument_names("pool_block")[3:]
+"""Names of the parameters of ``pool_block``, which follow rows and pointer."""
 
 FORWARD_OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
-OPTIONAL_OPS = ("feed_forward", "set_block")
+OPTIONAL_OPS = ("feed_forward", "set_block", "pool_block", "add_codes")
 """Ops for which modules have ordinary torch operations: they call the op only under a backend that fuses it."""
 CONSTANT_OPS = ("tensor_statistics", "gather_stored")
 """Ops without a gradient, called once per network: the reference computes them where a backend has no kernel."""
@@ -156,8 +168,30 @@ def _set_block(q: Tensor, *args: Any) -> Tensor:
     return q.new_empty((q.shape[0], args[-4].shape[0]))  # w_o
 
 
-def _set_block_backward(grad: Tensor, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _fake_like(q, k, *args[4:-1])
+def no_keys(q: Tensor) -> Tensor:
+    """Return the gradient of k where ``set_block`` got None for rows q that attend to each other: ``(0,)``."""
+    return q.new_empty((0,))
+
+
+def _set_block_backward(grad: Tensor, q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    grad_q, *grads = _fake_like(q, *args[4:-1])
+    return (grad_q, no_keys(q) if k is None else _fake_like(k)[0], *grads)
+
+
+def _pool_block(x: Tensor, ptr: Tensor, *args: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0] if x.dim() == 3 else ptr.shape[0] - 1, x.shape[-1]))
+
+
+def _pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(x, *args)
+
+
+def _add_codes(x: Tensor, *args: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _add_codes_backward(grad: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    return _fake_like(*args[-2:])  # magnitude and gain: the gradient of x is that of the result
 
 
 def _tensor_statistics(values: Tensor, start: Tensor, scale: Tensor, dims: Tensor, start_host: Tensor) -> Tensor:
@@ -181,6 +215,10 @@ FAKES: dict[str, Callable[..., Any]] = {
     "feed_forward_backward": _feed_forward_backward,
     "set_block": _set_block,
     "set_block_backward": _set_block_backward,
+    "pool_block": _pool_block,
+    "pool_block_backward": _pool_block_backward,
+    "add_codes": _add_codes,
+    "add_codes_backward": _add_codes_backward,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }

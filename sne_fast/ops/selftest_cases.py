@@ -55,6 +55,11 @@ def variant(op: str, args: tuple[Any, ...]) -> Variant:
     if forward == "set_block":
         width = given["w_o"].shape[0]
         return Variant(forward, given["q"].dtype, width, given["num_heads"], given["norm"].shape[0] > 0)
+    if forward == "pool_block":
+        heads, width = given["logits"].shape
+        return Variant(forward, given["x"].dtype, width, heads, given["norm"].shape[0] > 0)
+    if forward == "add_codes":
+        return Variant(forward, args[0].dtype, given["level"].shape[1])
     if forward == "tensor_statistics":
         return Variant(forward, given["values"].dtype)
     if forward == "feed_forward":
@@ -149,6 +154,32 @@ def _set_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
         rows = (draw(sum(queries), dim_q), draw(sum(keys), dim_k))
         norm = norm.to(case.dtype).double()
         yield _Call((*rows, q_ptr, k_ptr, q_ptr, k_ptr, *linear, norm, case.heads), (4, 5))
+        if dim_q == h:  # rows that attend to each other
+            yield _Call((rows[0], None, q_ptr, q_ptr, q_ptr, q_ptr, *linear, norm, case.heads), (4, 5))
+
+
+def _pool_block(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h = case.width
+    for lengths in ((3, 0, 1, 40, 2, 90), (2, 1, 3) * 30, (1200, 5)):
+        ptr, norm = _pointer(*lengths), draw(4 if case.layer_norm else 0, h, size=0.2)
+        norm[::2] += 1
+        parameters = (
+            draw(case.heads, h, size=h**-0.5), draw(h), draw(case.heads, h // case.heads, h, size=h**-0.5),
+            draw(h, size=0.1), draw(h, h, size=h**-0.5), draw(h, size=0.1), norm.to(case.dtype).double(),
+        )  # fmt: skip
+        yield _Call((draw(sum(lengths), h), ptr, ptr, *parameters), (2,))
+
+
+def _add_codes(case: Variant, draw: _Draw) -> Iterator[_Call]:
+    h, lengths = case.width, (3, 0, 1, 40)
+    ptr, level, table, scale = (
+        _pointer(*lengths),
+        draw(len(lengths), h),
+        draw(40, h),
+        draw(len(lengths), size=0.1, offset=1),
+    )
+    yield _Call((draw(sum(lengths), h), ptr, ptr, level, table, scale, draw(h), draw()), (2,))
+    yield _Call((draw(len(lengths), h), ptr[:0], ptr[:0], level, table[:0], scale[:0], draw(h), draw()), (2,))
 
 
 def _tensor_statistics(case: Variant, draw: _Draw) -> Iterator[_Call]:
@@ -178,6 +209,8 @@ _CALLS: dict[str, Callable[[Variant, _Draw], Iterator[_Call]]] = {
     "segment_pool": _segment_pool,
     "feed_forward": _feed_forward,
     "set_block": _set_block,
+    "pool_block": _pool_block,
+    "add_codes": _add_codes,
     "tensor_statistics": _tensor_statistics,
     "gather_stored": _gather_stored,
 }
@@ -202,8 +235,10 @@ def _saved(op: str, args: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[An
     """Return the arguments of the backward op after the gradient."""
     if op == "gather_chunks":
         return (results[0], *args[:3])
-    if op in ("chunk_encode", "feed_forward", "set_block"):
+    if op in ("chunk_encode", "feed_forward", "set_block", "pool_block"):
         return args
+    if op == "add_codes":
+        return args[1:]
     rows = 3 if op == "set_attention" else 2
     return (*args[:rows], *results, *args[rows:])
 

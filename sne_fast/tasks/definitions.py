@@ -124,15 +124,18 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
     return zoo
 
 
-_INR, _BEST, _ACROSS = (RECIPES[name] for name in ("inr", "best", "across"))
+_INR, _BEST, _ACROSS, _DATASETS = (RECIPES[name] for name in ("inr", "best", "across", "datasets"))
 # The rows of tasks whose label is an accuracy: the recipe, with chunks as well, and chunks alone.
 _ACCURACY = {
     "SNE": _BEST,
     "SNE, chunks and statistics": _BEST.replace(chunks=True, input_scale="zoo"),
     "SNE, chunks alone": _BEST.replace(chunks=True, input_scale="zoo", statistics="none"),
 }
-# On other data sets no epoch is chosen by networks of the data set that trained, and architectures are the same.
-_ACCURACY_OF_DATASETS = {row: recipe.replace(epochs=20, keep_best=False) for row, recipe in _ACCURACY.items()}
+_ACCURACY_OF_DATASETS = {
+    "SNE": _DATASETS,
+    "SNE, chunks and statistics": _DATASETS.replace(chunks=True, input_scale="zoo"),
+    "SNE, chunks alone": _DATASETS.replace(chunks=True, input_scale="zoo", statistics="none"),
+}
 _ACCURACY_ACROSS = {
     "SNE": _ACROSS,
     "SNE, chunks and statistics": _ACROSS.replace(chunks=True),

@@ -130,9 +130,9 @@ class TrainSettings:
     )
     recipe: str = option(
         "best",
-        help="best, for properties of the training such as accuracy; across, for architectures never seen; inr, for "
-        "implicit representations with sines or other odd activations; paper; or a recipe.json. The contrastive "
-        "objective has one of its own in place of best.",
+        help="best, for properties of the training such as accuracy; across, the same on architectures never seen, and "
+        "datasets on data sets never seen; inr, for implicit representations with sines or other odd activations; "
+        "paper; or a recipe.json. The contrastive objective has one of its own in place of best.",
     )
     loss: Loss = option("mse", help="Loss; bce takes targets in [0, 1], cross_entropy takes classes.")
     transform: Transform = option("identity", help="Transform of mse targets; logit takes targets in [0, 1].")
@@ -149,6 +149,7 @@ class TrainSettings:
     )
     jitter: float | None = of_recipe("Canonical units: noise on the keys in training.")
     invariance: float | None = of_recipe("Weight of the logit-invariance loss; not for given units.")
+    ranking: float | None = of_recipe("Weight of the ranking loss: which of two networks has the larger target.")
     relative: bool | None = of_recipe(
         "Replace types and levels by ones that architectures share.", flags=("--relative/--no-relative",)
     )
@@ -203,7 +204,7 @@ class TrainSettings:
     def _unused_without_labels(self) -> list[str]:
         """Return the names of values that training without labels would leave out."""
         recipe, plain = self.chosen, CONTRASTIVE
-        names = ("units", "odd", "jitter", "relative", "invariance")
+        names = ("units", "odd", "jitter", "relative", "invariance", "ranking")
         found = [name for name in names if getattr(recipe, name) != getattr(plain, name)]
         if recipe.input_scale not in ("tensor", "none"):
             found.append("input_scale")

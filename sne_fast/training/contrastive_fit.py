@@ -102,8 +102,8 @@ def fit_contrastive(
 
     Raises:
         ValueError: networks that are packed otherwise than the encoder asks for, clusters that are not one per network,
-            `settings.invariance` or `settings.buckets`, a network larger than `batch_weights` in a process group, a
-            loss or gradient that is not finite, or a checkpoint of another training.
+            `settings.invariance`, `settings.ranking` or `settings.buckets`, a network larger than `batch_weights` in a
+            process group, a loss or gradient that is not finite, or a checkpoint of another training.
         BlockingIOError: another training is writing the checkpoint.
         OSError: the checkpoint cannot be written.
 
@@ -115,10 +115,9 @@ def fit_contrastive(
         2
     """
     settings = CONTRASTIVE.fit_settings() if settings is None else check_settings(settings)
-    if settings.invariance:
-        raise ValueError(
-            f"fit_contrastive: invariance must be 0, got {settings.invariance:g}; permuted views teach invariance"
-        )
+    for name, why in (("invariance", "permuted views teach it"), ("ranking", "there are no targets to rank by")):
+        if getattr(settings, name):
+            raise ValueError(f"fit_contrastive: {name} must be 0, got {getattr(settings, name):g}; {why}")
     if settings.buckets:
         raise ValueError("fit_contrastive: buckets must be False; views of networks are not padded")
     encoder, world = model.encoder, World()

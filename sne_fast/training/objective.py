@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.batch import WeightBatch
 from ..data.buckets import Bucket, bucket_of, pad_to_bucket
 from ..nn.predictor import Predictor
+from .ranking import ranking_losses
 from .settings import FitSettings
 
 Encode = Callable[[WeightBatch], Tensor]
@@ -92,7 +93,7 @@ class Augment(Protocol):
 
 
 class Supervised:
-    """The loss of a predictor's targets, with the logit-invariance loss where the settings give it a weight.
+    """The loss of a predictor's targets, with the ranking and logit-invariance losses that the settings give a weight.
 
     Args:
         predictor: the predictor.
@@ -141,6 +142,8 @@ class Supervised:
         if real is not None:
             losses, *apart = [torch.where(real, one, 0.0) for one in (losses, *apart)]
         minimised = losses.sum()
+        if self.settings.ranking and predictor.loss == "mse":
+            minimised = minimised + self.settings.ranking * ranking_losses(outputs, goals, real).sum()
         if apart:
             minimised = minimised + self.settings.invariance * apart[0].sum() / 2
         return Losses(minimised, losses)

@@ -48,7 +48,7 @@ def scale_of_predictor(input_scale: InputScale) -> FittedScale | Literal[False]:
     return False if input_scale == "tensor" or input_scale == "none" else input_scale
 
 
-OLDER_VALUES = {"accumulate": 1}
+OLDER_VALUES = {"accumulate": 1, "ranking": 0.0}
 """Values that recipes mean which were saved before these fields existed."""
 
 
@@ -107,6 +107,7 @@ class TrainingRecipe:
     patience: int | None = None
     keep_best: bool = True
     invariance: float = 0.0
+    ranking: float = 0.0
     threads: int | None = 1
 
     def __post_init__(self) -> None:
@@ -182,7 +183,19 @@ RECIPES: dict[str, TrainingRecipe] = {
     # Properties that show in how a network was trained, such as its accuracy: statistics carry them.
     "best": TrainingRecipe(epochs=25),
     # For architectures that no training network has: neither sizes nor places of their own.
-    "across": TrainingRecipe(statistics="relative", relative=True, input_scale="fan_in", epochs=20, keep_best=False),
+    # Their order carries over better than their values do; batches hold networks enough to be put in order.
+    "across": TrainingRecipe(
+        statistics="relative",
+        relative=True,
+        input_scale="fan_in",
+        epochs=20,
+        keep_best=False,
+        ranking=5.0,
+        lr=2e-3,
+        batch_weights=80_000,
+    ),
+    # For data sets that no training network saw, on which no epoch can be chosen either.
+    "datasets": TrainingRecipe(epochs=40, keep_best=False, ranking=8.0, lr=2e-3, batch_weights=80_000),
     # For implicit neural representations, whose label is what each weight does.
     "inr": TrainingRecipe(
         chunks=True, input_scale="zoo", units="canonical", odd=True, jitter=0.2, invariance=0.5, epochs=150

@@ -31,6 +31,9 @@ class FitSettings:
         amp: train under autocast in this type; None trains in the parameters' own.
         invariance: weight v of the logit-invariance loss `v mean ||f(g x) - f(x)||^2 / 2`, where f is the output of the
             head and g a permutation that `augment` draws (see "Predictor and logit invariance" in `docs/method.md`).
+        ranking: weight of the mean of :func:`sne_fast.training.ranking.ranking_losses` over the networks of one part of
+            a step, which is nothing where `batch_weights` has room for one network only. Predictors with other losses
+            than "mse" train without.
         seed: of the order of the networks and of the draws of `augment`.
         buckets: pad every part of a step, so that its sizes repeat; see :func:`sne_fast.training.pad_to_bucket`. The
             result is the same up to rounding.
@@ -57,6 +60,7 @@ class FitSettings:
     keep_best: bool = True
     amp: AmpDtype | None = None
     invariance: float = 0.0
+    ranking: float = 0.0
     seed: int = 0
     buckets: bool = False
     capture: bool = False
@@ -69,7 +73,7 @@ class FitSettings:
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"FitSettings: {name} must be an integer, got {value!r:.80}")
             object.__setattr__(self, name, operator.index(value))
-        for name in ("lr", "warmup", "weight_decay", "clip", "invariance"):
+        for name in ("lr", "warmup", "weight_decay", "clip", "invariance", "ranking"):
             value = getattr(self, name)
             if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
                 raise TypeError(f"FitSettings: {name} must be a number, got {value!r:.80}")
@@ -94,7 +98,7 @@ class FitSettings:
             )
         if self.capture and not self.buckets:
             raise ValueError("FitSettings: capture replays steps whose sizes repeat; it needs buckets=True")
-        for name in ("invariance", "weight_decay"):
+        for name in ("invariance", "ranking", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"FitSettings: {name} must be at least 0, got {getattr(self, name)}")
 
@@ -103,8 +107,8 @@ class FitSettings:
 class History:
     """Course of a training.
 
-    `train_loss` and `validation_loss` hold the loss of the predictor in each epoch, without the logit-invariance loss;
-    `kept` is the epoch whose parameters the predictor has.
+    `train_loss` and `validation_loss` hold the loss of the predictor in each epoch, without the ranking and
+    logit-invariance losses; `kept` is the epoch whose parameters the predictor has.
     """
 
     train_loss: list[float] = field(default_factory=list)

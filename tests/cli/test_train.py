@@ -206,7 +206,10 @@ def test_classes_and_probabilities(loss: str, target: str, outputs: int, zoo: Pa
         (["--target", "a", "--loss", "cross_entropy", "--target", "mse"], "cross_entropy takes one column"),
         (["--target", "a", "--split", "kind"], "column 'kind' must say train, validation, test, got fast, slow"),
         (["--target", "a", "--invariance", "0.5"], "it needs units 'permuted' or 'canonical'"),
-        (["--target", "a", "--recipe", "worst"], "recipe: must be one of best, across, inr, paper, or a JSON file"),
+        (
+            ["--target", "a", "--recipe", "worst"],
+            "recipe: must be one of best, across, datasets, inr, paper, or a JSON file",
+        ),
         (["--target", "a", "--recipe", "paper", "--no-chunks"], "chunks=False leaves statistics alone"),
         (["--target", "a", "--log", "none"], "'none' is not one of 'csv', 'tensorboard'"),
         (["--target", "a", "--loss", "bce"], r"targets of the loss 'bce' must lie in \[0, 1\]"),

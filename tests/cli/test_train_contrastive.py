@@ -59,5 +59,5 @@ def test_what_does_not_fit_is_refused(zoo, tmp_path):
     refused = fails(*start, "--objective", "contrastive", "--stack")
     assert "--workers, --buckets and --capture are for predictors" in refused
     refused = fails(*start, "--objective", "contrastive", "--recipe", "across", "--loss", "bce")
-    assert "the contrastive objective has no use for relative, input_scale, loss; leave" in refused
+    assert "the contrastive objective has no use for relative, ranking, input_scale, loss; leave" in refused
     assert "--max-chunks is for the contrastive" in fails(*start, "--target", "test_loss", "--max-chunks", 4)

@@ -117,6 +117,26 @@ def feed_forward_case(
     return q, normal(rows, width), normal(width, width, spread=width**-0.5), normal(width, spread=0.1), norm
 
 
+def pool_block_case(
+    lengths: Sequence[int], width: int, heads: int, layer_norm: bool = True, dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return x, ptr and the seven parameters of a pooling block of one seed."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, spread: float = 1.0) -> Tensor:
+        return (spread * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+    norm = normal(4 if layer_norm else 0, width, spread=0.2)
+    norm[::2] += 1  # weights of ln0 and ln1 around one
+    w_v = normal(heads, width // heads, width, spread=width**-0.5)
+    parameters = (
+        normal(heads, width, spread=width**-0.5), normal(width), w_v, normal(width),
+        normal(width, width, spread=width**-0.5), normal(width, spread=0.1), norm,
+    )  # fmt: skip
+    return normal(sum(lengths), width), pointer(lengths), *parameters
+
+
 def block_case(
     q_lengths: list[int],
     k_lengths: list[int],

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import sne_fast
-from helpers.op_cases import ChunkCase, attention_case, block_case, feed_forward_case, pointer, pool_case
+from helpers.op_cases import (
+    ChunkCase,
+    attention_case,
+    block_case,
+    feed_forward_case,
+    pointer,
+    pool_block_case,
+    pool_case,
+)
 from sne_fast import functional as F
 from sne_fast.ops import functional
 from sne_fast.ops.schema import CHUNK_PARAMETERS, SCHEMAS
@@ -49,6 +57,15 @@ def host_args(op: str) -> tuple:
         q, k, q_ptr, k_ptr, *parameters = block_case([2, 3], [4, 1])
         args = (q, k, q_ptr, k_ptr, q_ptr.clone(), k_ptr.clone(), *parameters, 2)
         return args if op == "set_block" else (torch.randn(5, 8, dtype=torch.float64), *args)
+    if op.startswith("pool_block"):
+        x, ptr, *parameters = pool_block_case([2, 0, 3], 8, 2)
+        args = (x, ptr, ptr.clone(), *parameters)
+        return args if op == "pool_block" else (torch.randn(3, 8, dtype=torch.float64), *args)
+    if op.startswith("add_codes"):
+        x, _, ptr = pool_case([2, 0, 3], 8, 2)
+        g = torch.Generator().manual_seed(0)
+        codes = [torch.randn(s, generator=g, dtype=torch.float64) for s in ((3, 8), (3, 8), (3,), (8,), ())]
+        return x, ptr, ptr.clone(), *codes[:2], codes[2].exp(), *codes[3:]
     if op == "tensor_statistics":
         dims = torch.tensor([[3, 2, 2, 4, 3, 1], [5, 0, 1, 4, 3, 0]])
         start = torch.tensor([0, 12, 17])
@@ -217,3 +234,37 @@ def test_gather_chunks_errors() -> None:
         F.gather_chunks([torch.ones(6)], ones, -plan, torch.float32)
     with pytest.raises(TypeError, match="dtype must be one of"):
         F.gather_chunks([torch.ones(6)], ones, plan, torch.int64)
+
+
+@pytest.mark.parametrize(
+    "place, change, message",
+    [
+        (0, torch.zeros(5), r"x must have shape \(rows, h\)"),
+        (3, torch.zeros(2, 8, dtype=torch.float64), r"level must have shape \(S, h\) = \(3, 8\)"),
+        (4, torch.zeros(2, 8, dtype=torch.float64), "table must have a row for each place of a set, 3"),
+        (5, torch.zeros(4, dtype=torch.float64), r"scale must have shape \(S,\) = \(3,\)"),
+        (7, torch.zeros(1, dtype=torch.float64), r"gain must have shape \(\)"),
+    ],
+)
+def test_errors_of_add_codes(place: int, change: torch.Tensor, message: str) -> None:
+    args = list(host_args("add_codes"))
+    args[place] = change
+    with pytest.raises(ValueError, match=f"add_codes: {message}"):
+        functional.add_codes(*args)
+
+
+@pytest.mark.parametrize(
+    "place, change, message",
+    [
+        (0, torch.zeros(5), r"x must have shape \(rows, h\)"),
+        (3, torch.zeros(3, 8, dtype=torch.float64), "logits must have a row for each of H heads, a divisor of h = 8"),
+        (4, torch.zeros(7, dtype=torch.float64), r"query must have shape \(h,\) with h = 8"),
+        (5, torch.zeros(2, 8, 4, dtype=torch.float64), r"w_v must have shape \(H, h/H, h\) = \(2, 4, 8\)"),
+        (9, torch.zeros(2, 8, dtype=torch.float64), r"norm must have shape \(4, h\), or \(0, h\) for no layer norm"),
+    ],
+)
+def test_errors_of_pool_block(place: int, change: torch.Tensor, message: str) -> None:
+    args = list(host_args("pool_block"))
+    args[place] = change.to(args[0].dtype)
+    with pytest.raises(ValueError, match=f"pool_block: {message}"):
+        functional.pool_block(args[0], args[1], *args[3:], ptr_host=args[2])

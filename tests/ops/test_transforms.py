@@ -24,7 +24,15 @@ from torch.func import (
 
 import sne_fast
 from helpers.networks import randomise_
-from helpers.op_cases import ChunkCase, attention_case, block_case, feed_forward_case, pointer, pool_case
+from helpers.op_cases import (
+    ChunkCase,
+    attention_case,
+    block_case,
+    feed_forward_case,
+    pointer,
+    pool_block_case,
+    pool_case,
+)
 from sne_fast import functional as F
 from sne_fast.ops import compositions, reference
 
@@ -37,6 +45,7 @@ def cases() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     q, k, v, q_ptr, k_ptr = attention_case([2, 0, 3, 1], [3, 2, 0, 1], 8)
     x, logits, ptr = pool_case([2, 0, 3], 8, 3)
     rows_q, rows_k, of_q, of_k, *weights = block_case([2, 0, 3, 1], [3, 2, 0, 1])
+    of_rows, of_pool, *of_block = pool_block_case([2, 0, 3], 8, 2)
     plan = torch.tensor([[6, 2], [5, 1], [0, 3]])
     tensors = (torch.randn(2, 3, 2, dtype=F64), torch.randn(5, dtype=F64), torch.randn(0, 3, dtype=F64))
     return {
@@ -45,12 +54,13 @@ def cases() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
         "segment_pool": (lambda x, logits: F.segment_pool(x, logits, ptr), (x, logits)),
         "feed_forward": (F.feed_forward, feed_forward_case(5, 8)),
         "set_block": (lambda q, k, *p: F.set_block(q, k, of_q, of_k, *p, 2), (rows_q, rows_k, *weights)),
+        "pool_block": (lambda x, *p: F.pool_block(x, of_pool, *p), (of_rows, *of_block)),
         "gather_chunks": (lambda s, *t: F.gather_chunks(t, s, plan, F64), (torch.rand(3, dtype=F64) + 0.5, *tensors)),
     }
 
 
 ops = pytest.mark.parametrize(
-    "op", ["gather_chunks", "chunk_encode", "set_attention", "segment_pool", "feed_forward", "set_block"]
+    "op", ["gather_chunks", "chunk_encode", "set_attention", "segment_pool", "feed_forward", "set_block", "pool_block"]
 )
 
 

@@ -109,7 +109,9 @@ def test_files_that_are_no_recipe_are_told(tmp_path: Path) -> None:
         (tmp_path / "r.json").write_text(content)
         with pytest.raises(ValueError, match=r"r\.json"):
             find_recipe(tmp_path / "r.json")
-    with pytest.raises(ValueError, match="recipe: must be one of best, across, inr, paper, or a JSON file, got 'good'"):
+    with pytest.raises(
+        ValueError, match="recipe: must be one of best, across, datasets, inr, paper, or a JSON file, got 'good'"
+    ):
         find_recipe("good")
 
 

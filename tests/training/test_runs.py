@@ -46,7 +46,7 @@ def same(one: Predictor, other: Predictor) -> bool:
 
 # ------------------------------------------------------------------------------------------------- checkpoint and log
 
-SETTINGS = FitSettings(epochs=6, lr=1e-3, batch_weights=200, invariance=0.1)
+SETTINGS = FitSettings(epochs=6, lr=1e-3, batch_weights=200, invariance=0.1, ranking=0.3)
 
 
 @pytest.mark.slow
@@ -267,6 +267,7 @@ def test_invariance_needs_augmentation_and_lowers_the_difference() -> None:
     [
         ({"amp": "float64"}, "amp must be None or one of bfloat16"),
         ({"invariance": -1.0}, "invariance must be"),
+        ({"ranking": float("inf")}, "ranking must be"),
     ],
 )
 def test_bad_settings(changes: dict[str, object], message: str) -> None:

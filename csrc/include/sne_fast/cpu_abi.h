@@ -2,17 +2,18 @@
  *
  * sne_fast/backends/cpu/library.py mirrors these structs with ctypes, field by field. Whoever changes one changes the
  * other and raises SNE_FAST_CPU_ABI, which is checked at load. All arrays are contiguous and row-major, of float or
- * double as `dtype` says. SNE_FAST_BF16 means arrays of float, and operands of the large products rounded to bfloat16
- * with float sums: chunk_encode, set_block and product_rate take it where the instruction set is avx512_bf16 or
- * amx_bf16. Every call is reentrant, and its results do not depend on `num_threads`. Sizes and pointers are checked
- * before anything is read through them: what does not fit is SNE_FAST_BAD_ARGUMENT, and nothing is written. The caller
- * answers for the arrays having the sizes that it states. */
+ * double as `dtype` says. SNE_FAST_BF16 means operands of the large products rounded to bfloat16, with float sums,
+ * where the instruction set is avx512_bf16 or amx_bf16: of arrays of float in chunk_encode, set_block and product_rate,
+ * of arrays of bfloat16, but lse of float, in set_attention and segment_pool. Every call is reentrant, and its results
+ * do not depend on `num_threads`. Sizes and pointers are checked before anything is read through them: what does not
+ * fit is SNE_FAST_BAD_ARGUMENT, and nothing is written. The caller answers for the arrays having the sizes that it
+ * states. */
 #ifndef SNE_FAST_CPU_ABI_H
 #define SNE_FAST_CPU_ABI_H
 
 #include <stdint.h>
 
-#define SNE_FAST_CPU_ABI 6
+#define SNE_FAST_CPU_ABI 7
 
 #if defined(_WIN32)
 #define SNE_FAST_API __declspec(dllexport)
@@ -61,7 +62,8 @@ typedef struct {
   void *values, *row_code, *element_code, *logit, *basis, *w_qkv, *b_qkv, *w_o, *b_o, *norm, *pool_query;
 } sne_fast_chunk_encode_grads;
 
-/* set_attention: set s has query rows q_ptr[s]:q_ptr[s+1] and key rows k_ptr[s]:k_ptr[s+1]. */
+/* set_attention: set s has query rows q_ptr[s]:q_ptr[s+1] and key rows k_ptr[s]:k_ptr[s+1]. The backward does not read
+ * `out` with SNE_FAST_BF16. */
 typedef struct {
   int64_t num_sets, rows_q, rows_k, hidden, heads, num_threads;
   const int64_t *q_ptr, *k_ptr;
@@ -74,12 +76,13 @@ typedef struct {
   void *q, *k, *v;  /* like the inputs */
 } sne_fast_set_attention_grads;
 
-/* segment_pool: out[s, a] = sum over rows i of segment s of softmax_i(logits[i, a]) x[i]. */
+/* segment_pool: out[s, a] = sum over rows i of segment s of softmax_i(logits[i, a]) x[i]. hidden is a multiple of 16,
+ * of 32 with SNE_FAST_BF16. The backward does not read `out`. */
 typedef struct {
   int64_t num_segments, rows, hidden, heads, num_threads;
   const int64_t *ptr;
   const void *x, *logits; /* (rows, h), (rows, A) */
-  void *out, *lse;        /* (S, A, h), (S, A); read by the backward */
+  void *out, *lse;        /* (S, A, h), (S, A); the second is read by the backward */
 } sne_fast_segment_pool_args;
 
 typedef struct {

@@ -54,6 +54,41 @@ template <class T>
 SNE_INLINE void store(T *p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::unaligned *>(p) = v;
 }
+// Loads the first n lanes, and zeros; stores the first n lanes.
+#if defined(SNE_AVX512)
+SNE_INLINE Vec<float> load_part(const float *p, long n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+SNE_INLINE Vec<double> load_part(const double *p, long n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+SNE_INLINE void store_part(float *p, long n, Vec<float> v) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+SNE_INLINE void store_part(double *p, long n, Vec<double> v) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+#else
+template <class T>
+SNE_INLINE Vec<T> load_part(const T *p, long n) {
+  T lanes[kLanes<T>] = {};
+  for (long i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+SNE_INLINE void store_part(T *p, long n, Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (long i = 0; i < n; ++i) p[i] = lanes[i];
+}
+#endif
+// Returns a mask that is set in the first n lanes.
+template <class T>
+SNE_INLINE Mask<T> first_lanes(long n) {
+  Mask<T> lane = {};
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < Int<T>(n);
+}
 template <class T>
 SNE_INLINE Mask<T> load_int(const Int<T> *p) {
   return *reinterpret_cast<const typename VecOf<T>::unaligned_mask *>(p);

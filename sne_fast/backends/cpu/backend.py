@@ -21,6 +21,7 @@ from ...ops.schema import (
     STORED_DTYPES,
     accumulate_dtype,
     named,
+    no_keys,
 )
 from ...ops.supported_widths import block_width_reasons, pool_width_reasons, width_reasons
 from . import library
@@ -54,7 +55,8 @@ def why_not(op: str, args: Arguments) -> list[str]:
         return _dtype_reasons("x", given["x"]) + pool_width_reasons(given["x"].shape[1])
     if op.startswith("set_block"):
         h, heads = given["w_o"].shape[0], given["num_heads"]
-        return _dtype_reasons("q", given["q"]) + block_width_reasons(given["q"].shape[1], given["k"].shape[1], h, heads)
+        dims = [given[name].shape[1] for name in ("w_q", "w_k")]
+        return _dtype_reasons("q", given["q"]) + block_width_reasons(*dims, h, heads)
     if op == "tensor_statistics":
         return _dtype_reasons("values", given["values"])
     return []
@@ -75,6 +77,19 @@ def _products(dtype: torch.dtype) -> int:
     if dtype == torch.bfloat16 and library.multiplies_bf16():
         return library.DTYPES[dtype]
     return library.DTYPES[accumulate_dtype(dtype)]
+
+
+def _row_dtype(dtype: torch.dtype, width: int) -> torch.dtype:
+    """Return the dtype of rows for `set_attention` and `segment_pool` on tensors of ``dtype`` and so many columns."""
+    if dtype == torch.bfloat16 and width % 32 == 0 and library.multiplies_bf16():
+        return dtype
+    return accumulate_dtype(dtype)
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of ``dtype``, contiguous, whose bfloat16 numbers can be read in pairs."""
+    tensor = _ready(tensor, dtype)
+    return tensor.clone() if dtype == torch.bfloat16 and tensor.data_ptr() % 4 else tensor
 
 
 def _run(op: str, *args: Any) -> None:
@@ -141,10 +156,10 @@ def set_attention(
     """Compute the op ``set_attention``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.set_attention("set_attention", q, k, v, q_ptr, k_ptr, q_host, k_host, num_heads)
     direct_checks.set_pointers("set_attention", q, k, q_ptr, k_ptr, q_host, k_host)
-    dtype = accumulate_dtype(q.dtype)
-    queries, keys, values = (_ready(t, dtype) for t in (q, k, v))
+    dtype = _row_dtype(q.dtype, q.shape[1])
+    queries, keys, values = (_rows(t, dtype) for t in (q, k, v))
     q_host, k_host = q_host.contiguous(), k_host.contiguous()
-    out, lse = torch.empty_like(queries), torch.empty(q.shape[0], num_heads, dtype=dtype)
+    out, lse = torch.empty_like(queries), torch.empty(q.shape[0], num_heads, dtype=accumulate_dtype(dtype))
     struct = _set_attention_args(queries, keys, values, q_host, k_host, num_heads, out, lse)
     _run("set_attention", library.DTYPES[dtype], ctypes.byref(struct))
     return out.to(q.dtype), lse
@@ -160,9 +175,9 @@ def set_attention_backward(
     direct_checks.set_pointers(op, q, k, q_ptr, k_ptr, q_host, k_host)
     for name, tensor, shape in (("grad", grad, q.shape), ("out", out, q.shape), ("lse", lse, (q.shape[0], num_heads))):
         checks.saved(op, name, tensor, tuple(shape), q.device)
-    dtype = accumulate_dtype(q.dtype)
-    grad, queries, keys, values, out, lse = (_ready(t, dtype) for t in (grad, q, k, v, out, lse))
-    q_host, k_host = q_host.contiguous(), k_host.contiguous()
+    dtype = _row_dtype(q.dtype, q.shape[1])
+    grad, queries, keys, values, out = (_rows(t, dtype) for t in (grad, q, k, v, out))
+    q_host, k_host, lse = q_host.contiguous(), k_host.contiguous(), _ready(lse, accumulate_dtype(dtype))
     grads = [torch.empty_like(t) for t in (queries, keys, values)]
     if q.dtype != dtype:  # <grad, out> nearly cancels: a rounded out would spoil the gradient of fc_k
         same_lse = torch.empty_like(lse)
@@ -188,11 +203,11 @@ def segment_pool(x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tensor) -> tu
     """Compute the op ``segment_pool``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     checks.segment_pool("segment_pool", x, logits, ptr, ptr_host)
     direct_checks.pointer_and_copy("segment_pool", "ptr", ptr, ptr_host, x.shape[0])
-    dtype = accumulate_dtype(x.dtype)
-    rows, weights, ptr_host = _ready(x, dtype), _ready(logits, dtype), ptr_host.contiguous()
+    dtype = _row_dtype(x.dtype, x.shape[1])
+    rows, weights, ptr_host = _rows(x, dtype), _rows(logits, dtype), ptr_host.contiguous()
     segments, heads = ptr_host.shape[0] - 1, logits.shape[1]
     out = torch.empty(segments, heads, x.shape[1], dtype=dtype)
-    lse = torch.empty(segments, heads, dtype=dtype)
+    lse = torch.empty(segments, heads, dtype=accumulate_dtype(dtype))
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
     _run("segment_pool", library.DTYPES[dtype], ctypes.byref(struct))
     return out.to(x.dtype), lse
@@ -207,14 +222,10 @@ def segment_pool_backward(
     pooled = (ptr.shape[0] - 1, logits.shape[1], x.shape[1])
     for name, tensor, shape in (("grad", grad, pooled), ("out", out, pooled), ("lse", lse, pooled[:2])):
         checks.saved("segment_pool_backward", name, tensor, shape, x.device)
-    dtype = accumulate_dtype(x.dtype)
-    grad, rows, weights, out, lse = (_ready(t, dtype) for t in (grad, x, logits, out, lse))
-    ptr_host = ptr_host.contiguous()
+    dtype = _row_dtype(x.dtype, x.shape[1])
+    grad, rows, weights = (_rows(t, dtype) for t in (grad, x, logits))
+    ptr_host, lse = ptr_host.contiguous(), _ready(lse, accumulate_dtype(dtype))
     grads = torch.empty_like(rows), torch.empty_like(weights)
-    if x.dtype != dtype:  # as in set_attention_backward
-        same_lse = torch.empty_like(lse)
-        again = _segment_pool_args(rows, weights, ptr_host, out, same_lse)
-        _run("segment_pool", library.DTYPES[dtype], ctypes.byref(again))
     struct = _segment_pool_args(rows, weights, ptr_host, out, lse)
     pointers = library.SegmentPoolGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
     _run("segment_pool_backward", library.DTYPES[dtype], ctypes.byref(struct), ctypes.byref(pointers))
@@ -227,7 +238,8 @@ def segment_pool_backward(
 def _set_block_args(op: str, args: Sequence[Any], grad: Tensor | None = None) -> tuple[Any, torch.dtype, list[Tensor]]:
     """Return the struct, without ``out``, the dtype computed in, and the tensors that must outlive the call."""
     q, k, q_ptr, k_ptr, q_host, k_host, *parameters, heads = args
-    checks.set_block(op, *args[:6], num_heads=heads, **dict(zip(BLOCK_PARAMETERS, parameters, strict=True)))
+    k = q if k is None else k
+    checks.set_block(op, q, k, *args[2:6], num_heads=heads, **dict(zip(BLOCK_PARAMETERS, parameters, strict=True)))
     direct_checks.set_pointers(op, q, k, q_ptr, k_ptr, q_host, k_host)
     h = parameters[-3].shape[0]  # w_o
     if grad is not None:
@@ -257,7 +269,12 @@ def set_block_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grads = [torch.empty_like(t) for t in kept[2:]]
     pointers = library.SetBlockGrads(grad.data_ptr(), *(t.data_ptr() for t in grads))
     _run("set_block_backward", _products(args[0].dtype), ctypes.byref(struct), ctypes.byref(pointers))
-    return _like(grads, (*args[:2], *args[6:-1]))
+    q, k = args[:2]
+    if k is None:
+        grads[0] += grads.pop(1)
+        grad_q, *others = _like(grads, (q, *args[6:-1]))
+        return (grad_q, no_keys(q), *others)
+    return _like(grads, (q, k, *args[6:-1]))
 
 
 # ------------------------------------------------------------------------------------------------------ gather_chunks

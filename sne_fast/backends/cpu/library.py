@@ -17,7 +17,7 @@ from ...ops.op_threads import threads_of_ops
 from ...ops.schema import BLOCK_PARAMETERS, CHUNK_PARAMETERS
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 
-ABI = 6
+ABI = 7
 ISA_ENVIRONMENT_VARIABLE = "SNE_FAST_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cpu.so")

@@ -23,8 +23,8 @@ LONGEST_CHUNK = 256
 LONGEST_SHARED = launch_bounds.LONGEST_SHARED
 SHARED_STARTS = LONGEST_CHUNK + 2
 TABLE_ENTRIES = SHARED_STARTS + LONGEST_SHARED
-SLAB_ROWS_TIMES_WIDTH = 1 << 22
-"""Rows of a slab of the backward times the width: 92 MB of workspace with half-precision operands, 168 MB else."""
+SLAB_ROWS_TIMES_WIDTH = 1 << 23
+"""Rows of a slab of the backward times the width: 185 MB of workspace with half-precision operands, 335 MB else."""
 
 
 @dataclass(frozen=True)

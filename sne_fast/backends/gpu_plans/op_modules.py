@@ -20,7 +20,7 @@ def computed_in(op: str, args: Arguments) -> tuple[torch.dtype, torch.device]:
     given = named(op, args)
     if op == "gather_chunks":
         return given["dtype"], given["scale"].device
-    operand = given[next(name for name in ("values", "q", "x") if name in given)]
+    operand = given[next(name for name in ("values", "q", "x", "grad") if name in given)]
     return operand.dtype, operand.device
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ...ops import devices
 from ...ops.backend import Arguments, Backend
-from ...ops.schema import REQUIRED_OPS
+from ...ops.schema import OPTIONAL_OPS, REQUIRED_OPS
 from .. import gpu_runs
 from ..gpu_plans.op_modules import OpModules, computed_in
 
@@ -63,7 +63,7 @@ def why_not(op: str, args: Arguments) -> list[str]:
 
 BACKEND = Backend(
     name="triton",
-    kernels=OPS.kernels(op for name in (*REQUIRED_OPS, "feed_forward") for op in (name, f"{name}_backward")),
+    kernels=OPS.kernels(op for name in (*REQUIRED_OPS, *OPTIONAL_OPS) for op in (name, f"{name}_backward")),
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     priority=200,
     unavailable=unavailable,
@@ -71,7 +71,7 @@ BACKEND = Backend(
     auto_devices=("cuda",),
     self_test=True,
     sources=(FOLDER, FOLDER.parent / "gpu_plans"),
-    fusions=("feed_forward",),
+    fusions=OPTIONAL_OPS,
     packages=("triton",),
     describe=lambda: f"compiles at the first call; {gpu_runs.sentence('triton', VERIFIED_WITHOUT_A_GPU)}",
 )

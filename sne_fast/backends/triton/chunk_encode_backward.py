@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ...ops.pointer_facts import owners
 from ...ops.schema import CHUNK_PARAMETERS, accumulate_dtype
 from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, plan_chunks
+from ..gpu_plans.lengths import Lengths
 from .chunk_encode_backward_kernels import (
     block_backward_kernel,
     codes_backward_kernel,
@@ -31,6 +32,7 @@ from .chunk_launches import (
     staged_call,
 )
 from .launches import Launch, on_device, programs_of
+from .partial_sums import Part, PartialSums
 from .pieces import sum_over_sets
 
 BIN_MULTIPLE = 8
@@ -62,7 +64,7 @@ class _Call:
     plan: ChunkPlan
     weights: tuple[Tensor, ...]
     programs: int
-    parts: dict[str, Tensor]
+    parts: Mapping[str, Tensor]
     values_grad: Tensor
     chunk_grad: Tensor
 
@@ -144,15 +146,12 @@ def _fused(
     width, classes = weights[-1].shape[1], list(plan.classes(FUSED_CLASSES))
     max_bins = max(-(-bins // BIN_MULTIPLE) for _, bins in classes) * BIN_MULTIPLE
     programs = min(programs_of(values.device), max_bins)
-    shapes: dict[str, tuple[int, ...]] = {}
+    layout = []
     for name, weight in zip(CHUNK_PARAMETERS[1:], weights[1:], strict=True):
-        shape = tuple(weight.shape)
         count = programs if name in MATRICES else PROGRAMS_PER_SUM * programs
-        shapes[name] = (shape[0], count, *shape[1:]) if name in BY_BLOCK else (count, *shape)
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    zeros = chunk_grad.new_zeros(sum(sizes)).split(sizes)
-    parts = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), zeros, strict=True)}
-    call = _Call(grad, values, chunk_ptr, owner, plan, weights, programs, parts, values_grad, chunk_grad)
+        layout.append((name, Part(tuple(weight.shape), count, name in BY_BLOCK)))
+    sums = PartialSums.make(layout, values, zeros=True)
+    call = _Call(grad, values, chunk_ptr, owner, plan, weights, programs, sums.parts, values_grad, chunk_grad)
     for slot_class, bins in classes:
         # Slabs consist of whole rounds of tiles, so that all programs end together.
         tile = call.sizes("chunk_encode_block_backward", slot_class)["BINS"]
@@ -165,7 +164,7 @@ def _fused(
                            values.new_empty((5, slab_rows, width)))  # fmt: skip
         for first_bin in range(0, padded, slab):
             _slab(call, slot_class, first_bin, min(slab, padded - first_bin), space)
-    return {name: part.sum(1 if name in BY_BLOCK else 0) for name, part in parts.items()}
+    return sums.summed(values.dtype)
 
 
 def chunk_encode_backward(
@@ -188,5 +187,7 @@ def chunk_encode_backward(
         else:
             staged = staged_call(values, chunk_ptr, chunk_ptr_host, owner, weights)
             shared = staged_backward(staged, grad, values_grad, chunk_grad)
-        grads = [sum_over_sets(chunk_grad, tensor_ptr), *(shared[name] for name in CHUNK_PARAMETERS[1:])]
+        longest = Lengths.of(tensor_ptr_host).longest
+        row_grad = sum_over_sets(chunk_grad, tensor_ptr, longest, values.dtype)
+        grads = [row_grad, *(shared[name] for name in CHUNK_PARAMETERS[1:])]
     return (values_grad, *(g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)))

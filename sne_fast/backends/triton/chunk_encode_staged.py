@@ -187,7 +187,7 @@ def staged_backward(call: Staged, grad: Tensor, values_grad: Tensor, chunk_grad:
         for full in (2, 1, 0):
             rows_grad = _block_backward(call, slab, inputs[full], rows_grad, full)
             if full == 1:
-                chunk_grad[slab.first : slab.last] = sum_over_sets(rows_grad, slab.ptr)
+                chunk_grad[slab.first : slab.last] = sum_over_sets(rows_grad, slab.ptr, slab.longest, call.acc)
                 element_sum_kernel[(slab.longest, ELEMENT_PARTS)](
                     rows_grad, slab.ptr, call.parts["element_code"], slab.last - slab.first, codes_count,
                     TILE=CHUNK_TILE, WIDTH=call.width, ACC=triton_dtype(call.acc), num_warps=4, enable_fp_fusion=True,

@@ -19,6 +19,7 @@ from ...ops.supported_widths import width_reasons
 from . import feed_forward_kernels as kernels
 from . import staged_rows as staged
 from .launches import Launch, architecture, launch, on_device, programs_of, sum_dtype
+from .partial_sums import Part, PartialSums
 
 
 def precision_class(dtype: torch.dtype, precision: str) -> str:
@@ -116,13 +117,13 @@ def feed_forward_backward(
             b_part, norm_part = call.parts["b_o"][0], call.parts["norm"][0]
         else:
             programs = plan.programs(attended)
-            shapes = ((h, h), (h,), (4, h))
-            w_part, b_part, norm_part = (attended.new_empty((programs, *s), dtype=acc) for s in shapes)
+            shapes = zip(("w_o", "b_o", "norm"), parameters, strict=True)
+            sums = PartialSums.make(((name, Part(tuple(t.shape), programs)) for name, t in shapes), attended, False)
             kernels.backward_kernel[(programs,)](
-                grad, q, attended, *parameters, sum_grad, w_part, b_part, norm_part, rows, plan.tiles(rows),
+                grad, q, attended, *parameters, sum_grad, *sums.parts.values(), rows, plan.tiles(rows),
                 **plan.constants, **plan.sizes.options,
             )  # fmt: skip
-            w_grad = w_part.sum(0)
+            return sum_grad, *sums.summed(attended.dtype).values()
         norm_grad = norm_part.sum(0) if layer_norm else norm_part.new_zeros((0, h))
         return sum_grad, *(t.to(attended.dtype) for t in (w_grad, b_part.sum(0), norm_grad))
 

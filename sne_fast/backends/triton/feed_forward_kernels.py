@@ -148,8 +148,9 @@ def backward_kernel(
     p_w_part = w_part + i_program * WIDTH * WIDTH + i_column[:, None] * WIDTH + i_column[None, :]
     tl.store(p_w_part, b_w_sum)
     tl.store(b_part + i_program * WIDTH + i_column, b_b_sum)
-    p_norm_part = norm_part + i_program * 4 * WIDTH + i_column
-    tl.store(p_norm_part, b_gain0_sum)
-    tl.store(p_norm_part + WIDTH, b_bias0_sum)
-    tl.store(p_norm_part + 2 * WIDTH, b_gain1_sum)
-    tl.store(p_norm_part + 3 * WIDTH, b_bias1_sum)
+    if LAYER_NORM:
+        p_norm_part = norm_part + i_program * 4 * WIDTH + i_column
+        tl.store(p_norm_part, b_gain0_sum)
+        tl.store(p_norm_part + WIDTH, b_bias0_sum)
+        tl.store(p_norm_part + 2 * WIDTH, b_gain1_sum)
+        tl.store(p_norm_part + 3 * WIDTH, b_bias1_sum)

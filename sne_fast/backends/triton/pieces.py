@@ -11,11 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ...ops.pointer_facts import derived
 from .launches import next_power_of_2, on_device, triton_dtype
 from .pieces_kernels import sum_pieces_kernel, sum_rows_kernel
 
 SUM_BLOCK, SUM_STEP = 512, 32
+ONE_PROGRAM = 2048
+"""Rows of the longest set that one program sums."""
 
 
 def piece_count(rows: int, sets: int, block: int) -> int:
@@ -41,18 +42,22 @@ def sum_pieces(partial: Tensor, out: Tensor, ptr: Tensor, row_ptr: Tensor | None
         )  # fmt: skip
 
 
-def sum_over_sets(rows: Tensor, ptr: Tensor) -> Tensor:
-    """Sum the packed rows ``(R, h)`` of each set, ``(S, h)``, in a fixed order and without a host copy."""
+def sum_over_sets(rows: Tensor, ptr: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+    """Sum the packed rows ``(R, h)`` of each set, ``(S, h)`` in ``dtype``, in a fixed order.
+
+    ``longest`` is the number of rows of the longest set.
+    """
     sets, (count, width) = ptr.shape[0] - 1, rows.shape
-    out = rows.new_zeros((sets, width))
     if not sets or not count:
-        return out
-    pieces = piece_count(count, sets, SUM_BLOCK)
-    partial = rows.new_empty((pieces, 1, width))
+        return rows.new_zeros((sets, width), dtype=dtype)
+    out = rows.new_empty((sets, width), dtype=dtype)
+    whole = longest <= ONE_PROGRAM
+    pieces = sets if whole else piece_count(count, sets, SUM_BLOCK)
+    partial = out if whole else rows.new_empty((pieces, 1, width))
     sum_rows_kernel[(pieces,)](
-        rows, ptr, partial, sets, BLOCK=SUM_BLOCK, STEP=SUM_STEP, WIDTH=width,
+        rows, ptr, partial, sets, WHOLE=whole, BLOCK=SUM_BLOCK, STEP=SUM_STEP, WIDTH=width,
         ACC=triton_dtype(rows.dtype), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    places = derived(ptr, "places of sums", lambda: torch.arange(sets + 1, device=rows.device))
-    sum_pieces(partial, out, ptr, places, SUM_BLOCK)
+    if not whole:
+        sum_pieces(partial, out, ptr, None, SUM_BLOCK)
     return out

@@ -93,19 +93,23 @@ def sum_rows_kernel(
     ptr,
     partial,
     sets,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sum the rows ``(N, h)`` of one piece, at most BLOCK of one set, into ``partial (pieces, h)``."""
+    """Sum the rows ``(N, h)`` of one piece, at most BLOCK of one set, or of a WHOLE set: ``partial (pieces, h)``."""
     i_piece = tl.program_id(0).to(tl.int64)
-    i_set, start, end = piece_range(ptr, sets, i_piece, BLOCK)
-    end = tl.minimum(end, start + BLOCK)
+    if WHOLE:
+        start, end = tl.load(ptr + i_piece), tl.load(ptr + i_piece + 1)
+    else:
+        i_set, start, end = piece_range(ptr, sets, i_piece, BLOCK)
+        end = tl.minimum(end, start + BLOCK)
     i_column = tl.arange(0, WIDTH)
     b_sum = tl.zeros((WIDTH,), ACC)
     for first in range(start, end, STEP):
         i_row = first + tl.arange(0, STEP)
         i_value = i_row[:, None] * WIDTH + i_column[None, :]
         b_sum += tl.sum(tl.load(rows + i_value, mask=(i_row < end)[:, None], other=0), 0)  # [STEP, WIDTH] -> [WIDTH]
-    tl.store(partial + i_piece * WIDTH + i_column, b_sum)
+    tl.store(partial + i_piece * WIDTH + i_column, b_sum.to(partial.dtype.element_ty))

@@ -63,6 +63,20 @@ def test_widths_and_heads(isa, dims: tuple[int, int, int], heads: int, layer_nor
     compare(block_case(*RAGGED, dims, layer_norm), heads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_rows_that_attend_to_each_other(dtype: torch.dtype) -> None:
+    q, _, ptr, *_ = args = arguments(block_case([3, 0, 9], [3, 0, 9], (32, 32, 32)), 4, dtype)
+    pointers_and_parameters = (*[ptr] * 4, *args[6:])
+    grad = gradient(12, 32)
+    for backend in (cpu, reference):
+        out, grad_q, grad_k, *grads = results(backend, (q, None, *pointers_and_parameters), grad)
+        want, by_q, by_k, *others = results(backend, (q, q, *pointers_and_parameters), grad)
+        assert torch.equal(out, want) and grad_k.shape == (0,)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(grad_q, by_q + by_k, rtol=tolerance, atol=tolerance)
+        assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
 @pytest.mark.parametrize(
     "lengths", [([], []), ([0, 0], [0, 3]), ([1], [1]), ([2100, 3], [40, 0]), ([4, 1], [2100, 9])], ids=str
 )

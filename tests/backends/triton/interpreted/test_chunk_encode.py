@@ -153,7 +153,7 @@ def test_addresses_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     far = (values, chunk_ptr, tensor_ptr, chunk_ptr, tensor_ptr, *small[5:])
     out, grad = chunk_encode(*far), torch.zeros(3, 4, 32, dtype=torch.float16)
     grad[::2] = upstream(small)
-    monkeypatch.setattr(backward_module, "sum_over_sets", lambda rows, _: rows[::2])
+    monkeypatch.setattr(backward_module, "sum_over_sets", lambda rows, *_: rows[::2])
     monkeypatch.setattr(torch, "empty_like", lambda t: values_grad)
     _, *grads = chunk_encode_backward(grad, *far)
     monkeypatch.undo()

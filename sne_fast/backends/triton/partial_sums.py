@@ -1,0 +1,103 @@
+"""Sums of parameters' gradients per program, and their sum over the programs, by one launch for all parameters."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...ops.schema import accumulate_dtype
+from ..gpu_plans.device_tables import on_device_without_waiting
+from .launches import triton_dtype
+from .partial_sums_kernels import sum_parts_kernel
+
+COLUMNS, ROWS = 256, 8
+ALIGNED = 16
+"""Every part starts at a multiple of so many values, so that kernels read and write 16 bytes at a time."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Partial sums of a gradient of ``shape``: ``(count, *shape)`` or, by block, ``(shape[0], count, *shape[1:])``."""
+
+    shape: tuple[int, ...]
+    count: int
+    by_block: bool = False
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the partial sums."""
+        if self.by_block:
+            return (self.shape[0], self.count, *self.shape[1:])
+        return (self.count, *self.shape)
+
+
+Layout = tuple[tuple[str, Part], ...]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+@functools.lru_cache(maxsize=256)
+def _table(layout: Layout) -> tuple[np.ndarray, int]:
+    """Return the table of :func:`sum_parts_kernel`, and the number of results."""
+    entries, start, target = [], 0, 0
+    for _, part in layout:
+        blocks, size = (part.shape[0] if part.by_block else 1), math.prod(part.shape)
+        size = size // blocks if blocks else 0
+        for block in range(blocks):
+            for column in range(0, size, COLUMNS):
+                first = start + block * part.count * size + column
+                entries.append((first, size, part.count, target + block * size + column, min(COLUMNS, size - column)))
+        start += _aligned(math.prod(part.stored))
+        target += _aligned(math.prod(part.shape))
+    return np.array(entries, np.int64).reshape(-1, 5), target
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """Partial sums of several gradients in one buffer.
+
+    Attributes:
+        layout: name and part of each gradient.
+        buffer: of all of them.
+        parts: views of it by name.
+    """
+
+    layout: Layout
+    buffer: Tensor
+    parts: Mapping[str, Tensor]
+
+    @classmethod
+    def make(cls, layout: Iterable[tuple[str, Part]], like: Tensor, zeros: bool) -> PartialSums:
+        """Make a buffer on the device of ``like``, for gradients of its dtype; of zeros, if kernels add to it."""
+        layout = tuple(layout)
+        sizes = [_aligned(math.prod(part.stored)) for _, part in layout]
+        make = like.new_zeros if zeros else like.new_empty
+        buffer = make((sum(sizes),), dtype=accumulate_dtype(like.dtype))
+        cut = zip(layout, buffer.split(sizes), strict=True)
+        parts = {name: flat[: math.prod(part.stored)].view(part.stored) for (name, part), flat in cut}
+        return cls(layout, buffer, parts)
+
+    def summed(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the gradients by name, in ``dtype``: views of one tensor."""
+        table, results = _table(self.layout)
+        out = self.buffer.new_empty((results,), dtype=dtype)
+        if len(table):
+            on_device = on_device_without_waiting(table, out.device, repeats=True)
+            sum_parts_kernel[(len(table),)](
+                self.buffer, on_device, out, COLUMNS=COLUMNS, ROWS=ROWS, ACC=triton_dtype(self.buffer.dtype),
+                num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        gradients, start = {}, 0
+        for name, part in self.layout:
+            size = math.prod(part.shape)
+            gradients[name] = out[start : start + size].view(part.shape)
+            start += _aligned(size)
+        return gradients

@@ -1,0 +1,35 @@
+"""Kernel of the sums of partial sums, as :mod:`sne_fast.backends.triton.partial_sums` lays them out."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts,
+    table,
+    out,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Sum ``count`` rows of one part, in their order, for some of its columns.
+
+    ``table (programs, 5)``: first value in ``parts``, values from row to row, rows, first value in ``out``, columns.
+    """
+    p_entry = table + tl.program_id(0).to(tl.int64) * FIELDS
+    first, stride, count = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_entry + 2)
+    target, columns = tl.load(p_entry + 3), tl.load(p_entry + 4)
+    i_column = tl.arange(0, COLUMNS)
+    m_column = i_column < columns
+    b_sum = tl.zeros((COLUMNS,), ACC)
+    for row in range(0, count, ROWS):
+        i_row = row + tl.arange(0, ROWS)
+        i_value = first + i_row[:, None] * stride + i_column[None, :]
+        m_value = (i_row < count)[:, None] & m_column[None, :]
+        b_sum += tl.sum(tl.load(parts + i_value, mask=m_value, other=0), 0)  # [ROWS, COLUMNS] -> [COLUMNS]
+    tl.store(out + target + i_column, b_sum.to(out.dtype.element_ty), mask=m_column)

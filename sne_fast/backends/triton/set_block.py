@@ -1,0 +1,166 @@
+"""``set_block`` in Triton: short sets of rows that attend to each other by kernels of whole blocks, others in parts.
+
+Whole blocks take one launch forward and three backward. In parts, projections are torch's products, and attention and
+feed-forward are the ops of these names. The backward computes the forward again, as nothing but the rows is saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.backend import Arguments
+from ...ops.pointer_facts import owners
+from ...ops.precision import product_precision
+from ...ops.schema import BLOCK_PARAMETERS, accumulate_dtype, named, no_keys
+from ...ops.supported_widths import width_reasons
+from ..gpu_plans.lengths import Lengths
+from . import set_block_kernels as kernels
+from .feed_forward import feed_forward, feed_forward_backward, precision_class
+from .launches import Launch, architecture, launch, on_device, programs_of, sum_dtype
+from .partial_sums import Part, PartialSums
+from .set_attention import set_attention, set_attention_backward
+
+WHOLE_WIDTHS = (32, 64)
+LONGEST = 512
+"""Rows of the longest set that whole blocks take: every tile computes the keys and values of its sets again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launch of one kernel of whole blocks."""
+
+    sizes: Launch
+    constants: dict[str, Any]
+
+    @classmethod
+    def make(cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, arch: int | None = None) -> Plan:
+        """Look up the sizes of ``kernel`` for rows like ``x``; ``arch`` None asks for its device."""
+        precision, h = product_precision(x.dtype), x.shape[1]
+        sizes = launch(
+            "set_block", kernel=kernel, h=h, heads=heads, length=precision_class(x.dtype, precision), dtype=x.dtype,
+            arch=architecture(x.device) if arch is None else arch,
+        )  # fmt: skip
+        constants = {
+            "HEADS": heads, "ROWS": sizes["ROWS"], "INNER": sizes["INNER"], "WIDTH": h, "PRECISION": precision,
+            "ACC": sum_dtype(x.dtype),
+        }  # fmt: skip
+        if kernel != "key_backward":
+            constants["LAYER_NORM"] = layer_norm
+        return cls(sizes, constants)
+
+    def tiles(self, rows: int) -> int:
+        """Return the number of tiles of so many rows."""
+        return -(-rows // self.sizes["ROWS"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Constants and options of the launch."""
+        return {**self.constants, **self.sizes.options}
+
+
+def takes_whole(q: Tensor, k: Tensor | None, q_ptr_host: Tensor, w_o: Tensor) -> bool:
+    """Return whether the kernels of whole blocks take a call: rows of the block's width that attend to each other."""
+    h = w_o.shape[0]
+    fits = k is None and h in WHOLE_WIDTHS and q.shape[1] == h
+    return fits and Lengths.of(q_ptr_host).longest <= LONGEST
+
+
+def set_block(
+    q: Tensor, k: Tensor | None, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor, *parameters: Any
+) -> Tensor:
+    """Compute the op ``set_block``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    *weights, heads = parameters
+    rows, w_o, norm, pointers = q.shape[0], weights[6], weights[8], (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
+    if not rows:
+        return q.new_empty((0, w_o.shape[0]))
+    with on_device(q):
+        if not takes_whole(q, k, q_ptr_host, w_o):
+            query, *_, attended, _ = _attended(q, q if k is None else k, *pointers, weights, heads)
+            return feed_forward(query, attended, *weights[6:])
+        x, ptr, *weights = (t.contiguous() for t in (q, q_ptr, *weights))
+        out, plan = torch.empty_like(x), Plan.make("forward", x, heads, norm.shape[0] > 0)
+        kernels.forward_kernel[(plan.tiles(rows),)](x, ptr, owners(ptr, rows), *weights, out, rows, **plan.options)
+    return out
+
+
+def set_block_backward(
+    grad: Tensor, q: Tensor, k: Tensor | None, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor,
+    *parameters: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compute the op ``set_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
+    *weights, heads = parameters
+    if not q.shape[0]:
+        given = (q, no_keys(q) if k is None else k, *weights)
+        return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in given)
+    with on_device(q):
+        if takes_whole(q, k, q_ptr_host, weights[6]):
+            return _whole_backward(*(t.contiguous() for t in (grad, q, q_ptr, *weights)), heads=heads)
+        pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
+        grad_q, grad_k, *grads = _parts_backward(grad, q, q if k is None else k, *pointers, weights, heads)
+        return (grad_q + grad_k, no_keys(q), *grads) if k is None else (grad_q, grad_k, *grads)
+
+
+def _whole_backward(grad: Tensor, x: Tensor, ptr: Tensor, *weights: Tensor, heads: int) -> tuple[Tensor, ...]:
+    w_q, b_q, w_k, _, w_v, *_, norm = weights
+    rows, owner = x.shape[0], owners(ptr, x.shape[0])
+    plan = Plan.make("query_backward", x, heads, norm.shape[0] > 0)
+    tiles = plan.tiles(rows)
+    programs = min(tiles, plan.sizes["PROGRAMS"] * programs_of(x.device))
+    layout = ((name, Part(tuple(t.shape), programs)) for name, t in zip(BLOCK_PARAMETERS, weights, strict=True))
+    sums = PartialSums.make(layout, x, zeros=False)
+    by_projection, by_feed_forward = list(sums.parts.values())[:6], list(sums.parts.values())[6:]
+    sum_grad, query_grad, x_grad = (torch.empty_like(x) for _ in range(3))
+    stats = x.new_empty((3, rows, heads), dtype=accumulate_dtype(x.dtype))
+    kernels.query_backward_kernel[(programs,)](
+        grad, x, ptr, owner, *weights, sum_grad, query_grad, stats, *by_feed_forward, rows, tiles, **plan.options
+    )
+    plan = Plan.make("key_backward", x, heads, norm.shape[0] > 0)
+    kernels.key_backward_kernel[(programs,)](
+        x, ptr, owner, w_q, b_q, w_k, w_v, sum_grad, query_grad, stats, x_grad, *by_projection,
+        rows, plan.tiles(rows), **plan.options,
+    )  # fmt: skip
+    return (x_grad, no_keys(x), *sums.summed(x.dtype).values())
+
+
+# ----------------------------------------------------------------------------------------------------------- in parts
+
+
+def _projected(rows: Tensor, *linears: Tensor) -> list[Tensor]:
+    """Return ``x w^T + b`` for weights and biases in turn."""
+    return [torch.addmm(b, rows, w.t()) for w, b in zip(linears[::2], linears[1::2], strict=True)]
+
+
+def _attended(
+    q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor, weights: list[Tensor],
+    heads: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return queries, keys, values, the attended rows and their lse."""
+    (query,), (key, value) = _projected(q, *weights[:2]), _projected(k, *weights[2:6])
+    attended, lse = set_attention(query, key, value, q_ptr, k_ptr, q_ptr_host, k_ptr_host, heads)
+    return query, key, value, attended, lse
+
+
+def _parts_backward(
+    grad: Tensor, q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor,
+    weights: list[Tensor], heads: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
+    query, key, value, attended, lse = _attended(q, k, *pointers, weights, heads)
+    sum_grad, *by_feed_forward = feed_forward_backward(grad, query, attended, *weights[6:])
+    by_row = set_attention_backward(sum_grad, query, key, value, attended, lse, *pointers, heads)
+    grads = [by_row[0] + sum_grad, *by_row[1:]]
+    w_q, _, w_k, _, w_v, *_ = weights
+    results = [grads[0] @ w_q, torch.addmm(grads[1] @ w_k, grads[2], w_v)]
+    for of_rows, rows in zip(grads, (q, k, k), strict=True):
+        results += [of_rows.t() @ rows, of_rows.sum(0)]
+    return (*results, *by_feed_forward)
+
+
+def why_not(op: str, args: Arguments) -> list[str]:
+    """Return why these kernels cannot run a call; empty if they can."""
+    given = named(op, args)
+    return width_reasons(given["w_o"].shape[0], given["num_heads"])

@@ -1,0 +1,424 @@
+"""Kernels of ``set_block`` on rows that attend to each other: a whole block of a tile of packed rows in one program.
+
+A program owns ROWS rows, of as many sets as they belong to, and walks through the rows of all these sets, INNER at a
+time; ``owner`` tells the set of each row, and weights between rows of two sets are zero. Queries, keys and values are
+computed again where they are needed and never stored, so sets must be short. A NaN of one set must not reach another:
+rows that are not finite enter products as zeros, and turn the weights of their own set into NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .chunk_tiles import LOG2E, finite_rows, kept, row_products
+from .tiles import add_relu, layer_norm, layer_norm_backward, linear, matrix, normed, unbiased, vector
+
+
+@triton.jit
+def to_heads(
+    b_t,
+    HEADS: tl.constexpr,
+):
+    """Rearrange [M, h] -> [H, M, d]."""
+    return tl.permute(tl.reshape(b_t, (b_t.shape[0], HEADS, b_t.shape[1] // HEADS)), (1, 0, 2))
+
+
+@triton.jit
+def from_heads(
+    b_t,
+):
+    """Rearrange [H, M, d] -> [M, h]."""
+    return tl.reshape(tl.permute(b_t, (1, 0, 2)), (b_t.shape[1], b_t.shape[0] * b_t.shape[2]))
+
+
+@triton.jit
+def own_rows(
+    ptr,
+    owner,
+    i_tile,
+    rows,
+    ROWS: tl.constexpr,
+):
+    """Return the rows of a tile [M], which of them there are, their sets, and where all rows of these sets lie."""
+    first = i_tile * ROWS
+    i_row = first + tl.arange(0, ROWS)
+    m_row = i_row < rows
+    b_set = tl.load(owner + i_row, mask=m_row, other=-1)
+    begin = tl.load(ptr + tl.load(owner + first))
+    end = tl.load(ptr + tl.load(owner + tl.minimum(first + ROWS, rows) - 1) + 1)
+    return i_row, m_row, b_set, begin, end
+
+
+@triton.jit
+def rows_at(
+    x,
+    i_row,
+    m_row,
+    WIDTH: tl.constexpr,
+):
+    """Load rows, zeros where there are none: [M, h]."""
+    i_value = i_row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.load(x + i_value, mask=m_row[:, None], other=0)
+
+
+@triton.jit
+def inner_rows(
+    x,
+    owner,
+    first,
+    end,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return some of the rows that a program walks through, which of them there are, their values [N, h] and sets."""
+    i_row = first + tl.arange(0, INNER)
+    m_row = i_row < end
+    return i_row, m_row, rows_at(x, i_row, m_row, WIDTH), tl.load(owner + i_row, mask=m_row, other=-2)
+
+
+@triton.jit
+def keys_and_values(
+    b_x,
+    w_k,
+    w_v,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return keys and values of rows by head [H, N, d], and NaN for the rows of either that are not finite [H, N].
+
+    Without biases: that of the keys is constant in the softmax, that of the values is added to its mean.
+    """
+    operand = b_x.dtype
+    b_k = to_heads(unbiased(b_x, w_k, WIDTH, PRECISION, ACC).to(operand), HEADS)
+    b_v = to_heads(unbiased(b_x, w_v, WIDTH, PRECISION, ACC).to(operand), HEADS)
+    b_flag = finite_rows(b_k, ACC) + finite_rows(b_v, ACC)
+    return kept(b_k, b_flag), kept(b_v, b_flag), b_flag
+
+
+@triton.jit
+def attend(
+    b_q,
+    b_set,
+    x,
+    owner,
+    begin,
+    end,
+    w_k,
+    w_v,
+    INNER: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Attend from queries [H, M, d] to the rows of their sets by a softmax whose maximum runs along.
+
+    Returns the attended rows [H, M, d] without the bias of the values, the largest logit and 1 / the sum, [H, M].
+    """
+    SCALE: tl.constexpr = LOG2E / WIDTH**0.5
+    operand = b_q.dtype
+    b_top = tl.full((b_q.shape[0], b_q.shape[1]), float("-inf"), ACC)
+    b_sum = tl.zeros((b_q.shape[0], b_q.shape[1]), ACC)
+    b_out = tl.zeros(b_q.shape, ACC)
+    for first in range(begin, end, INNER):
+        i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+        b_k, b_v, b_flag = keys_and_values(b_x, w_k, w_v, HEADS, WIDTH, PRECISION, ACC)
+        m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
+        b_logits = row_products(b_q, b_k, PRECISION, ACC) + b_flag[:, None, :]
+        b_logits = tl.where(m_seen, b_logits, float("-inf"))  # [H, M, N]
+        b_new_top = tl.maximum(b_top, tl.max(b_logits, 2))
+        b_shift = tl.where(b_new_top == float("-inf"), 0.0, b_new_top)
+        b_e = tl.exp2((b_logits - b_shift[:, :, None]) * SCALE)
+        b_decay = tl.exp2((b_top - b_shift) * SCALE)
+        b_sum = b_sum * b_decay + tl.sum(b_e, 2)
+        b_product = tl.dot(b_e.to(operand), b_v, input_precision=PRECISION, out_dtype=ACC)
+        b_out = b_out * b_decay[:, :, None] + b_product
+        b_top = b_new_top
+    b_inverse = 1 / tl.where(b_sum == 0.0, 1.0, b_sum)
+    return b_out * b_inverse[:, :, None], b_top, b_inverse
+
+
+@triton.jit
+def weights_of(
+    b_logits,
+    m_seen,
+    b_top,
+    b_inverse,
+    WIDTH: tl.constexpr,
+):
+    """Return the weights of a softmax, from its largest logits and 1 / its sums; 0 where not ``m_seen``."""
+    b_p = tl.exp2((b_logits - b_top) * (LOG2E / WIDTH**0.5)) * b_inverse
+    return tl.where(m_seen, b_p, 0.0)
+
+
+@triton.jit
+def add_matrix(
+    partial,
+    b_matrix,
+    done,
+    WIDTH: tl.constexpr,
+):
+    """Add a matrix [h, h] to this program's own partial sum, which holds nothing until a tile is ``done``.
+
+    The barrier as in :func:`add_to`.
+    """
+    tl.debug_barrier()
+    i_row = tl.arange(0, WIDTH)
+    p_partial = partial + i_row[:, None] * WIDTH + i_row[None, :]
+    m_partial = (i_row * 0 + done > 0)[:, None]
+    tl.store(p_partial, tl.load(p_partial, mask=m_partial, other=0) + b_matrix)
+
+
+@triton.jit
+def add_vector(
+    partial,
+    b_vector,
+    done,
+    WIDTH: tl.constexpr,
+):
+    """Add a vector [h] to this program's own partial sum, as :func:`add_matrix`."""
+    tl.debug_barrier()
+    i_column = tl.arange(0, WIDTH)
+    p_partial = partial + i_column
+    tl.store(p_partial, tl.load(p_partial, mask=i_column * 0 + done > 0, other=0) + b_vector)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    x,
+    ptr,
+    owner,
+    w_q,
+    b_q,
+    w_k,
+    b_k,
+    w_v,
+    b_v,
+    w_o,
+    b_o,
+    norm,
+    out,
+    rows,
+    HEADS: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Compute ``out (rows, h)``, one tile."""
+    operand = x.dtype.element_ty
+    i_row, m_row, b_set, begin, end = own_rows(ptr, owner, tl.program_id(0).to(tl.int64), rows, ROWS)
+    b_query = linear(rows_at(x, i_row, m_row, WIDTH), w_q, b_q, WIDTH, PRECISION, ACC)  # [M, h]
+    b_attended, b_top, b_inverse = attend(
+        to_heads(b_query.to(operand), HEADS), b_set, x, owner, begin, end, w_k, w_v,
+        INNER, HEADS, WIDTH, PRECISION, ACC,
+    )  # fmt: skip
+    b_in = b_query + from_heads(b_attended) + vector(b_v, WIDTH, ACC)[None, :]
+    b_in = layer_norm(b_in, norm, LAYER_NORM, WIDTH, ACC)
+    b_z = linear(b_in.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
+    b_out = layer_norm(add_relu(b_in, b_z), norm + 2 * WIDTH, LAYER_NORM, WIDTH, ACC)
+    i_value = i_row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(out + i_value, b_out.to(operand), mask=m_row[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def query_backward_kernel(
+    grad,
+    x,
+    ptr,
+    owner,
+    w_q,
+    b_q,
+    w_k,
+    b_k,
+    w_v,
+    b_v,
+    w_o,
+    b_o,
+    norm,
+    sum_grad,
+    query_grad,
+    stats,
+    w_part,
+    b_part,
+    norm_part,
+    rows,
+    tiles,
+    HEADS: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Compute the gradients of the residual sum and of the queries, ``(rows, h)`` each, of this program's tiles.
+
+    And of their softmax the largest logit, 1 / the sum and the mean of the weights' gradients, ``stats (3, rows, H)``;
+    sums over the rows go to ``w_part (programs, h, h)`` of fc_o, ``b_part (programs, h)`` and
+    ``norm_part (programs, 4, h)``.
+    """
+    operand = x.dtype.element_ty
+    SCALE: tl.constexpr = 1 / WIDTH**0.5
+    i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    i_column, i_head = tl.arange(0, WIDTH), tl.arange(0, HEADS)
+    w_part += i_program * WIDTH * WIDTH
+    b_part += i_program * WIDTH
+    norm_part += i_program * 4 * WIDTH
+    for i_tile in tl.range(i_program, tiles, programs, disable_licm=True):
+        done = i_tile - i_program
+        i_row, m_row, b_set, begin, end = own_rows(ptr, owner, i_tile, rows, ROWS)
+        b_query = linear(rows_at(x, i_row, m_row, WIDTH), w_q, b_q, WIDTH, PRECISION, ACC)  # [M, h]
+        b_heads = to_heads(b_query.to(operand), HEADS)  # [H, M, d]
+        b_attended, b_top, b_inverse = attend(
+            b_heads, b_set, x, owner, begin, end, w_k, w_v, INNER, HEADS, WIDTH, PRECISION, ACC
+        )
+        b_in = b_query + from_heads(b_attended) + vector(b_v, WIDTH, ACC)[None, :]
+        if LAYER_NORM:
+            b_unit0, b_rstd0 = normed(b_in, WIDTH)
+            b_in = b_unit0 * vector(norm, WIDTH, ACC)[None, :] + vector(norm + WIDTH, WIDTH, ACC)[None, :]
+        b_z = linear(b_in.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
+        b_grad = rows_at(grad, i_row, m_row, WIDTH).to(ACC)
+        if LAYER_NORM:
+            b_unit1, b_rstd1 = normed(add_relu(b_in, b_z), WIDTH)
+            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(
+                b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, WIDTH, ACC
+            )
+            add_vector(norm_part + 2 * WIDTH, b_gain_grad, done, WIDTH)
+            add_vector(norm_part + 3 * WIDTH, b_bias_grad, done, WIDTH)
+        b_z_grad = tl.where(b_z <= 0, 0.0, b_grad)
+        add_vector(b_part, tl.sum(b_z_grad, 0), done, WIDTH)
+        b_z_grad = b_z_grad.to(operand)
+        b_w_grad = tl.dot(tl.trans(b_z_grad), b_in.to(operand), input_precision=PRECISION, out_dtype=ACC)
+        add_matrix(w_part, b_w_grad, done, WIDTH)
+        b_grad += tl.dot(b_z_grad, matrix(w_o, WIDTH), input_precision=PRECISION, out_dtype=ACC)
+        if LAYER_NORM:
+            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, WIDTH, ACC)
+            add_vector(norm_part, b_gain_grad, done, WIDTH)
+            add_vector(norm_part + WIDTH, b_bias_grad, done, WIDTH)
+        i_value = i_row[:, None] * WIDTH + i_column[None, :]
+        tl.store(sum_grad + i_value, b_grad.to(operand), mask=m_row[:, None])
+
+        b_out_grad = to_heads(b_grad.to(operand), HEADS)  # [H, M, d]
+        # The mean by the very products that it is subtracted from: the difference nearly cancels.
+        b_mean = tl.zeros((HEADS, ROWS), ACC)
+        for first in range(begin, end, INNER):
+            i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+            b_keys, b_values, b_flag = keys_and_values(b_x, w_k, w_v, HEADS, WIDTH, PRECISION, ACC)
+            m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
+            b_logits = row_products(b_heads, b_keys, PRECISION, ACC) + b_flag[:, None, :]
+            b_p = weights_of(b_logits, m_seen, b_top[:, :, None], b_inverse[:, :, None], WIDTH)
+            b_mean += tl.sum(b_p * row_products(b_out_grad, b_values, PRECISION, ACC), 2)
+        b_query_grad = tl.zeros(b_heads.shape, ACC)
+        for first in range(begin, end, INNER):
+            i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+            b_keys, b_values, b_flag = keys_and_values(b_x, w_k, w_v, HEADS, WIDTH, PRECISION, ACC)
+            m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
+            b_logits = row_products(b_heads, b_keys, PRECISION, ACC) + b_flag[:, None, :]
+            b_p = weights_of(b_logits, m_seen, b_top[:, :, None], b_inverse[:, :, None], WIDTH)
+            b_p_grad = row_products(b_out_grad, b_values, PRECISION, ACC)  # [H, M, N]
+            b_logits_grad = (b_p * (b_p_grad - b_mean[:, :, None]) * SCALE).to(operand)
+            b_query_grad += tl.dot(b_logits_grad, b_keys, input_precision=PRECISION, out_dtype=ACC)
+        b_grad += from_heads(b_query_grad)
+        tl.store(query_grad + i_value, b_grad.to(operand), mask=m_row[:, None])
+        i_stat = i_row[None, :] * HEADS + i_head[:, None]
+        tl.store(stats + i_stat, b_top, mask=m_row[None, :])
+        tl.store(stats + rows * HEADS + i_stat, b_inverse, mask=m_row[None, :])
+        tl.store(stats + 2 * rows * HEADS + i_stat, b_mean, mask=m_row[None, :])
+
+
+@triton.jit
+def add_product(
+    w_part,
+    b_grad,
+    b_x,
+    done,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add the gradient of the matrix of a linear layer, of result gradients [M, h] and inputs [M, h], to its sum."""
+    b_w_grad = tl.dot(tl.trans(b_grad), b_x, input_precision=PRECISION, out_dtype=ACC)
+    add_matrix(w_part, b_w_grad, done, WIDTH)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def key_backward_kernel(
+    x,
+    ptr,
+    owner,
+    w_q,
+    b_q,
+    w_k,
+    w_v,
+    sum_grad,
+    query_grad,
+    stats,
+    x_grad,
+    w_q_part,
+    b_q_part,
+    w_k_part,
+    b_k_part,
+    w_v_part,
+    b_v_part,
+    rows,
+    tiles,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Compute the gradient of the rows of this program's tiles, and of all projections.
+
+    Sums over the rows go to the partial sums of weights ``(programs, h, h)`` and biases ``(programs, h)``.
+    """
+    operand = x.dtype.element_ty
+    SCALE: tl.constexpr = 1 / WIDTH**0.5
+    i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    i_column, i_head = tl.arange(0, WIDTH), tl.arange(0, HEADS)
+    i_matrix, i_vector = i_program * WIDTH * WIDTH, i_program * WIDTH
+    for i_tile in tl.range(i_program, tiles, programs, disable_licm=True):
+        done = i_tile - i_program
+        i_row, m_row, b_set, begin, end = own_rows(ptr, owner, i_tile, rows, ROWS)
+        b_x = rows_at(x, i_row, m_row, WIDTH)  # [N, h]
+        b_k, b_v, b_flag = keys_and_values(b_x, w_k, w_v, HEADS, WIDTH, PRECISION, ACC)  # [H, N, d]
+        b_k_grad, b_v_grad = tl.zeros(b_k.shape, ACC), tl.zeros(b_k.shape, ACC)
+        for first in range(begin, end, INNER):
+            i_inner, m_inner, b_inner, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+            b_q_rows = to_heads(linear(b_inner, w_q, b_q, WIDTH, PRECISION, ACC).to(operand), HEADS)  # [H, M, d]
+            b_out_grad = to_heads(rows_at(sum_grad, i_inner, m_inner, WIDTH), HEADS)
+            b_inner_flag = finite_rows(b_q_rows, ACC) + finite_rows(b_out_grad, ACC)  # [H, M]
+            b_q_rows, b_out_grad = kept(b_q_rows, b_inner_flag), kept(b_out_grad, b_inner_flag)
+            i_stat = i_inner[None, :] * HEADS + i_head[:, None]
+            b_top = tl.load(stats + i_stat, mask=m_inner[None, :], other=0)[:, None, :]
+            b_inverse = tl.load(stats + rows * HEADS + i_stat, mask=m_inner[None, :], other=0)[:, None, :]
+            b_mean = tl.load(stats + 2 * rows * HEADS + i_stat, mask=m_inner[None, :], other=0)[:, None, :]
+            m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]  # [1, N, M]
+            b_logits = row_products(b_k, b_q_rows, PRECISION, ACC) + b_flag[:, :, None] + b_inner_flag[:, None, :]
+            b_p = weights_of(b_logits, m_seen, b_top, b_inverse, WIDTH)  # [H, N, M]
+            b_v_grad += tl.dot(b_p.to(operand), b_out_grad, input_precision=PRECISION, out_dtype=ACC)
+            b_p_grad = row_products(b_v, b_out_grad, PRECISION, ACC)  # [H, N, M]
+            b_logits_grad = tl.where(m_seen, b_p * (b_p_grad - b_mean) * SCALE, 0.0).to(operand)
+            b_k_grad += tl.dot(b_logits_grad, b_q_rows, input_precision=PRECISION, out_dtype=ACC)
+
+        i_value = i_row[:, None] * WIDTH + i_column[None, :]
+        b_dq = rows_at(query_grad, i_row, m_row, WIDTH)  # [N, h]
+        b_x_grad = tl.dot(b_dq, matrix(w_q, WIDTH), input_precision=PRECISION, out_dtype=ACC)
+        add_product(w_q_part + i_matrix, b_dq, b_x, done, WIDTH, PRECISION, ACC)
+        add_vector(b_q_part + i_vector, tl.sum(b_dq.to(ACC), 0), done, WIDTH)
+        b_dk = from_heads(b_k_grad).to(operand)
+        b_x_grad += tl.dot(b_dk, matrix(w_k, WIDTH), input_precision=PRECISION, out_dtype=ACC)
+        add_product(w_k_part + i_matrix, b_dk, b_x, done, WIDTH, PRECISION, ACC)
+        b_dv = from_heads(b_v_grad).to(operand)
+        b_x_grad += tl.dot(b_dv, matrix(w_v, WIDTH), input_precision=PRECISION, out_dtype=ACC)
+        tl.store(x_grad + i_value, b_x_grad.to(operand), mask=m_row[:, None])
+        add_product(w_v_part + i_matrix, b_dv, b_x, done, WIDTH, PRECISION, ACC)
+        add_vector(b_v_part + i_vector, tl.sum(b_dv.to(ACC), 0), done, WIDTH)
+    tl.store(b_k_part + i_vector + i_column, tl.zeros((WIDTH,), ACC))  # constant in the softmax
