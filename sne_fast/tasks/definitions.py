@@ -133,11 +133,13 @@ _ACCURACY = {
 }
 _ACCURACY_OF_DATASETS = {
     "SNE": _DATASETS,
+    "SNE, no ranking loss": _DATASETS.replace(ranking=0.0),
     "SNE, chunks and statistics": _DATASETS.replace(chunks=True, input_scale="zoo"),
     "SNE, chunks alone": _DATASETS.replace(chunks=True, input_scale="zoo", statistics="none"),
 }
 _ACCURACY_ACROSS = {
     "SNE": _ACROSS,
+    "SNE, no ranking loss": _ACROSS.replace(ranking=0.0),
     "SNE, chunks and statistics": _ACROSS.replace(chunks=True),
     "SNE, chunks alone": _ACROSS.replace(chunks=True, statistics="none"),
 }

@@ -55,8 +55,8 @@ def why_not(op: str, args: Arguments) -> list[str]:
         return _dtype_reasons("x", given["x"]) + pool_width_reasons(given["x"].shape[1])
     if op.startswith("set_block"):
         h, heads = given["w_o"].shape[0], given["num_heads"]
-        dims = [given[name].shape[1] for name in ("w_q", "w_k")]
-        return _dtype_reasons("q", given["q"]) + block_width_reasons(*dims, h, heads)
+        dim_q, dim_k = (given[name].shape[1] for name in ("w_q", "w_k"))
+        return _dtype_reasons("q", given["q"]) + block_width_reasons(dim_q, dim_k, h, heads)
     if op == "tensor_statistics":
         return _dtype_reasons("values", given["values"])
     return []

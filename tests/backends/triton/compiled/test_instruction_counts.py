@@ -1,4 +1,4 @@
-"""Executed instructions per 32 weights of the Triton kernels, in machine code for sm_90 and sm_80; no atomic sums."""
+"""Executed instructions per 32 weights of the Triton kernels, for sm_90 and sm_80, and no atomic sums."""
 
 from __future__ import annotations
 
