@@ -94,7 +94,8 @@ def check_capture(predictor: Predictor, processes: int) -> Graphs:
     device = predictor.target_mean.device
     if device.type != "cuda":
         raise ValueError(
-            f"fit: capture records CUDA graphs, the predictor is on {device}; use predictor.to('cuda') or capture=False"
+            f"fit: capture records CUDA graphs, the predictor is on {device}; move it to a CUDA device, "
+            "or use capture=False"
         )
     if processes > 1:
         raise ValueError(f"fit: capture is for one process, got {processes}; use capture=False")
@@ -206,7 +207,7 @@ class CapturedSteps:
         """Update the parameters, and return what waits for three sums over the parts and returns them.
 
         These are the losses shown and minimised, and the norm of the gradients. Where the minimised loss is not finite,
-        or the norm is not and the losses are not scaled, neither this update changes anything nor does a later one.
+        or the norm is not and the losses are not scaled, neither this update changes a parameter nor does a later one.
         """
         self._updates += 1
         if self._updates == 1:
@@ -231,13 +232,16 @@ class CapturedSteps:
     def _update_parameters(self) -> None:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        scaled = self.scaler.is_enabled()
+        if scaled:  # what the scaler finds, it takes for an overflow, and takes no step
+            self.failed.copy_(torch.maximum(self.failed, 1 - self.sums[1].isfinite().float()))
+            gradients[0].add_(torch.where(self.failed > 0, torch.inf, 0.0))
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.get_total_norm(gradients)
         self.results.copy_(torch.cat([self.sums, norm.double()[None]]))
-        watched = self.results[1:2] if self.scaler.is_enabled() else self.results[1:]
-        self.failed.copy_(torch.maximum(self.failed, 1 - watched.isfinite().all().float()))
         nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
-        if not self.scaler.is_enabled():  # else it tells the optimiser itself
+        if not scaled:
+            self.failed.copy_(torch.maximum(self.failed, 1 - self.results[1:].isfinite().all().float()))
             self.optimiser.found_inf = self.failed  # type: ignore[attr-defined]
         self.scaler.step(self.optimiser)
         self.scaler.update()

@@ -250,6 +250,8 @@ def test_a_captured_loss_that_is_not_finite_ends_the_training(
     with pytest.raises(ValueError, match=r"the loss became (nan|inf) in epoch 0; lower lr .*, network 23.*; no step"):
         fit(predictor, broken, goals(), settings, on_batch=lambda _: states.append(predictor.head[0].weight.clone()))
     assert all(bool(t.isfinite().all()) for t in predictor.state_dict().values())
+    assert len(states) > 2 and torch.equal(states[-1], states[-2]) and not torch.equal(states[-1], states[0])
+    assert torch.equal(states[-1], predictor.head[0].weight)
 
 
 def test_what_cannot_be_captured_is_refused() -> None:
@@ -261,7 +263,7 @@ def test_what_cannot_be_captured_is_refused() -> None:
         FitSettings(capture=True)
     with pytest.raises(TypeError, match="FitSettings: buckets must be True or False, got 2"):
         FitSettings(buckets=2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the predictor is on cpu; use predictor.to\('cuda'\) or capture=False"):
+    with pytest.raises(ValueError, match="the predictor is on cpu; move it to a CUDA device, or use"):
         fit(predictor, batch, goals(), FitSettings(buckets=True, capture=True))
     model = ContrastiveModel(encoder())
     with pytest.raises(ValueError, match="fit_contrastive: buckets must be False"):
