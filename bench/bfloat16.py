@@ -280,7 +280,7 @@ def measure_blocks(width: int, networks: int, rounds: int) -> dict[str, Any]:
 
 
 def seconds(value: float) -> str:
-    return f"{1e3 * value:.1f} ms" if value < 0.1 else f"{value:.3f} s"
+    return f"{value:.3f} s" if value >= 0.1 else f"{1e3 * value:.{1 if value >= 0.01 else 2}f} ms"
 
 
 def pair_table(rows: dict[str, dict[str, Any]]) -> list[str]:
