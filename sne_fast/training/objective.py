@@ -140,7 +140,8 @@ class Supervised:
         losses = predictor.losses(outputs, goals)
         apart = [(outputs - one.to(outputs)).square().sum(1) for one in unchanged]
         if real is not None:
-            losses, *apart = [torch.where(real, one, 0.0) for one in (losses, *apart)]
+            # Not torch.where, for which a number is copied to the device, and waited for.
+            losses, *apart = [one.masked_fill(~real, 0) for one in (losses, *apart)]
         minimised = losses.sum()
         if self.settings.ranking and predictor.loss == "mse":
             minimised = minimised + self.settings.ranking * ranking_losses(outputs, goals, real).sum()
