@@ -1,7 +1,7 @@
 """Speed of bfloat16 products on the CPU beside float32 and padded encoders, and what they change in vectors.
 
-python bench/bfloat16.py                     # writes the three results bench/results/cpu_bfloat16*.json
-python bench/bfloat16.py --parts sets        # one of them: cases, blocks, sets
+python bench/bfloat16.py                     # writes the four results bench/results/cpu_bfloat16*.json
+python bench/bfloat16.py --parts sets        # one of them: cases, padded, blocks, sets
 python bench/bfloat16.py --page              # the tables of docs/benchmarks.md from them
 python bench/bfloat16.py --rounds 2 --show   # prints them instead
 
@@ -41,7 +41,12 @@ from sne_fast.ops import functional, functional_set_block, reference
 from sne_fast.reports.machine import machine, processor
 
 RESULTS = Path(__file__).parent / "results"
-FILES = {"cases": "cpu_bfloat16.json", "blocks": "cpu_bfloat16_set_block.json", "sets": "cpu_bfloat16_sets.json"}
+FILES = {
+    "cases": "cpu_bfloat16.json",
+    "padded": "cpu_bfloat16_padded.json",
+    "blocks": "cpu_bfloat16_set_block.json",
+    "sets": "cpu_bfloat16_sets.json",
+}
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 NAMES = ("zoo", "mixed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -290,16 +295,16 @@ def pair_table(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def tables(found: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return the tables of the page, by the name of their markers."""
-    cases, blocks, sets = (found[part]["cases"] for part in ("cases", "blocks", "sets"))
+    cases, beside_padded, blocks, sets = (found[part]["cases"] for part in FILES)
     modes = {"forward": "forward", "training": "forward and backward"}
     kinds = {"float32": "float32", "eager": "padded, bfloat16", "compile": "its `torch.compile`"}
     padded = [f"| | bfloat16 | {' | '.join(kinds.values())} |", "|---|" + "---:|" * (1 + len(kinds))]
-    for name, case in cases.items():
-        for mode in modes if "padded" in case else ():
-            row = case["padded"][mode]
+    for name, case in beside_padded.items():
+        for mode in modes:
+            row = case[mode]
             cells = [f"{seconds(row['seconds'][kind])} ({row['ratios'][kind]:.2f})" for kind in kinds]
             title = {"forward": "forward", "training": "training step"}[mode]
-            padded.append(f"| {title}, `{name}`, {case['padded']['weights']:,} weights | "
+            padded.append(f"| {title}, `{name}`, {case['weights']:,} weights | "
                           f"{seconds(row['seconds']['bfloat16'])} | {' | '.join(cells)} |")  # fmt: skip
     products = {
         f"{title} {after}, `{name}`": case[f"{what}_{mode}"]
@@ -344,26 +349,27 @@ def main() -> None:
         raise SystemExit(f"bfloat16: the instruction set {library.isa()} has no products of bfloat16")
     torch.set_num_threads(1)
     about = {"machine": machine(), "device": processor(), "instruction_set": library.isa()}
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "cases": lambda: {
-            name: {**measure(name, options.rounds), "padded": measure_padded(name, max(1, options.rounds // 2))}
-            for name in NAMES
-        },
-        "blocks": lambda: {
-            f"h = {width}, {networks} networks": measure_blocks(width, networks, 3 * options.rounds)
+    parts: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+        "cases": {name: lambda name=name: measure(name, options.rounds) for name in NAMES},
+        "padded": {name: lambda name=name: measure_padded(name, max(1, options.rounds // 2)) for name in NAMES},
+        "blocks": {
+            f"h = {width}, {networks} networks": lambda w=width, n=networks: measure_blocks(w, n, 3 * options.rounds)
             for width in WIDTHS
             for networks in BATCHES
         },
-        "sets": lambda: {
-            f"{sets:,} sets of {rows:,}": measure_sets(rows, sets, 3 * options.rounds) for rows, sets in SETS.items()
+        "sets": {
+            f"{sets:,} sets of {rows:,}": lambda r=rows, n=sets: measure_sets(r, n, 3 * options.rounds)
+            for rows, sets in SETS.items()
         },
     }
     for part in options.parts:
-        result = {**about, "cases": parts[part]()}
+        result: dict[str, Any] = {**about, "cases": {}}
+        for name, run in parts[part].items():
+            result["cases"][name] = run()
+            if not options.show:  # some take minutes: what is there is kept
+                write_json(RESULTS / FILES[part], result)
         if options.show:
             print(to_json(result))
-        else:
-            write_json(RESULTS / FILES[part], result)
 
 
 if __name__ == "__main__":

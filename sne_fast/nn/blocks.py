@@ -338,7 +338,7 @@ class PMA(nn.Module):
 
     def _pool_block(self, x: Tensor, ptr: Tensor, ptr_host: Tensor | None, weights: PoolWeights) -> Tensor:
         assert weights.feed_forward is not None
-        logits = weights.logits if x.dim() == 2 else weights.logits.detach()
+        logits = weights.logits if x.dim() == 2 else x.new_empty(x.shape[1:])  # of which nothing depends
         parameters = (weights.query.flatten(), weights.w_v, weights.b_v, *weights.feed_forward)
         return functional.pool_block(x, ptr, logits, *parameters, ptr_host=ptr_host)[:, None]
 

@@ -114,8 +114,8 @@ def fold_stages(stages: Sequence[tuple[Sequence[MAB], PMA]], with_chunks: bool =
 
 def _queries(
     pools: Sequence[PMA], scalars: MAB | None
-) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
-    """Return `logits`, `query` and `b_v` of each pool as in `PoolWeights`, those of equal sizes computed together.
+) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
+    """Return `logits` and `query` of each pool as in `PoolWeights`, those of equal sizes computed together.
 
     And of a block of scalars weight and bias of fc_q ``(2, h)``, and the weight of fc_k ``(h,)``.
     """
@@ -124,7 +124,7 @@ def _queries(
         mab = pool.mab
         learnt = needs_grad((pool.S, mab.fc_q.weight, mab.fc_q.bias, mab.fc_k.weight))
         alike.setdefault((learnt, pool.S.shape, mab.num_heads, pool.S.device), []).append(place)
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     slopes: Any = ()
     if scalars is not None:
         width = scalars.dim_v
@@ -132,26 +132,29 @@ def _queries(
     for (_, (_, seeds, h), heads, _), places in alike.items():
         count, chosen = len(places), [pools[place] for place in places]
         mabs = [pool.mab for pool in chosen]
-        # The bias of fc_k is constant in the softmax.
-        biases = [fc.bias for fcs in zip(*((m.fc_q, m.fc_v, m.fc_k) for m in mabs), strict=True) for fc in fcs]
-        s, w_q, w_k, b, slopes = _joined((
+        # The bias of fc_k is constant in the softmax, and here for the gradient of 0 that DDP wants. One alone would be
+        # joined with nothing, so it goes with that of fc_q, which costs another copy.
+        of_queries, of_keys = ([fc.bias for fc in fcs] for fcs in zip(*((m.fc_q, m.fc_k) for m in mabs), strict=True))
+        biases: Any = (_group((count, 1, h), *of_queries), _group((count, 1, h), *of_keys))
+        if count == 1:
+            biases = _group((2, 1, 1, h), *of_queries, *of_keys)
+        s, w_q, w_k, (b_q, _), slopes = _joined((
             _group((count, seeds, h), *(pool.S for pool in chosen)),
             _group((count, h, h), *(mab.fc_q.weight for mab in mabs)),
             _group((count * heads, h // heads, h), *(mab.fc_k.weight for mab in mabs)),
-            _group((3, count, 1, h), *biases),
+            biases,
             slopes,
         ))  # fmt: skip
-        b_q, b_v, _ = b.unbind()
         query = torch.baddbmm(b_q, s, w_q.mT)  # [P, k, h]
         of_heads = query.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)  # [P H, k, d]
         logits = (of_heads @ w_k / math.sqrt(h)).unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)  # [P, k H, h]
-        folded = zip(logits.unbind(), query.unbind(), b_v.flatten(1).unbind(), strict=True)
+        folded = zip(logits.unbind(), query.unbind(), strict=True)
         found.update(zip(places, folded, strict=True))
     return [found[place] for place in range(len(pools))], slopes or None
 
 
-def _pool(pool: PMA, logits: Tensor, query: Tensor, b_v: Tensor) -> PoolWeights:
-    mab = pool.mab
+def _pool(pool: PMA, logits: Tensor, query: Tensor) -> PoolWeights:
+    mab, b_v = pool.mab, pool.mab.fc_v.bias
     h, heads = mab.dim_v, mab.num_heads
     fused = mab.has_plain_feed_forward() and functional.fuses_feed_forward(mab.fc_o.weight)
     return PoolWeights(

@@ -152,8 +152,10 @@ class SetAttention(torch.autograd.Function):
         ctx.num_heads = num_heads
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _lse: Tensor) -> Gradients:
+    def backward(ctx: Any, grad: Tensor | None, _lse: None) -> Gradients:
         """Call the backward op."""
+        if grad is None:
+            return (None,) * 8
         num_heads = ctx.num_heads
 
         def backward(*args: Tensor) -> tuple[Tensor, ...]:
@@ -183,8 +185,10 @@ class SegmentPool(torch.autograd.Function):
         ctx.save_for_backward(x, logits, out, lse, *pointers)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _lse: Tensor) -> Gradients:
+    def backward(ctx: Any, grad: Tensor | None, _lse: None) -> Gradients:
         """Call the backward op."""
+        if grad is None:
+            return (None,) * 4
         grads = _first_derivative(ctx, "segment_pool", OPS.segment_pool_backward, grad, *ctx.saved_tensors)
         return (*grads, None, None)
 

@@ -18,7 +18,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
+        return tuple(t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in tensors)
     return tensors
 
 

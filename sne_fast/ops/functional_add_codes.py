@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, dispatch
 from .autograd import OPS, AddCodes, apply
-from .calls import needs_grad
+from .calls import distinct, needs_grad
 from .supported_widths import WIDTHS
 from .transforms import is_transformed
 
@@ -55,7 +55,7 @@ def add_codes(
     if not torch.compiler.is_compiling():
         checks.add_codes("add_codes", *args)
         checks.code_rows("add_codes", ptr, ptr_host, x.shape[0], table)
-    out: Tensor = apply(AddCodes, *args) if needs_grad((x, magnitude, gain)) else OPS.add_codes(*args)
+    out: Tensor = apply(AddCodes, *distinct(*args)) if needs_grad((x, magnitude, gain)) else OPS.add_codes(*args)
     return out
 
 

@@ -14,7 +14,16 @@ from torch import Tensor
 
 import sne_fast
 from helpers.errors import loses_at_most_twice, relative_error
-from helpers.op_cases import GRADED, ChunkCase, attention_case, feed_forward_case, pool_case, products
+from helpers.op_cases import (
+    GRADED,
+    ChunkCase,
+    attention_case,
+    block_case,
+    feed_forward_case,
+    pool_block_case,
+    pool_case,
+    products,
+)
 from sne_fast.ops import dispatch, found_backends, functional, selftest
 from sne_fast.ops.schema import OPTIONAL_OPS
 
@@ -115,6 +124,41 @@ def feeding_forward(dtype: torch.dtype, rows: int = 60001, h: int = 64, layer_no
     return Call(functional.feed_forward, [q, attended, 0.3 * w, 3 * b.sign(), norm], dtype)
 
 
+def blocking(lengths: list[int], dtype: torch.dtype, h: int = 64, heads: int = 4) -> Call:
+    """Make a block whose rows attend to each other; as above, nothing is near 0 where the ReLU bends."""
+    x, _, host, _, *parameters = block_case(lengths, lengths, (h, h, h))
+    *projections, w_o, b_o, norm = parameters
+    ptr = host.to(GPU)
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional.set_block(x, x, ptr, ptr, *parameters, heads, q_ptr_host=host, k_ptr_host=host)
+
+    return Call(function, [x, *projections, 0.3 * w_o, 3 * b_o.sign(), norm], dtype)
+
+
+def pooling_whole(lengths: list[int], dtype: torch.dtype, h: int = 64, heads: int = 4) -> Call:
+    x, host, *parameters = pool_block_case(lengths, h, heads)
+    *projections, w_o, b_o, norm = parameters
+    ptr = host.to(GPU)
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional.pool_block(x, ptr, *parameters, ptr_host=host)
+
+    return Call(function, [x, *projections, 0.3 * w_o, 3 * b_o.sign(), norm], dtype)
+
+
+def adding_codes(dtype: torch.dtype, h: int = 64) -> Call:
+    g, host = torch.Generator().manual_seed(0), torch.tensor([0, 3, 3, 700])
+    level, table, scale = (torch.randn(s, generator=g).to(GPU, dtype) for s in ((3, h), (700, h), (3,)))
+    ptr, inputs = host.to(GPU), [torch.randn(s, generator=g) for s in ((700, h), (h,), ())]
+
+    def function(x: Tensor, magnitude: Tensor, gain: Tensor) -> Tensor:
+        codes = (t.to(x.dtype) for t in (level, table, scale.exp()))
+        return functional.add_codes(x, ptr, host, *codes, magnitude, gain)
+
+    return Call(function, inputs, dtype)
+
+
 CALLS = {
     "set_attention": lambda dtype: attention(LENGTHS["ragged"], dtype),
     "set_attention, few queries": lambda dtype: attention(LENGTHS["few queries"], dtype),
@@ -122,11 +166,17 @@ CALLS = {
     "gather_chunks": gathering,
     "chunk_encode": encoding,
     "feed_forward": feeding_forward,
+    "set_block": lambda dtype: blocking([3, 0, 40, 1, 133, *[20] * 500], dtype),
+    "set_block, long": lambda dtype: blocking([700, 3], dtype),
+    "pool_block": lambda dtype: pooling_whole([3, 0, 40, 1, 133, *[20] * 500], dtype),
+    "pool_block, long": lambda dtype: pooling_whole([1700, 3], dtype),
+    "add_codes": adding_codes,
 }
 
 
 def call_of(backend: str, name: str, dtype: torch.dtype) -> Call:
-    if name in OPTIONAL_OPS and name not in found_backends.FUSIONS[backend]:
+    op = name.partition(",")[0]
+    if op in OPTIONAL_OPS and op not in found_backends.FUSIONS[backend]:
         pytest.skip(f"{backend} does not fuse {name}")
     return CALLS[name](dtype)
 

@@ -25,5 +25,7 @@ def test_launches_are_counted(tmp_path: Path) -> None:
     assert step["triton kernels"]["block_backward_kernel"] == 6
     assert step["triton"] == sum(step["triton kernels"].values()) > rows["forward"]["triton"]
     assert step["torch"] == sum(step["torch operations"].values()) and step["host_ms"] > 0
-    assert rows["forward"]["torch"] <= 51 and rows["forward"]["whole numbers"] == 0
-    assert step["torch"] <= 241 and step["whole numbers"] == 0
+    assert rows["forward"]["torch"] <= 18 and rows["forward"]["whole numbers"] == 0
+    assert step["torch"] <= 55 and step["whole numbers"] == 0
+    # Two slabs of chunks, one of short ones and one of full ones, take ten launches each.
+    assert rows["forward"]["triton"] <= 14 and step["triton"] <= 66

@@ -46,11 +46,25 @@ PROGRAMS_PER_SUM = 2
 
 @dataclass
 class _Workspace:
-    """Rows of a slab: inputs of blocks 1 to 3 and pool, gradient of the rows, factors of the matrices' gradients."""
+    """Rows of a slab: gradient of the rows, and planes ``(9, rows, h)`` of what the stages leave for each other."""
 
-    saved: Tensor
     rows_grad: Tensor
-    products: Tensor
+    planes: Tensor
+
+    @property
+    def products(self) -> Tensor:
+        """Factors of the matrices' gradients of a block, five planes."""
+        return self.planes[:5]
+
+    @property
+    def saved(self) -> Tensor:
+        """Inputs of blocks 1 to 3 and of the pool."""
+        return self.planes[5:]
+
+    @property
+    def spare(self) -> Tensor:
+        """Room for the products of block 0, whose planes 3 and 4 are the inputs of blocks 2 and 3, used up by then."""
+        return self.planes[3:8]
 
 
 @dataclass
@@ -80,7 +94,8 @@ def _slab(call: _Call, slot_class: SlotClass, first_bin: int, bins: int, space: 
     """Run all stages of ``bins`` bins, a multiple of BIN_MULTIPLE: recompute, then back through pool, blocks 3 to 0."""
     _, element_code, logit, basis, w_qkv, b_qkv, w_o, b_o, norm, pool_query = call.weights
     heads, width = pool_query.shape
-    saved, rows_grad, products, slab_rows = space.saved, space.rows_grad, space.products, space.saved.shape[1]
+    saved, rows_grad, products, spare = space.saved, space.rows_grad, space.products, space.spare
+    slab_rows = saved.shape[1]
     lengths = (call.chunk_ptr, call.plan.order, call.plan.table)
     of_class, parts, shared = class_constants(slot_class), call.parts, call.shared
 
@@ -93,14 +108,15 @@ def _slab(call: _Call, slot_class: SlotClass, first_bin: int, bins: int, space: 
         tiles = bins // sizes["BINS"]
         return sizes, (min(tiles, PROGRAMS_PER_SUM * call.programs),), tiles
 
-    def weight_grad(inputs: Tensor, block: int) -> None:
+    def weight_grad(inputs: Tensor, full: int, with_first: bool) -> None:
+        """Sum up for one of blocks 1 to 3, and at last for fc_o, all that block 0 has."""
         sizes = call.sizes("chunk_encode_weight_grad", slot_class)
-        first, full = (0, block - 1) if block else (3, 0)  # block 0 has fc_o only
+        block = full + 1
         tiles = bins * slot_class.slots // sizes["ROWS"]
-        weight_grad_kernel[(min(tiles, call.programs), 4 - first)](
+        weight_grad_kernel[(min(tiles, call.programs), 5 if with_first else 4)](
             inputs, products, parts["w_qkv"][full], parts["b_qkv"][full], parts["w_o"][block], parts["b_o"][block],
-            slab_rows, tiles, FIRST=first, WIDTH=width, PRECISION=shared["PRECISION"], ACC=shared["ACC"],
-            **sizes.blocks, **sizes.options,
+            spare, parts["w_o"][0], parts["b_o"][0], slab_rows, tiles, WIDTH=width, PRECISION=shared["PRECISION"],
+            ACC=shared["ACC"], **sizes.blocks, **sizes.options,
         )  # fmt: skip
 
     sizes = call.sizes("chunk_encode", slot_class)
@@ -121,7 +137,8 @@ def _slab(call: _Call, slot_class: SlotClass, first_bin: int, bins: int, space: 
             *lengths, w_qkv[full], b_qkv[full], w_o[full + 1], b_o[full + 1], norms, saved[full], rows_grad, products,
             norm_part, first_bin, slab_rows, tiles, **shared, **of_class, **sizes.blocks, **sizes.options,
         )  # fmt: skip
-        weight_grad(saved[full], full + 1)
+        if full:
+            weight_grad(saved[full], full, with_first=False)
         if full == 1:
             sizes, grid, tiles = sizes_of("chunk_encode_codes_backward")
             codes_backward_kernel[grid](
@@ -131,11 +148,11 @@ def _slab(call: _Call, slot_class: SlotClass, first_bin: int, bins: int, space: 
     norms, norm_part = norm_of(0)
     sizes, grid, tiles = sizes_of("chunk_encode_scalar_backward")
     scalar_backward_kernel[grid](
-        call.values, *lengths, logit, basis, w_o[0], b_o[0], norms, rows_grad, call.values_grad, products,
+        call.values, *lengths, logit, basis, w_o[0], b_o[0], norms, rows_grad, call.values_grad, spare,
         parts["logit"], parts["basis"], norm_part, first_bin, slab_rows, tiles,
         **shared, **of_class, **sizes.blocks, **sizes.options,
     )  # fmt: skip
-    weight_grad(saved, 0)
+    weight_grad(saved[0], 0, with_first=True)
 
 
 def _fused(
@@ -160,8 +177,7 @@ def _fused(
         slab = max(1, SLAB_ROWS_TIMES_WIDTH // (width * slot_class.slots * unit)) * unit
         padded = -(-bins // BIN_MULTIPLE) * BIN_MULTIPLE
         slab_rows = min(slab, padded) * slot_class.slots
-        space = _Workspace(values.new_empty((4, slab_rows, width)), chunk_grad.new_empty((slab_rows, width)),
-                           values.new_empty((5, slab_rows, width)))  # fmt: skip
+        space = _Workspace(chunk_grad.new_empty((slab_rows, width)), values.new_empty((9, slab_rows, width)))
         for first_bin in range(0, padded, slab):
             _slab(call, slot_class, first_bin, min(slab, padded - first_bin), space)
     return sums.summed(values.dtype)

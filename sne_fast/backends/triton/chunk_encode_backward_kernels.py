@@ -261,9 +261,11 @@ def weight_grad_kernel(
     b_qkv_part,
     w_o_part,
     b_o_part,
+    spare,
+    first_w_o_part,
+    first_b_o_part,
     slab_rows,
     tiles,
-    FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -271,19 +273,23 @@ def weight_grad_kernel(
 ):
     """Sum the gradients of fc_q, fc_k, fc_v (parts 0 to 2) and fc_o (part 3) over this program's rows.
 
-    The input of parts 0 to 2 is ``saved``, that of part 3 is plane 4 of ``products``.
+    The input of parts 0 to 2 is ``saved``, that of part 3 is plane 4 of ``products``. Part 4 is fc_o of block 0, from
+    planes 3 and 4 of ``spare``.
     """
     SQUARE: tl.constexpr = WIDTH * WIDTH
     i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    i_part = FIRST + tl.program_id(1)
-    if i_part == 3:
+    i_part = tl.program_id(1)
+    p_grads = products + i_part * slab_rows * WIDTH
+    if i_part == 4:
+        p_grads, p_inputs = spare + 3 * slab_rows * WIDTH, spare + 4 * slab_rows * WIDTH
+        p_w_part, p_b_part = first_w_o_part + i_program * SQUARE, first_b_o_part + i_program * WIDTH
+    elif i_part == 3:
         p_inputs = products + 4 * slab_rows * WIDTH
         p_w_part, p_b_part = w_o_part + i_program * SQUARE, b_o_part + i_program * WIDTH
     else:
         p_inputs = saved
         p_w_part = w_qkv_part + (i_program * 3 + i_part) * SQUARE
         p_b_part = b_qkv_part + (i_program * 3 + i_part) * WIDTH
-    p_grads = products + i_part * slab_rows * WIDTH
     b_w_sum, b_b_sum = tl.zeros((WIDTH, WIDTH), ACC), tl.zeros((WIDTH,), ACC)
     for i_tile in range(i_program, tiles, programs):
         i_row = i_tile * ROWS + tl.arange(0, ROWS)

@@ -17,6 +17,8 @@ from .launches import triton_dtype
 from .partial_sums_kernels import sum_parts_kernel
 
 COLUMNS, ROWS = 256, 8
+RESULTS = 9
+"""Gradients that one launch takes at most."""
 ALIGNED = 16
 """Every part starts at a multiple of so many values, so that kernels read and write 16 bytes at a time."""
 
@@ -45,19 +47,18 @@ def _aligned(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _table(layout: Layout) -> tuple[np.ndarray, int]:
-    """Return the table of :func:`sum_parts_kernel`, and the number of results."""
-    entries, start, target = [], 0, 0
-    for _, part in layout:
+def _table(layout: Layout) -> np.ndarray:
+    """Return the table of :func:`sum_parts_kernel`."""
+    entries, start = [], 0
+    for which, (_, part) in enumerate(layout):
         blocks, size = (part.shape[0] if part.by_block else 1), math.prod(part.shape)
         size = size // blocks if blocks else 0
         for block in range(blocks):
             for column in range(0, size, COLUMNS):
-                first = start + block * part.count * size + column
-                entries.append((first, size, part.count, target + block * size + column, min(COLUMNS, size - column)))
+                first, target = start + block * part.count * size + column, block * size + column
+                entries.append((first, size, part.count, which, target, min(COLUMNS, size - column)))
         start += _aligned(math.prod(part.stored))
-        target += _aligned(math.prod(part.shape))
-    return np.array(entries, np.int64).reshape(-1, 5), target
+    return np.array(entries, np.int64).reshape(-1, 6)
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,15 @@ class PartialSums:
         return cls(layout, buffer, parts)
 
     def summed(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the gradients by name, in ``dtype``: views of one tensor."""
-        table, results = _table(self.layout)
-        out = self.buffer.new_empty((results,), dtype=dtype)
+        """Return the gradients by name, in ``dtype``."""
+        table = _table(self.layout)
+        found = {name: self.buffer.new_empty(part.shape, dtype=dtype) for name, part in self.layout}
         if len(table):
-            on_device = on_device_without_waiting(table, out.device, repeats=True)
+            results = list(found.values())
+            results += results[:1] * (RESULTS - len(results))
+            on_device = on_device_without_waiting(table, self.buffer.device, repeats=True)
             sum_parts_kernel[(len(table),)](
-                self.buffer, on_device, out, COLUMNS=COLUMNS, ROWS=ROWS, ACC=triton_dtype(self.buffer.dtype),
+                self.buffer, on_device, *results, COLUMNS=COLUMNS, ROWS=ROWS, ACC=triton_dtype(self.buffer.dtype),
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-        gradients, start = {}, 0
-        for name, part in self.layout:
-            size = math.prod(part.shape)
-            gradients[name] = out[start : start + size].view(part.shape)
-            start += _aligned(size)
-        return gradients
+        return found

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ops.backend import Arguments
@@ -61,8 +60,7 @@ class Plan:
 
     def tiles(self, sets: int) -> int:
         """Return the number of tiles of so many sets."""
-        tiles: int = triton.cdiv(sets, self.constants["SETS"])
-        return tiles
+        return -(-sets // int(self.constants["SETS"]))
 
     @property
     def options(self) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def count_kernel(kernel: TritonKernel, config: Config, dtype: str, architecture:
     sizes = launch(kernel.table, h=config.hidden, heads=config.heads, length=length, dtype=operand, arch=architecture)
     constants = {
         "WIDTH": config.hidden, "HEADS": config.heads, "PADDED_HEADS": padded_heads(config.heads), "LAYER_NORM": True,
-        "SAVE": kernel.save, "ACC": tl.float32, "PRECISION": precision, "FIRST": 0, **class_constants(slots),
+        "SAVE": kernel.save, "ACC": tl.float32, "PRECISION": precision, **class_constants(slots),
         **sizes.blocks,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in fn.arg_names}

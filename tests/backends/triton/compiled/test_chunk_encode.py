@@ -53,7 +53,7 @@ class Variant:
             "WIDTH": self.h, "HEADS": self.heads, "PADDED_HEADS": padded_heads(self.heads),
             "LAYER_NORM": self.layer_norm, "SAVE": self.save, "ACC": tl.float32,
             "PRECISION": self.precision if self.dtype == torch.float32 else "ieee",
-            "FIRST": 0, **class_constants(self.slots), **sizes.blocks,
+            **class_constants(self.slots), **sizes.blocks,
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in names}
         return compile_kernel(fn, signature(fn, TYPES[self.dtype], constants), constants, self.arch,

@@ -46,8 +46,7 @@ def check(result: Compiled, arch: int, spill: int = 0, matrix: bool = True) -> N
     assert bool(result.matrix_instruction) == matrix
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("typical", [2, 20])
+@pytest.mark.parametrize(("typical", "arch"), [(2, 90), *((20, arch) for arch in ARCHITECTURES)])
 def test_the_forward_stays_in_registers_and_on_matrix_units(typical: int, arch: int) -> None:
     check(compiled("forward", arch, typical=typical), arch)
 
@@ -70,4 +69,9 @@ def test_all_variants_fit(kernel: str, sizes: tuple[int, int], kind, arch: int) 
     on_matrix_units = kind != (SINGLE, "highest")
     for layer_norm in (True, False):
         result = compiled(kernel, arch, *sizes, *kind, layer_norm=layer_norm)
-        check(result, arch, 0 if kernel == "forward" else 512 if on_matrix_units else 2048, on_matrix_units)
+        check(
+            result,
+            arch,
+            (64 if sizes[1] == 8 else 0) if kernel == "forward" else 512 if on_matrix_units else 2048,
+            on_matrix_units,
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
 import sne_fast
 from helpers.errors import relative_error
-from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pool_case
+from helpers.op_cases import ChunkCase, attention_case, block_case, feed_forward_case, pool_case
 from sne_fast import functional
 from sne_fast.backends.triton.backend import BACKEND
 from sne_fast.ops import selftest, selftest_cases
@@ -78,6 +80,14 @@ def test_opcheck() -> None:
     scale, plan = torch.ones(2), torch.tensor([[5, 16], [5, 3]])
     values = ops.gather_chunks([x, logits], scale, plan, SINGLE)
     rows = feed_forward_case(5, 32, dtype=SINGLE)
+    q, _, q_ptr, _, *parameters = block_case([2, 3], [2, 3], (32, 32, 32), dtype=SINGLE)
+    block = (q, None, *[q_ptr.clone() for _ in range(4)], *parameters, 4)
+    pooling, codes = (
+        selftest_cases.example(selftest_cases.Variant(name, SINGLE, 32, 4, True), torch.device("cpu"))
+        for name in ("pool_block", "add_codes")
+    )
+    pooling = (pooling[0][:5], q_ptr, q_ptr.clone(), *pooling[3:])
+    codes = (codes[0], codes[1], codes[2].clone(), *codes[3:])
     for op, args in (
         (ops.set_attention, (q, k, v, q_ptr, k_ptr, q_ptr, k_ptr, 4)),
         (ops.set_attention_backward, (out, q, k, v, out, lse, q_ptr, k_ptr, q_ptr, k_ptr, 4)),
@@ -85,6 +95,12 @@ def test_opcheck() -> None:
         (ops.segment_pool_backward, (pooled, x, logits, pooled, pooled_lse, ptr, ptr)),
         (ops.feed_forward, rows),
         (ops.feed_forward_backward, (rows[1], *rows)),
+        (ops.set_block, block),
+        (ops.set_block_backward, (block[0], *block)),
+        (ops.pool_block, pooling),
+        (ops.pool_block_backward, (pooling[0][:2], *pooling)),
+        (ops.add_codes, codes),
+        (ops.add_codes_backward, codes),
         (ops.gather_chunks, ([x, logits], scale, plan, SINGLE)),
         (ops.gather_chunks_backward, (values, values, [x, logits], scale, plan)),
     ):
@@ -120,9 +136,9 @@ def test_the_backend_passes_its_self_test(op: str) -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the calls of the kernels of feed_forward."""
+    """Record the calls of the ops for which modules have ordinary torch operations."""
     calls: list[str] = []
-    for op in ("feed_forward", "feed_forward_backward"):
+    for op in (name for forward in OPTIONAL_OPS for name in (forward, f"{forward}_backward")):
         kernel = BACKEND.kernels[op]
         monkeypatch.setitem(
             BACKEND.kernels, op, lambda *args, op=op, kernel=kernel: (calls.append(op), kernel(*args))[1]
@@ -149,8 +165,9 @@ def test_the_encoder_and_its_gradients(fused: list[str], attention: str, layer_n
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * float(b.abs().max()) + 1e-12)
-    blocks = 4 + 3 * (4 if attention == "isab" else 2)  # four pools, and three stages' MABs
-    assert fused == ["feed_forward"] * blocks + ["feed_forward_backward"] * blocks
+    # The scales of tensors have gradients here, so that ordinary operations add their codes.
+    forward = {"set_block": 3 * (4 if attention == "isab" else 2), "pool_block": 4, "add_codes": 1}
+    assert Counter(fused) == forward | {f"{op}_backward": count for op, count in forward.items()}
 
 
 def test_autocast(fused: list[str]) -> None:
@@ -162,7 +179,7 @@ def test_autocast(fused: list[str]) -> None:
     full = encoder(batch)
     half.sum().backward()
     assert half.dtype == SINGLE and all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
-    assert 0 < relative_error(half.detach(), full.detach()) < 0.03 and len(fused) == 3 * 10
+    assert 0 < relative_error(half.detach(), full.detach()) < 0.03 and len(fused) == 3 * 12
 
 
 def test_widths_without_kernels_are_ordinary_torch(fused: list[str]) -> None:

@@ -10,15 +10,17 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from helpers.chunk_checks import arguments, upstream
-from helpers.op_cases import ChunkCase, attention_case, feed_forward_case, pool_case
+from helpers.op_cases import ChunkCase, attention_case, block_case, feed_forward_case, pool_block_case, pool_case
 from sne_fast.backends.triton import (
     chunk_encode,
     chunk_encode_backward,
     chunk_launches,
     feed_forward,
     gather_chunks,
+    pool_block,
     segment_pool,
     set_attention,
+    set_block,
 )
 
 pytestmark = pytest.mark.build
@@ -29,7 +31,7 @@ SINGLE = torch.float32
 @pytest.fixture(autouse=True)
 def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Share tiles out among several programs, as a GPU does."""
-    for module in (chunk_encode_backward, chunk_launches, feed_forward):
+    for module in (chunk_encode_backward, chunk_launches, feed_forward, pool_block, set_block):
         monkeypatch.setattr(module, "programs_of", lambda device: 2)
 
 
@@ -67,6 +69,19 @@ def gathered() -> Iterator[Tensor]:
     yield from (values, *grads, scale_grad)
 
 
+def blocked() -> Iterator[Tensor]:
+    x, _, ptr, _, *parameters = block_case([9] * 9, [9] * 9, (32, 32, 32), dtype=SINGLE)
+    args = (x, None, ptr, ptr, ptr, ptr, *parameters, 2)
+    yield set_block.set_block(*args)
+    yield from set_block.set_block_backward(x, *args)
+
+
+def pool_blocked() -> Iterator[Tensor]:
+    x, ptr, *parameters = pool_block_case([9] * 9, 32, 2, dtype=SINGLE)
+    out = pool_block.pool_block(x, ptr, ptr, *parameters)
+    yield from (out, *pool_block.pool_block_backward(out, x, ptr, ptr, *parameters))
+
+
 CASES = {
     "chunk_encode, tiles": lambda: encoded([[32] * 9, [7] * 9], 32, 2),
     "chunk_encode, staged": lambda: encoded([[66], [3]], 32, 2),
@@ -74,6 +89,8 @@ CASES = {
     "segment_pool": pooled,
     "feed_forward": lambda: fed_forward(32),
     "feed_forward, staged": lambda: fed_forward(256),
+    "set_block": blocked,
+    "pool_block": pool_blocked,
     "gather_chunks": gathered,
 }
 
