@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.batch import WeightBatch
 from ..data.buckets import Bucket, bucket_of, pad_to_bucket
+from ..data.devices import without_waiting
 from ..nn.predictor import Predictor
 from .ranking import ranking_losses
 from .settings import FitSettings
@@ -158,4 +159,4 @@ def autocast(settings: FitSettings, device: torch.device) -> torch.autocast:
 
 def rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
     """Return some rows of a tensor; without rows, an empty tensor."""
-    return values[torch.tensor(list(rows), dtype=torch.int64, device=values.device)]
+    return values[without_waiting(torch.tensor(list(rows), dtype=torch.int64), values.device)]
