@@ -17,6 +17,7 @@ from torch import Tensor
 from ..ops.launch_bounds import LENGTH_GROUPS, LaunchBounds, bins_of, bounds_of, declare_bounds
 from .batch import WeightBatch
 from .batch_checks import POINTERS
+from .devices import without_waiting
 
 STEPS = {"chunk_ptr": 8, "tensor_ptr": 8, "layer_ptr": 1, "network_ptr": 1, "networks": 1}
 """Sizes between a power of two and the next, of the rows of each pointer (weights, chunks, ...) and of the networks.
@@ -149,7 +150,7 @@ def pad_to_bucket(batch: WeightBatch) -> WeightBatch:
     for pointer in POINTERS:
         own = batch.pointers_host[pointer].numpy()
         hosts[pointer] = torch.from_numpy(np.concatenate([own, own[-1] + lengths[pointer].cumsum()]))
-    fields.update({pointer: host.to(batch.device) for pointer, host in hosts.items()})
+    fields.update({pointer: without_waiting(host, batch.device) for pointer, host in hosts.items()})
     for field, count in (("values", more[0]), ("tensor_type", more[2]), ("layer_level", more[3])):
         fields[field] = _with_rows(fields[field], count, 0)
     fields["tensor_scale"] = _with_rows(fields["tensor_scale"], more[2], 1)

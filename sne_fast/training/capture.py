@@ -235,7 +235,7 @@ class CapturedSteps:
         scaled = self.scaler.is_enabled()
         if scaled:  # what the scaler finds, it takes for an overflow, and takes no step
             self.failed.copy_(torch.maximum(self.failed, 1 - self.sums[1].isfinite().float()))
-            gradients[0].add_(torch.where(self.failed > 0, torch.inf, 0.0))
+            gradients[0].add_(torch.zeros_like(self.failed).masked_fill(self.failed > 0, torch.inf))
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.get_total_norm(gradients)
         self.results.copy_(torch.cat([self.sums, norm.double()[None]]))

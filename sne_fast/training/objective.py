@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.batch import WeightBatch
 from ..data.buckets import Bucket, bucket_of, pad_to_bucket
+from ..data.devices import without_waiting
 from ..nn.predictor import Predictor
 from .ranking import ranking_losses
 from .settings import FitSettings
@@ -140,7 +141,8 @@ class Supervised:
         losses = predictor.losses(outputs, goals)
         apart = [(outputs - one.to(outputs)).square().sum(1) for one in unchanged]
         if real is not None:
-            losses, *apart = [torch.where(real, one, 0.0) for one in (losses, *apart)]
+            # Not torch.where, for which a number is copied to the device, and waited for.
+            losses, *apart = [one.masked_fill(~real, 0) for one in (losses, *apart)]
         minimised = losses.sum()
         if self.settings.ranking and predictor.loss == "mse":
             minimised = minimised + self.settings.ranking * ranking_losses(outputs, goals, real).sum()
@@ -157,4 +159,4 @@ def autocast(settings: FitSettings, device: torch.device) -> torch.autocast:
 
 def rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
     """Return some rows of a tensor; without rows, an empty tensor."""
-    return values[torch.tensor(list(rows), dtype=torch.int64, device=values.device)]
+    return values[without_waiting(torch.tensor(list(rows), dtype=torch.int64), values.device)]

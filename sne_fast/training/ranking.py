@@ -36,4 +36,4 @@ def ranking_losses(outputs: Tensor, goals: Tensor, real: Tensor | None = None) -
     if real is None:
         return pairs.sum(1) / max(len(goals) - 1, 1)
     both = real[:, None] & real
-    return pairs.where(both, 0.0).sum(1) / (real.sum() - 1).clamp_min(1)
+    return pairs.masked_fill(~both, 0).sum(1) / (real.sum() - 1).clamp_min(1)

@@ -230,7 +230,10 @@ class Trainer:
         rows = self.plan.networks_of(step)
         captured.begin(len(rows), self.lr)
         for place in deal.places(self.world.rank):
-            part = next(batches).to(self.weight.device, self.weight.dtype)
+            part = next(batches)
+            if part.device.type == "cpu":  # to be copied without waiting
+                part = part.pin_memory()
+            part = part.to(self.weight.device, self.weight.dtype, non_blocking=True)
             generator = draws_of(self.settings.seed, state.step * self.plan.parts + place)
             captured.part(self._padded.inputs(part, step[place], generator))
         read = captured.update()

@@ -173,7 +173,6 @@ JITTER = Preparation(units="canonical", jitter=0.2)
         {},
         {"accumulate": 2},
         {"preparation": JITTER, "invariance": 0.5, "ranking": 0.5},
-        {"amp": "bfloat16"},
         {"amp": "float16"},
         {"loss": "cross_entropy", "out_features": 3, "targets": torch.arange(24) % 3},
     ],
