@@ -147,10 +147,15 @@ def _queries(
         ))  # fmt: skip
         query = torch.baddbmm(b_q, s, w_q.mT)  # [P, k, h]
         of_heads = query.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)  # [P H, k, d]
-        logits = (of_heads @ w_k / math.sqrt(h)).unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)  # [P, k H, h]
+        logits = _scaled(of_heads, w_k, h).unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)  # [P, k H, h]
         folded = zip(logits.unbind(), query.unbind(), strict=True)
         found.update(zip(places, folded, strict=True))
     return [found[place] for place in range(len(pools))], slopes or None
+
+
+def _scaled(a: Tensor, b: Tensor, h: int) -> Tensor:
+    """Return `a b / sqrt(h)` of batches of matrices, by one operation."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=1 / math.sqrt(h))
 
 
 def _pool(pool: PMA, logits: Tensor, query: Tensor) -> PoolWeights:
@@ -195,7 +200,7 @@ def _chunk_encode(mabs: Sequence[MAB], pool_query: Tensor, slopes: Any) -> dict[
     h, heads = first.dim_v, first.num_heads
     w_q, w_v = first.fc_q.weight, first.fc_v.weight
     by_head, w_k = slopes[0].view(2, heads, -1).transpose(0, 1), slopes[1].view(heads, -1, 1)
-    logit = (by_head @ w_k / math.sqrt(h)).squeeze(2).t()  # [2, H]
+    logit = _scaled(by_head, w_k, h).squeeze(2).t()  # [2, H]
     projections = [fc for mab in rest for fc in (mab.fc_q, mab.fc_k, mab.fc_v)]
     norms = [norm for mab in mabs for norm in mab.norms()]
     return {
