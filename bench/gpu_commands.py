@@ -16,7 +16,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = Path(__file__).with_name("gpu_suite.py")
-GPU_TESTS = ("tests/backends/test_gpu.py", "tests/data/test_batch.py", "tests/data/test_packing.py")
+GPU_TESTS = (
+    "tests/backends/test_gpu.py",
+    "tests/data/test_batch.py",
+    "tests/data/test_packing.py",
+    "tests/training/test_capture_gpu.py",
+)
 LARGE_TESTS = ("tests/backends/test_gpu_large.py",)
 OUT_OF_TIME = 124  # the status that timeout(1) gives too
 TAIL = 8000

@@ -355,6 +355,7 @@ class WeightBatch:
             TypeError: anything else.
         """
         chosen = chosen_networks(index, len(self))
+        found: WeightBatch
         found = sliced(self, chosen.start, chosen.stop) if isinstance(chosen, slice) else taken(self, chosen)
         return self.with_fields() if found is self and not isinstance(index, slice) else found
 
@@ -372,7 +373,8 @@ class WeightBatch:
         for i, batch in enumerate(batches):
             if not isinstance(batch, WeightBatch):
                 raise TypeError(f"WeightBatch.cat: item {i} must be a WeightBatch, got {type(batch).__name__}")
-        return joined(batches)
+        whole: WeightBatch = joined(batches)
+        return whole
 
     @classmethod
     def collate(cls, batches: Sequence[WeightBatch]) -> WeightBatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ import torch
 from .batch_checks import PACKED_BY, PER_NETWORK, POINTERS
 from .pointers import join_pointers, ragged_gather
 
-if TYPE_CHECKING:
-    from .batch import WeightBatch
+# That of sne_fast.data.batch, which imports this module.
+WeightBatch = Any
 
 
 def sliced(batch: WeightBatch, first: int, last: int) -> WeightBatch:
