@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .chunk_tiles import LOG2E, finite_rows, kept, row_products
-from .set_block_kernels import add_vector, from_heads, inner_rows, rows_at, to_heads
+from .set_block_tiles import add_vector, from_heads, inner_rows, rows_at, to_heads
 from .tiles import add_relu, layer_norm, layer_norm_backward, linear, matrix, normed, vector
 
 LANES = tl.constexpr(16)
