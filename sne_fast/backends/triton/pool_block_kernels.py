@@ -13,8 +13,17 @@ import triton
 import triton.language as tl
 
 from .chunk_tiles import LOG2E, finite_rows, kept, row_products
-from .set_block_tiles import add_vector, from_heads, inner_rows, rows_at, to_heads
-from .tiles import add_relu, layer_norm, layer_norm_backward, linear, matrix, normed, vector
+from .set_block_tiles import (
+    add_values,
+    add_vector,
+    feed_forward,
+    feed_forward_backward,
+    from_heads,
+    inner_rows,
+    softmax_step,
+    to_heads,
+)
+from .tiles import vector
 
 LANES = tl.constexpr(16)
 
@@ -106,42 +115,47 @@ def pooled_rows(
 
     Returns the pooled rows [H, M, h], the largest logit and 1 / the sum, [H, M].
     """
-    operand = b_seed.dtype
     b_top = tl.full((HEADS, LANES), float("-inf"), ACC)
     b_sum = tl.zeros((HEADS, LANES), ACC)
     b_out = tl.zeros((HEADS, LANES, WIDTH), ACC)
     for first in range(begin, end, INNER):
-        i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+        _i_inner, _m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
         b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
         m_own = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
         b_logits = row_products(b_seed, b_rows, PRECISION, ACC) + b_flag[None, None, :]
         b_logits = tl.where(m_own, b_logits, float("-inf"))  # [H, M, N]
-        b_new_top = tl.maximum(b_top, tl.max(b_logits, 2))
-        b_shift = tl.where(b_new_top == float("-inf"), 0.0, b_new_top)
-        b_e = tl.exp2((b_logits - b_shift[:, :, None]) * LOG2E)
-        b_decay = tl.exp2((b_top - b_shift) * LOG2E)
-        b_sum = b_sum * b_decay + tl.sum(b_e, 2)
-        b_product = tl.dot(b_e.to(operand), b_rows, input_precision=PRECISION, out_dtype=ACC)
-        b_out = b_out * b_decay[:, :, None] + b_product
-        b_top = b_new_top
+        b_top, b_sum, b_out = softmax_step(b_logits, b_rows, b_top, b_sum, b_out, LOG2E, PRECISION, ACC)
     b_inverse = 1 / tl.where(b_sum == 0.0, 1.0, b_sum)
     return b_out * b_inverse[:, :, None], b_top, b_inverse
 
 
 @triton.jit
-def own_weights(
+def weighted_rows(
     b_seed,
-    b_rows,
-    b_flag,
-    m_own,
+    b_set,
     b_top,
     b_inverse,
+    x,
+    owner,
+    first,
+    end,
+    INNER: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return the weights of rows in the pools of their sets, 0 elsewhere: [H, M, N]."""
+    """Return INNER rows and their weights in the pools of their sets, 0 elsewhere.
+
+    Rows for every head [H, N, h], where they lie and which of them there are [N], which are of which set [1, M, N], and
+    weights [H, M, N].
+    """
+    i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+    b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
+    m_own = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
     b_logits = row_products(b_seed, b_rows, PRECISION, ACC) + b_flag[None, None, :]
-    return tl.where(m_own, tl.exp2((b_logits - b_top[:, :, None]) * LOG2E) * b_inverse[:, :, None], 0.0)
+    b_p = tl.where(m_own, tl.exp2((b_logits - b_top[:, :, None]) * LOG2E) * b_inverse[:, :, None], 0.0)
+    return b_rows, i_inner, m_inner, m_own, b_p
 
 
 @triton.jit
@@ -195,23 +209,9 @@ def forward_kernel(
         )
     b_w = tl.load(by_heads(w_v, HEADS, WIDTH))  # [H, h, d]
     b_in = residual_of(b_pooled.to(operand), b_w, query, b_v, b_empty, WIDTH, PRECISION, ACC)  # [M, h]
-    b_in = layer_norm(b_in, norm, LAYER_NORM, WIDTH, ACC)
-    b_z = linear(b_in.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
-    b_out = layer_norm(add_relu(b_in, b_z), norm + 2 * WIDTH, LAYER_NORM, WIDTH, ACC)
+    b_out = feed_forward(b_in, w_o, b_o, norm, LAYER_NORM, WIDTH, PRECISION, ACC)
     i_value = i_set[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out + i_value, b_out.to(operand), mask=m_set[:, None])
-
-
-@triton.jit
-def add_values(
-    p_partial,
-    b_values,
-    done,
-):
-    """Add values to this program's own partial sums at ``p_partial``, which hold nothing until a tile is ``done``."""
-    tl.debug_barrier()
-    m_partial = tl.zeros_like(b_values) + done > 0
-    tl.store(p_partial, tl.load(p_partial, mask=m_partial, other=0) + b_values)
 
 
 @triton.jit(do_not_specialize=["sets", "tiles"])
@@ -253,7 +253,6 @@ def backward_kernel(
     operand = x.dtype.element_ty
     i_program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     i_row, i_head = tl.arange(0, WIDTH), tl.arange(0, HEADS)
-    i_square = i_row[:, None] * WIDTH + i_row[None, :]
     logits_part += i_program * HEADS * WIDTH
     w_v_part += i_program * WIDTH * WIDTH
     w_o_part += i_program * WIDTH * WIDTH
@@ -274,28 +273,10 @@ def backward_kernel(
             b_pooled = b_rows_pooled.to(operand)
         b_w = tl.load(by_heads(w_v, HEADS, WIDTH))  # [H, h, d]
         b_in = residual_of(b_pooled, b_w, query, b_v, b_empty, WIDTH, PRECISION, ACC)  # [M, h]
-        if LAYER_NORM:
-            b_unit0, b_rstd0 = normed(b_in, WIDTH)
-            b_in = b_unit0 * vector(norm, WIDTH, ACC)[None, :] + vector(norm + WIDTH, WIDTH, ACC)[None, :]
-        b_z = linear(b_in.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
-        b_grad = rows_at(grad, i_set, m_set, WIDTH).to(ACC)
-        if LAYER_NORM:
-            b_unit1, b_rstd1 = normed(add_relu(b_in, b_z), WIDTH)
-            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(
-                b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, WIDTH, ACC
-            )
-            add_vector(norm_part + 2 * WIDTH, b_gain_grad, done, WIDTH)
-            add_vector(norm_part + 3 * WIDTH, b_bias_grad, done, WIDTH)
-        b_z_grad = tl.where(b_z <= 0, 0.0, b_grad)
-        add_vector(b_o_part, tl.sum(b_z_grad, 0), done, WIDTH)
-        b_z_grad = b_z_grad.to(operand)
-        b_w_grad = tl.dot(tl.trans(b_z_grad), b_in.to(operand), input_precision=PRECISION, out_dtype=ACC)
-        add_values(w_o_part + i_square, b_w_grad, done)
-        b_grad += tl.dot(b_z_grad, matrix(w_o, WIDTH), input_precision=PRECISION, out_dtype=ACC)
-        if LAYER_NORM:
-            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, WIDTH, ACC)
-            add_vector(norm_part, b_gain_grad, done, WIDTH)
-            add_vector(norm_part + WIDTH, b_bias_grad, done, WIDTH)
+        b_grad = feed_forward_backward(
+            grad, i_set, m_set, b_in, w_o, b_o, norm, w_o_part, b_o_part, norm_part, done,
+            LAYER_NORM, WIDTH, PRECISION, ACC,
+        )  # fmt: skip
         add_vector(query_part, tl.sum(b_grad, 0), done, WIDTH)
         add_vector(b_v_part, tl.sum(tl.where(b_empty[:, None], 0.0, b_grad), 0), done, WIDTH)
 
@@ -315,16 +296,14 @@ def backward_kernel(
             # The mean by the very products that it is subtracted from: the difference nearly cancels.
             b_mean = tl.zeros((HEADS, LANES), ACC)
             for first in range(begin, end, INNER):
-                i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
-                b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
-                m_own = (i_set[:, None] == b_inner_set[None, :])[None, :, :]
-                b_p = own_weights(b_seed, b_rows, b_flag, m_own, b_top, b_inverse, PRECISION, ACC)
+                b_rows, i_inner, m_inner, m_own, b_p = weighted_rows(
+                    b_seed, i_set, b_top, b_inverse, x, owner, first, end, INNER, HEADS, WIDTH, PRECISION, ACC
+                )
                 b_mean += tl.sum(b_p * row_products(b_pooled_grad, b_rows, PRECISION, ACC), 2)
             for first in range(begin, end, INNER):
-                i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
-                b_rows, b_flag = shared_rows(b_x, HEADS, ACC)
-                m_own = (i_set[:, None] == b_inner_set[None, :])[None, :, :]
-                b_p = own_weights(b_seed, b_rows, b_flag, m_own, b_top, b_inverse, PRECISION, ACC)
+                b_rows, i_inner, m_inner, m_own, b_p = weighted_rows(
+                    b_seed, i_set, b_top, b_inverse, x, owner, first, end, INNER, HEADS, WIDTH, PRECISION, ACC
+                )
                 b_p = tl.where(m_own, b_p + b_grad_flag[:, :, None], 0.0)  # [H, M, N]
                 b_p_grad = row_products(b_pooled_grad, b_rows, PRECISION, ACC)
                 b_logits_grad = tl.where(m_own, b_p * (b_p_grad - b_mean[:, :, None]), 0.0).to(operand)

@@ -16,6 +16,8 @@ from .set_block_tiles import (
     add_matrix,
     add_vector,
     attend,
+    feed_forward,
+    feed_forward_backward,
     from_heads,
     inner_rows,
     keys_and_values,
@@ -24,7 +26,7 @@ from .set_block_tiles import (
     to_heads,
     weights_of,
 )
-from .tiles import add_relu, layer_norm, layer_norm_backward, linear, matrix, normed, vector
+from .tiles import linear, matrix, vector
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,11 +62,35 @@ def forward_kernel(
         INNER, HEADS, WIDTH, PRECISION, ACC,
     )  # fmt: skip
     b_in = b_query + from_heads(b_attended) + vector(b_v, WIDTH, ACC)[None, :]
-    b_in = layer_norm(b_in, norm, LAYER_NORM, WIDTH, ACC)
-    b_z = linear(b_in.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
-    b_out = layer_norm(add_relu(b_in, b_z), norm + 2 * WIDTH, LAYER_NORM, WIDTH, ACC)
+    b_out = feed_forward(b_in, w_o, b_o, norm, LAYER_NORM, WIDTH, PRECISION, ACC)
     i_value = i_row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out + i_value, b_out.to(operand), mask=m_row[:, None])
+
+
+@triton.jit
+def weighted_keys(
+    b_heads,
+    b_set,
+    b_top,
+    b_inverse,
+    x,
+    owner,
+    first,
+    end,
+    w_k,
+    w_v,
+    INNER: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return keys and values of INNER rows [H, N, d], and their weights for queries [H, M, d]: [H, M, N]."""
+    _i_inner, _m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
+    b_keys, b_values, b_flag = keys_and_values(b_x, w_k, w_v, HEADS, WIDTH, PRECISION, ACC)
+    m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
+    b_logits = row_products(b_heads, b_keys, PRECISION, ACC) + b_flag[:, None, :]
+    return b_keys, b_values, weights_of(b_logits, m_seen, b_top[:, :, None], b_inverse[:, :, None], WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -120,28 +146,10 @@ def query_backward_kernel(
             b_heads, b_set, x, owner, begin, end, w_k, w_v, INNER, HEADS, WIDTH, PRECISION, ACC
         )
         b_in = b_query + from_heads(b_attended) + vector(b_v, WIDTH, ACC)[None, :]
-        if LAYER_NORM:
-            b_unit0, b_rstd0 = normed(b_in, WIDTH)
-            b_in = b_unit0 * vector(norm, WIDTH, ACC)[None, :] + vector(norm + WIDTH, WIDTH, ACC)[None, :]
-        b_z = linear(b_in.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
-        b_grad = rows_at(grad, i_row, m_row, WIDTH).to(ACC)
-        if LAYER_NORM:
-            b_unit1, b_rstd1 = normed(add_relu(b_in, b_z), WIDTH)
-            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(
-                b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, WIDTH, ACC
-            )
-            add_vector(norm_part + 2 * WIDTH, b_gain_grad, done, WIDTH)
-            add_vector(norm_part + 3 * WIDTH, b_bias_grad, done, WIDTH)
-        b_z_grad = tl.where(b_z <= 0, 0.0, b_grad)
-        add_vector(b_part, tl.sum(b_z_grad, 0), done, WIDTH)
-        b_z_grad = b_z_grad.to(operand)
-        b_w_grad = tl.dot(tl.trans(b_z_grad), b_in.to(operand), input_precision=PRECISION, out_dtype=ACC)
-        add_matrix(w_part, b_w_grad, done, WIDTH)
-        b_grad += tl.dot(b_z_grad, matrix(w_o, WIDTH), input_precision=PRECISION, out_dtype=ACC)
-        if LAYER_NORM:
-            b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, WIDTH, ACC)
-            add_vector(norm_part, b_gain_grad, done, WIDTH)
-            add_vector(norm_part + WIDTH, b_bias_grad, done, WIDTH)
+        b_grad = feed_forward_backward(
+            grad, i_row, m_row, b_in, w_o, b_o, norm, w_part, b_part, norm_part, done,
+            LAYER_NORM, WIDTH, PRECISION, ACC,
+        )  # fmt: skip
         i_value = i_row[:, None] * WIDTH + i_column[None, :]
         tl.store(sum_grad + i_value, b_grad.to(operand), mask=m_row[:, None])
 
@@ -149,19 +157,15 @@ def query_backward_kernel(
         # The mean by the very products that it is subtracted from: the difference nearly cancels.
         b_mean = tl.zeros((HEADS, ROWS), ACC)
         for first in range(begin, end, INNER):
-            i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
-            b_keys, b_values, b_flag = keys_and_values(b_x, w_k, w_v, HEADS, WIDTH, PRECISION, ACC)
-            m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
-            b_logits = row_products(b_heads, b_keys, PRECISION, ACC) + b_flag[:, None, :]
-            b_p = weights_of(b_logits, m_seen, b_top[:, :, None], b_inverse[:, :, None], WIDTH)
+            b_keys, b_values, b_p = weighted_keys(
+                b_heads, b_set, b_top, b_inverse, x, owner, first, end, w_k, w_v, INNER, HEADS, WIDTH, PRECISION, ACC
+            )
             b_mean += tl.sum(b_p * row_products(b_out_grad, b_values, PRECISION, ACC), 2)
         b_query_grad = tl.zeros(b_heads.shape, ACC)
         for first in range(begin, end, INNER):
-            i_inner, m_inner, b_x, b_inner_set = inner_rows(x, owner, first, end, INNER, WIDTH)
-            b_keys, b_values, b_flag = keys_and_values(b_x, w_k, w_v, HEADS, WIDTH, PRECISION, ACC)
-            m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
-            b_logits = row_products(b_heads, b_keys, PRECISION, ACC) + b_flag[:, None, :]
-            b_p = weights_of(b_logits, m_seen, b_top[:, :, None], b_inverse[:, :, None], WIDTH)
+            b_keys, b_values, b_p = weighted_keys(
+                b_heads, b_set, b_top, b_inverse, x, owner, first, end, w_k, w_v, INNER, HEADS, WIDTH, PRECISION, ACC
+            )
             b_p_grad = row_products(b_out_grad, b_values, PRECISION, ACC)  # [H, M, N]
             b_logits_grad = (b_p * (b_p_grad - b_mean[:, :, None]) * SCALE).to(operand)
             b_query_grad += tl.dot(b_logits_grad, b_keys, input_precision=PRECISION, out_dtype=ACC)

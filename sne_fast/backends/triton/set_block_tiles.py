@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .chunk_tiles import LOG2E, finite_rows, kept, row_products
-from .tiles import unbiased
+from .tiles import add_relu, layer_norm, layer_norm_backward, linear, matrix, normed, unbiased, vector
 
 
 @triton.jit
@@ -93,6 +93,29 @@ def keys_and_values(
 
 
 @triton.jit
+def softmax_step(
+    b_logits,
+    b_values,
+    b_top,
+    b_sum,
+    b_out,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Take logits [H, M, N] and values [H, N, d] into a softmax whose maximum runs along.
+
+    Returns the largest logit and the sum, [H, M], and the undivided sum of values, [H, M, d].
+    """
+    b_new_top = tl.maximum(b_top, tl.max(b_logits, 2))
+    b_shift = tl.where(b_new_top == float("-inf"), 0.0, b_new_top)
+    b_e = tl.exp2((b_logits - b_shift[:, :, None]) * SCALE)
+    b_decay = tl.exp2((b_top - b_shift) * SCALE)
+    b_product = tl.dot(b_e.to(b_values.dtype), b_values, input_precision=PRECISION, out_dtype=ACC)
+    return b_new_top, b_sum * b_decay + tl.sum(b_e, 2), b_out * b_decay[:, :, None] + b_product
+
+
+@triton.jit
 def attend(
     b_q,
     b_set,
@@ -113,7 +136,6 @@ def attend(
     Returns the attended rows [H, M, d] without the bias of the values, the largest logit and 1 / the sum, [H, M].
     """
     SCALE: tl.constexpr = LOG2E / WIDTH**0.5
-    operand = b_q.dtype
     b_top = tl.full((b_q.shape[0], b_q.shape[1]), float("-inf"), ACC)
     b_sum = tl.zeros((b_q.shape[0], b_q.shape[1]), ACC)
     b_out = tl.zeros(b_q.shape, ACC)
@@ -123,14 +145,7 @@ def attend(
         m_seen = (b_set[:, None] == b_inner_set[None, :])[None, :, :]
         b_logits = row_products(b_q, b_k, PRECISION, ACC) + b_flag[:, None, :]
         b_logits = tl.where(m_seen, b_logits, float("-inf"))  # [H, M, N]
-        b_new_top = tl.maximum(b_top, tl.max(b_logits, 2))
-        b_shift = tl.where(b_new_top == float("-inf"), 0.0, b_new_top)
-        b_e = tl.exp2((b_logits - b_shift[:, :, None]) * SCALE)
-        b_decay = tl.exp2((b_top - b_shift) * SCALE)
-        b_sum = b_sum * b_decay + tl.sum(b_e, 2)
-        b_product = tl.dot(b_e.to(operand), b_v, input_precision=PRECISION, out_dtype=ACC)
-        b_out = b_out * b_decay[:, :, None] + b_product
-        b_top = b_new_top
+        b_top, b_sum, b_out = softmax_step(b_logits, b_v, b_top, b_sum, b_out, SCALE, PRECISION, ACC)
     b_inverse = 1 / tl.where(b_sum == 0.0, 1.0, b_sum)
     return b_out * b_inverse[:, :, None], b_top, b_inverse
 
@@ -149,21 +164,30 @@ def weights_of(
 
 
 @triton.jit
+def add_values(
+    p_partial,
+    b_values,
+    done,
+):
+    """Add values to this program's own partial sums at ``p_partial``, which hold nothing until a tile is ``done``.
+
+    The barrier as in :func:`add_to`.
+    """
+    tl.debug_barrier()
+    m_partial = tl.zeros_like(b_values) + done > 0
+    tl.store(p_partial, tl.load(p_partial, mask=m_partial, other=0) + b_values)
+
+
+@triton.jit
 def add_matrix(
     partial,
     b_matrix,
     done,
     WIDTH: tl.constexpr,
 ):
-    """Add a matrix [h, h] to this program's own partial sum, which holds nothing until a tile is ``done``.
-
-    The barrier as in :func:`add_to`.
-    """
-    tl.debug_barrier()
+    """Add a matrix [h, h] to this program's own partial sum, as :func:`add_values`."""
     i_row = tl.arange(0, WIDTH)
-    p_partial = partial + i_row[:, None] * WIDTH + i_row[None, :]
-    m_partial = (i_row * 0 + done > 0)[:, None]
-    tl.store(p_partial, tl.load(p_partial, mask=m_partial, other=0) + b_matrix)
+    add_values(partial + i_row[:, None] * WIDTH + i_row[None, :], b_matrix, done)
 
 
 @triton.jit
@@ -173,8 +197,68 @@ def add_vector(
     done,
     WIDTH: tl.constexpr,
 ):
-    """Add a vector [h] to this program's own partial sum, as :func:`add_matrix`."""
-    tl.debug_barrier()
-    i_column = tl.arange(0, WIDTH)
-    p_partial = partial + i_column
-    tl.store(p_partial, tl.load(p_partial, mask=i_column * 0 + done > 0, other=0) + b_vector)
+    """Add a vector [h] to this program's own partial sum, as :func:`add_values`."""
+    add_values(partial + tl.arange(0, WIDTH), b_vector, done)
+
+
+@triton.jit
+def feed_forward(
+    b_in,
+    w_o,
+    b_o,
+    norm,
+    LAYER_NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return the result of a block of its residual sum, [M, h] both: ln1(o + relu(fc_o(o))) with o = ln0(sum)."""
+    b_o_in = layer_norm(b_in, norm, LAYER_NORM, WIDTH, ACC)
+    b_z = linear(b_o_in.to(w_o.dtype.element_ty), w_o, b_o, WIDTH, PRECISION, ACC)
+    return layer_norm(add_relu(b_o_in, b_z), norm + 2 * WIDTH, LAYER_NORM, WIDTH, ACC)
+
+
+@triton.jit
+def feed_forward_backward(
+    grad,
+    i_row,
+    m_row,
+    b_in,
+    w_o,
+    b_o,
+    norm,
+    w_part,
+    b_part,
+    norm_part,
+    done,
+    LAYER_NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Return the gradient of a block's residual sum [M, h] from rows of ``grad``, and add those of parameters to sums.
+
+    The forward of :func:`feed_forward` is computed again on the way.
+    """
+    operand = w_o.dtype.element_ty
+    if LAYER_NORM:
+        b_unit0, b_rstd0 = normed(b_in, WIDTH)
+        b_in = b_unit0 * vector(norm, WIDTH, ACC)[None, :] + vector(norm + WIDTH, WIDTH, ACC)[None, :]
+    b_z = linear(b_in.to(operand), w_o, b_o, WIDTH, PRECISION, ACC)
+    b_grad = rows_at(grad, i_row, m_row, WIDTH).to(ACC)
+    if LAYER_NORM:
+        b_unit1, b_rstd1 = normed(add_relu(b_in, b_z), WIDTH)
+        b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit1, b_rstd1, norm + 2 * WIDTH, WIDTH, ACC)
+        add_vector(norm_part + 2 * WIDTH, b_gain_grad, done, WIDTH)
+        add_vector(norm_part + 3 * WIDTH, b_bias_grad, done, WIDTH)
+    b_z_grad = tl.where(b_z <= 0, 0.0, b_grad)
+    add_vector(b_part, tl.sum(b_z_grad, 0), done, WIDTH)
+    b_z_grad = b_z_grad.to(operand)
+    b_w_grad = tl.dot(tl.trans(b_z_grad), b_in.to(operand), input_precision=PRECISION, out_dtype=ACC)
+    add_matrix(w_part, b_w_grad, done, WIDTH)
+    b_grad += tl.dot(b_z_grad, matrix(w_o, WIDTH), input_precision=PRECISION, out_dtype=ACC)
+    if LAYER_NORM:
+        b_grad, b_gain_grad, b_bias_grad = layer_norm_backward(b_grad, b_unit0, b_rstd0, norm, WIDTH, ACC)
+        add_vector(norm_part, b_gain_grad, done, WIDTH)
+        add_vector(norm_part + WIDTH, b_bias_grad, done, WIDTH)
+    return b_grad
