@@ -79,6 +79,16 @@ def _first_derivative(
     return backward(*tensors)
 
 
+class _OfInputs(torch.autograd.Function):
+    """A function whose backward op takes all of its inputs."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Save the inputs of the backward op."""
+        ctx.in_torch_func = torch_func_is_active()
+        ctx.save_for_backward(*inputs)
+
+
 class GatherChunks(torch.autograd.Function):
     """Autograd function of the op ``gather_chunks``."""
 
@@ -107,7 +117,7 @@ class GatherChunks(torch.autograd.Function):
         return (grad_scale, None, None, *grads)
 
 
-class ChunkEncode(torch.autograd.Function):
+class ChunkEncode(_OfInputs):
     """Autograd function of the op ``chunk_encode``."""
 
     @staticmethod
@@ -115,12 +125,6 @@ class ChunkEncode(torch.autograd.Function):
         """Call the forward op."""
         pooled: Tensor = OPS.chunk_encode(*args)
         return pooled
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Save the inputs of the backward op."""
-        ctx.in_torch_func = torch_func_is_active()
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:
@@ -223,7 +227,7 @@ class SetBlock(torch.autograd.Function):
         return (grad_q, None if ctx.itself else grad_k, *[None] * 4, *grads, None)
 
 
-class PoolBlock(torch.autograd.Function):
+class PoolBlock(_OfInputs):
     """Autograd function of the op ``pool_block``."""
 
     @staticmethod
@@ -231,12 +235,6 @@ class PoolBlock(torch.autograd.Function):
         """Call the forward op."""
         out: Tensor = OPS.pool_block(*args)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Save the inputs of the backward op."""
-        ctx.in_torch_func = torch_func_is_active()
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:
@@ -267,7 +265,7 @@ class AddCodes(torch.autograd.Function):
         return (grad, *[None] * 5, *grads)
 
 
-class FeedForward(torch.autograd.Function):
+class FeedForward(_OfInputs):
     """Autograd function of the op ``feed_forward``."""
 
     @staticmethod
@@ -275,12 +273,6 @@ class FeedForward(torch.autograd.Function):
         """Call the forward op."""
         out: Tensor = OPS.feed_forward(*args)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Save the inputs of the backward op."""
-        ctx.in_torch_func = torch_func_is_active()
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:

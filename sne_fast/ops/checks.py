@@ -216,15 +216,19 @@ def segment_pool(op: str, x: Tensor, logits: Tensor, ptr: Tensor, ptr_host: Tens
     pointer(op, "ptr", ptr, ptr_host, x.device)
 
 
+def _feed_forward_parameters(op: str, h: int, w_o: Tensor, b_o: Tensor, norm: Tensor) -> None:
+    shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
+    shape(op, "b_o", b_o, f"(h,) with h = {h}", (h,))
+    norms = 4 if norm.shape[:1] != (0,) else 0
+    shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+
+
 def feed_forward(op: str, q: Tensor, attended: Tensor, w_o: Tensor, b_o: Tensor, norm: Tensor) -> None:
     """Check the inputs of ``feed_forward``."""
     floating(op, q=q, attended=attended, w_o=w_o, b_o=b_o, norm=norm)
     shape(op, "q", q, "(rows, h)", (None, None))
-    h, norms = q.shape[1], 4 if norm.shape[:1] != (0,) else 0
     shape(op, "attended", attended, f"that of q, {tuple(q.shape)}", tuple(q.shape))
-    shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
-    shape(op, "b_o", b_o, f"(h,) with h = {h}", (h,))
-    shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+    _feed_forward_parameters(op, q.shape[1], w_o, b_o, norm)
 
 
 def pool_block(
@@ -235,16 +239,15 @@ def pool_block(
     floating(op, x=x, logits=logits, query=query, w_v=w_v, b_v=b_v, w_o=w_o, b_o=b_o, norm=norm)
     if x.dim() != 3:
         shape(op, "x", x, "(rows, h), or (S, H, h) of pooled rows", (None, None))
-    h, norms = x.shape[-1], 4 if norm.shape[:1] != (0,) else 0
+    h = x.shape[-1]
     shape(op, "logits", logits, f"(H, h) with h = {h}", (None, h))
     heads = logits.shape[0]
     if not heads or h % heads:
         raise ValueError(f"{op}: logits must have a row for each of H heads, a divisor of h = {h}, got {heads}")
     shape(op, "w_v", w_v, f"(H, h/H, h) = {(heads, h // heads, h)}", (heads, h // heads, h))
-    for name, tensor in (("query", query), ("b_v", b_v), ("b_o", b_o)):
+    for name, tensor in (("query", query), ("b_v", b_v)):
         shape(op, name, tensor, f"(h,) with h = {h}", (h,))
-    shape(op, "w_o", w_o, f"(h, h) with h = {h}", (h, h))
-    shape(op, "norm", norm, f"(4, h), or (0, h) for no layer norm, with h = {h}", (norms, h))
+    _feed_forward_parameters(op, h, w_o, b_o, norm)
     if x.dim() == 3:
         shape(op, "x", x, f"(S, H, h) with H = {heads}", (None, heads, h))
         shape(op, "ptr", ptr, "(0,), as x is pooled already", (0,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def set_pointers(
         pointer_and_copy(op, "k_ptr", k_ptr, k_ptr_host, k.shape[0])
 
 
+def _queries_and_keys(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return q and k, which is None where it is q."""
+    return given["q"], given["q"] if given["k"] is None else given["k"]
+
+
 def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
     """Check what the pointers of one call of an op hold.
 
@@ -65,8 +70,7 @@ def direct_call_pointers(op: str, args: Sequence[Any]) -> None:
         names = ("values", "chunk_ptr", "tensor_ptr", "chunk_ptr_host", "tensor_ptr_host")
         chunk_pointers(op, *(given[name] for name in names), element_codes=given["element_code"].shape[0])
     elif "q_ptr" in given:
-        rows = (given["q"], given["q"] if given["k"] is None else given["k"])
-        set_pointers(op, *rows, *(given[name] for name in _SETS))
+        set_pointers(op, *_queries_and_keys(given), *(given[name] for name in _SETS))
     elif "dims" in given:
         pointer_and_copy(op, "start", given["start"], given["start_host"], given["values"].shape[0])
         checks.statistics_dims(op, given["dims"], given["start_host"])
@@ -106,8 +110,7 @@ def direct_call(op: str, args: Sequence[Any]) -> None:
         results = {"grad": rows, "out": rows, "lse": (rows[0], given["num_heads"])}
     elif forward == "set_block":
         inputs = {name: given[name] for name in (*BLOCK_PARAMETERS, "num_heads")}
-        rows = (given["q"], given["q"] if given["k"] is None else given["k"])
-        checks.set_block(op, *rows, *(given[name] for name in _SETS), **inputs)
+        checks.set_block(op, *_queries_and_keys(given), *(given[name] for name in _SETS), **inputs)
         results = {"grad": (given["q"].shape[0], given["w_o"].shape[0])}
     elif forward == "segment_pool":
         checks.segment_pool(op, given["x"], given["logits"], given["ptr"], given["ptr_host"])

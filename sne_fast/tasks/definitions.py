@@ -125,24 +125,22 @@ def reuse(folder: Path, about: Mapping[str, Any]) -> Zoo | None:
 
 
 _INR, _BEST, _ACROSS, _DATASETS = (RECIPES[name] for name in ("inr", "best", "across", "datasets"))
-# The rows of tasks whose label is an accuracy: the recipe, with chunks as well, and chunks alone.
-_ACCURACY = {
-    "SNE": _BEST,
-    "SNE, chunks and statistics": _BEST.replace(chunks=True, input_scale="zoo"),
-    "SNE, chunks alone": _BEST.replace(chunks=True, input_scale="zoo", statistics="none"),
-}
-_ACCURACY_OF_DATASETS = {
-    "SNE": _DATASETS,
-    "SNE, no ranking loss": _DATASETS.replace(ranking=0.0),
-    "SNE, chunks and statistics": _DATASETS.replace(chunks=True, input_scale="zoo"),
-    "SNE, chunks alone": _DATASETS.replace(chunks=True, input_scale="zoo", statistics="none"),
-}
-_ACCURACY_ACROSS = {
-    "SNE": _ACROSS,
-    "SNE, no ranking loss": _ACROSS.replace(ranking=0.0),
-    "SNE, chunks and statistics": _ACROSS.replace(chunks=True),
-    "SNE, chunks alone": _ACROSS.replace(chunks=True, statistics="none"),
-}
+
+
+def _rows(recipe: TrainingRecipe, **with_chunks: Any) -> dict[str, TrainingRecipe]:
+    """Return the rows of tasks whose label is an accuracy: the recipe, and what it leaves out or adds."""
+    chunks = recipe.replace(chunks=True, **with_chunks)
+    return {
+        "SNE": recipe,
+        **({"SNE, no ranking loss": recipe.replace(ranking=0.0)} if recipe.ranking else {}),
+        "SNE, chunks and statistics": chunks,
+        "SNE, chunks alone": chunks.replace(statistics="none"),
+    }
+
+
+_ACCURACY = _rows(_BEST, input_scale="zoo")
+_ACCURACY_OF_DATASETS = _rows(_DATASETS, input_scale="zoo")
+_ACCURACY_ACROSS = _rows(_ACROSS)
 _ACROSS_BASELINES = ("mean", "statistics", "statistics_fan_in", "statistics_rich", "statistics_relative", "deepsets")
 # Of five times the networks: fewer passes, without the loss of invariance, which doubles what a pass costs.
 _MNIST_INR = _INR.replace(epochs=15, invariance=0.0)

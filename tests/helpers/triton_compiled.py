@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from sne_fast.benchmark.instructions.triton_kernels import compile_kernel as compile_for
@@ -19,6 +20,9 @@ from sne_fast.benchmark.instructions.triton_kernels import compile_kernel as com
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = (80, 90, 100)
 ALL_ARCHITECTURES = (80, 86, 90, 100, 120)
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+# float32 has the products of full precision ("highest") or tf32 ("high"), by torch's setting.
+KINDS = [(torch.bfloat16, "highest"), (torch.float16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
 
 
 def unordered_sums(ttir: str) -> list[str]:
@@ -117,3 +121,29 @@ def compile_kernel(
     return Compiled(
         found["REG"], max(found["STACK"], found["LOCAL"]), max(found["SHARED"], kernel.metadata.shared), sass, kernel
     )
+
+
+def check_resources(result: Compiled, arch: int, spill: int = 0, matrix: bool = True) -> None:
+    """Print what a kernel takes, and check its spill, shared memory and use of the matrix units."""
+    print(f"sm_{arch}: {result.registers} registers, {result.local_bytes} local bytes, {result.shared_bytes} shared "
+          f"bytes, {result.matrix_instruction}")  # fmt: skip
+    assert result.registers <= 255 and result.local_bytes <= spill
+    assert result.shared_bytes <= SHARED_LIMIT[arch]
+    assert bool(result.matrix_instruction) == matrix
+
+
+def compile_block(fn: Any, plan: Any, dtype: torch.dtype, arch: int) -> Compiled:
+    """Compile a kernel of whole blocks, with the sizes of its plan."""
+    signature = {name: TYPES[dtype] for name in fn.arg_names if name not in plan.constants}
+    signature |= {name: "*fp32" for name in signature if name == "stats" or name.endswith("_part")}
+    signature |= {name: "*i64" for name in ("ptr", "owner") if name in signature}
+    signature |= {name: "i32" for name in ("rows", "sets", "tiles") if name in signature}
+    sizes = plan.sizes
+    return compile_kernel(fn, signature, plan.constants, arch, sizes.num_warps, sizes.num_stages, maxnreg=sizes.maxnreg)
+
+
+def spill_of_block(kernel: str, heads: int, on_matrix_units: bool) -> int:
+    """Return the bytes that a kernel of whole blocks may spill in any of its variants."""
+    if kernel == "forward":
+        return 64 if heads == 8 else 0
+    return 512 if on_matrix_units else 2048

@@ -6,7 +6,6 @@ products are torch's. The backward computes the forward again, as nothing but th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +13,14 @@ from torch import Tensor
 
 from ...ops.backend import Arguments
 from ...ops.pointer_facts import owners
-from ...ops.precision import product_precision
 from ...ops.reference_pool import PoolParts, pool_block_backward_in_parts, pool_block_in_parts
 from ...ops.schema import POOL_PARAMETERS, named
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
 from . import pool_block_kernels as kernels
-from .feed_forward import feed_forward, feed_forward_backward, precision_class
-from .launches import Launch, architecture, launch, on_device, programs_of, sum_dtype
+from .block_plans import BlockPlan
+from .feed_forward import feed_forward, feed_forward_backward
+from .launches import on_device
 from .partial_sums import Part, PartialSums
 from .segment_pool import segment_pool, segment_pool_backward
 
@@ -34,38 +33,18 @@ FEW_ROWS, MANY_SETS, FEW_SETS = 8, 16, 4
 """A program takes 16 sets of up to 8 rows, as sets are on average, else 4."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Launch of one kernel of whole blocks."""
-
-    sizes: Launch
-    constants: dict[str, Any]
+class Plan(BlockPlan):
+    """Launch of one kernel of whole blocks, whose tiles are sets."""
 
     @classmethod
     def make(
         cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, lengths: Lengths, arch: int | None = None
     ) -> Plan:
         """Look up the sizes of ``kernel`` for rows like ``x``; ``arch`` None asks for its device."""
-        precision, h = product_precision(x.dtype), x.shape[-1]
-        sizes = launch(
-            "pool_block", kernel=kernel, h=h, heads=heads, length=precision_class(x.dtype, precision), dtype=x.dtype,
-            arch=architecture(x.device) if arch is None else arch,
-        )  # fmt: skip
-        constants = {
-            "HEADS": heads, "LAYER_NORM": layer_norm, "POOLED": x.dim() == 3,
-            "SETS": MANY_SETS if lengths.typical <= FEW_ROWS else FEW_SETS, "INNER": sizes["INNER"], "WIDTH": h,
-            "PRECISION": precision, "ACC": sum_dtype(x.dtype),
-        }  # fmt: skip
-        return cls(sizes, constants)
-
-    def tiles(self, sets: int) -> int:
-        """Return the number of tiles of so many sets."""
-        return -(-sets // int(self.constants["SETS"]))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Constants and options of the launch."""
-        return {**self.constants, **self.sizes.options}
+        sets = MANY_SETS if lengths.typical <= FEW_ROWS else FEW_SETS
+        return cls.of(
+            "pool_block", kernel, x, heads, arch, tile="SETS", SETS=sets, LAYER_NORM=layer_norm, POOLED=x.dim() == 3
+        )
 
 
 POOLED = Lengths(0, 0, 0)
@@ -109,8 +88,7 @@ def pool_block_backward(grad: Tensor, x: Tensor, ptr: Tensor, ptr_host: Tensor, 
         grad, x, ptr, *weights = (t.contiguous() for t in (grad, x, ptr, *parameters))
         x_grad = torch.empty_like(x)
         plan = Plan.make("backward", x, weights[0].shape[0], weights[-1].shape[0] > 0, lengths)
-        tiles = plan.tiles(sets)
-        programs = min(tiles, plan.sizes["PROGRAMS"] * programs_of(x.device))
+        tiles, programs = plan.tiles(sets), plan.programs(sets, x)
         layout = ((name, Part(tuple(t.shape), programs)) for name, t in zip(POOL_PARAMETERS, weights, strict=True))
         sums = PartialSums.make(layout, x, zeros=False)
         owner = ptr if x.dim() == 3 else owners(ptr, x.shape[0])

@@ -6,7 +6,6 @@ feed-forward are the ops of these names. The backward computes the forward again
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from ...ops.backend import Arguments
 from ...ops.pointer_facts import owners
-from ...ops.precision import product_precision
 from ...ops.schema import BLOCK_PARAMETERS, accumulate_dtype, named, no_keys
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
 from . import set_block_kernels as kernels
-from .feed_forward import feed_forward, feed_forward_backward, precision_class
-from .launches import Launch, architecture, launch, on_device, programs_of, sum_dtype
+from .block_plans import BlockPlan
+from .feed_forward import feed_forward, feed_forward_backward
+from .launches import on_device
 from .partial_sums import Part, PartialSums
 from .set_attention import set_attention, set_attention_backward
 
@@ -29,37 +28,14 @@ LONGEST = 512
 """Rows of the longest set that whole blocks take: every tile computes the keys and values of its sets again."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Launch of one kernel of whole blocks."""
-
-    sizes: Launch
-    constants: dict[str, Any]
+class Plan(BlockPlan):
+    """Launch of one kernel of whole blocks, whose tiles are rows."""
 
     @classmethod
     def make(cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, arch: int | None = None) -> Plan:
         """Look up the sizes of ``kernel`` for rows like ``x``; ``arch`` None asks for its device."""
-        precision, h = product_precision(x.dtype), x.shape[1]
-        sizes = launch(
-            "set_block", kernel=kernel, h=h, heads=heads, length=precision_class(x.dtype, precision), dtype=x.dtype,
-            arch=architecture(x.device) if arch is None else arch,
-        )  # fmt: skip
-        constants = {
-            "HEADS": heads, "ROWS": sizes["ROWS"], "INNER": sizes["INNER"], "WIDTH": h, "PRECISION": precision,
-            "ACC": sum_dtype(x.dtype),
-        }  # fmt: skip
-        if kernel != "key_backward":
-            constants["LAYER_NORM"] = layer_norm
-        return cls(sizes, constants)
-
-    def tiles(self, rows: int) -> int:
-        """Return the number of tiles of so many rows."""
-        return -(-rows // self.sizes["ROWS"])
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Constants and options of the launch."""
-        return {**self.constants, **self.sizes.options}
+        norms = {} if kernel == "key_backward" else {"LAYER_NORM": layer_norm}
+        return cls.of("set_block", kernel, x, heads, arch, tile="ROWS", **norms)
 
 
 def takes_whole(q: Tensor, k: Tensor | None, q_ptr_host: Tensor, w_o: Tensor) -> bool:
@@ -108,8 +84,7 @@ def _whole_backward(grad: Tensor, x: Tensor, ptr: Tensor, *weights: Tensor, head
     w_q, b_q, w_k, _, w_v, *_, norm = weights
     rows, owner = x.shape[0], owners(ptr, x.shape[0])
     plan = Plan.make("query_backward", x, heads, norm.shape[0] > 0)
-    tiles = plan.tiles(rows)
-    programs = min(tiles, plan.sizes["PROGRAMS"] * programs_of(x.device))
+    tiles, programs = plan.tiles(rows), plan.programs(rows, x)
     layout = ((name, Part(tuple(t.shape), programs)) for name, t in zip(BLOCK_PARAMETERS, weights, strict=True))
     sums = PartialSums.make(layout, x, zeros=False)
     by_projection, by_feed_forward = list(sums.parts.values())[:6], list(sums.parts.values())[6:]

@@ -8,19 +8,24 @@ import pytest
 import torch
 
 from helpers.op_cases import products
-from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
+from helpers.triton_compiled import (
+    ALL_ARCHITECTURES,
+    ARCHITECTURES,
+    KINDS,
+    TYPES,
+    Compiled,
+    check_resources,
+    compile_kernel,
+)
 from sne_fast.backends.triton import feed_forward_kernels as kernels
 from sne_fast.backends.triton.feed_forward import Plan
 
 pytestmark = pytest.mark.build
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {
     "forward": (kernels.forward_kernel, "q attended w_o b_o norm out", ""),
     "backward": (kernels.backward_kernel, "grad q attended w_o b_o norm sum_grad", "w_part b_part norm_part"),
 }
-# float32 has the products of full precision ("highest") or tf32 ("high"), by torch's setting.
-KINDS = [(torch.bfloat16, "highest"), (torch.float16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
 SINGLE, BRAIN = torch.float32, torch.bfloat16
 
 
@@ -41,11 +46,7 @@ def compiled(
 
 def check(result: Compiled | None, arch: int, spill: int = 0, matrix: bool = True) -> Compiled:
     assert result is not None
-    print(f"sm_{arch}: {result.registers} registers, {result.local_bytes} local bytes, {result.shared_bytes} shared "
-          f"bytes, {result.matrix_instruction}")  # fmt: skip
-    assert result.registers <= 255 and result.local_bytes <= spill
-    assert result.shared_bytes <= SHARED_LIMIT[arch]
-    assert bool(result.matrix_instruction) == matrix
+    check_resources(result, arch, spill, matrix)
     return result
 
 

@@ -8,18 +8,22 @@ import pytest
 import torch
 
 from helpers.op_cases import products
-from helpers.triton_compiled import ALL_ARCHITECTURES, ARCHITECTURES, SHARED_LIMIT, Compiled, compile_kernel
+from helpers.triton_compiled import (
+    ALL_ARCHITECTURES,
+    ARCHITECTURES,
+    KINDS,
+    Compiled,
+    check_resources,
+    compile_block,
+    spill_of_block,
+)
 from sne_fast.backends.triton import set_block_kernels as kernels
 from sne_fast.backends.triton.set_block import Plan
 
 pytestmark = pytest.mark.build
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KERNELS = {name: getattr(kernels, f"{name}_kernel") for name in ("forward", "query_backward", "key_backward")}
-INDICES, COUNTS = ("ptr", "owner"), ("rows", "tiles")
-SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
-# float32 has the products of full precision ("highest") or tf32 ("high"), by torch's setting.
-KINDS = [(BRAIN, "highest"), (HALF, "highest"), (SINGLE, "high"), (SINGLE, "highest")]
+SINGLE, BRAIN = torch.float32, torch.bfloat16
 
 
 def compiled(
@@ -29,35 +33,23 @@ def compiled(
     """Compile a kernel."""
     with products(precision):
         plan = Plan.make(kernel, torch.empty(1, h, dtype=dtype, device="meta"), heads, layer_norm, arch)
-    fn, sizes = KERNELS[kernel], plan.sizes
-    signature = {name: TYPES[dtype] for name in fn.arg_names if name not in plan.constants}
-    signature |= {name: "*fp32" for name in signature if name == "stats" or name.endswith("_part")}
-    signature |= {name: "*i64" if name in INDICES else "i32" for name in (*INDICES, *COUNTS) if name in signature}
-    return compile_kernel(fn, signature, plan.constants, arch, sizes.num_warps, sizes.num_stages, maxnreg=sizes.maxnreg)
-
-
-def check(result: Compiled, arch: int, spill: int = 0, matrix: bool = True) -> None:
-    print(f"sm_{arch}: {result.registers} registers, {result.local_bytes} local bytes, {result.shared_bytes} shared "
-          f"bytes, {result.matrix_instruction}")  # fmt: skip
-    assert result.registers <= 255 and result.local_bytes <= spill
-    assert result.shared_bytes <= SHARED_LIMIT[arch]
-    assert bool(result.matrix_instruction) == matrix
+    return compile_block(KERNELS[kernel], plan, dtype, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_forward_stays_in_registers_and_on_matrix_units(arch: int) -> None:
-    check(compiled("forward", arch), arch)
+    check_resources(compiled("forward", arch), arch)
 
 
 @pytest.mark.parametrize("h", [32, 64])
 def test_tf32_and_float32_in_full_precision(h: int) -> None:
-    check(compiled("forward", 90, h, dtype=SINGLE, precision="high"), 90)
-    check(compiled("forward", 90, h, dtype=SINGLE), 90, matrix=False)
+    check_resources(compiled("forward", 90, h, dtype=SINGLE, precision="high"), 90)
+    check_resources(compiled("forward", 90, h, dtype=SINGLE), 90, matrix=False)
 
 
 @pytest.mark.parametrize("kernel", ["query_backward", "key_backward"])
 def test_the_backward(kernel: str) -> None:
-    check(compiled(kernel, 90), 90, 256)
+    check_resources(compiled(kernel, 90), 90, 256)
 
 
 EVERY = list(itertools.product(KERNELS, ((32, 4), (64, 4), (64, 8), (64, 1)), KINDS, ALL_ARCHITECTURES))
@@ -68,9 +60,4 @@ def test_all_variants_fit(kernel: str, sizes: tuple[int, int], kind, arch: int) 
     on_matrix_units = kind != (SINGLE, "highest")
     for layer_norm in (True, False):
         result = compiled(kernel, arch, *sizes, *kind, layer_norm=layer_norm)
-        check(
-            result,
-            arch,
-            (64 if sizes[1] == 8 else 0) if kernel == "forward" else 512 if on_matrix_units else 2048,
-            on_matrix_units,
-        )
+        check_resources(result, arch, spill_of_block(kernel, sizes[1], on_matrix_units), on_matrix_units)

@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 from helpers.chunk_checks import arguments, upstream
 from helpers.op_cases import ChunkCase, attention_case, block_case, feed_forward_case, pool_block_case, pool_case
 from sne_fast.backends.triton import (
+    block_plans,
     chunk_encode,
     chunk_encode_backward,
     chunk_launches,
@@ -31,7 +32,7 @@ SINGLE = torch.float32
 @pytest.fixture(autouse=True)
 def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Share tiles out among several programs, as a GPU does."""
-    for module in (chunk_encode_backward, chunk_launches, feed_forward, pool_block, set_block):
+    for module in (block_plans, chunk_encode_backward, chunk_launches, feed_forward):
         monkeypatch.setattr(module, "programs_of", lambda device: 2)
 
 

@@ -13,6 +13,7 @@ from helpers.errors import loses_at_most_twice, relative_error
 from helpers.op_cases import block_case
 from sne_fast import reference
 from sne_fast.backends.triton import set_block as module
+from sne_fast.backends.triton.launches import programs_of
 from sne_fast.ops.schema import BLOCK_PARAMETERS
 
 pytestmark = pytest.mark.build
@@ -82,7 +83,7 @@ def test_numbers_of_rows(lengths: list[int]) -> None:
 
 def test_programs_of_several_tiles_and_the_same_bits() -> None:
     args = itself([9] * 16, 32, 2, SINGLE)
-    assert module.Plan.make("query_backward", args[0], 2, True).tiles(144) > 2 * module.programs_of(args[0].device)
+    assert module.Plan.make("query_backward", args[0], 2, True).tiles(144) > 2 * programs_of(args[0].device)
     compare(args, *TOLERANCES[SINGLE])
     first, second = run(module, args), run(module, args)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
