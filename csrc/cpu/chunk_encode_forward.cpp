@@ -36,12 +36,7 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, void *
   T *out = (T *)result;
   Encoder enc(args);
   const long h = enc.h, H = enc.H;
-  Scratch size;
-  enc.take(size, false);
-  char *shared = shared_buffer.reserve(size.size());
-  if (!shared) return SNE_FAST_NO_MEMORY;
-  Scratch shared_scratch(shared);
-  enc.take(shared_scratch, false);
+  if (!shared_buffer.lay_out(enc, false)) return SNE_FAST_NO_MEMORY;
   enc.pack_weights(false);
   for (int64_t t = 0; t < args.num_chunks; ++t)  // empty chunks are in no tile
     if (args.chunk_ptr[t + 1] == args.chunk_ptr[t]) memset(out + t * H * h, 0, size_t(H * h) * sizeof(T));
@@ -52,13 +47,8 @@ int forward(const sne_fast_chunk_encode_args &args, const TilePlan &plan, void *
   {
     const TileRegisters registers;
     typename Encoder::Work work;
-    Scratch tile_size;
-    work.take(tile_size, plan.slots, h, H, false);
-    char *base = tile_buffer.reserve(tile_size.size());
-    if (base) {
-      Scratch scratch(base);
-      work.take(scratch, plan.slots, h, H, false);
-    } else {
+    char *base = tile_buffer.lay_out(work, plan.slots, h, H, false);
+    if (!base) {
 #pragma omp atomic write
       failed = 1;
     }

@@ -103,13 +103,8 @@ int forward(const sne_fast_segment_pool_args &g, Interrupt &interrupt) {
 #pragma omp parallel num_threads(threads)
     {
       PoolWork<Rows> work;
-      Scratch need;
-      work.take(need, A, h);
-      char *base = buffer.reserve(need.size());
-      if (base) {
-        Scratch scratch(base);
-        work.take(scratch, A, h);
-      } else {
+      char *base = buffer.lay_out(work, A, h);
+      if (!base) {
 #pragma omp atomic write
         failed = 1;
       }
@@ -244,13 +239,8 @@ int backward(const sne_fast_segment_pool_args &g, const sne_fast_segment_pool_gr
 #pragma omp parallel num_threads(threads)
   {
     PoolBackWork<Rows> work;
-    Scratch need;
-    work.take(need, A, h);
-    char *base = buffer.reserve(need.size());
-    if (base) {
-      Scratch scratch(base);
-      work.take(scratch, A, h);
-    } else {
+    char *base = buffer.lay_out(work, A, h);
+    if (!base) {
 #pragma omp atomic write
       failed = 1;
     }

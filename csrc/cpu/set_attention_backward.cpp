@@ -36,13 +36,8 @@ int backward(const sne_fast_set_attention_args &a, const sne_fast_set_attention_
 #pragma omp parallel num_threads(threads)
   {
     AttentionBackWork<Rows> w;
-    Scratch size;
-    w.take(size, h, H);
-    char *base = buffer.reserve(size.size());
-    if (base) {
-      Scratch scratch(base);
-      w.take(scratch, h, H);
-    } else {
+    char *base = buffer.lay_out(w, h, H);
+    if (!base) {
 #pragma omp atomic write
       failed = 1;
     }

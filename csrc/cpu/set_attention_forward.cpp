@@ -20,13 +20,8 @@ int forward(const sne_fast_set_attention_args &a, Interrupt &interrupt) {
 #pragma omp parallel num_threads(threads)
   {
     AttentionWork<Rows> work;
-    Scratch size;
-    work.take(size, a.hidden, a.heads);
-    char *base = buffer.reserve(size.size());
-    if (base) {
-      Scratch scratch(base);
-      work.take(scratch, a.hidden, a.heads);
-    } else {
+    char *base = buffer.lay_out(work, a.hidden, a.heads);
+    if (!base) {
 #pragma omp atomic write
       failed = 1;
     }

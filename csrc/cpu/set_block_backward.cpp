@@ -207,13 +207,8 @@ int backward(const sne_fast_set_block_args &args, const sne_fast_set_block_grads
   {
     const TileRegisters registers;
     BackBlockWork<Rows> w;
-    Scratch own_size;
-    w.take(own_size, block.widest, h, block.H);
-    char *base = buffer.reserve(own_size.size());
-    if (base) {
-      Scratch own(base);
-      w.take(own, block.widest, h, block.H);
-    } else {
+    char *base = buffer.lay_out(w, block.widest, h, block.H);
+    if (!base) {
 #pragma omp atomic write
       failed = 1;
     }

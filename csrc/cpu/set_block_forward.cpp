@@ -27,26 +27,15 @@ void finish(const SetBlock<Rows> &block, long i, BlockWork<Rows> &w) {
 template <class Rows>
 int forward(const sne_fast_set_block_args &args, Interrupt &interrupt) {
   SetBlock<Rows> block(args);
-  Scratch size;
-  block.take(size, false);
-  char *shared = shared_buffer.reserve(size.size());
-  if (!shared) return SNE_FAST_NO_MEMORY;
-  Scratch scratch(shared);
-  block.take(scratch, false);
-  if (!block.prepare()) return SNE_FAST_NO_MEMORY;
+  if (!shared_buffer.lay_out(block, false) || !block.prepare()) return SNE_FAST_NO_MEMORY;
   int failed = 0;
   const int threads = block.threads(), grab = items_per_grab(block.num_items, threads);
 #pragma omp parallel num_threads(threads)
   {
     const TileRegisters registers;
     BlockWork<Rows> w;
-    Scratch own_size;
-    w.take(own_size, block.widest, block.h, block.H);
-    char *base = buffer.reserve(own_size.size());
-    if (base) {
-      Scratch own(base);
-      w.take(own, block.widest, block.h, block.H);
-    } else {
+    char *base = buffer.lay_out(w, block.widest, block.h, block.H);
+    if (!base) {
 #pragma omp atomic write
       failed = 1;
     }

@@ -43,6 +43,18 @@ struct ThreadBuffer {
     }
     return data;
   }
+  // Reserves what work.take(scratch, args...) asks for and lets it take that. Returns null if there is no memory.
+  template <class Work, class... Args>
+  char *lay_out(Work &work, const Args &...args) {
+    Scratch need;
+    work.take(need, args...);
+    char *base = reserve(need.size());
+    if (base) {
+      Scratch scratch(base);
+      work.take(scratch, args...);
+    }
+    return base;
+  }
   // Gives a large buffer back to the system.
   void trim() {
     if (size > (size_t(32) << 20)) {
