@@ -12,11 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_tiles import LOG2E, finite_rows, kept, row_products
+from .chunk_tiles import LOG2E, feed_forward, finite_rows, kept, row_products
 from .set_block_tiles import (
     add_values,
     add_vector,
-    feed_forward,
     feed_forward_backward,
     from_heads,
     inner_rows,

@@ -11,12 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_tiles import finite_rows, kept, row_products
+from .chunk_tiles import feed_forward, finite_rows, kept, row_products
 from .set_block_tiles import (
     add_matrix,
     add_vector,
     attend,
-    feed_forward,
     feed_forward_backward,
     from_heads,
     inner_rows,

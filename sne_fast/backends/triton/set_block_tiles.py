@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .chunk_tiles import LOG2E, finite_rows, kept, row_products
-from .tiles import add_relu, layer_norm, layer_norm_backward, linear, matrix, normed, unbiased, vector
+from .tiles import add_relu, layer_norm_backward, linear, matrix, normed, unbiased, vector
 
 
 @triton.jit
@@ -202,23 +202,6 @@ def add_vector(
 
 
 @triton.jit
-def feed_forward(
-    b_in,
-    w_o,
-    b_o,
-    norm,
-    LAYER_NORM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Return the result of a block of its residual sum, [M, h] both: ln1(o + relu(fc_o(o))) with o = ln0(sum)."""
-    b_o_in = layer_norm(b_in, norm, LAYER_NORM, WIDTH, ACC)
-    b_z = linear(b_o_in.to(w_o.dtype.element_ty), w_o, b_o, WIDTH, PRECISION, ACC)
-    return layer_norm(add_relu(b_o_in, b_z), norm + 2 * WIDTH, LAYER_NORM, WIDTH, ACC)
-
-
-@triton.jit
 def feed_forward_backward(
     grad,
     i_row,
@@ -238,7 +221,7 @@ def feed_forward_backward(
 ):
     """Return the gradient of a block's residual sum [M, h] from rows of ``grad``, and add those of parameters to sums.
 
-    The forward of :func:`feed_forward` is computed again on the way.
+    The forward, ``feed_forward`` of chunk_tiles, is computed again on the way.
     """
     operand = w_o.dtype.element_ty
     if LAYER_NORM:
