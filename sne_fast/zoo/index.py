@@ -56,7 +56,8 @@ def read_index(file: Path) -> dict[str, list[Any]]:
                 raise FileError(f"it holds more than the limit of {MAX_CELLS} cells")
             if len(set(names)) < len(names):
                 raise FileError("it has two columns of one name")
-            return opened.read().to_pydict()
+            # Threads of Arrow that still hold bytes of a Python stream when the interpreter ends abort the process.
+            return opened.read(use_threads=False).to_pydict()
     # A damaged file also shows as errors of Python's own conversions, of text that is not UTF-8 and of dates.
     except (arrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise FileError(f"Zoo.open: {file} is damaged or no parquet file: {error}") from error
