@@ -77,7 +77,7 @@ def train(zoos: list[Zoo], folder: Path, seed: int, report: Callable[[str], None
     encoder.set_statistics(batch)
     rows = [row for zoo in zoos for row in zoo.rows]
     views = Views([symmetry for zoo in zoos for symmetry in symmetries_of(zoo)])
-    objective = Contrastive(model, views, temperature=0.07, weights_at_once=AT_ONCE, groups=torch.arange(len(rows)))
+    objective = Contrastive(model, views, temperature=0.07, weights_at_once=AT_ONCE)
     families = sorted({row["family"] for row in rows})
     kinds = torch.tensor([families.index(row["family"]) for row in rows])
     fitted = torch.arange(len(rows)) % 4 != 0

@@ -103,6 +103,8 @@ class EncodeSettings:
             raise ValueError("--workers are processes of this machine; a cluster of --scheduler has its own")
         if self.rebuild and self.out.suffix not in SUFFIXES:
             raise ValueError(f"--rebuild needs an .npz or .parquet file as --out, got {str(self.out)!r}")
+        if self.seed and self.max_chunks is None:
+            raise ValueError(f"--seed {self.seed} is of the sample of --max-chunks, which is not given")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 

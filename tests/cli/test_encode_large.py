@@ -97,6 +97,8 @@ def test_bad_options_are_refused(large: Path, tmp_path: Path) -> None:
         result = call("encode", large, "-o", tmp_path / "z.npz", "--max-memory", size)
         assert result.exit_code == 2 and "--max-memory must be a number of bytes such as 8G" in result.stderr
     assert call("encode", large, "-o", tmp_path / "z.npz", "--max-chunks", 1).exit_code == 2
+    result = call("encode", large, "-o", tmp_path / "z.npz", "--seed", 3)
+    assert result.exit_code == 2 and "--seed 3 is of the sample of --max-chunks, which is not given" in result.stderr
     Predictor(SNE(hidden_dim=32)).save_pretrained(tmp_path / "predictor")
     result = call("encode", large, "-o", tmp_path / "z.npz", "--max-chunks", 8, "--model", tmp_path / "predictor")
     assert result.exit_code == 2 and "--max-chunks is for encoders" in result.stderr
