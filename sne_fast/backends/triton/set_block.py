@@ -24,6 +24,8 @@ from .partial_sums import Part, PartialSums
 from .set_attention import set_attention, set_attention_backward
 
 WHOLE_WIDTHS = (32, 64)
+PROJECTIONS = 6
+"""Parameters of the projections, whose gradients the kernel of the keys sums; that of the queries sums the others."""
 LONGEST = 512
 """Rows of the longest set that whole blocks take: every tile computes the keys and values of its sets again."""
 
@@ -83,20 +85,20 @@ def set_block_backward(
 def _whole_backward(grad: Tensor, x: Tensor, ptr: Tensor, *weights: Tensor, heads: int) -> tuple[Tensor, ...]:
     w_q, b_q, w_k, _, w_v, *_, norm = weights
     rows, owner = x.shape[0], owners(ptr, x.shape[0])
-    plan = Plan.make("query_backward", x, heads, norm.shape[0] > 0)
-    tiles, programs = plan.tiles(rows), plan.programs(rows, x)
-    layout = ((name, Part(tuple(t.shape), programs)) for name, t in zip(BLOCK_PARAMETERS, weights, strict=True))
-    sums = PartialSums.make(layout, x, zeros=False)
-    by_projection, by_feed_forward = list(sums.parts.values())[:6], list(sums.parts.values())[6:]
+    by_query, by_key = (Plan.make(name, x, heads, norm.shape[0] > 0) for name in ("query_backward", "key_backward"))
+    programs = [by_key.programs(rows, x)] * PROJECTIONS + [by_query.programs(rows, x)] * (len(weights) - PROJECTIONS)
+    parts = (Part(tuple(t.shape), count) for t, count in zip(weights, programs, strict=True))
+    sums = PartialSums.make(zip(BLOCK_PARAMETERS, parts, strict=True), x, zeros=False)
+    buffers = list(sums.parts.values())
     sum_grad, query_grad, x_grad = (torch.empty_like(x) for _ in range(3))
     stats = x.new_empty((3, rows, heads), dtype=accumulate_dtype(x.dtype))
-    kernels.query_backward_kernel[(programs,)](
-        grad, x, ptr, owner, *weights, sum_grad, query_grad, stats, *by_feed_forward, rows, tiles, **plan.options
-    )
-    plan = Plan.make("key_backward", x, heads, norm.shape[0] > 0)
-    kernels.key_backward_kernel[(programs,)](
-        x, ptr, owner, w_q, b_q, w_k, w_v, sum_grad, query_grad, stats, x_grad, *by_projection,
-        rows, plan.tiles(rows), **plan.options,
+    kernels.query_backward_kernel[(programs[-1],)](
+        grad, x, ptr, owner, *weights, sum_grad, query_grad, stats, *buffers[PROJECTIONS:],
+        rows, by_query.tiles(rows), **by_query.options,
+    )  # fmt: skip
+    kernels.key_backward_kernel[(programs[0],)](
+        x, ptr, owner, w_q, b_q, w_k, w_v, sum_grad, query_grad, stats, x_grad, *buffers[:PROJECTIONS],
+        rows, by_key.tiles(rows), **by_key.options,
     )  # fmt: skip
     return (x_grad, no_keys(x), *sums.summed(x.dtype).values())
 

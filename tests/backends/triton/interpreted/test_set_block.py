@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from helpers.errors import loses_at_most_twice, relative_error
 from helpers.op_cases import block_case
 from sne_fast import reference
+from sne_fast.backends.triton import block_plans, launches
 from sne_fast.backends.triton import set_block as module
 from sne_fast.backends.triton.launches import programs_of
 from sne_fast.ops.schema import BLOCK_PARAMETERS
@@ -87,6 +89,20 @@ def test_programs_of_several_tiles_and_the_same_bits() -> None:
     compare(args, *TOLERANCES[SINGLE])
     first, second = run(module, args), run(module, args)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("query_rows", "key_rows"), [(16, 64), (64, 16)])
+def test_kernels_of_the_backward_have_sizes_of_their_own(
+    query_rows: int, key_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one has fewer tiles than the other has programs."""
+    monkeypatch.setattr(block_plans, "programs_of", lambda device: 4)
+    with contextlib.ExitStack() as stack:
+        for kernel, rows in (("query_backward", query_rows), ("key_backward", key_rows)):
+            blocks = {"ROWS": rows, "INNER": 32, "PROGRAMS": 1}
+            rule = {"when": {"kernel": kernel}, "num_warps": 4, "num_stages": 1, "blocks": blocks}
+            stack.enter_context(launches.trial("set_block", rule))
+        compare(itself(RAGGED, 32, 2, SINGLE), *TOLERANCES[SINGLE])
 
 
 @pytest.mark.parametrize(("h", "heads"), [(64, 4), (64, 8)])
