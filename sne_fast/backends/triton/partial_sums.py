@@ -13,10 +13,9 @@ from torch import Tensor
 
 from ...ops.schema import accumulate_dtype
 from ..gpu_plans.device_tables import on_device_without_waiting
-from .launches import triton_dtype
+from .launches import architecture, launch, triton_dtype
 from .partial_sums_kernels import sum_parts_kernel
 
-COLUMNS, ROWS = 256, 8
 RESULTS = 9
 """Gradients that one launch takes at most."""
 ALIGNED = 16
@@ -47,16 +46,16 @@ def _aligned(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _table(layout: Layout) -> np.ndarray:
-    """Return the table of :func:`sum_parts_kernel`."""
+def _table(layout: Layout, columns: int) -> np.ndarray:
+    """Return the table of :func:`sum_parts_kernel`, whose programs sum so many columns each."""
     entries, start = [], 0
     for which, (_, part) in enumerate(layout):
         blocks, size = (part.shape[0] if part.by_block else 1), math.prod(part.shape)
         size = size // blocks if blocks else 0
         for block in range(blocks):
-            for column in range(0, size, COLUMNS):
+            for column in range(0, size, columns):
                 first, target = start + block * part.count * size + column, block * size + column
-                entries.append((first, size, part.count, which, target, min(COLUMNS, size - column)))
+                entries.append((first, size, part.count, which, target, min(columns, size - column)))
         start += _aligned(math.prod(part.stored))
     return np.array(entries, np.int64).reshape(-1, 6)
 
@@ -88,14 +87,14 @@ class PartialSums:
 
     def summed(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the gradients by name, in ``dtype``."""
-        table = _table(self.layout)
+        sizes = launch("partial_sums", dtype=dtype, arch=architecture(self.buffer.device))
+        table = _table(self.layout, sizes["COLUMNS"])
         found = {name: self.buffer.new_empty(part.shape, dtype=dtype) for name, part in self.layout}
         if len(table):
             results = list(found.values())
             results += results[:1] * (RESULTS - len(results))
             on_device = on_device_without_waiting(table, self.buffer.device, repeats=True)
             sum_parts_kernel[(len(table),)](
-                self.buffer, on_device, *results, COLUMNS=COLUMNS, ROWS=ROWS, ACC=triton_dtype(self.buffer.dtype),
-                num_warps=4, enable_fp_fusion=True,
+                self.buffer, on_device, *results, ACC=triton_dtype(self.buffer.dtype), **sizes.blocks, **sizes.options
             )  # fmt: skip
         return found

@@ -29,8 +29,6 @@ PARTS = PoolParts(segment_pool, segment_pool_backward, feed_forward, feed_forwar
 WHOLE_WIDTHS = (32, 64)
 LONGEST = 1024
 """Rows of the longest set that whole blocks take: one program walks through them."""
-FEW_ROWS, MANY_SETS, FEW_SETS = 8, 16, 4
-"""A program takes 16 sets of up to 8 rows, as sets are on average, else 4."""
 
 
 class Plan(BlockPlan):
@@ -38,26 +36,21 @@ class Plan(BlockPlan):
 
     @classmethod
     def make(
-        cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, lengths: Lengths, arch: int | None = None
+        cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, lengths: Lengths | None, arch: int | None = None
     ) -> Plan:
         """Look up the sizes of ``kernel`` for rows like ``x``; ``arch`` None asks for its device."""
-        sets = MANY_SETS if lengths.typical <= FEW_ROWS else FEW_SETS
-        return cls.of(
-            "pool_block", kernel, x, heads, arch, tile="SETS", SETS=sets, LAYER_NORM=layer_norm, POOLED=x.dim() == 3
-        )
+        constants = {"LAYER_NORM": layer_norm, "POOLED": lengths is None}
+        return cls.of("pool_block", kernel, x, heads, lengths, arch, tile="SETS", **constants)
 
 
-POOLED = Lengths(0, 0, 0)
+def lengths_of(x: Tensor, ptr_host: Tensor) -> Lengths | None:
+    """Return the lengths of the sets; None for rows that are pooled already."""
+    return None if x.dim() == 3 else Lengths.of(ptr_host)
 
 
-def lengths_of(x: Tensor, ptr_host: Tensor) -> Lengths:
-    """Return the lengths of the sets; of rows that are pooled already those of sets without rows."""
-    return POOLED if x.dim() == 3 else Lengths.of(ptr_host)
-
-
-def takes_whole(x: Tensor, lengths: Lengths) -> bool:
+def takes_whole(x: Tensor, lengths: Lengths | None) -> bool:
     """Return whether the kernels of whole blocks take a call."""
-    return x.shape[-1] in WHOLE_WIDTHS and lengths.longest <= LONGEST
+    return x.shape[-1] in WHOLE_WIDTHS and (lengths is None or lengths.longest <= LONGEST)
 
 
 def pool_block(x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor) -> Tensor:

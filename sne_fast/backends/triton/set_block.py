@@ -34,10 +34,12 @@ class Plan(BlockPlan):
     """Launch of one kernel of whole blocks, whose tiles are rows."""
 
     @classmethod
-    def make(cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, arch: int | None = None) -> Plan:
+    def make(
+        cls, kernel: str, x: Tensor, heads: int, layer_norm: bool, lengths: Lengths, arch: int | None = None
+    ) -> Plan:
         """Look up the sizes of ``kernel`` for rows like ``x``; ``arch`` None asks for its device."""
         norms = {} if kernel == "key_backward" else {"LAYER_NORM": layer_norm}
-        return cls.of("set_block", kernel, x, heads, arch, tile="ROWS", **norms)
+        return cls.of("set_block", kernel, x, heads, lengths, arch, tile="ROWS", **norms)
 
 
 def takes_whole(q: Tensor, k: Tensor | None, q_ptr_host: Tensor, w_o: Tensor) -> bool:
@@ -60,7 +62,7 @@ def set_block(
             query, *_, attended, _ = _attended(q, q if k is None else k, *pointers, weights, heads)
             return feed_forward(query, attended, *weights[6:])
         x, ptr, *weights = (t.contiguous() for t in (q, q_ptr, *weights))
-        out, plan = torch.empty_like(x), Plan.make("forward", x, heads, norm.shape[0] > 0)
+        out, plan = torch.empty_like(x), Plan.make("forward", x, heads, norm.shape[0] > 0, Lengths.of(q_ptr_host))
         kernels.forward_kernel[(plan.tiles(rows),)](x, ptr, owners(ptr, rows), *weights, out, rows, **plan.options)
     return out
 
@@ -76,16 +78,21 @@ def set_block_backward(
         return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in given)
     with on_device(q):
         if takes_whole(q, k, q_ptr_host, weights[6]):
-            return _whole_backward(*(t.contiguous() for t in (grad, q, q_ptr, *weights)), heads=heads)
+            tensors = [t.contiguous() for t in (grad, q, q_ptr, *weights)]
+            return _whole_backward(*tensors, heads=heads, lengths=Lengths.of(q_ptr_host))
         pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
         grad_q, grad_k, *grads = _parts_backward(grad, q, q if k is None else k, *pointers, weights, heads)
         return (grad_q + grad_k, no_keys(q), *grads) if k is None else (grad_q, grad_k, *grads)
 
 
-def _whole_backward(grad: Tensor, x: Tensor, ptr: Tensor, *weights: Tensor, heads: int) -> tuple[Tensor, ...]:
+def _whole_backward(
+    grad: Tensor, x: Tensor, ptr: Tensor, *weights: Tensor, heads: int, lengths: Lengths
+) -> tuple[Tensor, ...]:
     w_q, b_q, w_k, _, w_v, *_, norm = weights
     rows, owner = x.shape[0], owners(ptr, x.shape[0])
-    by_query, by_key = (Plan.make(name, x, heads, norm.shape[0] > 0) for name in ("query_backward", "key_backward"))
+    by_query, by_key = (
+        Plan.make(kernel, x, heads, norm.shape[0] > 0, lengths) for kernel in ("query_backward", "key_backward")
+    )
     programs = [by_key.programs(rows, x)] * PROJECTIONS + [by_query.programs(rows, x)] * (len(weights) - PROJECTIONS)
     parts = (Part(tuple(t.shape), count) for t, count in zip(weights, programs, strict=True))
     sums = PartialSums.make(zip(BLOCK_PARAMETERS, parts, strict=True), x, zeros=False)

@@ -17,6 +17,7 @@ from helpers.triton_compiled import (
     compile_block,
     spill_of_block,
 )
+from sne_fast.backends.gpu_plans.lengths import Lengths
 from sne_fast.backends.triton import set_block_kernels as kernels
 from sne_fast.backends.triton.set_block import Plan
 
@@ -32,7 +33,8 @@ def compiled(
 ) -> Compiled:  # fmt: skip
     """Compile a kernel."""
     with products(precision):
-        plan = Plan.make(kernel, torch.empty(1, h, dtype=dtype, device="meta"), heads, layer_norm, arch)
+        rows = torch.empty(1, h, dtype=dtype, device="meta")
+        plan = Plan.make(kernel, rows, heads, layer_norm, Lengths(100, 20, 20), arch)
     return compile_block(KERNELS[kernel], plan, dtype, arch)
 
 
