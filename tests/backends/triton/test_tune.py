@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from sne_fast.backends.gpu_plans.chunks import ChunkPlan, count_lengths
-from sne_fast.backends.triton import launches, tune
+from sne_fast.backends.triton import launches, tune, tune_cases
 from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES, length_class
 
 
@@ -21,7 +21,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_candidates_are_every_combination() -> None:
-    found = tune.sizes((1, 2), (3,), BLOCK=(16, 32))
+    found = tune_cases.sizes((1, 2), (3,), BLOCK=(16, 32))
     assert len(found) == 4
     assert found[0] == {"num_warps": 1, "num_stages": 3, "blocks": {"BLOCK": 16}}
 
@@ -61,7 +61,7 @@ CHUNK_TABLES = sorted(path.stem for path in launches.TABLES.glob("chunk_encode*.
 
 @pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, ""), (torch.float32, "ieee")])
 def test_chunk_kernels_are_tuned_on_chunks_that_use_the_rule(dtype: torch.dtype, precision: str) -> None:
-    rules = list(tune.chunk_rules(64, 4, dtype, 90))
+    rules = list(tune_cases.chunk_rules(64, 4, dtype, 90))
     assert len(CHUNK_TABLES) == 6 and len(rules) == len(CHUNK_TABLES) * len(FUSED_CLASSES)
     for slot_class in FUSED_CLASSES:
         name = length_class(slot_class, precision)
@@ -80,8 +80,8 @@ def test_chunk_kernels_are_tuned_on_chunks_that_use_the_rule(dtype: torch.dtype,
 
 
 def test_kernels_that_do_not_take_a_width_are_not_tuned_for_it() -> None:
-    assert {rule.table for rule in tune.chunk_rules(128, 4, torch.bfloat16, 90)} == {"chunk_encode"}
-    assert not list(tune.chunk_rules(128, 4, torch.float32, 90))
+    assert {rule.table for rule in tune_cases.chunk_rules(128, 4, torch.bfloat16, 90)} == {"chunk_encode"}
+    assert not list(tune_cases.chunk_rules(128, 4, torch.float32, 90))
 
 
 @pytest.mark.parametrize("path", sorted(launches.TABLES.glob("*.json")), ids=lambda path: path.stem)
