@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import gpu_commands
 import torch
 
 from sne_fast.benchmark import (
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": None}
 ONLY_HALF = ("single", "gpt2", "inr")
+CAPTURED = ("zoo", "mixed", "inr")  # those of several training steps
+CAPTURED_SECONDS = 60.0  # for a case, of which its process takes a third to begin
 MEASURED_SECONDS = 1.5
 
 
@@ -32,22 +38,51 @@ class OutOfTime(RuntimeError):
     """The time of a part, or of all, is spent."""
 
 
+def kinds(name: str) -> tuple[str, ...]:
+    """Return the dtypes of a case by name."""
+    return ("bfloat16",) if name in ONLY_HALF else tuple(DTYPES)
+
+
 def measure(suite: Suite) -> Iterator[Json]:
-    """Yield a row per case and dtype; a case that fails is recorded and does not stop the others."""
+    """Yield a row per case and dtype, then those of captured steps; what fails is recorded and stops nothing else."""
+    backends = {}
     for name in suite.options.cases:
-        for kind, autocast in DTYPES.items():
-            if name in ONLY_HALF and kind != "bfloat16":
-                continue
+        for kind in kinds(name):
             suite.need(20)
             try:
-                row = _row(suite, name, kind, autocast)
+                row = _row(suite, name, kind, DTYPES[kind])
             except OutOfTime:
                 raise
             except Exception as error:
                 suite.fail(f"cases {name} {kind}", error)
             else:
                 if row is not None:
+                    backends[name] = row["backend"]
                     yield row
+    for name, backend in backends.items():
+        if name in CAPTURED:
+            yield from captured(suite, name, backend)
+
+
+def captured(suite: Suite, name: str, backend: str) -> Iterator[Json]:
+    """Yield the rows of captured steps, measured by a process of its own: graphs that hang or break cost no others."""
+    if suite.device.type != "cuda":
+        suite.results["skipped"][f"cases {name} captured"] = f"CUDA graphs are not for {suite.device}"
+        return
+    limit = min(CAPTURED_SECONDS, suite.left())
+    suite.need(CAPTURED_SECONDS / 2)
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "captured.json"
+        done = gpu_commands.finished(gpu_commands.captured_command(suite.options, name, backend, limit, out), limit)
+        found = json.loads(out.read_text()) if out.exists() else {}
+    for kind in ("errors", "skipped"):
+        suite.results[kind].update({f"cases {name} {what}": text for what, text in found.get(kind, {}).items()})
+    if gpu_commands.only_late(done):
+        suite.results["skipped"][f"cases {name} captured"] = f"out of time: ran past {limit:.0f} s"
+    elif done["status"] and not found.get("errors"):
+        suite.results["errors"][f"cases {name} captured"] = done["tail"]
+    suite.write()
+    yield from found.get("parts", {}).get("captured", [])
 
 
 def _checks(suite: Suite, name: str, kind: str, autocast: torch.dtype | None) -> dict[str, Check]:

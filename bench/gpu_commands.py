@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -65,6 +66,13 @@ def sanitizer_command(tool: str, check: str, backend: str, device: str) -> list[
     """Return the command that exercises a backend under one check of compute-sanitizer."""
     return [tool, "--tool", check, "--error-exitcode", "9", sys.executable, str(SUITE), "--exercise",
             "--device", device, "--backend", backend]  # fmt: skip
+
+
+def captured_command(options: argparse.Namespace, case: str, backend: str, limit: float, out: Path) -> list[str]:
+    """Return the command that measures captured steps of a case, in less than a limit with what it takes to begin."""
+    trials = [word for trial in options.trial for word in ("--trial", *trial)]
+    return [sys.executable, str(SUITE), "--captured", case, "--device", options.device, "--size", options.size,
+            "--backend", backend, "--seconds", str(limit * 2 / 3), "--out", str(out), *trials]  # fmt: skip
 
 
 def _hear_interrupts() -> None:

@@ -3,11 +3,11 @@
     python bench/gpu_suite.py --out gpu.json
 
 The CUDA backend is built where there is nvcc. Environment; the device's ceilings; tests marked `gpu`; the cases of
-`bench/` and ResNet-50 by every backend for a GPU that runs here, against eager padded; the ops by the same, against the
-ceilings, and what rivals them; compute-sanitizer on small shapes. The time is shared by the parts that are asked for:
-what one does not need, those after it have. After every row the JSON is written anew, so a run that is cut off loses
-one row. What fails is recorded with its error and does not stop the rest; the exit status is 1 then. `--size tiny
---device cpu` runs the same code on a CPU, to try it.
+`bench/` and ResNet-50 by every backend for a GPU that runs here, against eager padded, and training steps captured as
+CUDA graphs against others; the ops by the same, against the ceilings, and what rivals them; compute-sanitizer on small
+shapes. The time is shared by the parts that are asked for: what one does not need, those after it have. After every row
+the JSON is written anew, so a run that is cut off loses one row. What fails is recorded with its error and does not
+stop the rest; the exit status is 1 then. `--size tiny --device cpu` runs the same code on a CPU, to try it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if importlib.util.find_spec("sne_fast") is None:  # on a lent machine nothing is
     sys.path.insert(0, str(ROOT))
 
 import cuda_build  # noqa: E402
+import gpu_captured  # noqa: E402
 import gpu_cases  # noqa: E402
 import gpu_commands  # noqa: E402
 import gpu_tables  # noqa: E402
@@ -333,6 +334,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=("eager",),
                         help="what cases are compared with; compile takes more than a minute per case")  # fmt: skip
     parser.add_argument("--commit", help="commit to record where the checkout has no git")
+    parser.add_argument("--captured", choices=gpu_cases.CAPTURED, metavar="CASE",
+                        help="measure captured training steps of a case by one backend, and stop")  # fmt: skip
     parser.add_argument("--exercise", action="store_true", help="run every op once, for compute-sanitizer, and stop")
     return parser
 
@@ -349,7 +352,10 @@ def main() -> int:
         return 0
     suite = Suite(options)
     with trials(options.trial):
-        suite.run()
+        if options.captured:
+            suite.part("captured", lambda: gpu_captured.measure(suite))
+        else:
+            suite.run()
     gpu_tables.show(suite.results, BACKENDS, options.baselines, suite.console)
     return 1 if suite.results["errors"] else 0
 

@@ -19,10 +19,16 @@ SHAPES = {"chunk_encode": ("weights",), "gather_chunks": ("weights",), "segment_
 def show(results: Json, backends: Sequence[str], baselines: Sequence[str], console: Console) -> None:
     """Print ops and cases, as far as they were measured; then a line for each part that was left out or failed."""
     console.print(_ops(results["parts"].get("ops", [])))
-    console.print(_cases(results["parts"].get("cases", []), backends, baselines))
+    console.print(_cases(all_cases(results), backends, baselines))
+    console.print(_captured([row for row in all_cases(results) if row.get("mode") == "captured steps"]))
     for kind in ("skipped", "errors"):
         for name, text in results[kind].items():
             console.print(f"{kind}: {name}: {text.strip().splitlines()[-1][:300]}", highlight=False)
+
+
+def all_cases(results: Json) -> list[Json]:
+    """Return the rows of cases, and those of a run that measured captured steps alone."""
+    return [row for part in ("cases", "captured") for row in results["parts"].get(part, [])]
 
 
 def _ops(rows: Sequence[Json]) -> Table:
@@ -64,4 +70,18 @@ def _cases(rows: Sequence[Json], backends: Sequence[str], baselines: Sequence[st
                 row["case"], row["dtype"], mode, row["backend"], f"{1e3 * own['seconds']:.2f} ms",
                 *(f"{ratios[who]:.2f}x" if who in ratios else "-" for who in (*others, *baselines)), peak,
             )  # fmt: skip
+    return table
+
+
+def _captured(rows: Sequence[Json]) -> Table:
+    table = Table(title="captured training steps (padded and plain ones as ratios to them)", box=None)
+    for heading in ("case", "dtype", "by", "step", "host", "networks/s", "padded", "plain", "graphs", "replays"):
+        table.add_column(heading)
+    for row in rows:
+        own, ratios = row["captured"], row["ratios"]
+        table.add_row(
+            row["case"], row["dtype"], row["backend"], f"{own['milliseconds']:.2f} ms",
+            f"{own['host_milliseconds']:.2f} ms", f"{own['networks_per_second']:.0f}", f"{ratios['padded']:.2f}x",
+            f"{ratios['plain']:.2f}x", str(row["graphs"]), f"{row['replays']} of {row['steps']}",
+        )  # fmt: skip
     return table

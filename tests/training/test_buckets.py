@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import sne_fast
 from helpers import small_trainings
+from helpers.recorded_graphs import Recorder
 from sne_fast import WeightBatch
 from sne_fast.data.buckets import bucket_of, buffers_like, copy_into, padded_rows, rounded_up
 from sne_fast.nn.preparation import Preparation
@@ -133,30 +133,6 @@ def trained(monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> An
     settings = FitSettings(**{**SETTINGS, **options})
     history = fit(predictor, predictor.pack(networks()), call.pop("targets", goals()), settings, **call)
     return predictor, history, recorder
-
-
-class Recorder:
-    """Stands for CUDA graphs: what it records reads the same memory at every replay, as theirs does."""
-
-    def __init__(self) -> None:
-        self.ran, self.recorded, self.replayed = 0, 0, 0
-
-    def run(self, work: Callable[[], None]) -> None:
-        self.ran += 1
-        work()
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.recorded += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            work()
-
-        return replay
-
-    def later(self, numbers: Tensor) -> Callable[[], list[float]]:
-        copy = numbers.clone()
-        return copy.tolist
 
 
 def alike(one: nn.Module, other: nn.Module) -> None:
