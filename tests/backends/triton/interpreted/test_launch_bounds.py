@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 
 import sne_fast
 from helpers.launch_bounds import check_loose_bounds
+from helpers.recorded_graphs import Recorder
 from sne_fast.backends.gpu_plans.chunks import CLASSES
 from sne_fast.backends.triton.backend import BACKEND
 from sne_fast.backends.triton.chunk_launches import FUSED_CLASSES
@@ -91,19 +92,6 @@ def signature(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> list[
     return seen.launches
 
 
-class NoGraphs:
-    """Runs what is to be recorded."""
-
-    def run(self, work: Callable[[], None]) -> None:
-        work()
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        return work
-
-    def later(self, numbers: Tensor) -> Callable[[], list[float]]:
-        return numbers.tolist
-
-
 @pytest.mark.parametrize("options", [{}, {"set_attention": "isab"}, {"statistics": "relative"}], ids=str)
 def test_two_batches_of_a_bucket_launch_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = sne_fast.Predictor(sne_fast.SNE(hidden_dim=32, chunk_size=32, **options), hidden_features=(8,))
@@ -112,7 +100,7 @@ def test_two_batches_of_a_bucket_launch_the_same(options: dict[str, Any], monkey
     objective = Supervised(predictor, torch.rand(len(batch), 1), settings)
     optimiser = adamw(predictor, 1e-3, 1e-2)
     captured = CapturedSteps(
-        predictor, objective, optimiser, torch.amp.GradScaler("cpu", enabled=False), settings, NoGraphs()
+        predictor, objective, optimiser, torch.amp.GradScaler("cpu", enabled=False), settings, Recorder()
     )
     parts = [list(range(14)), list(range(1, 14)), list(range(3))]
     inputs = [objective.inputs(batch[rows], rows, torch.Generator()) for rows in parts]
