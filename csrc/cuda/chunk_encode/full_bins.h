@@ -63,6 +63,22 @@ SNE_DEVICE void scalar_block(Tile (&o)[1][Shape::NT], float value, const float *
   }
 }
 
+// Turns the logits of 32 keys, times `scale`, into powers of two, the largest of each row into 1.
+SNE_DEVICE void exponentials_of_rows(Tile (&s)[4], float scale) {
+  SNE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float top = max_of(s[0].c[2 * r], s[0].c[2 * r + 1]);
+    SNE_UNROLL
+    for (int n = 1; n < 4; ++n) top = max_of(top, max_of(s[n].c[2 * r], s[n].c[2 * r + 1]));
+    const float shift = -scale * max_over_quad(top);
+    SNE_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      SNE_UNROLL
+      for (int e = 2 * r; e < 2 * r + 2; ++e) s[n].c[e] = exp2_fast(multiply_add(s[n].c[e], scale, shift));
+    }
+  }
+}
+
 // Computes o = q + attention(q, k, v) of every head, from the rows x as operands.
 template <class Op, class Shape>
 SNE_DEVICE void attention_of_full(Tile (&o)[1][Shape::NT], const Rows16<Op> (&x)[1][Shape::KT],
@@ -121,18 +137,7 @@ SNE_DEVICE void attention_of_full(Tile (&o)[1][Shape::NT], const Rows16<Op> (&x)
           head_product<Shape>(s[2 + half], q_rows[0][k], cols8(others, half));
         }
       }
-      SNE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        float top = max_of(s[0].c[2 * r], s[0].c[2 * r + 1]);
-        SNE_UNROLL
-        for (int n = 1; n < 4; ++n) top = max_of(top, max_of(s[n].c[2 * r], s[n].c[2 * r + 1]));
-        const float shift = -scale * max_over_quad(top);
-        SNE_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          SNE_UNROLL
-          for (int e = 2 * r; e < 2 * r + 2; ++e) s[n].c[e] = exp2_fast(multiply_add(s[n].c[e], scale, shift));
-        }
-      }
+      exponentials_of_rows(s, scale);
       Tile attended[DT] = {}, total{};
       SNE_UNROLL
       for (int m = 0; m < 2; ++m) {

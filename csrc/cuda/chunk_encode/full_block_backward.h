@@ -57,18 +57,7 @@ SNE_DEVICE void attention_again(Tile (&o)[1][Shape::NT], Inverses<Shape> &invers
         product(s[2 + half], rows[0][0][k], cols8(others, half));
       }
     }
-    SNE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float top = max_of(s[0].c[2 * r], s[0].c[2 * r + 1]);
-      SNE_UNROLL
-      for (int n = 1; n < 4; ++n) top = max_of(top, max_of(s[n].c[2 * r], s[n].c[2 * r + 1]));
-      const float shift = -scale * max_over_quad(top);
-      SNE_UNROLL
-      for (int n = 0; n < 4; ++n) {
-        SNE_UNROLL
-        for (int e = 2 * r; e < 2 * r + 2; ++e) s[n].c[e] = exp2_fast(multiply_add(s[n].c[e], scale, shift));
-      }
-    }
+    exponentials_of_rows(s, scale);
     Tile mean[DT] = {}, total{};
     SNE_UNROLL
     for (int m = 0; m < 2; ++m) {
