@@ -167,22 +167,26 @@ SNE_DEVICE void encode_chunks(const ChunkCall<typename Op::Storage> &call, bool 
 
   const SetOfWarps set = set_of_warps(call.cls, Shape::ROWS);
   const int64_t per_step = num_warps() / set.warps, plane = call.count * call.cls.slots * W;
+  const bool all_full = kFull && call.cls.min_length == kFullLength;
   int full = 0, full_end = 0;  // steps whose bins are all full
   if (kFull && call.cls.slots == kFullLength && !call.cls.multi_chunk) {
     const int64_t before = call.table[call.cls.min_length] + call.first_bin;
-    const int64_t first = call.table[kFullLength] - before, end = call.table[kFullLength + 1] - before;
+    const int64_t first = call.table[kFullLength] - before, filled = filled_bins(call).count;
     full = first > 0 ? int((first + per_step - 1) / per_step) : 0;
-    full_end = int((end < call.count ? end : call.count) / per_step);
-    if (call.cls.min_length == kFullLength) full_end = int((call.count + per_step - 1) / per_step);
+    full_end = int((all_full ? filled + per_step - 1 : filled) / per_step);
   }
   for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
     int64_t local = step * per_step + warp_id() / set.warps;
-    const bool all_full = kFull && step >= full && step < full_end;
-    if (all_full && local >= call.count) local = call.count - 1;  // once more, by a warp that has no bin
+    const bool is_full = kFull && step >= full && step < full_end;
+    if (all_full && !is_full) return;
+    if (all_full && step + 1 == full_end) {  // a warp that has no bin takes the last one once more
+      const int64_t last = filled_bins(call).count - 1;
+      if (local > last) local = last;
+    }
     typename Op::Storage *to = saved ? saved + (local * call.cls.slots + set.part * Shape::ROWS) * W : nullptr;
     if constexpr (kFull) {
       // The same way for all warps of the block, as those of a warpgroup multiply together.
-      if (all_full) {
+      if (is_full) {
         const int64_t chunk = call.order[call.table[call.cls.min_length] + call.first_bin + local];
         encode_full_bin<Op, Shape>(call, weights, vectors, tile_vectors, memory, set, layer_norm, chunk, out, to,
                                    plane);

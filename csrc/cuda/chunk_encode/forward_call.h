@@ -17,6 +17,19 @@ struct ChunkCall {
   int64_t count;      // bins of this launch; the last ones may be empty
 };
 
+// Of a launch whose bins hold one chunk each: how many bins have one, and where in the order the first of these chunks
+// is.
+struct FilledBins {
+  int64_t first, count;
+};
+
+template <class T>
+SNE_DEVICE FilledBins filled_bins(const ChunkCall<T> &call) {
+  const int64_t first = call.table[call.cls.min_length] + call.first_bin;
+  const int64_t left = call.table[call.cls.max_length + 1] - first;
+  return {first, left < call.count ? left : call.count};
+}
+
 template <class Shape, class Memory, class T>
 SNE_DEVICE void load_slots(const Memory &memory, const ChunkCall<T> &call, const Chunks &chunks, int part) {
   const int row = lane_id();

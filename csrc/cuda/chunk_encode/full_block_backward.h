@@ -236,10 +236,10 @@ SNE_KERNEL SNE_BOUNDS(32 * kFullWarps, 1)
   const unsigned char *right = memory + (matrix == 3 ? At::kInputs : At::kWeights);
   const int between = matrix == 3 || Shape::DK > 1 ? kPieceBytes : 3 * kPieceBytes;
   Tile matrix_sums[M][NT] = {}, sums[KT] = {};
-  const int64_t per_step = kFullBinsAtOnce;
-  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+  const int64_t per_step = kFullBinsAtOnce, bins = filled_bins(call).count;
+  for (int64_t step = block_id(); step * per_step < bins; step += num_blocks()) {
     const int64_t local = step * per_step + warp_id() / 2;
-    const bool there = local < call.count;
+    const bool there = local < bins;
     const int64_t place = (local * kFullLength + set.part * 16) * W;
     Rows16<Op> grad[1][KT];
     Inverses<Shape> inverses;

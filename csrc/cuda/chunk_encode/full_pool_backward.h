@@ -35,12 +35,12 @@ SNE_KERNEL SNE_BOUNDS(32 * kFullWarps, 2)
   const float *other_tops = (const float *)(own + to_other + At::kTops);
   const float *other_totals = (const float *)(own + to_other + At::kTotals);
   Tile query_sums[NT] = {};
-  const int64_t per_step = kFullBinsAtOnce, first = call.table[kFullLength] + call.first_bin;
-  const int64_t end = call.table[kFullLength + 1] - first;
-  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+  const int64_t per_step = kFullBinsAtOnce;
+  const FilledBins bins = filled_bins(call);
+  for (int64_t step = block_id(); step * per_step < bins.count; step += num_blocks()) {
     const int64_t local = step * per_step + warp_id() / 2, place = (local * kFullLength + set.part * 16) * W;
-    const bool there = local < call.count && local < end;
-    const T *pulled = grad + (there ? call.order[first + local] : 0) * H * W + g * W + 2 * t;
+    const bool there = local < bins.count;
+    const T *pulled = grad + (there ? call.order[bins.first + local] : 0) * H * W + g * W + 2 * t;
     Rows16<Op> x[1][KT];
     load_pieces<Op>(x[0], rows + place, there);
     put_pieces<Op>(own, x[0]);
@@ -103,7 +103,7 @@ SNE_KERNEL SNE_BOUNDS(32 * kFullWarps, 2)
     }
     Rows16<Op> out[1][KT];
     to_operands<Op>(out, dx);
-    if (local < call.count) store_pieces<Op>(rows_grad + place, out[0]);
+    if (there) store_pieces<Op>(rows_grad + place, out[0]);
     const Rows16<Op> by_head{{transpose8(left.r[0]), 0, transpose8(left.r[1]), 0}};
     SNE_UNROLL
     for (int k = 0; k < KT; ++k) {
@@ -135,11 +135,11 @@ SNE_KERNEL SNE_BOUNDS(512, 2) chunk_full_codes_backward(ChunkCall<T> call, const
   constexpr int KT = W / 16, kBins = 16 / KT;  // at once
   const int lane = lane_id(), g = lane / 4, t = lane % 4, k = warp_id() % KT;
   float sums[2][8] = {};
-  const int64_t per_step = kBins, first = call.table[kFullLength] + call.first_bin;
-  const int64_t end = call.table[kFullLength + 1] - first;
-  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+  const int64_t per_step = kBins;
+  const FilledBins bins = filled_bins(call);
+  for (int64_t step = block_id(); step * per_step < bins.count; step += num_blocks()) {
     const int64_t local = step * per_step + warp_id() / KT;
-    const bool there = local < call.count && local < end;
+    const bool there = local < bins.count;
     const T *at = rows_grad + local * kFullLength * W + 256 * k + 8 * lane;
     float of_chunk[4] = {0, 0, 0, 0};  // columns 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t
     SNE_UNROLL
@@ -153,7 +153,7 @@ SNE_KERNEL SNE_BOUNDS(512, 2) chunk_full_codes_backward(ChunkCall<T> call, const
     detail::fold<1>(of_chunk, 8);
     const float total = of_chunk[0] + shuffle_xor(of_chunk[0], 4);
     const int column = 16 * k + 8 * (lane >> 4) + 2 * t + (lane >> 3 & 1);
-    if (there && g % 2 == 0) chunk_grad[call.order[first + local] * W + column] = total;
+    if (there && g % 2 == 0) chunk_grad[call.order[bins.first + local] * W + column] = total;
   }
   float *table = (float *)shared_memory();  // (16 warps, 16, 32)
   SNE_UNROLL

@@ -170,12 +170,12 @@ SNE_KERNEL SNE_BOUNDS(32 * kFullWarps, 1)
   float logit_sums[G][2] = {}, logit[G];
   SNE_UNROLL
   for (int group = 0; group < G; ++group) logit[group] = 4 * group + t < H ? to_real(call.logit[4 * group + t]) : 0.0f;
-  const int64_t per_step = kFullBinsAtOnce, first = call.table[kFullLength] + call.first_bin;
-  const int64_t end = call.table[kFullLength + 1] - first;
-  for (int64_t step = block_id(); step * per_step < call.count; step += num_blocks()) {
+  const int64_t per_step = kFullBinsAtOnce;
+  const FilledBins bins = filled_bins(call);
+  for (int64_t step = block_id(); step * per_step < bins.count; step += num_blocks()) {
     const int64_t local = step * per_step + warp_id() / 2;
-    const bool there = local < call.count && local < end;
-    const int64_t begin = there ? call.chunk_ptr[call.order[first + local]] : 0;
+    const bool there = local < bins.count;
+    const int64_t begin = there ? call.chunk_ptr[call.order[bins.first + local]] : 0;
     const float value = there ? to_real(call.values[begin + lane]) : 0.0f;
     float low = value, high = value;
     SNE_UNROLL

@@ -22,7 +22,7 @@ ChunkCall<T> call_of(const sne_fast_cuda_chunk_args &a) {
           (const T *)a.norm,
           (const T *)a.pool_query,
           (const T *)a.prepared,
-          {int(a.slots), int(a.min_length), int(a.multi_chunk)},
+          {int(a.slots), int(a.min_length), int(a.max_length), int(a.multi_chunk)},
           a.bins,
           a.first_bin,
           a.count};
@@ -30,7 +30,9 @@ ChunkCall<T> call_of(const sne_fast_cuda_chunk_args &a) {
 
 inline bool valid(const sne_fast_cuda_chunk_args &a) {
   const bool slots = a.slots == 32 || a.slots == 64 || a.slots == 128;
-  return slots && a.heads > 0 && a.hidden % a.heads == 0 && a.count >= 0 && a.first_bin >= 0 && a.multiprocessors > 0;
+  const bool lengths = 0 < a.min_length && a.min_length <= a.max_length && a.max_length <= a.slots;
+  return slots && lengths && a.heads > 0 && a.hidden % a.heads == 0 && a.count >= 0 && a.first_bin >= 0 &&
+         a.multiprocessors > 0;
 }
 
 // Returns whether one chunk fills each bin of a launch: no chunk of fewer elements is in its class.

@@ -12,8 +12,9 @@ namespace sne {
 
 constexpr int kMaxMultiLength = 16, kMultiStarts = 258;
 
+// Chunks of min_length to max_length elements, in bins of `slots`.
 struct BinClass {
-  int slots, min_length, multi_chunk;
+  int slots, min_length, max_length, multi_chunk;
 };
 
 // The slot of one row of a warp. It attends to the slots key_begin .. key_end - 1 of its bin.
@@ -43,7 +44,7 @@ SNE_DEVICE Chunks find_chunks(const int64_t *table, const int64_t *order, const 
     out.count = int(left < per_bin ? left : per_bin);
   } else if (bin < bins) {
     out.first = table[cls.min_length] + bin;
-    const int64_t end = table[cls.slots + 1];
+    const int64_t end = table[cls.max_length + 1];
     if (out.first < end) {
       const int64_t chunk = order[out.first];
       out.length = int(chunk_ptr[chunk + 1] - chunk_ptr[chunk]);

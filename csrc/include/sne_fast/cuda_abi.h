@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define SNE_FAST_CUDA_ABI 2
+#define SNE_FAST_CUDA_ABI 3
 #define SNE_FAST_CUDA_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -55,19 +55,20 @@ SNE_FAST_CUDA_API int sne_fast_cuda_chunk_weights(int precision, const sne_fast_
 
 typedef struct {
   int64_t hidden, heads, layer_norm;
-  int64_t slots, min_length, multi_chunk; /* the class: see csrc/cuda/chunk_encode/slots.h */
-  int64_t bins, first_bin, count;         /* bins of the class; the first and how many of this launch */
-  int64_t multiprocessors, shared_limit;  /* bytes of shared memory that a thread block may have */
-  int64_t wgmma;                          /* 1 to use wgmma where there is such a kernel (compute capability 9.0) */
+  int64_t slots, min_length, max_length, multi_chunk; /* the class: see csrc/cuda/chunk_encode/slots.h */
+  int64_t bins, first_bin, count;        /* at least the bins of the class; the first and how many of this launch */
+  int64_t multiprocessors, shared_limit; /* bytes of shared memory that a thread block may have */
+  int64_t wgmma;                         /* 1 to use wgmma where there is such a kernel (compute capability 9.0) */
   const int64_t *chunk_ptr, *order, *owner, *table; /* (N+1), (N), (N), (274) */
   const void *values, *row_code, *element_code, *logit, *basis, *b_qkv, *b_o, *norm, *pool_query, *prepared;
 } sne_fast_cuda_chunk_args;
 
 /* Writes out (N, H, h) or, if that is null, saved (4, count * slots, h): the inputs of blocks 1 to 3 and of the pool.
  *
- * A launch is full if both slots and min_length are 32: then one chunk of 32 elements fills each bin. Its rows, and in
- * the backward their gradients, are 16 bits each, in pieces of 16 x 16 (csrc/cuda/chunk_encode/full_backward.h), and
- * there must be such a kernel for its backward.
+ * A launch may have more bins than its chunks fill. It is full if both slots and min_length are 32: then one chunk of
+ * 32 elements fills each bin, or none does and nothing is written for it. Its rows, and in the backward their
+ * gradients, are 16 bits each, in pieces of 16 x 16 (csrc/cuda/chunk_encode/full_backward.h), and there must be such a
+ * kernel for its backward.
  *
  * With count 0 this and the kernels of the backward only return whether they could run, and follow no pointer. */
 SNE_FAST_CUDA_API int sne_fast_cuda_chunk_encode(int precision, const sne_fast_cuda_chunk_args *args, void *out,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,19 @@ from torch import Tensor
 
 from ...ops import devices
 from ...ops.backend import Arguments
-from ...ops.launch_bounds import bounds_of
 from ...ops.pointer_facts import owners
 from ...ops.schema import CHUNK_PARAMETERS, named
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.chunks import CLASSES as ALL_CLASSES
-from ..gpu_plans.chunks import SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, plan_chunks
+from ..gpu_plans.chunks import FULL, MASKED, SLAB_ROWS_TIMES_WIDTH, ChunkPlan, SlotClass, count_lengths, plan_chunks
 from . import library
 
 BY_BLOCK = ("w_qkv", "b_qkv", "w_o", "b_o", "norm")
 """Parameters whose first axis is the block of the chunk encoder."""
 CLASSES = ALL_CLASSES[:4]
 """Bins of more than 128 slots would need more warps than the registers of a multiprocessor allow."""
-FULL = SlotClass(32, 32, False)
-"""Bins that one chunk of 32 elements fills, which nearly all are: their backward has kernels of its own."""
+BACKWARD_CLASSES = (CLASSES[0], MASKED, FULL, *CLASSES[2:])
+"""Classes of the backward where it has kernels of its own for bins that one chunk fills."""
 SUM_PIECE, POOL_BLOCKS = 256, 4
 """The same numbers as in csrc/cuda/chunk_encode/segment_sum.cu and cuda_abi.h."""
 EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
@@ -51,10 +50,7 @@ def has_wgmma(device: torch.device) -> bool:
 
 @dataclass
 class ChunkCall:
-    """Arguments that all launches of one call share; ``weights`` are the parameters by name, contiguous and aligned.
-
-    ``counted`` tells that the plan's counts are those of the chunks, and no bounds.
-    """
+    """Arguments that all launches of one call share; ``weights`` are the parameters by name, contiguous and aligned."""
 
     values: Tensor
     chunk_ptr: Tensor
@@ -65,7 +61,6 @@ class ChunkCall:
     multiprocessors: int
     shared_limit: int
     wgmma: bool
-    counted: bool
 
     @classmethod
     def make(
@@ -86,7 +81,6 @@ class ChunkCall:
         return cls(
             values, chunk_ptr, owners(tensor_ptr, chunk_ptr.shape[0] - 1), plan, weights, prepared,
             library.multiprocessors(device), shared_limit(device), has_wgmma(device),
-            bounds_of(chunk_ptr_host) is None,
         )  # fmt: skip
 
     @property
@@ -104,7 +98,7 @@ class ChunkCall:
         w = self.weights
         return library.ChunkArgs(
             self.width, self.heads, w["norm"].shape[0] > 0, slot_class.slots, slot_class.min_length,
-            slot_class.multi_chunk,
+            slot_class.longest, slot_class.multi_chunk,
             bins, first_bin, count, self.multiprocessors, self.shared_limit, self.wgmma,
             *library.pointers(
                 self.chunk_ptr, self.plan.order, self.owner, self.plan.table, self.values, w["row_code"],
@@ -223,7 +217,7 @@ def chunk_encode_backward(
         shape = (shape[0], count, *shape[1:]) if name in BY_BLOCK else (count, *shape)
         parts[name] = values.new_zeros(shape, dtype=torch.float32)
     chunk_grad = values.new_empty((chunks, width), dtype=torch.float32)
-    classes = list(_backward_classes(call))
+    classes = list(call.plan.classes(_backward_classes(call)))
     max_bins = [max(1, SLAB_ROWS_TIMES_WIDTH // (width * c.slots)) for c, _ in classes]
     rows = {c: min(most, bins) * c.slots for (c, bins), most in zip(classes, max_bins, strict=True)}
     slab = _Slab.empty(call, max(rows.values()), max((n for c, n in rows.items() if c != FULL), default=0))
@@ -239,7 +233,7 @@ def chunk_encode_backward(
 @functools.cache
 def _fits(kind: int, width: int, heads: int, slots: int, min_length: int, limit: int, wgmma: bool) -> bool:
     """Return whether every kernel of forward and backward can be launched: their launchers are asked with no work."""
-    args = library.ChunkArgs(width, heads, 1, slots, min_length, 0, 0, 0, 0, 1, limit, wgmma)
+    args = library.ChunkArgs(width, heads, 1, slots, min_length, slots, 0, 0, 0, 0, 1, limit, wgmma)
     ref, space = ctypes.byref(args), ctypes.byref(library.ChunkSpace())
     block, scalar = ctypes.byref(library.ChunkBlockGrads()), ctypes.byref(library.ChunkScalarGrads())
     lib, somewhere = library.library(), 16  # a pointer that is not null and never followed
@@ -252,18 +246,11 @@ def _fits(kind: int, width: int, heads: int, slots: int, min_length: int, limit:
     ))  # fmt: skip
 
 
-def _backward_classes(call: ChunkCall) -> Iterator[tuple[SlotClass, int]]:
-    """Yield the classes of the backward with their bins: those that one chunk fills apart where they have kernels."""
+def _backward_classes(call: ChunkCall) -> tuple[SlotClass, ...]:
+    """Return the classes of the backward: bins that one chunk fills are apart where kernels of their own can run."""
     kind = library.precision(call.values.dtype)
-    # Their kernels, and those of the shorter chunks beside them, rely on exact counts.
     fits = _fits(kind, call.width, call.heads, FULL.slots, FULL.min_length, call.shared_limit, call.wgmma)
-    apart = fits and call.counted
-    for slot_class, bins in call.plan.classes(CLASSES):
-        full = call.plan.bins(FULL) if apart and slot_class == CLASSES[1] else 0
-        if bins > full:
-            yield slot_class, bins - full
-        if full:
-            yield FULL, full
+    return BACKWARD_CLASSES if fits else CLASSES
 
 
 def why_not(op: str, args: Arguments) -> list[str]:

@@ -19,7 +19,7 @@ from ...ops.precision import product_precision
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 from . import compatibility
 
-ABI = 2
+ABI = 3
 EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
 EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cuda.so")
@@ -30,7 +30,8 @@ ERROR_FILE = Path(__file__).with_name("libsne_fast_cuda_build_error.txt")
 ChunkWeightsArgs = struct("ChunkWeightsArgs", "hidden heads backward", "w_qkv w_o pool_query prepared")
 ChunkArgs = struct(
     "ChunkArgs",
-    "hidden heads layer_norm slots min_length multi_chunk bins first_bin count multiprocessors shared_limit wgmma",
+    "hidden heads layer_norm slots min_length max_length multi_chunk bins first_bin count multiprocessors shared_limit "
+    "wgmma",
     "chunk_ptr order owner table values row_code element_code logit basis b_qkv b_o norm pool_query prepared",
 )
 ChunkSpace = struct("ChunkSpace", "", "saved rows_grad products")

@@ -52,6 +52,8 @@ CLASSES = (
     SlotClass(128, 65, False),
     SlotClass(256, 129, False),
 )
+MASKED, FULL = SlotClass(32, LONGEST_SHARED + 1, False, 31), SlotClass(32, 32, False)
+"""The class of 32 slots apart: chunks that leave slots to mask, and those that fill their bin, as nearly all do."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from ...ops.precision import product_precision
 from ...ops.schema import CHUNK_PARAMETERS
-from ..gpu_plans.chunks import CLASSES, LONGEST_SHARED, SlotClass
+from ..gpu_plans.chunks import CLASSES, FULL, MASKED, SlotClass
 from .chunk_encode_staged import Staged
 from .launches import Launch, architecture, launch, programs_of, sum_dtype
 
-FULL = SlotClass(32, 32, False)
-"""Chunks that fill their bin, as nearly all do at the usual chunk size: nothing of them is masked."""
-FUSED_CLASSES = (CLASSES[0], SlotClass(32, LONGEST_SHARED + 1, False, 31), FULL, CLASSES[2])
+FUSED_CLASSES = (CLASSES[0], MASKED, FULL, CLASSES[2])
 """Slot classes of the fused kernels; longer chunks are staged."""
 FUSED_WIDTHS = (32, 64)
 """Widths of the fused kernels; wider tiles are staged."""

@@ -41,7 +41,7 @@ class Kernel:
     saving: bool = False  # writes what the backward needs, instead of the result
 
 
-_BINS = "for (int64_t step = block_id(); step * per_step < call.count;"
+_BINS = "for (int64_t step = block_id(); step * per_step < "
 _OPERANDS = {"bfloat16": "OpBfloat", "float16": "OpHalf", "float32": "OpFloat", "tf32": "OpTf32"}
 _STORED = {"bfloat16": "BFloat", "float16": "Half", "float32": "float", "tf32": "float"}
 
@@ -101,6 +101,7 @@ def branches(kernel: Kernel) -> dict[str, float]:
         "if (head) sum[0]": 0,
         "if (chunk != held) {": 1 / 32,
         "if (heads < 4) {": 0,
+        "if (all_full && step + 1 == full_end) {": 0,  # once for a thread block
         "if (saved) save_full": float(kernel.saving),
         "save_full<Op, Shape>(saved + 3 * plane": float(kernel.saving),
         "pool_of_full<Op, Shape>(": float(not kernel.saving),

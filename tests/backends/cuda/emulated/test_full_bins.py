@@ -12,7 +12,8 @@ from helpers.chunk_checks import arguments, error, gentle, upstream
 from helpers.op_cases import GRADED_NAMES, ChunkCase
 from sne_fast.backends.cuda import chunk_encode as module
 from sne_fast.backends.cuda import library
-from sne_fast.backends.cuda.chunk_encode import FULL, chunk_encode_backward
+from sne_fast.backends.cuda.chunk_encode import FULL, MASKED, chunk_encode, chunk_encode_backward
+from sne_fast.ops.launch_bounds import LaunchBounds, declare_bounds
 
 pytestmark = pytest.mark.build
 
@@ -22,6 +23,16 @@ TENSORS = [[32] * 5, [20, 32, 32]]
 
 def case(width: int, heads: int, dtype: torch.dtype, **options: int) -> tuple[torch.Tensor, ...]:
     return arguments(ChunkCase.make(TENSORS, width, heads, dtype=dtype, **options))
+
+
+def with_bounds(args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the same arguments, whose launches are sized for more chunks of 16, of 17 to 31 and of 32 elements."""
+    values, chunk_ptr, tensor_ptr, _, *rest = args
+    counts = [0] * 257
+    counts[16], counts[31], counts[32] = 4, 6, 15
+    host = chunk_ptr.clone()
+    declare_bounds(host, LaunchBounds(32, 32, tuple(counts)))
+    return values, chunk_ptr, tensor_ptr, host, *rest
 
 
 @pytest.fixture
@@ -70,6 +81,32 @@ def test_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     checks.slabs(
         module, case(64, 4, torch.bfloat16), lambda: monkeypatch.setattr(module, "SLAB_ROWS_TIMES_WIDTH", 1), 4e-3
     )
+
+
+@pytest.mark.parametrize("wgmma", [False, True])
+@pytest.mark.parametrize("tensors", [TENSORS, [[20, 31]], [[32]]], ids=str)
+def test_bounds_above_the_counts_give_the_same_bits_by_the_same_kernels(
+    tensors: list[list[int]], wgmma: bool, monkeypatch: pytest.MonkeyPatch, launched: list[tuple[str, int]]
+) -> None:
+    monkeypatch.setattr(module, "EMULATED_WGMMA", wgmma)
+    args = arguments(ChunkCase.make(tensors, 64, 4, dtype=torch.bfloat16))
+    grad = upstream(args)
+    counted = chunk_encode(*args), *chunk_encode_backward(grad, *args)
+    launched.clear()
+    bounded = chunk_encode(*with_bounds(args)), *chunk_encode_backward(grad, *with_bounds(args))
+    for name, a, b in zip(("out", *GRADED_NAMES), bounded, counted, strict=True):
+        assert torch.equal(a, b), name
+    blocks = [shortest for name, shortest in launched if name == "chunk_block_backward"]
+    assert blocks == [1] * 3 + [MASKED.min_length] * 3 + [FULL.min_length] * 3
+
+
+def test_slabs_may_lie_behind_the_last_full_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = case(64, 4, torch.bfloat16)
+    grad = upstream(args)
+    whole = chunk_encode_backward(grad, *args)
+    monkeypatch.setattr(module, "SLAB_ROWS_TIMES_WIDTH", 1)
+    for name, a, b in zip(GRADED_NAMES, chunk_encode_backward(grad, *with_bounds(args)), whole, strict=True):
+        assert error(a, b.double()) <= 4e-3, name
 
 
 @pytest.mark.parametrize("where", ["values", "grad"])
