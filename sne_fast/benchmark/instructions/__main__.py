@@ -15,8 +15,8 @@ from rich.console import Console
 from ...backends.cuda import library
 from ...reports.terminal import show_table
 from .counting import CHIPS, CLASSES, INTEGER, Chip, Count, as_row, bounds, count_library
-from .flow import CSRC
 from .kernels import Config
+from .source_lines import CSRC
 from .triton_kernels import count_triton
 
 

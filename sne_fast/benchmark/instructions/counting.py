@@ -14,6 +14,7 @@ from .machine_code import Function, Instruction, read_kernels
 
 CLASSES = {
     "matrix": "HGMMA HMMA IMMA QGMMA UTCHMMA",
+    "tensor memory": "LDTM STTM UTCBAR UTCATOMSWS UTCCP UTCSHIFT",
     "exponential": "MUFU",
     "conversion": "F2F F2FP F2I F2IP I2F I2FP I2IP FRND",
     "float": "FADD FMUL FFMA FMNMX FMNMX3 FSETP FSEL FCHK HADD2 HFMA2 HMUL2 HMNMX2 HSETP2 HSET2 FADD2 FFMA2 FMUL2",
@@ -75,8 +76,32 @@ def class_of(instruction: Instruction) -> str:
     return _CLASS_OF.get(instruction.name, INTEGER)
 
 
-def matrix_operations(instruction: Instruction) -> float:
-    """Return the operations of one warp in a matrix instruction, from the shape in its name."""
+def tensor_memory_product(function: Function, at: int) -> tuple[int, int, int]:
+    """Return rows, columns and depth of a product whose result goes to tensor memory, from its descriptor.
+
+    Raises:
+        RuntimeError: if the descriptor is not a constant that is set just ahead of it.
+    """
+    instruction = function.instructions[at]
+    register = re.search(r"idesc\[(UR\d+)\]", instruction.operands)
+    start = max(first for first, _ in function.blocks if first <= at)
+    for before in reversed(function.instructions[start:at]):
+        if register and before.operands.startswith(f"{register[1]},"):
+            constant = re.fullmatch(r"UR\d+, (0x[0-9a-f]+)", before.operands)
+            if before.name == "UMOV" and constant and not before.guard:
+                # "Instruction descriptor" of tcgen05.mma in the PTX manual: operands of type 2 are TF32
+                bits = int(constant[1], 16)
+                return 16 * (bits >> 24 & 31), 8 * (bits >> 17 & 63), 8 if bits >> 7 & 7 == 2 else 16
+            break
+    raise RuntimeError(f"{function.name}: the shape of a product is not in its machine code: {instruction}")
+
+
+def matrix_operations(function: Function, at: int) -> float:
+    """Return the operations of a matrix instruction: those of one warp, or with tensor memory all of them."""
+    instruction = function.instructions[at]
+    if instruction.name == "UTCHMMA":
+        rows, columns, depth = tensor_memory_product(function, at)
+        return 2 * rows * columns * depth
     if shape := re.search(r"\.(\d+)x(\d+)x(\d+)", instruction.opcode):  # 64 rows of a warpgroup
         rows, columns, depth = map(int, shape.groups())
         return 2 * rows * columns * depth / 4
@@ -86,8 +111,12 @@ def matrix_operations(instruction: Instruction) -> float:
     return 0
 
 
-def shared_bytes(instruction: Instruction) -> float:
+def shared_bytes(function: Function, at: int) -> float:
     """Return how much of the bandwidth of shared memory an instruction of a warp takes, without bank conflicts."""
+    instruction = function.instructions[at]
+    if instruction.name == "UTCHMMA":  # 32 bytes of a row and of a column; rows may be in tensor memory
+        rows, columns, _ = tensor_memory_product(function, at)
+        return 32 * (columns + (rows if instruction.operands.startswith("gdesc") else 0))
     if shape := re.search(r"HGMMA\.64x(\d+)x(\d+)", instruction.opcode):  # the right operand, once for four warps
         return int(shape[1]) * int(shape[2]) * 2 / 4
     if instruction.name in ("LDSM", "STSM"):
@@ -118,8 +147,8 @@ def totals(function: Function, runs: Mapping[int, float], units: float) -> tuple
     for at, times in runs.items():
         instruction = function.instructions[at]
         classes[class_of(instruction)] += times * units
-        operations += times * units * matrix_operations(instruction)
-        shared += times * units * shared_bytes(instruction)
+        operations += times * units * matrix_operations(function, at)
+        shared += times * units * shared_bytes(function, at)
     return dict(classes), operations, shared
 
 

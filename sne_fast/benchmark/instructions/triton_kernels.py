@@ -16,6 +16,7 @@ from .machine_code import read_kernels
 
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 _RESERVED = 1024  # bytes of shared memory that the system takes of each block
+_TENSOR_COLUMNS = 512  # of tensor memory in a multiprocessor
 _TILES = "for i_tile in "
 
 
@@ -127,7 +128,7 @@ def loops(config: Config) -> dict[str, Loop]:
 
 BRANCHES = {
     # Machine code asks it ahead of the end of its loop, so for 0 to 3, of which the last one leaves.
-    "if full == 1:": 1 / 4,
+    "if full == 1:": 1 / 3,
     "if MULTI_CHUNK:": 0,
 }
 """How often statements behind a branch run, by the beginning of their source."""
@@ -164,7 +165,7 @@ def count_kernel(kernel: TritonKernel, config: Config, dtype: str, architecture:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(made.asm["cubin"])
         (function,) = read_kernels(path, str(architecture))
-    runs = Flow(function, loops(config), BRANCHES).per_run_of(kernel.per_unit)
+    runs = Flow(function, loops(config), BRANCHES, sizes.num_warps).per_run_of(kernel.per_unit)
     rows = sizes.blocks["ROWS"] if "ROWS" in sizes.blocks else sizes.blocks["BINS"] * slots.slots
     classes, operations, shared = totals(function, runs, sizes.num_warps * 32 / rows)
     taken = max(function.shared_bytes, made.metadata.shared)
@@ -172,6 +173,7 @@ def count_kernel(kernel: TritonKernel, config: Config, dtype: str, architecture:
         chip.registers // (-(-function.registers // 8) * 8 * 32 * sizes.num_warps),
         chip.shared_memory // (taken + _RESERVED),
         chip.warps // sizes.num_warps,
+        _TENSOR_COLUMNS // max(1, made.metadata.tmem_size),
     )
     return Count(kernel.title, kernel.launches, sum(classes.values()), classes, operations, shared,
                  function.registers, function.stack_bytes, function.spills, taken, sizes.num_warps * blocks,
