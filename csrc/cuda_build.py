@@ -1,6 +1,7 @@
 """Build the CUDA library from csrc/cuda with nvcc.
 
-Used by setup.py, and alone: python csrc/cuda_build.py [OUT.so]
+Used by setup.py, and alone: python csrc/cuda_build.py [OUT.so [FILE ...]]; with files such as chunk_encode/weights it
+holds those alone, to look at.
 
 Environment:
 
@@ -158,9 +159,12 @@ def compiler(nvcc: str, names: Sequence[str], source: Path, extra: Sequence[str]
             f"-DSNE_CUDA_ARCHS={' '.join(names)}", *extra, *host_compiler_flags(), *strict]  # fmt: skip
 
 
-def units(nvcc: str, names: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
-    """Return the files to compile, each with its command; ``extra`` flags are added to all."""
-    return [Unit(source, f"{name_of(source)}.o", compiler(nvcc, names, source, extra)) for source in sources()]
+def units(nvcc: str, names: Sequence[str], files: Sequence[str] = ()) -> list[Unit]:
+    """Return the files to compile, all or those named, each with its command."""
+    if unknown := set(files) - {name_of(source) for source in sources()}:
+        raise RuntimeError(f"csrc/cuda has no file {', '.join(sorted(unknown))}")
+    return [Unit(source, f"{name_of(source)}.o", compiler(nvcc, names, source))
+            for source in sources() if not files or name_of(source) in files]  # fmt: skip
 
 
 def linker(nvcc: str, names: Sequence[str]) -> list[str]:
@@ -169,9 +173,14 @@ def linker(nvcc: str, names: Sequence[str]) -> list[str]:
 
 
 def build(
-    target: Path, folder: Path = native_build.BUILD_FOLDER / "cuda", names: Sequence[str] | None = None
+    target: Path,
+    folder: Path = native_build.BUILD_FOLDER / "cuda",
+    names: Sequence[str] | None = None,
+    files: Sequence[str] = (),
 ) -> list[str]:
-    """Compile csrc/cuda into ``target``, with objects in ``folder``, and return the architectures it is built for.
+    """Compile csrc/cuda, or some of its files, into ``target``, and return the architectures it is built for.
+
+    Objects stay in ``folder``.
 
     Raises:
         RuntimeError: saying what is missing, or what the compiler said.
@@ -180,13 +189,13 @@ def build(
     if nvcc is None:
         raise RuntimeError("there is no nvcc: put it on the PATH or set CUDA_HOME")
     names = list(names or architectures(nvcc))
-    native_build.build(target, folder, units(nvcc, names), linker(nvcc, names))
+    native_build.build(target, folder, units(nvcc, names, files), linker(nvcc, names))
     return names
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else native_build.ROOT / native_build.CUDA_LIBRARY
     try:
-        print(f"{out}: {' '.join(build(out))}")
+        print(f"{out}: {' '.join(build(out, files=sys.argv[2:]))}")
     except RuntimeError as error:
         sys.exit(f"cuda_build: {error}")

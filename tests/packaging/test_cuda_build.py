@@ -151,6 +151,16 @@ def test_every_source_is_compiled_and_linked(toolkit: Toolkit, tmp_path: Path, m
     assert len(toolkit.commands()) == before + (0 if ninja else len(compiled) + 1), "ninja compiles what has changed"
 
 
+def test_some_files_can_be_built_alone(toolkit: Toolkit, tmp_path: Path) -> None:
+    toolkit.nvcc()
+    files = ["chunk_encode/weights", "chunk_encode/entry"]
+    cuda_build.build(tmp_path / "some.so", tmp_path / "objects", ["80"], files)
+    compiled = [command for command in toolkit.commands() if " -c " in command]
+    assert len(compiled) == 2 and all(any(f"{file}.cu " in command for command in compiled) for file in files)
+    with pytest.raises(RuntimeError, match="csrc/cuda has no file chunk_encode/nothing"):
+        cuda_build.build(tmp_path / "some.so", tmp_path / "objects", ["80"], ["chunk_encode/nothing"])
+
+
 @pytest.mark.parametrize("ninja", [True, False])
 def test_what_the_compiler_says_is_in_the_message(toolkit: Toolkit, tmp_path: Path, monkeypatch, ninja: bool) -> None:
     choose_ninja(monkeypatch, ninja)

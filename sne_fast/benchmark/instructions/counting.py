@@ -51,6 +51,8 @@ CHIPS = {
     "b200": Chip("B200", 148, 1.85, matrix_operations=8192),
     "a100": Chip("A100 SXM", 108, 1.41, matrix_operations=2048, shared_memory=164 << 10),
 }
+CHIP_OF = {80: "a100", 90: "h100", 100: "b200"}
+"""The chip that code for an architecture is compared on."""
 
 
 @dataclass
@@ -182,8 +184,7 @@ def count_library(
         RuntimeError: if a kernel is missing, a tool is, or a loop has no trip count.
     """
     found = []
-    wgmma = architecture == "90a" and config.hidden == 64 and dtype in ("bfloat16", "float16")
-    for kernel in training_kernels(config, dtype, wgmma):
+    for kernel in training_kernels(config, dtype, architecture):
         if not only or kernel.title in only:
             functions = read_kernels(library, architecture, kernel.pattern)
             if len(functions) != 1:

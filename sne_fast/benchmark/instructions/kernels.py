@@ -28,9 +28,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: what its name matches, the loop over its work, and how much of that there is per 32 weights."""
+    """A kernel: its file and name, the loop over its work, and how much of that there is per 32 weights."""
 
     title: str
+    file: str  # below csrc/cuda
     pattern: str
     per_unit: str  # the line of source of the loop over units of work
     units: Callable[[Config, int], float]  # runs of that loop per 32 weights, by rows of a warp
@@ -43,45 +44,50 @@ class Kernel:
 
 _BINS = "for (int64_t step = block_id(); step * per_step < "
 _OPERANDS = {"bfloat16": "OpBfloat", "float16": "OpHalf", "float32": "OpFloat", "tf32": "OpTf32"}
+_FILES = {"bfloat16": "bfloat", "float16": "half", "float32": "float", "tf32": "tf32"}
 _STORED = {"bfloat16": "BFloat", "float16": "Half", "float32": "float", "tf32": "float"}
 
 
-def training_kernels(config: Config, dtype: str, wgmma: bool) -> list[Kernel]:
+def training_kernels(config: Config, dtype: str, architecture: str) -> list[Kernel]:
     """Return the kernels of a training step of ``chunk_encode``; the first one is the forward pass."""
+    wgmma = architecture == "90a" and config.hidden == 64 and dtype in ("bfloat16", "float16")
     op, stored, h, d = _OPERANDS[dtype], _STORED[dtype], config.hidden, config.head_width
     tile = 32 if h % 64 else 64
     fills_bins = dtype in ("bfloat16", "float16") and h <= 64 and d >= 16 and config.chunk_size == 32
+    operands, full = (f"chunk_encode/{part}_{_FILES[dtype]}" for part in ("operands", "full_backward"))
+    pool, weights = "chunk_encode/pool_backward", "chunk_encode/weight_grad"
     forward = rf"chunk_encode_forward{'_wgmma' if wgmma else ''}<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, "
+    forward_file = "chunk_encode/forward_sm90" if wgmma else operands
     both_forwards = [
-        Kernel("forward", forward, _BINS, lambda c, rows: 32 / rows),
-        Kernel("forward of the backward", forward, _BINS, lambda c, rows: 32 / rows, saving=True),
+        Kernel("forward", forward_file, forward, _BINS, lambda c, rows: 32 / rows),
+        Kernel("forward of the backward", forward_file, forward, _BINS, lambda c, rows: 32 / rows, saving=True),
     ]
     if fills_bins:
         shape = rf"_backward<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, "
         return [
             *both_forwards,
-            Kernel("pool backward", f"chunk_full_pool{shape}", _BINS, lambda c, rows: 2.0, threads=256),
-            Kernel("block backward", f"chunk_full_block{shape}", _BINS, lambda c, rows: 2.0, 3, threads=256),
-            Kernel("sums of codes", rf"chunk_full_codes_backward<sne::{stored}, {h}>", _BINS,
+            Kernel("pool backward", full, f"chunk_full_pool{shape}", _BINS, lambda c, rows: 2.0, threads=256),
+            Kernel("block backward", full, f"chunk_full_block{shape}", _BINS, lambda c, rows: 2.0, 3, threads=256),
+            Kernel("sums of codes", full, rf"chunk_full_codes_backward<sne::{stored}, {h}>", _BINS,
                    lambda c, rows: c.hidden / 16, threads=512),
-            Kernel("scalar backward", f"chunk_full_scalar{shape}", _BINS, lambda c, rows: 2.0, threads=256),
+            Kernel("scalar backward", full, f"chunk_full_scalar{shape}", _BINS, lambda c, rows: 2.0, threads=256),
         ]  # fmt: skip
     return [
         *both_forwards,
-        Kernel("pool backward", rf"chunk_pool_backward<sne::{stored}>", _BINS, lambda c, rows: 32 / rows,
+        Kernel("pool backward", pool, rf"chunk_pool_backward<sne::{stored}>", _BINS, lambda c, rows: 32 / rows,
                rows=32, threads=256, halves=stored != "float"),
-        Kernel("block backward", rf"chunk_block_backward<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, ", _BINS,
+        Kernel("block backward", operands, rf"chunk_block_backward<sne::{op}, sne::ChunkShape<[^>]* {h}, {d}, ", _BINS,
                lambda c, rows: 2.0, 3),
-        Kernel("weight gradients", rf"chunk_weight_grad<sne::{op}, {tile}>",
+        Kernel("weight gradients", weights, rf"chunk_weight_grad<sne::{op}, {tile}>",
                "for (int64_t row = block_id() * kRowsAtOnce; row < rows; row += num_blocks() * kRowsAtOnce) {",
                lambda c, rows: 4.0 * (c.hidden / tile) ** 2, 13, threads=128),
-        Kernel("sums of chunks", rf"chunk_row_sums<sne::{stored}>",
+        Kernel("sums of chunks", pool, rf"chunk_row_sums<sne::{stored}>",
                "for (int64_t first = block_id() * num_warps(); first < call.count; ",
                lambda c, rows: 32 / c.chunk_size, threads=256),
-        Kernel("sums of elements", "chunk_row_element_sums",
+        Kernel("sums of elements", pool, "chunk_row_element_sums",
                "for (int64_t bin = block_id(); bin < count; bin += num_blocks()) {",
                lambda c, rows: c.hidden / 4 / 4, threads=256),
-        Kernel("scalar backward", rf"chunk_scalar_backward<sne::{op}, {h}, ", _BINS, lambda c, rows: 2.0),
+        Kernel("scalar backward", operands, rf"chunk_scalar_backward<sne::{op}, {h}, ", _BINS, lambda c, rows: 2.0),
     ]  # fmt: skip
 
 
