@@ -230,7 +230,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1) chunk_block_backward(ChunkCall<typename Op::S
     const ProductRows<T> products = product_rows<T>(space, there, row, rows, W);
     feed_forward_backward<Op, Shape>(grad, o, weights, layout.out(block), out_transposed, layout.out_transposed(block),
                                      vectors + at.out_bias(block), sums + warp_id() * kNormSums<W>, layer_norm,
-                                     products);
+                                     saving<Op, Shape>(products));
     Tile dx[1][NT] = {};
     attention_backward<Op, Shape>(dx, grad, x, weights, transposed, block, vectors + at.qkv_bias(block), memory, set,
                                   products);

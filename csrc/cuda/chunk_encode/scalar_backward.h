@@ -125,7 +125,8 @@ SNE_KERNEL SNE_BOUNDS(kThreads, 1)
     load_grad(grad[0], space, there, row);
     const ProductRows<T> products = product_rows<T>(space, there, row, rows, W);
     feed_forward_backward<Op, Shape>(grad, o, out, layout.out(0), transposed, layout.out_transposed(0),
-                                     vectors + at.out_bias(0), norm_sums + warp_id() * 4 * W, layer_norm, products);
+                                     vectors + at.out_bias(0), norm_sums + warp_id() * 4 * W, layer_norm,
+                                     saving<Op, Shape>(products));
 
     // o = x basis_0 + mean basis_1 + basis_2.
     const float x[2] = {memory.values[g], memory.values[g + 8]};

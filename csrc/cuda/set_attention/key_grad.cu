@@ -5,45 +5,9 @@
 namespace sne::set_attention {
 namespace {
 
-// Numbers of a query, in shared memory behind the tiles: lse in base 2, by which logits are shifted, and mean.
-struct QueryNumbers {
-  float lse, mean;
-};
+// The numbers of queries stand behind the tiles.
 template <class Op, int D>
 constexpr size_t kShared = Inner<Op, D>::kShared + kBlockWarps * 2 * Inner<Op, D>::kRows * sizeof(QueryNumbers);
-
-template <class Op, int D, int groups>
-SNE_DEVICE void add_queries(Tile *grad_k, Tile *grad_v, Own<Op, D> &k, Own<Op, D> &v,
-                            const typename Op::Storage *queries, const typename Op::Storage *grads,
-                            const QueryNumbers *numbers, float scale) {
-  constexpr int kStride = Inner<Op, D>::kStride;
-  k.keep();
-  v.keep();
-  Tile p[2 * groups] = {}, dp[2 * groups] = {};
-  SNE_UNROLL
-  for (int i = 0; i < groups; ++i) {
-    multiply_transposed<Op, D>(p + 2 * i, k.a, queries + 16 * i * kStride);
-    multiply_transposed<Op, D>(dp + 2 * i, v.a, grads + 16 * i * kStride);
-  }
-  SNE_UNROLL
-  for (int n = 0; n < 2 * groups; ++n) {
-    SNE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const QueryNumbers of = numbers[8 * n + inner_row<Op>(i)];
-      SNE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float &weight = p[n].c[2 * half + i], &change = dp[n].c[2 * half + i];
-        weight = exp2_fast(weight * scale - of.lse);
-        change = weight * (change - of.mean);
-      }
-    }
-  }
-  SNE_UNROLL
-  for (int i = 0; i < groups; ++i) {
-    multiply<Op, D>(grad_v, rows16<Op>(p[2 * i], p[2 * i + 1]), grads + 16 * i * kStride);
-    multiply<Op, D>(grad_k, rows16<Op>(dp[2 * i], dp[2 * i + 1]), queries + 16 * i * kStride);
-  }
-}
 
 template <class Op, int D>
 SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) key_grad_kernel(Call call) {
@@ -93,8 +57,9 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) key_grad_kernel(Call c
     int here = tiles.count(left);
     constexpr int kStep = 16 * kGroups;
     for (; here > 16 * (kGroups - 1); here -= kStep, queries += kStep * kStride, grads += kStep * kStride, of += kStep)
-      add_queries<Op, D, kGroups>(grad_k, grad_v, k, v, queries, grads, of, scale);
-    if (kGroups > 1 && here > 0) add_queries<Op, D, 1>(grad_k, grad_v, k, v, queries, grads, of, scale);
+      add_queries<Op, D, kStride, kGroups>(grad_k, grad_v, k, v, queries, grads, of, AllSeen{}, scale);
+    if (kGroups > 1 && here > 0)
+      add_queries<Op, D, kStride, 1>(grad_k, grad_v, k, v, queries, grads, of, AllSeen{}, scale);
   }
   if (!busy) return;
 

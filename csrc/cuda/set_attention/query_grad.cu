@@ -1,56 +1,8 @@
 // Gradient of q of set_attention and, for each query, the mean of its weights' gradient, which key_grad.cu reads.
-//
-// With the weights p_j of keys and their gradients dp_j, dq = sum_j p_j (dp_j - mean) k_j / sqrt(h) and mean = sum_j
-// p_j dp_j. <grad, out> equals that mean except for the rounding of operands and of out, which may be larger than the
-// difference. So one pass over the keys sums with <grad, out> as a guess of the mean, and besides sums what the guess
-// lacks, sum_j p_j (dp_j - <grad, out>), and the factor of that, sum_j p_j k_j. float32 needs no such correction.
 #include "cuda/set_attention/tiles.h"
 
 namespace sne::set_attention {
 namespace {
-
-template <class Op>
-constexpr bool kCorrected = !std::is_same_v<Op, OpFloat>;
-
-// Sums over keys, for rows g and g + 8.
-template <class Op, int D>
-struct Sums {
-  float guess[2];  // of the mean
-  float lse[2];    // in base 2; logits are shifted by it
-  float lack[2];   // sum of p (dp - guess) over this lane's columns
-  Tile grad[D / 8];
-  Tile key[kCorrected<Op> ? D / 8 : 1];
-};
-
-template <class Op, int D, int groups, bool masked>
-SNE_DEVICE void add_keys(Sums<Op, D> &s, Own<Op, D> &q, Own<Op, D> &grad, const typename Op::Storage *keys,
-                         const typename Op::Storage *values, int left, float scale) {
-  constexpr int kStride = Inner<Op, D>::kStride;
-  q.keep();
-  grad.keep();
-  Tile p[2 * groups] = {}, dp[2 * groups] = {};
-  SNE_UNROLL
-  for (int i = 0; i < groups; ++i) {
-    multiply_transposed<Op, D>(p + 2 * i, q.a, keys + 16 * i * kStride);
-    multiply_transposed<Op, D>(dp + 2 * i, grad.a, values + 16 * i * kStride);
-  }
-  SNE_UNROLL
-  for (int n = 0; n < 2 * groups; ++n) {
-    SNE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float weight = exp2_fast(p[n].c[i] * scale - s.lse[i / 2]);
-      p[n].c[i] = masked && 8 * n + inner_row<Op>(i % 2) >= left ? 0.0f : weight;
-      dp[n].c[i] = p[n].c[i] * (dp[n].c[i] - s.guess[i / 2]);
-      if constexpr (kCorrected<Op>) s.lack[i / 2] += dp[n].c[i];
-    }
-  }
-  SNE_UNROLL
-  for (int i = 0; i < groups; ++i) {
-    const typename Op::Storage *rows = keys + 16 * i * kStride;
-    multiply<Op, D>(s.grad, rows16<Op>(dp[2 * i], dp[2 * i + 1]), rows);
-    if constexpr (kCorrected<Op>) multiply<Op, D>(s.key, rows16<Op>(p[2 * i], p[2 * i + 1]), rows);
-  }
-}
 
 template <class Op, int D>
 SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call call) {
@@ -66,7 +18,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call
   const int64_t own = 16 * team.warp, count = item.row_end - item.row - own;
   const bool busy = count > 0;
   Own<Op, D> q, grad;
-  Sums<Op, D> s{};
+  QueryGradSums<Op, D> s{};
   if (busy) {
     const int64_t from = (item.row + own) * call.width + item.head * D;
     const int rows = count < 16 ? int(count) : 16;
@@ -93,9 +45,9 @@ SNE_KERNEL SNE_BOUNDS(kThreads, (kBackwardBlocks<Op, D>)) query_grad_kernel(Call
     const T *keys = tiles.tile(stage, 0), *values = tiles.tile(stage, 1);
     int here = tiles.count(left);
     for (; here >= 16 * kGroups; here -= 16 * kGroups, keys += 16 * kGroups * kStride, values += 16 * kGroups * kStride)
-      add_keys<Op, D, kGroups, false>(s, q, grad, keys, values, here, scale);
+      add_keys<Op, D, kStride, kGroups>(s, q, grad, keys, values, AllSeen{}, scale);
     for (; here > 0; here -= 16, keys += 16 * kStride, values += 16 * kStride)
-      add_keys<Op, D, 1, true>(s, q, grad, keys, values, here, scale);
+      add_keys<Op, D, kStride, 1>(s, q, grad, keys, values, FirstSeen<Op>{here}, scale);
   }
   if (!busy) return;
 
