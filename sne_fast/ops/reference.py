@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_block import BlockParts, set_block_backward_in_parts, set_block_in_parts
 from .reference_codes import add_codes, add_codes_backward
 from .reference_gather import gather_chunks, gather_chunks_backward, gather_stored
 from .reference_pool import PoolParts, pool_block_backward_in_parts, pool_block_in_parts
 from .reference_statistics import tensor_statistics
-from .schema import accumulate_dtype, no_keys
+from .schema import accumulate_dtype
 
 __all__ = ["add_codes", "add_codes_backward", "chunk_encode", "chunk_encode_backward", "feed_forward",
            "feed_forward_backward", "gather_chunks", "gather_chunks_backward", "gather_stored", "pool_block",
@@ -344,39 +345,23 @@ def feed_forward_backward(
 # ---------------------------------------------------------------------------------------------------------- set_block
 
 
-def _projected(q: Tensor, k: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    w_q, b_q, w_k, b_k, w_v, b_v = weights
-    return F.linear(q, w_q, b_q), F.linear(k, w_k, b_k), F.linear(k, w_v, b_v)
+_BLOCK_PARTS = BlockParts(set_attention, set_attention_backward, feed_forward, feed_forward_backward)
+
+
+def _widened(*args: Any) -> list[Any]:
+    """Return arguments with floating tensors in the dtype of sums."""
+    return [t.to(accumulate_dtype(t.dtype)) if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
 
 
 def set_block(q: Tensor, k: Tensor | None, *args: Any) -> Tensor:
     """Compute a whole attention block on packed sets: projections, attention inside each set, feed-forward."""
-    k = q if k is None else k
-    q_ptr, k_ptr, q_ptr_host, k_ptr_host, *given, num_heads = args
-    pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
-    rows_q, rows_k, *weights = (t.to(accumulate_dtype(q.dtype)) for t in (q, k, *given))
-    query, key, value = _projected(rows_q, rows_k, weights[:6])
-    attended, _ = set_attention(query, key, value, *pointers, num_heads)
-    return feed_forward(query, attended, *weights[6:]).to(q.dtype)
+    return set_block_in_parts(_BLOCK_PARTS, *_widened(q, k, *args)).to(q.dtype)
 
 
 def set_block_backward(grad: Tensor, q: Tensor, k: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of the rows and of the parameters."""
-    if k is None:
-        grad_q, grad_k, *others = set_block_backward(grad, q, q, *args)
-        return (grad_q + grad_k, no_keys(q), *others)
-    q_ptr, k_ptr, q_ptr_host, k_ptr_host, *given, num_heads = args
-    pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
-    out_grad, rows_q, rows_k, *weights = (t.to(accumulate_dtype(q.dtype)) for t in (grad, q, k, *given))
-    query, key, value = _projected(rows_q, rows_k, weights[:6])
-    attended, lse = set_attention(query, key, value, *pointers, num_heads)
-    grad_sum, *rest = feed_forward_backward(out_grad, query, attended, *weights[6:])
-    by_attention = set_attention_backward(grad_sum, query, key, value, attended, lse, *pointers, num_heads)
-    grad_query, grad_key, grad_value = by_attention[0] + grad_sum, *by_attention[1:]
-    grads = [grad_query @ weights[0], grad_key @ weights[2] + grad_value @ weights[4]]
-    for by_row, rows in ((grad_query, rows_q), (grad_key, rows_k), (grad_value, rows_k)):
-        grads += [by_row.mT @ rows, by_row.sum(0)]
-    return tuple(g.to(t.dtype) for g, t in zip((*grads, *rest), (q, k, *given), strict=True))
+    grads = set_block_backward_in_parts(_BLOCK_PARTS, *_widened(grad, q, k, *args))
+    return tuple(g.to(q.dtype) for g in grads)
 
 
 # --------------------------------------------------------------------------------------------------------- pool_block

@@ -24,9 +24,10 @@ def loose(batch: WeightBatch) -> WeightBatch:
 def check_loose_bounds(backend: str, amp: torch.dtype | None = None) -> None:
     """Compare a padded batch whose bounds are much too large with the same networks alone, on the reference.
 
-    Under autocast in ``amp``, whose rounding the reference does not share, both run on the backend.
+    Under autocast in ``amp``, whose rounding the reference does not share, both run on the backend; whole blocks, which
+    bounds that are too large rule out, round otherwise than their parts.
     """
-    most = 1e-3 if amp is None else 3e-2
+    most = 1e-3 if amp is None else 5e-2
     torch.manual_seed(0)
     model = sne_fast.SNE(hidden_dim=32, num_heads=1, chunk_size=32)
     for parameter in model.parameters():

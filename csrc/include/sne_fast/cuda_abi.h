@@ -178,6 +178,23 @@ SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_query_grad(const struct sne_fa
 SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_key_grad(const struct sne_fast_cuda_set_attention_args *args,
                                                            void *stream);
 
+/* set_block: whole attention blocks of rows that attend to each other inside sets, of width 32 or 64 and heads of width
+ * 8, 16 or 32. Keys and values of a set are computed again for every 64 of its rows, so sets should be short.
+ *
+ * Arrays are aligned to 16 bytes. With rows 0 the functions only return whether they could run, and follow no pointer.
+ */
+typedef struct {
+  int64_t rows, width, heads, layer_norm;
+  int64_t multiprocessors, shared_limit; /* bytes of shared memory that a thread block may have */
+  const void *x;                         /* real (rows, h) */
+  const int64_t *ptr, *owner;            /* (sets + 1), and the set of each row (rows) */
+  /* real (h, h) and (h); the bias of the keys is constant in the softmax */
+  const void *w_q, *b_q, *w_k, *w_v, *b_v, *w_o, *b_o;
+  const void *norm; /* (4, h) */
+  void *out;        /* real (rows, h): written by the forward */
+} sne_fast_cuda_set_block_args;
+SNE_FAST_CUDA_API int sne_fast_cuda_set_block(int precision, const sne_fast_cuda_set_block_args *args, void *stream);
+
 /* gather_chunks: writes matrices (R, K), each as its transpose (K, R) divided by its scale, one behind another.
  *
  * `table` (fields, stride), int64 on the device, describes T matrices that are not empty, with a row for each field

@@ -21,6 +21,7 @@ from . import library, winners
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FOLDER = Path(__file__).parent
 OPS = OpModules(__package__)
+FUSIONS = ("set_block",)
 VERIFIED_WITHOUT_A_GPU = "checked in an emulator on the host, and compiled for sm_80, sm_90a and sm_100"
 
 
@@ -65,7 +66,7 @@ def describe() -> str:
 
 BACKEND = Backend(
     name="cuda",
-    kernels=OPS.kernels(op for name in REQUIRED_OPS for op in (name, f"{name}_backward")),
+    kernels=OPS.kernels(op for name in (*REQUIRED_OPS, *FUSIONS) for op in (name, f"{name}_backward")),
     devices=("cpu",) if library.EMULATED else ("cuda",),
     priority=100,  # below Triton, except for calls that a committed measurement names
     unavailable=unavailable,
@@ -74,5 +75,6 @@ BACKEND = Backend(
     self_test=True,
     sources=(FOLDER, FOLDER.parent / "gpu_plans", Path(native_library.__file__)),
     preferred=winners.preferred,
+    fusions=FUSIONS,
     describe=describe,
 )

@@ -28,16 +28,8 @@ BACKWARD_CLASSES = (CLASSES[0], MASKED, FULL, *CLASSES[2:])
 """Classes of the backward where it has kernels of its own for bins that one chunk fills."""
 SUM_PIECE, POOL_BLOCKS = 256, 4
 """The same numbers as in csrc/cuda/chunk_encode/segment_sum.cu and cuda_abi.h."""
-EMULATED_SHARED, EMULATED_WGMMA = 227 << 10, False
-"""Features of the emulated GPU: an H100's shared memory, and wgmma where a test says so."""
-
-
-def shared_limit(device: torch.device) -> int:
-    """Return the bytes of shared memory that one block of threads may have."""
-    if device.type != "cuda":
-        return EMULATED_SHARED
-    properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+EMULATED_WGMMA = False
+"""Whether the emulated GPU has wgmma, as a test says."""
 
 
 def has_wgmma(device: torch.device) -> bool:
@@ -80,7 +72,7 @@ class ChunkCall:
         device = values.device
         return cls(
             values, chunk_ptr, owners(tensor_ptr, chunk_ptr.shape[0] - 1), plan, weights, prepared,
-            library.multiprocessors(device), shared_limit(device), has_wgmma(device),
+            library.multiprocessors(device), library.shared_limit(device), has_wgmma(device),
         )  # fmt: skip
 
     @property
@@ -264,7 +256,7 @@ def why_not(op: str, args: Arguments) -> list[str]:
         reasons.append(f"chunk size must be at most {CLASSES[-1].slots}, got {codes}")
     if not reasons:
         slots = max(c.slots for c in CLASSES if c.min_length <= max(1, codes))
-        limit = shared_limit(values.device)
+        limit = library.shared_limit(values.device)
         if not _fits(library.precision(values.dtype), h, heads, slots, 1, limit, has_wgmma(values.device)):
             reasons.append(
                 f"chunks of {codes} at width {h}, {heads} heads, do not fit the {limit >> 10} KB of shared memory here"

@@ -22,6 +22,8 @@ from . import compatibility
 ABI = 3
 EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
 EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
+EMULATED_SHARED = 227 << 10
+"""Shared memory of the emulated GPU, an H100's."""
 LIBRARY_FILE = Path(__file__).with_name("libsne_fast_cuda.so")
 ERROR_FILE = Path(__file__).with_name("libsne_fast_cuda_build_error.txt")
 
@@ -47,6 +49,11 @@ SetAttention = struct(
     "SetAttention",
     "sets width heads precision warps one_tile_per_set split_rows pieces aligned_splits max_own_rows",
     "q k v q_ptr k_ptr out lse grad mean grad_q grad_k grad_v partial partial_second partial_rows",
+)
+SetBlock = struct(
+    "SetBlock",
+    "rows width heads layer_norm multiprocessors shared_limit",
+    "x ptr owner w_q b_q w_k w_v b_v w_o b_o norm out",
 )
 GatherChunks = struct(
     "GatherChunks", "type wide_scale tensors stride tiles", "table scale values grad parts grad_scale"
@@ -76,6 +83,7 @@ SYMBOLS: Symbols = {
     "sne_fast_cuda_set_attention": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_set_attention_query_grad": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_set_attention_key_grad": (INT, [POINTER, POINTER]),
+    "sne_fast_cuda_set_block": (INT, [INT, POINTER, POINTER]),
     "sne_fast_cuda_gather_chunks": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_gather_chunks_backward": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_segment_pool": (INT, [POINTER, POINTER]),
@@ -156,3 +164,11 @@ def aligned(t: Tensor) -> Tensor:
 def multiprocessors(device: torch.device) -> int:
     """Return the multiprocessor count of a GPU; 2 in the emulator, so that several blocks share out the work."""
     return devices.multiprocessors(device) if device.type == "cuda" else 2
+
+
+def shared_limit(device: torch.device) -> int:
+    """Return the bytes of shared memory that one block of threads may have."""
+    if device.type != "cuda":
+        return EMULATED_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

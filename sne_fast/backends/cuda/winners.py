@@ -89,11 +89,16 @@ def call_of(op: str, args: Arguments) -> Call:
         rows = sum(t.numel() for t in given["tensors"]) if values is None else values.numel()
         device = given["scale"].device
     else:
-        counted = {"chunk_encode": "values", "set_attention": "k", "segment_pool": "x", "feed_forward": "q"}
+        counted = {
+            "chunk_encode": "values", "set_attention": "k", "segment_pool": "x", "feed_forward": "q", "set_block": "q",
+        }  # fmt: skip
         operand = given[counted[variant.op]]
         rows, device = operand.shape[0], operand.device
         if variant.op != "feed_forward":
-            pointer = {"chunk_encode": "chunk_ptr", "set_attention": "k_ptr_host", "segment_pool": "ptr_host"}
+            pointer = {
+                "chunk_encode": "chunk_ptr", "set_attention": "k_ptr_host", "segment_pool": "ptr_host",
+                "set_block": "q_ptr_host",
+            }  # fmt: skip
             sets = given[pointer[variant.op]].shape[0] - 1
     return Call(
         op, "{}.{}".format(*devices.capability(device)), str(variant.dtype).removeprefix("torch."),

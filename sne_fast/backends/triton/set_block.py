@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ops.backend import Arguments
 from ...ops.pointer_facts import owners
+from ...ops.reference_block import BlockParts, set_block_backward_in_parts, set_block_in_parts
 from ...ops.schema import BLOCK_PARAMETERS, accumulate_dtype, named, no_keys
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
@@ -23,6 +24,7 @@ from .launches import on_device
 from .partial_sums import Part, PartialSums
 from .set_attention import set_attention, set_attention_backward
 
+PARTS = BlockParts(set_attention, set_attention_backward, feed_forward, feed_forward_backward)
 WHOLE_WIDTHS = (32, 64)
 PROJECTIONS = 6
 """Parameters of the projections, whose gradients the kernel of the keys sums; that of the queries sums the others."""
@@ -59,8 +61,7 @@ def set_block(
         return q.new_empty((0, w_o.shape[0]))
     with on_device(q):
         if not takes_whole(q, k, q_ptr_host, w_o):
-            query, *_, attended, _ = _attended(q, q if k is None else k, *pointers, weights, heads)
-            return feed_forward(query, attended, *weights[6:])
+            return set_block_in_parts(PARTS, q, k, *pointers, *parameters)
         x, ptr, *weights = (t.contiguous() for t in (q, q_ptr, *weights))
         out, plan = torch.empty_like(x), Plan.make("forward", x, heads, norm.shape[0] > 0, Lengths.of(q_ptr_host))
         kernels.forward_kernel[(plan.tiles(rows),)](x, ptr, owners(ptr, rows), *weights, out, rows, **plan.options)
@@ -81,8 +82,7 @@ def set_block_backward(
             tensors = [t.contiguous() for t in (grad, q, q_ptr, *weights)]
             return _whole_backward(*tensors, heads=heads, lengths=Lengths.of(q_ptr_host))
         pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
-        grad_q, grad_k, *grads = _parts_backward(grad, q, q if k is None else k, *pointers, weights, heads)
-        return (grad_q + grad_k, no_keys(q), *grads) if k is None else (grad_q, grad_k, *grads)
+        return set_block_backward_in_parts(PARTS, grad, q, k, *pointers, *parameters)
 
 
 def _whole_backward(
@@ -108,40 +108,6 @@ def _whole_backward(
         rows, by_key.tiles(rows), **by_key.options,
     )  # fmt: skip
     return (x_grad, no_keys(x), *sums.summed(x.dtype).values())
-
-
-# ----------------------------------------------------------------------------------------------------------- in parts
-
-
-def _projected(rows: Tensor, *linears: Tensor) -> list[Tensor]:
-    """Return ``x w^T + b`` for weights and biases in turn."""
-    return [torch.addmm(b, rows, w.t()) for w, b in zip(linears[::2], linears[1::2], strict=True)]
-
-
-def _attended(
-    q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor, weights: list[Tensor],
-    heads: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return queries, keys, values, the attended rows and their lse."""
-    (query,), (key, value) = _projected(q, *weights[:2]), _projected(k, *weights[2:6])
-    attended, lse = set_attention(query, key, value, q_ptr, k_ptr, q_ptr_host, k_ptr_host, heads)
-    return query, key, value, attended, lse
-
-
-def _parts_backward(
-    grad: Tensor, q: Tensor, k: Tensor, q_ptr: Tensor, k_ptr: Tensor, q_ptr_host: Tensor, k_ptr_host: Tensor,
-    weights: list[Tensor], heads: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    pointers = (q_ptr, k_ptr, q_ptr_host, k_ptr_host)
-    query, key, value, attended, lse = _attended(q, k, *pointers, weights, heads)
-    sum_grad, *by_feed_forward = feed_forward_backward(grad, query, attended, *weights[6:])
-    by_row = set_attention_backward(sum_grad, query, key, value, attended, lse, *pointers, heads)
-    grads = [by_row[0] + sum_grad, *by_row[1:]]
-    w_q, _, w_k, _, w_v, *_ = weights
-    results = [grads[0] @ w_q, torch.addmm(grads[1] @ w_k, grads[2], w_v)]
-    for of_rows, rows in zip(grads, (q, k, k), strict=True):
-        results += [of_rows.t() @ rows, of_rows.sum(0)]
-    return (*results, *by_feed_forward)
 
 
 def why_not(op: str, args: Arguments) -> list[str]:

@@ -81,7 +81,7 @@ def test_weights_in_pieces_and_any_order_of_threads_give_the_same_bits(monkeypat
         for seed in (1, 2, 3):
             library.library().sne_fast_cuda_emulated_schedule(seed)
             assert all(torch.equal(a, b) for a, b in zip(first, both(), strict=True)), seed
-        monkeypatch.setattr(module, "EMULATED_SHARED", 99 << 10)
+        monkeypatch.setattr(library, "EMULATED_SHARED", 99 << 10)
         for seed in (0, 4):
             library.library().sne_fast_cuda_emulated_schedule(seed)
             pieces = both()
@@ -99,7 +99,7 @@ def test_products_by_warpgroups_are_those_by_warps(heads: int, monkeypatch: pyte
     plain = chunk_encode(*args)
     monkeypatch.setattr(module, "EMULATED_WGMMA", True)
     for limit in (227 << 10, 99 << 10):
-        monkeypatch.setattr(module, "EMULATED_SHARED", limit)
+        monkeypatch.setattr(library, "EMULATED_SHARED", limit)
         assert error(chunk_encode(*args), plain.double()) <= 1e-3
 
 
@@ -146,7 +146,7 @@ def test_nothing_to_encode() -> None:
 def test_what_does_not_fit_in_shared_memory_is_refused_beforehand(
     width: int, heads: int, chunk_size: int, dtype: torch.dtype, kilobytes: int, fits: bool, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(module, "EMULATED_SHARED", kilobytes << 10)
+    monkeypatch.setattr(library, "EMULATED_SHARED", kilobytes << 10)
     args = arguments(ChunkCase.make([[3]], width, heads, chunk_size, dtype=dtype))
     reasons = why_not("chunk_encode", args)
     assert (reasons == []) == fits

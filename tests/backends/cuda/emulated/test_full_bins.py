@@ -134,7 +134,7 @@ def test_little_shared_memory_takes_the_way_of_other_bins(
     usual = chunk_encode_backward(grad, *args)
     assert ("chunk_block_backward", FULL.min_length) in launched
     launched.clear()
-    monkeypatch.setattr(module, "EMULATED_SHARED", 163 << 10)
+    monkeypatch.setattr(library, "EMULATED_SHARED", 163 << 10)
     for name, a, b in zip(GRADED_NAMES, chunk_encode_backward(grad, *args), usual, strict=True):
         assert error(a, b.double()) <= 0.06, name
     assert launched and all(min_length < FULL.min_length for _, min_length in launched)

@@ -1,0 +1,10 @@
+// Entry points of set_block.
+#include "cuda/dispatch.h"
+#include "cuda/set_block/operands.h"
+
+using namespace sne;
+
+extern "C" int sne_fast_cuda_set_block(int precision, const sne_fast_cuda_set_block_args *args, void *stream) {
+  return with_operands(precision,
+                       [&](auto op) { return set_block::Kernels<decltype(op)>::forward(*args, (Stream)stream); });
+}
