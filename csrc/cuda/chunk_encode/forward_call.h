@@ -59,21 +59,10 @@ SNE_DEVICE Chunks load_bin(const Memory &memory, const ChunkCall<T> &call, const
 
 template <class Op, class Shape>
 SNE_DEVICE void save_rows(typename Op::Storage *to, const Rows16<Op> (&x)[Shape::MT][Shape::KT]) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
   SNE_UNROLL
   for (int i = 0; i < Shape::MT; ++i) {
     SNE_UNROLL
-    for (int k = 0; k < Shape::KT; ++k) {
-      SNE_UNROLL
-      for (int part = 0; part < 4; ++part) {  // of the 16 x 16 piece: columns 8 (part / 2).., rows 8 (part % 2)..
-        typename Op::Storage *at =
-            to + int64_t(16 * i + 8 * (part % 2) + g) * Shape::W + 16 * k + 8 * (part / 2) + 2 * t;
-        if constexpr (Op::kPacked)
-          *(uint32_t *)at = x[i][k].r[part];
-        else
-          at[0] = x[i][k].r[4 * (part / 2) + 2 * (part % 2)], at[1] = x[i][k].r[4 * (part / 2) + 2 * (part % 2) + 1];
-      }
-    }
+    for (int k = 0; k < Shape::KT; ++k) store_rows16(to + int64_t(16 * i) * Shape::W + 16 * k, Shape::W, x[i][k]);
   }
 }
 

@@ -71,23 +71,6 @@ SNE_DEVICE uint32_t both(float v) {
   return pack2<typename Op::Storage>(v, v);
 }
 
-// Adds a (16 x 16 K) times the first 16 K rows of a piece of the weights, which has W columns, to c.
-template <class Op, int W, int K>
-SNE_DEVICE void multiply_by_rows(Tile (&c)[W / 8], const Rows16<Op> (&a)[K], const unsigned char *piece) {
-  const int lane = lane_id();
-  const unsigned char *at = piece + ((lane >> 3 & 1) * (W / 8) + (lane >> 4)) * 128 + lane % 8 * 16;
-  SNE_UNROLL
-  for (int k = 0; k < K; ++k) {
-    SNE_UNROLL
-    for (int n = 0; n < W / 8; n += 2) {
-      uint32_t r[4];
-      load_matrices_transposed<4>(r, at + (2 * k * (W / 8) + n) * 128);
-      product(c[n], a[k], Cols8<Op>{{r[0], r[1]}});
-      product(c[n + 1], a[k], Cols8<Op>{{r[2], r[3]}});
-    }
-  }
-}
-
 // --------------------------------------------------------------------------------------------------- sums over rows
 
 // Vectors whose gradients a warp sums, as columns of a product.

@@ -3,6 +3,7 @@
 // A thread block owns a square of one matrix (fc_q, fc_k, fc_v, fc_o) and some of the rows, which it takes 32 at a
 // time.
 #include "cuda/chunk_encode/backward.h"
+#include "cuda/ptx/vectors.h"
 
 namespace sne {
 namespace {
@@ -17,11 +18,16 @@ struct GradTile {
   // 4 warps, 2 x 2, each with M pieces of 16 by N of 8.
   static constexpr int M = tile / 32, N = tile / 16;
 
-  static SNE_MEMBER void load(T *to, const T *from, int64_t width) {
+  // Loads the next rows, all of them or `left`; the others are zeros.
+  template <bool all>
+  static SNE_MEMBER void load(T *to, const T *from, int64_t width, int64_t left) {
     constexpr int kPerRow = tile * int(sizeof(T)) / 16;
     for (int i = thread_id(); i < kRowsAtOnce * kPerRow; i += num_threads()) {
       const int row = i / kPerRow, part = i % kPerRow * (16 / int(sizeof(T)));
-      copy_async(to + row * kStride + part, from + row * width + part);
+      if (all || row < left)
+        copy_async(to + row * kStride + part, from + row * width + part);
+      else
+        store_words(to + row * kStride + part, Words{});
     }
   }
   // Loads columns m.. of rows k.. as the left operand of a product over rows.
@@ -69,9 +75,11 @@ SNE_KERNEL SNE_BOUNDS(128, 4)
   const int m = warp_id() / 2 * (tile / 2), n = warp_id() % 2 * (tile / 2);
   Tile sum[G::M][G::N] = {};
   float bias = 0;
-  for (int64_t row = block_id() * kRowsAtOnce; row < rows; row += num_blocks() * kRowsAtOnce) {
-    G::load(grads, from_grads + row * width, width);
-    G::load(inputs, from_inputs + row * width, width);
+  int64_t row = block_id() * kRowsAtOnce;
+  const auto add = [&](auto all) {
+    constexpr bool kAll = decltype(all)::value;
+    G::template load<kAll>(grads, from_grads + row * width, width, rows - row);
+    G::template load<kAll>(inputs, from_inputs + row * width, width, rows - row);
     copies_done();
     sync_block();
     if (column_of == 0 && thread_id() < tile)
@@ -89,7 +97,9 @@ SNE_KERNEL SNE_BOUNDS(128, 4)
       }
     }
     sync_block();
-  }
+  };
+  for (; row + kRowsAtOnce <= rows; row += num_blocks() * kRowsAtOnce) add(std::true_type{});
+  if (row < rows) add(std::false_type{});
   float *w = which == 3 ? w_o_part + block_id() * square : w_qkv_part + (block_id() * 3 + which) * square;
   float *b = which == 3 ? b_o_part + block_id() * width : b_qkv_part + (block_id() * 3 + which) * width;
   SNE_UNROLL
@@ -109,7 +119,7 @@ SNE_KERNEL SNE_BOUNDS(128, 4)
 template <class Op, int tile>
 int run(const sne_fast_cuda_chunk_weight_grad_args &a, Stream stream) {
   using T = typename Op::Storage;
-  const int64_t first = a.block ? 0 : 3, per_side = a.hidden / tile, pieces = a.rows / kRowsAtOnce;
+  const int64_t first = a.block ? 0 : 3, per_side = a.hidden / tile, pieces = (a.rows + kRowsAtOnce - 1) / kRowsAtOnce;
   const T *saved = (const T *)a.saved + (a.block ? a.block - 1 : 0) * a.rows * a.hidden;
   return launch(stream, pieces < a.multiprocessors ? pieces : a.multiprocessors, (4 - first) * per_side * per_side, 128,
                 2 * GradTile<Op, tile>::kBytes, chunk_weight_grad<Op, tile>, saved, (const T *)a.products, a.rows,
@@ -123,7 +133,7 @@ int run(const sne_fast_cuda_chunk_weight_grad_args &a, Stream stream) {
 extern "C" int sne_fast_cuda_chunk_weight_grad(int precision, const sne_fast_cuda_chunk_weight_grad_args *a,
                                                void *stream) {
   using namespace sne;
-  if (a->block < 0 || a->block > 3 || a->rows % kRowsAtOnce || a->hidden % 32 || a->multiprocessors < 1)
+  if (a->block < 0 || a->block > 3 || a->rows < 0 || a->hidden % 32 || a->multiprocessors < 1)
     return SNE_FAST_CUDA_BAD_ARGUMENT;
   return with_operands(precision, [&](auto op) {
     using Op = decltype(op);

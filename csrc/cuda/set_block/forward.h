@@ -14,7 +14,7 @@ struct ForwardPlaces {
   static constexpr int kStep = kQueries + OwnMatrix<Op, Shape>::kBytes, kBytes = kStep + Step<Op, Shape>::kBytes;
 };
 
-// Loads the parameters of the forward, without waiting for the other threads.
+// Starts to load the parameters of the forward.
 template <class Op, class Shape>
 SNE_DEVICE void load_parameters(unsigned char *memory, const Call<typename Op::Storage> &call) {
   using At = ForwardPlaces<Op, Shape>;
@@ -55,11 +55,11 @@ SNE_DEVICE void residual_sum(Tile (&o)[1][Shape::NT], const Softmax<Shape::D> (&
 }
 
 // Thread blocks that a multiprocessor has registers for.
-template <class Op>
-constexpr int kForwardBlocks = Op::kPacked ? 3 : 2;
+template <class Op, class Shape>
+constexpr int kForwardBlocks = Op::kPacked && (Shape::W == 32 || Shape::D > 8) ? 3 : 2;
 
 template <class Op, class Shape>
-SNE_KERNEL SNE_BOUNDS(kThreads, kForwardBlocks<Op>) set_block_forward(Call<typename Op::Storage> call) {
+SNE_KERNEL SNE_BOUNDS(kThreads, (kForwardBlocks<Op, Shape>)) set_block_forward(Call<typename Op::Storage> call) {
   using At = ForwardPlaces<Op, Shape>;
   constexpr int W = Shape::W;
   unsigned char *memory = (unsigned char *)shared_memory();
@@ -67,6 +67,7 @@ SNE_KERNEL SNE_BOUNDS(kThreads, kForwardBlocks<Op>) set_block_forward(Call<typen
   const OwnMatrix<Op, Shape> queries(memory + At::kQueries);
   const Step<Op, Shape> step(memory + At::kStep);
   load_parameters<Op, Shape>(memory, call);
+  copies_done();
   SNE_LOOP
   for (int64_t tile = block_id(); tile * kTileRows < call.rows; tile += num_blocks()) {
     const OwnRows own = own_rows(call, tile);
@@ -74,12 +75,12 @@ SNE_KERNEL SNE_BOUNDS(kThreads, kForwardBlocks<Op>) set_block_forward(Call<typen
     Softmax<Shape::D> s[Shape::HEADS];
     attend_to_sets<Op, Shape>(s, call, own, queries, step, memory + At::kQuery, memory + At::kKey, memory + At::kValue,
                               vectors);
-    if (own.count < 1) continue;
+    if (own.count(call.rows) < 1) continue;
     finish(s, kLog2e * Shape::kLogit);
     Tile o[1][Shape::NT];
     residual_sum<Op, Shape>(o, s, call, own, memory + At::kQuery, vectors);
     feed_forward<Op, Shape>(o, whole_matrix<Op>(memory + At::kOut), 0, vectors + Vectors<W>::kOut, call.layer_norm);
-    store_rows(call.out + own.row() * W, W, own.count, o[0], 1.0f, 1.0f);
+    store_rows(call.out + own.row() * W, W, own.count(call.rows), o[0], 1.0f, 1.0f);
   }
 }
 

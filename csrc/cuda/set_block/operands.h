@@ -9,6 +9,8 @@ namespace sne::set_block {
 template <class Op>
 struct Kernels {
   static int forward(const sne_fast_cuda_set_block_args &args, Stream stream);
+  static int query_grad(const sne_fast_cuda_set_block_args &args, Stream stream);
+  static int key_grad(const sne_fast_cuda_set_block_args &args, Stream stream);
 };
 
 }  // namespace sne::set_block

@@ -1,19 +1,19 @@
 // Definitions of the templates in operands.h, for a translation unit to instantiate.
 #pragma once
 
-#include "cuda/set_block/forward.h"
+#include "cuda/set_block/key_grad.h"
 #include "cuda/set_block/operands.h"
+#include "cuda/set_block/query_grad.h"
 
 namespace sne::set_block {
 
 // With SNE_REPRESENTATIVE (for tests of compilation) one head width stands for all.
 template <int width, int dim>
-constexpr bool kHasVariant =
+constexpr bool kHasVariant = width <= 64
 #if defined(SNE_REPRESENTATIVE)
-    width == 4 * dim && width <= 64;
-#else
-    width <= 64 && dim <= 32;
+                             && width == 4 * dim
 #endif
+    ;
 
 template <class T>
 Call<T> call_of(const sne_fast_cuda_set_block_args &a) {
@@ -30,7 +30,13 @@ Call<T> call_of(const sne_fast_cuda_set_block_args &a) {
           (const T *)a.w_o,
           (const T *)a.b_o,
           (const T *)a.norm,
-          (T *)a.out};
+          (T *)a.out,
+          (const T *)a.grad,
+          (T *)a.factors,
+          (T *)a.sum_grad,
+          (QueryNumbers *)a.numbers,
+          a.norm_part,
+          (T *)a.x_grad};
 }
 
 // launch_kernel(shape, bytes of shared memory -> thread blocks) where there is such a variant.
@@ -54,11 +60,29 @@ int launch_tiles(const sne_fast_cuda_set_block_args &a, Kernel kernel, int64_t s
 }
 
 template <class Op>
+int Kernels<Op>::query_grad(const sne_fast_cuda_set_block_args &a, Stream stream) {
+  return with_shape(a, [&](auto shape) {
+    using Shape = decltype(shape);
+    return launch_tiles<typename Op::Storage>(a, set_block_query_grad<Op, Shape>, QueryGradPlaces<Op, Shape>::kBytes,
+                                              kBackwardBlocks<Op>, stream);
+  });
+}
+
+template <class Op>
+int Kernels<Op>::key_grad(const sne_fast_cuda_set_block_args &a, Stream stream) {
+  return with_shape(a, [&](auto shape) {
+    using Shape = decltype(shape);
+    return launch_tiles<typename Op::Storage>(a, set_block_key_grad<Op, Shape>, KeyGradPlaces<Op, Shape>::kBytes,
+                                              kBackwardBlocks<Op>, stream);
+  });
+}
+
+template <class Op>
 int Kernels<Op>::forward(const sne_fast_cuda_set_block_args &a, Stream stream) {
   return with_shape(a, [&](auto shape) {
     using Shape = decltype(shape);
     return launch_tiles<typename Op::Storage>(a, set_block_forward<Op, Shape>, ForwardPlaces<Op, Shape>::kBytes,
-                                              kForwardBlocks<Op>, stream);
+                                              kForwardBlocks<Op, Shape>, stream);
   });
 }
 

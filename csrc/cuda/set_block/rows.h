@@ -1,13 +1,14 @@
 // Rows of set_block: who owns them, and keys and values of the rows that a thread block walks through.
 //
 // A thread block owns a tile of 16 * kWarps packed rows, 16 of each warp, of as many sets as they belong to. It walks
-// through the rows of all these sets, a step of as many rows at a time: each warp projects 16 of them into shared
-// memory, and all warps attend to those that their own rows see. Nothing of it is stored, so sets must be short. Rows
-// of a warp that do not exist repeat the last one. A NaN of one set must not reach another: values that are not finite
-// are stored as zeros, and their keys as NaN, which makes NaN of the weights of their own set alone.
+// through the inner rows, those of all these sets, as many at a time: each warp projects 16 of them into shared memory,
+// and all warps attend to those that their own rows see. Nothing of it is stored, so sets must be short. Rows of a warp
+// that do not exist repeat the last one. A NaN of one set must not reach another: values that are not finite are stored
+// as zeros, and their keys as NaN, which makes NaN of the weights of their own set alone.
 #pragma once
 
 #include "cuda/dispatch.h"
+#include "cuda/ptx/vectors.h"
 #include "cuda/tiles/feed_forward.h"
 #include "cuda/tiles/finite_rows.h"
 #include "cuda/tiles/flash_attention.h"
@@ -35,6 +36,11 @@ struct Call {
   const int64_t *ptr, *owner;
   const T *w_q, *b_q, *w_k, *w_v, *b_v, *w_o, *b_o, *norm;
   T *out;
+  const T *grad;
+  T *factors, *sum_grad;  // (5, rows, h), (rows, h)
+  QueryNumbers *numbers;  // (rows, H)
+  float *norm_part;       // (thread blocks, 4, h)
+  T *x_grad;
 };
 
 // ------------------------------------------------------------------------------------------------------ parameters
@@ -58,17 +64,36 @@ SNE_DEVICE void load_vectors(float *to, const Call<T> &call) {
   }
 }
 
-// Loads a matrix (W, W) or its transpose as the right operand of products.
-template <class Op, int W, bool transposed = false>
+// Starts to load a matrix (W, W) as the right operand of products.
+template <class Op, int W>
 SNE_DEVICE void load_matrix(unsigned char *to, const typename Op::Storage *from) {
-  using T = typename Op::Storage;
+  for (int i = thread_id(); i < W * W / 8; i += num_threads()) {
+    const int row = int(unsigned(i) / (W / 8)), column = int(unsigned(i) % (W / 8)) * 8;
+    const typename Op::Storage *at = from + 8 * i;
+    if constexpr (Op::kPacked) {
+      copy_async(to + core_index<Op>(row, column, W) * kSize<Op>, at);
+    } else {
+      const Words left = load_words(at), right = load_words(at + 4);
+      SNE_UNROLL
+      for (int odd = 0; odd < 2; ++odd) {
+        const uint32_t values[4] = {left.w[odd], left.w[2 + odd], right.w[odd], right.w[2 + odd]};
+        Words out;
+        SNE_UNROLL
+        for (int k = 0; k < 4; ++k) out.w[k] = bits_of_float(operand_value<Op>(float_of_bits(values[k])));
+        store_words(to + core_index<Op>(row, column + odd, W) * kSize<Op>, out);
+      }
+    }
+  }
+}
+// The same with its transpose.
+template <class Op, int W>
+SNE_DEVICE void load_transpose(unsigned char *to, const typename Op::Storage *from) {
   for (int i = thread_id(); i < W * W; i += num_threads()) {
-    const unsigned row = unsigned(i) / W, column = unsigned(i) % W;
-    const int at = int(transposed ? core_index<Op>(column, row, W) : core_index<Op>(row, column, W));
+    const int at = int(core_index<Op>(unsigned(i) % W, unsigned(i) / W, W));
     if constexpr (Op::kPacked)
-      ((T *)to)[at] = from[i];
+      ((typename Op::Storage *)to)[at] = from[i];
     else
-      ((T *)to)[at] = operand_value<Op>(from[i]);
+      ((typename Op::Storage *)to)[at] = operand_value<Op>(from[i]);
   }
 }
 template <class Op, int W>
@@ -93,12 +118,13 @@ struct OwnRows {
   int64_t tile;
   int64_t begin;  // first inner row
   int inner;      // inner rows of the tile
-  int count;      // rows of the warp, none if below 1
   Range sees[2];  // inner rows that rows g and g + 8 see
   Range all;      // that the rows of the warp see
-  bool one_set;   // that all of them are of
+  bool one_set;   // whether they are all of one set
 
   SNE_MEMBER int64_t row() const { return tile * kTileRows + 16 * warp_id(); }  // first row of the warp
+  // How many rows the warp has of all, none if below 1.
+  SNE_MEMBER int count(int64_t rows) const { return row() + 16 < rows ? 16 : int(rows - row()); }
   SNE_MEMBER bool sees_any(int first, int rows) const { return first < all.to() && first + rows > all.from(); }
   SNE_MEMBER bool sees_all(int first, int rows) const {
     return one_set && first >= all.from() && first + rows <= all.to();
@@ -112,14 +138,13 @@ SNE_DEVICE OwnRows own_rows(const Call<T> &call, int64_t tile) {
   own.begin = call.ptr[call.owner[first]];
   own.inner = int(call.ptr[call.owner[end - 1] + 1] - own.begin);
   own.tile = tile;
-  own.count = own.row() + 16 < call.rows ? 16 : int(call.rows - own.row());
   SNE_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t row = own.row() + lane_id() / 4 + 8 * half, set = call.owner[row < call.rows ? row : call.rows - 1];
     own.sees[half].bits = uint32_t(call.ptr[set] - own.begin) | uint32_t(call.ptr[set + 1] - own.begin) << 16;
   }
   const Range low{shuffle(own.sees[0].bits, 0)}, high{shuffle(own.sees[1].bits, 31)};
-  own.all.bits = uint32_t(low.from()) | uint32_t(high.to()) << 16;
+  own.all.bits = own.count(call.rows) < 1 ? 0 : uint32_t(low.from()) | uint32_t(high.to()) << 16;
   own.one_set = low.bits == high.bits;
   return own;
 }
@@ -144,8 +169,25 @@ SNE_DEVICE void load_operands(Rows16<Op> (&x)[1][Shape::KT], const typename Op::
   for (int k = 0; k < Shape::KT; ++k) x[0][k] = rows.a[k];
 }
 template <class Op, class Shape>
-SNE_DEVICE void load_own(Rows16<Op> (&x)[1][Shape::KT], const typename Op::Storage *from, const OwnRows &own) {
-  load_operands<Op, Shape>(x, from + own.row() * Shape::W, own.count < 16 ? own.count : 16);
+SNE_DEVICE void load_own(Rows16<Op> (&x)[1][Shape::KT], const Call<typename Op::Storage> &call,
+                         const typename Op::Storage *from, const OwnRows &own) {
+  load_operands<Op, Shape>(x, from + own.row() * Shape::W, own.count(call.rows));
+}
+
+// Loads 16 rows as sums. Rows from `count` (at least 1) on repeat the last one or are zeros.
+template <class T, class Shape>
+SNE_DEVICE void load_tiles(Tile (&c)[1][Shape::NT], const T *from, int count, bool zeros) {
+  SNE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane_id() / 4 + 8 * half;
+    const bool there = row < count;
+    const T *at = from + (there ? row : count - 1) * Shape::W + lane_id() % 4 * 2;
+    SNE_UNROLL
+    for (int j = 0; j < Shape::NT; ++j) {
+      SNE_UNROLL
+      for (int e = 0; e < 2; ++e) c[0][j].c[2 * half + e] = there || !zeros ? to_real(at[8 * j + e]) : 0.0f;
+    }
+  }
 }
 
 // Computes x times the transpose of a matrix, plus a bias if there is one.
@@ -170,7 +212,7 @@ template <class Op, class Shape>
 SNE_DEVICE void own_queries(Tile (&q)[1][Shape::NT], const Call<typename Op::Storage> &call, const OwnRows &own,
                             const unsigned char *w_q, const float *vectors) {
   Rows16<Op> x[1][Shape::KT];
-  load_own<Op, Shape>(x, call.x, own);
+  load_own<Op, Shape>(x, call, call.x, own);
   project<Op, Shape>(q, x, w_q, vectors + Vectors<Shape::W>::kQuery);
 }
 
@@ -264,11 +306,11 @@ SNE_DEVICE uint32_t put_keys_and_values(const Step<Op, Shape> &step, const Call<
   return bad;
 }
 
-// Calls attend(where inner rows are in the step, mask) for all groups that the warp's rows see some of.
-template <class Op, class Attend>
+// Calls attend(where inner rows are in the step, mask) for all of them, some groups at a time, that the warp's rows
+// see.
+template <class Op, int groups, class Attend>
 SNE_DEVICE void for_seen_rows(const OwnRows &own, int first, const Attend &attend) {
-  constexpr int kRows = 16 * kGroups<Op>;
-  if (own.count < 1) return;
+  constexpr int kRows = 16 * groups;
   SNE_LOOP
   for (int at = 0; at < kTileRows; at += kRows) {
     if (!own.sees_any(first + at, kRows)) continue;
@@ -299,7 +341,7 @@ SNE_DEVICE uint32_t attend_to_sets(Softmax<Shape::D> (&s)[Shape::HEADS], const C
     sync_block();  // the step before has been read
     bad = put_keys_and_values<Op, Shape>(step, call, own, first, w_k, w_v, NAN);
     sync_block();
-    for_seen_rows<Op>(own, first, [&](int at, const auto &seen) {
+    for_seen_rows<Op, kGroups<Op>>(own, first, [&](int at, const auto &seen) {
       SNE_UNROLL
       for (int head = 0; head < Shape::HEADS; ++head) {
         const int offset = at * Shape::kStride + head * Shape::D;

@@ -241,6 +241,22 @@ SNE_DEVICE void store_tile(T *at, int64_t stride, const Tile &tile) {
   }
 }
 
+// Stores the first `count` rows of a 16 x 16 operand.
+template <class Op>
+SNE_DEVICE void store_rows16(typename Op::Storage *to, int64_t stride, const Rows16<Op> &rows, int count = 16) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  SNE_UNROLL
+  for (int part = 0; part < 4; ++part) {  // columns 8 (part / 2).., rows 8 (part % 2)..
+    const int row = g + 8 * (part % 2);
+    typename Op::Storage *at = to + row * stride + 8 * (part / 2) + 2 * t;
+    if (row >= count) continue;
+    if constexpr (Op::kPacked)
+      *(uint32_t *)at = rows.r[part];
+    else
+      at[0] = rows.r[4 * (part / 2) + 2 * (part % 2)], at[1] = rows.r[4 * (part / 2) + 2 * (part % 2) + 1];
+  }
+}
+
 SNE_DEVICE float sum_over_quad(float v) {  // over the lanes of one row
   v += shuffle_xor(v, 1);
   return v + shuffle_xor(v, 2);

@@ -80,6 +80,38 @@ SNE_DEVICE void multiply_by_warp(Tile (&c)[MT][N], const Rows16<Op> (&a)[MT][KT]
   }
 }
 
+// Adds a (16 x 16 K) times the first 16 K rows of a piece of the weights, which has W columns, to c.
+template <class Op, int W, int K>
+SNE_DEVICE void multiply_by_rows(Tile (&c)[W / 8], const Rows16<Op> (&a)[K], const unsigned char *piece) {
+  const int lane = lane_id();
+  if constexpr (Op::kPacked) {
+    const unsigned char *at = piece + ((lane >> 3 & 1) * (W / 8) + (lane >> 4)) * 128 + lane % 8 * 16;
+    SNE_UNROLL
+    for (int k = 0; k < K; ++k) {
+      SNE_UNROLL
+      for (int n = 0; n < W / 8; n += 2) {
+        uint32_t r[4];
+        load_matrices_transposed<4>(r, at + (2 * k * (W / 8) + n) * 128);
+        product(c[n], a[k], Cols8<Op>{{r[0], r[1]}});
+        product(c[n + 1], a[k], Cols8<Op>{{r[2], r[3]}});
+      }
+    }
+  } else {
+    const int g = lane / 4, t = lane % 4;
+    const float *at = (const float *)piece + g % 2 * 32 + 8 * t + g / 2;  // core_index(2 t, g)
+    SNE_UNROLL
+    for (int k = 0; k < K; ++k) {
+      SNE_UNROLL
+      for (int n = 0; n < W / 8; ++n) {
+        Cols8<Op> b;
+        SNE_UNROLL
+        for (int i = 0; i < 4; ++i) b.r[i] = at[((2 * k + i / 2) * (W / 4) + 2 * n) * 32 + i % 2 * 4];
+        product(c[n], a[k], b);
+      }
+    }
+  }
+}
+
 #if defined(SNE_HAS_WGMMA)
 template <int MT, int N>
 SNE_DEVICE void settle_all(Tile (&c)[MT][N]) {

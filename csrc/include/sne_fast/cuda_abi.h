@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define SNE_FAST_CUDA_ABI 3
+#define SNE_FAST_CUDA_ABI 4
 #define SNE_FAST_CUDA_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -122,8 +122,8 @@ SNE_FAST_CUDA_API int sne_fast_cuda_chunk_scalar_backward(int precision, const s
                                                           const sne_fast_cuda_chunk_space *space,
                                                           const sne_fast_cuda_chunk_scalar_grads *grads, void *stream);
 
-/* Gradients of the matrices of the block whose backward has just run, of launches that are not full; of block 0 of fc_o
- * alone. */
+/* Gradients of the matrices of the block whose backward has just run, of launches that are not full, and of set_block
+ * as block 1 with its rows as `saved`; of block 0 of fc_o alone. */
 typedef struct {
   int64_t hidden, rows, block, multiprocessors;
   const void *saved, *products;
@@ -178,8 +178,8 @@ SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_query_grad(const struct sne_fa
 SNE_FAST_CUDA_API int sne_fast_cuda_set_attention_key_grad(const struct sne_fast_cuda_set_attention_args *args,
                                                            void *stream);
 
-/* set_block: whole attention blocks of rows that attend to each other inside sets, of width 32 or 64 and heads of width
- * 8, 16 or 32. Keys and values of a set are computed again for every 64 of its rows, so sets should be short.
+/* set_block: whole attention blocks of rows that attend to each other inside sets, of width 32 or 64. Keys and values
+ * of a set are computed again for every 64 of its rows, so sets should be short.
  *
  * Arrays are aligned to 16 bytes. With rows 0 the functions only return whether they could run, and follow no pointer.
  */
@@ -192,8 +192,32 @@ typedef struct {
   const void *w_q, *b_q, *w_k, *w_v, *b_v, *w_o, *b_o;
   const void *norm; /* (4, h) */
   void *out;        /* real (rows, h): written by the forward */
+  const void *grad; /* real (rows, h), of out */
+  /* Written by the first kernel of the backward but for two planes of the factors, which the second one writes. */
+  void *factors;    /* real (5, rows, h): `products` of sne_fast_cuda_chunk_weight_grad */
+  void *sum_grad;   /* real (rows, h), of the residual sum */
+  float *numbers;   /* (rows, heads, 2): lse in base 2 and mean of the weights' gradients */
+  float *norm_part; /* (SNE_FAST_CUDA_SET_BLOCKS * multiprocessors, 4, h): a row for each thread block, added to */
+  void *x_grad;     /* real (rows, h): written by the second kernel */
 } sne_fast_cuda_set_block_args;
+
+/* Thread blocks per multiprocessor of the backward, at most. */
+#define SNE_FAST_CUDA_SET_BLOCKS 2
 SNE_FAST_CUDA_API int sne_fast_cuda_set_block(int precision, const sne_fast_cuda_set_block_args *args, void *stream);
+SNE_FAST_CUDA_API int sne_fast_cuda_set_block_query_grad(int precision, const sne_fast_cuda_set_block_args *args,
+                                                         void *stream);
+SNE_FAST_CUDA_API int sne_fast_cuda_set_block_key_grad(int precision, const sne_fast_cuda_set_block_args *args,
+                                                       void *stream);
+
+/* out[i] = part[0][i] + part[1][i] + ..., rounded to real: up to SNE_FAST_CUDA_TABLES tables by one launch. */
+typedef struct {
+  int64_t rows, stride, size;
+  const float *part; /* rows of `size` values, `stride` apart */
+  void *out;         /* real (size) */
+} sne_fast_cuda_table;
+#define SNE_FAST_CUDA_TABLES 9
+SNE_FAST_CUDA_API int sne_fast_cuda_sum_tables(int precision, int64_t count, const sne_fast_cuda_table *tables,
+                                               void *stream);
 
 /* gather_chunks: writes matrices (R, K), each as its transpose (K, R) divided by its scale, one behind another.
  *

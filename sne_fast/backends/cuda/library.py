@@ -19,7 +19,7 @@ from ...ops.precision import product_precision
 from ..native_library import INT, INT64, POINTER, TEXT, NativeLibrary, NotLoaded, Symbols, open_checked, struct
 from . import compatibility
 
-ABI = 3
+ABI = 4
 EMULATED_ENVIRONMENT_VARIABLE = "SNE_FAST_CUDA_EMULATED"
 EMULATED = bool(os.environ.get(EMULATED_ENVIRONMENT_VARIABLE))
 EMULATED_SHARED = 227 << 10
@@ -53,8 +53,9 @@ SetAttention = struct(
 SetBlock = struct(
     "SetBlock",
     "rows width heads layer_norm multiprocessors shared_limit",
-    "x ptr owner w_q b_q w_k w_v b_v w_o b_o norm out",
+    "x ptr owner w_q b_q w_k w_v b_v w_o b_o norm out grad factors sum_grad numbers norm_part x_grad",
 )
+Table = struct("Table", "rows stride size", "part out")
 GatherChunks = struct(
     "GatherChunks", "type wide_scale tensors stride tiles", "table scale values grad parts grad_scale"
 )
@@ -84,6 +85,9 @@ SYMBOLS: Symbols = {
     "sne_fast_cuda_set_attention_query_grad": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_set_attention_key_grad": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_set_block": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cuda_set_block_query_grad": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cuda_set_block_key_grad": (INT, [INT, POINTER, POINTER]),
+    "sne_fast_cuda_sum_tables": (INT, [INT, INT64, POINTER, POINTER]),
     "sne_fast_cuda_gather_chunks": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_gather_chunks_backward": (INT, [POINTER, POINTER]),
     "sne_fast_cuda_segment_pool": (INT, [POINTER, POINTER]),

@@ -55,6 +55,13 @@ def test_forward_kernels_of_narrow_widths_spill_nothing(file: str) -> None:
     assert [str(kernel) for kernel in narrow if kernel.spilled_bytes] == []
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("set_block/operands")])
+def test_the_backward_of_whole_blocks_spills_little(file: str) -> None:
+    backward = [kernel for kernel in compiled(file).kernels if not is_forward(kernel)]
+    assert len(backward) >= 4 * len(ARCHITECTURES), "queries and keys of two widths"
+    assert [str(kernel) for kernel in backward if kernel.spilled_bytes > 512] == []
+
+
 @needs_cuobjdump
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_for_a_kind_of_operand_use_tensor_cores(file: str) -> None:
