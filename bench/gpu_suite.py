@@ -233,6 +233,9 @@ class Suite:
         for dtype in (torch.bfloat16, torch.float32):
             for backend in self.backends("set_attention"):
                 yield from attention(dtype, backend, False)
+            for longest in size["longest"]:
+                for backend in self.backends("set_block"):
+                    yield from attempt(15, "set_block", dtype, size["rows"] // 4, longest, 4, rate_of(dtype), backend)
             for length in (32, 4096):
                 for backend in self.backends("segment_pool"):
                     yield from attempt(10, "segment_pool", dtype, size["pool_rows"], length, bandwidth, backend)

@@ -13,7 +13,8 @@ from sne_fast.benchmark import gpu_ops
 Json = dict[str, Any]
 SHAPES = {"chunk_encode": ("weights",), "gather_chunks": ("weights",), "segment_pool": ("rows", "length"),
           "feed_forward": ("rows",),
-          "set_attention": ("rows", "longest", "head_width")}  # fmt: skip
+          "set_attention": ("rows", "longest", "head_width"),
+          "set_block": ("rows", "longest")}  # fmt: skip
 
 
 def show(results: Json, backends: Sequence[str], baselines: Sequence[str], console: Console) -> None:

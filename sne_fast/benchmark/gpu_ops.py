@@ -21,7 +21,7 @@ from ..ops import functional
 from ..ops.dispatch import use_backend
 from ..ops.pointer_facts import owners
 from ..ops.precision import product_precision
-from ..ops.schema import DIFFERENTIABLE_OPS
+from ..ops.schema import BLOCK_PARAMETERS, DIFFERENTIABLE_OPS
 from .cases import CASES
 from .checks import LOSS_RATIO, CheckFailed, relative_error
 from .gpu_limits import median_seconds
@@ -29,8 +29,8 @@ from .limits import FORWARDS_PER_STEP, chunk_operations
 from .networks import BottleneckResNet
 
 Row = dict[str, Any]
-MEASURED_OPS = tuple(op for op in DIFFERENTIABLE_OPS if op not in ("set_block", "pool_block", "add_codes"))
-"""Ops that a GPU backend has kernels for, each with a function of its name here."""
+MEASURED_OPS = tuple(op for op in DIFFERENTIABLE_OPS if op not in ("pool_block", "add_codes"))
+"""Ops that both GPU backends have kernels for, and ``feed_forward``, each with a function of its name here."""
 WIDTH = 64
 HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}  # float32 products may be tf32
 
@@ -121,7 +121,20 @@ def chunk_encode(
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ set_attention
+# ------------------------------------------------------------------------------------------- set_attention, set_block
+
+
+def _sets(rows: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lengths of sets of 1 to `longest` rows, about `rows` in all, their pointer, and that of a few of them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest + 1, (max(1, 2 * rows // (longest + 1)),), generator=generator)
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    few = int(torch.searchsorted(ptr, min(int(ptr[-1]), 4096), right=True)) - 1
+    return lengths, ptr, ptr[: max(1, few) + 1]
+
+
+def _attention_operations(lengths: Tensor) -> float:
+    return 4.0 * WIDTH * float((lengths.double() ** 2).sum())
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, ptr: Tensor, longest: int, heads: int) -> Tensor:
@@ -167,14 +180,10 @@ def set_attention(
 
     Those are `varlen_attn` and FlexAttention, on a GPU only; `backend` is then what they must agree with.
     """
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, longest + 1, (max(1, 2 * rows // (longest + 1)),), generator=generator)
-    host = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    ptr, rows = host.to(device), int(host[-1])
+    lengths, host, head = _sets(rows, longest)
+    ptr, rows, cut = host.to(device), int(host[-1]), int(head[-1])
     q, k, v = (_random((rows, WIDTH), device, dtype, seed) for seed in range(3))
-    operations = 4.0 * WIDTH * float((lengths.double() ** 2).sum())
-    few = int(torch.searchsorted(host, min(rows, 4096), right=True)) - 1
-    cut, head = int(host[max(1, few)]), host[: max(1, few) + 1]
+    operations = _attention_operations(lengths)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, name: str = backend, at: Tensor = host) -> Tensor:
         on_device = ptr[: at.shape[0]]
@@ -218,6 +227,46 @@ def set_attention(
             yield measure()
         except Exception as error_of_rival:  # a rival that fails is reported, not hidden
             yield {**row, "by": name, "skipped": f"{type(error_of_rival).__name__}: {str(error_of_rival)[:200]}"}
+
+
+def set_block(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    longest: int,
+    heads: int,
+    product_rate: float | None,
+    backend: str,
+) -> Iterator[Row]:
+    """Measure whole attention blocks with layer norm, h = 64, of sets of 1 to `longest` rows."""
+    torch.manual_seed(0)
+    mab = MAB(WIDTH, WIDTH, WIDTH, num_heads=heads, layer_norm=True).to(device, dtype)
+    norm = mab.norm_parameters()
+    assert norm is not None
+    linears = [p for fc in (mab.fc_q, mab.fc_k, mab.fc_v, mab.fc_o) for p in (fc.weight, fc.bias)]
+    parameters = {name: t.detach() for name, t in zip(BLOCK_PARAMETERS, (*linears, norm), strict=True)}
+    lengths, host, head = _sets(rows, longest)
+    ptr, rows = host.to(device), int(host[-1])
+    x = _random((rows, WIDTH), device, dtype, 0)
+
+    def run(x: Tensor = x, at: Tensor = host, name: str = backend) -> Tensor:
+        on_device = ptr[: at.shape[0]]
+        with use_backend(name):
+            return functional.set_block(
+                x, x, on_device, on_device, **parameters, num_heads=heads, q_ptr_host=at, k_ptr_host=at
+            )
+
+    few = x[: int(head[-1])]
+    with torch.no_grad():
+        error = _agree("set_block", run(few, head), run(few, head, "reference"), dtype)
+    forward, step = _both(run, [x, *parameters.values()], device, backend)
+    operations = _attention_operations(lengths) + 8.0 * WIDTH**2 * rows
+    yield {
+        "op": "set_block", **_shape(backend, dtype, WIDTH, heads, rows / len(lengths), rows), "longest": longest,
+        "error": error, "forward_seconds": forward, "step_seconds": step,
+        "forward_fraction_of_products": _fraction(operations / forward, product_rate),
+        "step_fraction_of_products": _fraction(FORWARDS_PER_STEP * operations / step, product_rate),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- feed_forward

@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 MEASURES: dict[str, Callable[[], Iterator[Row]]] = {
     "chunk_encode": lambda: gpu_ops.chunk_encode(CPU, torch.float32, 2000, 1e9, "reference"),
     "set_attention": lambda: gpu_ops.set_attention(CPU, torch.float32, 200, 16, 2, 1e9, "reference"),
+    "set_block": lambda: gpu_ops.set_block(CPU, torch.float32, 200, 16, 2, 1e9, "reference"),
     "segment_pool": lambda: gpu_ops.segment_pool(CPU, torch.float32, 256, 32, 1e9, "reference"),
     "feed_forward": lambda: gpu_ops.feed_forward(CPU, torch.float32, 64, 1e9, "reference"),
 }

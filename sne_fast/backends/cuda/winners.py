@@ -110,6 +110,8 @@ def preferred(op: str, args: Arguments) -> bool:
     """Return whether a rule holds for a call."""
     if not any(rule.when.op == op for rule in rules()):
         return False
+    if op.startswith("set_block") and named(op, args)["k"] is not None:
+        return False  # what is measured are rows that attend to each other
     call = call_of(op, args)
     return any(rule.holds(call) for rule in rules())
 

@@ -12,7 +12,7 @@ import torch
 
 import sne_fast
 from helpers.cpu_cases import chunk_encode_case
-from helpers.op_cases import attention_case, feed_forward_case, pool_case
+from helpers.op_cases import attention_case, block_case, feed_forward_case, pool_case
 from helpers.paths import ROOT
 from helpers.toy_backend import backend, pooled
 from sne_fast.backends.cuda import winners
@@ -102,7 +102,13 @@ def test_calls_are_described_by_their_arguments(monkeypatch: pytest.MonkeyPatch)
     tail = Call("feed_forward", "9.0", "float32", "ieee", 32, 0, 0.0, 6)
     assert winners.call_of("feed_forward", rows) == tail
     assert winners.call_of("feed_forward_backward", (rows[0], *rows)) == replace(tail, op="feed_forward_backward")
-    monkeypatch.setattr(winners, "rules", lambda: (Rule(pool, 2.0, "gpu.json"),))
+    q, k, q_ptr, k_ptr, *parameters = block_case([2, 6], [1, 3], (32, 32, 32), dtype=torch.float32)
+    block = Call("set_block", "9.0", "float32", "ieee", 32, 4, 4.0, 8)
+    itself, across = ((q, rows, q_ptr, q_ptr, q_ptr, q_ptr, *parameters, 4) for rows in (None, k))
+    assert winners.call_of("set_block", itself) == block
+    assert winners.call_of("set_block_backward", (q, *itself)) == replace(block, op="set_block_backward")
+    monkeypatch.setattr(winners, "rules", lambda: (Rule(pool, 2.0, "gpu.json"), Rule(block, 2.0, "gpu.json")))
+    assert winners.preferred("set_block", itself) and not winners.preferred("set_block", across)
     assert winners.preferred("segment_pool", (x, logits, ptr, ptr))
     assert not winners.preferred("segment_pool_backward", (x, x, logits, x, x, ptr, ptr))
 
