@@ -21,6 +21,12 @@ class BlockParts(NamedTuple):
     feed_forward_backward: Callable[..., Any]
 
 
+def gradients_without_rows(q: Tensor, k: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients of a call that has no queries: zeros."""
+    given = (q, no_keys(q) if k is None else k, *weights)
+    return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in given)
+
+
 def _attended(
     parts: BlockParts, q: Tensor, k: Tensor, pointers: Sequence[Tensor], weights: Sequence[Tensor], num_heads: int
 ) -> tuple[Tensor, ...]:

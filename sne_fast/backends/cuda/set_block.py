@@ -19,7 +19,12 @@ from torch import Tensor
 from ...ops import reference
 from ...ops.backend import Arguments
 from ...ops.pointer_facts import owners
-from ...ops.reference_block import BlockParts, set_block_backward_in_parts, set_block_in_parts
+from ...ops.reference_block import (
+    BlockParts,
+    gradients_without_rows,
+    set_block_backward_in_parts,
+    set_block_in_parts,
+)
 from ...ops.schema import BLOCK_PARAMETERS, named, no_keys
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
@@ -94,8 +99,7 @@ def set_block_backward(
     """Compute the op ``set_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     *weights, heads = parameters
     if not q.shape[0]:
-        given = (q, no_keys(q) if k is None else k, *weights)
-        return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in given)
+        return gradients_without_rows(q, k, weights)
     if not takes_whole(q, k, q_ptr_host, weights[6], heads):
         return set_block_backward_in_parts(PARTS, grad, q, k, q_ptr, k_ptr, q_ptr_host, k_ptr_host, *parameters)
     return _whole_backward(library.aligned(grad), _operands(q, q_ptr, weights), heads)

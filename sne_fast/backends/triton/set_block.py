@@ -13,7 +13,12 @@ from torch import Tensor
 
 from ...ops.backend import Arguments
 from ...ops.pointer_facts import owners
-from ...ops.reference_block import BlockParts, set_block_backward_in_parts, set_block_in_parts
+from ...ops.reference_block import (
+    BlockParts,
+    gradients_without_rows,
+    set_block_backward_in_parts,
+    set_block_in_parts,
+)
 from ...ops.schema import BLOCK_PARAMETERS, accumulate_dtype, named, no_keys
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
@@ -75,8 +80,7 @@ def set_block_backward(
     """Compute the op ``set_block_backward``, with arguments and results as in :mod:`sne_fast.ops.schema`."""
     *weights, heads = parameters
     if not q.shape[0]:
-        given = (q, no_keys(q) if k is None else k, *weights)
-        return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in given)
+        return gradients_without_rows(q, k, weights)
     with on_device(q):
         if takes_whole(q, k, q_ptr_host, weights[6]):
             tensors = [t.contiguous() for t in (grad, q, q_ptr, *weights)]
