@@ -83,6 +83,19 @@ SNE_DEVICE void attend(Softmax<D> &s, Own<Op, D> &q, const typename Op::Storage 
 
 // ------------------------------------------------------------------------------------------------------- gradients
 
+// Adds the products of own rows a and b with 16 * groups inner rows each: logits, and the gradients of their weights.
+template <class Op, int D, int kStride, int groups>
+SNE_DEVICE void add_both_products(Tile *p, Own<Op, D> &a, const typename Op::Storage *rows_of_a, Tile *dp,
+                                  Own<Op, D> &b, const typename Op::Storage *rows_of_b) {
+  if constexpr (D == 64) a.keep();
+  if constexpr (D == 64) b.keep();
+  SNE_UNROLL
+  for (int i = 0; i < groups; ++i) {
+    multiply_transposed<Op, D, kStride>(p + 2 * i, a.a, rows_of_a + 16 * i * kStride);
+    multiply_transposed<Op, D, kStride>(dp + 2 * i, b.a, rows_of_b + 16 * i * kStride);
+  }
+}
+
 // Gradient of queries. With the weights p_j of keys and their gradients dp_j, dq = sum_j p_j (dp_j - mean) k_j /
 // sqrt(h) and mean = sum_j p_j dp_j. <grad, out> equals that mean except for the rounding of operands and of out, which
 // may be larger than the difference. So one pass over the keys sums with <grad, out> as a guess of the mean, and
@@ -104,14 +117,8 @@ struct QueryGradSums {
 template <class Op, int D, int kStride, int groups, class Seen>
 SNE_DEVICE void add_keys(QueryGradSums<Op, D> &s, Own<Op, D> &q, Own<Op, D> &grad, const typename Op::Storage *keys,
                          const typename Op::Storage *values, const Seen &seen, float scale) {
-  if constexpr (D == 64) q.keep();
-  if constexpr (D == 64) grad.keep();
   Tile p[2 * groups] = {}, dp[2 * groups] = {};
-  SNE_UNROLL
-  for (int i = 0; i < groups; ++i) {
-    multiply_transposed<Op, D, kStride>(p + 2 * i, q.a, keys + 16 * i * kStride);
-    multiply_transposed<Op, D, kStride>(dp + 2 * i, grad.a, values + 16 * i * kStride);
-  }
+  add_both_products<Op, D, kStride, groups>(p, q, keys, dp, grad, values);
   SNE_UNROLL
   for (int n = 0; n < 2 * groups; ++n) {
     SNE_UNROLL
@@ -140,14 +147,8 @@ template <class Op, int D, int kStride, int groups, class Seen>
 SNE_DEVICE void add_queries(Tile *grad_k, Tile *grad_v, Own<Op, D> &k, Own<Op, D> &v,
                             const typename Op::Storage *queries, const typename Op::Storage *grads,
                             const QueryNumbers *numbers, const Seen &seen, float scale) {
-  if constexpr (D == 64) k.keep();
-  if constexpr (D == 64) v.keep();
   Tile p[2 * groups] = {}, dp[2 * groups] = {};
-  SNE_UNROLL
-  for (int i = 0; i < groups; ++i) {
-    multiply_transposed<Op, D, kStride>(p + 2 * i, k.a, queries + 16 * i * kStride);
-    multiply_transposed<Op, D, kStride>(dp + 2 * i, v.a, grads + 16 * i * kStride);
-  }
+  add_both_products<Op, D, kStride, groups>(p, k, queries, dp, v, grads);
   SNE_UNROLL
   for (int n = 0; n < 2 * groups; ++n) {
     SNE_UNROLL
