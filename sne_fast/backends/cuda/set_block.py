@@ -27,13 +27,11 @@ from ...ops.reference_block import (
 )
 from ...ops.schema import BLOCK_PARAMETERS, named, no_keys
 from ...ops.supported_widths import width_reasons
-from ..gpu_plans.lengths import Lengths
+from ..gpu_plans import whole_blocks
 from . import library
 from .set_attention import set_attention, set_attention_backward
 
 PARTS = BlockParts(set_attention, set_attention_backward, reference.feed_forward, reference.feed_forward_backward)
-LONGEST = 512
-"""Rows of the longest set that whole blocks take: every tile computes the keys and values of its sets again."""
 MAX_BLOCKS = 2
 """Thread blocks of the backward per multiprocessor, the number of csrc/include/sne_fast/cuda_abi.h."""
 
@@ -51,11 +49,10 @@ def _has_kernels(precision: int, width: int, heads: int, shared_limit: int) -> b
 
 
 def takes_whole(q: Tensor, k: Tensor | None, q_ptr_host: Tensor, w_o: Tensor, heads: int) -> bool:
-    """Return whether the kernels of whole blocks take a call: rows of the block's width that attend to each other."""
-    h = w_o.shape[0]
-    if k is not None or q.shape[1] != h or Lengths.of(q_ptr_host).longest > LONGEST:
+    """Return whether the kernels of whole blocks take a call, as in :mod:`..gpu_plans.whole_blocks`, on this device."""
+    if not whole_blocks.takes_whole(q, k, q_ptr_host, w_o):
         return False
-    return _has_kernels(library.precision(q.dtype), h, heads, library.shared_limit(q.device))
+    return _has_kernels(library.precision(q.dtype), w_o.shape[0], heads, library.shared_limit(q.device))
 
 
 def _operands(q: Tensor, q_ptr: Tensor, weights: Sequence[Tensor]) -> dict[str, Tensor]:

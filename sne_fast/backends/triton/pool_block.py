@@ -16,6 +16,7 @@ from ...ops.pointer_facts import owners
 from ...ops.reference_pool import PoolParts, pool_block_backward_in_parts, pool_block_in_parts
 from ...ops.schema import POOL_PARAMETERS, named
 from ...ops.supported_widths import width_reasons
+from ..gpu_plans import whole_blocks
 from ..gpu_plans.lengths import Lengths
 from . import pool_block_kernels as kernels
 from .block_plans import BlockPlan
@@ -25,8 +26,6 @@ from .partial_sums import Part, PartialSums
 from .segment_pool import segment_pool, segment_pool_backward
 
 PARTS = PoolParts(segment_pool, segment_pool_backward, feed_forward, feed_forward_backward)
-
-WHOLE_WIDTHS = (32, 64)
 LONGEST = 1024
 """Rows of the longest set that whole blocks take: one program walks through them."""
 
@@ -50,7 +49,7 @@ def lengths_of(x: Tensor, ptr_host: Tensor) -> Lengths | None:
 
 def takes_whole(x: Tensor, lengths: Lengths | None) -> bool:
     """Return whether the kernels of whole blocks take a call."""
-    return x.shape[-1] in WHOLE_WIDTHS and (lengths is None or lengths.longest <= LONGEST)
+    return x.shape[-1] in whole_blocks.WIDTHS and (lengths is None or lengths.longest <= LONGEST)
 
 
 def pool_block(x: Tensor, ptr: Tensor, ptr_host: Tensor, *parameters: Tensor) -> Tensor:

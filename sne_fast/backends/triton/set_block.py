@@ -22,6 +22,7 @@ from ...ops.reference_block import (
 from ...ops.schema import BLOCK_PARAMETERS, accumulate_dtype, named, no_keys
 from ...ops.supported_widths import width_reasons
 from ..gpu_plans.lengths import Lengths
+from ..gpu_plans.whole_blocks import takes_whole
 from . import set_block_kernels as kernels
 from .block_plans import BlockPlan
 from .feed_forward import feed_forward, feed_forward_backward
@@ -30,11 +31,8 @@ from .partial_sums import Part, PartialSums
 from .set_attention import set_attention, set_attention_backward
 
 PARTS = BlockParts(set_attention, set_attention_backward, feed_forward, feed_forward_backward)
-WHOLE_WIDTHS = (32, 64)
 PROJECTIONS = 6
 """Parameters of the projections, whose gradients the kernel of the keys sums; that of the queries sums the others."""
-LONGEST = 512
-"""Rows of the longest set that whole blocks take: every tile computes the keys and values of its sets again."""
 
 
 class Plan(BlockPlan):
@@ -47,13 +45,6 @@ class Plan(BlockPlan):
         """Look up the sizes of ``kernel`` for rows like ``x``; ``arch`` None asks for its device."""
         norms = {} if kernel == "key_backward" else {"LAYER_NORM": layer_norm}
         return cls.of("set_block", kernel, x, heads, lengths, arch, tile="ROWS", **norms)
-
-
-def takes_whole(q: Tensor, k: Tensor | None, q_ptr_host: Tensor, w_o: Tensor) -> bool:
-    """Return whether the kernels of whole blocks take a call: rows of the block's width that attend to each other."""
-    h = w_o.shape[0]
-    fits = k is None and h in WHOLE_WIDTHS and q.shape[1] == h
-    return fits and Lengths.of(q_ptr_host).longest <= LONGEST
 
 
 def set_block(

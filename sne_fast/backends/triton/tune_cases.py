@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...ops import selftest_cases
 from ...ops.precision import product_precision
+from ..gpu_plans import whole_blocks
 from ..gpu_plans.chunks import LONGEST_SHARED, count_lengths
 from ..gpu_plans.lengths import Lengths
 from . import (
@@ -246,7 +247,7 @@ def _block_sizes(inputs: Inputs, backward: bool, **tiles: tuple[int, ...]) -> tu
 def set_block_cases(inputs: Inputs) -> Iterator[Case]:
     """Yield the cases of ``set_block``: kernels of whole blocks by lengths of sets."""
     h, heads = inputs.h, inputs.heads
-    if h not in set_block.WHOLE_WIDTHS:
+    if h not in whole_blocks.WIDTHS:
         return
     parameters = inputs.example("set_block")[6:]
     for ptr, host in _block_pointers(inputs):
@@ -263,7 +264,7 @@ def set_block_cases(inputs: Inputs) -> Iterator[Case]:
 def pool_block_cases(inputs: Inputs) -> Iterator[Case]:
     """Yield the cases of ``pool_block``: kernels by lengths of sets, and of rows that are pooled already."""
     h, heads = inputs.h, inputs.heads
-    if h not in pool_block.WHOLE_WIDTHS:
+    if h not in whole_blocks.WIDTHS:
         return
     parameters, none = inputs.example("pool_block")[3:], torch.empty(0, dtype=torch.int64)
     pooled = (inputs.normal(inputs.count(POOLED_SETS), heads, h), none.to(inputs.device), none)

@@ -10,6 +10,7 @@ import torch
 
 from helpers import set_block_checks as checks
 from helpers.set_block_checks import DOUBLE, HALF, RAGGED, SINGLE, across, check, itself, run, upstream
+from sne_fast.backends.gpu_plans import whole_blocks
 from sne_fast.backends.gpu_plans.lengths import Lengths
 from sne_fast.backends.triton import block_plans, launches
 from sne_fast.backends.triton import set_block as module
@@ -68,7 +69,7 @@ def test_in_parts(dims: tuple[int, int, int], heads: int) -> None:
 
 def test_long_sets_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     args = itself([5, 9], 32, 2, SINGLE)
-    monkeypatch.setattr(module, "LONGEST", 8)
+    monkeypatch.setattr(whole_blocks, "LONGEST", 8)
     assert not module.takes_whole(*args[:2], args[4], args[-4])
     check(module, args)
 
