@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -27,12 +26,10 @@ from sne_fast.benchmark import GPU_CASES, CheckFailed
 from sne_fast.training import steps
 from sne_fast.training.capture import check_capture
 from sne_fast.training.distributed import World
-from sne_fast.training.loop import networks_of
+from sne_fast.training.loop import networks_of, trainer_of
 from sne_fast.training.networks import fit_inputs
-from sne_fast.training.objective import Supervised
 from sne_fast.training.progress import Progress
 from sne_fast.training.settings import FitSettings
-from sne_fast.training.split_networks import encode_split
 
 if TYPE_CHECKING:
     from gpu_suite import Suite
@@ -90,11 +87,7 @@ class Training:
         networks = networks_of(batch, targets, predictor)
         graphs = check_capture(predictor, world.size) if settings.capture else None
         fit_inputs(predictor, networks, world)
-        predictor.set_targets(networks.targets)
-        objective = Supervised(predictor, predictor.normalise(networks.targets), settings)
-        split = partial(encode_split, predictor)
-        trainer = steps.Trainer(predictor, objective, predictor.encode, split, networks, settings, world, graphs)
-        return cls(trainer, predictor)
+        return cls(trainer_of(predictor, networks, settings, world, graphs), predictor)
 
     @property
     def steps_per_epoch(self) -> float:

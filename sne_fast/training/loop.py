@@ -24,7 +24,7 @@ from .arguments import (
     check_targets,
     check_validation,
 )
-from .capture import check_capture
+from .capture import Graphs, check_capture
 from .checkpoint import Checkpoint
 from .distributed import World
 from .epochs import run_epochs
@@ -127,18 +127,34 @@ def fit(
         state = file.open(stack, settings.epochs, predictor.target_mean.device)
         if not file.holds_state:
             fit_inputs(predictor, networks, world)
-        predictor.set_targets(networks.targets)
-        goals = predictor.normalise(networks.targets)
-        if not bool(goals.isfinite().all()):
-            largest = networks.targets.abs().max().item()
-            raise ValueError(f"fit: targets must fit {goals.dtype}, got up to {largest:g}")
-        objective = Supervised(predictor, goals, settings, augment)
-        split = partial(encode_split, predictor)
-        trainer = Trainer(predictor, objective, predictor.encode, split, networks, settings, world, graphs)
+        trainer = trainer_of(predictor, networks, settings, world, graphs, augment)
         if world.first:
             trainer.plan.check_balance()
         validate = None if watched is None else partial(mean_loss, predictor, watched, settings, world)
         return run_epochs(trainer, state, file, validate=validate, log=log, on_epoch=on_epoch, on_batch=on_batch)
+
+
+def trainer_of(
+    predictor: Predictor,
+    networks: NetworkStream,
+    settings: FitSettings,
+    world: World,
+    graphs: Graphs | None = None,
+    augment: Augment | None = None,
+) -> Trainer:
+    """Set the targets of a predictor whose inputs are fitted, and return what takes its steps.
+
+    Raises:
+        ValueError: a target that is not finite in the dtype of the parameters.
+    """
+    predictor.set_targets(networks.targets)
+    goals = predictor.normalise(networks.targets)
+    if not bool(goals.isfinite().all()):
+        largest = networks.targets.abs().max().item()
+        raise ValueError(f"fit: targets must fit {goals.dtype}, got up to {largest:g}")
+    objective = Supervised(predictor, goals, settings, augment)
+    split = partial(encode_split, predictor)
+    return Trainer(predictor, objective, predictor.encode, split, networks, settings, world, graphs)
 
 
 def networks_of(batch: Any, targets: Any, predictor: Predictor) -> NetworkStream:
