@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import triton
 
+from helpers.op_cases import products
+from sne_fast.backends.gpu_plans.lengths import Lengths
 from sne_fast.benchmark.instructions.triton_kernels import compile_kernel as compile_for
 
 # Largest shared memory of one block, in bytes (CUDA programming guide, compute capabilities).
@@ -140,6 +142,17 @@ def compile_block(fn: Any, plan: Any, dtype: torch.dtype, arch: int) -> Compiled
     signature |= {name: "i32" for name in ("rows", "sets", "tiles") if name in signature}
     sizes = plan.sizes
     return compile_kernel(fn, signature, plan.constants, arch, sizes.num_warps, sizes.num_stages, maxnreg=sizes.maxnreg)
+
+
+def compile_planned_block(
+    plan: Any, kernels: Any, kernel: str, arch: int, h: int = 64, heads: int = 4, dtype: torch.dtype = torch.bfloat16,
+    precision: str = "highest", layer_norm: bool = True, typical: int = 20,
+) -> Compiled:  # fmt: skip
+    """Compile a kernel of the module ``kernels``, as the class ``plan`` launches it for sets of typical length."""
+    with products(precision):
+        rows = torch.empty(1, h, dtype=dtype, device="meta")
+        made = plan.make(kernel, rows, heads, layer_norm, Lengths(100, typical, typical), arch)
+    return compile_block(getattr(kernels, f"{kernel}_kernel"), made, dtype, arch)
 
 
 def spill_of_block(kernel: str, heads: int, on_matrix_units: bool) -> int:

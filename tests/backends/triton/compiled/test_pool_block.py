@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from helpers.op_cases import products
 from helpers.triton_compiled import (
     ALL_ARCHITECTURES,
     ARCHITECTURES,
     KINDS,
-    Compiled,
     check_resources,
-    compile_block,
+    compile_planned_block,
     spill_of_block,
 )
-from sne_fast.backends.gpu_plans.lengths import Lengths
 from sne_fast.backends.triton import pool_block_kernels as kernels
 from sne_fast.backends.triton.pool_block import Plan
 
 pytestmark = pytest.mark.build
 
-KERNELS = {name: getattr(kernels, f"{name}_kernel") for name in ("forward", "backward")}
+KERNELS = ("forward", "backward")
 SINGLE, BRAIN = torch.float32, torch.bfloat16
-
-
-def compiled(
-    kernel: str, arch: int, h: int = 64, heads: int = 4, dtype: torch.dtype = BRAIN, precision: str = "highest",
-    layer_norm: bool = True, typical: int = 20,
-) -> Compiled:  # fmt: skip
-    """Compile a kernel."""
-    with products(precision):
-        rows = torch.empty(1, h, dtype=dtype, device="meta")
-        plan = Plan.make(kernel, rows, heads, layer_norm, Lengths(100, typical, typical), arch)
-    return compile_block(KERNELS[kernel], plan, dtype, arch)
+compiled = functools.partial(compile_planned_block, Plan, kernels)
 
 
 @pytest.mark.parametrize(("typical", "arch"), [(2, 90), *((20, arch) for arch in ARCHITECTURES)])
